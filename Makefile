@@ -1,0 +1,48 @@
+# make demo   the environment, then a small GPT-2 trained sparse on the text in the package (about two minutes)
+# make test   the environment, then the tests
+# make check  formatting, lints and types; make format mends the first two
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Without a GPU only a CPU build will do: the default build would bring gigabytes of CUDA libraries. Where pip does not
+# find one by itself, set TORCH_INDEX to PyTorch's index of CPU wheels (pytorch.org, "Get started", pip, CPU).
+GPU    := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH_PIN   := torch==$(TORCH)$(if $(GPU),,+cpu)
+TORCH_INDEX ?=
+EXTRAS := dev$(if $(GPU),$(comma)cuda13)
+comma  := ,
+DONE   := $(VENV)/.done
+
+.PHONY: demo test test-gpu check format bench-cpu build clean
+
+demo: $(DONE)
+	$(VENV)/bin/slope pretrain
+
+test: $(DONE)
+	$(VENV)/bin/python -m pytest
+
+check: $(DONE)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(DONE)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench-cpu: $(DONE)
+	$(VENV)/bin/python -m benchmarks.cpu_step
+
+build: $(DONE)
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(DONE): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_PIN)" || \
+	  { echo "No CPU build of torch $(TORCH) was found: run make with TORCH_INDEX=<PyTorch's index of CPU wheels>" >&2; exit 1; }
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@

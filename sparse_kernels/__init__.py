@@ -1,0 +1,41 @@
+"""Double-pruned N:M sparse linear layers with low-rank adapters, for any PyTorch model and any training loop.
+
+    from sparse_kernels import sparsify
+    report = sparsify(model)            # nn.Linear and Conv1D layers become SparseLinear, in place
+    ... train as usual: torch.optim.AdamW(model.parameters()), clip_grad_norm_, DDP, state_dict ...
+
+The three products of a layer (SLoPe, arXiv 2405.16325, equations 4.4-4.6), B tokens:
+
+    forward      Y[B,out] = X[B,in] · W^R[out,in]^T + bias        W^R: N:M along in, fixed positions
+    input grad   dX[B,in] = dY[B,out] · W^{R,C}[out,in]           W^{R,C}: W^R pruned again, N:M along out
+    weight grad  dV[out,in·N/M] = gather(dY[B,out]^T · X[B,in])   dense product, read at the kept positions
+    adapter      Y += scale · (X · A^T) · B^T                     A[r,in], B[out,r]
+
+The only trainable weight is `values` (out, in·N/M), an ordinary dense parameter: optimizers, clipping, DDP,
+FSDP and checkpoints need nothing special.
+"""
+
+from sparse_kernels.convert import (
+    LayerReport,
+    Report,
+    add_adapters,
+    densify,
+    plan,
+    renew_column_masks,
+    sparse_layers,
+    sparsify,
+)
+from sparse_kernels.linear import LowRankAdapter, SparseLinear
+
+__all__ = [
+    "LayerReport",
+    "LowRankAdapter",
+    "Report",
+    "SparseLinear",
+    "add_adapters",
+    "densify",
+    "plan",
+    "renew_column_masks",
+    "sparse_layers",
+    "sparsify",
+]

@@ -1,0 +1,168 @@
+"""SparseLinear, a linear layer whose only weight is its kept entries, and the low-rank adapter beside it.
+
+Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row, R adapter rank.
+"""
+
+import math
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_kernels import masks, reference
+
+
+class LowRankAdapter(nn.Module):
+    """scale · (X · A^T) · B^T with A (rank, in), B (out, rank) and scale = alpha / rank.
+
+    B starts at zero, so a new adapter changes nothing; A is drawn from `generator` (Kaiming-uniform, as in PEFT's LoRA,
+    which an exported adapter becomes).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < rank <= min(in_features, out_features):
+            raise ValueError(f"rank must be between 1 and {min(in_features, out_features)}, got {rank}")
+        self.rank = rank
+        self.scale = (rank if alpha is None else alpha) / rank
+        bound = 1 / math.sqrt(in_features)
+        A_RI = torch.empty(rank, in_features).uniform_(
+            -bound, bound, generator=generator
+        )  # on the CPU: same on any device
+        self.A = nn.Parameter(A_RI.to(device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.scale * F.linear(F.linear(X, self.A), self.B)  # [B,I]·[R,I]^T -> [B,R];  [B,R]·[O,R]^T -> [B,O]
+
+    def delta(self) -> Tensor:
+        """The dense matrix this adapter adds to the layer's weight: (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+class SparseLinear(nn.Module):
+    """A linear layer with an N:M sparse weight W^R and a twice-pruned W^{R,C} for the input gradient.
+
+    Attributes:
+        values: parameter (out, in·n/m), the kept entries of W^R row by row in column order.
+        bias: parameter (out,) or None.
+        positions: uint8 buffer (out, ceil(in/8)), the bits of W^R's mask; fixed for the whole run.
+        positions_t: uint8 buffer (in, ceil(out/8)), the bits of W^{R,C}'s mask, transposed; see `renew_column_mask`.
+        adapter: a LowRankAdapter or None; its output is added.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    positions: Tensor
+    positions_t: Tensor
+    adapter: LowRankAdapter | None
+
+    def __init__(
+        self, weight_OI: Tensor, bias_O: Tensor | None, row_mask_OI: Tensor, n: int, m: int, *, conv1d: bool = False
+    ) -> None:
+        """Take over the kept entries of `weight_OI`.
+
+        Args:
+            weight_OI: (out, in), the dense weight.
+            bias_O: (out,) or None.
+            row_mask_OI: bool (out, in) with exactly n True in every m along a row.
+            conv1d: the layer came from transformers' Conv1D, and `densify` makes it one again.
+
+        Raises:
+            ValueError: a side is no multiple of m, or the mask is not exactly N:M.
+        """
+        super().__init__()
+        self.n, self.m, self.conv1d = n, m, conv1d
+        self.out_features, self.in_features = weight_OI.shape
+        if self.out_features % m or self.in_features % m:
+            raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
+        if not (row_mask_OI.unflatten(1, (-1, m)).sum(-1) == n).all():
+            raise ValueError(f"the row mask is not exactly {n}:{m}")
+        self.values = nn.Parameter(weight_OI.detach()[row_mask_OI].view(self.out_features, -1))
+        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
+        column_mask_OI = masks.double_prune(weight_OI.detach(), row_mask_OI, n, m)
+        self.register_buffer("positions", masks.pack_bits(row_mask_OI))
+        self.register_buffer("positions_t", masks.pack_bits(column_mask_OI.t()))
+        self.adapter = None
+        self._layout: tuple[Tensor, Tensor]
+        self._layout_buffers: tuple[Tensor, ...] = ()
+        self._layout_versions: tuple[int, ...] = ()
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
+        device = X.device.type
+        if torch.is_autocast_enabled(device):
+            X = X.to(torch.get_autocast_dtype(device))
+        Y = reference.sparse_linear(X, self.values, self.bias, *self.layout())
+        return Y if self.adapter is None else Y + self.adapter(X)
+
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """Where the values sit: their columns, int64 (out, in·n/m), and whether W^{R,C} keeps them, bool, same shape.
+
+        Derived from the two saved buffers and kept until one of them is replaced or written in place.
+        """
+        buffers = self.positions, self.positions_t
+        versions = tuple(buffer._version for buffer in buffers)
+        if self._layout_versions != versions or any(map(operator.is_not, self._layout_buffers, buffers)):
+            index_OK = self.row_mask().nonzero()[:, 1].view(self.out_features, -1)
+            self._layout = index_OK, self.column_mask().gather(1, index_OK)
+            self._layout_buffers, self._layout_versions = buffers, versions
+        return self._layout
+
+    def row_mask(self) -> Tensor:
+        """The mask of W^R: bool (out, in)."""
+        return masks.unpack_bits(self.positions, self.in_features)
+
+    def column_mask(self) -> Tensor:
+        """The mask of W^{R,C}: bool (out, in)."""
+        return masks.unpack_bits(self.positions_t, self.out_features).t()
+
+    @property
+    def weight(self) -> Tensor:
+        """W^R as a dense matrix (out, in), the forward product's weight; a derived copy."""
+        return reference.scatter_kept(self.values, self.layout()[0], self.in_features)
+
+    @property
+    def weight_backward(self) -> Tensor:
+        """W^{R,C} as a dense matrix (out, in), the input gradient's weight; a derived copy."""
+        index_OK, survives_OK = self.layout()
+        return reference.scatter_kept(self.values * survives_OK, index_OK, self.in_features)
+
+    @torch.no_grad()
+    def renew_column_mask(self) -> None:
+        """Choose W^{R,C} anew from the present magnitudes; W^R's positions stay (section 4.3.1 of the paper)."""
+        column_mask_OI = masks.double_prune(self.weight, self.row_mask(), self.n, self.m)
+        self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
+
+    def validate(self) -> None:
+        """Check what is stored: W^R exactly N:M, W^{R,C} a part of it and at most N:M along the output features.
+
+        Raises:
+            ValueError: with the first rule that is broken.
+        """
+        row_OI, column_OI = self.row_mask(), self.column_mask()
+        if not (row_OI.unflatten(1, (-1, self.m)).sum(-1) == self.n).all():
+            raise ValueError(f"the stored positions are not exactly {self.n}:{self.m}")
+        if (column_OI & ~row_OI).any():
+            raise ValueError("the transposed positions keep an entry that the row mask prunes")
+        if (column_OI.unflatten(0, (-1, self.m)).sum(1) > self.n).any():
+            raise ValueError(f"the transposed positions keep more than {self.n} of {self.m}")
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sides}, bias={self.bias is not None}, {self.n}:{self.m}"

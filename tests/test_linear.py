@@ -1,0 +1,200 @@
+"""SparseLinear against the paper's equations written down independently, in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_kernels import SparseLinear, masks
+from sparse_kernels.linear import LowRankAdapter
+
+PATTERNS = [(2, 4), (1, 2), (2, 8)]
+
+
+def make(out: int, inp: int, n: int, m: int, *, bias: bool = True, rank: int = 0, seed: int = 0) -> SparseLinear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, inp, dtype=torch.float64, generator=generator)
+    bias_O = torch.randn(out, dtype=torch.float64, generator=generator) if bias else None
+    layer = SparseLinear(weight, bias_O, masks.row_mask(weight, n, m), n, m)
+    if rank:
+        layer.adapter = LowRankAdapter(inp, out, rank, alpha=3.0, generator=generator, dtype=torch.float64)
+        torch.nn.init.normal_(layer.adapter.B, generator=generator)
+    return layer
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 3), min_size=0, max_size=3),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 2**31),
+)
+def test_products_equal_the_equations(
+    pattern: tuple[int, int], go: int, gi: int, lead: list[int], bias: bool, rank: int, seed: int
+) -> None:
+    n, m = pattern
+    out, inp = go * m, gi * m
+    layer = make(out, inp, n, m, bias=bias, rank=min(rank, out, inp), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    X = torch.randn(*lead, inp, dtype=torch.float64, generator=generator, requires_grad=True)
+    dY = torch.randn(*lead, out, dtype=torch.float64, generator=generator)
+    Y = layer(X)
+    Y.backward(dY)
+
+    # The independent formulation: loops over groups, masks as matrices, no packed bits.
+    R = torch.zeros(out, inp, dtype=torch.float64)
+    W = torch.zeros(out, inp, dtype=torch.float64)
+    rows = layer.row_mask()
+    for o in range(out):
+        for place, i in enumerate(rows[o].nonzero().flatten().tolist()):
+            R[o, i], W[o, i] = 1, layer.values.detach()[o, place]
+    C = R.clone()
+    for i in range(inp):
+        for g in range(0, out, m):
+            column = [(abs(W[o, i].item()), o) for o in range(g, g + m) if R[o, i]]
+            for _, o in sorted(column, key=lambda pair: (-pair[0], pair[1]))[n:]:
+                C[o, i] = 0
+    x, dy = X.detach().reshape(-1, inp), dY.reshape(-1, out)
+    expected_Y, expected_dX = x @ W.T, dy @ (W * C)
+    if layer.bias is not None:
+        expected_Y = expected_Y + layer.bias.detach()
+        assert layer.bias.grad is not None
+        torch.testing.assert_close(layer.bias.grad, dy.sum(0))
+    if layer.adapter is not None:
+        A, B = layer.adapter.A.detach(), layer.adapter.B.detach()
+        scale = 3.0 / layer.adapter.rank
+        expected_Y = expected_Y + scale * (x @ A.T @ B.T)
+        expected_dX = expected_dX + scale * (dy @ B @ A)
+        torch.testing.assert_close(layer.adapter.A.grad, scale * (dy @ B).T @ x)
+        torch.testing.assert_close(layer.adapter.B.grad, scale * dy.T @ (x @ A.T))
+    torch.testing.assert_close(Y.detach().reshape(-1, out), expected_Y)
+    assert X.grad is not None
+    torch.testing.assert_close(X.grad.reshape(-1, inp), expected_dX)
+    torch.testing.assert_close(layer.values.grad, (dy.T @ x)[R.bool()].view(out, -1))
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradcheck(n: int, m: int, rank: int) -> None:
+    layer = make(2 * m, 3 * m, n, m, rank=rank)
+    parameters = dict(layer.named_parameters())
+    X = torch.randn(5, 3 * m, dtype=torch.float64)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(parameters, tensors, strict=True)), (X,))
+
+    assert torch.autograd.gradcheck(run, tuple(p.detach().requires_grad_() for p in parameters.values()))
+    # With nothing pruned a second time the input gradient is the derivative of the forward product as well.
+    layer.positions_t.copy_(masks.pack_bits(layer.row_mask().t()))
+    assert torch.autograd.gradcheck(layer, X.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_fifty_steps_with_renewals_equal_masked_dense_training(n: int, m: int) -> None:
+    """Same data, same AdamW: a dense weight with masks as matrices must take the same path."""
+    layer = make(4 * m, 2 * m, n, m, seed=5)
+    R = layer.row_mask().double()
+    W = layer.weight.detach().clone()
+    b = layer.bias.detach().clone()  # type: ignore[union-attr]
+    C = layer.column_mask().double()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
+    W.requires_grad_()
+    b.requires_grad_()
+    dense_optimizer = torch.optim.AdamW([W, b], lr=0.05, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(50):
+        X = torch.randn(7, 2 * m, dtype=torch.float64, generator=generator)
+        target = torch.randn(7, 4 * m, dtype=torch.float64, generator=generator)
+        x1, x2 = X.clone().requires_grad_(), X.clone()
+        F.mse_loss(layer(x1), target).backward()
+        error = x2 @ (W * R).T + b - target
+        error.square().mean().backward()
+        torch.testing.assert_close(x1.grad, (2 * error / error.numel()).detach() @ (W.detach() * R * C))
+        W.grad.mul_(R)  # type: ignore[union-attr]
+        for o in (optimizer, dense_optimizer):
+            o.step()
+            o.zero_grad()
+        if step % 10 == 9:
+            layer.renew_column_mask()
+            C = masks.double_prune(W.detach() * R, R.bool(), n, m).double()
+        layer.validate()
+        assert torch.equal(layer.row_mask(), R.bool())
+        torch.testing.assert_close(layer.weight, W.detach() * R)
+        torch.testing.assert_close(layer.weight_backward, W.detach() * R * C)
+    assert (layer.weight == 0).sum() == (R == 0).sum()
+
+
+def test_layout_follows_every_way_of_changing_positions() -> None:
+    a, b = make(8, 8, 2, 4, seed=1), make(8, 8, 2, 4, seed=2)
+    X = torch.randn(3, 8, dtype=torch.float64)
+    a(X), b(X)  # both have derived their layouts by now
+    expected = b(X)
+    c = copy.deepcopy(a)
+    a.load_state_dict(b.state_dict())
+    assert torch.equal(a(X), expected)
+    c.load_state_dict(b.state_dict(), assign=True)
+    assert torch.equal(c(X), expected)
+    d = make(8, 8, 2, 4, seed=1)
+    d(X)
+    with torch.no_grad():  # as a checkpoint reader does: straight into the storage
+        for target, source in zip((*d.parameters(), *d.buffers()), (*b.parameters(), *b.buffers()), strict=True):
+            target.copy_(source)
+    assert torch.equal(d(X), expected)
+
+
+def test_autocast_and_low_precision() -> None:
+    layer = make(16, 16, 2, 4).float()
+    X = torch.randn(4, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Y = layer(X)
+        assert Y.dtype == torch.bfloat16
+    Y.float().sum().backward()
+    assert layer.values.grad is not None
+    assert X.grad is not None
+    assert (layer.values.grad.dtype, X.grad.dtype) == (torch.float32, torch.float32)
+    half = copy.deepcopy(layer).bfloat16()
+    assert half(X.detach().bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(half(X.detach().bfloat16()).float(), layer(X.detach()), atol=0.1, rtol=0.05)
+
+
+def test_state_is_a_little_over_half_of_the_dense_weight() -> None:
+    layer = make(256, 512, 2, 4, bias=False).float()
+    size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    assert size == 256 * 512 * 4 // 2 + 256 * 512 // 4  # values, and a quarter of a byte of positions a weight
+
+
+def test_validate_names_the_broken_rule() -> None:
+    layer = make(8, 8, 2, 4)
+    layer.validate()
+    broken = copy.deepcopy(layer)
+    broken.positions[0, 0] ^= 1
+    with pytest.raises(ValueError, match="not exactly 2:4"):
+        broken.validate()
+    broken = copy.deepcopy(layer)
+    broken.positions_t.fill_(255)
+    with pytest.raises(ValueError, match="keep an entry that the row mask prunes"):
+        broken.validate()
+    broken = copy.deepcopy(layer)
+    column_full = torch.zeros(8, 8, dtype=torch.bool)
+    column_full[:, :2] = True
+    broken.positions.copy_(masks.pack_bits(column_full | column_full.roll(4, 1)))
+    broken.positions_t.copy_(masks.pack_bits((column_full | column_full.roll(4, 1)).t()))
+    with pytest.raises(ValueError, match="more than 2 of 4"):
+        broken.validate()
+
+
+def test_bad_construction() -> None:
+    weight = torch.randn(8, 8)
+    with pytest.raises(ValueError, match="not exactly 2:4"):
+        SparseLinear(weight, None, torch.ones(8, 8, dtype=torch.bool), 2, 4)
+    with pytest.raises(ValueError, match="not multiples of m=4"):
+        SparseLinear(torch.randn(6, 8), None, masks.row_mask(torch.randn(6, 8), 2, 4), 2, 4)
+    with pytest.raises(ValueError, match="rank must be between"):
+        LowRankAdapter(8, 4, 5)
