@@ -1,0 +1,102 @@
+"""Files that are whole or absent, carry their own checksum, and folders that one process holds."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slope_cli.errors import SlopeError, UsageError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is whole and on the disk; until then an old one stays.
+
+    SlopeError when the disk is full, UsageError when the folder cannot be written.
+    """
+    # One fixed temporary name: what a killed run left behind is overwritten, and does not pile up.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb+") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_error(path: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SlopeError(f"{path}: cannot be written, the disk (or quota) is full: {error.strerror}")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UsageError(f"{path}: cannot be written: {error.strerror}")
+    return error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk: a rename is only safe after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file in hex; SlopeError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that carries the hash of its content, atomically."""
+    with atomic_file(path) as file:
+        file.write(_sealed(content))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote; SlopeError if it is missing or not byte for byte that."""
+    try:
+        written = path.read_bytes()
+        content: dict[str, Any] = json.loads(written)["content"]
+        if _sealed(content) == written:
+            return content
+    except FileNotFoundError:
+        raise SlopeError(f"{path}: missing") from None
+    except OSError as error:
+        raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise SlopeError(f"{path}: damaged, its checksum does not fit")
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"sha256": digest, "content": content}, indent=1).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; it is let go however the process ends. UsageError if another one holds it."""
+    with open(folder / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another process is at work in it") from error
+        except OSError:
+            pass  # a file system without locks: to start only one process in a folder is then up to the user
+        yield

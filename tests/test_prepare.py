@@ -1,0 +1,484 @@
+"""Preparing data: every format, the split, restarts after any stop, and one clear line for each bad input."""
+
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slope_cli
+from slope_cli import documents, prepare
+from slope_cli.data import Dataset, open_dataset
+from slope_cli.documents import HubInput, cut, hub_texts, source_name
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.prepare import Tokeniser, Work, describe, summary
+from slope_cli.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
+
+ROOT = str(Path(slope_cli.__file__).parents[1])
+TEXTS = ["One é.\n", "Two\r\n\ttwo.", "Three 三 three 🦙", f"a {END_OF_TEXT} b"]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :]),
+}
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": at}) + "\n" for at, text in enumerate(texts)).encode()
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> None:
+    pytest.importorskip("pyarrow")  # comes with `datasets`, which a machine that only trains may lack
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+def prepared(inputs: list[Path | str], out: Path, **options: object) -> Dataset:
+    options = {"progress": False, "workers": 1} | options
+    return prepare.prepare([str(item) for item in inputs], out, **options)  # type: ignore[arg-type]
+
+
+def decoded(dataset: Dataset, split: str = "train") -> list[str]:
+    """The documents of the first source, from bytes."""
+    files = dataset.train if split == "train" else list(dataset.val.values())
+    ids = files[0].tokens
+    assert ids[-1] == 256
+    ends = np.flatnonzero(ids == 256)
+    return [bytes(part[part != 256].astype(np.uint8)).decode() for part in np.split(ids, ends[:-1] + 1)]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer in GPT-2's files: bytes, one merge, end of text."""
+    folder = tmp_path_factory.mktemp("bpe")
+    words = [*byte_characters(), "th", END_OF_TEXT]
+    (folder / "vocab.json").write_text(json.dumps({word: at for at, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n")
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize("packing", COMPRESS)
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".txt"])
+def test_every_format_in_every_compression(tmp_path: Path, ending: str, packing: str) -> None:
+    if ending == ".parquet":
+        write_parquet(tmp_path / "plain", {"text": list(TEXTS), "id": [0, 1, 2, 3]})
+        content = (tmp_path / "plain").read_bytes()
+    else:
+        content = "".join(TEXTS).encode() if ending == ".txt" else lines(TEXTS)
+    path = tmp_path / f"book{ending}{packing}"
+    path.write_bytes(COMPRESS[packing](content))
+    dataset = prepared([path], tmp_path / "out", val_fraction=0)
+    assert decoded(dataset) == (["".join(TEXTS)] if ending == ".txt" else TEXTS)
+    assert dataset.train[0].header.source == "book"
+    assert dataset.train[0].header.text_bytes == len("".join(TEXTS).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("austen.jsonl.xz", "austen"),
+        ("part-00012-of-00100.parquet", "part"),
+        ("train-00000-of-00002-a09b74b3ef9c3b56.parquet", "train"),
+        ("c4_0003.json.gz", "c4"),
+        ("wikitext2.txt", "wikitext2"),
+        ("my notes.md", "my-notes"),
+        ("README", "README"),
+        ("00012.jsonl", "folder"),
+    ],
+)
+def test_source_name(name: str, source: str) -> None:
+    assert source_name(Path("folder") / name) == source
+
+
+def test_a_folder_its_sources_and_names(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/part-1.txt").write_text("b")
+    (folder / "part-0.txt").write_text("a")
+    (folder / "part-1.txt").write_text("c")
+    (folder / "other.jsonl").write_bytes(lines(["d"]))
+    (folder / ".hidden").write_bytes(b"\0")
+    (tmp_path / "x=y.txt").write_text("e")
+    dataset = prepared([folder, f"named={tmp_path / 'x=y.txt'}"], tmp_path / "out", val_fraction=0)
+    assert [file.header.source for file in dataset.train] == ["named", "other", "part"]
+    assert bytes(dataset.train[2].tokens[::2].astype(np.uint8)) == b"bac"
+    everything = prepared([f"all={folder}"], tmp_path / "out2", val_fraction=0).train
+    assert [file.header.source for file in everything] == ["all"]
+    assert bytes(everything[0].tokens[::2].astype(np.uint8)) == b"bdac"
+
+
+def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"body": "\\ud83e\\udd99 \\ud800!"}\n\n{"body": null}\n{"body": ""}\n')
+    assert decoded(prepared([path], tmp_path / "out", text_key="body")) == ["🦙 \N{REPLACEMENT CHARACTER}!"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.text("ab \n", max_size=40), max_size=12),
+    pieces=st.integers(1, 30),
+)
+def test_cut_loses_nothing_and_keeps_the_limit(words: list[str], pieces: int) -> None:
+    text = "".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PASSAGE_CHARS", 16)
+        passages = list(cut([text]))
+        in_pieces = list(cut(text[at : at + pieces] for at in range(0, len(text), pieces)))
+    assert passages == in_pieces
+    assert "".join(part for part, _ in passages) == text
+    assert [ends for _, ends in passages] == [False] * (len(passages) - 1) + [True] * bool(text)
+    assert all(0 < len(part) <= 16 for part, _ in passages)
+    assert all("\n" not in part or part.endswith("\n") for part, ends in passages if not ends)
+
+
+def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("test", ["t"])):
+        write_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet", {"text": list(texts)})
+    item = HubInput("hub", str(tmp_path / "hub"), None, "train")
+    assert list(hub_texts(item, "text")) == TEXTS
+    with pytest.raises(UsageError, match="no key 'body'; the keys are 'text'"):
+        list(hub_texts(item, "body"))
+    with pytest.raises(UsageError, match="not to be had as a Hugging Face data set"):
+        list(hub_texts(HubInput("hub", str(tmp_path / "hub"), None, "nosplit"), "text"))
+    monkeypatch.setattr(documents, "_hub_input", lambda *given: item)
+    dataset = prepared(["some/dataset"], tmp_path / "out", val_fraction=0)
+    assert decoded(dataset) == TEXTS
+    assert dataset.plan["inputs"] == [
+        {"source": "hub", "dataset": str(tmp_path / "hub"), "config": None, "split": "train"}
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ what is made
+
+
+def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
+    texts = [f"<{number}>" for number in range(10)]
+    (tmp_path / "x.jsonl").write_bytes(lines(texts))
+    dataset = prepared([tmp_path / "x.jsonl"], tmp_path / "out", val_fraction=0.25)
+    assert decoded(dataset, "val") == ["<1>", "<5>", "<9>"]
+    assert decoded(dataset) == [text for text in texts if text not in ("<1>", "<5>", "<9>")]
+    assert dataset.train[0].header.documents == 7
+
+
+def test_passages_of_a_long_document_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PASSAGE_CHARS", 4)
+    (tmp_path / "x.txt").write_text("".join(f"{number}ab\n" for number in range(8)))
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.2)
+    # What was on both sides of a passage that is taken out does not become one text.
+    assert decoded(dataset) == ["0ab\n", "2ab\n3ab\n4ab\n5ab\n", "7ab\n"]
+    assert decoded(dataset, "val") == ["1ab\n", "6ab\n"]
+
+
+def test_one_passage_has_no_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("only")
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out")
+    assert dataset.val == {}
+    assert summary(dataset)[0] == {
+        "source": "x", "documents": 1, "tokens": 5, "bytes": 4, "val_tokens": 0, "val_bytes": 0
+    }  # fmt: skip
+    assert "fingerprint" in describe(dataset).splitlines()[0]
+    assert describe(dataset).splitlines()[-1].split() == ["all", "1", "5", "4", "0", "0"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(), min_size=1, max_size=4))
+def test_the_fast_way_to_bytes_gives_what_the_library_gives(bytes_folder: Path, texts: list[str]) -> None:
+    fast, slow = (Tokeniser(Work(bytes_folder, "bytes", byte_level, 257, 256)) for byte_level in (True, False))
+    for text in (*texts, f"x{END_OF_TEXT}y"):
+        assert fast.encode([text])[0].tolist() == slow.encode([text])[0].tolist() == list(text.encode())
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bytes")
+    save_tokenizer(load_tokenizer("bytes"), folder / "tokenizer")
+    return folder
+
+
+def test_special_tokens_in_the_text_are_text(tmp_path: Path, bpe_folder: str) -> None:
+    (tmp_path / "x.txt").write_text(f"th{END_OF_TEXT}")
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", tokenizer=bpe_folder)
+    assert dataset.train[0].tokens.tolist() == [256, *END_OF_TEXT.encode(), 257]
+    assert (dataset.vocab_size, dataset.separator_id) == (258, 257)
+    assert dataset.tokenizer_name == Path(bpe_folder).name
+
+
+def test_a_tokenizer_that_truncates_loses_nothing(tmp_path: Path, bpe_folder: str) -> None:
+    tok = load_tokenizer(bpe_folder)
+    tok.backend_tokenizer.enable_truncation(5)
+    tok.backend_tokenizer.enable_padding(length=9)
+    save_tokenizer(tok, tmp_path / "tok")
+    (tmp_path / "x.jsonl").write_bytes(lines(["abcdefghij", "k"]))
+    dataset = prepared([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=str(tmp_path / "tok"), val_fraction=0)
+    assert dataset.train[0].tokens.tolist() == [*b"abcdefghij", 257, *b"k", 257]
+
+
+def test_any_number_of_workers_makes_the_same_bytes(
+    tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 500)
+    (tmp_path / "x.jsonl").write_bytes(lines([f"the {number} " * (number % 40) for number in range(200)]))
+    (tmp_path / "y.txt").write_text("other thoughts\n" * 50)
+    inputs: list[Path | str] = [tmp_path / "x.jsonl", tmp_path / "y.txt"]
+    one = prepared(inputs, tmp_path / "one", tokenizer=bpe_folder)
+    prepared(inputs, tmp_path / "two", tokenizer=bpe_folder, workers=2)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert {path.split("/")[0] for path in tree(tmp_path / "one")} == {"dataset.json", "tokenizer", "train", "val"}
+    assert open_dataset(tmp_path / "two").fingerprint == one.fingerprint
+
+
+def test_progress_is_lines_on_stderr(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "LINE_SECONDS", 0.0)
+    (tmp_path / "x.txt").write_text("text")
+    prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "x: 0.0 of 0.0 MB read" in shown.err
+    assert shown.err.splitlines()[-1].startswith("prepared: 5 tokens in")
+    prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
+    assert "already prepared" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- stops and restarts
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from slope_cli import prepare
+if __name__ == "__main__":
+    prepare.CHUNK_CHARS = 2000
+    prepare.prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer=sys.argv[3], workers=2)
+"""
+
+
+def session_members(session: int) -> int:
+    count = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        count += fields[3] == str(session) and fields[0] != "Z"
+    return count
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, -2)])
+def test_stopped_in_the_middle_and_run_again(
+    tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+) -> None:
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("".join(f"the line {number}\n" for number in range(120_000)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(text), str(out), bpe_folder],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".parts/*.val.tok"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(sent)
+    errors = child.communicate(timeout=60)[1].decode()
+    assert child.returncode == code, errors
+    assert not (out / "dataset.json").exists()
+    while session_members(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert session_members(child.pid) == 0
+    if sent != signal.SIGKILL:
+        assert "run the same command again" in errors
+        assert not list(out.glob(".parts/.*.tmp"))
+    with pytest.raises(SlopeError, match="unfinished preparation"):
+        open_dataset(out)
+
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
+    survivor = out / ".parts/x-000000.train.tok"
+    made = survivor.stat().st_mtime_ns
+    damaged = out / ".parts/x-000001.train.tok"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        spy = watching(prepare._merge, lambda: seen.append(survivor.stat().st_mtime_ns))
+        patch.setattr(prepare, "_merge", spy)
+        prepared([text], out, tokenizer=bpe_folder)
+    assert seen == [made]
+    prepared([text], tmp_path / "whole", tokenizer=bpe_folder)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def watching(function: Callable[..., object], note: Callable[[], object]) -> Callable[..., object]:
+    def watched(*given: object) -> object:
+        note()
+        return function(*given)
+
+    return watched
+
+
+def test_a_full_disk_leaves_a_restartable_folder(tmp_path: Path) -> None:
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("0123456789\n" * 20_000)
+    code = f"""
+import resource
+from pathlib import Path
+from slope_cli.prepare import prepare
+from slope_cli.errors import SlopeError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    prepare([{str(text)!r}], Path({str(out)!r}), progress=False)
+except SlopeError as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "disk (or quota) is full" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert not list(out.glob(".parts/*.tok*"))
+    assert not list(out.glob(".parts/.*tok*"))
+    assert prepared([text], out).train_tokens > 150_000
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("some text")
+    first = prepared([text], out)
+    before = tree(out)
+    (out / ".parts").mkdir()  # as after a kill between the manifest and the clearing up
+    assert prepared([text], out).fingerprint == first.fingerprint
+    assert tree(out) == before
+    assert not (out / ".parts").exists()
+    with pytest.raises(UsageError, match="a finished data set made with other val_fraction"):
+        prepared([text], out, val_fraction=0.1)
+    os.utime(text, (1, 1))
+    with pytest.raises(UsageError, match="a finished data set made with other inputs"):
+        prepared([text], out)
+    assert tree(out) == before
+
+
+def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(lines(["good"]) + b"{")
+    with pytest.raises(UsageError, match=r"bad\.jsonl:2: not a JSON line"):
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
+    with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out", tokenizer=bpe_folder)
+    (tmp_path / "out/.parts/plan.json").write_text("{")
+    with pytest.raises(SlopeError, match="damaged.*delete the folder"):
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    with (
+        prepare._claimed(tmp_path / "out", {}),
+        pytest.raises(UsageError, match="another process is at work"),
+    ):
+        prepared([tmp_path / "x.txt"], tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(UsageError, match="is not empty and holds no data set"):
+        prepared([tmp_path / "x.txt"], tmp_path)
+    with pytest.raises(UsageError, match="cannot be made or written"):
+        prepared([tmp_path / "x.txt"], tmp_path / "x.txt" / "out")
+
+
+# --------------------------------------------------------------------------------------------------- bad inputs
+
+WHOLE = "".join(f"line {number}\n" for number in range(5000)).encode()
+PARQUET_ENDS = b"PAR1"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"", r"x\.txt: is empty"),
+        ("x.txt.gz", gzip.compress(b""), "there is no text in it"),
+        ("x.jsonl", b"\n\n", "there is no text in it"),
+        ("x.txt", b"caf\xe9 au lait", r"x\.txt: not UTF-8 text"),
+        ("x.txt", b"end\xc3", "not UTF-8 text"),
+        ("x.bin", b"a\0b", "a binary file"),
+        ("x.jsonl", b'{"text": "a"}\n{"body": "b", "n": 1}', r"x\.jsonl:2: no key 'text'; the keys are 'body', 'n'"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not a JSON line"),
+        ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: not UTF-8"),
+        ("x.json", b'["a"]', r"x\.json:1: a list where an object"),
+        ("x.jsonl", b'{"text": 3}', r"x\.jsonl:1: 'text' is a int, not text"),
+        ("x.txt.gz", gzip.compress(WHOLE)[:-50], r"x\.txt\.gz: truncated"),
+        ("x.txt.xz", lzma.compress(WHOLE)[:-50], r"x\.txt\.xz: truncated"),
+        ("x.txt.zst", zstandard.compress(WHOLE)[:-50], r"x\.txt\.zst: truncated"),
+        ("x.txt.gz", WHOLE, r"damaged \.gz data"),
+        ("x.txt.xz", WHOLE, r"damaged \.xz data"),
+        ("x.txt.zst", WHOLE, r"damaged \.zst data"),
+        ("x.parquet", PARQUET_ENDS + WHOLE, "not a whole parquet file"),
+        ("x.parquet", PARQUET_ENDS, "not a whole parquet file"),
+    ],
+)
+def test_bad_inputs_are_one_clear_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        prepared([tmp_path / name], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_bad_parquet_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", {"body": ["a"], "text": [3]})
+    with pytest.raises(UsageError, match="no column 'words'; the columns are 'body', 'text'"):
+        prepared([tmp_path / "x.parquet"], tmp_path / "out", text_key="words")
+    with pytest.raises(UsageError, match="the column 'text' holds int64, not text"):
+        prepared([tmp_path / "x.parquet"], tmp_path / "out2")
+
+
+def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.txt").write_text("text")
+    missing: list[tuple[Path | str, str]] = [
+        ("none.txt", r"none\.txt: no such file or folder"),
+        ("./none", r"\./none: no such file"),
+        ("no thing", "no such file"),
+        (tmp_path / "empty", "holds no files"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("bad name=x.txt", "a source's name is made of"),
+    ]
+    for word, message in missing:
+        with pytest.raises(UsageError, match=message):
+            prepared([word], tmp_path / "out")
+    with pytest.raises(UsageError, match="no inputs"):
+        prepared([], tmp_path / "out")
+    with pytest.raises(UsageError, match="given twice"):
+        prepared([tmp_path / "x.txt", f"x={tmp_path / 'x.txt'}"], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"val_fraction 0\.6"):
+        prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.6)
+    with pytest.raises(UsageError, match="workers 0"):
+        prepared([tmp_path / "x.txt"], tmp_path / "out", workers=0)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="datasets is needed to read the data set some/name"):
+        prepared(["some/name"], tmp_path / "out3")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,119 @@
+"""Tokenizers: the built-in bytes, the three kinds of folder, and what cannot be loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import slope_cli
+from slope_cli.errors import UsageError
+from slope_cli.tokenizer import (
+    END_OF_TEXT,
+    byte_characters,
+    load_tokenizer,
+    masking_ids,
+    save_tokenizer,
+    separator_id,
+    vocabulary_size,
+)
+
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    return load_tokenizer("bytes")
+
+
+def gpt2_folder(folder: Path, *, end: str = END_OF_TEXT) -> Path:
+    words = [*byte_characters(), "he", end]
+    (folder / "vocab.json").write_text(json.dumps({word: at for at, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nh e\n")
+    return folder
+
+
+def test_bytes_are_their_own_ids(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert byte_tokenizer("héllo\r\n").input_ids == list("héllo\r\n".encode())
+    assert vocabulary_size(byte_tokenizer) == 257
+    assert separator_id(byte_tokenizer) == byte_tokenizer.bos_token_id == 256
+    assert byte_tokenizer(END_OF_TEXT).input_ids == [256]
+
+
+@given(st.text())
+def test_bytes_of_any_text_come_back(text: str) -> None:
+    core = load_tokenizer("bytes").backend_tokenizer
+    core.encode_special_tokens = True
+    ids = core.encode(text, add_special_tokens=False).ids
+    assert ids == list(text.encode())
+    assert core.decode(ids) == text
+
+
+def test_bytes_save_and_load(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_tokenizer(byte_tokenizer, tmp_path)
+    again = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (len(again), again.eos_token_id) == (257, 256)
+    assert again.decode(again("naïve — ok").input_ids) == "naïve — ok"
+    assert load_tokenizer(str(tmp_path))("é").input_ids == [195, 169]
+
+
+def test_gpt2_folder(tmp_path: Path) -> None:
+    tok = load_tokenizer(str(gpt2_folder(tmp_path)))
+    assert tok("he").input_ids == [256]
+    assert (separator_id(tok), vocabulary_size(tok)) == (257, 258)
+
+
+def test_bert_folder(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
+    tok = load_tokenizer(str(tmp_path))
+    assert tok("Hello worlds", add_special_tokens=False).input_ids == [5, 6, 7]
+    assert separator_id(tok) == 3
+    ids = masking_ids(tok)
+    assert (ids.cls, ids.sep, ids.mask, ids.pad, ids.vocab_size) == (2, 3, 4, 0, 8)
+    assert ids.never_mask == (0, 1, 2, 3, 4)
+
+
+def test_masked_objective_needs_its_tokens(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="cls, sep, mask, pad"):
+        masking_ids(byte_tokenizer)
+
+
+def test_no_separator() -> None:
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a")))
+    assert vocabulary_size(tok) == 8  # a hole in the vocabulary does not lower the largest id
+    with pytest.raises(UsageError, match="eos_token"):
+        separator_id(tok)
+
+
+def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UsageError, match="no such folder"):
+        load_tokenizer("./nowhere")
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(UsageError, match="is a file"):
+        load_tokenizer(str(file))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_gpt2_folder_without_end_of_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="endoftext"):
+        load_tokenizer(str(gpt2_folder(tmp_path, end="</s>")))
+
+
+def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
+    code = "import sys; from slope_cli.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    env["PYTHONPATH"] = str(Path(slope_cli.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UsageError: tokenizer nobody/nothing: no such folder" in last
+    assert "give `bytes` or a local folder" in last
