@@ -30,13 +30,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _write_error(path: Path, error: OSError) -> Exception:
+def write_error(path: Path, error: OSError) -> Exception:
+    """The error to raise for a write that failed: SlopeError for a full disk, UsageError for missing rights."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SlopeError(f"{path}: cannot be written, the disk (or quota) is full: {error.strerror}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -91,8 +92,15 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; it is let go however the process ends. UsageError if another one holds it."""
-    with open(folder / ".lock", "wb") as lock:
+    """Hold a folder for this process; it is let go however the process ends.
+
+    UsageError if another process holds it, or it cannot be written.
+    """
+    try:
+        lock = open(folder / ".lock", "wb")  # noqa: SIM115 - held by the with statement below
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -124,7 +124,8 @@ def plan(model: nn.Module, *, n: int = 2, m: int = 4, skip: Sequence[str] = ()) 
     rows = (LayerReport(name, shapes[name][0], shapes[name][1], reason(name, linear)) for name, linear in layers)
     report = Report(n, m, tuple(rows))
     if not report.swapped:
-        raise ValueError(f"no linear layer of {type(model).__name__} can be made sparse\n{report}")
+        reasons = "; ".join(f"{count} x {why}" for why, count in Counter(x.reason for x in report.layers).items())
+        raise ValueError(f"no linear layer of {type(model).__name__} can be made sparse ({reasons or 'it has none'})")
     return report
 
 

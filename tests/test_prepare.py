@@ -387,7 +387,7 @@ def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str) -
     with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out", tokenizer=bpe_folder)
     (tmp_path / "out/.parts/plan.json").write_text("{")
-    with pytest.raises(SlopeError, match="damaged.*delete the folder"):
+    with pytest.raises(SlopeError, match=r"damaged.*delete the folder"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
 
 

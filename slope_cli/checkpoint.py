@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or absent, and never loaded damaged.
+
+RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's files and manifest.json with the SHA-256 of each.
+It is written under a temporary name, hashed, given its manifest last, synced to disk and renamed; so a folder named
+step-* is complete, and a flipped byte anywhere in it shows as a wrong hash.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slope_cli.durable import file_sha256, read_sealed, sync_folder, write_sealed
+from slope_cli.errors import SlopeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+
+
+def state_tensors(model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> "dict[str, Tensor]":
+    """All that a checkpoint holds, as live tensors by name: parameters, buffers, and AdamW's state.
+
+    A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order.
+    """
+    import torch
+
+    named = model.state_dict(keep_vars=True)
+    first_name = {id(tensor): name for name, tensor in reversed(named.items())}
+    tensors = {f"model.{name}": tensor for name, tensor in named.items() if first_name[id(tensor)] == name}
+    if optimizer is not None:
+        states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+        for name, state in states.items():
+            tensors |= {f"optim.{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        if states:
+            tensors["optim.step"] = torch.stack([state["step"].float().cpu() for state in states.values()])
+    return tensors
+
+
+def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> None:
+    """Read a verified checkpoint into a model, and an AdamW with the same parameters, in place.
+
+    Raises:
+        SlopeError: its tensors are not those of this model, or it cannot be read.
+    """
+    import torch
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    saved = _saved_shapes(folder)
+    if optimizer is not None and "optim.step" in saved:
+        for parameter in (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved):
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            counted_on = parameter.device if optimizer.defaults["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.zeros((), device=counted_on), **zeros}
+    tensors = state_tensors(model, optimizer)
+    expected = {name: tuple(t.shape) for name, t in tensors.items()}
+    kept = {name: shape for name, shape in saved.items() if optimizer is not None or name.startswith("model.")}
+    if kept != expected:
+        wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
+        raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+    try:
+        with _single_process():
+            load(tensors, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
+    if optimizer is not None:
+        states = [optimizer.state[p] for p in model.parameters() if p in optimizer.state]
+        for state, step in zip(states, tensors.get("optim.step", torch.empty(0)), strict=True):
+            state["step"].copy_(step)
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it saves from one process; here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def save(run: Path, step: int, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any], *, keep: int) -> Path:
+    """Write a checkpoint, then drop all but the newest `keep`.
+
+    Args:
+        step: finished steps; a checkpoint of that step that is there already is left as it is.
+        facts: goes into the manifest as it is (JSON).
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SlopeError: it could not be written (a full disk, say); what was there before is untouched.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    parent = run / "checkpoints"
+    final, temporary = parent / f"step-{step:08d}", parent / f".tmp-step-{step:08d}"
+    if final.exists():
+        return final
+    need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
+    try:
+        parent.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (free := shutil.disk_usage(parent).free) < need:
+            raise OSError(f"{free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
+        with _single_process():
+            write(dict(tensors), checkpoint_id=temporary, no_dist=True)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
+        write_sealed(temporary / MANIFEST, {"step": step, "files": files, **facts})
+        os.rename(temporary, final)
+        sync_folder(parent)
+    except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SlopeError(f"the checkpoint of step {step} cannot be written to {parent}: {_reason(error)}") from None
+    with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
+        for old in folders(run)[keep:]:
+            dead = parent / f".dead-{old.name}"  # renamed first, so that a kill cannot leave half a step-* folder
+            os.rename(old, dead)
+            shutil.rmtree(dead)
+    return final
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error's text; a Ctrl-C that torch has wrapped like any error goes on its way."""
+    for wrapped, _ in getattr(error, "failures", {}).values():
+        if isinstance(wrapped, KeyboardInterrupt | SystemExit):
+            raise wrapped from None
+    return str(error).strip().splitlines()[-1]
+
+
+def clean(run: Path) -> None:
+    """Remove what an interrupted save or prune left behind."""
+    for leftover in (*run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.dead-*")):
+        shutil.rmtree(leftover)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hash every file of a checkpoint and compare with its manifest, which is returned.
+
+    Raises:
+        SlopeError: naming the first file that is missing, of another size, or altered.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    if manifest["step"] != _step(folder):
+        raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
+    present = {p.name for p in folder.iterdir()} - {MANIFEST}
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if name not in present:
+            raise SlopeError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise SlopeError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
+        if file_sha256(path) != entry["sha256"]:
+            raise SlopeError(f"{path} is damaged: its checksum does not fit")
+    return manifest
+
+
+def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest checkpoint that verifies, with its manifest and the faults of newer ones that do not.
+
+    Returns:
+        (folder, manifest, faults), or None where no checkpoint was ever saved.
+
+    Raises:
+        SlopeError: there are checkpoints, and every one is damaged.
+    """
+    faults: list[str] = []
+    for folder in folders(run):
+        try:
+            return folder, verify(folder), faults
+        except SlopeError as error:
+            faults.append(str(error))
+    if faults:
+        raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
+    return None
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Rename the damaged checkpoints beyond `step`, so that training can save under their names again."""
+    for folder in folders(run):
+        if _step(folder) > step:
+            names = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count())
+            folder.rename(next(path for path in names if not path.exists()))
+
+
+def folders(run: Path) -> list[Path]:
+    """Every step-* folder of a run, newest first."""
+    found = (folder for folder in run.glob("checkpoints/step-*") if folder.name.removeprefix("step-").isdigit())
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])

@@ -1,0 +1,225 @@
+"""The command line. Each command reads its words and calls one function; nothing heavy is imported before that.
+
+Results go to standard output, the log to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or config,
+75 stopped on a signal with a checkpoint saved.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import slope_cli
+from slope_cli import config as configs
+from slope_cli.errors import SlopeError, UsageError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=slope_cli.__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if debug:
+        os.environ["SLOPE_DEBUG"] = "1"
+    if version:
+        print(slope_cli.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file.")] = "gpt2-nano",
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained; needs no GPU, no data.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model; run the same command again to go on after a stop.
+
+    Without any argument: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
+    """
+    words = list(overrides or [])
+    if "=" in recipe:  # `slope pretrain train.steps=10` means the default recipe
+        recipe, words = "gpt2-nano", [recipe, *words]
+    config = configs.load(recipe, words)
+    if dry_run:
+        from slope_cli.dryrun import describe
+
+        _print(*describe(config), as_json)
+        return
+    from slope_cli.train import pretrain as train
+
+    # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
+    run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
+    summary = train(config, run, fresh=fresh)
+    _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
+
+
+def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
+    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
+    if len(summary["by_source"]) > 1:
+        lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
+    if "bigram_loss" in summary:
+        lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
+    if "sample" in summary:
+        lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
+    return [*lines, f"plot: {run / 'loss.png'}", f'more text: slope generate {run} "Once upon a time"']
+
+
+@data_app.command("prepare")
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, NAME=PATH, or a Hugging Face data set's name.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
+    text_key: Annotated[str, typer.Option(help="The field of JSONL and parquet rows that holds the text.")] = "text",
+    val_fraction: Annotated[float, typer.Option(help="The share of each source held out for validation.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+    split: Annotated[str, typer.Option(help="The split of a Hugging Face data set.")] = "train",
+    config_name: Annotated[str | None, typer.Option("--config", help="Its configuration.")] = None,
+) -> None:
+    """Turn text, JSONL, parquet (.gz .xz .zst), folders of these, or a Hugging Face data set into token files.
+
+    Run the same command again to go on after a stop.
+    """
+    from slope_cli import prepare as preparing
+
+    dataset = preparing.prepare(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        val_fraction=val_fraction,
+        workers=workers,
+        split=split,
+        config_name=config_name,
+    )
+    print(preparing.describe(dataset))
+
+
+@data_app.command("info")
+def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> None:
+    """Show the sources of a prepared folder, and check every byte of it."""
+    from slope_cli import prepare as preparing
+    from slope_cli.data import open_dataset
+
+    print(preparing.describe(open_dataset(folder)))
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="Text to go on with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    seed: int = 0,
+) -> None:
+    """Let a trained model go on with a text."""
+    from slope_cli import runs
+    from slope_cli.generate import continue_text
+    from slope_cli.launch import pick_device
+
+    _, model, tokenizer, _ = runs.load_trained(run, pick_device("auto"))
+    print(continue_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapters to the weights, which become dense.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that transformers' from_pretrained loads, adapters beside it for PEFT, and check its logits."""
+    from slope_cli.export import export as write
+
+    result = write(run, folder, merge=merge)
+    text = f"{folder}: step {result['step']}, reloaded logits differ by {result['logits_difference']:.1e} of their size"
+    _print(result, [text], as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    copy: Annotated[Path | None, typer.Option(help="Write it to a file instead.")] = None,
+) -> None:
+    """List the recipes, or print one."""
+    if name is None:
+        for recipe in configs.recipe_names():
+            print(f"{recipe:24}{configs.recipe_text(recipe).splitlines()[0].lstrip('# ')}")
+        return
+    text = configs.recipe_text(name)
+    if copy is None:
+        print(text, end="")
+    elif copy.exists():
+        raise UsageError(f"{copy}: is there already; choose another file")
+    else:
+        copy.write_text(text)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Path of the picture; it is written as .png and .svg.")] = Path("loss"),
+) -> None:
+    """Draw the loss of one or several runs as PNG and SVG."""
+    from slope_cli.plots import draw_loss
+
+    for file in draw_loss(runs, out):
+        print(file)
+
+
+@app.command()
+def check(run: Run, as_json: AsJson = False) -> None:
+    """Verify a run: config, log, every byte of its checkpoints, and the sparse layers of the newest."""
+    from slope_cli.check import check as verify
+
+    result = verify(run)
+    _print(result, result["lines"], as_json)
+    if result["faults"]:
+        raise SlopeError(f"{run}: {len(result['faults'])} fault(s), the first in {result['faults'][0]}")
+
+
+def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    print(json.dumps(result, indent=1) if as_json else "\n".join(lines))
+
+
+def main() -> None:
+    """Run the command line; known faults become one line and an exit code."""
+    try:
+        app(prog_name="slope")
+    except (SlopeError, OSError, MemoryError, RuntimeError) as error:
+        reason = _one_line(error)
+        if "SLOPE_DEBUG" in os.environ or not reason:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def _one_line(error: Exception) -> str:
+    """What a known fault says, in one line; empty for a defect, which keeps its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, SlopeError | OSError):
+        return text
+    # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text.partition('. ')[0]}); lower train.micro_batch or train.seq_len"
+    return ""

@@ -1,0 +1,354 @@
+"""The configuration of a run: defaults here, then a recipe's YAML, then KEY=VALUE words of the command line.
+
+Everything is strict: an unknown key, a wrong type or a value out of range is a UsageError that says what to set.
+"""
+
+import contextlib
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from slope_cli.errors import UsageError
+
+# Keys that may change between two starts of one run: they do not touch what is computed.
+FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
+
+
+def _need(ok: bool, key: str, value: object, rule: str) -> None:
+    if not ok:
+        raise UsageError(f"{key}={value}: {rule}")
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    _need(value in choices, key, value, f"choose one of {', '.join(choices)}")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(math.isfinite(value) and value > 0, f"{section}.{name}", value, "must be positive")
+
+
+def _not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(math.isfinite(value) and value >= 0, f"{section}.{name}", value, "must be 0 or more")
+
+
+def _share(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _need(0 <= value <= 1, f"{section}.{name}", value, "must lie between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = "gpt2-nano"
+    """One of the shapes of slope_cli.models."""
+    dropout: float | None = None
+    """All of the family's dropout rates at once; null keeps the shape's own."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the transformers config to change, for example {n_layer: 6}."""
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None:
+            _need(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and below 1")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    path: str = "embedded"
+    """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
+    verify: bool = True
+    """Hash every token file before training (about 2 GB/s)."""
+
+
+@dataclass(kw_only=True)
+class SparsityConfig:
+    n: int = 2
+    m: int = 4
+    mask: str = "magnitude"
+    """How W^R is chosen, once: magnitude of the initial weights, or random."""
+    renew_every: int = 100
+    """Choose the columns of W^{R,C} anew every so many steps; 0 never."""
+    skip: list[str] = field(default_factory=list)
+    """Regular expressions of layer names that stay dense too."""
+
+    def __post_init__(self) -> None:
+        rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
+        _need(0 < self.n < self.m, "sparsity.n", self.n, f"{rule}, and sparsity.m is {self.m}")
+        _one_of("sparsity.mask", self.mask, ("magnitude", "random"))
+        _not_negative("sparsity", self, "renew_every")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"sparsity.skip: {pattern!r} is no regular expression ({error})") from None
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    rank: float = 0.0156
+    """A whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
+    start: float = 0.99
+    """The share of the run after which adapters join."""
+    alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; null for 1."""
+    lr: float | None = None
+    """The adapters' own peak learning rate; null for optim.lr."""
+    warmup: float = 0.1
+    """Their warm-up: a share of the adapters' steps if below 1, else a number of steps."""
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _not_negative("adapters", self, "rank", "warmup", "weight_decay")
+        whole_or_share = self.rank < 1 or float(self.rank).is_integer()
+        _need(whole_or_share, "adapters.rank", self.rank, "must be a whole number or a share below 1")
+        _share("adapters", self, "start")
+        for name in ("alpha", "lr"):
+            if getattr(self, name) is not None:
+                _positive("adapters", self, name)
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; on matrices only, never on biases and norms."""
+    schedule: str = "cosine"
+    warmup: float = 0.01
+    """Linear warm-up: a share of the run if below 1, else a number of steps."""
+    min_lr: float = 0.1
+    """The schedule's end as a share of the peak."""
+    power: float = 0.5
+    """Of the polynomial schedule."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        _positive("optim", self, "lr", "eps", "power")
+        _one_of("optim.schedule", self.schedule, ("cosine", "linear", "polynomial", "constant"))
+        _share("optim", self, "min_lr")
+        _not_negative("optim", self, "warmup", "weight_decay", "clip")
+        _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "must be at least 0 and below 1")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    tokens_per_step: int = 524_288
+    micro_batch: int = 8
+    """Sequences in one forward pass; the accumulation follows from tokens_per_step."""
+    seq_len: int = 1024
+    dtype: str = "auto"
+    """Of the products: bf16 (autocast; weights and optimizer stay float32) or fp32; auto is bf16 on a GPU."""
+    device: str = "auto"
+    seed: int = 1
+    deterministic: bool = False
+    """Refuse kernels that do not repeat bit for bit."""
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "steps", "tokens_per_step", "micro_batch", "seq_len")
+        _one_of("train.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        _not_negative("train", self, "seed")
+        tokens = self.micro_batch * self.seq_len
+        rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
+        _need(self.tokens_per_step % tokens == 0, "train.tokens_per_step", self.tokens_per_step, rule)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one step."""
+        return self.tokens_per_step // (self.micro_batch * self.seq_len)
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    every: int = 10
+    """Steps between two lines of a log that is no terminal."""
+    val_every: int = 250
+    """Steps between validations; 0 only at the end."""
+    val_tokens: int = 262_144
+    """Validation tokens of each source, at most."""
+    sample_every: int = 1000
+    """Steps between text samples; 0 only at the end."""
+    sample_prompt: str = "The "
+    sample_tokens: int = 100
+    save_every: int = 500
+    """Steps between checkpoints; 0 only at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("log", self, "every", "val_tokens", "sample_tokens")
+        _not_negative("log", self, "val_every", "sample_every", "save_every")
+        _need(self.keep >= 2, "log.keep", self.keep, "keep at least 2, so that a damaged checkpoint is no loss")
+
+
+@dataclass(kw_only=True)
+class Config:
+    method: str = "slope"
+    """slope: double-pruned sparse layers with lazy adapters; dense: the same model and loop without them."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, ("slope", "dense"))
+
+    @property
+    def adapter_step(self) -> int | None:
+        """The first step (from 0) with adapters, or None; a run that has adapters has them for one step at least."""
+        if self.method != "slope" or not self.adapters.rank:
+            return None
+        return min(round(self.adapters.start * self.train.steps), self.train.steps - 1)
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes in the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _recipes().iterdir() if f.name.endswith(".yaml"))
+
+
+def _recipes() -> Any:
+    return resources.files("slope_cli.recipes")
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe, by its name in the package or a file's path.
+
+    Raises:
+        UsageError: there is none, with the nearest names.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{name}: is not a text file; give a recipe in YAML") from None
+        except OSError as error:
+            raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
+    if name not in recipe_names():
+        near = difflib.get_close_matches(name, recipe_names(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `slope recipes`"
+        raise UsageError(f"{name}: no recipe of this name; {hint}")
+    text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
+    return text
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the recipe, then the overrides.
+
+    Args:
+        recipe: a name of `recipe_names()` or the path of a YAML file.
+        overrides: words KEY=VALUE, for example "optim.lr=1e-3".
+
+    Raises:
+        UsageError: an unknown recipe or key, a wrong type, a value out of range.
+    """
+    text = recipe_text(recipe)
+    merged = OmegaConf.structured(Config())
+    with _one_line(f"{recipe}: "):
+        _refuse_base_60(yaml.compose(text, yaml.SafeLoader), "")
+        merged = _merge(merged, OmegaConf.create(text))
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{word}: is not KEY=VALUE; say for example train.steps=100")
+        with _one_line(""):
+            _refuse_base_60(yaml.compose(value, yaml.SafeLoader), key)
+            merged = _merge(merged, OmegaConf.from_dotlist([word]))
+    with _one_line(""):
+        config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def _merge(config: DictConfig, changes: Any) -> DictConfig:
+    if not isinstance(changes, DictConfig):
+        raise UsageError("is not a mapping of keys to values")
+    for name, value in ((str(key), value) for key, value in changes.items()):
+        if (section := _keys([name])) and not isinstance(value, DictConfig):
+            raise UsageError(f"{name}={value}: is a section; set its keys, such as {name}.{section[0]}")
+    merged = OmegaConf.merge(config, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _refuse_base_60(node: yaml.Node | None, key: str) -> None:
+    """YAML 1.1 reads 2:4 as the base-60 number 124, silently."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            _refuse_base_60(value, f"{key}.{name.value}".removeprefix("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_base_60(value, key)
+    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
+        n, m = node.value.split(":")[:2]
+        raise UsageError(f"{key}: {node.value} would be read as a base-60 number; say sparsity.n={n} sparsity.m={m}")
+
+
+@contextlib.contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """Turn what omegaconf and YAML raise into one line: the file, the full key, what is wrong, the nearest key."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{where}line {line} is not YAML: {error.problem}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UsageError(f"{where}{_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).strip().splitlines()[0].removesuffix(".")
+    full_key = str(getattr(error, "full_key", None) or "")
+    if not full_key or "not in" not in first:
+        return f"{full_key}: {first}" if full_key else first
+    *parents, wrong = full_key.split(".")
+    known = _keys(parents)
+    near = difflib.get_close_matches(wrong, known, n=1)
+    hint = f"did you mean {'.'.join([*parents, *near])}?" if near else f"known are {', '.join(known)}"
+    return f"{full_key}: unknown key; {hint}"
+
+
+def _keys(parents: Sequence[str]) -> list[str]:
+    section: Any = Config()
+    for parent in parents:
+        section = getattr(section, parent, None)
+    return [f.name for f in fields(section)] if is_dataclass(section) else []
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys, apart from FREE_KEYS, in which two configurations differ, each as "key: old -> new"."""
+    a, b = _flat(OmegaConf.structured(old)), _flat(OmegaConf.structured(new))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+def _flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in node.items():
+        key = prefix + str(name)
+        if key not in FREE_KEYS:
+            flat |= _flat(value, f"{key}.") if isinstance(value, DictConfig) else {key: str(value)}
+    return flat

@@ -1,0 +1,97 @@
+"""`slope pretrain RECIPE --dry-run`: what would be trained, without a GPU, without data, without memory for it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from slope_cli import config as configs
+from slope_cli import models, runs
+from slope_cli.accounting import Account, account
+from slope_cli.config import Config
+from sparse_kernels import LayerReport, Report
+
+
+def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """What a run would be: as a record for JSON, and as lines of YAML that can be loaded back, all else comments.
+
+    Raises:
+        UsageError: the config's parts do not fit together.
+    """
+    model = models.build_model(runs.model_config(config), device="meta")
+    report = runs.plan_layers(config, model)
+    counts = account(config, report, model)
+    comments = ["", *_layers(report), "", *_numbers(config, counts)]
+    record = {
+        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "layers": [asdict(layer) for layer in report.layers] if report is not None else [],
+        "account": asdict(counts),
+    }
+    return record, [*configs.dump(config).splitlines(), *(f"# {line}".rstrip() for line in comments)]
+
+
+def _layers(report: Report | None) -> list[str]:
+    """The layer table in the model's order: neighbouring blocks whose layer is alike share a line."""
+    if report is None:
+        return ["linear layers: all dense"]
+    by_name: dict[str, list[tuple[int, LayerReport]]] = {}
+    for layer in report.layers:
+        parts = layer.name.split(".")
+        block = next((int(part) for part in parts if part.isdigit()), -1)
+        by_name.setdefault(".".join("*" if part.isdigit() else part for part in parts), []).append((block, layer))
+    lines = [
+        f"{len(report.swapped)} of {len(report.layers)} linear layers are {report.n}:{report.m} sparse",
+        f"{'layer':52}{'blocks':>9}{'out':>8}{'in':>8}  becomes",
+    ]
+    for name, found in by_name.items():
+        for blocks, layer in _alike(found):
+            became = f"dense: {layer.reason}" if layer.reason else f"sparse {report.n}:{report.m}"
+            lines.append(f"{name:52}{blocks:>9}{layer.out_features:>8}{layer.in_features:>8}  {became}")
+    return lines
+
+
+def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:
+    """Runs of consecutive blocks with equal layers, as "0-63", "0", or "" outside the blocks."""
+
+    def kind(place: int) -> tuple[int, int, int, str]:
+        block, layer = found[place]
+        return block - place, layer.out_features, layer.in_features, layer.reason
+
+    for _, group in groupby(range(len(found)), key=kind):
+        places = list(group)
+        first, last = found[places[0]][0], found[places[-1]][0]
+        yield "" if first < 0 else str(first) if first == last else f"{first}-{last}", found[places[0]][1]
+
+
+def _numbers(config: Config, a: Account) -> list[str]:
+    train = config.train
+    state, dense = sum(a.state_bytes.values()), sum(a.dense_state_bytes.values())
+    adapters = "none"
+    if config.adapter_step is not None:
+        adapters = f"{a.adapter_parameters:,} parameters after step {config.adapter_step:,}"
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
+        ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
+        ("parameters, dense model", f"{a.dense_parameters:,}"),
+        ("parameters trained", f"{a.trained_parameters:,}"),
+        ("adapters", adapters),
+        ("training state", f"{_size(state)}, {state / dense:.3f} of the dense run's {_size(dense)}"),
+        *((f"  {name}", _size(size)) for name, size in a.state_bytes.items() if size),
+        (
+            "activations, estimate",
+            f"{_size(a.activation_bytes)} for {train.micro_batch} x {train.seq_len} tokens in 16 bits",
+        ),
+        ("FLOP a token", f"{a.dense_flops_per_token:.3e} dense-equivalent, {a.real_flops_per_token:.3e} real"),
+        *([("  adapters, once joined", f"{a.adapter_flops_per_token:.3e}")] if a.adapter_flops_per_token else []),
+    ]
+    return [f"{name:28}{value}" for name, value in rows]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,54 @@
+"""Text from a trained causal model."""
+
+from typing import TYPE_CHECKING
+
+from slope_cli import models
+from slope_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def continue_text(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model makes of it, sampled; with temperature 0 the likeliest token each time.
+
+    Args:
+        tokens: how many to add at most; fewer where the model's positions end.
+
+    Raises:
+        UsageError: an empty prompt, one that fills the model's positions, or a model that cannot continue text.
+    """
+    import torch
+
+    if models.objective(model.config) == "masked":
+        raise UsageError(f"{type(model).__name__}: predicts masked tokens and cannot continue text; use a causal model")
+    ids_1T = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+    length, positions = ids_1T.shape[1], models.max_seq_len(model.config)
+    if length == 0:
+        raise UsageError("prompt: is empty; give some text to go on with")
+    if length >= positions:
+        raise UsageError(f"prompt: has {length} tokens and the model only {positions} positions; shorten it")
+    training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    with torch.no_grad():
+        out_1T = model.generate(
+            input_ids=ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            max_new_tokens=min(tokens, positions - length),
+            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    model.train(training)
+    return str(tokenizer.decode(out_1T[0], skip_special_tokens=True))

@@ -1,0 +1,65 @@
+"""What surrounds a run: signals that ask it to stop, and its device."""
+
+import os
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from slope_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+STOPPED = 75
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved a checkpoint: start it again to go on."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL catches SIGUSR1, so SLURM is told USR2
+
+
+class StopFlag:
+    """While open, a first SIGTERM, SIGINT or SIGUSR2 only sets `name`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __enter__(self) -> "StopFlag":
+        self._old = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def require_one_process() -> None:
+    """Refuse to start as one of several processes.
+
+    Raises:
+        UsageError: torchrun or srun started more than one.
+    """
+    for key in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if os.environ.get(key, "1") != "1" and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
+            raise UsageError(f"{key}={os.environ[key]}: a run trains in one process; start a single task")
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device called `name`, or for "auto" the GPU where there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"train.device={name}: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,65 @@
+"""AdamW's parameter groups and the learning rate of a step."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from slope_cli.config import Config, OptimConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.AdamW":
+    """AdamW over all parameters; weight decay on matrices, none on biases and norms.
+
+    The kept values of a sparse layer are a matrix like any other, so its state is that much smaller.
+    """
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optim = config.optim
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "phase": "run"},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "phase": "run"},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def add_adapter_group(optimizer: "torch.optim.Optimizer", parameters: "Iterable[nn.Parameter]", config: Config) -> None:
+    """The adapters' own group: their learning rate, their decay, and a fresh state."""
+    decay = config.adapters.weight_decay
+    optimizer.add_param_group({"params": list(parameters), "weight_decay": decay, "phase": "adapters"})
+
+
+def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Config) -> float:
+    """Give every group its learning rate for a step (counted from 0); returns the run's."""
+    optim, adapters, steps = config.optim, config.adapters, config.train.steps
+    run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
+    for group in optimizer.param_groups:
+        group["lr"] = run
+        if group["phase"] == "adapters" and config.adapter_step is not None:
+            since, left = step - config.adapter_step, steps - config.adapter_step
+            group["lr"] = learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
+    return run
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float, optim: OptimConfig) -> float:
+    """Linear warm-up to `peak`, then the schedule down to `optim.min_lr` of it at the last step.
+
+    Args:
+        step: from 0 to steps - 1.
+        warmup: a share of `steps` if below 1, else a number of steps.
+    """
+    warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    left: float = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+        "linear": 1 - done,
+        "polynomial": (1 - done) ** optim.power,
+        "constant": 1.0,
+    }[optim.schedule]
+    return peak * (optim.min_lr + (1 - optim.min_lr) * left)

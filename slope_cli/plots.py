@@ -1,0 +1,106 @@
+"""Loss curves of one or several runs, as PNG and SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slope_cli import metrics
+from slope_cli.errors import SlopeError, UsageError
+
+WINDOW = 20
+"""Steps over which the line over the training loss is a mean; fewer in the beginning, where it would lag behind."""
+OPENING = 50
+"""The steep first 1/OPENING of a run does not decide the height of the picture."""
+
+_SMOOTH: dict[str, Any] = {"linewidth": 1.6}
+_VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
+_JOIN: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
+
+
+def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Draw training and validation loss against tokens; a dotted line marks where adapters joined.
+
+    Args:
+        out: the path, with or without ending; OUT.png and OUT.svg are written.
+
+    Raises:
+        UsageError: a folder that is no run.
+        SlopeError: a run without a finished step, or with a damaged log.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = [(run, _records(run)) for run in runs]
+    # Text as text, so that an SVG can be searched and edited; the salt makes it the same file each time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        heights = [_draw_run(axes, records, f"C{number}") for number, (_, records) in enumerate(drawn)]
+        _label(axes, [str(run) for run in runs], joined=any(_of("adapters", records) for _, records in drawn))
+        low, high = min(low for low, _ in heights), max(high for _, high in heights)
+        margin = 0.06 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        name = out.name.removesuffix(".png").removesuffix(".svg")
+        files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
+        for file in files:
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    if not (run / metrics.JSONL).is_file():
+        raise UsageError(f"{run}: is not the folder of a run (no {metrics.JSONL})")
+    records = metrics.read(run)
+    if not _of("train", records):
+        raise SlopeError(f"{run}: has no finished step to draw")
+    return records
+
+
+def _of(kind: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple[float, float]:
+    """Draw one run; returns the lowest and the highest loss that the picture should show of it."""
+    train, val = _of("train", records), _of("val", records)
+    per_step = train[0]["tokens"] / train[0]["step"]
+    tokens, losses = [r["tokens"] for r in train], [r["loss"] for r in train]
+    smooth = _smooth(losses)
+    axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth, color=color, **_SMOOTH)
+    axes.plot([r["step"] * per_step for r in val], [r["loss"] for r in val], color=color, **_VAL)
+    for record in _of("adapters", records):
+        axes.axvline(record["step"] * per_step, color=color, **_JOIN)
+    opening = len(losses) // OPENING
+    return min(losses + [r["loss"] for r in val]), max(smooth[opening:])
+
+
+def _label(axes: Any, names: Sequence[str], *, joined: bool) -> None:
+    """Axes, title and legend; with several runs, colours tell the runs apart and line styles the curves."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.3)
+    if len(names) == 1:
+        axes.set_title(Path(names[0]).resolve().name)
+    else:
+        for number, name in enumerate(names):
+            axes.plot([], [], color=f"C{number}", label=name, **_SMOOTH)
+    color = "C0" if len(names) == 1 else "0.4"
+    axes.plot([], [], color=color, label="training", **_SMOOTH)
+    axes.plot([], [], color=color, label="validation", **_VAL)
+    if joined:
+        axes.plot([], [], color=color, label="adapters join", **_JOIN)
+    axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Exponential mean over a tenth of the steps so far, at most WINDOW."""
+    mean, smooth = 0.0, []
+    for number, loss in enumerate(losses, 1):
+        mean += (loss - mean) / min(WINDOW, max(1.0, number / 10))
+        smooth.append(mean)
+    return smooth

@@ -1,0 +1,212 @@
+"""The folder of a run: what is in it, who may use it, and the model that it holds.
+
+RUN/config.yaml          the resolved configuration
+RUN/environment.jsonl    a line for each start: versions, source, machine
+RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
+RUN/checkpoints/step-*   see slope_cli.checkpoint
+RUN/tokenizer/           for generate and export
+RUN/data/                the embedded text as tokens, in a run that trains on it
+RUN/loss.png, loss.svg   drawn at the end
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import slope_cli
+import sparse_kernels
+from slope_cli import checkpoint, durable, metrics, models
+from slope_cli import config as configs
+from slope_cli.config import Config
+from slope_cli.errors import SlopeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from sparse_kernels import Report
+
+CONFIG = "config.yaml"
+
+
+@contextlib.contextmanager
+def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
+    """Hold the folder of a new run, or of this very run, for this process.
+
+    Raises:
+        UsageError: it holds something else, a run of another configuration, any run if `fresh`, cannot be written,
+            or another process holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in (".lock", f".{CONFIG}.tmp"))
+    except OSError as error:
+        raise UsageError(f"cannot make a run in {run}: {error.strerror}") from None
+    if foreign and not (run / CONFIG).is_file():
+        raise UsageError(f"{run} is not empty and holds no run (there is {foreign[0]}); choose another --out")
+    if not os.access(run, os.W_OK):
+        raise UsageError(f"{run}: cannot be written")
+    with durable.held_folder(run):
+        _settle_config(run, config, fresh=fresh)
+        yield
+
+
+def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
+    """Write the configuration of a new run, or compare it with the one that is there."""
+    if (run / CONFIG).is_file():
+        if fresh:
+            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
+        changed = configs.differences(configs.load(str(run / CONFIG)), config)
+        # Before its first step a run may still change: a start that failed on a wrong size must not bar the right one.
+        if changed and (run / metrics.JSONL).exists():
+            raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
+        if not changed:
+            return
+    with durable.atomic_file(run / CONFIG) as file:
+        file.write(configs.dump(config).encode())
+
+
+def note_environment(run: Path, device: "torch.device") -> None:
+    """Append what this start runs on to environment.jsonl: no secrets, of the environment only SLURM's job number."""
+    import torch
+
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "omegaconf",
+        "safetensors",
+        "cupy-cuda12x",
+        "cupy-cuda13x",
+    )
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    facts = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "slope": slope_cli.__version__,
+        "source": source_version(),
+        "python": platform.python_version(),
+        **{name: found for name in packages if (found := _version(name))},
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "device": str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    path = run / "environment.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+    except OSError as error:
+        raise durable.write_error(path, error) from error
+
+
+@functools.cache
+def source_version() -> dict[str, str | None]:
+    """A hash over the program's own source files, and the git commit where they lie in a checkout."""
+    package, kernels = Path(slope_cli.__file__).parent, Path(sparse_kernels.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted((*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cu"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    try:
+        command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"sha256": digest.hexdigest()[:16], "git": commit}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def model_config(config: Config) -> "PreTrainedConfig":
+    """transformers' config of a run's model; UsageError for sizes that do not fit."""
+    m = config.model
+    return models.model_config(m.name, overrides=m.overrides, seq_len=config.train.seq_len, dropout=m.dropout)
+
+
+def plan_layers(config: Config, model: "PreTrainedModel") -> "Report | None":
+    """Which layers of a run's model become sparse, changing nothing; None for a dense run.
+
+    Raises:
+        UsageError: no layer can, a skip pattern matches none, or the adapters' rank does not fit one.
+    """
+    from sparse_kernels import plan
+    from sparse_kernels.convert import adapter_rank
+
+    if config.method == "dense":
+        return None
+    try:
+        report = plan(model, n=config.sparsity.n, m=config.sparsity.m, skip=config.sparsity.skip)
+    except ValueError as error:
+        raise UsageError(f"sparsity: {error}") from None
+    for layer in report.swapped:
+        side = min(layer.out_features, layer.in_features)
+        if adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side:
+            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
+    return report
+
+
+def build(config: Config, device: "torch.device | str") -> "tuple[PreTrainedModel, Report | None]":
+    """The model of a run as it is before its first step, with its sparse layers, and their report."""
+    from sparse_kernels import sparsify
+
+    model = models.build_model(model_config(config), device=str(device), seed=config.train.seed)
+    report, s = plan_layers(config, model), config.sparsity
+    if report is not None:
+        sparsify(model, n=s.n, m=s.m, mask=s.mask, seed=config.train.seed, skip=s.skip)
+    return model, report
+
+
+def load_trained(
+    run: Path, device: "torch.device | str" = "cpu"
+) -> "tuple[Config, PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]":
+    """A run's config, the model of its newest sound checkpoint, its tokenizer, and the checkpoint's manifest.
+
+    Raises:
+        UsageError: not the folder of a run.
+        SlopeError: it has no sound checkpoint.
+    """
+    from slope_cli.tokenizer import load_tokenizer
+    from sparse_kernels import add_adapters
+
+    config = open_config(run)
+    found = checkpoint.latest(run)
+    if found is None:
+        raise SlopeError(f"{run} has no checkpoint yet")
+    folder, manifest, faults = found
+    for fault in faults:
+        print(f"warning: {fault}; using {folder.name}", file=sys.stderr)
+    model, _ = build(config, device)
+    if manifest["adapters"]:
+        add_adapters(model, config.adapters.rank, alpha=config.adapters.alpha)
+    checkpoint.restore(folder, model, None)
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    # A shape brings the published ids of its own tokenizer; what the model was trained with is another.
+    for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
+        settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return config, model.eval(), tokenizer, manifest
+
+
+def open_config(run: Path) -> Config:
+    """The configuration of an existing run; UsageError if the folder holds none."""
+    if not (run / CONFIG).is_file():
+        raise UsageError(f"{run} is not the folder of a run (no {CONFIG})")
+    return configs.load(str(run / CONFIG))

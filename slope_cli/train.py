@@ -1,0 +1,353 @@
+"""The training loop.
+
+A step is a pure function of the weights, the optimizer's state and the step's number: its batch comes from
+slope_cli.data, and every random draw in it (dropout) from a generator seeded by (seed, step). So a checkpoint needs no
+random state, and a resumed run repeats an uninterrupted one bit for bit on the same device.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs
+from slope_cli.config import Config
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.generate import continue_text
+from slope_cli.models import Loss
+from slope_cli.tokenizer import load_tokenizer, masking_ids, save_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from slope_cli.data import Batch, Blocks, Dataset, MaskingIds
+
+BIGRAM_LIMIT = 4096
+"""Vocabularies up to this size are compared with a bigram model."""
+
+
+class Stopped(SlopeError):
+    """The run was asked to stop and has saved a checkpoint."""
+
+    exit_code = launch.STOPPED
+
+
+@dataclass
+class Trainer:
+    """What the steps of a run share."""
+
+    config: Config
+    dataset: "Dataset"
+    blocks: "Blocks"
+    masking: "MaskingIds | None"
+    tokenizer: "PreTrainedTokenizerFast"
+    device: "torch.device"
+    model: "PreTrainedModel"
+    optimizer: "torch.optim.AdamW"
+    autocast: "contextlib.AbstractContextManager[Any]"
+
+
+def pretrain(config: Config, run: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Train, or go on training, in the folder `run`.
+
+    Returns:
+        The last validation record, with `bigram_loss` where the vocabulary is small.
+
+    Raises:
+        UsageError: the config does not fit the data, the machine, or what is in the folder.
+        Stopped: a signal asked for it, and a checkpoint is saved.
+        SlopeError: a non-finite loss, a damaged file, a full disk.
+    """
+    launch.require_one_process()
+    device = launch.pick_device(config.train.device)
+    with runs.claimed(run, config, fresh=fresh), launch.StopFlag() as stop:
+        checkpoint.clean(run)
+        runs.note_environment(run, device)
+        trainer = _prepare(config, run, device)
+        step = _resume(trainer, run)
+        save_tokenizer(trainer.tokenizer, run / "tokenizer")
+        log = metrics.MetricsLog(run, step, tensorboard=config.log.tensorboard)
+        progress = metrics.Progress(step, config.train.steps, config.log.every, config.train.tokens_per_step)
+        try:
+            _fit(trainer, run, step, stop, log, progress)
+        finally:
+            progress.close()
+            log.close()
+    return _summary(trainer, run)
+
+
+def _fit(
+    t: Trainer, run: Path, step: int, stop: launch.StopFlag, log: metrics.MetricsLog, progress: metrics.Progress
+) -> None:
+    """Take the steps from `step` to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
+    from sparse_kernels import renew_column_masks
+
+    config, steps = t.config, t.config.train.steps
+    renew_every = config.sparsity.renew_every if config.method == "slope" else 0
+    t.model.train()
+    while step < steps:
+        if step == config.adapter_step:
+            count = _join_adapters(t)
+            # The first step with them, not the last without: a checkpoint between the two must not keep this record.
+            log.write("adapters", step + 1, parameters=count)
+            progress.say(f"step {step + 1}: low-rank adapters join ({count:,} parameters)")
+        started = time.perf_counter()
+        lr = optim.set_learning_rates(t.optimizer, step, config)
+        loss, grad_norm = _train_step(t, step)
+        step += 1
+        if _due(step, renew_every):
+            renew_column_masks(t.model)
+        speed = config.train.tokens_per_step / (time.perf_counter() - started)
+        tokens = step * config.train.tokens_per_step
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, "tokens_per_s": round(speed, 1)}
+        progress.step(log.write("train", step, **values))
+
+        last = step == steps
+        if last or _due(step, config.log.val_every):
+            record = log.write("val", step, **_validate(t))
+            progress.say(f"step {step}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
+        if (last or _due(step, config.log.sample_every)) and t.masking is None:
+            prompt, count = config.log.sample_prompt, config.log.sample_tokens
+            text = continue_text(t.model, t.tokenizer, prompt, tokens=count, seed=config.train.seed)
+            progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
+        stopped_by = "" if last else stop.name  # read once: a signal from here on is for the next step
+        if last or stopped_by or _due(step, config.log.save_every):
+            log.sync()
+            _save(t, run, step, must=last or bool(stopped_by), progress=progress)
+        if stopped_by:
+            raise Stopped(f"stopped by {stopped_by} after step {step}, checkpoint saved; run the same command to go on")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _train_step(t: Trainer, step: int) -> tuple[float, float]:
+    """Forward, backward and update over one step's tokens; returns the mean loss and the gradient's norm."""
+    import torch
+
+    config, accumulation = t.config.train, t.config.train.accumulation
+    torch.manual_seed(_mix(config.seed, step))
+    total = torch.zeros((), device=t.device)
+    for micro in range(accumulation):
+        batch = _to_device(_train_batch(t, step, micro), t.device)
+        with t.autocast:
+            loss = models.batch_loss(t.model, batch, _objective(t))
+        (loss.total / accumulation).backward()
+        total += loss.total.detach() / accumulation
+        if not math.isfinite(total.item()):
+            raise SlopeError(_blame_forward(t, batch, step))
+    trained = [p for p in t.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if not math.isfinite(norm.item()):
+        raise SlopeError(_blame_gradient(t.model, step))
+    if t.config.optim.clip:
+        torch.nn.utils.clip_grads_with_norm_(trained, t.config.optim.clip, norm)
+    t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm.item()
+
+
+def _mix(seed: int, step: int) -> int:
+    """One number below 2^63 for (seed, step): neighbours give unrelated generators."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _objective(t: Trainer) -> models.Objective:
+    return "causal" if t.masking is None else "masked"
+
+
+def _train_batch(t: Trainer, step: int, micro: int) -> "Batch":
+    train = t.config.train
+    where: dict[str, int] = {"world": 1, "micro_batch": train.micro_batch, "accumulation": train.accumulation}
+    indices = data.sample_indices(step, micro, 0, **where, seed=train.seed, length=len(t.blocks))
+    if t.masking is None:
+        return data.causal_batch(t.blocks, indices)
+    numbers = data.sample_numbers(step, micro, 0, **where)
+    return data.masked_batch(t.blocks, indices, special=t.masking, seed=train.seed, sample_numbers=numbers)
+
+
+def _to_device(batch: "Batch", device: "torch.device") -> "dict[str, Tensor]":
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return tensors
+
+
+def _validate(t: Trainer) -> dict[str, Any]:
+    """Mean token loss and perplexity of each source's validation text, and over all of it."""
+    import torch
+
+    sums = {}
+    t.model.eval()
+    with torch.no_grad(), t.autocast:
+        for source in t.dataset.val:
+            batches = (_to_device(batch, t.device) for batch in _val_batches(t, source))
+            losses = [models.batch_loss(t.model, batch, _objective(t)) for batch in batches]
+            if losses:
+                sums[source] = _weighted(losses)
+    t.model.train()
+    loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+    by_source = {source: total / count for source, (total, count) in sums.items()}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
+
+
+def _val_batches(t: Trainer, source: str) -> "Iterator[Batch]":
+    train = t.config.train
+    where: dict[str, int] = {"tokens": t.config.log.val_tokens, "micro_batch": train.micro_batch, "seed": train.seed}
+    return data.val_batches(t.dataset.val[source], seq_len=train.seq_len, masking=t.masking, **where)
+
+
+def _weighted(losses: list[Loss]) -> tuple[float, int]:
+    """Summed token loss and number of targets over batches."""
+    counts = [int(loss.targets) for loss in losses]
+    return sum(float(loss.token_loss) * count for loss, count in zip(losses, counts, strict=True)), sum(counts)
+
+
+def _join_adapters(t: Trainer) -> int:
+    """Give every sparse layer its adapter and the optimizer a group for them; returns their number of parameters."""
+    from sparse_kernels import add_adapters
+
+    a = t.config.adapters
+    adapters = add_adapters(t.model, a.rank, alpha=a.alpha, seed=t.config.train.seed)
+    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+    optim.add_adapter_group(t.optimizer, parameters, t.config)
+    return sum(p.numel() for p in parameters)
+
+
+def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Progress) -> None:
+    """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
+    joined = t.config.adapter_step is not None and step > t.config.adapter_step
+    facts = {"adapters": joined, "data": t.dataset.fingerprint, "environment": runs.source_version()}
+    tensors = checkpoint.state_tensors(t.model, t.optimizer)
+    try:
+        folder = checkpoint.save(run, step, tensors, facts, keep=t.config.log.keep)
+    except SlopeError as error:
+        if must:
+            raise
+        progress.say(f"warning: {error}; training goes on")
+    else:
+        progress.say(f"step {step}: saved {folder}")
+
+
+def _resume(t: Trainer, run: Path) -> int:
+    """Restore the newest sound checkpoint, if there is one; returns the number of finished steps."""
+    found = checkpoint.latest(run)
+    if found is None:
+        return 0
+    folder, manifest, faults = found
+    for fault in faults:
+        print(f"warning: {fault}; going on from {folder.name}", file=sys.stderr)
+    if manifest["data"] != t.dataset.fingerprint:
+        raise UsageError(f"{run} was trained on other data than {t.dataset.folder}; choose another --out")
+    if manifest["adapters"]:
+        _join_adapters(t)
+    checkpoint.restore(folder, t.model, t.optimizer)
+    checkpoint.set_aside_newer(run, manifest["step"])
+    print(f"going on from {folder}", file=sys.stderr)
+    return int(manifest["step"])
+
+
+def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
+    """Everything a step needs, and the checks that it fits together."""
+    import torch
+
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
+        torch.use_deterministic_algorithms(True)
+    dataset = open_data(config, run)
+    tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
+    model, report = runs.build(config, device)
+    dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
+    masked = models.objective(model.config) == "masked"
+    print(report or "dense run: no layer is sparse", file=sys.stderr)
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
+    trainer = Trainer(
+        config=config,
+        dataset=dataset,
+        blocks=data.Blocks(dataset.train, config.train.seq_len),
+        masking=masking_ids(tokenizer) if masked else None,
+        tokenizer=tokenizer,
+        device=device,
+        model=model,
+        optimizer=optim.build_optimizer(model, config),
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    )
+    _check_evaluation(trainer)
+    return trainer
+
+
+def _check_evaluation(t: Trainer) -> None:
+    """UsageError for what validation and sampling would only stumble over later: no text to validate on, no prompt."""
+    if not any(True for source in t.dataset.val for _ in _val_batches(t, source)):
+        raise UsageError(f"{t.dataset.folder}: has no validation text; prepare it with a larger --val-fraction")
+    if t.masking is None:
+        length, room = len(t.tokenizer.tokenize(t.config.log.sample_prompt)), models.max_seq_len(t.model.config)
+        rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
+        if not 0 < length < room:
+            raise UsageError(f"log.sample_prompt: {rule}")
+
+
+def open_data(config: Config, run: Path) -> "Dataset":
+    """The data set of a run; the embedded text is made into token files inside the run's folder."""
+    if config.data.path != "embedded":
+        return data.open_dataset(config.data.path, verify=config.data.verify)
+    if (run / "data" / data.MANIFEST).exists():
+        return data.open_dataset(run / "data", verify=config.data.verify)
+    from slope_cli.prepare import prepare
+
+    with resources.as_file(resources.files("slope_cli") / "assets" / "austen.jsonl.xz") as text:
+        return prepare([str(text)], run / "data", tokenizer="bytes", val_fraction=0.05, workers=1, progress=False)
+
+
+def _summary(t: Trainer, run: Path) -> dict[str, Any]:
+    """Draw the run's plot and collect what is worth printing of it."""
+    records = metrics.read(run)
+    plots.draw_loss([run], run / "loss")
+    summary = dict([record for record in records if record["kind"] == "val"][-1])
+    if t.dataset.vocab_size <= BIGRAM_LIMIT:
+        files = list(t.dataset.val.values())
+        summary["bigram_loss"] = data.bigram_loss(t.dataset.train, files, t.dataset.vocab_size)
+    samples = [record["text"] for record in records if record["kind"] == "sample"]
+    return summary | ({"sample": samples[-1]} if samples else {})
+
+
+def _blame_forward(t: Trainer, batch: "dict[str, Tensor]", step: int) -> str:
+    """Run the forward pass again and name the first layer whose output is not finite."""
+    import torch
+
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: "nn.Module", inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                bad.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in t.model.named_modules() if name]
+    with torch.no_grad(), t.autocast:
+        models.batch_loss(t.model, batch, _objective(t))
+    for handle in handles:
+        handle.remove()
+    where = f"first in the output of {bad[0]}" if bad else "in the loss itself"
+    return f"step {step + 1}: the loss is not finite, {where}; nothing was updated"
+
+
+def _blame_gradient(model: "nn.Module", step: int) -> str:
+    """Name the layer nearest to the loss whose gradient is not finite."""
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    where = bad[-1] if bad else "the norm alone"
+    return f"step {step + 1}: the gradient of {where} is not finite ({len(bad)} in all); nothing was updated"

@@ -1,0 +1,104 @@
+"""`slope check` finds what is damaged in a run, names the file, and ends with 1."""
+
+import json
+from pathlib import Path
+
+import pytest
+from trained import copied, prepared, slope, trained
+
+from slope_cli import checkpoint, runs
+from slope_cli.check import check
+from sparse_kernels import sparse_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_sound_run_has_no_fault() -> None:
+    result = check(trained())
+    assert result["faults"] == []
+    assert result["lines"] == [
+        "config.yaml: sound",
+        "metrics.jsonl: sound",
+        "step-00000006: sound",
+        "model and tokenizer: sound",
+    ]
+
+
+FILES = [
+    "checkpoints/step-00000006/__0_0.distcp",
+    "checkpoints/step-00000006/.metadata",
+    "checkpoints/step-00000006/manifest.json",
+    "tokenizer/tokenizer.json",
+    "metrics.jsonl",
+    "config.yaml",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    # The first byte of text files: their syntax breaks. Elsewhere one in the middle.
+    flip(run / name, 0 if name.endswith((".jsonl", "tokenizer.json", ".yaml")) else None)
+    result = slope("check", run)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {run}: ")
+    assert Path(name).name in result.err or Path(name).parent.name in result.err
+    assert "FAULT" in result.out
+    record = json.loads(slope("check", run, "--json").out)
+    assert any(Path(name).name in fault or Path(name).parent.name in fault for fault in record["faults"])
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_missing_or_short_file_is_named(name: str, tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    (run / name).write_bytes((run / name).read_bytes()[:-1])
+    assert Path(name).name in slope("check", run).err
+    (run / name).unlink()
+    assert Path(name).name in slope("check", run).err
+
+
+def test_a_damaged_checkpoint_does_not_hide_a_sound_one(tmp_path: Path) -> None:
+    run = copied(trained("gpt2-nano", "log.save_every=3"), tmp_path)
+    flip(run / "checkpoints/step-00000006/__0_0.distcp")
+    lines = check(run)["lines"]
+    assert "step-00000003: sound" in lines
+    assert "model and tokenizer: sound" in lines
+    assert sum("FAULT" in line for line in lines) == 1
+
+
+def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
+    """Every hash is right, and still the layer is not 2:4: something wrote it so."""
+    run = copied(trained(), tmp_path)
+    _, model, _, manifest = runs.load_trained(run)
+    name, layer = next(iter(sparse_layers(model)))
+    layer.positions[0, 0] ^= 1
+    facts = {key: value for key, value in manifest.items() if key not in ("step", "files")}
+    checkpoint.save(run, 7, checkpoint.state_tensors(model, None), facts, keep=2)
+    result = slope("check", run)
+    assert result.code == 1
+    assert f"{name}: the stored positions are not exactly 2:4" in result.err
+
+
+def test_embedded_data_in_the_run_is_checked_too(tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    (run / "data").symlink_to(prepared())
+    assert "data: sound" in check(run)["lines"]
+
+
+def test_a_run_without_a_checkpoint_is_sound(tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    for folder in checkpoint.folders(run):
+        folder.rename(tmp_path / folder.name)
+    assert check(run)["faults"] == []
+
+
+def test_what_is_no_run() -> None:
+    result = slope("check", "/nowhere")
+    assert result == (2, "", "error: /nowhere: is not the folder of a run (no config.yaml)\n")

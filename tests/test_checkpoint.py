@@ -1,0 +1,337 @@
+"""Checkpoints: whole or absent, never loaded damaged, nothing lost on a full disk."""
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_run, final_state, finish, printed, start, tiny
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem
+
+from slope_cli import checkpoint, metrics
+from slope_cli.errors import SlopeError
+from slope_cli.train import pretrain
+from sparse_kernels import add_adapters, sparsify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trained_model(seed: int = 0, *, adapters: bool = True) -> tuple[nn.Module, torch.optim.AdamW]:
+    """A small model with a tied weight, sparse layers and adapters, and an optimizer after a step of it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16, bias=False))
+    model[3].weight = model[0].weight
+    sparsify(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    if adapters:
+        added = add_adapters(model, 4)
+        optimizer.add_param_group({"params": [p for adapter in added.values() for p in adapter.parameters()]})
+    model(torch.arange(16)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    return checkpoint.state_tensors(*trained_model(seed))
+
+
+def save(run: Path, *steps: int, keep: int = 5) -> list[Path]:
+    return [checkpoint.save(run, step, tensors(step), {"note": step}, keep=keep) for step in steps]
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ save and restore
+
+
+def test_a_restored_model_and_optimizer_are_equal_bit_for_bit_and_go_on_alike(tmp_path: Path) -> None:
+    model, optimizer = trained_model()
+    folder = checkpoint.save(tmp_path, 1, checkpoint.state_tensors(model, optimizer), {}, keep=2)
+    other, fresh = trained_model(seed=1)
+    fresh.state.clear()
+    checkpoint.restore(folder, other, fresh)
+    for _ in range(2):
+        ours, theirs = checkpoint.state_tensors(other, fresh), checkpoint.state_tensors(model, optimizer)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for net, stepper in ((model, optimizer), (other, fresh)):
+            net(torch.arange(16)).sum().backward()
+            stepper.step()
+            stepper.zero_grad()
+
+
+def test_every_tensor_is_there_once() -> None:
+    names = set(tensors())
+    assert "model.0.weight" in names
+    assert "model.3.weight" not in names  # tied to it
+    assert {"model.2.values", "model.2.positions", "model.2.positions_t", "model.2.adapter.A"} <= names
+    assert {"optim.2.values.exp_avg", "optim.2.values.exp_avg_sq", "optim.step"} <= names
+
+
+def test_the_model_alone_can_be_restored(tmp_path: Path) -> None:
+    model, optimizer = trained_model()
+    folder = checkpoint.save(tmp_path, 1, checkpoint.state_tensors(model, optimizer), {}, keep=2)
+    other, _ = trained_model(seed=1)
+    checkpoint.restore(folder, other, None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_another_model_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    model, optimizer = trained_model(adapters=False)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(SlopeError, match=r"step-00000001 is of another model: .* tensors differ, the first is"):
+        checkpoint.restore(folder, model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-00000004", "step-00000003"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_an_existing_step_is_never_written_to(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    before = content(folder)
+    assert checkpoint.save(tmp_path, 1, tensors(9), {"note": 9}, keep=2) == folder
+    assert content(folder) == before
+
+
+def test_leftovers_are_no_checkpoints_and_are_cleaned_up(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    parent = tmp_path / "checkpoints"
+    for name in (".tmp-step-00000002", ".dead-step-00000000", "step-notes", "damaged-0-step-00000007"):
+        (parent / name).mkdir()
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found[0].name, found[1]["note"], found[2]) == ("step-00000001", 1, [])
+    checkpoint.clean(tmp_path)
+    assert sorted(p.name for p in parent.iterdir()) == ["damaged-0-step-00000007", "step-00000001", "step-notes"]
+
+
+def test_no_checkpoint_at_all_is_no_fault(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+
+
+# ------------------------------------------------------------------------------------------------------- damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "flipped at the start": lambda path: flip(path, 0),
+    "flipped in the middle": flip,
+    "flipped at the end": lambda path: flip(path, 1),
+    "truncated": truncate,
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", checkpoint.MANIFEST])
+def test_any_damage_to_any_file_is_named_and_the_previous_one_taken(tmp_path: Path, name: str, damage: str) -> None:
+    old, new = save(tmp_path, 1, 2)
+    DAMAGE[damage](new / name)
+    with pytest.raises(SlopeError, match=f"step-00000002/{name}"):
+        checkpoint.verify(new)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    folder, manifest, faults = found
+    assert (folder, manifest["step"], len(faults)) == (old, 1, 1)
+    assert str(new / name) in faults[0]
+
+
+def test_a_checkpoint_has_no_other_files_than_those_damaged_above(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    assert sorted(content(folder)) == [".metadata", "__0_0.distcp", checkpoint.MANIFEST]
+
+
+def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    path = folder / checkpoint.MANIFEST
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(SlopeError, match="damaged"):
+            checkpoint.verify(folder)
+
+
+def test_a_checkpoint_under_another_number_is_not_taken(tmp_path: Path) -> None:
+    (folder,) = save(tmp_path, 1)
+    folder.rename(folder.with_name("step-00000005"))
+    with pytest.raises(SlopeError, match="step-00000005 holds the checkpoint of step 1"):
+        checkpoint.latest(tmp_path)
+
+
+def test_when_none_is_sound_each_is_named(tmp_path: Path) -> None:
+    for folder in save(tmp_path, 1, 2):
+        flip(folder / "__0_0.distcp")
+    with pytest.raises(SlopeError, match=r"no checkpoint of .* is sound: .*step-00000002.*; .*step-00000001"):
+        checkpoint.latest(tmp_path)
+
+
+def test_damaged_ones_are_set_aside_time_after_time(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for _ in range(2):
+        (new,) = save(tmp_path, 2)
+        flip(new / ".metadata")
+        before = content(new)
+        checkpoint.set_aside_newer(tmp_path, 1)
+        assert before in [content(path) for path in (tmp_path / "checkpoints").glob("damaged-*")]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["damaged-0-step-00000002", "damaged-1-step-00000002", "step-00000001"]
+
+
+def test_a_run_warns_goes_on_from_the_previous_one_and_saves_under_the_number_again(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip(run / "checkpoints" / "step-00000012" / "__0_0.distcp")
+    pretrain(tiny(data), run)
+    err = capsys.readouterr().err
+    assert "warning: " in err
+    assert "step-00000012/__0_0.distcp is damaged: its checksum does not fit; going on from step-00000008" in err
+    assert (run / "checkpoints" / "damaged-0-step-00000012").is_dir()
+    assert_same_run(tiny(data), run, finished)
+
+
+def test_a_run_with_no_sound_checkpoint_stops_and_overwrites_nothing(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for folder in checkpoint.folders(run):
+        flip(folder / ".metadata")
+    before = content(run)
+    with pytest.raises(SlopeError, match=r"no checkpoint of .* is sound"):
+        pretrain(tiny(data), run)
+    after = content(run)
+    after["environment.jsonl"] = before["environment.jsonl"]  # each start adds a line
+    assert after == before
+
+
+# ----------------------------------------------------------------------------------- a full disk, an interruption
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file can grow beyond 20 kB: what a full disk is like, without one."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    save(tmp_path, 1)
+    before = content(tmp_path)
+    request.getfixturevalue("small_files")
+    with pytest.raises(SlopeError, match=r"^the checkpoint of step 2 cannot be written to [^\n]*$"):
+        save(tmp_path, 2)
+    assert content(tmp_path) == before
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+
+
+def test_a_save_is_not_tried_where_the_space_is_short(tmp_path: Path) -> None:
+    huge = {"model.x": torch.empty(1, dtype=torch.uint8).expand(1 << 60)}
+    with pytest.raises(SlopeError, match=r"cannot be written to .* GB free, .* GB needed"):
+        checkpoint.save(tmp_path, 1, huge, {}, keep=2)
+
+
+def test_a_second_ctrl_c_in_the_middle_of_a_save_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model_tensors = tensors()
+    monkeypatch.setattr(filesystem.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 1, model_tensors, {}, keep=2)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def fill_disk_during_save(step: int) -> None:
+    """In a child: while it saves the step, no file can grow beyond 20 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = checkpoint.save
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(run: Path, at: int, *args: Any, **kwargs: Any) -> Path:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if at == step else most, most))
+        try:
+            return save(run, at, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    checkpoint.save = limited
+
+
+def test_when_a_periodic_save_fails_training_goes_on(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert finish(start(tiny(data), run, fill_disk_during_save, 8)) == 0
+    assert "warning: the checkpoint of step 8 cannot be written" in printed(run)
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000012", "step-00000004"]
+    assert_same_run(tiny(data), run, finished)
+
+
+def test_when_the_last_save_fails_the_run_fails_and_can_be_done_again(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert finish(start(tiny(data), run, fill_disk_during_save, 12)) == 1
+    assert printed(run).splitlines()[-1].startswith("error: the checkpoint of step 12 cannot be written")
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000008", "step-00000004"]
+    pretrain(tiny(data), run)
+    assert_same_run(tiny(data), run, finished)
+
+
+def fill_disk() -> None:
+    """In a child: once training has begun, no file can grow beyond 6 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    write = metrics.MetricsLog.write
+
+    def limited(log: metrics.MetricsLog, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return write(log, *args, **kwargs)
+
+    metrics.MetricsLog.write = limited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("tensorboard", ["true", "false"])
+def test_a_log_that_cannot_be_written_is_one_line(data: Path, tmp_path: Path, tensorboard: str) -> None:
+    run = tmp_path / "run"
+    words = ("train.steps=80", "log.save_every=0", "log.val_every=0", f"log.tensorboard={tensorboard}")
+    assert finish(start(tiny(data, *words), run, fill_disk)) == 1
+    said = printed(run).splitlines()
+    assert said[-1].endswith("metrics.jsonl: cannot be written, the disk (or quota) is full: File too large")
+    if tensorboard == "true":  # its copy ends first, which does not stop the run
+        assert any(line.startswith(f"warning: {run / 'tensorboard'} ends at step") for line in said)
+    else:
+        assert [line for line in said if "rror" in line] == said[-1:]
+
+
+def test_saving_changes_nothing(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(tiny(data, "log.save_every=1", "log.val_every=1", "log.sample_every=2"), run)
+    ours, theirs = final_state(tiny(data), run), final_state(tiny(data), finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,355 @@
+"""The command line: help, exit codes, what goes to which stream, and one clear line for each bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trained import STEPS, defaults, prepared, slope, small, texts, trained
+
+import slope_cli
+import slope_cli.errors
+from slope_cli import cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMANDS = [
+    [],
+    ["pretrain"],
+    ["data"],
+    ["data", "prepare"],
+    ["data", "info"],
+    ["generate"],
+    ["export"],
+    ["recipes"],
+    ["plot"],
+    ["check"],
+]
+
+
+def error(*words: str | Path, code: int = 2) -> str:
+    """Run a command that must fail with one line on standard error and nothing on standard output."""
+    result = slope(*words)
+    lines = result.err.splitlines()
+    assert (result.code, result.out, len(lines)) == (code, "", 1), result
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in lines[0]
+    return lines[0].removeprefix("error: ")
+
+
+def train_error(*words: str | Path, out: Path, code: int = 2) -> str:
+    """The same for a training run; the table of layers may come before the error."""
+    result = slope("pretrain", defaults(), *small("gpt2-nano"), *words, "--out", out)
+    last = result.err.splitlines()[-1]
+    assert (result.code, result.out, result.err.count("error: ")) == (code, "", 1), result
+    assert "Traceback" not in result.err
+    return last.removeprefix("error: ")
+
+
+# ------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_of_every_command(words: list[str]) -> None:
+    result = slope(*words, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert "Usage: slope" in result.out
+
+
+def test_every_command_is_in_that_list() -> None:
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    names |= {group.name for group in cli.app.registered_groups}
+    assert names == {words[0] for words in COMMANDS if words}
+
+
+def test_help_is_quick() -> None:
+    program = shutil.which("slope", path=Path(sys.executable).parent) or shutil.which("slope")
+    command = [program] if program else [sys.executable, "-c", "from slope_cli.cli import main; main()"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([*command, "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["recipes"], ["--version"]])
+def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
+    script = (
+        f"import sys; sys.argv = ['slope', *{words!r}]\n"
+        "from slope_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_version() -> None:
+    assert slope("--version") == (0, f"{slope_cli.__version__}\n", "")
+
+
+# ------------------------------------------------------------------------------------------------ wrong words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrian"],
+        ["pretrain", "--nonsense"],
+        ["pretrain", "--out"],
+        ["generate"],
+        ["generate", "run", "text", "--tokens", "0"],
+        ["generate", "run", "text", "--temperature", "-1"],
+        ["generate", "run", "text", "--tokens", "many"],
+        ["export", "run"],
+        ["plot"],
+        ["check"],
+        ["data", "prepare", "text"],
+        ["data", "nonsense"],
+    ],
+)
+def test_wrong_usage_is_exit_2(words: list[str]) -> None:
+    result = slope(*words)
+    assert (result.code, result.out) == (2, "")
+    assert " Error " in result.err
+
+
+def test_a_misspelt_command_is_met_with_the_right_one() -> None:
+    assert "Did you mean 'pretrain'?" in slope("pretrian").err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=3"], "optim.lrr: unknown key; did you mean optim.lr?"),
+        (["gpt2-small", "optim.lrr=3"], "optim.lrr: unknown key; did you mean optim.lr?"),
+        (["gpt2-smal"], "gpt2-smal: no recipe of this name; did you mean gpt2-small"),
+        (["gpt2-nano", "train.steps"], "train.steps: is not KEY=VALUE"),
+        (["sparsity.n=2:4"], "sparsity.n: 2:4 would be read as a base-60 number; say sparsity.n=2 sparsity.m=4"),
+        (["train.steps=1e5"], "train.steps: Value '100000.0' of type 'float' could not be converted to Integer"),
+        (["train.steps=0"], "train.steps=0: must be positive"),
+        (["model.name=gpt2-smal"], "unknown model 'gpt2-smal'; did you mean gpt2-small"),
+        (["model.overrides.n_layr=2"], "model gpt2-nano has no setting 'n_layr'; did you mean n_layer"),
+        (["model.overrides.n_head=3"], "model gpt2-nano: 3 attention heads do not divide the width 128"),
+        (["sparsity.skip=[nonsense]"], "sparsity: skip pattern 'nonsense' matches no linear layer"),
+        (["sparsity.skip=[.]"], "sparsity: no linear layer of GPT2LMHeadModel can be made sparse"),
+        (["adapters.rank=129"], "adapters.rank=129: transformer.h.0.attn.c_proj has a side of only 128"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("mode", ["--dry-run", "--out"])
+def test_a_wrong_config_is_one_line(words: list[str], message: str, mode: str, tmp_path: Path) -> None:
+    tail: list[str | Path] = [mode] if mode == "--dry-run" else [mode, tmp_path / "run"]
+    assert error("pretrain", *words, *tail).startswith(message)
+
+
+def test_positions_that_end_before_the_sequence() -> None:
+    words = ["train.micro_batch=1", "train.seq_len=16384", "--dry-run"]
+    assert error("pretrain", "llama3-8b", *words).startswith("model llama3-8b: seq_len 16384 is longer than")
+
+
+def test_a_wrong_recipe_file_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    for text, message in [
+        ("sparsity:\n  n: 2:4\n", "sparsity.n: 2:4 would be read as a base-60 number"),
+        ("optim:\n  lrr: 1\n", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("optim: [\n", "line 2 is not YAML"),
+    ]:
+        recipe.write_text(text)
+        assert error("pretrain", recipe, "--dry-run").startswith(f"{recipe}: {message}")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    assert train_error("train.device=nonsense", out=tmp_path / "run").startswith("train.device=nonsense: ")
+
+
+# ------------------------------------------------------------------------------------------- data and folders
+
+
+def test_ids_above_the_vocabulary(tmp_path: Path) -> None:
+    words = [f"data.path={prepared()}", "model.overrides.vocab_size=256"]
+    message = train_error(*words, out=tmp_path / "run")
+    assert "token id 256 is above the model's vocabulary of 256" in message
+    assert "set the model's vocabulary to 257" in message
+
+
+def test_a_sequence_longer_than_the_data(tmp_path: Path) -> None:
+    words = ["train.seq_len=16384", "train.tokens_per_step=32768", "model.overrides.n_positions=16384"]
+    message = train_error(f"data.path={prepared()}", *words, out=tmp_path / "run")
+    assert "fewer than one sequence needs" in message
+
+
+def test_a_missing_an_unfinished_and_a_foreign_data_folder(tmp_path: Path) -> None:
+    missing, foreign, unfinished = tmp_path / "none", tmp_path / "foreign", tmp_path / "unfinished"
+    foreign.mkdir()
+    (unfinished / ".parts").mkdir(parents=True)
+    assert train_error(f"data.path={missing}", out=tmp_path / "a").startswith(f"{missing}: no such data folder")
+    assert train_error(f"data.path={foreign}", out=tmp_path / "b").startswith(f"{foreign}: not a prepared data set")
+    assert "unfinished preparation" in train_error(f"data.path={unfinished}", out=tmp_path / "c", code=1)
+    assert error("data", "info", missing).startswith(f"{missing}: no such data folder")
+
+
+def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
+    data = f"data.path={prepared()}"
+    other = train_error(data, "optim.lr=0.5", out=trained())
+    assert "optim.lr: 0.01 -> 0.5" in other
+    assert "choose another --out" in other
+    (tmp_path / "letter.txt").write_text("dear reader")
+    assert "letter.txt" in train_error(data, out=tmp_path)
+    assert "letter.txt" in train_error(data, out=tmp_path / "letter.txt")
+    result = slope("pretrain", defaults(), *small("gpt2-nano"), data, "--out", trained(), "--fresh")
+    assert (result.code, result.out) == (2, "")
+    assert "--fresh" in result.err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in train_error(f"data.path={prepared()}", out=tmp_path / "run")
+    assert str(tmp_path) in error("export", trained(), tmp_path / "export", code=1)
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "{}", "text"], ["export", "{}", "x"], ["plot", "{}"], ["check", "{}"]]
+)
+def test_what_is_no_run_is_named(command: list[str], tmp_path: Path) -> None:
+    assert "not the folder of a run" in error(*(word.format(tmp_path) for word in command))
+    assert str(tmp_path / "none") in error(*(word.format(tmp_path / "none") for word in command))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert error("recipes", "gpt2-small", "--copy", tmp_path / "none" / "x.yaml", code=1).startswith(str(tmp_path))
+    assert error("plot", trained(), "--out", tmp_path / "file" / "loss", code=1).startswith(str(tmp_path / "file"))
+
+
+# ---------------------------------------------------------------------------------------- results and streams
+
+
+def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> None:
+    words = ["pretrain", str(defaults()), *small("gpt2-nano"), f"data.path={prepared()}", "--out", str(trained())]
+    result = slope(*words)
+    assert result.code == 0
+    assert result.out.startswith(f"step {STEPS}: validation loss ")
+    assert "a bigram model of the same text: " in result.out
+    assert "sample:\n  The " in result.out
+    assert f"plot: {trained()}/loss.png" in result.out
+    record = json.loads(slope(*words, "--json").out)
+    assert record["step"] == STEPS
+    assert f"{record['loss']:.4f}" in result.out
+
+
+def test_the_first_start_logs_to_standard_error(tmp_path: Path) -> None:
+    words = [*small("gpt2-nano"), f"data.path={prepared()}", "train.steps=2", "log.every=1"]
+    result = slope("pretrain", defaults(), *words, "--json", "--out", tmp_path / "run")
+    assert result.code == 0
+    assert json.loads(result.out)["run"] == str(tmp_path / "run")
+    assert "step 1/2  loss" in result.err
+    assert "layers are 2:4 sparse" in result.err
+
+
+def test_the_name_of_a_recipe_is_that_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for recipe, name in [("opt-1.3b", "opt-1.3b"), ("./deep/my.v2.yaml", "my.v2")]:
+        if recipe.endswith(".yaml"):
+            (tmp_path / "deep").mkdir()
+            (tmp_path / recipe).write_text("")
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "letter.txt").write_text("dear reader")
+        assert f"runs/{name}" in error("pretrain", recipe)
+
+
+def test_check_of_a_sound_run_as_text_and_json() -> None:
+    result = slope("check", trained())
+    assert (result.code, result.err) == (0, "")
+    assert all(line.endswith(": sound") for line in result.out.splitlines())
+    assert json.loads(slope("check", trained(), "--json").out)["faults"] == []
+
+
+def test_info_of_a_data_folder() -> None:
+    result = slope("data", "info", prepared())
+    assert (result.code, result.err) == (0, "")
+    assert "tokenizer bytes, 257 ids" in result.out
+
+
+def test_prepare_prints_the_table(tmp_path: Path) -> None:
+    result = slope("data", "prepare", texts(), "--out", tmp_path / "data", "--workers", "1")
+    assert result.code == 0
+    assert result.out == slope("data", "info", tmp_path / "data").out
+    missing = slope("data", "prepare", tmp_path / "none.txt", "--out", tmp_path / "other")
+    assert (missing.code, missing.out, missing.err.count("\n")) == (2, "", 1)
+
+
+# ------------------------------------------------------------------------------------------------------- debug
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(slope_cli.errors.UsageError):
+        slope("--debug", "pretrain", "optim.lrr=3", "--dry-run")
+    assert "SLOPE_DEBUG" not in os.environ
+
+
+def test_no_error_prints_local_variables(tmp_path: Path) -> None:
+    """Neither a known fault, nor one with --debug, nor a defect: a variable may hold a secret."""
+    script = (
+        "import sys\n"
+        "from slope_cli import cli\n"
+        "@cli.app.command()\n"
+        "def broken(known: bool = False) -> None:\n"
+        "    token = '-'.join(['hush', 'hush'])\n"
+        "    raise cli.UsageError('a fault') if known else ValueError('a defect')\n"
+        "sys.argv = ['slope', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    path = tmp_path / "broken.py"
+    path.write_text(script)
+    for words, code, traceback in [
+        (["broken", "--known"], 2, False),
+        (["--debug", "broken", "--known"], 1, True),
+        (["broken"], 1, True),
+    ]:
+        done = subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert ("Traceback" in done.stderr) == traceback
+        assert "hush-hush" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "out of memory (CUDA out of memory);"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory ("),
+        (MemoryError(), "out of memory ("),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+        (OSError("something"), "something"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(
+    fault: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(prog_name: str) -> None:
+        raise fault
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {line}")
+    assert shown.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(prog_name: str) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main()

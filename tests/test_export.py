@@ -1,0 +1,245 @@
+"""An export loads with transformers and PEFT and is the run's model; one that is not is refused and leaves nothing."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from trained import SENTENCES, copied, scratch, slope, trained
+from transformers import AutoTokenizer, PreTrainedModel
+
+from slope_cli import models, runs
+from slope_cli.export import ADAPTER, TOLERANCE, export
+from slope_cli.tokenizer import load_tokenizer
+from sparse_kernels import sparse_layers
+
+# PEFT asks transformers a question that has a new name there.
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFTS_OWN]
+
+FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
+
+
+@cache
+def exported(model: str, *more: str) -> Path:
+    """The export of a tiny trained run, with all its words."""
+    merge = "--merge" in more
+    out = scratch() / f"export-{'-'.join([model, *more])}"
+    words = [word for word in more if word != "--merge"]
+    result = slope("export", trained(model, *words), out, *["--merge"] * merge)
+    assert (result.code, result.err) == (0, ""), result
+    return out
+
+
+def auto(model: str) -> Any:
+    return transformers.AutoModelForPreTraining if model == "bert-base" else transformers.AutoModelForCausalLM
+
+
+def logits(model: nn.Module, vocab: int) -> Tensor:
+    ids = torch.randint(vocab, (3, 20), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        output = model.eval()(input_ids=ids)
+    found: Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
+    return found
+
+
+def close(loaded: nn.Module, run: PreTrainedModel) -> bool:
+    """Whether two models give the same logits, for other tokens than the export's own comparison."""
+    vocab = models.vocab_size(run.config)
+    expected = logits(run, vocab)
+    return bool((logits(loaded, vocab) - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    weight = layer.get_parameter("weight")
+    return weight.t() if type(layer).__name__ == "Conv1D" else weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    out = exported(family)
+    _, run, _, _ = runs.load_trained(trained(family))
+    loaded = auto(family).from_pretrained(out)
+    layers = dict(sparse_layers(run))
+    assert len(layers) >= 7
+    for name, layer in layers.items():
+        weight = stored_weight(loaded.get_submodule(name))
+        assert torch.equal(weight, layer.weight)
+        assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+        assert torch.equal(weight != 0, layer.row_mask() & (weight != 0))
+        assert layer.adapter is not None
+        assert layer.adapter.B.abs().max() > 0
+    assert not close(loaded, run)
+    with_adapters = peft.PeftModel.from_pretrained(loaded, out / ADAPTER)
+    assert close(with_adapters, run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
+    out = exported(family, "--merge")
+    _, run, _, _ = runs.load_trained(trained(family))
+    assert not (out / ADAPTER).exists()
+    assert close(auto(family).from_pretrained(out), run)
+    assert "merged" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("adapters.rank=0",),
+        ("method=dense",),
+        ("adapters.rank=0.2", "adapters.alpha=3"),
+        ("sparsity.n=1", "sparsity.m=2", "train.dtype=bf16"),
+    ],
+)
+def test_other_runs(more: tuple[str, ...]) -> None:
+    peft = pytest.importorskip("peft")
+    out = exported("gpt2-nano", *more)
+    _, run, _, _ = runs.load_trained(trained("gpt2-nano", *more))
+    loaded = auto("gpt2-nano").from_pretrained(out)
+    if (out / ADAPTER).exists():
+        config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
+        ranks = {config["r"], *config["rank_pattern"].values()}
+        assert ranks == {layer.adapter.rank for _, layer in sparse_layers(run) if layer.adapter is not None}
+        loaded = peft.PeftModel.from_pretrained(loaded, out / ADAPTER)
+    else:
+        assert "adapters.rank=0" in more or "method=dense" in more
+    assert close(loaded, run)
+
+
+def test_each_layer_may_have_a_rank_of_its_own() -> None:
+    """A share of the smaller side differs between layers; PEFT must read each one's rank and scale."""
+    peft = pytest.importorskip("peft")
+    more = ("model.overrides.num_key_value_heads=1", "adapters.rank=0.25", "adapters.alpha=2")
+    out = exported("llama3-8b", *more)
+    config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) == {4}
+    assert config["r"] == 8
+    _, run, _, _ = runs.load_trained(trained("llama3-8b", *more))
+    assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / ADAPTER), run)
+
+
+def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    _, run, _, _ = runs.load_trained(trained())
+    assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / ADAPTER), run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_loads_and_gives_text_back(family: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported(family))
+    original = load_tokenizer(str(trained(family) / "tokenizer"))
+    text = SENTENCES[0]
+    assert tokenizer(text).input_ids == original(text).input_ids
+    back = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+    assert back == (text.lower() if family == "bert-base" else text)
+
+
+def test_the_export_generates_and_ends_with_the_tokenizers_own_id() -> None:
+    out = exported("opt-125m")
+    loaded, tokenizer = auto("opt-125m").from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == tokenizer.eos_token_id == 256
+    ids = tokenizer("The ", return_tensors="pt")
+    assert loaded.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=256).shape == (1, 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_card_says_what_it_is_and_its_code_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    card = (exported(family) / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "2:4 sparse along the input features" in card
+    assert "Trained on: 384 tokens (6 steps)" in card
+    assert "Validation loss: " in card
+    monkeypatch.chdir(exported(family))
+    exec(card.split("```python\n")[1].split("```")[0], {})
+
+
+def test_the_result_is_printed(tmp_path: Path) -> None:
+    result = slope("export", trained(), tmp_path / "new" / "out", "--json")
+    record = json.loads(result.out)
+    assert (record["folder"], record["step"]) == (str(tmp_path / "new" / "out"), 6)
+    assert record["logits_difference"] <= TOLERANCE
+    (tmp_path / "empty").mkdir()
+    assert slope("export", trained(), tmp_path / "empty").out.startswith(f"{tmp_path / 'empty'}: step 6, ")
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    for folder in (tmp_path, tmp_path / "letter.txt"):
+        result = slope("export", trained(), folder)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == f"error: {folder}: is not an empty folder; choose another\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("how", ["weights", "adapter"])
+def test_what_was_altered_between_save_and_reload_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def alter(path: Path) -> None:
+        tensors = load_file(path)
+        next(tensor for name, tensor in tensors.items() if "0" in name and tensor.dim() == 2).flatten()[5] += 3.0
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    if how == "weights":
+        save = PreTrainedModel.save_pretrained
+
+        def save_then_alter(self: PreTrainedModel, folder: Path, **more: Any) -> None:
+            save(self, folder, **more)
+            alter(folder / "model.safetensors")
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_then_alter)
+    else:
+        reload = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+        def alter_then_reload(cls: type[PreTrainedModel], folder: Path, **more: Any) -> PreTrainedModel:
+            alter(folder / ADAPTER / "adapter_model.safetensors")
+            loaded: PreTrainedModel = reload(cls, folder, **more)
+            return loaded
+
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(alter_then_reload))
+    result = slope("export", trained(), tmp_path / "out")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"error: {tmp_path / 'out'}: not written, as the logits of what was saved differ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(self: PreTrainedModel, folder: Path, **more: Any) -> None:
+        (folder / "half").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    result = slope("export", trained(), tmp_path / "out")
+    assert result == (1, "", f"error: {tmp_path / 'out'}: cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / ".out.unchecked").mkdir()
+    (tmp_path / ".out.unchecked" / "half").write_text("")
+    assert export(trained(), tmp_path / "out")["step"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_without_a_sound_checkpoint(tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    shard = next(run.glob("checkpoints/step-*/*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = slope("export", run, tmp_path / "out")
+    assert (result.code, result.out) == (1, "")
+    assert shard.name in result.err

@@ -1,0 +1,63 @@
+"""Signals, devices, and starts as one of several processes."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from slope_cli import launch
+from slope_cli.errors import UsageError
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_first_signal_only_sets_the_flag(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with launch.StopFlag() as stop:
+        assert stop.name == ""
+        os.kill(os.getpid(), number)
+        assert stop.name == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with launch.StopFlag():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with launch.StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "SLURM_NTASKS=4"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # inside salloc, with no srun
+        ({}, None),
+    ],
+)
+def test_one_of_several_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str | None
+) -> None:
+    for key in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    if named is None:
+        launch.require_one_process()
+    else:
+        with pytest.raises(UsageError, match=named):
+            launch.require_one_process()
+
+
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    assert launch.pick_device("cpu") == torch.device("cpu")
+    assert launch.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99", "cpux"):
+        with pytest.raises(UsageError, match=f"train.device={name}: [^\n]+$"):
+            launch.pick_device(name)

@@ -1,0 +1,93 @@
+"""The learning rate of each step, AdamW's groups, and the adapters' own."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from slope_cli import optim
+from slope_cli.config import OptimConfig
+
+
+def rates(steps: int, warmup: float, **settings: float | str) -> list[float]:
+    config = OptimConfig(**settings)  # type: ignore[arg-type]
+    return [optim.learning_rate(step, steps, warmup, 1.0, config) for step in range(steps)]
+
+
+def test_each_schedule_against_hand_computed_values() -> None:
+    assert rates(6, 2, schedule="linear", min_lr=0.1) == pytest.approx([0.5, 1, 1, 0.7, 0.4, 0.1])
+    assert rates(6, 2, schedule="constant") == pytest.approx([0.5, 1, 1, 1, 1, 1])
+    half = [1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1]  # cos(60°) and cos(120°) are ±1/2
+    assert rates(6, 2, schedule="cosine", min_lr=0.1) == pytest.approx([0.5, 1, *half])
+    roots = [1, math.sqrt(2 / 3), math.sqrt(1 / 3), 0]
+    assert rates(6, 2, schedule="polynomial", power=0.5, min_lr=0) == pytest.approx([0.5, 1, *roots])
+
+
+def test_warm_up_is_a_share_below_one_and_a_number_of_steps_from_one_on() -> None:
+    assert rates(8, 0.5, schedule="constant") == rates(8, 4, schedule="constant")
+    assert rates(8, 4, schedule="constant")[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates(3, 0, schedule="linear", min_lr=0) == pytest.approx([1, 0.5, 0])
+    assert rates(4, 100, schedule="cosine") == pytest.approx([0.01, 0.02, 0.03, 0.04])
+
+
+@given(
+    st.integers(1, 50),
+    st.one_of(st.floats(0, 0.99), st.integers(1, 60)),
+    st.sampled_from(["cosine", "linear", "polynomial", "constant"]),
+    st.floats(0, 1),
+)
+def test_any_schedule_rises_once_and_then_never_again(steps: int, warmup: float, schedule: str, min_lr: float) -> None:
+    values = rates(steps, warmup, schedule=schedule, min_lr=min_lr)
+    top = values.index(max(values))
+    assert all(0 <= value <= 1 + 1e-12 for value in values)
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert all(late <= early + 1e-12 for early, late in zip(values[top:], values[top + 1 :], strict=False))
+
+
+def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = optim.build_optimizer(model, tiny("unused", "optim.weight_decay=0.3"))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decays) == 5
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3,
+        "1.weight": 0.3,
+        "1.bias": 0.0,
+        "2.weight": 0.0,
+        "2.bias": 0.0,
+    }
+
+
+def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
+    words = ("optim.schedule=linear", "optim.warmup=0", "optim.min_lr=0", "optim.lr=1", "adapters.lr=10")
+    config = tiny("unused", *words, "adapters.warmup=2", "adapters.weight_decay=0.5", "train.steps=13")
+    assert config.adapter_step == 6
+    optimizer = optim.build_optimizer(nn.Linear(2, 2), config)
+    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    seen = []
+    for step in range(6, 13):
+        run = optim.set_learning_rates(optimizer, step, config)
+        first, second, own = (group["lr"] for group in optimizer.param_groups)
+        assert run == first == second == pytest.approx(1 - step / 12)
+        seen.append(own)
+    assert seen == pytest.approx([5, 10, 10, 7.5, 5, 2.5, 0])
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.5
+
+
+def test_without_a_rate_of_their_own_adapters_take_that_of_the_run(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "adapters.lr=null", "adapters.warmup=0", "optim.schedule=constant")
+    optimizer = optim.build_optimizer(nn.Linear(2, 2), config)
+    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    optim.set_learning_rates(optimizer, 7, config)
+    assert optimizer.param_groups[-1]["lr"] == config.optim.lr
+
+
+def test_adapters_whose_warm_up_rounds_to_nothing_leave_the_steps_before_them_alone() -> None:
+    config = tiny("unused", "train.steps=10", "adapters.start=0.99", "adapters.warmup=0.1", "adapters.rank=2")
+    optimizer = optim.build_optimizer(nn.Linear(4, 4), config)
+    assert optim.set_learning_rates(optimizer, 0, config) > 0

@@ -1,0 +1,261 @@
+"""A run that was killed or stopped, at whatever moment, and started again is the uninterrupted run, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_run, die_in_save, finish, printed, records, start, tiny, tiny_bert
+
+from slope_cli import checkpoint, metrics, train
+from slope_cli.config import Config
+from slope_cli.errors import UsageError
+from slope_cli.train import Stopped, pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    """Wait until the log of a run has so many training steps."""
+    for _ in range(6000):
+        log = run / metrics.JSONL
+        if log.is_file() and log.read_bytes().count(b'"kind": "train"') >= count:
+            return
+        time.sleep(0.01)
+    pytest.fail("the run does not get on")
+
+
+def stop_after(step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """In this process: the signal comes in the middle of a step (from 1)."""
+    batch = train._train_batch
+
+    def signalled(t: train.Trainer, at: int, micro: int) -> object:
+        if (at + 1, micro) == (step, 0):
+            os.kill(os.getpid(), number)
+        return batch(t, at, micro)
+
+    train._train_batch = signalled  # type: ignore[assignment]
+
+
+def slow_steps(seconds: float) -> None:
+    """In this process: a step takes so much longer."""
+    batch = train._train_batch
+
+    def slow(t: train.Trainer, at: int, micro: int) -> object:
+        time.sleep(seconds / t.config.train.accumulation)
+        return batch(t, at, micro)
+
+    train._train_batch = slow  # type: ignore[assignment]
+
+
+# --------------------------------------------------------------------------------------------------- killed
+
+
+def test_killed_at_random_moments(data: Path, finished: Path, tmp_path: Path) -> None:
+    """With saves after every step, so that many kills fall into one."""
+    run, config = tmp_path / "run", tiny(data, "log.save_every=1")
+    moments = random.Random(5)
+    kills = 0
+    while kills < 10:
+        child = start(config, run, slow_steps, 0.1)
+        if not checkpoint.folders(run):
+            wait_for_steps(run, 1)
+        child.join(0.2 + moments.random() * 0.3)
+        if child.exitcode is not None:
+            break
+        child.kill()
+        assert finish(child) == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    pretrain(config, run)
+    assert_same_run(config, run, finished)
+
+
+def test_killed_at_every_operation_of_a_save(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Before each write to the disk, each rename, and each removal, while step 12 is saved and step 4 is dropped."""
+    config = tiny(data)
+    before = tmp_path / "before"
+    assert finish(start(config, before, die_in_save, 12, 1)) == -signal.SIGKILL
+    states = set()
+    for operation in range(2, 100):
+        run = tmp_path / f"run{operation}"
+        shutil.copytree(before, run)
+        if finish(start(config, run, die_in_save, 12, operation)) == 0:
+            break
+        found = checkpoint.latest(run)
+        assert found is not None
+        assert found[2] == []
+        assert found[1]["step"] in (8, 12)
+        states.add((found[1]["step"], tuple(sorted(p.name for p in (run / "checkpoints").iterdir()))))
+        pretrain(config, run)
+        assert_same_run(config, run, finished)
+        assert [f.name for f in (run / "checkpoints").iterdir() if f.name.startswith(".")] == []
+    assert operation >= 9
+    assert len(states) >= 3, states  # unfinished, finished beside both old ones, and in the middle of a removal
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_killed_in_the_first_save_and_in_that_after_the_adapters_joined(
+    data: Path, finished: Path, tmp_path: Path, step: int
+) -> None:
+    run, config = tmp_path / "run", tiny(data)
+    assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
+    pretrain(config, run)
+    assert_same_run(config, run, finished)
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 6, 7])
+def test_killed_after_a_save_before_at_and_after_the_adapter_switch_and_the_renewals(
+    data: Path, finished: Path, tmp_path: Path, every: int
+) -> None:
+    """Killed between a save and the next one: what was done in between is done again, and is in the log once."""
+    run, config = tmp_path / "run", tiny(data, f"log.save_every={every}")
+    assert finish(start(config, run, die_in_save, 2 * every if every < 6 else 12, 1)) == -signal.SIGKILL
+    assert [folder.name for folder in checkpoint.folders(run)][:1] == [f"step-{every:08d}"]
+    pretrain(config, run)
+    assert_same_run(config, run, finished)
+    assert [record["step"] for record in records(run) if record["kind"] == "adapters"] == [7]
+
+
+def test_a_bert_resumes_bit_for_bit_too(bert_data: Path, tmp_path: Path) -> None:
+    config = tiny_bert(bert_data)
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    pretrain(config, reference)
+    assert finish(start(config, run, die_in_save, 8, 2)) == -signal.SIGKILL
+    pretrain(config, run)
+    assert_same_run(config, run, reference)
+
+
+def test_what_is_measured_does_not_touch_what_is_trained(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("log.save_every=3", "log.val_every=1", "log.sample_every=2", "log.keep=9", "log.sample_prompt=a")
+    assert finish(start(tiny(data, *words), run, die_in_save, 9, 1)) == -signal.SIGKILL
+    pretrain(tiny(data), run)  # log.* may change from one start to the next
+    ours, theirs = ([r for r in records(folder) if r["kind"] == "train"] for folder in (run, finished))
+    assert ours == theirs
+
+
+def test_a_finished_run_is_left_as_it_is(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert pretrain(tiny(data), run)["step"] == 12
+    assert (run / metrics.JSONL).read_bytes() == (finished / metrics.JSONL).read_bytes()
+    assert_same_run(tiny(data), run, finished)
+
+
+# -------------------------------------------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_stops_the_run_with_a_checkpoint(
+    data: Path, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run, config = tmp_path / "run", tiny(data)
+    step = {signal.SIGTERM: 1, signal.SIGUSR2: 6, signal.SIGINT: 9}[number]
+    assert finish(start(config, run, stop_after, step, number)) == 75
+    said = printed(run).splitlines()
+    assert (
+        said[-1]
+        == f"error: stopped by {number.name} after step {step}, checkpoint saved; run the same command to go on"
+    )
+    assert checkpoint.folders(run)[0].name == f"step-{step:08d}"
+    pretrain(config, run)
+    assert_same_run(config, run, finished)
+
+
+def test_a_signal_in_the_last_step_is_too_late(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert finish(start(tiny(data), run, stop_after, 12)) == 0
+    assert_same_run(tiny(data), run, finished)
+
+
+def stop_in_save(step: int) -> None:
+    """In this process: the signal comes while a periodic checkpoint is saved."""
+    save = checkpoint.save
+
+    def signalled(run: Path, at: int, *args: object, **kwargs: object) -> Path:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return save(run, at, *args, **kwargs)  # type: ignore[arg-type]
+
+    checkpoint.save = signalled  # type: ignore[assignment]
+
+
+def test_a_signal_during_a_save_stops_after_the_next_step(data: Path, finished: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tiny(data)
+    assert finish(start(config, run, stop_in_save, 4)) == 75
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000005", "step-00000004"]
+    pretrain(config, run)
+    assert_same_run(config, run, finished)
+
+
+def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = train._prepare
+
+    def signalled(config: Config, run: Path, device: object) -> train.Trainer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(config, run, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "_prepare", signalled)
+    with pytest.raises(Stopped, match="after step 1, checkpoint saved"):
+        pretrain(tiny(data), tmp_path / "run")
+    assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def test_the_command_line_stops_with_75_goes_on_and_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
+    run, tests = tmp_path / "run", Path(__file__).parent
+    program = f"""
+import sys
+sys.path.insert(0, {str(tests)!r})
+from test_resume import slow_steps
+from slope_cli.cli import main
+slow_steps(0.4)
+main()
+"""
+    words = [f"model.overrides.{size}" for size in ("n_layer=1", "n_embd=32", "n_head=2")]
+    words += [f"data.path={data}", "log.save_every=0", "--out", str(run)]
+    command = [sys.executable, "-c", program, "pretrain", str(tests / "tiny.yaml"), *words]
+
+    def run_until(step: int, *signals: signal.Signals) -> tuple[int, str, str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        wait_for_steps(run, step)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    code, out, err = run_until(1, signal.SIGTERM)
+    assert (code, out) == (75, "")
+    (done,) = checkpoint.folders(run)
+    assert err.splitlines()[-1].startswith(
+        f"error: stopped by SIGTERM after step {int(done.name[-8:])}, checkpoint saved"
+    )
+    code, out, err = run_until(int(done.name[-8:]) + 1, signal.SIGINT, signal.SIGINT)
+    assert f"going on from {done}" in err
+    assert (code, out) not in ((0, ""), (75, ""))
+    assert "Traceback" not in err
+    assert checkpoint.folders(run) == [done]
+
+
+# ------------------------------------------------------------------------------------------ whose folder it is
+
+
+def test_a_second_process_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tiny(data, "train.steps=100000", "log.save_every=0")
+    child = start(config, run)
+    try:
+        wait_for_steps(run, 1)
+        with pytest.raises(UsageError, match="another process is at work in it"):
+            pretrain(config, run)
+    finally:
+        child.kill()
+        finish(child)

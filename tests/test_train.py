@@ -1,0 +1,405 @@
+"""The loop: what a step computes, when it refuses to, the adapters' entry, and the folder of a run."""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GOLDEN, final_state, finish, golden_losses, records, start, tiny, tiny_bert, write_data
+from torch import Tensor
+from torch.nn import functional as F
+
+from slope_cli import checkpoint, metrics, models, runs, train
+from slope_cli import data as datasets
+from slope_cli.config import Config
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.prepare import prepare
+from slope_cli.train import Trainer, pretrain
+from sparse_kernels import renew_column_masks, sparse_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+LAYER = "transformer.h.1.mlp.c_fc"
+
+
+def trainer(config: Config, run: Path, steps: int = 0) -> Trainer:
+    """A run after so many steps, without its folder."""
+    t = train._prepare(config, run, CPU)
+    t.model.train()
+    for step in range(steps):
+        train.optim.set_learning_rates(t.optimizer, step, config)
+        train._train_step(t, step)
+    return t
+
+
+def state(t: Trainer) -> dict[str, Tensor]:
+    tensors = checkpoint.state_tensors(t.model, t.optimizer)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# -------------------------------------------------------------------------------------------------------- a step
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """As they were when `python -m tests.helpers` wrote them: a change of the mathematics shows here."""
+    assert golden_losses(tmp_path) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
+def test_accumulation_is_the_same_update_as_one_big_micro_batch(data: Path, tmp_path: Path) -> None:
+    whole, parts = (
+        trainer(tiny(data, "model.dropout=0", f"train.micro_batch={size}"), tmp_path, steps=1) for size in (4, 1)
+    )
+    assert (whole.config.train.accumulation, parts.config.train.accumulation) == (1, 4)
+    ours, theirs = state(whole), state(parts)
+    for name in (name for name in ours if name.endswith("exp_avg")):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-8)
+    for step in range(1, 4):
+        assert train._train_step(whole, step) == pytest.approx(train._train_step(parts, step), rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", [0, 0.01, 1000])
+def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(data: Path, tmp_path: Path, clip: float) -> None:
+    t = trainer(tiny(data, f"optim.clip={clip}"), tmp_path)
+    _, norm = train._train_step(t, 0)
+    mean = [s["exp_avg"] / 0.1 for s in t.optimizer.state.values()]  # after one step, a tenth of the gradient
+    used = torch.stack([g.norm() for g in mean]).norm().item()
+    assert norm > 0.1
+    assert used == pytest.approx(0.01 if clip == 0.01 else norm, rel=1e-3)
+
+
+def test_a_step_is_a_function_of_its_number(data: Path, tmp_path: Path) -> None:
+    """Nothing else that draws random numbers in between matters, dropout on."""
+    first, second = (trainer(tiny(data), tmp_path) for _ in range(2))
+    for step in range(3):
+        torch.manual_seed(step * 7)
+        torch.rand(step + 1)
+        assert train._train_step(first, step) == train._train_step(second, step)
+    assert_equal(state(first), state(second))
+    assert len({train._mix(seed, step) for seed in range(30) for step in range(30)}) == 900
+
+
+def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = train._train_batch
+
+    def slow(t: Trainer, step: int, micro: int) -> datasets.Batch:
+        time.sleep(0.05)
+        return batch(t, step, micro)
+
+    monkeypatch.setattr(train, "_train_batch", slow)
+    started = time.perf_counter()
+    pretrain(tiny(data, "train.steps=4"), tmp_path / "run")
+    took = time.perf_counter() - started
+    speeds = [record["tokens_per_s"] for record in metrics.read(tmp_path / "run") if record["kind"] == "train"]
+    seconds = [128 / speed for speed in speeds]
+    assert min(seconds) >= 0.1  # two micro-batches of 64 tokens
+    assert sum(seconds) <= took
+    tokens = [record["tokens"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert tokens == [128, 256, 384, 512]
+
+
+def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, finished: Path) -> None:
+    config, model, _, _ = runs.load_trained(finished)
+    (file,) = datasets.open_dataset(data).val.values()
+    blocks = datasets.Blocks([file], config.train.seq_len)
+    chosen = [blocks[i * len(blocks) // 8] for i in range(8)]  # log.val_tokens = 8 · 32
+    ids = torch.stack([torch.from_numpy(block) for block in chosen])
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits.double()
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    record = [record for record in records(finished) if record["kind"] == "val"][-1]
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert record["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert record["by_source"] == {"text": record["loss"]}
+
+
+def test_fifty_steps_with_renewals_keep_positions_and_weights_together(data: Path, tmp_path: Path) -> None:
+    t = trainer(tiny(data), tmp_path)
+    layers = dict(sparse_layers(t.model))
+    rows = {name: layer.row_mask().clone() for name, layer in layers.items()}
+    columns = {name: layer.column_mask().clone() for name, layer in layers.items()}
+    for step in range(50):
+        train._train_step(t, step)
+        if train._due(step + 1, 10):
+            renew_column_masks(t.model)
+    for name, layer in layers.items():
+        layer.validate()
+        assert torch.equal(layer.row_mask(), rows[name])
+        assert not torch.equal(layer.column_mask(), columns[name])
+        assert (layer.row_mask().unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        dense_OI = torch.zeros(layer.out_features, layer.in_features)
+        dense_OI[layer.row_mask()] = layer.values.detach().flatten()
+        X = torch.randn(5, layer.in_features, requires_grad=True)
+        Y = layer(X)
+        torch.testing.assert_close(Y, F.linear(X, dense_OI, layer.bias), rtol=1e-5, atol=1e-6)
+        (dX,) = torch.autograd.grad(Y.sum(), X)
+        twice_OI = dense_OI * layer.column_mask()
+        torch.testing.assert_close(dX, torch.ones_like(Y) @ twice_OI, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_are_renewed_in_a_run_when_they_are_due(data: Path, tmp_path: Path) -> None:
+    words = ("log.save_every=1", "log.keep=9", "train.steps=7", "adapters.rank=0")
+    pretrain(tiny(data, *words), tmp_path / "run")
+    at = {}
+    for folder in checkpoint.folders(tmp_path / "run"):
+        t = train._prepare(tiny(data, *words), tmp_path / "run", CPU)
+        checkpoint.restore(folder, t.model, t.optimizer)
+        at[int(folder.name[-8:])] = {name: layer.positions_t for name, layer in sparse_layers(t.model)}
+    changed = [step for step in range(2, 8) if not torch.equal(at[step - 1][LAYER], at[step][LAYER])]
+    assert changed == [3, 6]
+
+
+@pytest.mark.parametrize("words", [("method=dense",), ("train.dtype=bf16",), ("sparsity.n=1", "sparsity.mask=random")])
+def test_other_ways_to_train_learn_too(data: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    pretrain(tiny(data, *words), tmp_path / "run")
+    losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+    joined = [record for record in records(tmp_path / "run") if record["kind"] == "adapters"]
+    assert len(joined) == (0 if "method=dense" in words else 1)
+    assert all(
+        t.dtype in (torch.float32, torch.uint8) for t in final_state(tiny(data, *words), tmp_path / "run").values()
+    )
+
+
+def test_a_bert_learns_and_writes_no_samples(bert_data: Path, tmp_path: Path) -> None:
+    summary = pretrain(tiny_bert(bert_data, "train.steps=20"), tmp_path / "run")
+    losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert "sample" not in summary
+
+
+def test_kernels_that_repeat_bit_for_bit_can_be_asked_for(data: Path, tmp_path: Path) -> None:
+    assert finish(start(tiny(data, "train.deterministic=true", "train.steps=2"), tmp_path / "run")) == 0
+
+
+# ------------------------------------------------------------------------------------- what is not finite
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path: Path) -> None:
+    t = trainer(tiny(data), tmp_path, steps=2)
+    with torch.no_grad():
+        t.model.get_submodule(LAYER).bias[3] = math.inf
+    before = state(t)
+    with pytest.raises(SlopeError, match=f"^step 3: the loss is not finite, first in the output of {LAYER}; nothing"):
+        train._train_step(t, 2)
+    assert_equal(state(t), before)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("clip", [0, 1])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    data: Path, tmp_path: Path, value: float, clip: float
+) -> None:
+    t = trainer(tiny(data, f"optim.clip={clip}"), tmp_path, steps=2)
+    t.model.get_parameter(f"{LAYER}.values").register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), value))
+    before = state(t)
+    with pytest.raises(
+        SlopeError, match=rf"^step 3: the gradient of {LAYER}.values is not finite \(1 in all\); nothing"
+    ):
+        train._train_step(t, 2)
+    assert_equal(state(t), before)
+
+
+def test_a_run_that_blows_up_keeps_its_last_checkpoint(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, batch = tmp_path / "run", train._train_batch
+
+    def poison(t: Trainer, step: int, micro: int) -> datasets.Batch:
+        if (step, micro) == (5, 1):
+            t.model.get_parameter("transformer.ln_f.weight").data.fill_(math.nan)
+        return batch(t, step, micro)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train_batch", poison)
+        with pytest.raises(
+            SlopeError, match=r"^step 6: the loss is not finite, first in the output of transformer.ln_f"
+        ):
+            pretrain(tiny(data), run)
+    found = checkpoint.latest(run)
+    assert found is not None
+    assert (found[1]["step"], found[2]) == (4, [])
+    pretrain(tiny(data), run)
+    assert records(run) == records(finished)
+
+
+# ----------------------------------------------------------------------------------------------- the adapters
+
+
+def test_adapters_join_without_a_jump_with_fresh_state_and_leave_the_rest_alone(data: Path, tmp_path: Path) -> None:
+    t = trainer(tiny(data), tmp_path, steps=6)
+    before, loss = state(t), train._validate(t)
+    count = train._join_adapters(t)
+    after = state(t)
+    added = {name for name in after if name not in before}
+    assert added == {f"model.{name}.adapter.{side}" for name, _ in sparse_layers(t.model) for side in "AB"}
+    assert count == sum(after[name].numel() for name in added)
+    assert_equal({name: after[name] for name in before}, before)
+    assert train._validate(t) == loss
+    assert all(not after[name].any() for name in added if name.endswith("B"))
+    train.optim.set_learning_rates(t.optimizer, 6, t.config)
+    assert t.optimizer.param_groups[-1]["lr"] == pytest.approx(2e-3 / 2)  # the first of two steps of their warm-up
+    train._train_step(t, 6)
+    counts = {name: t.optimizer.state[p]["step"].item() for name, p in t.model.named_parameters()}
+    assert {count for name, count in counts.items() if "adapter" in name} == {1}
+    assert {count for name, count in counts.items() if "adapter" not in name} == {7}
+
+
+def test_adapters_join_at_the_configured_step_of_a_run(data: Path, finished: Path, tmp_path: Path) -> None:
+    kinds = [(record["kind"], record["step"]) for record in records(finished)]
+    assert kinds.index(("adapters", 7)) == kinds.index(("train", 7)) - 1
+    pretrain(tiny(data, "adapters.rank=0"), tmp_path / "without")
+    ours, theirs = ([r for r in records(run) if r["kind"] == "train"] for run in (finished, tmp_path / "without"))
+    assert ours[:6] == theirs[:6]
+    assert ours[6]["loss"] == theirs[6]["loss"]  # the very step they join: their output is still zero
+    assert ours[7]["loss"] != theirs[7]["loss"]
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_run_of_another_config_is_refused_by_the_keys_that_differ(data: Path, copy: Path) -> None:
+    before = (copy / metrics.JSONL).read_bytes()
+    with pytest.raises(UsageError, match=r"another config \(optim.lr: 0.005 -> 0.1; train.steps: 12 -> 13\)"):
+        pretrain(tiny(data, "optim.lr=0.1", "train.steps=13"), copy)
+    assert (copy / metrics.JSONL).read_bytes() == before
+
+
+def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UsageError, match="training tokens are fewer than one sequence"):
+        pretrain(tiny(data, "train.seq_len=65536", "train.tokens_per_step=131072"), run)
+    assert pretrain(tiny(data, "train.steps=1"), run)["step"] == 1
+    assert runs.open_config(run).train.steps == 1
+
+
+def test_fresh_refuses_a_run_that_is_there(data: Path, copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds a run already; choose another --out"):
+        pretrain(tiny(data), copy, fresh=True)
+    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", fresh=True)["step"] == 1
+
+
+def test_a_folder_with_something_else_is_refused_and_left_as_it_is(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match=r"is not empty and holds no run \(there is thesis.tex\)"):
+        pretrain(tiny(data), tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/slope")):
+        with pytest.raises(UsageError, match=f"^cannot make a run in {run}: [^\n]+$"):
+            pretrain(tiny(data), run)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(data: Path, copy: Path) -> None:
+    copy.chmod(0o555)
+    try:
+        with pytest.raises(UsageError, match="cannot be written"):
+            pretrain(tiny(data), copy)
+    finally:
+        copy.chmod(0o755)
+
+
+def test_the_same_data_elsewhere_is_fine_and_other_data_is_refused(data: Path, copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "moved")
+    assert pretrain(tiny(tmp_path / "moved"), copy)["step"] == 12
+    other = write_data(tmp_path / "other", seed=1)
+    before = {
+        path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "environment.jsonl"
+    }
+    with pytest.raises(UsageError, match="was trained on other data than"):
+        pretrain(tiny(other), copy)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_a_kill_left_of_the_tokenizer_is_made_good(data: Path, copy: Path) -> None:
+    whole = (copy / "tokenizer" / "tokenizer.json").read_bytes()
+    (copy / "tokenizer" / "tokenizer.json").write_bytes(whole[:100])
+    pretrain(tiny(data), copy)
+    assert (copy / "tokenizer" / "tokenizer.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("log.sample_prompt=''",), r"log.sample_prompt: must have at least 1 token .* not 0"),
+        (("log.sample_prompt=" + "x" * 256,), r"log.sample_prompt: .* fewer than the model's 256 positions, not 256"),
+        (("model.overrides.vocab_size=100",), "is above the model's vocabulary of 100"),
+        (("train.device=cuda:99",), "train.device=cuda:99"),
+        (("adapters.rank=33",), "adapters.rank=33: .* has a side of only 32"),
+        (("sparsity.skip=[nowhere]",), "sparsity: skip pattern 'nowhere' matches no linear layer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    data: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        pretrain(tiny(data, *words), tmp_path / "run")
+    assert not (tmp_path / "run" / metrics.JSONL).exists()
+
+
+def test_data_without_validation_text_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some words " * 100)
+    prepare([str(text)], tmp_path / "data", val_fraction=0, workers=1, progress=False)
+    with pytest.raises(UsageError, match="has no validation text; prepare it with a larger --val-fraction"):
+        pretrain(tiny(tmp_path / "data"), tmp_path / "run")
+
+
+def test_a_run_on_the_text_in_the_package(tmp_path: Path) -> None:
+    summary = pretrain(tiny("embedded", "train.steps=2", "data.verify=false"), tmp_path / "run")
+    assert summary["by_source"].keys() == {"austen"}
+    assert 2 < summary["bigram_loss"] < 3
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    made = (tmp_path / "run" / "data" / datasets.MANIFEST).stat().st_mtime_ns
+    assert pretrain(tiny("embedded", "train.steps=2"), tmp_path / "run")["loss"] == summary["loss"]
+    assert (tmp_path / "run" / "data" / datasets.MANIFEST).stat().st_mtime_ns == made
+
+
+def test_no_secret_of_the_environment_gets_into_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_0123456789abcdefSECRET"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    pretrain(tiny(data, "train.steps=2", "log.tensorboard=true"), tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    facts = json.loads((tmp_path / "run" / "environment.jsonl").read_text())
+    assert facts["slurm_job"] == "4711"
+    assert {"torch", "transformers", "python", "source", "device", "threads", "command"} <= facts.keys()
+
+
+def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> None:
+    pretrain(tiny(data), copy)
+    starts = [json.loads(line) for line in (copy / "environment.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[0]["source"]["sha256"]
+
+
+def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
+    config, model, tokenizer, manifest = runs.load_trained(finished)
+    assert config == tiny(data)
+    assert models.width(model.config) == 32
+    assert (manifest["step"], manifest["adapters"]) == (12, True)
+    assert tokenizer.decode(tokenizer("two words").input_ids) == "two words"
