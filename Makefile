@@ -10,11 +10,11 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH_PIN   := torch==$(TORCH)$(if $(GPU),,+cpu)
 TORCH_INDEX ?=
-EXTRAS := dev$(if $(GPU),$(comma)cuda13)
 comma  := ,
+EXTRAS := dev$(if $(GPU),$(comma)cuda13)
 DONE   := $(VENV)/.done
 
-.PHONY: demo test test-gpu check format bench-cpu build clean
+.PHONY: demo test check format bench-cpu render build clean
 
 demo: $(DONE)
 	$(VENV)/bin/slope pretrain
@@ -32,7 +32,12 @@ format: $(DONE)
 	$(VENV)/bin/ruff check --fix .
 
 bench-cpu: $(DONE)
-	$(VENV)/bin/python -m benchmarks.cpu_step
+	$(VENV)/bin/python -m slope_cli.benchmarks.cpu_step
+	$(VENV)/bin/python -m slope_cli.benchmarks.demo
+	$(MAKE) render
+
+render: $(DONE)
+	$(VENV)/bin/python -m slope_cli.benchmarks.render
 
 build: $(DONE)
 	$(VENV)/bin/python -m build

@@ -1,0 +1,28 @@
+"""Time of the embedded default, as a person sees it: the whole command, in a process of its own.
+
+python -m slope_cli.benchmarks.demo
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from slope_cli.benchmarks.machine import RESULTS, machine
+
+
+def main() -> None:
+    """Run `slope pretrain --json` in an empty folder and write benchmarks/results/demo.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        done = subprocess.run(["slope", "pretrain", "--json"], cwd=folder, stdout=subprocess.PIPE, check=True)
+        seconds = time.perf_counter() - started
+        config = (Path(folder) / "runs/gpt2-nano/config.yaml").read_text()
+    result = {"machine": machine(), "seconds": seconds, "config": config, **json.loads(done.stdout)}
+    (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{seconds:.1f} s, validation loss {result['loss']:.4f}, bigram {result['bigram_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
