@@ -23,7 +23,7 @@ from sparse_kernels import renew_column_masks
 
 CASES = (  # model, sequences, tokens of each, rounds
     ("gpt2-nano", 8, 128, 200),
-    ("gpt2-small", 4, 512, 9),
+    ("gpt2-small", 4, 512, 5),
 )
 CHECKPOINTS = ("gpt2-nano", "gpt2-small", "gpt2-medium")
 

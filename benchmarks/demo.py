@@ -5,6 +5,7 @@ python -m slope_cli.benchmarks.demo
 
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +17,12 @@ def main() -> None:
     """Run `slope pretrain --json` in an empty folder and write benchmarks/results/demo.json."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        done = subprocess.run(["slope", "pretrain", "--json"], cwd=folder, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", "from slope_cli.cli import main; main()", "pretrain", "--json"],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
         seconds = time.perf_counter() - started
         config = (Path(folder) / "runs/gpt2-nano/config.yaml").read_text()
     result = {"machine": machine(), "seconds": seconds, "config": config, **json.loads(done.stdout)}
