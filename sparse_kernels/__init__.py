@@ -25,7 +25,9 @@ from sparse_kernels.convert import (
     sparse_layers,
     sparsify,
 )
+from sparse_kernels.copies import set_backend
 from sparse_kernels.linear import LowRankAdapter, SparseLinear
+from sparse_kernels.ops import backends, prepare, refresh
 
 __all__ = [
     "LayerReport",
@@ -33,9 +35,13 @@ __all__ = [
     "Report",
     "SparseLinear",
     "add_adapters",
+    "backends",
     "densify",
     "plan",
+    "prepare",
+    "refresh",
     "renew_column_masks",
+    "set_backend",
     "sparse_layers",
     "sparsify",
 ]

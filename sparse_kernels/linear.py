@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_kernels import masks, reference
+from sparse_kernels import cuda, masks, ops, reference
 
 
 class LowRankAdapter(nn.Module):
@@ -108,7 +108,10 @@ class SparseLinear(nn.Module):
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
-        Y = reference.sparse_linear(X, self.values, self.bias, *self.layout())
+        if (self.n, self.m) in ops.TWO_OF_FOUR and (torch.compiler.is_compiling() or ops.fast(X, self.values)):
+            Y = ops.linear(X, self.values, self.bias, self.positions, self.positions_t)
+        else:
+            Y = reference.sparse_linear(X, self.values, self.bias, *self.layout())
         return Y if self.adapter is None else Y + self.adapter(X)
 
     def layout(self) -> tuple[Tensor, Tensor]:
@@ -146,6 +149,9 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def renew_column_mask(self) -> None:
         """Choose W^{R,C} anew from the present magnitudes; W^R's positions stay (section 4.3.1 of the paper)."""
+        if (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
+            cuda.double_prune(self.values, self.positions, self.positions_t)
+            return
         column_mask_OI = masks.double_prune(self.weight, self.row_mask(), self.n, self.m)
         self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
 

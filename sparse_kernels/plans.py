@@ -1,0 +1,478 @@
+"""cuSPARSELt plans: one product of a packed 2:4 matrix, searched, checked and timed against dense, once a shape.
+
+    Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
+
+The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
+transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
+the input gradient A = W^{R,C} transposed (R = in features, X = dY).
+
+A packed matrix is [values (R, C/2), row-major | metadata]. The metadata is made once a mask, by compressing a marker
+matrix; the values are then rewritten in place by `cuda.refresh`. `choose` never trusts this layout: what it accepts has
+given the dense product's numbers.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_kernels import cuda, cusparselt, masks
+from sparse_kernels.cusparselt import AlgorithmAttribute, CuSparseLtError, MatmulAttribute, Structure
+
+# Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
+SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
+# Searches of further token counts for one matrix, after which dense is used: a run with ever new batch shapes must not
+# search for ever.
+_MOST_TOKEN_COUNTS = 8
+_DTYPES = {torch.bfloat16: cusparselt.DataType.BFLOAT16, torch.float16: cusparselt.DataType.FLOAT16}
+_ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
+_ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One product: A is (rows, columns), X is (tokens, columns)."""
+
+    rows: int
+    columns: int
+    tokens: int
+    dtype: torch.dtype
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a product runs sparse, why, and what was measured (milliseconds of one product; None: not measured)."""
+
+    sparse: bool
+    reason: str
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+    algorithm: dict[str, int] = field(default_factory=dict)
+
+
+class Plan:
+    """A plan of the library with all that it points to, for one shape on one device.
+
+    Raises:
+        CuSparseLtError: no library, or it refuses the shape.
+    """
+
+    def __init__(self, shape: Shape, device_index: int) -> None:
+        self.shape, self._index = shape, device_index
+        self._handle = cusparselt.handle(device_index)
+        self._library = self._handle.library
+        self._lock = threading.Lock()  # the bias pointer is part of the plan: setting it and running are one act
+        self._bias_at, self._streams = 0, (ctypes.c_void_p * 1)()
+        self._a = structured(shape.rows, shape.columns, shape.dtype, self._handle)
+        self._x, self._y, self._product, self._algorithm, self._plan = (Structure() for _ in range(5))
+        call, at, kind = self._library.call, self._handle.address, _DTYPES[shape.dtype]
+        for matrix, rows in ((self._x, shape.columns), (self._y, shape.rows)):
+            column = cusparselt.Order.COLUMN
+            call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, kind, column)
+        operands = (self._a.address, self._x.address, self._y.address, self._y.address)
+        keep, float32 = cusparselt.Operation.NON_TRANSPOSE, cusparselt.Compute.FLOAT32
+        call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, float32)
+        if shape.bias:
+            self._point_at_bias(torch.zeros(shape.rows, dtype=shape.dtype, device=f"cuda:{device_index}"))
+        default = cusparselt.ALGORITHM_DEFAULT
+        call("MatmulAlgSelectionInit", at, self._algorithm.address, self._product.address, default)
+        call("MatmulPlanInit", at, self._plan.address, self._product.address, self._algorithm.address)
+        structures = (self._a, self._x, self._y, self._product, self._algorithm, self._plan)
+        weakref.finalize(self, _destroy, self._library, structures).atexit = False
+        self.workspace_bytes = self._workspace()
+
+    def matmul(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> Tensor:
+        """Y = X · A^T + bias on torch's current stream.
+
+        Args:
+            packed: what `compress` returned for A.
+            X_BC: (tokens, columns), contiguous, 16-byte aligned.
+            bias_R: (rows,) of X's dtype; as the plan's shape says, there or not.
+
+        Returns:
+            (tokens, rows).
+        """
+        Y_BR = X_BC.new_empty(self.shape.tokens, self.shape.rows)
+        self._run("Matmul", packed, X_BC, bias_R, Y_BR)
+        return Y_BR
+
+    def search(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> dict[str, int]:
+        """Time the library's algorithms on these operands, keep the fastest, and return its attributes."""
+        self._run("MatmulSearch", packed, X_BC, bias_R, X_BC.new_empty(self.shape.tokens, self.shape.rows))
+        self.workspace_bytes = self._workspace()
+        found, value = {}, ctypes.c_int()
+        for attribute in AlgorithmAttribute:
+            arguments = (attribute, ctypes.addressof(value), ctypes.sizeof(value))
+            self._library.call("MatmulAlgGetAttribute", self._handle.address, self._algorithm.address, *arguments)
+            found[attribute.name.lower()] = value.value
+        return found
+
+    def _workspace(self) -> int:
+        return self._library.size("MatmulGetWorkspace", self._handle.address, self._plan.address)
+
+    def _point_at_bias(self, bias_R: Tensor) -> None:
+        pointer = ctypes.c_void_p(bias_R.data_ptr())
+        arguments = (MatmulAttribute.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
+        self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
+        self._bias_at = bias_R.data_ptr()
+
+    def _run(self, name: str, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None, Y_BR: Tensor) -> None:
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._index):
+                return self._run(name, packed, X_BC, bias_R, Y_BR)
+        # Torch's allocator hands the workspace out anew each time: safe on every stream and inside a captured graph.
+        size = self.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=X_BC.device) if size else None
+        at_workspace = None if workspace is None else workspace.data_ptr()
+        at, plan, y = self._handle.address, self._plan.address, Y_BR.data_ptr()
+        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), _ZERO_AT, y, y, at_workspace, self._streams, 1)
+        with self._lock:
+            if bias_R is not None and bias_R.data_ptr() != self._bias_at:
+                self._point_at_bias(bias_R)
+            self._streams[0] = cuda.raw_stream(self._index)
+            status = self._library.functions[name](at, plan, *operands)
+        if status:
+            self._library.fail(name, status)
+
+
+def _destroy(library: cusparselt.Library, structures: tuple[Structure, ...]) -> None:
+    *matrices, _, algorithm, plan = structures
+    library.functions["MatmulPlanDestroy"](plan.address)
+    library.functions["MatmulAlgSelectionDestroy"](algorithm.address)
+    for matrix in matrices:
+        library.functions["MatDescriptorDestroy"](matrix.address)
+
+
+def structured(rows: int, columns: int, dtype: torch.dtype, handle: cusparselt.Handle) -> Structure:
+    """The library's descriptor of a 2:4 matrix (rows, columns), row-major."""
+    matrix = Structure()
+    arguments = (rows, columns, columns, 16, _DTYPES[dtype], cusparselt.Order.ROW, cusparselt.SPARSITY_50_PERCENT)
+    handle.library.call("StructuredDescriptorInit", handle.address, matrix.address, *arguments)
+    return matrix
+
+
+def fill(nibble: int) -> int:
+    """The two slots of a group that keeps the places in `nibble`: those, and the lowest free until there are two."""
+    for place in range(4):
+        if nibble.bit_count() < 2:
+            nibble |= 1 << place
+    return nibble
+
+
+def marker(bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Ones at the two slots of every group, fillers included, and zeros elsewhere.
+
+    Args:
+        bits: uint8 (R, C/8), at most two bits in every nibble.
+
+    Returns:
+        (R, C) of `dtype`.
+    """
+    table = torch.tensor([fill(byte & 15) | fill(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
+    table = table.to(bits.device)
+    marked = torch.empty(bits.shape[0], columns, dtype=dtype, device=bits.device)
+    for part, target in zip(bits.split(2048), marked.split(2048), strict=True):  # what lies between takes room
+        target.copy_(masks.unpack_bits(table[part.long()], columns))
+    return marked
+
+
+def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
+    """Pack a 2:4 matrix, into `packed` if it is given.
+
+    Args:
+        dense_RC: (R, C), bfloat16 or float16; it decides by its non-zeros where the slots are.
+
+    Returns:
+        uint8, [values | metadata].
+    """
+    rows, columns = dense_RC.shape
+    handle = cusparselt.handle(dense_RC.device.index)
+    matrix = structured(rows, columns, dense_RC.dtype, handle)
+    try:
+        size, buffer_size = handle.library.sizes("SpMMACompressedSize2", handle.address, matrix.address)
+        if packed is None:
+            packed = torch.empty(size, dtype=torch.uint8, device=dense_RC.device)
+        buffer = torch.empty(buffer_size, dtype=torch.uint8, device=dense_RC.device)
+        pointers = (dense_RC.data_ptr(), packed.data_ptr(), buffer.data_ptr())
+        with torch.cuda.device(dense_RC.device):
+            stream = cuda.raw_stream(dense_RC.device.index)
+            keep = cusparselt.Operation.NON_TRANSPOSE
+            handle.library.call("SpMMACompress2", handle.address, matrix.address, 1, keep, *pointers, stream)
+    finally:
+        handle.library.functions["MatDescriptorDestroy"](matrix.address)
+    return packed
+
+
+def packed_values(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The values of a packed matrix, (rows, columns/2): a view."""
+    return packed[: rows * columns].view(dtype).view(rows, columns // 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+_CHOSEN: dict[tuple[Shape, int], tuple[Choice, Plan | None]] = {}
+
+
+def choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+    """Sparse or dense for this product on this device, decided once: in this process, and on disk for the next.
+
+    The file keeps the decision and the times, so that dense winners cost the next process nothing. A sparse winner is
+    searched and checked again (on an H100 0.05 s for small matrices, 3 s for the largest), because an algorithm that
+    was set by its number has crashed the library.
+
+    Returns:
+        the choice, and a plan wherever one passed its check (also where dense is faster).
+
+    Raises:
+        RuntimeError: a new shape is met while a CUDA graph is being captured.
+    """
+    key = shape, device_index
+    if key not in _CHOSEN:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"run one step before capturing a CUDA graph: {shape} has not been measured yet")
+        _CHOSEN[key] = _choose(shape, device_index)
+    return _CHOSEN[key]
+
+
+def planned(shape: Shape, device_index: int) -> Plan | None:
+    """A plan wherever there can be one, also where dense was faster: for a matrix that is packed already."""
+    choice, plan = choose(shape, device_index)
+    if plan is None and choice.sparse_ms is not None:  # the file said dense, so no plan was made
+        _, plan = _measure(shape, device_index, choice)
+        _CHOSEN[shape, device_index] = choice, plan
+    return plan
+
+
+def forget() -> None:
+    """Drop what this process has chosen; the file stays."""
+    _CHOSEN.clear()
+
+
+def _choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+    if reason := refusal(shape):
+        return Choice(False, reason), None
+    sides = shape.rows, shape.columns
+    searched = [known for (known, _), (choice, _) in _CHOSEN.items() if choice.sparse_ms is not None]
+    if sum((known.rows, known.columns) == sides for known in searched) >= _MOST_TOKEN_COUNTS:
+        return Choice(False, "too many different token counts to search them all"), None
+    try:
+        handle = cusparselt.handle(device_index)
+    except CuSparseLtError as error:
+        _warn_once(str(error))
+        return Choice(False, str(error)), None
+    key = _key(shape, device_index, handle.library.version)
+    known = _entries().get(key)
+    if known is not None and not known.sparse:
+        return known, None
+    choice = known
+    if choice is None and shape.dtype == torch.float16:
+        choice = _tried(shape, device_index)
+    plan = None
+    if choice is None or choice.sparse:
+        choice, plan = _measure(shape, device_index, choice)
+    if choice != known:
+        _remember(key, choice)
+    return choice, plan
+
+
+def refusal(shape: Shape) -> str:
+    """Why a shape is not worth a search; empty if it is."""
+    if shape.tokens % 8 or shape.rows % 16 or shape.columns % 16:
+        return "sides are not multiples of 16 and tokens not of 8"
+    if min(shape.rows, shape.columns) < SMALLEST_SIDE:
+        return f"a side is below {SMALLEST_SIDE}"
+    if shape.tokens < FEWEST_TOKENS:
+        return f"fewer than {FEWEST_TOKENS} tokens"
+    return ""
+
+
+_TRIAL = "from sparse_kernels import plans; plans.trial()"
+
+
+def _tried(shape: Shape, device_index: int) -> Choice:
+    """What `_measure` finds in a process of its own.
+
+    For float16, because some of its algorithms are illegal instructions on some shapes (cuSPARSELt 0.8.0, H100), and
+    the first of those ends a process's use of the GPU.
+    """
+    request = json.dumps([shape.rows, shape.columns, shape.tokens, shape.bias, device_index])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _TRIAL, request]
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if result.returncode == 0:
+            return Choice(**json.loads(result.stdout.splitlines()[-1]))
+        said = next((line for line in result.stderr.splitlines() if "Error" in line), f"exit {result.returncode}")
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
+        said = str(error)
+    return Choice(False, f"failed in a trial process: {said}")
+
+
+def trial() -> None:
+    """The body of that process: measure the shape that the command line gives, and print the choice as JSON."""
+    rows, columns, tokens, bias, device_index = json.loads(sys.argv[1])
+    choice, _ = _measure(Shape(rows, columns, tokens, torch.float16, bias), device_index, None)
+    torch.cuda.synchronize()
+    print(json.dumps(asdict(choice)))
+
+
+def _measure(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+    """Search, check and time on random operands; of a shape whose times are known, search and check."""
+    with torch.no_grad(), torch.cuda.device(device_index):
+        return _measure_here(shape, device_index, known)
+
+
+def _measure_here(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+    packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
+    try:
+        plan = Plan(shape, device_index)
+        algorithm = plan.search(packed, X_BC, bias_R)
+    except CuSparseLtError as error:
+        return Choice(False, str(error)), None
+    if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
+        return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
+    if known is not None:
+        return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
+    sparse_ms, dense_ms = graph_ms(
+        lambda: plan.matmul(packed, X_BC, bias_R), lambda: F.linear(X_BC, dense_RC, bias_R), calls=_calls(shape)
+    )
+    wins = sparse_ms < dense_ms
+    reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
+    return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
+
+
+def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A random 2:4 matrix, packed as a layer's is (marker, then values in place) and dense, and random X and bias."""
+    device = torch.device("cuda", device_index)
+    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
+
+    def normal(*sides: int) -> Tensor:
+        return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
+
+    pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=device)
+    sides = (2, shape.rows, shape.columns // 8)
+    low, high = pairs[torch.randint(6, sides, device=device, generator=generator)]
+    positions = low | high << 4
+    packed = compress(marker(positions, shape.columns, shape.dtype))
+    dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
+    values = normal(shape.rows, shape.columns // 2)
+    unused = positions.view(shape.columns // 8, shape.rows)
+    for w in (packed_values(packed, shape.rows, shape.columns, shape.dtype), dense_RC):
+        cuda.launch(cuda.refresh(values, positions, unused, w=w))
+    return packed, dense_RC, normal(shape.tokens, shape.columns), normal(shape.rows) if shape.bias else None
+
+
+def _agrees(plan: Plan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
+    """Twice, because an algorithm has been seen to be wrong only now and then; with a bias, from two addresses."""
+    for bias in (bias_R, None if bias_R is None else bias_R.flip(0)):
+        expected = F.linear(X_BC, dense_RC, bias)
+        scale = torch.linalg.vector_norm(expected, dtype=torch.float32) / expected.numel() ** 0.5
+        error = (plan.matmul(packed, X_BC, bias) - expected).abs_()
+        # Of values that reach 6 times the scale, two roundings to 8 bits are at most 0.05 apart.
+        if not (error.max() < 0.1 * scale and error.mean(dtype=torch.float32) < 0.01 * scale):
+            return False
+    return True
+
+
+def _calls(shape: Shape) -> int:
+    """Products for about a millisecond of work at 600 TFLOP/s."""
+    return max(1, min(20, round(0.6e12 / (2 * shape.rows * shape.columns * shape.tokens))))
+
+
+def graph_ms(*products: Callable[[], Any], calls: int = 10, rounds: int = 9) -> list[float]:
+    """Median milliseconds of one call of each product, replayed from CUDA graphs in alternating rounds.
+
+    From graphs, so that what the host costs, which a graph or a long queue hides, decides nothing.
+    """
+    graphs = [_capture(product, calls) for product in products]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(rounds):
+        for graph, record in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            record.append(start.elapsed_time(end) / calls)
+    return [statistics.median(record[rounds // 4 :]) for record in times]
+
+
+def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        product()
+        graph.capture_begin(capture_error_mode="thread_local")
+        for _ in range(calls):
+            product()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file of choices
+
+
+def cache_file() -> Path:
+    """Where choices are kept: plans.json in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope" / "plans.json"
+
+
+def _key(shape: Shape, device_index: int, version: tuple[int, ...]) -> str:
+    gpu = torch.cuda.get_device_name(device_index)
+    library = "cuSPARSELt " + ".".join(map(str, version))
+    sides = f"{shape.rows}x{shape.columns}x{shape.tokens}{' bias' if shape.bias else ''}"
+    return " | ".join((gpu, library, f"torch {torch.__version__}", str(shape.dtype).removeprefix("torch."), sides))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _entries() -> dict[str, Choice]:
+    """What the file holds; nothing, with a warning, if it is not ours or damaged."""
+    file = cache_file()
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return {key: Choice(**entry) for key, entry in content["plans"].items() if isinstance(entry["sparse"], bool)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _warn_once(f"{file} is not a readable file of plans ({error}): its shapes are measured again")
+        return {}
+
+
+def _remember(key: str, choice: Choice) -> None:
+    """Add one entry; written beside the file and renamed, so that a reader never meets half of it."""
+    file = cache_file()
+    plans = {name: asdict(known) for name, known in {**_entries(), key: choice}.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump({"format": _FORMAT, "plans": plans}, stream, indent=1, sort_keys=True)
+        os.replace(name, file)
+    except OSError as error:
+        _warn_once(f"choices of kernels cannot be kept in {file}: {error}")

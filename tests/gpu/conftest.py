@@ -1,0 +1,29 @@
+"""Everything in this folder needs a CUDA GPU of compute capability 8.0 or newer, CuPy, and torch's own CUDA build."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_kernels import copies, cuda, plans
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = cuda.missing(0) if torch.cuda.is_available() else "no CUDA GPU"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Auto backend, no warnings given yet, and a cache folder that all GPU tests of this run share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    plans._warn_once.cache_clear()
+    yield
+    copies.set_backend("auto")

@@ -1,0 +1,99 @@
+"""Each kernel of kernels.cu against plain torch, bit for bit, on shapes that fill no tile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_kernels import cuda, masks, plans
+
+SHAPES = [(16, 16), (48, 80), (64, 128), (272, 144), (144, 272), (1040, 2064), (768, 3072)]
+DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16,) * 2, (torch.float16,) * 2]
+
+
+def layer(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Kept values, positions, positions_t, and the two masks."""
+    generator = torch.Generator("cuda").manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, device="cuda", generator=generator).to(dtype)
+    row = masks.row_mask(weight, 2, 4, kind="random", seed=rows)
+    column = masks.double_prune(weight, row, 2, 4)
+    return weight[row].view(rows, -1), masks.pack_bits(row), masks.pack_bits(column.t()), row, column
+
+
+def guarded(*sides: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A tensor of NaN and the whole memory around it, with 64 entries on each side."""
+    size = sides[0] * sides[1]
+    whole = torch.full((size + 128,), torch.nan, dtype=dtype, device="cuda")
+    return whole[64 : 64 + size].view(sides), whole
+
+
+def untouched(whole: Tensor) -> bool:
+    return bool(whole[:64].isnan().all() and whole[-64:].isnan().all())
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize(("values_dtype", "dtype"), [*DTYPES, (torch.float32, torch.float32)])
+def test_gather_kept(rows: int, columns: int, values_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    _, positions, _, row, _ = layer(rows, columns, values_dtype)
+    dense = torch.randn(rows, columns, device="cuda").to(dtype)
+    kept = cuda.gather_kept(dense, positions, values_dtype)
+    assert kept.dtype == values_dtype
+    assert torch.equal(kept, dense[row].view(rows, -1).to(values_dtype))
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize(("values_dtype", "dtype"), DTYPES)
+def test_refresh(rows: int, columns: int, values_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    values, positions, positions_t, row, column = layer(rows, columns, values_dtype)
+    zero = torch.zeros((), dtype=dtype, device="cuda")
+    dense = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values.to(dtype))
+    dense_t = torch.where(column, dense, zero).t().contiguous()
+    slots = plans.marker(positions_t, rows, dtype).bool()
+    expected = {"w": (values.to(dtype), dense), "w_t": (dense_t[slots].view(columns, -1), dense_t)}
+    bias = torch.randn(rows, device="cuda").to(values_dtype)
+    for form in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        copies = {name: guarded(*expected[name][f].shape, dtype=dtype) for name, f in zip(expected, form, strict=True)}
+        bias_copy, bias_whole = guarded(1, rows, dtype=dtype)
+        targets = {name: view for name, (view, _) in copies.items()}
+        cuda.launch(cuda.refresh(values, positions, positions_t, **targets, bias=bias, bias_copy=bias_copy[0]))
+        for (name, (view, whole)), f in zip(copies.items(), form, strict=True):
+            assert torch.equal(view, expected[name][f]), (name, f)
+            assert untouched(whole)
+        assert torch.equal(bias_copy[0], bias.to(dtype))
+        assert untouched(bias_whole)
+    for name in expected:  # one alone
+        view, _ = guarded(*expected[name][0].shape, dtype=dtype)
+        cuda.launch(cuda.refresh(values, positions, positions_t, **{name: view}))
+        assert torch.equal(view, expected[name][0])
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ties", [False, True])
+def test_double_prune(rows: int, columns: int, dtype: torch.dtype, ties: bool) -> None:
+    values, positions, positions_t, row, _ = layer(rows, columns, dtype)
+    values = values.round() if ties else -values
+    weight = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values)
+    expected = masks.pack_bits(masks.double_prune(weight, row, 2, 4).t())
+    version = positions_t._version
+    cuda.double_prune(values, positions, positions_t)
+    assert torch.equal(positions_t, expected)
+    assert positions_t._version > version
+
+
+def test_runs_on_torch_s_current_stream() -> None:
+    values, positions, positions_t, _, _ = layer(1024, 1024, torch.float32)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # so that a kernel on any other stream would come first
+        values.mul_(2)
+        w = torch.empty_like(values, dtype=torch.bfloat16)
+        cuda.launch(cuda.refresh(values, positions, positions_t, w=w))
+    stream.synchronize()
+    assert torch.equal(w, values.bfloat16())
+
+
+def test_strided_tensors_are_refused() -> None:
+    values, positions, positions_t, _, _ = layer(64, 128, torch.float32)
+    with pytest.raises(ValueError, match="values must be contiguous"):
+        cuda.launch(cuda.refresh(values.t().contiguous().t(), positions, positions_t, w=values.bfloat16()))
