@@ -26,6 +26,10 @@ UNFINISHED = ".parts"
 IGNORED = -100
 FEISTEL_ROUNDS = 6
 BIGRAM_CHUNK = 1 << 22
+NO_VALIDATION = (
+    "only a source of two passages or more (documents, or parts of at most 16,384 characters of a long one) "
+    "has some: join short files to one source as NAME=FOLDER, or prepare more text"
+)
 
 
 # -------------------------------------------------------------------------------------------------- data set
@@ -55,12 +59,13 @@ class Dataset:
             if file.header.max_id >= vocab_size:
                 raise UsageError(
                     f"{file.path}: token id {file.header.max_id} is above the model's vocabulary of {vocab_size}; "
-                    f"set the model's vocabulary to {self.vocab_size}, or prepare the data with the model's tokenizer"
+                    f"set the model's vocabulary to {self.vocab_size} (model.overrides.vocab_size={self.vocab_size}), "
+                    f"or prepare the data with the model's tokenizer"
                 )
         if self.train_tokens < seq_len + 1:
             raise UsageError(
                 f"{self.folder}: {self.train_tokens} training tokens are fewer than one sequence needs "
-                f"(seq_len + 1 = {seq_len + 1}); lower seq_len or prepare more text"
+                f"(train.seq_len + 1 = {seq_len + 1}); lower train.seq_len or prepare more text"
             )
 
 
@@ -142,7 +147,8 @@ def _listed_file(folder: Path, entry: dict[str, Any], verify: bool) -> TokenFile
 class Blocks:
     """All tokens of some files as one stream, read in blocks that overlap by one token.
 
-    Block i is tokens[i·T : i·T + T + 1], so that every token but the first is a target exactly once an epoch.
+    Block i is tokens[i·T : i·T + T + 1], so that every token is a target exactly once an epoch, except the first one
+    and the last (tokens - 1) mod T, which never are.
     """
 
     def __init__(self, files: Sequence[TokenFile], seq_len: int) -> None:
@@ -225,7 +231,7 @@ def sample_indices(
     any world size as long as world * micro_batch * accumulation is. UsageError if there is no block at all.
     """
     if length < 1:
-        raise UsageError("the training text is shorter than one sequence: lower seq_len or prepare more text")
+        raise UsageError("the training text is shorter than one sequence: lower train.seq_len or prepare more text")
     numbers = sample_numbers(step, micro, rank, world=world, micro_batch=micro_batch, accumulation=accumulation)
     epochs, places = np.divmod(numbers, length)
     indices = np.empty_like(numbers)
@@ -274,7 +280,7 @@ def masked_batch(
     elsewhere. A sample depends on (seed, its number) only. UsageError if T < 5.
     """
     if blocks.seq_len < 5:
-        raise UsageError(f"seq_len {blocks.seq_len} is too short for the masked objective: [CLS] A [SEP] B [SEP]")
+        raise UsageError(f"train.seq_len {blocks.seq_len} is too short for the masked objective: [CLS] A [SEP] B [SEP]")
     never = np.array(special.never_mask, np.int64)
     drawable = np.setdiff1d(np.arange(special.vocab_size), never)
     rows: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": [], "labels": [], "next_sentence_label": []}
@@ -359,7 +365,9 @@ def bigram_loss(train: Sequence[TokenFile], val: Sequence[TokenFile], vocab_size
     seen = _pair_counts(train, vocab_size) + 0.1
     held = _pair_counts(val, vocab_size)
     if held.sum() == 0:
-        raise UsageError("no validation text to compare with: raise val_fraction or prepare more text")
+        raise UsageError(
+            f"no validation text to compare with: prepare the data with --val-fraction above 0; {NO_VALIDATION}"
+        )
     surprise = np.log(seen.sum(axis=1, keepdims=True)) - np.log(seen)
     return float((held * surprise).sum() / held.sum())
 

@@ -11,17 +11,23 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from slope_cli.errors import SlopeError, UsageError
 
+# Short passages at a source's beginning: the share that one takes of a small source for validation stays small.
 PASSAGE_CHARS = 1 << 16
+SHORT_PASSAGE_CHARS = 1 << 14
+SHORT_UNTIL_CHARS = 1 << 20
+CUT = (SHORT_PASSAGE_CHARS, SHORT_UNTIL_CHARS, PASSAGE_CHARS)
+FOLDER_SOURCES = 16
 READ_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".xz", ".zst")
-FORMATS = (".txt", ".md", ".jsonl", ".json", ".parquet")
+ROWS = (".jsonl", ".json", ".parquet")
+FORMATS = (".txt", ".md", *ROWS)
 SHARD = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?$")
 
 
@@ -58,7 +64,7 @@ Input = FileInput | HubInput
 
 
 class Passage(NamedTuple):
-    """At most 65,536 characters of a document; `position` is how many bytes (or rows) are read by now."""
+    """A document or a part of one, see `cut`; `position` is how many bytes (or rows) are read by now."""
 
     text: str
     ends_document: bool
@@ -72,7 +78,9 @@ def find_inputs(given: list[str], *, split: str, config_name: str | None) -> lis
     """The inputs that the words of a command line mean, grouped by source, in a fixed order.
 
     A word is a file, a folder (all files below it, but hidden ones), the name of a Hugging Face data set, or any of
-    these as `source=…`. UsageError for what is missing, empty or not readable.
+    these as `source=…`. Without that, `source_name` names the source, so that shards are one; but a folder of more than
+    16 sources, or of nothing but plain texts of at most 16,384 bytes, is one source with the folder's name: text so
+    short cannot be divided into training and validation text. UsageError for what is missing, empty or not readable.
     """
     found: list[Input] = []
     for word in given:
@@ -102,7 +110,11 @@ def source_name(path: Path) -> str:
     stem = SHARD.sub("", stem)
     if not stem or stem.isdigit():
         stem = path.parent.name or "text"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-") or "text"
+    return _plain_name(stem)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "text"
 
 
 def _named(word: str) -> tuple[str | None, Path]:
@@ -115,12 +127,20 @@ def _named(word: str) -> tuple[str | None, Path]:
     return name, Path(rest).expanduser()
 
 
-def _folder_inputs(folder: Path, source: str | None) -> list[Input]:
+def _folder_inputs(folder: Path, source: str | None) -> list[FileInput]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:
         raise UsageError(f"{folder}: holds no files")
-    return [_file_input(path, source) for path in paths]
+    items = [_file_input(path, source) for path in paths]
+    sources = len({item.source for item in items})
+    if source is None and (sources > FOLDER_SOURCES or (sources > 1 and all(map(_is_one_passage, items)))):
+        return [replace(item, source=_plain_name(folder.resolve().name)) for item in items]
+    return items
+
+
+def _is_one_passage(item: FileInput) -> bool:
+    return item.path.suffix not in (*ROWS, *COMPRESSIONS) and item.size <= SHORT_PASSAGE_CHARS
 
 
 def _file_input(path: Path, source: str | None) -> FileInput:
@@ -142,29 +162,33 @@ def _hub_input(name: str, source: str | None, config_name: str | None, split: st
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def read_passages(item: Input, text_key: str) -> Iterator[Passage]:
-    """The text of an input in order; UsageError, naming file and line, for what is damaged, not text, or without any.
+def read_passages(item: Input, text_key: str, before: int) -> Iterator[Passage]:
+    """The text of an input in order, cut into passages; `before` is how many characters its source had before it.
 
-    SlopeError when a data set that is streamed breaks off.
+    UsageError, naming file and line, for what is damaged, not text, or without any. SlopeError when a data set that is
+    streamed breaks off.
     """
+    of = _hub_passages(item, text_key, before) if isinstance(item, HubInput) else _file_passages(item, text_key, before)
     found = False
-    for passage in _hub_passages(item, text_key) if isinstance(item, HubInput) else _file_passages(item, text_key):
+    for passage in of:
         found = True
         yield passage
     if not found:
         raise UsageError(f"{item.name if isinstance(item, HubInput) else item.path}: there is no text in it")
 
 
-def _hub_passages(item: HubInput, text_key: str) -> Iterator[Passage]:
+def _hub_passages(item: HubInput, text_key: str, before: int) -> Iterator[Passage]:
     for number, text in enumerate(hub_texts(item, text_key), 1):
-        yield from (Passage(part, ends, number) for part, ends in cut([text]))
+        yield from (Passage(part, ends, number) for part, ends in cut([text], before))
+        before += len(text)
 
 
-def _file_passages(item: FileInput, text_key: str) -> Iterator[Passage]:
+def _file_passages(item: FileInput, text_key: str, before: int) -> Iterator[Passage]:
     try:
         with open(item.path, "rb") as raw:
             for pieces in _documents(raw, item.path, text_key):
-                for part, ends in cut(pieces):
+                for part, ends in cut(pieces, before):
+                    before += len(part)
                     yield Passage(part, ends, raw.tell())
     except EOFError as error:
         raise UsageError(f"{item.path}: truncated, the compressed data stop early; fetch the file again") from error
@@ -174,9 +198,10 @@ def _file_passages(item: FileInput, text_key: str) -> Iterator[Passage]:
         raise UsageError(f"{item.path}: cannot be read: {error.strerror or error}") from error
 
 
-def cut(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cuts a document, given in pieces of any size, into passages of at most 65,536 characters.
+def cut(pieces: Iterable[str], before: int) -> Iterator[tuple[str, bool]]:
+    """Cuts a document, given in pieces of any size, into passages; its source had `before` characters before it.
 
+    A passage has at most 16,384 characters if it starts in the first 1,048,576 of the source, and 65,536 after these.
     Yields (passage, whether it ends the document). Cuts after the last line break that fits, else before the last
     space, else anywhere; nothing is lost. An empty document yields nothing.
     """
@@ -184,17 +209,21 @@ def cut(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for piece in pieces:
         held += piece
         at = 0
-        while len(held) - at > PASSAGE_CHARS:
-            end = _cut_place(held, at)
+        while len(held) - at > (limit := _most_chars(before)):
+            end = _cut_place(held, at, at + limit)
             yield held[at:end], False
+            before += end - at
             at = end
         held = held[at:]
     if held:
         yield held, True
 
 
-def _cut_place(text: str, start: int) -> int:
-    limit = start + PASSAGE_CHARS
+def _most_chars(before: int) -> int:
+    return SHORT_PASSAGE_CHARS if before < SHORT_UNTIL_CHARS else PASSAGE_CHARS
+
+
+def _cut_place(text: str, start: int, limit: int) -> int:
     line = text.rfind("\n", start, limit) + 1
     if line > start:
         return line
@@ -289,10 +318,12 @@ def _text_of(row: Any, text_key: str, where: str) -> str:
         raise UsageError(f"{where}: a {type(row).__name__} where an object with the key {text_key!r} should be")
     if text_key not in row:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise UsageError(f"{where}: no key {text_key!r}; the keys are {keys}: choose one with the text key option")
+        raise UsageError(f"{where}: no key {text_key!r}; the keys are {keys}: choose one with --text-key")
     text = row[text_key]
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"{where}: {text_key!r} is a {type(text).__name__}, not text")
+        raise UsageError(
+            f"{where}: {text_key!r} is a {type(text).__name__}, not text: choose another key with --text-key"
+        )
     return text or ""
 
 
@@ -309,10 +340,10 @@ def _parquet_texts(stream: BinaryIO, path: Path, text_key: str) -> Iterator[str]
         table = parquet.ParquetFile(stream if path.suffix == ".parquet" else io.BytesIO(stream.read()))
         if text_key not in table.schema_arrow.names:
             names = ", ".join(map(repr, table.schema_arrow.names[:8]))
-            raise UsageError(f"{path}: no column {text_key!r}; the columns are {names}")
+            raise UsageError(f"{path}: no column {text_key!r}; the columns are {names}: choose one with --text-key")
         kind = table.schema_arrow.field(text_key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise UsageError(f"{path}: the column {text_key!r} holds {kind}, not text")
+            raise UsageError(f"{path}: the column {text_key!r} holds {kind}, not text: choose another with --text-key")
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

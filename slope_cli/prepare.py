@@ -1,12 +1,13 @@
 """`slope data prepare`: text in, a folder of token files out; parallel, restartable after any kind of stop.
 
-The parent reads and cuts the text into chunks, workers tokenise them and write a pair of part files each, and at the
+The parent reads and cuts the text into chunks, workers tokenise them and write a part file for each split, and at the
 end the parts become one file per source. What a run left behind is checked and used by the next one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import groupby
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
@@ -26,18 +28,23 @@ from typing import Any
 
 import numpy as np
 
-from slope_cli.data import MANIFEST, UNFINISHED, Dataset, TokenFile, open_dataset, write_manifest, write_token_file
-from slope_cli.documents import PASSAGE_CHARS, Input, find_inputs, read_passages
+from slope_cli.data import MANIFEST, NO_VALIDATION, UNFINISHED, Dataset, open_dataset, write_manifest
+from slope_cli.documents import CUT, Input, find_inputs, read_passages
 from slope_cli.durable import held_folder, read_sealed, write_sealed
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.tokenfile import Tokens
+from slope_cli.launch import STOPPED
+from slope_cli.tokenfile import TokenFile, Tokens, write_token_file
 from slope_cli.tokenizer import BYTES, load_tokenizer, save_tokenizer, separator_id, vocabulary_size
 
+# What a chunk holds: little, so that a stop costs little; but of a large input more, or the part files were too many.
 CHUNK_CHARS = 4_000_000
+LARGE_CHUNK_CHARS = 32_000_000
+LARGE_INPUT = 1 << 30
 BATCH_TEXTS = 32
 SPLITS = ("train", "val")
-STOPPED = 75
 LINE_SECONDS = 10.0
+Parts = dict[tuple[str, str], list[Path]]
+"""The part files of each (split, source), in order."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,14 @@ class Chunk:
 
     source: str
     number: int
-    texts: list[str]
-    to_val: list[bool]
-    separated: list[bool]
+    texts: list[str] = field(default_factory=list)
+    to_val: list[bool] = field(default_factory=list)
+    separated: list[bool] = field(default_factory=list)
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that any of it goes to; only these get a part file."""
+        return [split for split in SPLITS if (split == "val") in self.to_val]
 
 
 @dataclass(frozen=True)
@@ -80,28 +92,32 @@ def prepare(
 ) -> Dataset:
     """Tokenises text, JSONL and parquet files, folders of these, or Hugging Face data sets into the folder `out`.
 
-    Every k-th passage of a source, k = round(1 / val_fraction), goes to its validation file; 0 keeps none back. The
-    result does not depend on `workers` (default: the cores; 1 runs in this process). Run again after a stop, it goes
-    on where it stopped; on a finished folder of the same plan it returns at once. Needs twice the space of the result.
-    UsageError for bad inputs or a folder that holds something else; SlopeError on a full disk. SIGTERM exits with 75.
+    Sources are what `find_inputs` says. Of the n passages of a source (documents, or the parts that `cut` makes of long
+    ones) ceil((n - 1) * val_fraction), evenly spaced from the second on, go to its validation file: none of one, at
+    least one of two. The share of the text is val_fraction where passages are many and alike; 0 keeps none back.
+    The result does not depend on `workers` (default: the cores; 1 runs in this process). Run again after a stop, it
+    goes on where it stopped; on a finished folder of the same plan it returns at once. Needs twice the space of the
+    result. UsageError for bad inputs or a folder that holds something else; SlopeError on a full disk. SIGTERM and
+    SIGUSR2 exit with 75.
     With workers above 1, a script that calls this needs an `if __name__ == "__main__"` guard, as processes are spawned.
     """
     out = Path(out).expanduser()
     if not 0 <= val_fraction <= 0.5:
-        raise UsageError(f"val_fraction {val_fraction}: must be from 0 (no validation text) to 0.5")
+        raise UsageError(f"--val-fraction {val_fraction}: must be from 0 (no validation text) to 0.5")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers {workers}: must be 1 or more")
+        raise UsageError(f"--workers {workers}: must be 1 or more")
     items = find_inputs(inputs, split=split, config_name=config_name)
     tok = load_tokenizer(tokenizer)
     byte_level = tokenizer == BYTES
     name = Path(tokenizer).expanduser().resolve().name if Path(tokenizer).expanduser().is_dir() else tokenizer
+    chunk_chars = _chunk_chars(items)
     plan = {
         "inputs": [item.plan() for item in items],
         "tokenizer": name,
         "tokenizer_sha256": hashlib.sha256(tok.backend_tokenizer.to_str().encode()).hexdigest(),
         "text_key": text_key,
         "val_fraction": val_fraction,
-        "cut": [PASSAGE_CHARS, CHUNK_CHARS],
+        "cut": [*CUT, chunk_chars],
     }
     report = Report(sum(item.size for item in items), progress)
     if (out / MANIFEST).exists():
@@ -111,9 +127,11 @@ def prepare(
     count = workers or (1 if byte_level else len(os.sched_getaffinity(0)))
     with _claimed(out, plan), _terminable(), report:
         save_tokenizer(tok, out / "tokenizer")
-        parts = _tokenise(_chunks(items, text_key, val_fraction, report), work, count, report)
-        files = _merge(parts, work)
+        chunks = _chunks(items, text_key, Fraction(str(val_fraction)), chunk_chars, report)
+        files = _merge(_tokenise(chunks, work, count, report), work)
         write_manifest(out, files, name, work.vocab_size, work.separator_id, plan)
+        if val_fraction and all(file.header.split == "train" for file in files):
+            report.say(f"{out}: has no validation text, {NO_VALIDATION}")
     shutil.rmtree(out / UNFINISHED)
     return open_dataset(out, verify=False)
 
@@ -149,9 +167,10 @@ def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{out}: cannot be made or written: {error.strerror}") from error
     with held_folder(parts):
-        if (parts / "plan.json").exists():
+        if any(parts.glob("*.tok")):
             _check_same(out, _read_plan(parts / "plan.json"), plan, "an unfinished preparation")
-        else:
+        else:  # an earlier run may have failed before its first part: its plan binds nobody
+            shutil.rmtree(out / "tokenizer", ignore_errors=True)
             write_sealed(parts / "plan.json", plan)
         yield
 
@@ -165,7 +184,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM unwind like Ctrl-C does, so that workers and temporary files go; exit code 75."""
+    """Lets SIGTERM and SIGUSR2 unwind like Ctrl-C does, so that workers and temporary files go; exit code 75."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,52 +192,63 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(STOPPED)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------ the parent
 
 
-def _chunks(items: list[Input], text_key: str, val_fraction: float, report: Report) -> Iterator[Chunk]:
-    every = round(1 / val_fraction) if val_fraction else 0
+def is_held_out(number: int, share: Fraction) -> bool:
+    """Whether passage `number`, from 0, of a source is for validation: of the first n, ceil((n - 1) * share) are."""
+    return number > 0 and math.ceil(number * share) > math.ceil((number - 1) * share)
+
+
+def _chunk_chars(items: list[Input]) -> int:
+    sizes = [item.size for item in items]
+    return CHUNK_CHARS if all(sizes) and sum(sizes) <= LARGE_INPUT else LARGE_CHUNK_CHARS
+
+
+def _chunks(items: list[Input], text_key: str, share: Fraction, chunk_chars: int, report: Report) -> Iterator[Chunk]:
     done = 0
     for source, group in groupby(items, key=lambda item: item.source):
-        number, passages, held, size = 0, 0, Chunk(source, 0, [], [], []), 0
+        passages, chars, size, held = 0, 0, 0, Chunk(source, 0)
         for item in group:
-            for text, ends_document, position in read_passages(item, text_key):
-                to_val = every > 0 and passages % every == 1
-                passages += 1
+            for text, ends_document, position in read_passages(item, text_key, chars):
+                to_val, passages = is_held_out(passages, share), passages + 1
                 # What follows in the same stream is not what followed in the text: that is an end, too.
-                cut_off = to_val or (every > 0 and passages % every == 1)
+                cut_off = to_val or is_held_out(passages, share)
                 held.texts.append(text)
                 held.to_val.append(to_val)
                 held.separated.append(ends_document or cut_off)
-                size += len(text)
-                if size >= CHUNK_CHARS:
+                chars, size = chars + len(text), size + len(text)
+                if size >= chunk_chars:
                     report.read(source, done + position if item.size else position)
                     yield held
-                    number, size = number + 1, 0
-                    held = Chunk(source, number, [], [], [])
+                    size, held = 0, Chunk(source, held.number + 1)
             done += item.size
             report.read(source, done)
         if held.texts:
             yield held
 
 
-def _tokenise(chunks: Iterator[Chunk], work: Work, workers: int, report: Report) -> dict[str, int]:
-    """Has every chunk tokenised that has no good parts yet; gives the number of chunks of each source."""
-    counts: dict[str, int] = {}
-    kept = 0
+def _tokenise(chunks: Iterator[Chunk], work: Work, workers: int, report: Report) -> Parts:
+    """Has every chunk tokenised that has no good parts yet; gives the part files."""
+    parts: Parts = {}
+    count, kept = 0, 0
 
     def missing() -> Iterator[Chunk]:
-        nonlocal kept
+        nonlocal count, kept
         for chunk in chunks:
-            counts[chunk.source] = chunk.number + 1
-            if all(_is_whole(work.part(chunk.source, chunk.number, split)) for split in SPLITS):
+            count += 1
+            paths = {split: work.part(chunk.source, chunk.number, split) for split in chunk.splits}
+            for split, path in paths.items():
+                parts.setdefault((split, chunk.source), []).append(path)
+            if all(map(_is_whole, paths.values())):
                 kept += 1
             else:
                 yield chunk
@@ -230,8 +260,8 @@ def _tokenise(chunks: Iterator[Chunk], work: Work, workers: int, report: Report)
     else:
         _in_pool(missing(), work, workers, report)
     if kept:
-        report.say(f"{kept} of {sum(counts.values())} chunks were there from an earlier run")
-    return counts
+        report.say(f"{kept} of {count} chunks were there from an earlier run")
+    return parts
 
 
 def _in_pool(chunks: Iterator[Chunk], work: Work, workers: int, report: Report) -> None:
@@ -267,15 +297,15 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _merge(counts: dict[str, int], work: Work) -> list[TokenFile]:
+def _merge(parts: Parts, work: Work) -> list[TokenFile]:
     files = []
     for split in SPLITS:
         (work.out / split).mkdir(exist_ok=True)
-        for source, count in counts.items():
-            parts = [TokenFile.open(work.part(source, number, split)) for number in range(count)]
-            if any(part.header.tokens for part in parts):
-                path = work.out / split / f"{source}.tok"
-                files.append(_write(path, (part.tokens for part in parts), work, source, split, _text_bytes(parts)))
+    for (split, source), paths in sorted(parts.items()):
+        opened = [TokenFile.open(path) for path in paths]
+        if any(part.header.tokens for part in opened):
+            path = work.out / split / f"{source}.tok"
+            files.append(_write(path, (part.tokens for part in opened), work, source, split, _text_bytes(opened)))
     return files
 
 
@@ -324,11 +354,11 @@ class Tokeniser:
         return ids
 
     def __call__(self, chunk: Chunk) -> int:
-        """Writes the two parts of a chunk, atomically, and gives the number of tokens in them."""
+        """Writes the parts of a chunk, atomically, and gives the number of tokens in them."""
         separator = np.array([self.work.separator_id], np.uint32)
         written = 0
         encoded = self.encode(chunk.texts)
-        for split in SPLITS:
+        for split in chunk.splits:
             chosen = [at for at, to_val in enumerate(chunk.to_val) if to_val == (split == "val")]
             pieces = ([encoded[at], separator] if chunk.separated[at] else [encoded[at]] for at in chosen)
             size = sum(len(chunk.texts[at].encode()) for at in chosen)
@@ -343,7 +373,8 @@ _worker: Tokeniser | None = None
 
 def _start_worker(work: Work) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides
+    for number in (signal.SIGINT, signal.SIGUSR2):  # both may reach the whole group; the parent alone decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker = Tokeniser(work)
 

@@ -3,12 +3,15 @@
 import gzip
 import json
 import lzma
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,9 @@ from hypothesis import strategies as st
 import slope_cli
 from slope_cli import documents, prepare
 from slope_cli.data import Dataset, open_dataset
-from slope_cli.documents import HubInput, cut, hub_texts, source_name
+from slope_cli.documents import HubInput, cut, find_inputs, hub_texts, read_passages, source_name
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.prepare import Tokeniser, Work, describe, summary
+from slope_cli.prepare import Tokeniser, Work, describe, is_held_out, summary
 from slope_cli.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
@@ -128,6 +131,37 @@ def test_a_folder_its_sources_and_names(tmp_path: Path) -> None:
     assert bytes(everything[0].tokens[::2].astype(np.uint8)) == b"bdac"
 
 
+def sources(folder: Path) -> set[str]:
+    return {item.source for item in find_inputs([str(folder)], split="train", config_name=None)}
+
+
+def test_a_folder_of_short_texts_can_be_trained_on(tmp_path: Path) -> None:
+    folder = tmp_path / "my notes"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"note {'abc'[number]}.txt").write_text(f"<{number}>")
+    dataset = prepared([folder], tmp_path / "out", val_fraction=0.25)
+    assert [file.header.source for file in dataset.train] == ["my-notes"]
+    assert (decoded(dataset), decoded(dataset, "val")) == (["<0>", "<2>"], ["<1>"])
+    assert {file.header.source for file in prepared([f"x={folder}"], tmp_path / "named").train} == {"x"}
+
+
+def test_when_a_folder_is_one_source(tmp_path: Path) -> None:
+    for number in range(16):
+        (tmp_path / f"{'abcdefghijklmnop'[number]}.jsonl.xz").write_bytes(lzma.compress(lines(["x"])))
+    assert sources(tmp_path) == set("abcdefghijklmnop")
+    (tmp_path / "q.txt").write_text("x")
+    assert sources(tmp_path) == {re.sub(r"[^\w.-]", "-", tmp_path.name)}
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "a.txt").write_text("a" * documents.SHORT_PASSAGE_CHARS)
+    assert sources(few) == {"a"}
+    (few / "b.md").write_text("b")
+    assert sources(few) == {"few"}
+    (few / "a.txt").write_text("a" * (documents.SHORT_PASSAGE_CHARS + 1))
+    assert sources(few) == {"a", "b"}
+
+
 def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"body": "\\ud83e\\udd99 \\ud800!"}\n\n{"body": null}\n{"body": ""}\n')
@@ -138,18 +172,31 @@ def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
 @given(
     words=st.lists(st.text("ab \n", max_size=40), max_size=12),
     pieces=st.integers(1, 30),
+    before=st.integers(0, 50),
 )
-def test_cut_loses_nothing_and_keeps_the_limit(words: list[str], pieces: int) -> None:
+def test_cut_loses_nothing_and_keeps_the_limit(words: list[str], pieces: int, before: int) -> None:
     text = "".join(words)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SHORT_PASSAGE_CHARS", 8)
         patch.setattr(documents, "PASSAGE_CHARS", 16)
-        passages = list(cut([text]))
-        in_pieces = list(cut(text[at : at + pieces] for at in range(0, len(text), pieces)))
+        patch.setattr(documents, "SHORT_UNTIL_CHARS", 40)
+        passages = list(cut([text], before))
+        in_pieces = list(cut((text[at : at + pieces] for at in range(0, len(text), pieces)), before))
     assert passages == in_pieces
     assert "".join(part for part, _ in passages) == text
     assert [ends for _, ends in passages] == [False] * (len(passages) - 1) + [True] * bool(text)
     assert all(0 < len(part) <= 16 for part, _ in passages)
     assert all("\n" not in part or part.endswith("\n") for part, ends in passages if not ends)
+
+
+def test_passages_are_short_at_the_beginning_of_a_source(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("0123456789abcde\n" * 100_000)
+    items = find_inputs([f"s={tmp_path / 'x.txt'}"], split="train", config_name=None)
+    for before in (0, 300_000):
+        sizes = [len(passage.text) for passage in read_passages(items[0], "text", before)]
+        short = (documents.SHORT_UNTIL_CHARS - before) // documents.SHORT_PASSAGE_CHARS + (before > 0)
+        assert sizes[:short] == [documents.SHORT_PASSAGE_CHARS] * short
+        assert set(sizes[short:-1]) == {documents.PASSAGE_CHARS}
 
 
 def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +222,21 @@ def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------------ what is made
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.4, 0.45, 0.5])
+def test_the_share_that_is_kept_for_validation(fraction: float) -> None:
+    share = Fraction(str(fraction))
+    kept = [is_held_out(at, share) for at in range(1000)]
+    assert kept[:2] == [False, True]
+    assert [math.ceil(share * max(0, n - 1)) for n in range(1000)] == [sum(kept[:n]) for n in range(1000)]
+    assert not any(is_held_out(at, Fraction(0)) for at in range(100))
+
+
+def test_the_share_of_a_small_source(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("0123456789abcde\n" * 25_000)  # 400 kB
+    row = summary(prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.1))[0]
+    assert 0.08 < int(row["val_bytes"]) / (int(row["bytes"]) + int(row["val_bytes"])) < 0.13
+
+
 def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
     texts = [f"<{number}>" for number in range(10)]
     (tmp_path / "x.jsonl").write_bytes(lines(texts))
@@ -185,7 +247,7 @@ def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
 
 
 def test_passages_of_a_long_document_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PASSAGE_CHARS", 4)
+    monkeypatch.setattr(documents, "SHORT_PASSAGE_CHARS", 4)
     (tmp_path / "x.txt").write_text("".join(f"{number}ab\n" for number in range(8)))
     dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.2)
     # What was on both sides of a passage that is taken out does not become one text.
@@ -193,9 +255,10 @@ def test_passages_of_a_long_document_stay_together(tmp_path: Path, monkeypatch: 
     assert decoded(dataset, "val") == ["1ab\n", "6ab\n"]
 
 
-def test_one_passage_has_no_validation_text(tmp_path: Path) -> None:
+def test_one_passage_has_no_validation_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.txt").write_text("only")
-    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out")
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
+    assert "no validation text, only a source of two passages or more" in capfd.readouterr().err
     assert dataset.val == {}
     assert summary(dataset)[0] == {
         "source": "x", "documents": 1, "tokens": 5, "bytes": 4, "val_tokens": 0, "val_bytes": 0
@@ -265,6 +328,23 @@ def test_progress_is_lines_on_stderr(
     assert "already prepared" in capfd.readouterr().err
 
 
+def test_chunks_grow_with_the_input_and_leave_no_empty_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 50)
+    monkeypatch.setattr(prepare, "LARGE_CHUNK_CHARS", 500)
+    (tmp_path / "x.jsonl").write_bytes(lines(["0123456789"] * 100))
+    parts: list[list[str]] = []
+    spy = watching(prepare._merge, lambda: parts.append(sorted(p.name for p in tmp_path.glob("*/.parts/*.tok"))))
+    monkeypatch.setattr(prepare, "_merge", spy)
+    small = prepared([tmp_path / "x.jsonl"], tmp_path / "small")
+    assert len([name for name in parts[0] if "train" in name]) == 20
+    assert [name for name in parts[0] if "val" in name] == ["x-000000.val.tok"]
+    monkeypatch.setattr(prepare, "LARGE_INPUT", 1000)
+    large = prepared([tmp_path / "x.jsonl"], tmp_path / "large")
+    assert len(parts[1]) == 3
+    assert (small.plan["cut"][-1], large.plan["cut"][-1]) == (50, 500)
+    assert small.fingerprint == large.fingerprint
+
+
 # -------------------------------------------------------------------------------------------- stops and restarts
 
 SCRIPT = """
@@ -288,7 +368,9 @@ def session_members(session: int) -> int:
     return count
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, -2)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, -2)]
+)
 def test_stopped_in_the_middle_and_run_again(
     tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
 ) -> None:
@@ -302,9 +384,12 @@ def test_stopped_in_the_middle_and_run_again(
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while len(list(out.glob(".parts/*.val.tok"))) < 5 and time.monotonic() < deadline:
+    while len(list(out.glob(".parts/*.train.tok"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    child.send_signal(sent)
+    if sent == signal.SIGUSR2:
+        os.killpg(child.pid, sent)  # as SLURM does: the workers get it, too
+    else:
+        child.send_signal(sent)
     errors = child.communicate(timeout=60)[1].decode()
     assert child.returncode == code, errors
     assert not (out / "dataset.json").exists()
@@ -320,7 +405,7 @@ def test_stopped_in_the_middle_and_run_again(
     monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
     survivor = out / ".parts/x-000000.train.tok"
     made = survivor.stat().st_mtime_ns
-    damaged = out / ".parts/x-000001.train.tok"
+    damaged = out / ".parts/x-000002.train.tok"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     seen: list[int] = []
     with monkeypatch.context() as patch:
@@ -380,7 +465,8 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     assert tree(out) == before
 
 
-def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str) -> None:
+def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 4)
     (tmp_path / "bad.jsonl").write_bytes(lines(["good"]) + b"{")
     with pytest.raises(UsageError, match=r"bad\.jsonl:2: not a JSON line"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
@@ -389,6 +475,16 @@ def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str) -
     (tmp_path / "out/.parts/plan.json").write_text("{")
     with pytest.raises(SlopeError, match=r"damaged.*delete the folder"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
+
+
+def test_a_plan_with_no_part_written_is_replaced(tmp_path: Path, bpe_folder: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(lines(["a", "b"]))
+    with pytest.raises(UsageError, match=r"no key 'body'.*--text-key"):
+        prepared([tmp_path / "x.jsonl"], tmp_path / "out", text_key="body", tokenizer=bpe_folder)
+    (tmp_path / "out/tokenizer/left.txt").write_text("of the other tokenizer")
+    prepared([tmp_path / "x.jsonl"], tmp_path / "out")
+    prepared([tmp_path / "x.jsonl"], tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -423,7 +519,11 @@ PARQUET_ENDS = b"PAR1"
         ("x.txt", b"caf\xe9 au lait", r"x\.txt: not UTF-8 text"),
         ("x.txt", b"end\xc3", "not UTF-8 text"),
         ("x.bin", b"a\0b", "a binary file"),
-        ("x.jsonl", b'{"text": "a"}\n{"body": "b", "n": 1}', r"x\.jsonl:2: no key 'text'; the keys are 'body', 'n'"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"body": "b", "n": 1}',
+            r"x\.jsonl:2: no key 'text'; .* 'body', 'n': .* --text-key",
+        ),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not a JSON line"),
         ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: not UTF-8"),
         ("x.json", b'["a"]', r"x\.json:1: a list where an object"),
@@ -450,7 +550,7 @@ def test_bad_inputs_are_one_clear_line(tmp_path: Path, name: str, content: bytes
 
 def test_bad_parquet_columns(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", {"body": ["a"], "text": [3]})
-    with pytest.raises(UsageError, match="no column 'words'; the columns are 'body', 'text'"):
+    with pytest.raises(UsageError, match=r"no column 'words'; the columns are 'body', 'text': .* --text-key"):
         prepared([tmp_path / "x.parquet"], tmp_path / "out", text_key="words")
     with pytest.raises(UsageError, match="the column 'text' holds int64, not text"):
         prepared([tmp_path / "x.parquet"], tmp_path / "out2")
@@ -474,9 +574,9 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         prepared([], tmp_path / "out")
     with pytest.raises(UsageError, match="given twice"):
         prepared([tmp_path / "x.txt", f"x={tmp_path / 'x.txt'}"], tmp_path / "out")
-    with pytest.raises(UsageError, match=r"val_fraction 0\.6"):
+    with pytest.raises(UsageError, match=r"--val-fraction 0\.6"):
         prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.6)
-    with pytest.raises(UsageError, match="workers 0"):
+    with pytest.raises(UsageError, match="--workers 0"):
         prepared([tmp_path / "x.txt"], tmp_path / "out", workers=0)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="datasets is needed to read the data set some/name"):
