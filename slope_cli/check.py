@@ -1,15 +1,18 @@
 """`slope check`: is everything in a run's folder what was written there?"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slope_cli import checkpoint, data, metrics, runs
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError
+
+Found = TypeVar("Found")
 
 
 def check(run: Path) -> dict[str, Any]:
-    """Verify config, log, embedded data and every checkpoint of a run, and load the newest sound one.
+    """Verify a run: config, log, every checkpoint, its data where they are here, and load the newest sound checkpoint.
 
     Returns:
         `lines`, one for each thing looked at, and `faults`, those of them that are wrong.
@@ -17,27 +20,36 @@ def check(run: Path) -> dict[str, Any]:
     Raises:
         UsageError: not the folder of a run.
     """
-    if not (run / runs.CONFIG).is_file():
-        raise UsageError(f"{run}: is not the folder of a run (no {runs.CONFIG})")
-    looks: list[tuple[str, Callable[[], object]]] = [
-        (runs.CONFIG, lambda: runs.open_config(run)),
-        (metrics.JSONL, lambda: metrics.read(run)),
-    ]
-    if (run / "data").is_dir():
-        looks.append(("data", lambda: data.open_dataset(run / "data")))
-    saved = checkpoint.folders(run)
-    looks += [(folder.name, lambda folder=folder: checkpoint.verify(folder)) for folder in saved]  # type: ignore[misc]
-    if saved:
-        looks.append(("model and tokenizer", lambda: _load(run)))
-    lines, faults = [], []
-    for what, look in looks:
+    runs.require_run(run)
+    lines: list[str] = []
+    faults: list[str] = []
+
+    def look(what: str, verify: Callable[[], Found]) -> Found | None:
         try:
-            look()
-            lines.append(f"{what}: sound")
+            found = verify()
         except (SlopeError, ValueError) as error:
             lines.append(f"{what}: FAULT: {error}")
             faults.append(f"{what}: {error}")
+            return None
+        lines.append(f"{what}: sound")
+        return found
+
+    config = look(runs.CONFIG, lambda: runs.open_config(run))
+    look(metrics.JSONL, lambda: metrics.read(run))
+    saved = [look(folder.name, partial(checkpoint.verify, folder)) for folder in checkpoint.folders(run)]
+    folder = runs.data_folder(config, run) if config else run / "data"
+    if folder.is_dir():
+        look("data", lambda: _check_data(folder, next(filter(None, saved), None)))
+    if saved:
+        look("model and tokenizer", lambda: _load(run))
     return {"run": str(run), "lines": lines, "faults": faults}
+
+
+def _check_data(folder: Path, manifest: dict[str, Any] | None) -> None:
+    """Every byte of a data set, and that it is the one of a checkpoint."""
+    dataset = data.open_dataset(folder)
+    if manifest and dataset.fingerprint != manifest["data"]:
+        raise SlopeError(f"{folder} holds other data than the run was trained on")
 
 
 def _load(run: Path) -> None:

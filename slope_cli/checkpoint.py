@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slope_cli.durable import file_sha256, read_sealed, sync_folder, write_sealed
 from slope_cli.errors import SlopeError
+from slope_cli.optim import init_state
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +56,7 @@ def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer 
 
     saved = _saved_shapes(folder)
     if optimizer is not None and "optim.step" in saved:
-        for parameter in (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved):
-            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            counted_on = parameter.device if optimizer.defaults["fused"] else "cpu"
-            optimizer.state[parameter] = {"step": torch.zeros((), device=counted_on), **zeros}
+        init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
     tensors = state_tensors(model, optimizer)
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
     kept = {name: shape for name, shape in saved.items() if optimizer is not None or name.startswith("model.")}

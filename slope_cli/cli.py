@@ -15,9 +15,12 @@ import typer
 import slope_cli
 from slope_cli import config as configs
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.launch import STOPPED, StopFlag
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=slope_cli.__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training.")
+# Without rich markup, Typer's own errors are plain lines, not boxes.
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=slope_cli.__doc__, **PLAIN)
+data_app = typer.Typer(help="Prepare text for training.", **PLAIN)
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
@@ -61,11 +64,12 @@ def pretrain(
 
         _print(*describe(config), as_json)
         return
-    from slope_cli.train import pretrain as train
-
     # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
-    summary = train(config, run, fresh=fresh)
+    with StopFlag() as stop:  # before torch is imported, which takes seconds: a signal then is no less one to stop
+        from slope_cli.train import pretrain as train
+
+        summary = train(config, run, fresh=fresh, stop=stop)
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
 
 
@@ -77,7 +81,8 @@ def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
         lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
     if "sample" in summary:
         lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
-    return [*lines, f"plot: {run / 'loss.png'}", f'more text: slope generate {run} "Once upon a time"']
+    lines.append(f"plot: {run / 'loss.png'}")
+    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines
 
 
 @data_app.command("prepare")
@@ -126,7 +131,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 0,
 ) -> None:
     """Let a trained model go on with a text."""
     from slope_cli import runs
@@ -196,6 +201,38 @@ def check(run: Run, as_json: AsJson = False) -> None:
         raise SlopeError(f"{run}: {len(result['faults'])} fault(s), the first in {result['faults'][0]}")
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="step, gemm, memory, or all.")] = "all",
+    cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or with commas; default all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; default bench-GPU-DATE.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="Seconds; what is left then is listed as not run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure training steps, single products and memory, sparse against dense; without a GPU the memory only."""
+    from slope_cli.benchmarks import bench, report  # type: ignore[import-not-found]  # outside slope_cli in a checkout
+
+    names = [name for words in cases or () for name in words.split(",") if name]
+    result = bench.run(what, names, out, budget)
+    if as_json:
+        _print(result, [], as_json)
+    else:
+        report.show(result)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is here, what is missing, and what to install."""
+    from slope_cli.doctor import examine
+
+    result, lines = examine()
+    _print(result, lines, as_json)
+    if not result["training"]:
+        raise SlopeError("training cannot work here; see above")
+
+
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     print(json.dumps(result, indent=1) if as_json else "\n".join(lines))
 
@@ -208,8 +245,9 @@ def main() -> None:
         reason = _one_line(error)
         if "SLOPE_DEBUG" in os.environ or not reason:
             raise
-        print(f"error: {reason}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
+        code = getattr(error, "exit_code", 1)
+        print(reason if code == STOPPED else f"error: {reason}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def _one_line(error: Exception) -> str:

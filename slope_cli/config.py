@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,10 @@ from slope_cli.errors import UsageError
 
 # Keys that may change between two starts of one run: they do not touch what is computed.
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
+
+EMBEDDED = "embedded"
+MAX_SEED = 2**63 - 1
+"""The largest seed that torch's generators take."""
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
@@ -66,7 +70,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    path: str = "embedded"
+    path: str = EMBEDDED
     """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
     verify: bool = True
     """Hash every token file before training (about 2 GB/s)."""
@@ -80,6 +84,8 @@ class SparsityConfig:
     """How W^R is chosen, once: magnitude of the initial weights, or random."""
     renew_every: int = 100
     """Choose the columns of W^{R,C} anew every so many steps; 0 never."""
+    backend: str = "auto"
+    """On a GPU: auto takes for each product what measures faster, sparse or dense; cusparselt, dense, reference."""
     skip: list[str] = field(default_factory=list)
     """Regular expressions of layer names that stay dense too."""
 
@@ -87,6 +93,7 @@ class SparsityConfig:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
         _need(0 < self.n < self.m, "sparsity.n", self.n, f"{rule}, and sparsity.m is {self.m}")
         _one_of("sparsity.mask", self.mask, ("magnitude", "random"))
+        _one_of("sparsity.backend", self.backend, ("auto", "cusparselt", "dense", "reference"))
         _not_negative("sparsity", self, "renew_every")
         for pattern in self.skip:
             try:
@@ -154,6 +161,10 @@ class TrainConfig:
     dtype: str = "auto"
     """Of the products: bf16 (autocast; weights and optimizer stay float32) or fp32; auto is bf16 on a GPU."""
     device: str = "auto"
+    compile: bool | None = None
+    """Compile each transformer block and the loss; null does so on a GPU."""
+    cuda_graph: bool | None = None
+    """Replay each step from CUDA graphs; null does so on a GPU."""
     seed: int = 1
     deterministic: bool = False
     """Refuse kernels that do not repeat bit for bit."""
@@ -161,7 +172,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive("train", self, "steps", "tokens_per_step", "micro_batch", "seq_len")
         _one_of("train.dtype", self.dtype, ("auto", "bf16", "fp32"))
-        _not_negative("train", self, "seed")
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        _need(known, "train.device", self.device, "choose auto, cpu, cuda or cuda:N")
+        _need(0 <= self.seed <= MAX_SEED, "train.seed", self.seed, "must be 0 or more and below 2^63")
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         _need(self.tokens_per_step % tokens == 0, "train.tokens_per_step", self.tokens_per_step, rule)
@@ -318,6 +331,8 @@ def _one_line(where: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     first = str(error).strip().splitlines()[0].removesuffix(".")
     full_key = str(getattr(error, "full_key", None) or "")
+    if first.startswith("TupleConfig length"):  # omegaconf names no key here; only one has such a type
+        return "optim.betas: needs two numbers, such as [0.9, 0.95]"
     if not full_key or "not in" not in first:
         return f"{full_key}: {first}" if full_key else first
     *parents, wrong = full_key.split(".")
@@ -341,8 +356,18 @@ def dump(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The keys, apart from FREE_KEYS, in which two configurations differ, each as "key: old -> new"."""
-    a, b = _flat(OmegaConf.structured(old)), _flat(OmegaConf.structured(new))
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    return changes(fixed(old), fixed(new))
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The keys in which two results of `fixed` differ, each as "key: old -> new"."""
+    keys = sorted({*old, *new})
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def fixed(config: Config) -> dict[str, str]:
+    """Every full key and its value, as text, apart from FREE_KEYS."""
+    return _flat(OmegaConf.structured(config))
 
 
 def _flat(node: DictConfig, prefix: str = "") -> dict[str, str]:

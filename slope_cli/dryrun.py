@@ -79,6 +79,7 @@ def _numbers(config: Config, a: Account) -> list[str]:
         ("adapters", adapters),
         ("training state", f"{_size(state)}, {state / dense:.3f} of the dense run's {_size(dense)}"),
         *((f"  {name}", _size(size)) for name, size in a.state_bytes.items() if size),
+        *((f"beside it {name}", _size(size)) for name, size in a.derived_bytes.items() if size),
         (
             "activations, estimate",
             f"{_size(a.activation_bytes)} for {train.micro_batch} x {train.seq_len} tokens in 16 bits",

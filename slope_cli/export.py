@@ -141,6 +141,12 @@ def _merge_adapter(model: "PreTrainedModel", folder: Path) -> None:
             model.get_submodule(name).weight.add_(delta_OI.t() if config["fan_in_fan_out"] else delta_OI)
 
 
+def _architecture(config: Config) -> str:
+    """The shape's name and what the run changed of it."""
+    changed = ", ".join(f"{name} {value}" for name, value in config.model.overrides.items())
+    return f"{config.model.name} with {changed}" if changed else config.model.name
+
+
 def _model_card(
     run: Path,
     config: Config,
@@ -167,7 +173,7 @@ def _model_card(
         "---",
         f"# {run.resolve().name}",
         "",
-        f"- Architecture: {config.model.name}",
+        f"- Architecture: {_architecture(config)}",
         f"- Linear weights: {weights}",
         f"- Trained on: {tokens:,} tokens ({manifest['step']:,} steps)",
     ]

@@ -8,10 +8,11 @@ Shape suffixes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FamilyName = Literal["gpt2", "opt", "bert", "llama", "mistral"]
 Objective = Literal["causal", "masked"]
+CrossEntropy = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 IGNORED_LABEL = -100
 
@@ -296,7 +298,12 @@ def width(config: PreTrainedConfig) -> int:
     return int(config.hidden_size)
 
 
-def batch_loss(model: Callable[..., Any], batch: Mapping[str, Tensor], objective: Objective) -> Loss:
+def batch_loss(
+    model: Callable[..., Any],
+    batch: Mapping[str, Tensor],
+    objective: Objective,
+    cross_entropy: CrossEntropy | None = None,
+) -> Loss:
     """The pretraining loss of one batch, computed in float32 without waiting for the device.
 
     model: a model of `build_model`, or a wrapper that forwards to it (DDP, torch.compile).
@@ -304,28 +311,50 @@ def batch_loss(model: Callable[..., Any], batch: Mapping[str, Tensor], objective
     shifted: labels[b, t] is the token after input_ids[b, t]. For "masked" token_type_ids and attention_mask (B, T) are
     passed on if there, and the mean cross-entropy of next_sentence_label (B,) is added if there.
 
-    A batch without any target has token_loss 0.
+    A batch without any target has token_loss 0. cross_entropy: `token_cross_entropy`, or a compiled one.
     """
+    cross_entropy = cross_entropy or token_cross_entropy
     if objective == "causal":
-        logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
-        token_loss, targets = _token_loss(logits_BTV, batch["labels"])
+        with _unpadded(model):
+            logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
+        token_loss, targets = cross_entropy(logits_BTV, batch["labels"])
         return Loss(token_loss, token_loss.detach(), targets)
-    return _masked_loss(model, batch)
+    return _masked_loss(model, batch, cross_entropy)
 
 
-def _masked_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Loss:
+def _masked_loss(model: Callable[..., Any], batch: Mapping[str, Tensor], cross_entropy: CrossEntropy) -> Loss:
     from torch.nn import functional as F
 
     inputs = {key: batch[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in batch}
-    output = model(**inputs)
-    token_loss, targets = _token_loss(output.prediction_logits, batch["labels"])
+    with _unpadded(model) if "attention_mask" not in batch else contextlib.nullcontext():
+        output = model(**inputs)
+    token_loss, targets = cross_entropy(output.prediction_logits, batch["labels"])
     if "next_sentence_label" not in batch:
         return Loss(token_loss, token_loss.detach(), targets)
     sentence_loss = F.cross_entropy(output.seq_relationship_logits.float(), batch["next_sentence_label"])
     return Loss(token_loss + sentence_loss, token_loss.detach(), targets)
 
 
-def _token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+@contextlib.contextmanager
+def _unpadded(model: Any) -> Iterator[None]:
+    """Within it, attention gets no mask tensor, only its flag: right for batches without padding.
+
+    transformers builds a mask tensor wherever it sees a compiler or a CUDA graph at work, which rules out the fused
+    attention kernels. For an attention function without a mask function of its own it builds none.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_unpadded", sdpa_attention_forward)
+    before, model.config._attn_implementation = model.config._attn_implementation, "sdpa_unpadded"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy in nats over labels other than -100, float32, and their number, int64; both scalars."""
     from torch.nn import functional as F
 
     # Unlabelled rows are not indexed away: a shape that depends on the data would make the host wait for the device.

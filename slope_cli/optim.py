@@ -8,7 +8,7 @@ from slope_cli.config import Config, OptimConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.AdamW":
@@ -35,14 +35,42 @@ def add_adapter_group(optimizer: "torch.optim.Optimizer", parameters: "Iterable[
 
 def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Config) -> float:
     """Give every group its learning rate for a step (counted from 0); returns the run's."""
+    import torch
+
     optim, adapters, steps = config.optim, config.adapters, config.train.steps
     run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
     for group in optimizer.param_groups:
-        group["lr"] = run
+        rate = run
         if group["phase"] == "adapters" and config.adapter_step is not None:
             since, left = step - config.adapter_step, steps - config.adapter_step
-            group["lr"] = learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
+            rate = learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # a captured step reads it from there
+        else:
+            group["lr"] = rate
     return run
+
+
+def init_state(optimizer: "torch.optim.Optimizer", parameters: "Iterable[Tensor]") -> None:
+    """Make AdamW's state of parameters that have none, as its first step would: zeros."""
+    import torch
+
+    for p in parameters:
+        if not optimizer.state[p]:
+            device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+
+
+def make_capturable(optimizer: "torch.optim.Optimizer") -> None:
+    """Let a CUDA graph hold the optimizer's step: state that is there already, learning rates in device memory."""
+    import torch
+
+    for group in optimizer.param_groups:
+        init_state(optimizer, group["params"])
+        group["capturable"] = True
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float, optim: OptimConfig) -> float:

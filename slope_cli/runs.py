@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from sparse_kernels import Report
 
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+LOG_ENDINGS = (".log", ".out", ".err")
+"""A batch system may have opened its log in the folder before the run begins."""
 
 
 @contextlib.contextmanager
@@ -49,7 +52,8 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(p.name for p in run.iterdir() if p.name not in (".lock", f".{CONFIG}.tmp"))
+        own = (".lock", f".{CONFIG}.tmp")
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in own and p.suffix not in LOG_ENDINGS)
     except OSError as error:
         raise UsageError(f"cannot make a run in {run}: {error.strerror}") from None
     if foreign and not (run / CONFIG).is_file():
@@ -68,12 +72,25 @@ def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
             raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
         changed = configs.differences(configs.load(str(run / CONFIG)), config)
         # Before its first step a run may still change: a start that failed on a wrong size must not bar the right one.
-        if changed and (run / metrics.JSONL).exists():
+        if changed and _has_begun(run):
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
         if not changed:
             return
-    with durable.atomic_file(run / CONFIG) as file:
-        file.write(configs.dump(config).encode())
+    write_config(run, config)
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether a run has finished a step."""
+    logged = metrics.read(run) if (run / metrics.JSONL).is_file() else []
+    return bool(checkpoint.folders(run)) or any(record["kind"] == "train" for record in logged)
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Let RUN/config.yaml hold this configuration, whose free keys may differ from those of an earlier start."""
+    text, path = configs.dump(config).encode(), run / CONFIG
+    if not path.is_file() or path.read_bytes() != text:
+        with durable.atomic_file(path) as file:
+            file.write(text)
 
 
 def note_environment(run: Path, device: "torch.device") -> None:
@@ -121,12 +138,21 @@ def source_version() -> dict[str, str | None]:
     digest = hashlib.sha256()
     for path in sorted((*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cu"))):
         digest.update(path.name.encode() + path.read_bytes())
+    return {"sha256": digest.hexdigest()[:16], "git": _git_commit(package)}
+
+
+def _git_commit(package: Path) -> str | None:
+    """The commit that a folder of this program is checked out at; None if git does not know its files."""
+    git = ["git", "-C", str(package)]
     try:
-        command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        # An environment inside another project's checkout lies in a repository that is not this program's.
+        known = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=10)
+        if known.returncode:
+            return None
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
-        commit = None
-    return {"sha256": digest.hexdigest()[:16], "git": commit}
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -182,7 +208,7 @@ def load_trained(
 
     Raises:
         UsageError: not the folder of a run.
-        SlopeError: it has no sound checkpoint.
+        SlopeError: it has no sound checkpoint, or its config or tokenizer is not the checkpoint's.
     """
     from slope_cli.tokenizer import load_tokenizer
     from sparse_kernels import add_adapters
@@ -194,11 +220,14 @@ def load_trained(
     folder, manifest, faults = found
     for fault in faults:
         print(f"warning: {fault}; using {folder.name}", file=sys.stderr)
+    require_same_config(config, run, manifest)
+    if wrong := altered_tokenizer_files(run, manifest):
+        raise SlopeError(f"{wrong[0]} is missing or not what it was when {folder.name} was saved")
     model, _ = build(config, device)
     if manifest["adapters"]:
         add_adapters(model, config.adapters.rank, alpha=config.adapters.alpha)
     checkpoint.restore(folder, model, None)
-    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    tokenizer = load_tokenizer(str((run / TOKENIZER).resolve()))
     # A shape brings the published ids of its own tokenizer; what the model was trained with is another.
     for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -207,6 +236,38 @@ def load_trained(
 
 def open_config(run: Path) -> Config:
     """The configuration of an existing run; UsageError if the folder holds none."""
-    if not (run / CONFIG).is_file():
-        raise UsageError(f"{run} is not the folder of a run (no {CONFIG})")
+    require_run(run)
     return configs.load(str(run / CONFIG))
+
+
+def require_run(run: Path) -> None:
+    """UsageError if a folder holds no run."""
+    if not (run / CONFIG).is_file():
+        raise UsageError(f"{run}: is not the folder of a run (no {CONFIG})")
+
+
+def data_folder(config: Config, run: Path) -> Path:
+    """Where the tokens of a run lie: the embedded text's inside its own folder."""
+    return run / "data" if config.data.path == configs.EMBEDDED else Path(config.data.path).expanduser()
+
+
+def facts(config: Config, run: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the files beside it, and of the program that saved it."""
+    files = sorted(path for path in (run / TOKENIZER).iterdir() if path.is_file())
+    tokenizer = {path.name: durable.file_sha256(path) for path in files}
+    return {"config": configs.fixed(config), "tokenizer": tokenizer, "source": source_version()}
+
+
+def require_same_config(config: Config, run: Path, manifest: Mapping[str, Any]) -> None:
+    """SlopeError naming the keys in which a configuration is not the one that a checkpoint was saved under."""
+    then = configs.fixed(Config()) | manifest["config"]  # a key that a later version brought had its default then
+    if changed := configs.changes(then, configs.fixed(config)):
+        raise SlopeError(
+            f"{run / CONFIG} was altered after step {manifest['step']} ({'; '.join(changed)}); set it back"
+        )
+
+
+def altered_tokenizer_files(run: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The tokenizer's files that are missing or not those that a checkpoint was saved beside."""
+    files = {run / TOKENIZER / name: sha256 for name, sha256 in manifest["tokenizer"].items()}
+    return [path for path, sha256 in files.items() if not path.is_file() or durable.file_sha256(path) != sha256]

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs
+from slope_cli import config as configs
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.generate import continue_text
 from slope_cli.models import Loss
+from slope_cli.step import Step, Taken, eager
 from slope_cli.tokenizer import load_tokenizer, masking_ids, save_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from slope_cli.data import Batch, Blocks, Dataset, MaskingIds
@@ -52,11 +54,15 @@ class Trainer:
     device: "torch.device"
     model: "PreTrainedModel"
     optimizer: "torch.optim.AdamW"
-    autocast: "contextlib.AbstractContextManager[Any]"
+    step: Step
 
 
-def pretrain(config: Config, run: Path, *, fresh: bool = False) -> dict[str, Any]:
+def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.StopFlag | None = None) -> dict[str, Any]:
     """Train, or go on training, in the folder `run`.
+
+    Args:
+        fresh: refuse to go on with a run that is there.
+        stop: one that is open already, so that it knows of signals that came before; else one is opened here.
 
     Returns:
         The last validation record, with `bigram_loss` where the vocabulary is small.
@@ -68,13 +74,16 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False) -> dict[str, Any
     """
     launch.require_one_process()
     device = launch.pick_device(config.train.device)
-    with runs.claimed(run, config, fresh=fresh), launch.StopFlag() as stop:
+    opening = contextlib.nullcontext(stop) if stop else launch.StopFlag()
+    with runs.claimed(run, config, fresh=fresh), opening as stop:
         checkpoint.clean(run)
         runs.note_environment(run, device)
         trainer = _prepare(config, run, device)
         step = _resume(trainer, run)
-        save_tokenizer(trainer.tokenizer, run / "tokenizer")
-        log = metrics.MetricsLog(run, step, tensorboard=config.log.tensorboard)
+        runs.write_config(run, config)  # not before what is in the folder has turned out to fit
+        print(_start_line(trainer, run), file=sys.stderr)
+        tensorboard = config.log.tensorboard and step < config.train.steps
+        log = metrics.MetricsLog(run, step, tensorboard=tensorboard)
         progress = metrics.Progress(step, config.train.steps, config.log.every, config.train.tokens_per_step)
         try:
             _fit(trainer, run, step, stop, log, progress)
@@ -88,11 +97,12 @@ def _fit(
     t: Trainer, run: Path, step: int, stop: launch.StopFlag, log: metrics.MetricsLog, progress: metrics.Progress
 ) -> None:
     """Take the steps from `step` to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
-    from sparse_kernels import renew_column_masks
+    from sparse_kernels import refresh, renew_column_masks
 
     config, steps = t.config, t.config.train.steps
     renew_every = config.sparsity.renew_every if config.method == "slope" else 0
     t.model.train()
+    first = step
     while step < steps:
         if step == config.adapter_step:
             count = _join_adapters(t)
@@ -101,14 +111,16 @@ def _fit(
             progress.say(f"step {step + 1}: low-rank adapters join ({count:,} parameters)")
         started = time.perf_counter()
         lr = optim.set_learning_rates(t.optimizer, step, config)
-        loss, grad_norm = _train_step(t, step)
+        taken = _train_step(t, step)
+        if step in (first, config.adapter_step) and (products := _products(t.model)):
+            log.write("products", step + 1, **products)
+            progress.say(f"step {step + 1}: products of the sparse layers: {products}")
         step += 1
         if _due(step, renew_every):
             renew_column_masks(t.model)
-        speed = config.train.tokens_per_step / (time.perf_counter() - started)
-        tokens = step * config.train.tokens_per_step
-        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens, "tokens_per_s": round(speed, 1)}
-        progress.step(log.write("train", step, **values))
+            refresh(t.model)
+        values = _train_values(t, step, taken, time.perf_counter() - started)
+        progress.step(log.write("train", step, lr=lr, **values))
 
         last = step == steps
         if last or _due(step, config.log.val_every):
@@ -116,7 +128,8 @@ def _fit(
             progress.say(f"step {step}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
         if (last or _due(step, config.log.sample_every)) and t.masking is None:
             prompt, count = config.log.sample_prompt, config.log.sample_tokens
-            text = continue_text(t.model, t.tokenizer, prompt, tokens=count, seed=config.train.seed)
+            with eager():
+                text = continue_text(t.model, t.tokenizer, prompt, tokens=count, seed=config.train.seed)
             progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
         stopped_by = "" if last else stop.name  # read once: a signal from here on is for the next step
         if last or stopped_by or _due(step, config.log.save_every):
@@ -126,34 +139,41 @@ def _fit(
             raise Stopped(f"stopped by {stopped_by} after step {step}, checkpoint saved; run the same command to go on")
 
 
+def _products(model: "PreTrainedModel") -> dict[str, int]:
+    """On a GPU, how many of the sparse layers' two products run as what: the kernel library's, or cuBLAS's dense."""
+    from sparse_kernels import backends
+
+    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
+    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
+    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
+
+
+def _train_values(t: Trainer, step: int, taken: Taken, seconds: float) -> dict[str, float]:
+    """What the log says of a step, beside its learning rate."""
+    import torch
+
+    tokens = t.config.train.tokens_per_step
+    values = {"loss": taken.loss, "grad_norm": taken.norm}
+    if taken.total != taken.loss:  # the loss is comparable with validation's, the total is what was optimised
+        values["total"] = taken.total
+    values |= {"tokens": step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
+    return values | ({"peak_memory": torch.cuda.max_memory_allocated()} if t.device.type == "cuda" else {})
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_step(t: Trainer, step: int) -> tuple[float, float]:
-    """Forward, backward and update over one step's tokens; returns the mean loss and the gradient's norm."""
+def _train_step(t: Trainer, step: int) -> Taken:
+    """Forward, backward and update over one step's tokens."""
     import torch
 
-    config, accumulation = t.config.train, t.config.train.accumulation
-    torch.manual_seed(_mix(config.seed, step))
-    total = torch.zeros((), device=t.device)
-    for micro in range(accumulation):
-        batch = _to_device(_train_batch(t, step, micro), t.device)
-        with t.autocast:
-            loss = models.batch_loss(t.model, batch, _objective(t))
-        (loss.total / accumulation).backward()
-        total += loss.total.detach() / accumulation
-        if not math.isfinite(total.item()):
-            raise SlopeError(_blame_forward(t, batch, step))
-    trained = [p for p in t.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if not math.isfinite(norm.item()):
-        raise SlopeError(_blame_gradient(t.model, step))
-    if t.config.optim.clip:
-        torch.nn.utils.clip_grads_with_norm_(trained, t.config.optim.clip, norm)
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    return total.item(), norm.item()
+    torch.manual_seed(_mix(t.config.train.seed, step))
+    batches = [_to_device(_train_batch(t, step, micro), t.device) for micro in range(t.config.train.accumulation)]
+    try:
+        return t.step(batches)
+    except SlopeError as error:
+        raise SlopeError(f"step {step + 1}: {error}") from None
 
 
 def _mix(seed: int, step: int) -> int:
@@ -192,7 +212,7 @@ def _validate(t: Trainer) -> dict[str, Any]:
 
     sums = {}
     t.model.eval()
-    with torch.no_grad(), t.autocast:
+    with torch.no_grad(), t.step.autocast(), eager():
         for source in t.dataset.val:
             batches = (_to_device(batch, t.device) for batch in _val_batches(t, source))
             losses = [models.batch_loss(t.model, batch, _objective(t)) for batch in batches]
@@ -224,13 +244,14 @@ def _join_adapters(t: Trainer) -> int:
     adapters = add_adapters(t.model, a.rank, alpha=a.alpha, seed=t.config.train.seed)
     parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
     optim.add_adapter_group(t.optimizer, parameters, t.config)
+    t.step = _step(t.config, t.model, t.optimizer, t.device)  # what was compiled and captured knows nothing of them
     return sum(p.numel() for p in parameters)
 
 
 def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Progress) -> None:
     """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
     joined = t.config.adapter_step is not None and step > t.config.adapter_step
-    facts = {"adapters": joined, "data": t.dataset.fingerprint, "environment": runs.source_version()}
+    facts = {"adapters": joined, "data": t.dataset.fingerprint, **runs.facts(t.config, run)}
     tensors = checkpoint.state_tensors(t.model, t.optimizer)
     try:
         folder = checkpoint.save(run, step, tensors, facts, keep=t.config.log.keep)
@@ -243,15 +264,20 @@ def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Pro
 
 
 def _resume(t: Trainer, run: Path) -> int:
-    """Restore the newest sound checkpoint, if there is one; returns the number of finished steps."""
+    """Restore the newest sound checkpoint, if there is one, and the tokenizer; returns the number of finished steps."""
     found = checkpoint.latest(run)
     if found is None:
+        save_tokenizer(t.tokenizer, run / runs.TOKENIZER)
         return 0
     folder, manifest, faults = found
     for fault in faults:
         print(f"warning: {fault}; going on from {folder.name}", file=sys.stderr)
     if manifest["data"] != t.dataset.fingerprint:
         raise UsageError(f"{run} was trained on other data than {t.dataset.folder}; choose another --out")
+    runs.require_same_config(t.config, run, manifest)
+    # Only then: another version of transformers may write other files, and these are what the checkpoint names.
+    if runs.altered_tokenizer_files(run, manifest):
+        save_tokenizer(t.tokenizer, run / runs.TOKENIZER)
     if manifest["adapters"]:
         _join_adapters(t)
     checkpoint.restore(folder, t.model, t.optimizer)
@@ -264,16 +290,23 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
     """Everything a step needs, and the checks that it fits together."""
     import torch
 
+    from sparse_kernels import set_backend
+
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
         torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        try:
+            set_backend(config.sparsity.backend)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
     dataset = open_data(config, run)
     tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
     model, report = runs.build(config, device)
     dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
     masked = models.objective(model.config) == "masked"
     print(report or "dense run: no layer is sparse", file=sys.stderr)
-    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
+    optimizer = optim.build_optimizer(model, config)
     trainer = Trainer(
         config=config,
         dataset=dataset,
@@ -282,11 +315,39 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
         tokenizer=tokenizer,
         device=device,
         model=model,
-        optimizer=optim.build_optimizer(model, config),
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        optimizer=optimizer,
+        step=_step(config, model, optimizer, device),
     )
     _check_evaluation(trainer)
     return trainer
+
+
+def _start_line(t: Trainer, run: Path) -> str:
+    import torch
+
+    name = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else str(t.device)
+    dtype = "fp32" if t.step.dtype is None else "bf16"
+    trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+    tokens = t.config.train.steps * t.config.train.tokens_per_step
+    return f"{run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
+
+
+def _step(config: Config, model: "PreTrainedModel", optimizer: "torch.optim.AdamW", device: "torch.device") -> Step:
+    """How this run takes its steps on this device."""
+    import torch
+
+    train, gpu = config.train, device.type == "cuda"
+    if train.cuda_graph and not gpu:
+        raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
+    return Step(
+        model,
+        optimizer,
+        models.objective(model.config),
+        dtype=torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None,
+        clip=config.optim.clip,
+        compiled=gpu if train.compile is None else train.compile,
+        graphed=gpu if train.cuda_graph is None else train.cuda_graph,
+    )
 
 
 def _check_evaluation(t: Trainer) -> None:
@@ -302,14 +363,13 @@ def _check_evaluation(t: Trainer) -> None:
 
 def open_data(config: Config, run: Path) -> "Dataset":
     """The data set of a run; the embedded text is made into token files inside the run's folder."""
-    if config.data.path != "embedded":
-        return data.open_dataset(config.data.path, verify=config.data.verify)
-    if (run / "data" / data.MANIFEST).exists():
-        return data.open_dataset(run / "data", verify=config.data.verify)
+    folder = runs.data_folder(config, run)
+    if config.data.path != configs.EMBEDDED or (folder / data.MANIFEST).exists():
+        return data.open_dataset(folder, verify=config.data.verify)
     from slope_cli.prepare import prepare
 
     with resources.as_file(resources.files("slope_cli") / "assets" / "austen.jsonl.xz") as text:
-        return prepare([str(text)], run / "data", tokenizer="bytes", val_fraction=0.05, workers=1, progress=False)
+        return prepare([str(text)], folder, tokenizer="bytes", val_fraction=0.05, workers=1, progress=False)
 
 
 def _summary(t: Trainer, run: Path) -> dict[str, Any]:
@@ -322,32 +382,3 @@ def _summary(t: Trainer, run: Path) -> dict[str, Any]:
         summary["bigram_loss"] = data.bigram_loss(t.dataset.train, files, t.dataset.vocab_size)
     samples = [record["text"] for record in records if record["kind"] == "sample"]
     return summary | ({"sample": samples[-1]} if samples else {})
-
-
-def _blame_forward(t: Trainer, batch: "dict[str, Tensor]", step: int) -> str:
-    """Run the forward pass again and name the first layer whose output is not finite."""
-    import torch
-
-    bad: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: "nn.Module", inputs: object, output: object) -> None:
-            if isinstance(output, torch.Tensor) and not output.isfinite().all():
-                bad.append(name)
-
-        return hook
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in t.model.named_modules() if name]
-    with torch.no_grad(), t.autocast:
-        models.batch_loss(t.model, batch, _objective(t))
-    for handle in handles:
-        handle.remove()
-    where = f"first in the output of {bad[0]}" if bad else "in the loss itself"
-    return f"step {step + 1}: the loss is not finite, {where}; nothing was updated"
-
-
-def _blame_gradient(model: "nn.Module", step: int) -> str:
-    """Name the layer nearest to the loss whose gradient is not finite."""
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    where = bad[-1] if bad else "the norm alone"
-    return f"step {step + 1}: the gradient of {where} is not finite ({len(bad)} in all); nothing was updated"

@@ -1,6 +1,7 @@
 """`slope check` finds what is damaged in a run, names the file, and ends with 1."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_a_sound_run_has_no_fault() -> None:
         "config.yaml: sound",
         "metrics.jsonl: sound",
         "step-00000006: sound",
+        "data: sound",
         "model and tokenizer: sound",
     ]
 
@@ -86,10 +88,78 @@ def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
     assert f"{name}: the stored positions are not exactly 2:4" in result.err
 
 
-def test_embedded_data_in_the_run_is_checked_too(tmp_path: Path) -> None:
-    run = copied(trained(), tmp_path)
+def with_data(run: Path, path: Path | str) -> Path:
+    """The run, with another data.path."""
+    config = runs.open_config(run)
+    config.data.path = str(path)
+    runs.write_config(run, config)
+    return run
+
+
+def test_the_data_are_checked_where_they_are_here(tmp_path: Path) -> None:
+    run = with_data(copied(trained(), tmp_path), "embedded")
+    assert not any(line.startswith("data: ") for line in check(run)["lines"])
     (run / "data").symlink_to(prepared())
     assert "data: sound" in check(run)["lines"]
+    moved = tmp_path / "moved"
+    with_data(run, moved)
+    assert not any(line.startswith("data: ") for line in check(run)["lines"])
+    shutil.copytree(prepared(), moved)
+    assert "data: sound" in check(run)["lines"]
+    flip(next((moved / "train").iterdir()))
+    (fault,) = check(run)["faults"]
+    assert fault.startswith(f"data: {moved}/")
+
+
+def test_other_data_than_it_was_trained_on(tmp_path: Path) -> None:
+    other = prepared("wordpiece")
+    assert check(with_data(copied(trained(), tmp_path), other))["faults"] == [
+        f"data: {other} holds other data than the run was trained on"
+    ]
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "no folder"])
+def test_another_tokenizer_is_named(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its syntax is right, and still it is not the run's; by a relative path too, which is no name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    run = copied(trained(), tmp_path)
+    path = run / "tokenizer" / "tokenizer.json"
+    if damage == "altered":
+        path.write_text(path.read_text().replace('"a"', '"~a"', 1))
+    else:
+        path.unlink() if damage == "missing" else shutil.rmtree(path.parent)
+    names = ["tokenizer.json"] if damage != "no folder" else sorted(p.name for p in (trained() / "tokenizer").iterdir())
+    (fault,) = check(Path("copy"))["faults"]
+    assert fault in [
+        f"model and tokenizer: copy/tokenizer/{name} is missing or not what it was when step-00000006 was saved"
+        for name in names
+    ]
+    result = slope("generate", "copy", "The ")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "altered", "said"),
+    [
+        ("  lr: 0.01\n", "  lr: 0.5\n", "optim.lr: 0.01 -> 0.5"),
+        ("    n_layer: 2\n", "    n_layer: 2\n    n_inner: 64\n", "model.overrides.n_inner: None -> 64"),
+    ],
+)
+def test_another_config_is_named(line: str, altered: str, said: str, tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    text = (run / "config.yaml").read_text()
+    assert line in text
+    (run / "config.yaml").write_text(text.replace(line, altered, 1))
+    (fault,) = check(run)["faults"]
+    assert fault == f"model and tokenizer: {run}/config.yaml was altered after step 6 ({said}); set it back"
+
+
+def test_free_keys_may_change(tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    config = runs.open_config(run)
+    config.log.every, config.train.device = 3, "cpu"
+    runs.write_config(run, config)
+    assert check(run)["faults"] == []
 
 
 def test_a_run_without_a_checkpoint_is_sound(tmp_path: Path) -> None:

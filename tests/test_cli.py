@@ -28,6 +28,8 @@ COMMANDS = [
     ["recipes"],
     ["plot"],
     ["check"],
+    ["bench"],
+    ["doctor"],
 ]
 
 
@@ -107,6 +109,7 @@ def test_version() -> None:
         ["generate", "run", "text", "--tokens", "0"],
         ["generate", "run", "text", "--temperature", "-1"],
         ["generate", "run", "text", "--tokens", "many"],
+        ["generate", "run", "text", "--seed", "99999999999999999999"],
         ["export", "run"],
         ["plot"],
         ["check"],
@@ -117,7 +120,8 @@ def test_version() -> None:
 def test_wrong_usage_is_exit_2(words: list[str]) -> None:
     result = slope(*words)
     assert (result.code, result.out) == (2, "")
-    assert " Error " in result.err
+    assert result.err.splitlines()[-1].startswith("Error: ")
+    assert result.err.isascii()  # no box
 
 
 def test_a_misspelt_command_is_met_with_the_right_one() -> None:
@@ -134,6 +138,9 @@ def test_a_misspelt_command_is_met_with_the_right_one() -> None:
         (["sparsity.n=2:4"], "sparsity.n: 2:4 would be read as a base-60 number; say sparsity.n=2 sparsity.m=4"),
         (["train.steps=1e5"], "train.steps: Value '100000.0' of type 'float' could not be converted to Integer"),
         (["train.steps=0"], "train.steps=0: must be positive"),
+        (["train.seed=99999999999999999999"], "train.seed=99999999999999999999: must be 0 or more and below 2^63"),
+        (["train.device=meta"], "train.device=meta: choose auto, cpu, cuda or cuda:N"),
+        (["optim.betas=[0.9]"], "optim.betas: needs two numbers, such as [0.9, 0.95]"),
         (["model.name=gpt2-smal"], "unknown model 'gpt2-smal'; did you mean gpt2-small"),
         (["model.overrides.n_layr=2"], "model gpt2-nano has no setting 'n_layr'; did you mean n_layer"),
         (["model.overrides.n_head=3"], "model gpt2-nano: 3 attention heads do not divide the width 128"),
@@ -243,6 +250,17 @@ def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> No
     record = json.loads(slope(*words, "--json").out)
     assert record["step"] == STEPS
     assert f"{record['loss']:.4f}" in result.out
+
+
+def test_a_bert_is_not_recommended_for_text() -> None:
+    words = ["pretrain", str(defaults()), *small("bert-base"), f"data.path={prepared('wordpiece')}"]
+    result = slope(*words, "--out", trained("bert-base"))
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == f"plot: {trained('bert-base')}/loss.png"
+    assert (
+        f"slope generate {trained()}"
+        in slope("pretrain", defaults(), *small("gpt2-nano"), f"data.path={prepared()}", "--out", trained()).out
+    )
 
 
 def test_the_first_start_logs_to_standard_error(tmp_path: Path) -> None:

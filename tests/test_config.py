@@ -98,7 +98,8 @@ def test_a_quoted_clock_time_is_text(tmp_path: Path) -> None:
         ("optim.lr=[1]", "optim.lr"),
         ("optim.lr=${foo}", "optim.lr"),
         ("optim.betas=3", "optim.betas"),
-        ("optim.betas=[0.9]", ""),
+        ("optim.betas=[0.9]", "optim.betas: needs two numbers"),
+        ("optim.betas=[0.9, 0.95, 0.99]", "optim.betas: needs two numbers"),
         ("optim.betas.0=0.5", ""),
         ("optim=3", "optim"),
         ("train=null", "train"),
@@ -135,6 +136,9 @@ def test_a_word_without_key_and_value_is_refused(word: str) -> None:
         *(f"{key}=0" for key in ("log.every", "log.val_tokens", "log.sample_tokens", "log.keep")),
         *(f"{key}=-1" for key in ("log.val_every", "log.sample_every", "log.save_every", "sparsity.renew_every")),
         "train.seed=-1",
+        "train.seed=99999999999999999999",
+        f"train.seed={2**63}",
+        *(f"train.device={bad}" for bad in ("meta", "gpu", "cuda:x", "cpu:0", "mps", "cpux")),
         "train.tokens_per_step=1000",
         "train.dtype=fp64",
         "method=dens",
@@ -254,3 +258,9 @@ def test_adapters_join_before_the_last_step(changes: dict[str, int], step: int) 
 def test_accumulation_follows_from_the_tokens_of_a_step() -> None:
     words = ["train.tokens_per_step=4096", "train.micro_batch=4", "train.seq_len=256"]
     assert configs.load("gpt2-nano", words).train.accumulation == 4
+
+
+@pytest.mark.parametrize("word", [f"train.seed={2**63 - 1}", "train.device=cuda", "train.device=cuda:3"])
+def test_the_largest_seed_and_the_devices_that_there_are(word: str) -> None:
+    key, _, value = word.partition("=")
+    assert str(getattr(configs.load("gpt2-nano", [word]).train, key.removeprefix("train."))) == value

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from trained import SENTENCES, copied, scratch, slope, trained
+from trained import OVERRIDES, SENTENCES, copied, scratch, slope, trained
 from transformers import AutoTokenizer, PreTrainedModel
 
 from slope_cli import models, runs
@@ -156,6 +156,8 @@ def test_the_model_card_says_what_it_is_and_its_code_runs(family: str, monkeypat
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "2:4 sparse along the input features" in card
     assert "Trained on: 384 tokens (6 steps)" in card
+    changed = ", ".join(word.replace("=", " ") for word in OVERRIDES[family])
+    assert f"- Architecture: {family} with {changed}\n" in card
     assert "Validation loss: " in card
     monkeypatch.chdir(exported(family))
     exec(card.split("```python\n")[1].split("```")[0], {})

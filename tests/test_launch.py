@@ -35,16 +35,18 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
     ("variables", "named"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2"),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "SLURM_NTASKS=4"),
-        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, "SLURM_STEP_NUM_TASKS=4"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_NTASKS": "4"}, None),  # inside salloc, with no srun
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # sbatch --ntasks=8, with no srun
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # and with srun --ntasks=1
         ({}, None),
     ],
 )
 def test_one_of_several_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str | None
 ) -> None:
-    for key in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_PROCID"):
+    for key in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
         monkeypatch.delenv(key, raising=False)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
@@ -61,3 +63,30 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
     for name in ("gpu", "cuda:99", "cpux"):
         with pytest.raises(UsageError, match=f"train.device={name}: [^\n]+$"):
             launch.pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
+        ({"SLURM_GPUS": "a100:2"}, "SLURM_GPUS=a100:2"),
+        ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),
+        ({"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"}, None),  # hidden on purpose
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"SLURM_GPUS": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_gpus_that_torch_does_not_find_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], named: str | None
+) -> None:
+    for key in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS", "SLURM_JOB_GPUS"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert launch.pick_device("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {named}, but torch finds no GPU; using the CPU") if named else said == ""
+    assert launch.pick_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().err == ""

@@ -236,14 +236,36 @@ main()
     code, out, err = run_until(1, signal.SIGTERM)
     assert (code, out) == (75, "")
     (done,) = checkpoint.folders(run)
-    assert err.splitlines()[-1].startswith(
-        f"error: stopped by SIGTERM after step {int(done.name[-8:])}, checkpoint saved"
-    )
+    assert err.splitlines()[-1].startswith(f"stopped by SIGTERM after step {int(done.name[-8:])}, checkpoint saved")
     code, out, err = run_until(int(done.name[-8:]) + 1, signal.SIGINT, signal.SIGINT)
     assert f"going on from {done}" in err
     assert (code, out) not in ((0, ""), (75, ""))
     assert "Traceback" not in err
     assert checkpoint.folders(run) == [done]
+
+
+def test_a_signal_while_torch_is_imported_stops_the_run_too(data: Path, tmp_path: Path) -> None:
+    """It comes at the first import of torch, whenever that is."""
+    run, tests = tmp_path / "run", Path(__file__).parent
+    program = """
+import os, signal, sys
+from slope_cli.cli import main
+
+class Signal:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+sys.meta_path.insert(0, Signal())
+main()
+"""
+    words = [f"model.overrides.{size}" for size in ("n_layer=1", "n_embd=32", "n_head=2")]
+    command = [sys.executable, "-c", program, "pretrain", str(tests / "tiny.yaml"), *words, f"data.path={data}"]
+    done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("stopped by SIGUSR2 after step 1, checkpoint saved")
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000001"]
 
 
 # ------------------------------------------------------------------------------------------ whose folder it is

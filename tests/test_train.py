@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slope_cli import checkpoint, metrics, models, runs, train
+from slope_cli import config as configs
 from slope_cli import data as datasets
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
@@ -70,7 +72,7 @@ def test_accumulation_is_the_same_update_as_one_big_micro_batch(data: Path, tmp_
 @pytest.mark.parametrize("clip", [0, 0.01, 1000])
 def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(data: Path, tmp_path: Path, clip: float) -> None:
     t = trainer(tiny(data, f"optim.clip={clip}"), tmp_path)
-    _, norm = train._train_step(t, 0)
+    norm = train._train_step(t, 0).norm
     mean = [s["exp_avg"] / 0.1 for s in t.optimizer.state.values()]  # after one step, a tenth of the gradient
     used = torch.stack([g.norm() for g in mean]).norm().item()
     assert norm > 0.1
@@ -175,6 +177,24 @@ def test_a_bert_learns_and_writes_no_samples(bert_data: Path, tmp_path: Path) ->
     losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert sum(losses[-3:]) < sum(losses[:3])
     assert "sample" not in summary
+
+
+def test_a_bert_logs_the_loss_that_validation_measures_and_what_was_optimised(bert_data: Path, tmp_path: Path) -> None:
+    """With two micro-batches: both are means over them."""
+    config = tiny_bert(bert_data, "model.dropout=0", "train.steps=1")
+    t = trainer(config, tmp_path)
+    batches = [train._to_device(train._train_batch(t, 0, micro), CPU) for micro in range(2)]
+    with torch.no_grad():
+        losses = [models.batch_loss(t.model, batch, "masked") for batch in batches]
+    pretrain(config, tmp_path / "run")
+    (record,) = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert record["loss"] == pytest.approx(sum(loss.token_loss.item() for loss in losses) / 2, rel=1e-5)
+    assert record["total"] == pytest.approx(sum(loss.total.item() for loss in losses) / 2, rel=1e-5)
+    assert record["total"] > record["loss"] + 0.1
+
+
+def test_a_causal_model_logs_one_loss(finished: Path) -> None:
+    assert not any("total" in record for record in records(finished))
 
 
 def test_kernels_that_repeat_bit_for_bit_can_be_asked_for(data: Path, tmp_path: Path) -> None:
@@ -287,6 +307,47 @@ def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path:
     assert runs.open_config(run).train.steps == 1
 
 
+def test_a_failure_in_the_first_step_does_not_bar_another_config(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, say; here adapters join at once, so that the log is not even empty."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pretrain(tiny(data, "adapters.start=0"), run)
+    assert [record["kind"] for record in records(run)] == ["adapters"]
+    assert pretrain(tiny(data, "train.micro_batch=1", "train.steps=1"), run)["step"] == 1
+    assert runs.open_config(run).train.micro_batch == 1
+
+
+def test_a_first_step_bars_another_config_even_without_a_checkpoint(data: Path, copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UsageError, match="another config"):
+        pretrain(tiny(data, "optim.lr=0.1"), copy)
+
+
+def test_free_keys_that_change_are_written_down(data: Path, copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "moved")
+    config = tiny(tmp_path / "moved", "log.every=3", "train.device=auto")
+    pretrain(config, copy)
+    assert runs.open_config(copy) == config
+    with pytest.raises(UsageError):
+        pretrain(tiny(write_data(tmp_path / "other", seed=1)), copy)
+    assert runs.open_config(copy) == config
+
+
+def test_a_config_altered_behind_a_runs_back_is_refused(data: Path, copy: Path) -> None:
+    config = tiny(data, "optim.lr=0.1")
+    (copy / runs.CONFIG).write_text(configs.dump(config))
+    with pytest.raises(SlopeError, match=r"config.yaml was altered after step 12 \(optim.lr: 0.005 -> 0.1\)"):
+        pretrain(config, copy)
+
+
 def test_fresh_refuses_a_run_that_is_there(data: Path, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already; choose another --out"):
         pretrain(tiny(data), copy, fresh=True)
@@ -299,6 +360,14 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(data: Path, t
     with pytest.raises(UsageError, match=r"is not empty and holds no run \(there is thesis.tex\)"):
         pretrain(tiny(data), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_the_log_of_a_batch_system_may_lie_in_the_folder(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("slurm-1.out", "slurm-1.err", "job.log"):
+        (run / name).touch()
+    assert pretrain(tiny(data, "train.steps=1"), run)["step"] == 1
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(data: Path, tmp_path: Path) -> None:
@@ -390,6 +459,31 @@ def test_no_secret_of_the_environment_gets_into_the_folder(
     assert {"torch", "transformers", "python", "source", "device", "threads", "command"} <= facts.keys()
 
 
+def test_the_start_says_what_it_trains_on_what(data: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(tiny(data), copy)
+    _, model, _, _ = runs.load_trained(copy)
+    count = sum(p.numel() for p in model.parameters())
+    expected = f"{copy}: on cpu in fp32, {count:,} trained parameters, 1,536 tokens in all"
+    assert expected in capsys.readouterr().err.splitlines()
+
+
+def test_the_commit_of_a_project_around_the_program_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    package = tmp_path / "env" / "slope_cli"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=theirs"]):
+        subprocess.run([*git, *words], check=True)
+    assert runs._git_commit(package) is None
+    subprocess.run([*git, "add", "."], check=True)
+    assert runs._git_commit(package) is not None
+
+
+def test_a_finished_run_opens_no_tensorboard_file(data: Path, copy: Path) -> None:
+    pretrain(tiny(data, "log.tensorboard=true"), copy)
+    assert not (copy / metrics.TENSORBOARD).exists()
+
+
 def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> None:
     pretrain(tiny(data), copy)
     starts = [json.loads(line) for line in (copy / "environment.jsonl").read_text().splitlines()]
@@ -402,4 +496,5 @@ def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
     assert config == tiny(data)
     assert models.width(model.config) == 32
     assert (manifest["step"], manifest["adapters"]) == (12, True)
+    assert manifest["source"] == runs.source_version()
     assert tokenizer.decode(tokenizer("two words").input_ids) == "two words"

@@ -1,0 +1,212 @@
+"""`slope doctor`: what is here, what is missing, and what to install."""
+
+import importlib
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
+_USED_BY = {
+    "tensorboard": "log.tensorboard",
+    "matplotlib": "slope plot and the picture of a run",
+    "datasets": "slope data prepare of a Hugging Face data set",
+    "pyarrow": "slope data prepare of parquet files",
+    "zstandard": "slope data prepare of .zst files",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `fix`: what to do where something is missing, else empty."""
+
+    name: str
+    found: str
+    fix: str = ""
+
+
+def examine() -> tuple[dict[str, Any], list[str]]:
+    """Look at everything that training uses.
+
+    Returns:
+        a record for JSON, whose "training" says whether a training step works here, and the same as lines.
+    """
+    findings = [Finding("python", platform.python_version()), *_packages()]
+    error = _failure(lambda: train_a_step("cpu"))
+    if not error:
+        findings += _gpu()
+    fix = f"training cannot work: {error}" if error else ""
+    findings.append(Finding("a training step", "fails" if error else "works", fix))
+    width = max(len(finding.name) for finding in findings)
+    lines = [f"{x.name:{width}}  {x.found}{x.fix and f'; {x.fix}'}" for x in findings]
+    return {"training": not error, "findings": [asdict(finding) for finding in findings]}, lines
+
+
+def libraries() -> dict[str, str | None]:
+    """Driver, CuPy and cuSPARSELt of this machine, for the head of a result file; None for what is missing."""
+    from sparse_kernels import cusparselt
+
+    found = {"driver": driver(), "cupy": _cupy(), "cusparselt": None, "cusparselt_file": None}
+    try:
+        library = cusparselt.library()
+    except cusparselt.CuSparseLtError:
+        return found
+    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": library.path}
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, or None without one."""
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.splitlines()[0].strip() if result.returncode == 0 and result.stdout.strip() else None
+
+
+def _cupy() -> str | None:
+    return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := _version(name))), None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[Finding]:
+    found = []
+    for name in (*_NEEDED, *_USED_BY):
+        fix = "" if (here := _version(name)) else f"pip install {name}"
+        if fix and name in _USED_BY:
+            fix += f" (only {_USED_BY[name]} needs it)"
+        found.append(Finding(name, here or "missing", fix))
+    return found
+
+
+def _failure(work: Callable[[], object]) -> str:
+    """Why `work` fails, in one line; empty if it does not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            work()
+    except Exception as error:  # the report names whatever it was
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return ""
+
+
+def train_a_step(device: str) -> None:
+    """A step of a small sparse layer as `slope pretrain` takes it; raises whatever fails."""
+    for name in ("omegaconf", "transformers", "tokenizers", "safetensors"):
+        importlib.import_module(name)
+    import torch
+
+    from sparse_kernels import sparsify
+
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)).to(device)
+    sparsify(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    loss = model(torch.randn(16, 32, device=device)).square().mean()
+    loss.backward()
+    optimizer.step()
+    if not loss.isfinite():
+        raise ArithmeticError("the loss of a small layer is not finite")
+
+
+def _gpu() -> list[Finding]:
+    """The GPU and all that the fast 2:4 products need there, down to a product that is checked against dense."""
+    import torch
+
+    found = [_driver_finding(), Finding("CUDA of torch", torch.version.cuda or "none: a CPU build", _torch_fix())]
+    if not torch.cuda.is_available():
+        return [*found, Finding("GPU", "none that torch can use", "training runs on the CPU, where 2:4 saves no time")]
+    card = torch.cuda.get_device_properties(0)
+    size = f"{card.total_memory / 2**30:.0f} GiB"
+    found.append(Finding("GPU", f"{card.name}, {size}, compute capability {card.major}.{card.minor}"))
+    if error := _failure(lambda: train_a_step("cuda")):
+        found.append(Finding("a step on the GPU", "fails", error))
+    libraries = [_cupy_finding(), _cusparselt_finding()]
+    return [*found, *libraries, *([] if any(finding.fix for finding in libraries) else [self_test()])]
+
+
+def _driver_finding() -> Finding:
+    import torch
+
+    here = driver()
+    needed = not here and not torch.cuda.is_available()
+    return Finding("driver", here or "unknown: no nvidia-smi", "for a GPU, install NVIDIA's driver" if needed else "")
+
+
+def _torch_fix() -> str:
+    import torch
+
+    if torch.version.cuda or driver() is None:
+        return ""
+    return "install a CUDA build of torch (pytorch.org, Get started)"
+
+
+def _cupy_finding() -> Finding:
+    from sparse_kernels import cuda
+
+    return Finding("cupy", _cupy() or "missing", cuda.missing(0))
+
+
+def _cusparselt_finding() -> Finding:
+    from sparse_kernels import cusparselt
+
+    try:
+        library = cusparselt.library()
+    except cusparselt.CuSparseLtError as error:
+        return Finding("cuSPARSELt", "missing", str(error))
+    return Finding("cuSPARSELt", f"{'.'.join(map(str, library.version))}, {library.path}")
+
+
+def self_test(width: int = 4096, tokens: int = 4096) -> Finding:
+    """Run a 2:4 product in bf16, compare it with dense, and say how fast it is; then a layer, forward and backward."""
+    import torch
+
+    from sparse_kernels import plans
+
+    name = "2:4 product"
+    shape = plans.Shape(width, width, tokens, torch.bfloat16, True)
+    try:
+        choice, plan = plans.choose(shape, 0)
+    except RuntimeError as error:
+        return Finding(name, "fails", " ".join(str(error).split()))
+    if plan is None and choice.sparse_ms is None:
+        return Finding(name, "cannot run", choice.reason)
+    if reason := _failure(lambda: check_layer("cuda")):
+        return Finding("2:4 layer", "fails", reason)
+    return Finding(name, f"{width} x {width}, {tokens} tokens: agrees with dense, {choice.reason}")
+
+
+def check_layer(device: str) -> None:
+    """Compare a bf16 layer's output and gradients with those of dense products; ArithmeticError if they differ."""
+    import torch
+
+    from sparse_kernels import SparseLinear, masks
+
+    weight, bias = torch.randn(512, 512, device=device), torch.randn(512, device=device)
+    layer = SparseLinear(weight, bias, masks.row_mask(weight, 2, 4), 2, 4)
+    X = torch.randn(256, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        Y = layer(X)
+    dY = torch.randn_like(Y)
+    Y.backward(dY)
+    wide, wide_dY = X.detach().float(), dY.float()
+    dW = (wide_dY.t() @ wide)[layer.row_mask()].view_as(layer.values)
+    pairs = {
+        "output": (Y, wide @ layer.weight.t() + bias),
+        "input gradient": (X.grad, wide_dY @ layer.weight_backward),
+        "weight gradient": (layer.values.grad, dW),
+    }
+    for name, (found, expected) in pairs.items():
+        if found is None or (found.float() - expected).norm() > 0.02 * expected.norm():
+            raise ArithmeticError(f"the {name} of a 2:4 layer differs from the dense product's")

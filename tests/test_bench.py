@@ -1,0 +1,240 @@
+"""slope bench: its cases, what it measures (here on a CPU), what it reckons, and what it writes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trained import slope
+
+from slope_cli import config as configs
+from slope_cli import models, runs
+from slope_cli.benchmarks import bench, measure, report
+from slope_cli.benchmarks.measure import Case, Variant
+from slope_cli.errors import SlopeError, UsageError
+
+TINY = Case("gpt2-nano", seq_len=32, tokens=64, depths=(1, 2), paper=None, target=None, aim=None)
+EAGER = tuple(variant for variant in measure.VARIANTS if not variant.compiled)
+CPU = torch.device("cpu")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
+
+
+@pytest.fixture
+def quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WARM_UP": 1, "ROUNDS": 2, "ROUND_SECONDS": 0.0}.items():
+        monkeypatch.setattr(measure, name, value)
+
+
+@pytest.mark.parametrize("case", measure.cases().values(), ids=lambda case: case.name)
+def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> None:
+    assert case.name in configs.recipe_names()
+    blocks = runs.model_config(measure.case_config(case, "dense")).num_hidden_layers
+    assert 1 <= len(case.depths) <= 2
+    assert sorted(set(case.depths)) == list(case.depths)
+    assert case.depths[-1] <= blocks
+    assert len(case.depths) == 2 or case.depths[0] == blocks
+    config = measure.case_config(case, "slope", case.depths[0])
+    assert runs.model_config(config).num_hidden_layers == case.depths[0]
+    assert config.train.accumulation == 1
+    assert config.train.tokens_per_step == case.tokens
+
+
+@pytest.mark.usefixtures("quick")
+def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
+    rows = list(measure.step(TINY, CPU, EAGER))
+    assert [(row["depth"], row["variant"]) for row in rows] == [
+        (depth, name) for depth in (2, 1) for name in ("dense eager", "sparse eager")
+    ]
+    for dense, sparse in (rows[:2], rows[2:]):
+        assert (dense["error"], sparse["error"]) == ("", "")
+        assert (dense["alternated"], sparse["alternated"]) == (False, True)
+        assert dense["ratio"] is None
+        assert sparse["ratio"] == sparse["dense_ms"] / sparse["step_ms"]
+        assert 0 < sparse["renewal_ms"] < sparse["step_ms"]
+        assert dense["renewal_ms"] == 0
+    json.dumps(rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_variant_that_fails_costs_only_itself() -> None:
+    variants = (EAGER[0], Variant("broken", "slope", compiled=False, graphed=True), EAGER[1])
+    rows = list(measure.depth_rows(TINY, 1, variants, CPU))
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert rows[1]["step_ms"] is None
+    assert rows[2]["alternated"]
+    assert measure.fastest(rows, "slope") == rows[2]
+    assert measure.fastest(rows[1:2], "slope") is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_masked_model_is_measured_on_its_own_objective() -> None:
+    words = ["model.overrides={num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2}"]
+    config = configs.load("bert-base", [*words, "train.micro_batch=2", "train.tokens_per_step=64", "train.seq_len=32"])
+    batch = measure.random_batch(config, 100, "masked", CPU)
+    labelled = (batch["labels"] != models.IGNORED_LABEL).float().mean()
+    assert 0 < labelled < 0.5
+    assert models.batch_loss(measure.build(config, CPU), batch, "masked").total.isfinite()
+
+
+@pytest.mark.parametrize("method", ["dense", "slope"])
+def test_reckoned_state_is_what_the_live_tensors_hold(method: str) -> None:
+    found = measure.state_bytes(measure.case_config(TINY, method, 1), CPU)
+    steps = 4 * 32  # AdamW counts its steps with four bytes for each parameter tensor
+    assert 0 <= found["counted"] - found["reckoned"] <= steps
+    assert found["allocated"] is None
+
+
+def test_reckoned_memory_of_a_whole_model() -> None:
+    row = bench.memory_row(TINY)
+    assert row["sparse"]["state"] == measure.state_bytes(measure.case_config(TINY, "slope"), CPU)["reckoned"]
+    assert row["dense"]["state"] == 16 * row["parameters"]
+    pruned, rest = row["in_sparse_layers"], row["parameters"] - row["in_sparse_layers"]
+    assert row["sparse"]["inference"] == 2 * rest + pruned * 9 / 8
+    assert row["state_ratio"] < row["state_ratio_with_adapters"] < 1
+
+
+def test_opt_13b_is_within_the_memory_aimed_at() -> None:
+    row = bench.memory_row(measure.cases()["opt-13b"])
+    assert row["state_ratio"] <= 0.60
+    assert row["inference_ratio"] <= 0.58
+
+
+def step_row(depth: int, method: str, ms: float, dense_ms: float | None = None, error: str = "") -> dict[str, Any]:
+    row = {"case": "opt", "depth": depth, "variant": f"{method} eager", "method": method, "error": error}
+    ratio = None if dense_ms is None else dense_ms / ms
+    return row | {"step_ms": ms, "dense_ms": dense_ms, "ratio": ratio, "alternated": True, "peak_bytes": 2**30}
+
+
+def entry(*rows: dict[str, Any], depths: tuple[int, ...] = (2, 4)) -> dict[str, Any]:
+    case = {"name": "opt", "paper": 1.2, "target": 1.3, "depths": depths, "blocks": 10, "not_run": "", "rows": rows}
+    return {**case, "summary": bench.summary({**case})}
+
+
+FULL = entry(
+    step_row(4, "dense", 49), step_row(4, "slope", 40, 50), step_row(2, "dense", 30), step_row(2, "slope", 26, 30)
+)
+
+
+def test_whole_models_are_extrapolated_from_two_depths() -> None:
+    found = FULL["summary"]
+    assert (found["depth"], found["dense_ms"], found["sparse_ms"], found["ratio"]) == (4, 50, 40, 1.25)
+    assert (found["dense_block_ms"], found["sparse_block_ms"]) == (10, 7)
+    assert (found["extrapolated_dense_ms"], found["extrapolated_sparse_ms"]) == (110, 82)
+    assert report.whole_model(FULL) == "1.341 extrapolated"
+
+
+def test_a_whole_model_that_was_timed_is_not_extrapolated() -> None:
+    whole = entry(step_row(10, "dense", 49), step_row(10, "slope", 40, 50), depths=(10,))
+    assert report.whole_model(whole) == "1.250 measured"
+
+
+def test_without_a_second_depth_or_a_dense_step_nothing_is_extrapolated() -> None:
+    part = entry(step_row(4, "dense", 49), step_row(4, "slope", 40, 50), step_row(2, "slope", 1, error="out of memory"))
+    assert part["summary"]["ratio"] == 1.25
+    assert report.whole_model(part) == ""
+    assert entry(step_row(4, "slope", 40))["summary"] is None
+    assert entry()["summary"] is None
+
+
+@no_gpu
+def test_products_that_cannot_be_measured_have_a_row_with_the_reason() -> None:
+    rows = list(measure.gemm([64]))
+    assert [row["tokens"] for row in rows] == [measure.TOKENS, *measure.MORE_TOKENS, *[measure.TOKENS] * 4]
+    assert [row["product"] for row in rows if "product" in row] == ["torch"] * 4
+    assert all(row["error"] for row in rows)
+    assert report.break_even(rows) == {}
+
+
+def test_a_failing_process_is_one_line_and_what_it_printed_is_kept() -> None:
+    with pytest.raises(SlopeError, match="ended with exit code 1"):
+        list(bench.measured(["step", "no-such-case"], 100))
+    with pytest.raises(SlopeError, match="stopped after 0 s"):
+        list(bench.measured(["step", "opt-2.7b"], 0.1))
+
+
+@no_gpu
+def test_a_spent_budget_lists_what_was_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench.Bench(tmp_path, bench.choose(["opt-2.7b", "gpt2-small"]), budget=0)
+    found.steps()
+    found.gemm()
+    cases = json.loads((tmp_path / "step.json").read_text())["cases"]
+    assert [case["not_run"] for case in cases] == ["not run: the budget was spent"] * 2
+    assert json.loads((tmp_path / "gemm.json").read_text())["not_run"] == "not run: the budget was spent"
+    assert "none of 32" in (tmp_path / "bench.md").read_text()
+    assert "opt-2.7b: not run: the budget was spent" in capsys.readouterr().err
+
+
+@no_gpu
+def test_without_a_gpu_the_command_reckons_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = slope("bench", "--cases", "gpt2-small,bert-large", "--json")
+    assert done.code == 0
+    assert done.err.startswith("no GPU here: ")
+    assert len(done.err.splitlines()) == 1
+    result = json.loads(done.out)
+    assert [row["case"] for row in result["memory"]["cases"]] == ["gpt2-small", "bert-large"]
+    folder = tmp_path / result["folder"]
+    assert re.fullmatch(r"bench-cpu-\d{4}-\d\d-\d\d", folder.name)
+    assert sorted(file.name for file in folder.iterdir()) == ["bench.md", "memory.json"]
+    shown = slope("bench", "step", "--cases", "gpt2-small").out
+    assert "Memory of whole models" in shown
+    assert f"{folder.name}-2" in shown
+
+
+def test_wrong_words_are_usage_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="speed: choose one of all, step, gemm, memory"):
+        bench.run("speed")
+    with pytest.raises(UsageError, match="gpt5: no case of this name; known are opt-"):
+        bench.run("all", ["gpt5"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--out "):
+        bench.run("memory", ["gpt2-small"], tmp_path / "file")
+
+
+def product(width: int, tokens: int, dense: float, sparse: float, name: str = "forward") -> dict[str, Any]:
+    row = {"width": width, "tokens": tokens, "matrix": "up", "product": name, "reason": "", "error": ""}
+    return row | {"dense_ms": dense, "sparse_ms": sparse, "algorithm": {"config_id": 17}}
+
+
+RESULT: dict[str, Any] = {
+    "step": {"machine": {"gpu": "H", "torch": "2"}, "libraries": {"driver": "5"}, "cases": [FULL, entry()]},
+    "gemm": {
+        "machine": {"gpu": "H", "torch": "2"},
+        "libraries": {"driver": "5"},
+        "not_run": "stopped after 9 s",
+        "rows": [
+            product(768, 8192, 1.0, 2.0),
+            product(768, 8192, 3.0, 2.0, "input_grad"),
+            product(768, 1024, 1.0, 4.0),
+            {"width": 768, "matrix": "up", "product": "torch", "tokens": 8192, "error": "", "torch_ms": 1.5},
+            {"width": 1024, "tokens": 8192, "error": "out of memory"},
+        ],
+    },
+}
+
+
+def test_break_even_sums_the_products_of_a_block() -> None:
+    assert report.break_even(RESULT["gemm"]["rows"]) == {(768, 8192): 1.0, (768, 1024): 0.25}
+
+
+def test_every_row_of_every_table_has_its_columns() -> None:
+    memory = {**RESULT["gemm"], "cases": [bench.memory_row(TINY), {"case": "opt", "error": "broken"}]}
+    state = {"case": "opt", "method": "dense", "depth": 2, "reckoned": 100, "counted": 100, "allocated": 101}
+    memory |= {"allocator": [{**state, "error": ""}, {**state, "allocated": None, "error": "broken"}]}
+    found = report.tables({**RESULT, "memory": memory})
+    assert len(found) == 6
+    assert all(len(row) == len(table.columns) for table in found for row in table.rows)
+
+
+def test_the_report_is_written_as_markdown_and_pictures(tmp_path: Path) -> None:
+    report.write(RESULT, tmp_path)
+    text = (tmp_path / "bench.md").read_text()
+    assert "step, gemm: gpu H, driver 5, torch 2." in text
+    assert "1.341 extrapolated" in text
+    assert "stopped after 9 s" in text
+    assert "to_sparse_semi_structured" in text
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "paper (A100)" in (tmp_path / "speed.svg").read_text()
+    assert report.draw({}, tmp_path / "none") == []

@@ -1,0 +1,75 @@
+"""slope doctor: what it finds here, and what it says of what is missing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from trained import slope
+
+from slope_cli import doctor
+from sparse_kernels import cusparselt
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+
+
+def test_training_works_here_and_every_package_has_its_line() -> None:
+    done = slope("doctor")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert any(line.split() == ["torch", torch.__version__] for line in lines)
+    assert lines[-1].split() == ["a", "training", "step", "works"]
+
+
+@no_gpu
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    record = json.loads(slope("doctor", "--json").out)
+    assert record["training"] is True
+    (gpu,) = [finding for finding in record["findings"] if finding["name"] == "GPU"]
+    assert gpu["found"] == "none that torch can use"
+    assert "the CPU" in gpu["fix"]
+
+
+def program(folder: Path, text: str) -> str:
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(("text", "version"), [("echo 580.1", "580.1"), ("exit 9", None), ("true", None)])
+def test_the_driver_is_what_nvidia_smi_says(
+    text: str, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", program(tmp_path, text))
+    assert doctor.driver() == version
+
+
+@no_gpu
+def test_a_cpu_build_of_torch_beside_a_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", program(tmp_path, "echo 580.1"))
+    lines = slope("doctor").out.splitlines()
+    if torch.version.cuda is None:
+        assert any(line.startswith("CUDA of torch") and "install a CUDA build of torch" in line for line in lines)
+
+
+def test_a_missing_library_says_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOPE_CUSPARSELT_LIB", str(tmp_path / "none.so"))
+    cusparselt.library.cache_clear()
+    finding = doctor._cusparselt_finding()
+    assert finding.found == "missing"
+    assert str(tmp_path / "none.so") in finding.fix
+    assert doctor.libraries()["cusparselt"] is None
+
+
+def test_a_failure_is_one_line() -> None:
+    def fail() -> None:
+        raise ValueError("two\nlines")
+
+    assert doctor._failure(fail) == "ValueError: two lines"
+    assert doctor._failure(lambda: None) == ""
+
+
+def test_the_layers_self_test_passes_on_the_reference() -> None:
+    doctor.check_layer("cpu")
