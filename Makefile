@@ -7,7 +7,8 @@ VENV   ?= .venv
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Without a GPU only a CPU build will do: the default build would bring gigabytes of CUDA libraries. Where pip does not
 # find one by itself, set TORCH_INDEX to PyTorch's index of CPU wheels (pytorch.org, "Get started", pip, CPU).
-GPU    := $(shell command -v nvidia-smi 2>/dev/null)
+# On a login node without a GPU of a cluster that has them: make GPU=1.
+GPU    ?= $(shell command -v nvidia-smi 2>/dev/null)
 TORCH_PIN   := torch==$(TORCH)$(if $(GPU),,+cpu)
 TORCH_INDEX ?=
 comma  := ,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.benchmarks.machine import RESULTS
+from slope_cli.benchmarks.report import whole_model
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -38,7 +39,59 @@ def _demo(result: dict[str, Any]) -> str:
     return f"It took {result['seconds']:.0f} s on {where} and ended with a validation loss of {losses}."
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": _cpu, "demo": _demo}
+def _gemm(result: dict[str, Any]) -> str:
+    """Dense over sparse time of single products, forward and input gradient, by width and matrix of a block."""
+    matrices = ("qkv", "proj", "up", "down")
+    rows = ["| width | qkv | proj | up | down |", "|---|---|---|---|---|"]
+    for width in sorted({p["width"] for p in result["products"]}):
+        cells = []
+        for matrix in matrices:
+            pair = [p for p in result["products"] if (p["width"], p["matrix"]) == (width, matrix)]
+            cells.append(" / ".join(f"{p['dense_ms'] / p['sparse_ms']:.2f}" for p in pair))
+        rows.append(f"| {width} | {' | '.join(cells)} |")
+    v = result["versions"]
+    tokens = result["products"][0]["tokens"]
+    where = f"{v['gpu']}, torch {v['torch']}, cuSPARSELt {v['cusparselt']}, bf16, {tokens:,} tokens"
+    return "\n".join([*rows, "", f"{where}; forward / input gradient."])
+
+
+def _step(result: dict[str, Any]) -> str:
+    """Whole-model speed-up of a training step, measured or extrapolated from two depths, beside the paper's."""
+    rows = ["| shape | blocks timed | dense step | sparse step | speed-up | whole model | paper (A100) |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for case in result["cases"]:
+        best = case["summary"]
+        if best is None:
+            continue
+        times = f"{best['dense_ms']:.1f} ms | {best['sparse_ms']:.1f} ms | {best['ratio']:.2f}"
+        whole, paper = whole_model(case), case["paper"] or "–"
+        rows.append(f"| {case['name']} | {best['depth']} of {case['blocks']} | {times} | {whole} | {paper} |")
+    m, tokens = result["machine"], result["cases"][0]["tokens"]
+    where = f"{m['gpu']}, torch {m['torch']}, cuSPARSELt {result['libraries']['cusparselt']}, {m['date']}"
+    return "\n".join(
+        [*rows, "", f"{where}; bf16, {tokens:,} tokens a step; dense is the fastest of three dense variants."]
+    )
+
+
+def _training(result: dict[str, Any]) -> str:
+    rows = ["| run | tokens a second | peak memory |", "|---|---|---|"]
+    for run in result["runs"]:
+        rows.append(f"| {run['run']} | {run['tokens_per_s']:,.0f} | {run['peak_bytes'] / 2**30:.1f} GiB |")
+    first, *_, last = result["runs"]
+    gaps = [abs(a - b) for a, b in zip(last["losses"], first["losses"], strict=False)]
+    mean, most = sum(gaps) / len(gaps), max(gaps)
+    told = f"the losses of {first['run']} and {last['run']} differ by {mean:.4f} in the mean and {most:.3f} at most"
+    env = first["environment"]
+    return "\n".join([*rows, "", f"{env['gpu']}, torch {env['torch']}; over {len(gaps)} steps {told}."])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": _cpu,
+    "demo": _demo,
+    "kernels-h100": _gemm,
+    "step-h100": _step,
+    "training-h100": _training,
+}
 
 
 def render(text: str) -> str:
@@ -49,7 +102,7 @@ def render(text: str) -> str:
         body = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
         return f"<!-- result: {name} -->\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- result: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- result: ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
