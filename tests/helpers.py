@@ -3,15 +3,17 @@
 `python -m tests.helpers`, from the root of the repository, writes tests/golden/nano.json anew.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,21 @@ def golden_losses(folder: Path) -> list[float]:
     config = tiny(write_data(folder), "train.steps=20", "model.dropout=0", "log.save_every=0")
     train.pretrain(config, folder / "run")
     return [record["loss"] for record in metrics.read(folder / "run") if record["kind"] == "train"]
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Within it no file can grow beyond `size` bytes: what a full disk is like, without one.
+
+    Keep it around as little as can be: pytest's own report may go to a file, too.
+    """
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 if __name__ == "__main__":

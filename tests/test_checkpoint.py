@@ -4,13 +4,13 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_run, final_state, finish, printed, start, tiny
+from helpers import assert_same_run, final_state, finish, full_disk, printed, start, tiny
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 
@@ -233,21 +233,10 @@ def test_a_run_with_no_sound_checkpoint_stops_and_overwrites_nothing(
 # ----------------------------------------------------------------------------------- a full disk, an interruption
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file can grow beyond 20 kB: what a full disk is like, without one."""
-    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = content(tmp_path)
-    request.getfixturevalue("small_files")
-    with pytest.raises(SlopeError, match=r"^the checkpoint of step 2 cannot be written to [^\n]*$"):
+    with full_disk(20_000), pytest.raises(SlopeError, match=r"^the checkpoint of step 2 cannot be written to [^\n]*$"):
         save(tmp_path, 2)
     assert content(tmp_path) == before
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]

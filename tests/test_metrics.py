@@ -2,13 +2,11 @@
 
 import io
 import json
-import resource
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import full_disk
 
 from slope_cli import metrics
 from slope_cli.errors import SlopeError
@@ -59,22 +57,12 @@ def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
         metrics.read(tmp_path)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file can grow beyond 200 bytes: what a full disk is like, without one."""
-    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0, tensorboard=False)
     for step in range(4):  # 45 bytes each
         log.write("train", step, loss=1.0)
-    with pytest.raises(SlopeError, match=r"metrics\.jsonl: cannot be written, the disk \(or quota\) is full"):
+    full = pytest.raises(SlopeError, match=r"metrics\.jsonl: cannot be written, the disk \(or quota\) is full")
+    with full_disk(200), full:
         log.write("train", 4, loss=1.0)
     log.close()
     assert [record["step"] for record in metrics.read(tmp_path)] == [0, 1, 2, 3]
