@@ -200,9 +200,9 @@ def measured(words: Sequence[str], seconds: float) -> Iterator[Row]:
     # A group of its own: torch's compile workers must go with it, or they would hold the pipe open.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
-        timer = threading.Timer(seconds, _kill, [process])
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), _kill(process)))
         timer.start()
-        started = time.monotonic()
         try:
             for line in process.stdout:
                 try:
@@ -213,7 +213,7 @@ def measured(words: Sequence[str], seconds: float) -> Iterator[Row]:
         finally:
             timer.cancel()
             _kill(process)
-    if code and time.monotonic() - started >= seconds:
+    if late.is_set():
         raise SlopeError(f"stopped after {seconds:.0f} s")
     if code:
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name

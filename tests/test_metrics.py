@@ -62,9 +62,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     for step in range(4):  # 45 bytes each
         log.write("train", step, loss=1.0)
     full = pytest.raises(SlopeError, match=r"metrics\.jsonl: cannot be written, the disk \(or quota\) is full")
-    with full_disk(200), full:
-        log.write("train", 4, loss=1.0)
-    log.close()
+    with full_disk(200):
+        with full:
+            log.write("train", 4, loss=1.0)
+        log.close()
     assert [record["step"] for record in metrics.read(tmp_path)] == [0, 1, 2, 3]
 
 
