@@ -21,9 +21,12 @@ def summary(run: Path) -> dict[str, Any]:
     records = metrics.read(run)
     train = [record for record in records if record["kind"] == "train"]
     products = [record for record in records if record["kind"] == "products"]
+    environment = json.loads((run / "environment.jsonl").read_text().splitlines()[-1])
+    environment.pop("host", None)
+    environment["command"] = [word for word in environment["command"] if not word.startswith("data.path=")]
     return {
         "run": run.resolve().name,
-        "environment": json.loads((run / "environment.jsonl").read_text().splitlines()[-1]),
+        "environment": environment,
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in train[WARM_UP:]),
         "peak_bytes": max((record["peak_memory"] for record in train if "peak_memory" in record), default=None),
         "products": {key: products[-1][key] for key in ("cusparselt", "dense")} if products else None,

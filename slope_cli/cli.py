@@ -91,7 +91,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="The field of JSONL and parquet rows that holds the text.")] = "text",
-    val_fraction: Annotated[float, typer.Option(help="The share of each source held out for validation.")] = 0.01,
+    val_fraction: Annotated[float, typer.Option(help="The share of each source's passages held out.")] = 0.01,
     workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
     split: Annotated[str, typer.Option(help="The split of a Hugging Face data set.")] = "train",
     config_name: Annotated[str | None, typer.Option("--config", help="Its configuration.")] = None,

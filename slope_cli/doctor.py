@@ -55,7 +55,8 @@ def libraries() -> dict[str, str | None]:
         library = cusparselt.library()
     except cusparselt.CuSparseLtError:
         return found
-    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": library.path}
+    file = library.path.rpartition("site-packages/")[2]  # where an environment lies is nobody's business
+    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
 
 
 def driver() -> str | None:

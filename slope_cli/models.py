@@ -409,7 +409,7 @@ def _positions(name: str, family: Family, settings: Mapping[str, Any], seq_len: 
     if fixed or not family.learned_positions:
         raise UsageError(
             f"model {name}: seq_len {seq_len} is longer than {family.positions} {table}; "
-            f"lower seq_len or set {family.positions} to at least {seq_len}"
+            f"lower train.seq_len or set model.overrides.{family.positions} to at least {seq_len}"
         )
     return seq_len
 

@@ -353,7 +353,7 @@ def _step(config: Config, model: "PreTrainedModel", optimizer: "torch.optim.Adam
 def _check_evaluation(t: Trainer) -> None:
     """UsageError for what validation and sampling would only stumble over later: no text to validate on, no prompt."""
     if not any(True for source in t.dataset.val for _ in _val_batches(t, source)):
-        raise UsageError(f"{t.dataset.folder}: has no validation text; prepare it with a larger --val-fraction")
+        raise UsageError(f"{t.dataset.folder}: has no validation text, {data.NO_VALIDATION}")
     if t.masking is None:
         length, room = len(t.tokenizer.tokenize(t.config.log.sample_prompt)), models.max_seq_len(t.model.config)
         rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"

@@ -429,7 +429,7 @@ def test_data_without_validation_text_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("some words " * 100)
     prepare([str(text)], tmp_path / "data", val_fraction=0, workers=1, progress=False)
-    with pytest.raises(UsageError, match="has no validation text; prepare it with a larger --val-fraction"):
+    with pytest.raises(UsageError, match="has no validation text, "):
         pretrain(tiny(tmp_path / "data"), tmp_path / "run")
 
 
