@@ -347,10 +347,19 @@ def test_chunks_grow_with_the_input_and_leave_no_empty_parts(tmp_path: Path, mon
 
 # -------------------------------------------------------------------------------------------- stops and restarts
 
+# Reads slowly from the 20th passage on, so that a busy machine does not finish before the signal is sent.
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
 from slope_cli import prepare
+
+def slowly(*given, read=prepare.read_passages):
+    for number, passage in enumerate(read(*given)):
+        time.sleep(0.2 * (number > 20))
+        yield passage
+
+prepare.read_passages = slowly
 if __name__ == "__main__":
     prepare.CHUNK_CHARS = 2000
     prepare.prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer=sys.argv[3], workers=2)
