@@ -72,10 +72,11 @@ def driver() -> str | None:
 
 
 def _cupy() -> str | None:
-    return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := _version(name))), None)
+    return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := package_version(name))), None)
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -85,7 +86,7 @@ def _version(name: str) -> str | None:
 def _packages() -> list[Finding]:
     found = []
     for name in (*_NEEDED, *_USED_BY):
-        fix = "" if (here := _version(name)) else f"pip install {name}"
+        fix = "" if (here := package_version(name)) else f"pip install {name}"
         if fix and name in _USED_BY:
             fix += f" (only {_USED_BY[name]} needs it)"
         found.append(Finding(name, here or "missing", fix))

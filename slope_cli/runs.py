@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import sparse_kernels
 from slope_cli import checkpoint, durable, metrics, models
 from slope_cli import config as configs
 from slope_cli.config import Config
+from slope_cli.doctor import package_version
 from slope_cli.errors import SlopeError, UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def note_environment(run: Path, device: "torch.device") -> None:
         "slope": slope_cli.__version__,
         "source": source_version(),
         "python": platform.python_version(),
-        **{name: found for name in packages if (found := _version(name))},
+        **{name: found for name in packages if (found := package_version(name))},
         "cuda": torch.version.cuda,
         "gpu": gpu,
         "device": str(device),
@@ -152,13 +152,6 @@ def _git_commit(package: Path) -> str | None:
         command = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None
 
 
