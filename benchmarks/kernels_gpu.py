@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import SparseLinear, copies, cuda, cusparselt, masks, ops, plans
+from sparse_kernels import SparseLinear, copies, cuda, cusparselt, layers, masks, plans
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 2560, 4096, 5120, 7168, 9216)
 # Larger than the second-level cache of any card meant here.
@@ -125,7 +125,7 @@ def host_costs() -> dict[str, float]:
             "SparseLinear.forward, no grad": host_us(lambda: layer(x)),
             "F.linear (dense)": host_us(lambda: F.linear(x, dense)),
             "gather_kept": host_us(lambda: cuda.gather_kept(dW, layer.positions, torch.float32)),
-            "refresh of one layer": host_us(lambda: ops.refresh(layer)),
+            "refresh of one layer": host_us(lambda: layers.refresh(layer)),
         }
     found["SparseLinear.forward, with grad"] = host_us(lambda: layer(X))
     dY = torch.ones(256, 512, dtype=torch.bfloat16, device="cuda")
@@ -145,7 +145,7 @@ def model_refreshes(speed: float) -> list[dict[str, Any]]:
         model = torch.nn.ModuleList(_sparse(*side) for side in sides)
         for layer, (_, inp) in zip(model, sides, strict=True):
             layer(torch.randn(512, inp, dtype=torch.bfloat16, device="cuda", requires_grad=True)).sum().backward()
-        refresh = functools.partial(ops.refresh, model)
+        refresh = functools.partial(layers.refresh, model)
         refresh()
         (ms,) = plans.graph_ms(refresh, calls=1)
         floor_us = sum(out * inp for out, inp in sides) * 4.25 / speed * 1e6

@@ -21,13 +21,11 @@ from sparse_kernels.convert import (
     add_adapters,
     densify,
     plan,
-    renew_column_masks,
-    sparse_layers,
     sparsify,
 )
 from sparse_kernels.copies import set_backend
+from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, sparse_layers
 from sparse_kernels.linear import LowRankAdapter, SparseLinear
-from sparse_kernels.ops import backends, prepare, refresh
 
 __all__ = [
     "LayerReport",

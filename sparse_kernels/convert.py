@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
+from sparse_kernels.layers import sparse_layers
 from sparse_kernels.linear import LowRankAdapter, SparseLinear
 
 # What stays dense: "the classification heads and the first linear layer following the input" (section 4.4.2).
@@ -158,11 +159,6 @@ def sparsify(
     return report
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """(name, layer) of every SparseLinear in the model."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
-
-
 def adapter_rank(rank: int | float, out_features: int, in_features: int) -> int:
     """A rank given as a number (1 or more), or as a share of the layer's smaller side (below 1); at least 1."""
     return max(1, round(rank * min(out_features, in_features))) if rank < 1 else int(rank)
@@ -201,12 +197,6 @@ def add_adapters(
             dtype=layer.values.dtype,
         )
     return {name: layer.adapter for name, layer in layers.items() if layer.adapter is not None}
-
-
-def renew_column_masks(model: nn.Module) -> None:
-    """Choose W^{R,C} of every sparse layer anew from the present magnitudes; W^R's positions stay."""
-    for _, layer in sparse_layers(model):
-        layer.renew_column_mask()
 
 
 @torch.no_grad()

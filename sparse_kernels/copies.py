@@ -3,7 +3,7 @@
 The copies are derived from `values` and the positions, kept beside the layer, never saved. Each is packed for
 cuSPARSELt where `plans.choose` finds that faster, else dense for cuBLAS. They are rewritten in place when they are
 stale: when a tensor they come from was written (its version), or any optimizer has stepped (torch's fused optimizers
-change no version). What runs inside a captured CUDA graph is not seen: there, call `ops.refresh(model)` after the step.
+change no version). What runs inside a captured CUDA graph is not seen: there, call `refresh(model)` after the step.
 """
 
 import functools

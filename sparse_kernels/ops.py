@@ -11,20 +11,19 @@ give the same by plain torch. Shape suffixes: B tokens, O out features, I in fea
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import copies, cuda, masks, plans
+from sparse_kernels import copies, cuda, masks
 from sparse_kernels.copies import Weight
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
 TWO_OF_FOUR = ((2, 4), (1, 2))
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 # The ops, registered as slope::<name> for torch.compile, which sees them as opaque. In eager mode the fast bodies are
@@ -40,14 +39,14 @@ def _usable(device_index: int) -> bool:
 
 def fast(X: Tensor, values_OK: Tensor) -> bool:
     """Whether the kernels take this input and 2:4 weight: X in bfloat16 or float16, values in float32 or the same."""
-    return X.dtype in _HALF and values_OK.dtype in (X.dtype, torch.float32) and X.is_cuda and fast_weight(values_OK)
+    return X.dtype in HALF and values_OK.dtype in (X.dtype, torch.float32) and X.is_cuda and fast_weight(values_OK)
 
 
 def fast_weight(values_OK: Tensor) -> bool:
     """Whether the kernels take a 2:4 weight at all: on CUDA, float32 or 16 bits, sides that are multiples of 16."""
     if copies.backend() == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % 16:
         return False
-    return values_OK.dtype in (torch.float32, *_HALF) and _usable(values_OK.get_device())
+    return values_OK.dtype in (torch.float32, *HALF) and _usable(values_OK.get_device())
 
 
 def _aligned(X: Tensor) -> Tensor:
@@ -174,72 +173,3 @@ def linear(X: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, po
         run = _Linear.apply if torch.is_grad_enabled() else _linear_fast
     Y_BO = run(X_BI, values, bias, positions, positions_t)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], values.shape[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole models
-
-
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    from sparse_kernels.linear import SparseLinear
-
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLinear)]
-
-
-@torch.no_grad()
-def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> None:
-    """Measure and make now what the sparse layers on a GPU would at their first products.
-
-    Needed before products are captured in a CUDA graph without a first step outside of one, as torch.compile with
-    mode="reduce-overhead" does where it reuses a graph for a second model or block.
-
-    Args:
-        tokens: rows of the layers' inputs, all but the last side multiplied; fewer than 256 prepare nothing.
-        dtype: of the products, bfloat16 or float16.
-        backward: for the input gradient too.
-    """
-    for _, layer in _layers(model):
-        probe = torch.empty(0, dtype=dtype, device=layer.values.device)
-        if (layer.n, layer.m) in TWO_OF_FOUR and fast(probe, layer.values) and tokens >= plans.FEWEST_TOKENS:
-            weight = Weight(layer.values, layer.positions, layer.positions_t)
-            copies.copies_of(layer.positions, dtype).prepare(weight, layer.bias, tokens, backward=backward)
-
-
-@torch.no_grad()
-def refresh(model: nn.Module) -> None:
-    """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in one launch.
-
-    Needed after the optimizer's step (and after a renewal of the column masks) where the products are replayed from a
-    CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step. Elsewhere
-    the layers do this on their own.
-    """
-    alike: dict[tuple[str, torch.device], list[cuda.Refresh]] = {}
-    for _, layer in _layers(model):
-        for dtype in _HALF:
-            if found := copies.find(layer.positions, dtype):
-                rewrite = found.rewrite(Weight(layer.values, layer.positions, layer.positions_t), layer.bias)
-                if rewrite is not None:
-                    alike.setdefault((rewrite.kernel, rewrite.device), []).append(rewrite)
-    for rewrites in alike.values():
-        cuda.launch_all(rewrites)
-
-
-@dataclass(frozen=True)
-class LayerBackend:
-    """How one layer's two sparse products run. None: no product of this kind has run yet."""
-
-    name: str
-    dtype: torch.dtype
-    forward: plans.Choice | None
-    input_grad: plans.Choice | None
-
-
-def backends(model: nn.Module) -> list[LayerBackend]:
-    """What was chosen for every sparse layer that has run on a GPU in 16 bits, in the model's order."""
-    rows = []
-    for name, layer in _layers(model):
-        for dtype in _HALF:
-            if found := copies.find(layer.positions, dtype):
-                sides = (found.forward, found.backward)
-                rows.append(LayerBackend(name, dtype, *(None if side is None else side.choice for side in sides)))
-    return rows

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparse_kernels import SparseLinear, copies, masks, ops, reference
+from sparse_kernels import SparseLinear, copies, layers, masks, ops, reference
 
 
 def make(out: int, inp: int, *, bias: bool = True) -> SparseLinear:
@@ -69,5 +69,5 @@ def test_backend_names() -> None:
 def test_nothing_to_refresh_or_report_without_a_gpu() -> None:
     model = torch.nn.Sequential(make(16, 16))
     model(torch.randn(2, 16))
-    ops.refresh(model)
-    assert ops.backends(model) == []
+    layers.refresh(model)
+    assert layers.backends(model) == []

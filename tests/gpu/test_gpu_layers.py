@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import SparseLinear, copies, cusparselt, masks, ops, plans
+from sparse_kernels import SparseLinear, copies, cusparselt, layers, masks, ops, plans
 
 BACKENDS: list[copies.Backend] = ["auto", "cusparselt", "dense", "reference"]
 
@@ -92,7 +92,7 @@ def test_packed_copies_say_what_values_and_positions_say_after_many_steps(backen
     use(backend)
     with torch.autocast("cuda", torch.bfloat16):
         model(X.requires_grad_()).sum().backward()
-    for layer, row in zip((model[0], model[2]), ops.backends(model), strict=True):
+    for layer, row in zip((model[0], model[2]), layers.backends(model), strict=True):
         assert row.forward is not None
         assert row.input_grad is not None
         found = copies.copies_of(layer.positions, torch.bfloat16)
@@ -157,7 +157,7 @@ def test_one_launch_refreshes_a_model_of_many_shapes() -> None:
         one.backward.target.fill_(torch.nan)
     with torch.no_grad():
         model[0].bias.add_(1)
-    ops.refresh(model)
+    layers.refresh(model)
     for one, targets in zip(found, before, strict=True):
         assert torch.equal(one.forward.target, targets[0])
         assert torch.equal(one.backward.target, targets[1])
@@ -170,7 +170,7 @@ def test_one_of_two_is_a_case_of_two_of_four() -> None:
     X = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     Y = layer(X)
     Y.backward(torch.ones_like(Y))
-    assert ops.backends(layer)
+    assert layers.backends(layer)
     assert error(Y, X.detach().double() @ layer.weight.detach().double().t()) < 1e-2
     assert error(X.grad, torch.ones_like(Y).double() @ layer.weight_backward.detach().double()) < 1e-2
     layer.renew_column_mask()
@@ -201,8 +201,8 @@ def test_compile(backend: copies.Backend, mode: str) -> None:
     use(backend)
     model = nn.Sequential(make(512, 768), nn.GELU(), make(768, 512, seed=1))
     twin = copy.deepcopy(model)
-    ops.prepare(model, 256)  # of the second backend's model, Inductor captures the very first run
-    assert all(row.forward and row.input_grad for row in ops.backends(model))
+    layers.prepare(model, 256)  # of the second backend's model, Inductor captures the very first run
+    assert all(row.forward and row.input_grad for row in layers.backends(model))
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (model, twin)]
     for _ in range(6):
@@ -216,7 +216,7 @@ def test_compile(backend: copies.Backend, mode: str) -> None:
             losses.append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
-        ops.refresh(model)
+        layers.refresh(model)
         assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
@@ -246,7 +246,7 @@ def test_cuda_graph_with_weights_refreshed_in_place(whole: bool) -> None:
     def update(current: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        ops.refresh(current)
+        layers.refresh(current)
 
     optimizer, twin_optimizer = (
         torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True, capturable=True) for m in (model, twin)
@@ -277,7 +277,7 @@ def test_cuda_graph_with_weights_refreshed_in_place(whole: bool) -> None:
         if not whole:
             update(model, optimizer)
     assert losses == pytest.approx(expected[2:], rel=1e-3)
-    for layer, row in zip((model[0], model[2]), ops.backends(model), strict=True):
+    for layer, row in zip((model[0], model[2]), layers.backends(model), strict=True):
         assert row.forward is not None
         target = copies.copies_of(layer.positions, torch.bfloat16).forward.target
         assert torch.equal(target, (layer.values if row.forward.sparse else layer.weight).bfloat16())

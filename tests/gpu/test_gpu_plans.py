@@ -170,7 +170,7 @@ def test_a_new_shape_inside_a_capture_is_refused() -> None:
 def test_missing_library_falls_back_to_dense_with_one_line(tmp_path: Path) -> None:
     program = """
 import torch, warnings
-from sparse_kernels import SparseLinear, masks, ops
+from sparse_kernels import SparseLinear, layers, masks
 w = torch.randn(512, 512, device="cuda")
 layer = SparseLinear(w, None, masks.row_mask(w, 2, 4), 2, 4)
 with warnings.catch_warnings(record=True) as caught:
@@ -178,7 +178,7 @@ with warnings.catch_warnings(record=True) as caught:
     Y = layer(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
     Y.sum().backward()
 print([str(x.message) for x in caught if "cuSPARSELt" in str(x.message)])
-print(ops.backends(torch.nn.Sequential(layer))[0].forward.sparse)
+print(layers.backends(torch.nn.Sequential(layer))[0].forward.sparse)
 """
     environment = {"SLOPE_CUSPARSELT_LIB": str(tmp_path / "absent.so"), "XDG_CACHE_HOME": str(tmp_path)}
     result = subprocess.run(

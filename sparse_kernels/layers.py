@@ -1,0 +1,81 @@
+"""The sparse layers of a whole model: finding them, renewing their masks, and the copies that a GPU's products read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparse_kernels import copies, cuda, ops, plans
+from sparse_kernels.copies import Weight
+from sparse_kernels.linear import SparseLinear
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """(name, layer) of every SparseLinear in the model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
+
+
+def renew_column_masks(model: nn.Module) -> None:
+    """Choose W^{R,C} of every sparse layer anew from the present magnitudes; W^R's positions stay."""
+    for _, layer in sparse_layers(model):
+        layer.renew_column_mask()
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> None:
+    """Measure and make now what the sparse layers on a GPU would at their first products.
+
+    Needed before products are captured in a CUDA graph without a first step outside of one, as torch.compile with
+    mode="reduce-overhead" does where it reuses a graph for a second model or block.
+
+    Args:
+        tokens: rows of the layers' inputs, all but the last side multiplied; fewer than 256 prepare nothing.
+        dtype: of the products, bfloat16 or float16.
+        backward: for the input gradient too.
+    """
+    for _, layer in sparse_layers(model):
+        probe = torch.empty(0, dtype=dtype, device=layer.values.device)
+        if (layer.n, layer.m) in ops.TWO_OF_FOUR and ops.fast(probe, layer.values) and tokens >= plans.FEWEST_TOKENS:
+            weight = Weight(layer.values, layer.positions, layer.positions_t)
+            copies.copies_of(layer.positions, dtype).prepare(weight, layer.bias, tokens, backward=backward)
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in one launch.
+
+    Needed after the optimizer's step (and after a renewal of the column masks) where the products are replayed from a
+    CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step. Elsewhere
+    the layers do this on their own.
+    """
+    alike: dict[tuple[str, torch.device], list[cuda.Refresh]] = {}
+    for _, layer in sparse_layers(model):
+        for dtype in ops.HALF:
+            if found := copies.find(layer.positions, dtype):
+                rewrite = found.rewrite(Weight(layer.values, layer.positions, layer.positions_t), layer.bias)
+                if rewrite is not None:
+                    alike.setdefault((rewrite.kernel, rewrite.device), []).append(rewrite)
+    for rewrites in alike.values():
+        cuda.launch_all(rewrites)
+
+
+@dataclass(frozen=True)
+class LayerBackend:
+    """How one layer's two sparse products run. None: no product of this kind has run yet."""
+
+    name: str
+    dtype: torch.dtype
+    forward: plans.Choice | None
+    input_grad: plans.Choice | None
+
+
+def backends(model: nn.Module) -> list[LayerBackend]:
+    """What was chosen for every sparse layer that has run on a GPU in 16 bits, in the model's order."""
+    rows = []
+    for name, layer in sparse_layers(model):
+        for dtype in ops.HALF:
+            if found := copies.find(layer.positions, dtype):
+                sides = (found.forward, found.backward)
+                rows.append(LayerBackend(name, dtype, *(None if side is None else side.choice for side in sides)))
+    return rows
