@@ -13,32 +13,47 @@ The three products of a layer (SLoPe, arXiv 2405.16325, equations 4.4-4.6), B to
 
 The only trainable weight is `values` (out, in·N/M), an ordinary dense parameter: optimizers, clipping, DDP,
 FSDP and checkpoints need nothing special.
+
+What it is compared with, SR-STE, FST and Wanda, trains dense weights under a mask: `mask_layers` makes MaskedLinear
+layers, `renew_masks` and `decay_pruned` belong into the loop, and `sparsify` can go on from there.
 """
 
 from sparse_kernels.convert import (
+    MLP,
     LayerReport,
     Report,
     add_adapters,
     densify,
+    input_norms,
+    mask_layers,
     plan,
     sparsify,
 )
 from sparse_kernels.copies import set_backend
-from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, sparse_layers
+from sparse_kernels.dynamic import MaskedLinear, decay_pruned, finish_dense, masked_layers
+from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, renew_masks, sparse_layers
 from sparse_kernels.linear import LowRankAdapter, SparseLinear
 
 __all__ = [
+    "MLP",
     "LayerReport",
     "LowRankAdapter",
+    "MaskedLinear",
     "Report",
     "SparseLinear",
     "add_adapters",
     "backends",
+    "decay_pruned",
     "densify",
+    "finish_dense",
+    "input_norms",
+    "mask_layers",
+    "masked_layers",
     "plan",
     "prepare",
     "refresh",
     "renew_column_masks",
+    "renew_masks",
     "set_backend",
     "sparse_layers",
     "sparsify",

@@ -1,9 +1,8 @@
-"""Swap a model's linear layers for sparse ones, add adapters, and turn the model back into a dense one."""
+"""Swap a model's linear layers for sparse or masked ones, add adapters, and turn the model back into a dense one."""
 
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
-from sparse_kernels.layers import sparse_layers
+from sparse_kernels.dynamic import MaskedLinear, masked_layers
+from sparse_kernels.layers import layer_seed, sparse_layers
 from sparse_kernels.linear import LowRankAdapter, SparseLinear
 
 # What stays dense: "the classification heads and the first linear layer following the input" (section 4.4.2).
@@ -19,18 +19,30 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|decoder|seq_relationship|classifie
 _FIRST_PROJECTION = re.compile(
     r"\.(c_attn|q_proj|k_proj|v_proj|query|key|value|query_key_value|qkv|qkv_proj|Wqkv|in_proj|project_in)$"
 )
+MLP = r"(^|\.)mlp\.|(^|\.)(fc[12]|intermediate\.dense)$|(?<!attention)\.output\.dense$"
+"""For `only`: the feed-forward layers of GPT-2, Llama and their like (mlp.*), OPT (fc1, fc2) and BERT."""
 # Both of Hopper's and Ampere's 16-bit 2:4 products take sides that are multiples of 16.
 _SIDE_MULTIPLE = 16
 
 
+Blocks = Sequence[tuple[int, int, int, int]]
+"""(first, last, n, m): the blocks from `first` to `last`, itself too, are n:m."""
+
+
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear layer. `reason` is empty for a layer that was swapped."""
+    """What became of one linear layer. `reason` is empty for a layer that was swapped.
+
+    n, m: the pattern that it was considered for. transposed: its weight is, or was, (in, out), as a Conv1D's.
+    """
 
     name: str
     out_features: int
     in_features: int
     reason: str = ""
+    n: int = 2
+    m: int = 4
+    transposed: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -39,7 +51,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every linear layer of a model, in order, with the pattern it was considered for."""
+    """Every linear layer of a model, in order. n, m: the pattern outside of the ranges that `blocks` gave others."""
 
     n: int
     m: int
@@ -53,8 +65,18 @@ class Report:
     def skipped(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if not layer.sparse)
 
+    @property
+    def pattern(self) -> str:
+        """The pattern of the swapped layers, as 2:4; with how many have which, where there are several."""
+        counts = Counter(f"{layer.n}:{layer.m}" for layer in self.swapped)
+        if len(counts) > 1:
+            return ", ".join(f"{count} {pattern}" for pattern, count in counts.items())
+        return next(iter(counts), f"{self.n}:{self.m}")
+
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} of {len(self.layers)} linear layers are {self.n}:{self.m} sparse; dense are:"]
+        mixed = "," in self.pattern
+        are = f"sparse ({self.pattern})" if mixed else f"{self.pattern} sparse"
+        lines = [f"{len(self.swapped)} of {len(self.layers)} linear layers are {are}; dense are:"]
         lines += [f"  {x.name} ({x.out_features} x {x.in_features}): {x.reason}" for x in self.skipped]
         return "\n".join(lines)
 
@@ -65,8 +87,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Exactly nn.Linear: a subclass computes something else, and swapping it would change what.
-    return ((name, module) for name, module in model.named_modules() if type(module) is nn.Linear or _is_conv1d(module))
+    # Exactly these types: a subclass computes something else, and swapping it would change what.
+    kinds = (nn.Linear, MaskedLinear)
+    return ((name, module) for name, module in model.named_modules() if type(module) in kinds or _is_conv1d(module))
 
 
 def _stored_weight(linear: nn.Module) -> Tensor:
@@ -75,88 +98,283 @@ def _stored_weight(linear: nn.Module) -> Tensor:
     return weight.t() if _is_conv1d(linear) else weight
 
 
+def _block_list(model: nn.Module) -> tuple[str, int]:
+    """The model's first module list, its transformer blocks: what its layers' names begin with, and its length."""
+    lists = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    name, blocks = next(lists, ("", ()))
+    return f"{name}." if name else "", len(blocks)
+
+
 def _first_layers(model: nn.Module, names: Sequence[str]) -> set[str]:
     """The linear layers that read the embedded input: the first block's projections, or else the first layer of all."""
-    blocks = next((name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)), None)
+    prefix, count = _block_list(model)
     before = [name for name in names if name.endswith("project_in")]
-    first = [
-        name
-        for name in names
-        if blocks is not None and name.startswith(f"{blocks}.0.") and _FIRST_PROJECTION.search(name)
-    ]
+    first = [name for name in names if count and name.startswith(f"{prefix}0.") and _FIRST_PROJECTION.search(name)]
     return set(before or first or names[:1])
 
 
-def plan(model: nn.Module, *, n: int = 2, m: int = 4, skip: Sequence[str] = ()) -> Report:
+def _patterns(model: nn.Module, names: Sequence[str], n: int, m: int, blocks: Blocks) -> dict[str, tuple[int, int]]:
+    """The N:M of every layer, by name.
+
+    Raises:
+        ValueError: a bad pattern, or ranges of blocks that overlap or that the model does not have.
+    """
+    prefix, count = _block_list(model)
+    of_block: dict[int, tuple[int, int]] = {}
+    for pattern in ((n, m), *((n, m) for _, _, n, m in blocks)):
+        if not 0 < pattern[0] < pattern[1]:
+            raise ValueError(f"an N:M pattern needs 0 < n < m, got {pattern[0]}:{pattern[1]}")
+    for first, last, block_n, block_m in blocks:
+        if not 0 <= first <= last < count:
+            raise ValueError(f"blocks {first}-{last}: {type(model).__name__} has blocks 0 to {count - 1}")
+        if shared := of_block.keys() & range(first, last + 1):
+            raise ValueError(f"blocks {first}-{last}: block {min(shared)} has a pattern already")
+        of_block |= dict.fromkeys(range(first, last + 1), (block_n, block_m))
+
+    def pattern_of(name: str) -> tuple[int, int]:
+        index = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+        return of_block.get(int(index), (n, m)) if index.isdecimal() else (n, m)
+
+    return {name: pattern_of(name) for name in names}
+
+
+def _first_match(patterns: Sequence[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    n: int = 2,
+    m: int = 4,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    blocks: Blocks = (),
+) -> Report:
     """Decide for every linear layer whether it becomes sparse, changing nothing; works on a model on the meta device.
 
     Args:
+        n, m: keep n of every m consecutive weights of a row.
         skip: regular expressions; a layer whose name one of them is found in stays dense.
+        only: regular expressions; if there are any, all other layers stay dense. `MLP` is one.
+        blocks: other patterns, as (first, last, n, m), for ranges of the model's first module list; both ends are in.
 
     Raises:
-        ValueError: no layer would be swapped, or a pattern of `skip` matches no layer.
+        ValueError: no layer would be swapped, a pattern of `skip` or `only` matches no layer, a bad N:M, or ranges that
+            overlap or that the model does not have.
     """
-    if not 0 < n < m:
-        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
     layers = list(_linear_layers(model))
     names = [name for name, _ in layers]
-    for pattern in skip:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"skip pattern {pattern!r} matches no linear layer of {type(model).__name__}")
+    patterns = _patterns(model, names, n, m, blocks)
+    for what, expressions in (("skip", skip), ("only", only)):
+        for expression in expressions:
+            if not any(re.search(expression, name) for name in names):
+                raise ValueError(f"{what} pattern {expression!r} matches no linear layer of {type(model).__name__}")
     first = _first_layers(model, names)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    side = _SIDE_MULTIPLE if _SIDE_MULTIPLE % m == 0 else m
 
     def reason(name: str, linear: nn.Module) -> str:
         out_features, in_features = _stored_weight(linear).shape
-        if matched := next((pattern for pattern in skip if re.search(pattern, name)), None):
+        if matched := _first_match(skip, name):
             return f"matches skip pattern {matched!r}"
         if _HEAD.search(name):
             return "output head"
         if users[id(linear.weight)] > 1:
             return "weight is shared with another layer"
+        if only and not _first_match(only, name):
+            return f"matches none of the patterns of only ({', '.join(map(repr, only))})"
         if name in first:
             return "first layer after the input"
+        layer_m = patterns[name][1]
+        side = _SIDE_MULTIPLE if _SIDE_MULTIPLE % layer_m == 0 else layer_m
         if out_features % side or in_features % side:
             return f"sides are not multiples of {side}"
         return ""
 
-    shapes = {name: _stored_weight(linear).shape for name, linear in layers}
-    rows = (LayerReport(name, shapes[name][0], shapes[name][1], reason(name, linear)) for name, linear in layers)
-    report = Report(n, m, tuple(rows))
+    def row(name: str, linear: nn.Module) -> LayerReport:
+        sides = _stored_weight(linear).shape
+        return LayerReport(name, sides[0], sides[1], reason(name, linear), *patterns[name], _is_conv1d(linear))
+
+    report = Report(n, m, tuple(row(name, linear) for name, linear in layers))
     if not report.swapped:
         reasons = "; ".join(f"{count} x {why}" for why, count in Counter(x.reason for x in report.layers).items())
         raise ValueError(f"no linear layer of {type(model).__name__} can be made sparse ({reasons or 'it has none'})")
     return report
 
 
-def sparsify(
-    model: nn.Module, *, n: int = 2, m: int = 4, mask: str = "magnitude", seed: int = 0, skip: Sequence[str] = ()
-) -> Report:
-    """Replace linear layers (nn.Linear and transformers' Conv1D) by SparseLinear, in place.
+Norms = Mapping[str, Tensor]
+"""The norms of layers' inputs by the layers' names; what `input_norms` returns."""
 
-    Output heads, the first layer after the input, shared weights and sides that no kernel takes stay dense.
+
+def sparsify(
+    model: nn.Module,
+    *,
+    n: int = 2,
+    m: int = 4,
+    mask: str = "magnitude",
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    blocks: Blocks = (),
+    norms: Norms | None = None,
+    rescale: bool = False,
+    column_rescale: bool = False,
+) -> Report:
+    """Replace linear layers (nn.Linear, transformers' Conv1D, MaskedLinear) by SparseLinear, in place.
+
+    Output heads, the first layer after the input, shared weights and sides that no kernel takes stay what they are. The
+    parameters are new ones: `SparseLinear.kept` brings an optimizer's state into their shape.
 
     Args:
-        n, m: keep n of every m consecutive weights of a row.
-        mask: "magnitude" of the present weights, or "random" (from `seed` and the layer's name).
-        skip: regular expressions of layer names that stay dense.
+        n, m, skip, only, blocks: which layers, and their patterns; see `plan`.
+        mask: "magnitude" of the present weights, "random" (from `seed` and the layer's name), "wanda" (see `norms`), or
+            "present": that of each MaskedLinear, all layers being such.
+        norms: for "wanda", from `input_norms`.
+        rescale: multiply what each layer keeps by ||W|| / ||W ⊙ mask||, so that its outputs keep the dense variance.
+        column_rescale: what it is set to in each layer; see `SparseLinear.column_rescale`.
 
     Returns:
         A report of every linear layer: swapped, or why not.
 
     Raises:
-        ValueError: nothing was swapped, a `skip` pattern matches nothing, or a bad pattern or mask kind.
+        ValueError: what `plan` raises, another mask kind, norms that are missing, or a present mask that is not the
+            layer's N:M. Nothing was swapped.
     """
-    report = plan(model, n=n, m=m, skip=skip)
-    for layer in report.swapped:
-        linear = model.get_submodule(layer.name)
+    report = plan(model, n=n, m=m, skip=skip, only=only, blocks=blocks)
+    _check_choice(model, report, mask, norms)
+    for row in report.swapped:
+        linear = model.get_submodule(row.name)
         weight_OI = _stored_weight(linear).detach()
-        row_mask_OI = masks.row_mask(weight_OI, n, m, kind=mask, seed=seed ^ zlib.crc32(layer.name.encode()))
+        if mask == "present":
+            row_mask_OI = cast(MaskedLinear, linear).mask
+        else:
+            row_mask_OI = masks.nm_mask(_score(row, weight_OI, mask, seed, norms), row.n, row.m)
         bias_O = cast(Tensor | None, linear.bias)
-        sparse = SparseLinear(weight_OI, bias_O, row_mask_OI, n, m, conv1d=_is_conv1d(linear))
-        model.set_submodule(layer.name, sparse)
+        sparse = SparseLinear(weight_OI, bias_O, row_mask_OI, row.n, row.m, conv1d=_becomes_conv1d(linear))
+        if rescale:
+            _rescale(sparse, weight_OI)
+        if column_rescale:
+            sparse.column_rescale = True
+        model.set_submodule(row.name, sparse)
     return report
+
+
+def mask_layers(
+    model: nn.Module,
+    *,
+    n: int = 2,
+    m: int = 4,
+    mask: str = "magnitude",
+    seed: int = 0,
+    transposable: bool = False,
+    mvue: bool = False,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    blocks: Blocks = (),
+    norms: Norms | None = None,
+) -> Report:
+    """Replace linear layers by MaskedLinear, in place: the same layers that `sparsify` would.
+
+    Args:
+        transposable: masks that are N:M along both sides.
+        mvue: prune the output's gradient without bias for the weight's gradient.
+        mask: how the first masks are chosen: "magnitude", "random" or "wanda". It and the others are `sparsify`'s.
+
+    Returns:
+        A report of every linear layer: swapped, or why not.
+
+    Raises:
+        ValueError: as for `sparsify`, or m > 4 and transposable. Nothing was swapped.
+    """
+    report = plan(model, n=n, m=m, skip=skip, only=only, blocks=blocks)
+    if mask == "present":
+        raise ValueError("mask kind 'present' is for sparsify alone")
+    _check_choice(model, report, mask, norms)
+    if transposable and (largest := max(row.m for row in report.swapped)) > masks.LARGEST_TRANSPOSABLE:
+        raise ValueError(f"transposable masks are searched for up to m={masks.LARGEST_TRANSPOSABLE}, got m={largest}")
+    for row in report.swapped:
+        linear = model.get_submodule(row.name)
+        weight_OI = _stored_weight(linear).detach()
+        masked = MaskedLinear(
+            weight_OI,
+            cast(Tensor | None, linear.bias),
+            row.n,
+            row.m,
+            score_OI=_score(row, weight_OI, mask, seed, norms),
+            transposable=transposable,
+            mvue=mvue,
+            conv1d=_becomes_conv1d(linear),
+        )
+        model.set_submodule(row.name, masked)
+    return report
+
+
+def _becomes_conv1d(linear: nn.Module) -> bool:
+    return linear.conv1d if isinstance(linear, MaskedLinear) else _is_conv1d(linear)
+
+
+def _score(row: LayerReport, weight_OI: Tensor, mask: str, seed: int, norms: Norms | None) -> Tensor:
+    norms_I = None if norms is None else norms.get(row.name)
+    return masks.mask_score(weight_OI, mask, seed=layer_seed(seed, row.name), norms_I=norms_I)
+
+
+def _check_choice(model: nn.Module, report: Report, mask: str, norms: Norms | None) -> None:
+    """Raise ValueError if the masks of a report cannot be chosen in this way, before any layer is swapped."""
+    if mask not in ("magnitude", "random", "wanda", "present"):
+        raise ValueError(f"mask kind must be 'magnitude', 'random', 'wanda' or 'present', got {mask!r}")
+    for row in report.swapped:
+        linear = model.get_submodule(row.name)
+        if mask == "wanda" and (norms is None or row.name not in norms or norms[row.name].shape != (row.in_features,)):
+            raise ValueError(f"mask kind 'wanda' needs the norms of the {row.in_features} inputs of {row.name}")
+        if mask == "present" and not (isinstance(linear, MaskedLinear) and masks.is_nm(linear.mask, row.n, row.m)):
+            has = f"has another than {row.n}:{row.m}" if isinstance(linear, MaskedLinear) else "has none"
+            raise ValueError(f"mask kind 'present' keeps the masks that are there, and {row.name} {has}")
+
+
+@torch.no_grad()
+def _rescale(layer: SparseLinear, weight_OI: Tensor) -> None:
+    """Scale the values up to the dense weight's sum of squares."""
+    dense, kept = (torch.linalg.vector_norm(W, dtype=torch.float64) for W in (weight_OI, layer.values))
+    layer.values.mul_(torch.where(kept > 0, dense / kept, 1))
+
+
+def input_norms(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> dict[str, Tensor]:
+    """The L2 norm of each input feature of some layers, over all tokens that `run` feeds the model.
+
+    Args:
+        names: of the layers, as in `model.named_modules()`.
+        run: called once, without gradients; put the model in eval mode for it where dropout would blur the norms.
+
+    Returns:
+        For each name (in,), float32, on the layer's device.
+
+    Raises:
+        ValueError: a name that the model does not have, or a layer that no token reached.
+    """
+    modules = dict(model.named_modules())
+    squares: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            X_BI = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            sums_I = X_BI.float().square().sum(0)
+            squares[name] = squares[name] + sums_I if name in squares else sums_I
+
+        return hook
+
+    wanted = list(names)
+    if unknown := [name for name in wanted if name not in modules]:
+        raise ValueError(f"{type(model).__name__} has no layer {unknown[0]!r}")
+    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in wanted]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # else blocks are compiled anew with the hooks
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [name for name in wanted if name not in squares]:
+        raise ValueError(f"no token reached {silent[0]}")
+    return {name: squares[name].sqrt() for name in wanted}
 
 
 def adapter_rank(rank: int | float, out_features: int, in_features: int) -> int:
@@ -165,19 +383,20 @@ def adapter_rank(rank: int | float, out_features: int, in_features: int) -> int:
 
 
 def add_adapters(
-    model: nn.Module, rank: int | float, *, alpha: float | None = None, seed: int = 0
+    model: nn.Module, rank: int | float, *, alpha: float | None = None, init: str = "lora", seed: int = 0
 ) -> dict[str, LowRankAdapter]:
     """Give every SparseLinear a new low-rank adapter, which at first changes nothing.
 
     Args:
         rank: a number, or a share of the layer's smaller side if below 1 (0.0156 of 1024 is 16).
-        alpha: the scale is alpha / rank; None for a scale of 1.
+        alpha: the scale is alpha / rank; None for the scale of `init`.
+        init: "lora", A uniform and a scale of 1, or "gaussian", A from N(0, 1) and a scale of 1 / rank.
 
     Returns:
         The adapters by layer name; give their parameters to the optimizer (`add_param_group`).
 
     Raises:
-        ValueError: no sparse layer, an adapter is there already, or a rank out of range.
+        ValueError: no sparse layer, an adapter is there already, a rank out of range, or another init.
     """
     layers = dict(sparse_layers(model))
     if not layers:
@@ -192,7 +411,8 @@ def add_adapters(
             layer.out_features,
             adapter_rank(rank, layer.out_features, layer.in_features),
             alpha=alpha,
-            generator=torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode())),
+            init=init,
+            generator=torch.Generator().manual_seed(layer_seed(seed, name)),
             device=layer.values.device,
             dtype=layer.values.dtype,
         )
@@ -201,7 +421,7 @@ def add_adapters(
 
 @torch.no_grad()
 def densify(model: nn.Module, *, adapters: str = "refuse") -> None:
-    """Turn every SparseLinear back into the nn.Linear or Conv1D it came from, zeros in place, in place.
+    """Turn every SparseLinear and MaskedLinear back into the nn.Linear or Conv1D it came from, with zeros, in place.
 
     Args:
         adapters: "merge" adds them to the weight (which is then no longer sparse), "drop" leaves them out,
@@ -219,9 +439,11 @@ def densify(model: nn.Module, *, adapters: str = "refuse") -> None:
         if layer.adapter is not None and adapters == "merge":
             weight_OI = weight_OI + layer.adapter.delta()
         model.set_submodule(name, _dense(layer, weight_OI))
+    for name, masked in list(masked_layers(model)):
+        model.set_submodule(name, _dense(masked, masked.masked_weight))
 
 
-def _dense(layer: SparseLinear, weight_OI: Tensor) -> nn.Module:
+def _dense(layer: SparseLinear | MaskedLinear, weight_OI: Tensor) -> nn.Module:
     if layer.conv1d:
         from transformers.pytorch_utils import Conv1D
 

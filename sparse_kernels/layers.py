@@ -1,5 +1,6 @@
 """The sparse layers of a whole model: finding them, renewing their masks, and the copies that a GPU's products read."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from sparse_kernels import copies, cuda, ops, plans
 from sparse_kernels.copies import Weight
+from sparse_kernels.dynamic import masked_layers
 from sparse_kernels.linear import SparseLinear
 
 
@@ -16,10 +18,31 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
-def renew_column_masks(model: nn.Module) -> None:
-    """Choose W^{R,C} of every sparse layer anew from the present magnitudes; W^R's positions stay."""
-    for _, layer in sparse_layers(model):
-        layer.renew_column_mask()
+def layer_seed(seed: int, name: str) -> int:
+    """A seed of its own for each layer of a model, the same in every process."""
+    return seed ^ zlib.crc32(name.encode())
+
+
+def renew_column_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0) -> None:
+    """Choose W^{R,C} of every sparse layer anew; W^R's positions stay.
+
+    Args:
+        kind: "magnitude" of the present values, or "random" among the kept entries.
+        seed: of the random choice; give another at each renewal.
+    """
+    for name, layer in sparse_layers(model):
+        layer.renew_column_mask(kind, layer_seed(seed, name))
+
+
+def renew_masks(model: nn.Module, *, columns: str = "magnitude", seed: int = 0) -> None:
+    """Choose anew what may change while training: W^{R,C} of sparse layers, and the masks of masked ones.
+
+    Args:
+        columns, seed: kind and seed for `renew_column_masks`; masked layers go by their present magnitudes.
+    """
+    renew_column_masks(model, columns, seed)
+    for _, layer in masked_layers(model):
+        layer.renew_mask()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row,
 
 import math
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from sparse_kernels import cuda, masks, ops, reference
 class LowRankAdapter(nn.Module):
     """scale · (X · A^T) · B^T with A (rank, in), B (out, rank) and scale = alpha / rank.
 
-    B starts at zero, so a new adapter changes nothing; A is drawn from `generator` (Kaiming-uniform, as in PEFT's LoRA,
-    which an exported adapter becomes).
+    B starts at zero, so a new adapter changes nothing. A is drawn from `generator`: for init "lora" Kaiming-uniform, as
+    in PEFT's LoRA, which an exported adapter becomes, and alpha is the rank if not given; for "gaussian", the SLoPe
+    paper's, from N(0, 1), and alpha is 1 if not given.
     """
 
     def __init__(
@@ -27,19 +29,28 @@ class LowRankAdapter(nn.Module):
         rank: int,
         *,
         alpha: float | None = None,
+        init: str = "lora",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """
+        Raises:
+            ValueError: a rank out of range, or another init.
+        """
         super().__init__()
+        if init not in ("lora", "gaussian"):
+            raise ValueError(f"an adapter's init must be 'lora' or 'gaussian', got {init!r}")
         if not 0 < rank <= min(in_features, out_features):
             raise ValueError(f"rank must be between 1 and {min(in_features, out_features)}, got {rank}")
         self.rank = rank
-        self.scale = (rank if alpha is None else alpha) / rank
-        bound = 1 / math.sqrt(in_features)
-        A_RI = torch.empty(rank, in_features).uniform_(
-            -bound, bound, generator=generator
-        )  # on the CPU: same on any device
+        own_alpha = rank if init == "lora" else 1
+        self.scale = (own_alpha if alpha is None else alpha) / rank
+        A_RI, bound = torch.empty(rank, in_features), 1 / math.sqrt(in_features)  # on the CPU: same on any device
+        if init == "lora":
+            A_RI.uniform_(-bound, bound, generator=generator)
+        else:
+            A_RI.normal_(generator=generator)
         self.A = nn.Parameter(A_RI.to(device=device, dtype=dtype))
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
 
@@ -55,6 +66,20 @@ class LowRankAdapter(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
+class _ScaleGradient(torch.autograd.Function):
+    """X itself; its gradient times `scale`, a tensor of shape ()."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return X.view_as(X)
+
+    @staticmethod
+    def backward(ctx: Any, dX: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return dX * scale.to(dX.dtype), None
+
+
 class SparseLinear(nn.Module):
     """A linear layer with an N:M sparse weight W^R and a twice-pruned W^{R,C} for the input gradient.
 
@@ -63,6 +88,8 @@ class SparseLinear(nn.Module):
         bias: parameter (out,) or None.
         positions: uint8 buffer (out, ceil(in/8)), the bits of W^R's mask; fixed for the whole run.
         positions_t: uint8 buffer (in, ceil(out/8)), the bits of W^{R,C}'s mask, transposed; see `renew_column_mask`.
+        column_scale: buffer () or None, what the input gradient of the sparse product is multiplied by; see
+            `column_rescale`.
         adapter: a LowRankAdapter or None; its output is added.
     """
 
@@ -70,6 +97,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     positions: Tensor
     positions_t: Tensor
+    column_scale: Tensor | None
     adapter: LowRankAdapter | None
 
     def __init__(
@@ -91,13 +119,14 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
-        if not (row_mask_OI.unflatten(1, (-1, m)).sum(-1) == n).all():
+        if not masks.is_nm(row_mask_OI, n, m):
             raise ValueError(f"the row mask is not exactly {n}:{m}")
         self.values = nn.Parameter(weight_OI.detach()[row_mask_OI].view(self.out_features, -1))
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
         column_mask_OI = masks.double_prune(weight_OI.detach(), row_mask_OI, n, m)
         self.register_buffer("positions", masks.pack_bits(row_mask_OI))
         self.register_buffer("positions_t", masks.pack_bits(column_mask_OI.t()))
+        self.register_buffer("column_scale", None)
         self.adapter = None
         self._layout: tuple[Tensor, Tensor]
         self._layout_buffers: tuple[Tensor, ...] = ()
@@ -108,24 +137,31 @@ class SparseLinear(nn.Module):
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
+        X_sparse: Tensor = X if self.column_scale is None else _ScaleGradient.apply(X, self.column_scale)
         if (self.n, self.m) in ops.TWO_OF_FOUR and (torch.compiler.is_compiling() or ops.fast(X, self.values)):
-            Y = ops.linear(X, self.values, self.bias, self.positions, self.positions_t)
+            Y = ops.linear(X_sparse, self.values, self.bias, self.positions, self.positions_t)
         else:
-            Y = reference.sparse_linear(X, self.values, self.bias, *self.layout())
+            Y = reference.sparse_linear(X_sparse, self.values, self.bias, *self.layout())
         return Y if self.adapter is None else Y + self.adapter(X)
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """Where the values sit: their columns, int64 (out, in·n/m), and whether W^{R,C} keeps them, bool, same shape.
 
-        Derived from the two saved buffers and kept until one of them is replaced or written in place.
+        Derived from the two saved buffers and kept until one of them is replaced or written in place. Where torch
+        compiles, or a CUDA graph is captured, derived each time: a replay must read the bits that a renewal wrote.
         """
+        if torch.compiler.is_compiling() or (self.positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._derived_layout()
         buffers = self.positions, self.positions_t
         versions = tuple(buffer._version for buffer in buffers)
         if self._layout_versions != versions or any(map(operator.is_not, self._layout_buffers, buffers)):
-            index_OK = self.row_mask().nonzero()[:, 1].view(self.out_features, -1)
-            self._layout = index_OK, self.column_mask().gather(1, index_OK)
+            self._layout = self._derived_layout()
             self._layout_buffers, self._layout_versions = buffers, versions
         return self._layout
+
+    def _derived_layout(self) -> tuple[Tensor, Tensor]:
+        index_OK = reference.kept_columns(self.row_mask(), self.n, self.m)
+        return index_OK, self.column_mask().gather(1, index_OK)
 
     def row_mask(self) -> Tensor:
         """The mask of W^R: bool (out, in)."""
@@ -146,14 +182,66 @@ class SparseLinear(nn.Module):
         index_OK, survives_OK = self.layout()
         return reference.scatter_kept(self.values * survives_OK, index_OK, self.in_features)
 
+    @property
+    def column_rescale(self) -> bool:
+        """Whether dX is multiplied by ||W^R|| / ||W^{R,C}||, which gives W^{R,C} the scale of W^R; off at first.
+
+        The factor is that of the last renewal of the column mask. It is saved, as `column_scale`, only if this is on.
+        """
+        return self.column_scale is not None
+
+    @column_rescale.setter
+    def column_rescale(self, on: bool) -> None:
+        self.column_scale = torch.ones((), device=self.values.device) if on else None
+        self._renew_column_scale()
+
     @torch.no_grad()
-    def renew_column_mask(self) -> None:
-        """Choose W^{R,C} anew from the present magnitudes; W^R's positions stay (section 4.3.1 of the paper)."""
-        if (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
+    def renew_column_mask(self, kind: str = "magnitude", seed: int = 0) -> None:
+        """Choose W^{R,C} anew; W^R's positions stay (section 4.3.1 of the paper).
+
+        Args:
+            kind: "magnitude" of the present values, or "random" among the kept entries, from `seed`.
+        """
+        if kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
             cuda.double_prune(self.values, self.positions, self.positions_t)
-            return
-        column_mask_OI = masks.double_prune(self.weight, self.row_mask(), self.n, self.m)
-        self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
+        else:
+            rows_OI = self.row_mask()
+            column_mask_OI = masks.double_prune(self._scattered(), rows_OI, self.n, self.m, kind=kind, seed=seed)
+            self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
+        self._renew_column_scale()
+
+    @torch.no_grad()
+    def _renew_column_scale(self) -> None:
+        if self.column_scale is not None:
+            W_OI = self._scattered().float()
+            both = W_OI.norm(), torch.where(self.column_mask(), W_OI, 0).norm()
+            self.column_scale.copy_(torch.where(both[1] > 0, both[0] / both[1], 1))
+
+    def _scattered(self) -> Tensor:
+        """W^R as `weight` has it, without the index that it keeps: on a GPU the products want none."""
+        row_mask_OI = self.row_mask()
+        return torch.zeros_like(row_mask_OI, dtype=self.values.dtype).masked_scatter_(row_mask_OI, self.values.detach())
+
+    def kept(self, dense: Tensor, *, transposed: bool = False) -> Tensor:
+        """The entries of a dense tensor at the kept positions, as `values` has those of the weight.
+
+        For what belongs to the dense weight that this layer came from: its gradient, an optimizer's moments.
+
+        Args:
+            dense: (out, in), any dtype.
+            transposed: it is (in, out) instead, as for a Conv1D's weight.
+
+        Returns:
+            (out, in·n/m), a copy on the device and in the dtype of `dense`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        dense_OI = dense.t() if transposed else dense
+        if dense_OI.shape != (self.out_features, self.in_features):
+            shape = tuple(dense_OI.shape)
+            raise ValueError(f"a tensor of ({self.out_features}, {self.in_features}) is wanted, got {shape}")
+        return dense_OI[self.row_mask().to(dense.device)].view(self.out_features, -1)
 
     def validate(self) -> None:
         """Check what is stored: W^R exactly N:M, W^{R,C} a part of it and at most N:M along the output features.
@@ -162,7 +250,7 @@ class SparseLinear(nn.Module):
             ValueError: with the first rule that is broken.
         """
         row_OI, column_OI = self.row_mask(), self.column_mask()
-        if not (row_OI.unflatten(1, (-1, self.m)).sum(-1) == self.n).all():
+        if not masks.is_nm(row_OI, self.n, self.m):
             raise ValueError(f"the stored positions are not exactly {self.n}:{self.m}")
         if (column_OI & ~row_OI).any():
             raise ValueError("the transposed positions keep an entry that the row mask prunes")

@@ -1,7 +1,10 @@
-"""N:M masks: choosing them, pruning twice, and the bits in which they are stored.
+"""N:M masks: choosing them, pruning twice, unbiased pruning, and the bits in which masks are stored.
 
-Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row.
+Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; T tiles, P patterns of a tile.
 """
+
+import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -35,35 +38,186 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     return (torch.stack(rank, dim + 1) < n).flatten(dim, dim + 1)
 
 
-def row_mask(weight_OI: Tensor, n: int, m: int, *, kind: str = "magnitude", seed: int = 0) -> Tensor:
-    """The mask of W^R, N:M along the input features (the reduction of the forward product).
+def mask_score(weight_OI: Tensor, kind: str, *, seed: int = 0, norms_I: Tensor | None = None) -> Tensor:
+    """What a mask keeps the largest of: "magnitude" |W|, "random", or "wanda" |W_ij| · ||X_j|| (arXiv 2306.11695).
 
     Args:
-        weight_OI: (out, in); its magnitudes decide for kind "magnitude", its shape alone for "random".
-        seed: of the random choice, which is drawn on the CPU and so the same on every device.
+        weight_OI: (out, in); for "random" its shape alone matters.
+        seed: of the random scores, which are drawn on the CPU and so the same on every device.
+        norms_I: (in,), the L2 norm of each input feature over the tokens; for "wanda", see `input_norms`.
+
+    Returns:
+        (out, in), on the weight's device.
+
+    Raises:
+        ValueError: another kind, or "wanda" without the norms of this layer's inputs.
+    """
+    if kind == "magnitude":
+        return weight_OI.abs()
+    if kind == "random":
+        return torch.rand(weight_OI.shape, generator=torch.Generator().manual_seed(seed)).to(weight_OI.device)
+    if kind != "wanda":
+        raise ValueError(f"mask kind must be 'magnitude', 'random' or 'wanda', got {kind!r}")
+    if norms_I is None or norms_I.shape != weight_OI.shape[1:]:
+        raise ValueError(f"a wanda mask needs the norms of {weight_OI.shape[1]} inputs")
+    return weight_OI.abs() * norms_I.to(weight_OI.device)
+
+
+def row_mask(
+    weight_OI: Tensor, n: int, m: int, *, kind: str = "magnitude", seed: int = 0, norms_I: Tensor | None = None
+) -> Tensor:
+    """The mask of W^R, N:M along the input features (the reduction of the forward product), by `mask_score`.
 
     Returns:
         bool (out, in).
     """
-    if kind == "magnitude":
-        return nm_mask(weight_OI.abs(), n, m)
-    if kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return nm_mask(torch.rand(weight_OI.shape, generator=generator), n, m).to(weight_OI.device)
-    raise ValueError(f"mask kind must be 'magnitude' or 'random', got {kind!r}")
+    return nm_mask(mask_score(weight_OI, kind, seed=seed, norms_I=norms_I), n, m)
 
 
-def double_prune(weight_OI: Tensor, row_mask_OI: Tensor, n: int, m: int) -> Tensor:
+def is_nm(mask_OI: Tensor, n: int, m: int) -> bool:
+    """Whether a mask keeps exactly `n` of every `m` along its rows."""
+    return mask_OI.shape[1] % m == 0 and bool((mask_OI.unflatten(1, (-1, m)).sum(-1) == n).all())
+
+
+def double_prune(
+    weight_OI: Tensor, row_mask_OI: Tensor, n: int, m: int, *, kind: str = "magnitude", seed: int = 0
+) -> Tensor:
     """The mask of W^{R,C}: of the entries that W^R keeps, at most `n` of every `m` along the output features.
 
-    Chosen by magnitude. A group with fewer than `n` kept entries keeps what it has, so for a random 2:4 row
-    mask 40.6 % of all entries remain (arXiv 2405.16325, lemma 4.3.1).
+    Chosen by magnitude, or at random (see `mask_score`). A group with fewer than `n` kept entries keeps what it has, so
+    for a random 2:4 row mask 40.6 % of all entries remain (arXiv 2405.16325, lemma 4.3.1).
 
     Returns:
         bool (out, in), a subset of `row_mask_OI`.
     """
-    score_OI = weight_OI.abs().masked_fill(~row_mask_OI, -1)  # a pruned entry loses to a kept zero
+    score_OI = mask_score(weight_OI, kind, seed=seed).masked_fill(~row_mask_OI, -1)  # a pruned entry loses to a kept 0
     return nm_mask(score_OI, n, m, dim=0) & row_mask_OI
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transposable masks
+
+LARGEST_TRANSPOSABLE = 4
+"""The largest m whose tiles are searched: 4x4 has at most 90 patterns, 5x5 has 2,040 already."""
+_TILES_AT_ONCE = 1 << 17  # 90 float64 scores each: 94 MB
+
+
+def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep `n` in every row and every column of each m x m tile: the pattern with the largest sum of scores.
+
+    W and W^T are then both N:M, so one mask serves both products (FST, arXiv 2404.01847). All patterns of a tile are
+    compared, so this is the optimum; of equal ones the first.
+
+    Args:
+        score: (O, I), both sides multiples of `m`; no NaN.
+
+    Returns:
+        bool (O, I).
+
+    Raises:
+        ValueError: a side is no multiple of `m`, not 0 < n < m, or m > 4.
+    """
+    O, I = score.shape  # noqa: E741
+    patterns = _tile_patterns(n, m).to(score.device)
+    if O % m or I % m:
+        raise ValueError(f"sides {O} x {I} are not multiples of m={m}")
+    tiles_TE = score.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).reshape(-1, m * m)
+    # In float64 a sum of few float32 numbers is as good as exact: neither TF32 nor the order decides anything.
+    weights_EP = patterns.t().double()
+    best_T = [(part.double() @ weights_EP).argmax(1) for part in tiles_TE.split(_TILES_AT_ONCE)]  # [T,E] · [E,P]
+    chosen = patterns[torch.cat(best_T)].view(O // m, I // m, m, m)
+    return chosen.transpose(1, 2).reshape(O, I)
+
+
+@functools.cache
+def _tile_patterns(n: int, m: int) -> Tensor:
+    """Every m x m pattern with `n` in each row and column: bool (P, m·m); 90 for 2:4, 2 for 1:2."""
+    if not 0 < n < m:
+        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+    if m > LARGEST_TRANSPOSABLE:
+        raise ValueError(f"transposable masks are searched for up to m={LARGEST_TRANSPOSABLE}, got {n}:{m}")
+    rows = [[place in kept for place in range(m)] for kept in itertools.combinations(range(m), n)]
+    tiles = torch.tensor(list(itertools.product(rows, repeat=m)))  # (P', m, m)
+    return tiles[(tiles.sum(1) == n).all(1)].flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unbiased pruning
+
+
+def mvue(X: Tensor, n: int, m: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """The minimum-variance unbiased estimate of X that is N:M along `dim` (arXiv 2203.10991).
+
+    Each entry of a group is kept with probability p = min(1, |x| / tau), where tau makes these add up to `n`, and is
+    divided by it: it becomes x itself, or tau with the sign of x. By systematic sampling (one uniform number places
+    points one apart on the line along which the p are laid) exactly `n` are kept; fewer only where fewer are not zero.
+
+    Args:
+        X: any shape and floating dtype. The end of a side that is no multiple of `m` is left as it is.
+        generator: None for the default one of X's device, which CUDA graphs and torch.compile know.
+
+    Returns:
+        The shape and dtype of X. Computed in float32 (float64 for such an X); unbiased up to rounding. A group with a
+        NaN becomes NaN.
+
+    Raises:
+        ValueError: not 0 < n < m.
+    """
+    if not 0 < n < m:
+        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+    dim %= X.dim()
+    whole = X.shape[dim] // m * m
+    groups = X.narrow(dim, 0, whole).unflatten(dim, (-1, m))
+    entries = list(groups.to(torch.promote_types(X.dtype, torch.float32)).unbind(dim + 1))
+    sizes = [entry.abs() for entry in entries]
+    tau = _mvue_threshold(sizes, n)
+    u = torch.rand(tau.shape, generator=generator, dtype=tau.dtype, device=tau.device)
+    taken = _systematic_sample(sizes, tau, u)
+    # A NaN is neither certain nor dropped, so it is not hidden.
+    estimate = [
+        torch.where(certain, x, torch.where(dropped, 0, x.sign() * tau))
+        for x, (certain, dropped) in zip(entries, taken, strict=True)
+    ]
+    sparse = torch.stack(estimate, dim + 1).flatten(dim, dim + 1).to(X.dtype)
+    return sparse if whole == X.shape[dim] else torch.cat([sparse, X.narrow(dim, whole, X.shape[dim] - whole)], dim)
+
+
+def _mvue_threshold(sizes: list[Tensor], n: int) -> Tensor:
+    """The tau for which min(1, size / tau) adds up to `n`: the least of (all but the k largest) / (n - k), k < n."""
+    left, largest = list(sizes), []
+    for _ in range(n - 1):  # bubble the largest to the end
+        for place in range(len(left) - 1):
+            low, high = torch.minimum(left[place], left[place + 1]), torch.maximum(left[place], left[place + 1])
+            left[place], left[place + 1] = low, high
+        largest.append(left.pop())
+    # Added from below: the total less its largest would lose the small ones to rounding.
+    rest = functools.reduce(torch.add, left)
+    tau = rest
+    for count, size in enumerate(reversed(largest), start=2):
+        rest = rest + size
+        tau = torch.minimum(tau, rest / count)
+    return tau
+
+
+def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each entry: whether it is kept for certain; whether it is dropped."""
+    m = len(sizes)
+    # An entry of p = 1 but for rounding could hide two points. It is kept as it is, which is no less unbiased.
+    near = 1 - m * m * 2.0**-22
+    certain = [size >= near * tau for size in sizes]
+    p = [torch.where(sure, 0, size / tau) for sure, size in zip(certain, sizes, strict=True)]
+    ends = list(itertools.accumulate(p))
+    points = ends[-1].round()  # a whole number but for rounding, which must neither win nor lose a point at the end
+    taken, before = [], torch.zeros_like(u)
+    for sure, end in zip(certain, ends, strict=True):
+        passed = torch.where(end >= ends[-1], points, torch.minimum((end + u).floor(), points))
+        taken.append((sure, passed == before))
+        before = passed
+    return taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Storing masks
 
 
 def pack_bits(mask_RC: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import copies, cuda, masks
+from sparse_kernels import copies, cuda, masks, reference
 from sparse_kernels.copies import Weight
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
@@ -92,7 +92,8 @@ def _weight_grad(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor)
     if fast(X_BI, values):
         return _weight_grad_fast(dY_BO, X_BI, values, positions)
     dW_OI = dY_BO.t() @ X_BI
-    return dW_OI[masks.unpack_bits(positions, dW_OI.shape[1])].view_as(values).to(values.dtype)
+    index_OK = reference.kept_columns(masks.unpack_bits(positions, dW_OI.shape[1]), 2, 4)  # 1:2 too is 2 of 4
+    return reference.gather_kept(dW_OI, index_OK).to(values.dtype)
 
 
 linear_op = torch.library.custom_op("slope::linear", _linear, mutates_args=())

@@ -1,13 +1,30 @@
 """sparsify, add_adapters and densify on the four families of models, and on somebody's own."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
-from sparse_kernels import SparseLinear, add_adapters, densify, plan, renew_column_masks, sparse_layers, sparsify
+from sparse_kernels import (
+    MLP,
+    MaskedLinear,
+    SparseLinear,
+    add_adapters,
+    densify,
+    finish_dense,
+    input_norms,
+    mask_layers,
+    masked_layers,
+    masks,
+    plan,
+    renew_column_masks,
+    renew_masks,
+    sparse_layers,
+    sparsify,
+)
 
 
 def tiny(family: str) -> nn.Module:
@@ -171,3 +188,307 @@ def test_refusals() -> None:
         add_adapters(model, 2.5)
     with pytest.raises(ValueError, match="adapters must be"):
         densify(model, adapters="keep")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns by block, and which layers
+
+
+def test_blocks_have_their_own_patterns() -> None:
+    model = tiny("bert")
+    report = sparsify(model, blocks=[(1, 1, 2, 8)])
+    patterns = {name: (layer.n, layer.m) for name, layer in sparse_layers(model)}
+    assert {(x.n, x.m) for x in report.swapped if ".layer.1." in x.name} == {(2, 8)}
+    assert all(patterns[name] == (2, 8) if ".layer.1." in name else patterns[name] == (2, 4) for name in patterns)
+    assert patterns["bert.encoder.layer.1.attention.output.dense"] == (2, 8)
+    assert patterns["bert.pooler.dense"] == (2, 4)  # in no block
+    assert {x.name: (x.n, x.m) for x in report.swapped} == patterns
+    for _, layer in sparse_layers(model):
+        layer.validate()
+    run(model).sum().backward()
+    assert str(report).startswith(f"{len(patterns)} of {len(report.layers)} linear layers are sparse (5 2:4, 6 2:8)")
+
+
+def test_blocks_of_a_bare_module_list() -> None:
+    model = nn.ModuleList([nn.Linear(32, 32) for _ in range(12)])
+    report = plan(model, blocks=[(2, 3, 1, 2), (10, 11, 4, 8)])
+    assert [(x.n, x.m) for x in report.layers] == [(2, 4)] * 2 + [(1, 2)] * 2 + [(2, 4)] * 6 + [(4, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([(0, 2, 2, 8)], "blocks 0-2: GPT2LMHeadModel has blocks 0 to 1"),
+        ([(1, 0, 2, 8)], "blocks 1-0"),
+        ([(-1, 0, 2, 8)], "blocks -1-0"),
+        ([(0, 1, 2, 8), (1, 1, 1, 4)], "blocks 1-1: block 1 has a pattern already"),
+        ([(0, 0, 8, 8)], "0 < n < m, got 8:8"),
+    ],
+)
+def test_bad_blocks(blocks: list[tuple[int, int, int, int]], message: str) -> None:
+    model = tiny("gpt2")
+    for change in (plan, sparsify, mask_layers):
+        with pytest.raises(ValueError, match=message):
+            change(model, blocks=blocks)
+    assert not list(sparse_layers(model))
+
+
+MLPS = {
+    "gpt2": {f"transformer.h.{i}.mlp.{x}" for i in range(2) for x in ("c_fc", "c_proj")},
+    "opt": {f"model.decoder.layers.{i}.fc{x}" for i in range(2) for x in (1, 2)},
+    "bert": {f"bert.encoder.layer.{i}.{x}.dense" for i in range(2) for x in ("intermediate", "output")},
+    "llama": {f"model.layers.{i}.mlp.{x}_proj" for i in range(2) for x in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("family", MLPS)
+def test_only_the_mlps(family: str) -> None:
+    model = tiny(family)
+    report = mask_layers(model, only=[MLP], transposable=True)
+    assert {x.name for x in report.swapped} == MLPS[family] == {name for name, _ in masked_layers(model)}
+    assert any(x.reason.startswith("matches none of the patterns of only") for x in report.skipped)
+    run(model).sum().backward()
+    with pytest.raises(ValueError, match="only pattern 'mpl' matches no linear layer"):
+        plan(tiny(family), only=["mpl"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked layers
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_masked_families(family: str) -> None:
+    model, sparse = tiny(family), tiny(family)
+    dense = copy.deepcopy(model)
+    report = mask_layers(model)
+    assert report == sparsify(sparse)  # the same layers, for the same reasons
+    assert {x.name for x in report.swapped} == {name for name, _ in masked_layers(model)}
+    torch.testing.assert_close(run(model), run(sparse))
+    for name, layer in masked_layers(model):
+        linear = dense.get_submodule(name)
+        assert x_of(report, name).transposed == layer.conv1d == (family == "gpt2")
+        mask = layer.mask.t() if layer.conv1d else layer.mask
+        linear.weight.data *= mask  # type: ignore[operator]
+    back = copy.deepcopy(model)
+    densify(back)
+    assert [type(m) for m in back.modules()] == [type(m) for m in dense.modules()]
+    torch.testing.assert_close(run(back), run(dense))
+    for name, value in dense.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value)
+
+
+def x_of(report, name: str):  # type: ignore[no-untyped-def]
+    return next(x for x in report.layers if x.name == name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_finished_dense_is_the_dense_model_again(family: str) -> None:
+    model = tiny(family)
+    dense = copy.deepcopy(model)
+    mask_layers(model, mvue=True, transposable=True)
+    assert not torch.allclose(run(model), run(dense))
+    finish_dense(model)
+    renew_masks(model)
+    torch.testing.assert_close(run(model), run(dense))
+    densify(model)
+    for name, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_masked_run_goes_on_sparse_with_its_masks_and_its_optimizer(family: str) -> None:
+    model = tiny(family)
+    mask_layers(model, n=1, m=4, blocks=[(1, 1, 2, 4)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        run(model).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        renew_masks(model)
+    before, masked = run(model), dict(masked_layers(model))
+    report = sparsify(model, n=1, m=4, blocks=[(1, 1, 2, 4)], mask="present")
+    torch.testing.assert_close(run(model), before)
+    assert not list(masked_layers(model))
+    for row in report.swapped:
+        layer, old = model.get_submodule(row.name), masked[row.name]
+        assert isinstance(layer, SparseLinear)
+        assert torch.equal(layer.row_mask(), old.mask)
+        assert layer.conv1d == old.conv1d == (family == "gpt2")
+        assert not row.transposed  # masked weights are (out, in), whatever they were
+        if (state := optimizer.state.get(old.weight)) is not None:
+            moments = layer.kept(state["exp_avg"], transposed=row.transposed)
+            assert moments.shape == layer.values.shape
+            assert torch.equal(moments, state["exp_avg"][old.mask].view_as(moments))
+
+
+def test_the_state_of_a_conv1d_follows() -> None:
+    model = tiny("gpt2")
+    old = {name: module.weight for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    report = sparsify(model)
+    for row in report.swapped:
+        layer = model.get_submodule(row.name)
+        assert row.transposed
+        assert torch.equal(layer.kept(old[row.name].detach(), transposed=row.transposed), layer.values)  # type: ignore[operator]
+
+
+def test_new_masks_for_masked_layers() -> None:
+    model = tiny("llama")
+    mask_layers(model, mask="random")
+    weights = {name: layer.weight.detach().clone() for name, layer in masked_layers(model)}
+    with pytest.raises(ValueError, match=r"mask kind 'present' keeps .* has another than 2:8"):
+        sparsify(model, n=2, m=8, mask="present")
+    assert len(list(masked_layers(model))) == len(weights)  # nothing was swapped
+    sparsify(model)
+    for name, layer in sparse_layers(model):
+        assert torch.equal(layer.row_mask(), masks.row_mask(weights[name], 2, 4))
+    finished = tiny("llama")
+    mask_layers(finished)
+    finish_dense(finished)
+    with pytest.raises(ValueError, match="has another than 2:4"):
+        sparsify(finished, mask="present")
+    sparsify(finished)
+    with pytest.raises(ValueError, match="has none"):
+        sparsify(tiny("llama"), mask="present")
+
+
+def test_masks_of_masked_layers_are_those_of_sparse_ones() -> None:
+    a, b = tiny("gpt2"), tiny("gpt2")
+    mask_layers(a, mask="random", seed=3)
+    sparsify(b, mask="random", seed=3)
+    sparse = dict(sparse_layers(b))
+    assert all(torch.equal(layer.mask, sparse[name].row_mask()) for name, layer in masked_layers(a))
+
+
+def test_mask_layers_refuses_before_it_changes_anything() -> None:
+    model = tiny("gpt2")
+    for options, message in [
+        ({"m": 8, "transposable": True}, "up to m=4, got m=8"),
+        ({"mask": "present"}, "for sparsify alone"),
+        ({"mask": "largest"}, "mask kind must be"),
+        ({"mask": "wanda"}, "needs the norms of the 32 inputs of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mask_layers(model, **options)
+    assert not list(masked_layers(model))
+    with pytest.raises(ValueError, match="mask kind must be"):
+        sparsify(model, mask="largest")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wanda, rescaling, random columns
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_wanda_takes_the_norms_of_its_inputs(family: str) -> None:
+    model = tiny(family)
+    names = [x.name for x in plan(model).swapped]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: inputs[name].append(x[0]))
+        for name in names
+    ]
+    batches = [torch.arange(24).view(2, 12), torch.arange(10, 20).view(1, 10)]
+    for ids in batches:
+        model.eval()(ids)
+    for handle in handles:
+        handle.remove()
+
+    norms = input_norms(model, names, lambda: [model(ids) for ids in batches])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for name in names:
+        expected = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs[name]]).norm(dim=0)
+        assert len(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs[name]])) == 34
+        torch.testing.assert_close(norms[name], expected.detach())
+    dense = copy.deepcopy(model)
+    masked = copy.deepcopy(model)
+    sparsify(model, mask="wanda", norms=norms)
+    mask_layers(masked, mask="wanda", norms=norms)
+    differ = 0
+    for name, layer in sparse_layers(model):
+        weight = dense.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
+        weight = weight.t() if layer.conv1d else weight
+        score = weight.abs() * norms[name]
+        assert torch.equal(layer.row_mask(), masks.nm_mask(score, 2, 4))
+        assert torch.equal(dict(masked_layers(masked))[name].mask, layer.row_mask())
+        differ += int((layer.row_mask() != masks.row_mask(weight, 2, 4)).sum())
+    assert differ > 0
+    del norms[names[-1]]
+    with pytest.raises(ValueError, match=f"inputs of {names[-1]}"):
+        sparsify(dense, mask="wanda", norms=norms)
+    assert not list(sparse_layers(dense))
+
+
+def test_input_norms_of_compiled_blocks_and_of_what_never_runs() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    X = torch.randn(5, 8)
+    model[1].compile(backend="eager")
+    with torch.no_grad():
+        model(X)  # what is compiled by now knows of no hooks
+    norms = input_norms(model, ["1.1"], lambda: model(X))
+    torch.testing.assert_close(norms["1.1"], model[1][0](model[0](X)).norm(dim=0).detach())
+    with pytest.raises(ValueError, match="no token reached 0"):
+        input_norms(model, ["0"], lambda: None)
+    with pytest.raises(ValueError, match="has no layer 'two'"):
+        input_norms(model, ["two"], lambda: model(X))
+
+
+@pytest.mark.parametrize("convert", [partial(sparsify, rescale=True), partial(sparsify, mask="random", rescale=True)])
+def test_rescale_keeps_the_energy_of_each_layer(convert: partial) -> None:  # type: ignore[type-arg]
+    model, plain = tiny("gpt2"), tiny("gpt2")
+    dense = {
+        name: module.weight.detach() for name, module in model.named_modules() if type(module).__name__ == "Conv1D"
+    }
+    convert(model)
+    sparsify(plain, mask=convert.keywords.get("mask", "magnitude"))
+    for (name, layer), (_, as_is) in zip(sparse_layers(model), sparse_layers(plain), strict=True):
+        torch.testing.assert_close(layer.values.square().sum(), dense[name].square().sum())
+        ratio = layer.values / as_is.values
+        torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+        assert torch.equal(layer.positions_t, as_is.positions_t)
+
+
+def test_rescale_of_zeros_leaves_zeros() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    nn.init.zeros_(model[1].weight)
+    sparsify(model, rescale=True)
+    assert not model[1].values.any()
+
+
+def test_column_options_of_a_model() -> None:
+    model, plain = tiny("opt"), tiny("opt")
+    sparsify(model, column_rescale=True)
+    sparsify(plain)
+    extra = {name for name in model.state_dict() if name not in plain.state_dict()}
+    assert extra == {f"{name}.column_scale" for name, _ in sparse_layers(model)}
+    drawn = []
+    for seed in (1, 1, 2):
+        renew_masks(model, columns="random", seed=seed)
+        for _, layer in sparse_layers(model):
+            layer.validate()
+            factor = (layer.weight.norm() / layer.weight_backward.norm()).detach()
+            torch.testing.assert_close(layer.column_scale, factor)
+        drawn.append([layer.positions_t.clone() for _, layer in sparse_layers(model)])
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert not any(map(torch.equal, drawn[0], drawn[2]))
+    renew_column_masks(model)
+    renew_column_masks(plain)
+    pairs = zip(sparse_layers(model), sparse_layers(plain), strict=True)
+    assert all(torch.equal(a.positions_t, b.positions_t) for (_, a), (_, b) in pairs)
+
+
+def test_gaussian_adapters_of_a_model() -> None:
+    model = tiny("opt")
+    sparsify(model)
+    before = run(model)
+    adapters = add_adapters(model, 4, init="gaussian")
+    assert all(adapter.scale == 0.25 for adapter in adapters.values())
+    assert torch.equal(run(model), before)
+
+
+def test_masked_layers_stay_where_sparsify_leaves_them() -> None:
+    model = tiny("gpt2")
+    mask_layers(model)
+    sparsify(model, skip=["c_fc"])
+    assert all(name.endswith("c_fc") for name, _ in masked_layers(model))
+    assert isinstance(model.get_submodule("transformer.h.0.mlp.c_fc"), MaskedLinear)

@@ -170,6 +170,109 @@ def test_state_is_a_little_over_half_of_the_dense_weight() -> None:
     assert size == 256 * 512 * 4 // 2 + 256 * 512 // 4  # values, and a quarter of a byte of positions a weight
 
 
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_column_rescale_gives_the_input_gradient_the_scale_of_the_row_masked_weight(n: int, m: int) -> None:
+    layer = make(4 * m, 2 * m, n, m, rank=2)
+    plain = copy.deepcopy(layer)
+    assert not layer.column_rescale
+    assert "column_scale" not in layer.state_dict()
+    layer.column_rescale = True
+    assert layer.state_dict()["column_scale"].shape == ()
+    assert "column_scale" not in dict(layer.named_parameters())
+    dY = torch.randn(3, 4 * m, dtype=torch.float64)
+    for renewed in (False, True):
+        if renewed:
+            for each in (layer, plain):
+                with torch.no_grad():
+                    each.values.copy_(torch.randn(each.values.shape, generator=torch.Generator().manual_seed(1)))
+                each.renew_column_mask()
+        factor = layer.weight.norm() / layer.weight_backward.norm()
+        assert factor > 1
+        x1, x2 = (torch.ones(3, 2 * m, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        Y = layer(x1)
+        assert torch.equal(Y, plain(x2))
+        Y.backward(dY)
+        plain(x2).backward(dY)
+        by_adapter = layer.adapter.scale * dY @ layer.adapter.B @ layer.adapter.A  # type: ignore[union-attr]
+        torch.testing.assert_close(
+            x1.grad, (dY @ layer.weight_backward * factor + by_adapter).detach(), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(x2.grad, (dY @ layer.weight_backward + by_adapter).detach())
+        torch.testing.assert_close(layer.values.grad, plain.values.grad)
+        layer.zero_grad()
+        plain.zero_grad()
+    layer.column_rescale = False
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does
+def test_column_rescale_keeps_the_dtype_and_compiles() -> None:
+    layer = make(16, 16, 2, 4).float()
+    layer.column_rescale = True
+    assert layer.column_scale is not None
+    before = layer.column_scale
+    layer.renew_column_mask("random", 3)
+    assert layer.column_scale is before  # in place: a captured graph reads it
+    eager = copy.deepcopy(layer)
+    layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    x1, x2 = (torch.ones(4, 16, requires_grad=True) for _ in range(2))
+    for each, X in ((layer, x1), (eager, x2)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            each(X).float().square().sum().backward()
+    assert x1.grad is not None
+    assert x1.grad.dtype == torch.float32
+    torch.testing.assert_close(x1.grad, x2.grad, rtol=0.02, atol=0.02)
+
+
+def test_an_empty_layer_is_not_rescaled() -> None:
+    layer = make(8, 8, 2, 4)
+    with torch.no_grad():
+        layer.values.zero_()
+    layer.column_rescale = True
+    assert layer.column_scale is not None
+    assert layer.column_scale.item() == 1
+
+
+def test_random_columns_are_drawn_by_their_seed_and_valid() -> None:
+    layer, values = make(16, 16, 2, 4), None
+    drawn = []
+    for seed in (1, 2, 1):
+        values = layer.values.detach().clone()
+        layer.renew_column_mask("random", seed)
+        layer.validate()
+        assert torch.equal(layer.values, values)
+        drawn.append(layer.positions_t.clone())
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    with pytest.raises(ValueError, match="mask kind must be"):
+        layer.renew_column_mask("largest")
+
+
+@given(st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
+def test_kept_gathers_what_belongs_to_the_values(pattern: tuple[int, int], go: int, gi: int, seed: int) -> None:
+    n, m = pattern
+    layer = make(go * m, gi * m, n, m, seed=seed)
+    assert torch.equal(layer.kept(layer.weight), layer.values)
+    moments = torch.rand(go * m, gi * m)
+    kept = layer.kept(moments)
+    assert kept.shape == layer.values.shape
+    assert torch.equal(kept, moments.gather(1, layer.layout()[0]))
+    assert torch.equal(layer.kept(moments.t().contiguous(), transposed=True), kept)
+    with pytest.raises(ValueError, match="is wanted, got"):
+        layer.kept(torch.zeros(go * m, gi * m + 1))
+
+
+def test_gaussian_adapters_are_the_papers() -> None:
+    adapter = LowRankAdapter(512, 256, 8, init="gaussian", generator=torch.Generator().manual_seed(0))
+    assert adapter.scale == 1 / 8
+    assert not adapter.B.any()
+    assert adapter.A.mean().item() == pytest.approx(0, abs=0.06)
+    assert adapter.A.std().item() == pytest.approx(1, abs=0.05)
+    assert LowRankAdapter(512, 256, 8, init="gaussian", alpha=16).scale == 2
+    with pytest.raises(ValueError, match="'lora' or 'gaussian'"):
+        LowRankAdapter(8, 8, 2, init="normal")
+
+
 def test_validate_names_the_broken_rule() -> None:
     layer = make(8, 8, 2, 4)
     layer.validate()

@@ -1,0 +1,166 @@
+"""MaskedLinear: a dense weight times a mask that may follow it, the layer of SR-STE, FST and Wanda.
+
+    forward      Y[B,out]  = X[B,in] · (W ⊙ mask)^T + bias
+    input grad   dX[B,in]  = dY[B,out] · (W ⊙ mask)
+    weight grad  dW[out,in] = dY[B,out]^T · X[B,in], straight through to pruned entries too; of mvue(dY) if asked for
+
+Trained and stored dense: it saves neither time nor memory, and is what a sparse layer's quality is compared with.
+SR-STE (arXiv 2102.04010) renews the mask by magnitude in every step, FST (arXiv 2404.01847) now and then, transposable;
+both pull pruned weights towards zero (`decay_pruned`). Wanda (arXiv 2306.11695) chooses it once, by weights and inputs.
+
+Shape suffixes: B tokens, O out features, I in features.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_kernels import masks
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """Masks the weight where it is used, so no 16-bit copy is kept from the forward pass to the backward one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, X_BI: Tensor, W_OI: Tensor, bias_O: Tensor | None, mask_OI: Tensor, unbiased: tuple[int, int] | None
+    ) -> Tensor:
+        ctx.save_for_backward(X_BI, W_OI, mask_OI)
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        ctx.unbiased = unbiased
+        kept_OI = _masked(W_OI, mask_OI).to(X_BI.dtype)
+        return F.linear(X_BI, kept_OI, None if bias_O is None else bias_O.to(X_BI.dtype))  # [B,I] · [O,I]^T -> [B,O]
+
+    @staticmethod
+    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        X_BI, W_OI, mask_OI = ctx.saved_tensors
+        dX = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dX = dY_BO @ _masked(W_OI, mask_OI).to(dY_BO.dtype)  # [B,O] · [O,I] -> [B,I]
+        if ctx.needs_input_grad[1]:
+            if ctx.unbiased is None:
+                S_BO = dY_BO
+            else:
+                n, m = ctx.unbiased
+                S_BO = masks.mvue(dY_BO, n, m, dim=0)
+            dW = (S_BO.t() @ X_BI).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
+        if ctx.needs_input_grad[2]:
+            db = dY_BO.sum(0, dtype=ctx.bias_dtype)
+        return dX, dW, db, None, None
+
+
+def _masked(W_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """W ⊙ mask; zero also where a pruned weight is not finite."""
+    return torch.where(mask_OI, W_OI, 0)
+
+
+class MaskedLinear(nn.Module):
+    """A linear layer whose dense, trained weight is multiplied by an N:M mask.
+
+    Attributes:
+        weight: parameter (out, in), with the pruned entries, which are trained too.
+        bias: parameter (out,) or None.
+        mask: bool buffer (out, in); see `renew_mask` and `finish_dense`.
+        transposable: the mask is N:M along both sides.
+        mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
+        finished: the mask is lifted for good.
+        conv1d: the layer came from transformers' Conv1D, and `densify` makes it one again.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mask: Tensor
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        n: int,
+        m: int,
+        *,
+        score_OI: Tensor | None = None,
+        transposable: bool = False,
+        mvue: bool = False,
+        conv1d: bool = False,
+    ) -> None:
+        """Copy a dense weight (out, in) and bias (out,) or None.
+
+        Args:
+            score_OI: (out, in), the first mask keeps its largest; None for the weight's magnitudes.
+
+        Raises:
+            ValueError: a side is no multiple of m, not 0 < n < m, or m > 4 and transposable.
+        """
+        super().__init__()
+        self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
+        self.finished = False
+        self.out_features, self.in_features = weight_OI.shape
+        if self.out_features % m or self.in_features % m:
+            raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
+        self.weight = nn.Parameter(weight_OI.detach().clone(memory_format=torch.contiguous_format))
+        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
+        self.register_buffer("mask", self._choose(self.weight.detach().abs() if score_OI is None else score_OI))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
+        device = X.device.type
+        if torch.is_autocast_enabled(device):
+            X = X.to(torch.get_autocast_dtype(device))
+        unbiased = (self.n, self.m) if self.mvue else None
+        X_BI = X if X.dim() == 2 else X.reshape(-1, self.in_features)
+        Y_BO: Tensor = _MaskedLinear.apply(X_BI, self.weight, self.bias, self.mask, unbiased)
+        return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], self.out_features)
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """W ⊙ mask, the weight of both products: (out, in); a derived copy."""
+        return _masked(self.weight, self.mask)
+
+    @torch.no_grad()
+    def renew_mask(self) -> None:
+        """Choose the mask anew from the present magnitudes, in place; nothing once it is lifted."""
+        if not self.finished:
+            self.mask.copy_(self._choose(self.weight.abs()))
+
+    def finish_dense(self) -> None:
+        """Lift the mask for good, in place, and take exact gradients: from now on an ordinary linear layer.
+
+        Of this a checkpoint keeps the mask alone: where one is read, call this too.
+        """
+        self.mask.fill_(True)
+        self.finished, self.mvue = True, False
+
+    def _choose(self, score_OI: Tensor) -> Tensor:
+        choose = masks.transposable_mask if self.transposable else masks.nm_mask
+        return choose(score_OI, self.n, self.m)
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}"
+        also = "".join(f", {name}" for name in ("transposable", "mvue", "finished") if getattr(self, name))
+        return f"{sides}, bias={self.bias is not None}, {self.n}:{self.m}{also}"
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
+    """(name, layer) of every MaskedLinear in the model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MaskedLinear))
+
+
+def finish_dense(model: nn.Module) -> None:
+    """Lift the mask of every MaskedLinear for good; see `MaskedLinear.finish_dense`."""
+    for _, layer in masked_layers(model):
+        layer.finish_dense()
+
+
+@torch.no_grad()
+def decay_pruned(model: nn.Module, decay: float) -> None:
+    """Add decay · W to the gradient of every MaskedLinear where its mask prunes, in place.
+
+    SR-STE's decay, as FST has it: in the gradient, so that Adam normalises it too. After the backward pass and before
+    the optimizer's step; before clipping, it is clipped as well. A CUDA graph that captures it keeps `decay` as it was.
+    """
+    for _, layer in masked_layers(model):
+        if layer.weight.grad is not None:
+            layer.weight.grad.add_(layer.weight.masked_fill(layer.mask, 0), alpha=decay)
