@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from slope_cli import doctor, models, runs
+from slope_cli import doctor, models, runs, stages
 from slope_cli.accounting import account
 from slope_cli.benchmarks import report
 from slope_cli.benchmarks.machine import machine
@@ -229,7 +229,8 @@ def summary(entry: Row) -> Row | None:
     """The fastest sparse variant of a case against the fastest dense one in the same rounds; None if one is missing.
 
     ratio: of the model as it was timed. A case timed at two depths has the milliseconds of a block, too, and
-    extrapolated_*: the timed step plus the blocks that the whole model has more.
+    extrapolated_*: the timed step plus the blocks that the whole model has more. Not where one depth was timed in
+    alternating rounds and the other was not: their difference is no block's.
     """
     by_depth = [[row for row in entry["rows"] if row["depth"] == depth] for depth in sorted(entry["depths"])]
     sparse = [fastest(rows, "slope") for rows in by_depth]
@@ -240,7 +241,7 @@ def summary(entry: Row) -> Row | None:
     found: Row = {"depth": last["depth"], "dense": dense and dense["variant"], "sparse": last["variant"]}
     found |= {"dense_ms": last["dense_ms"], "sparse_ms": last["step_ms"], "ratio": last["ratio"]}
     first = sparse[0]
-    if len(sparse) < 2 or first is None or first["dense_ms"] is None:
+    if len(sparse) < 2 or first is None or first["dense_ms"] is None or first["alternated"] != last["alternated"]:
         return found
     more = entry["blocks"] - last["depth"]
     for side, key in (("dense", "dense_ms"), ("sparse", "step_ms")):
@@ -260,7 +261,7 @@ def memory_row(case: Case) -> Row:
     """
     config = case_config(case, "slope")
     model = models.build_model(runs.model_config(config), device="meta")
-    layers = runs.plan_layers(config, model)
+    layers = stages.plan(config, model)
     counts = account(config, layers, model)
     assert layers is not None
     pruned = sum(layer.out_features * layer.in_features for layer in layers.swapped)

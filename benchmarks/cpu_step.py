@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from slope_cli import checkpoint, models, optim, runs
+from slope_cli import checkpoint, models, optim, runs, stages
 from slope_cli import config as configs
 from slope_cli.benchmarks.machine import RESULTS, machine
 from slope_cli.config import Config
@@ -65,7 +65,7 @@ def time_steps(name: str, sequences: int, tokens: int, rounds: int) -> dict[str,
     for _ in range(2):
         dense.step(), sparse.step()
     pairs = [(dense.step(), sparse.step()) for _ in range(rounds)]
-    renewal = sparse.renewal() / configs.load(name).sparsity.renew_every
+    renewal = sparse.renewal() / stages.renew_every(configs.load(name), stages.Stage("sparse"))
     dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {
         "model": name,

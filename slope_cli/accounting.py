@@ -23,6 +23,8 @@ class Account:
     dense_parameters: int
     trained_parameters: int
     """Before the adapters join."""
+    active_parameters: int
+    """Those that are not pruned, before the adapters join."""
     adapter_parameters: int
     state_bytes: dict[str, int]
     """With the adapters."""
@@ -46,13 +48,15 @@ def account(config: Config, report: Report | None, model: "PreTrainedModel") -> 
     """
     swapped = report.swapped if report is not None else ()
     pruned = sum(layer.out_features * layer.in_features for layer in swapped)
-    kept = pruned * config.sparsity.n // config.sparsity.m
+    active = sum(layer.out_features * layer.in_features * layer.n // layer.m for layer in swapped)
+    slope = config.method == "slope"  # the other sparse methods train dense weights, and compute with them
+    kept = active if slope else pruned
     adapters = sum(_adapter_parameters(config, layer) for layer in swapped)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = parameters - pruned + kept
     state = {
         **_adamw_bytes(trained),
-        "positions": sum(map(_position_bytes, swapped)),
+        "positions": sum(map(_position_bytes, swapped)) if slope else pruned,
         "adapters with their state": 16 * adapters,
     }
     dense = 6 * _linear_weights(model) + _attention_flops(config, model)
@@ -60,12 +64,13 @@ def account(config: Config, report: Report | None, model: "PreTrainedModel") -> 
     return Account(
         dense_parameters=parameters,
         trained_parameters=trained,
+        active_parameters=parameters - pruned + active,
         adapter_parameters=adapters,
         state_bytes=state,
         dense_state_bytes=_adamw_bytes(parameters),
         # Packed, a 16-bit weight takes 9/16 of its dense bytes, twice; in plain torch each kept entry has an int64
         # index and a flag.
-        derived_bytes={"on a GPU, packed": 9 * pruned // 4, "on a CPU, index": 9 * kept},
+        derived_bytes={"on a GPU, packed": 9 * pruned // 4, "on a CPU, index": 9 * kept} if slope else {},
         # 34 bytes a token, layer and feature in 16 bits with fused attention (Korthikanti et al. 2022, section 4.1),
         # and the logits with their gradient in float32.
         activation_bytes=config.train.micro_batch * config.train.seq_len * (34 * layers * width + 8 * vocab),

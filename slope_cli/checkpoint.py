@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slope_cli.durable import file_sha256, read_sealed, sync_folder, write_sealed
 from slope_cli.errors import SlopeError
-from slope_cli.optim import init_state
+from slope_cli.optim import MOMENTS, init_state
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +26,10 @@ MANIFEST = "manifest.json"
 
 
 def state_tensors(model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> "dict[str, Tensor]":
-    """All that a checkpoint holds, as live tensors by name: parameters, buffers, and AdamW's state.
+    """All that a checkpoint holds, as live tensors by name: parameters, buffers, and the optimizer's state.
 
-    A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order.
+    A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order; LAMB's
+    update depends on none.
     """
     import torch
 
@@ -38,14 +39,14 @@ def state_tensors(model: "nn.Module", optimizer: "torch.optim.Optimizer | None")
     if optimizer is not None:
         states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
         for name, state in states.items():
-            tensors |= {f"optim.{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-        if states:
-            tensors["optim.step"] = torch.stack([state["step"].float().cpu() for state in states.values()])
+            tensors |= {f"optim.{name}.{key}": state[key] for key in MOMENTS}
+        if counts := [state["step"] for state in states.values() if "step" in state]:
+            tensors["optim.step"] = torch.stack([count.float().cpu() for count in counts])
     return tensors
 
 
 def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> None:
-    """Read a verified checkpoint into a model, and an AdamW with the same parameters, in place.
+    """Read a verified checkpoint into a model, and an optimizer with the same parameters, in place.
 
     Raises:
         SlopeError: its tensors are not those of this model, or it cannot be read.
@@ -55,7 +56,7 @@ def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer 
     from torch.distributed.checkpoint.state_dict_loader import load
 
     saved = _saved_shapes(folder)
-    if optimizer is not None and "optim.step" in saved:
+    if optimizer is not None:
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
     tensors = state_tensors(model, optimizer)
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -69,9 +70,10 @@ def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer 
     except CheckpointException as error:
         raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
     if optimizer is not None:
-        states = [optimizer.state[p] for p in model.parameters() if p in optimizer.state]
-        for state, step in zip(states, tensors.get("optim.step", torch.empty(0)), strict=True):
-            state["step"].copy_(step)
+        states = (optimizer.state[p] for p in model.parameters() if p in optimizer.state)
+        counts = [state["step"] for state in states if "step" in state]
+        for count, saved_count in zip(counts, tensors.get("optim.step", torch.empty(0)), strict=True):
+            count.copy_(saved_count)
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from slope_cli.errors import UsageError
 # Keys that may change between two starts of one run: they do not touch what is computed.
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
 
+METHODS = ("slope", "dense", "sr_ste", "fst", "wanda")
 EMBEDDED = "embedded"
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take."""
@@ -58,6 +59,8 @@ def _share(section: str, config: Any, *names: str) -> None:
 class ModelConfig:
     name: str = "gpt2-nano"
     """One of the shapes of slope_cli.models."""
+    init: str | None = None
+    """A run, or a folder of `slope export` or transformers, whose weights this run starts from; null draws them."""
     dropout: float | None = None
     """All of the family's dropout rates at once; null keeps the shape's own."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -80,10 +83,29 @@ class DataConfig:
 class SparsityConfig:
     n: int = 2
     m: int = 4
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+    """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
     mask: str = "magnitude"
-    """How W^R is chosen, once: magnitude of the initial weights, or random."""
-    renew_every: int = 100
-    """Choose the columns of W^{R,C} anew every so many steps; 0 never."""
+    """How W^R is chosen: magnitude of the weights, random, or wanda (magnitude times the norm of the inputs)."""
+    start: float = 0.0
+    """The share of the run after which the layers become sparse."""
+    before: str = "dense"
+    """What they are until then: dense, or sr_ste (a mask that follows the weights in every step)."""
+    rescale: bool = False
+    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
+    renew_every: int | None = None
+    """Choose masks anew every so many steps, 0 never: slope's columns of W^{R,C} (null: 100), the whole mask of sr_ste
+    (null: 1) and fst (null: 40)."""
+    column_mask: str = "magnitude"
+    """How the columns of W^{R,C} are chosen: magnitude, or random anew at each renewal."""
+    column_rescale: bool = False
+    """Scale the input gradient by |W^R| / |W^{R,C}|."""
+    decay: float = 6e-6
+    """sr_ste and fst: this times the pruned weights is added to their gradient."""
+    dense_finish: float = 0.17
+    """fst: the share of the run, at its end, that is dense."""
+    calibration: int = 32
+    """wanda: sequences that the norms of the inputs are taken over."""
     backend: str = "auto"
     """On a GPU: auto takes for each product what measures faster, sparse or dense; cusparselt, dense, reference."""
     skip: list[str] = field(default_factory=list)
@@ -92,9 +114,20 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
         _need(0 < self.n < self.m, "sparsity.n", self.n, f"{rule}, and sparsity.m is {self.m}")
-        _one_of("sparsity.mask", self.mask, ("magnitude", "random"))
+        for blocks, nm in self.blocks.items():
+            rule = "say for example sparsity.blocks.12-23=[2,8]"
+            known = re.fullmatch(r"\d+-\d+", blocks) is not None
+            _need(known and len(nm) == 2, f"sparsity.blocks.{blocks}", nm, rule)
+            _need(0 < nm[0] < nm[1], f"sparsity.blocks.{blocks}", nm, f"0 < N < M; {rule}")
+        _one_of("sparsity.mask", self.mask, ("magnitude", "random", "wanda"))
+        _one_of("sparsity.before", self.before, ("dense", "sr_ste"))
+        _one_of("sparsity.column_mask", self.column_mask, ("magnitude", "random"))
         _one_of("sparsity.backend", self.backend, ("auto", "cusparselt", "dense", "reference"))
-        _not_negative("sparsity", self, "renew_every")
+        _share("sparsity", self, "start", "dense_finish")
+        _not_negative("sparsity", self, "decay")
+        _positive("sparsity", self, "calibration")
+        if self.renew_every is not None:
+            _not_negative("sparsity", self, "renew_every")
         for pattern in self.skip:
             try:
                 re.compile(pattern)
@@ -108,10 +141,15 @@ class AdapterConfig:
     """A whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
     start: float = 0.99
     """The share of the run after which adapters join."""
+    init: str = "lora"
+    """lora: A uniform, scale 1. gaussian, as in the SLoPe paper's code: A normal, scale 1 / rank. B is 0 in both."""
     alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; null for 1."""
+    """The adapter's output is scaled by alpha / rank; null for the scale of its init."""
     lr: float | None = None
     """The adapters' own peak learning rate; null for optim.lr."""
+    schedule: str = "own"
+    """own: their learning rate goes through the whole schedule in their steps; run: it is the run's in each step,
+    times adapters.lr / optim.lr."""
     warmup: float = 0.1
     """Their warm-up: a share of the adapters' steps if below 1, else a number of steps."""
     weight_decay: float = 0.0
@@ -121,6 +159,8 @@ class AdapterConfig:
         whole_or_share = self.rank < 1 or float(self.rank).is_integer()
         _need(whole_or_share, "adapters.rank", self.rank, "must be a whole number or a share below 1")
         _share("adapters", self, "start")
+        _one_of("adapters.init", self.init, ("lora", "gaussian"))
+        _one_of("adapters.schedule", self.schedule, ("own", "run"))
         for name in ("alpha", "lr"):
             if getattr(self, name) is not None:
                 _positive("adapters", self, name)
@@ -128,6 +168,8 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
+    name: str = "adamw"
+    """adamw, or lamb (You et al. 2020) for very large batches."""
     lr: float = 6e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -144,6 +186,7 @@ class OptimConfig:
     """Largest norm of the gradient; 0 for no clipping."""
 
     def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, ("adamw", "lamb"))
         _positive("optim", self, "lr", "eps", "power")
         _one_of("optim.schedule", self.schedule, ("cosine", "linear", "polynomial", "constant"))
         _share("optim", self, "min_lr")
@@ -212,7 +255,9 @@ class LogConfig:
 @dataclass(kw_only=True)
 class Config:
     method: str = "slope"
-    """slope: double-pruned sparse layers with lazy adapters; dense: the same model and loop without them."""
+    """slope: double-pruned sparse layers with lazy adapters; dense: the same model and loop without them; sr_ste: the
+    mask follows the weights in every step, the gradient goes straight through it; fst: that with transposable masks, in
+    the MLPs alone, dense at the end; wanda: a mask chosen by weights and inputs, then kept."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
@@ -222,14 +267,25 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, ("slope", "dense"))
+        _one_of("method", self.method, METHODS)
+        if self.method == "fst":
+            m, rule = (
+                self.sparsity.m,
+                "fst's transposable masks are searched for up to 4: sparsity.m=4, no sparsity.blocks",
+            )
+            _need(m <= 4 and not self.sparsity.blocks, "sparsity.m", m, rule)
+
+    @property
+    def sparse_step(self) -> int:
+        """The first step (from 0) with sparse layers; a run that has them has them for one step at least."""
+        return min(round(self.sparsity.start * self.train.steps), self.train.steps - 1)
 
     @property
     def adapter_step(self) -> int | None:
         """The first step (from 0) with adapters, or None; a run that has adapters has them for one step at least."""
         if self.method != "slope" or not self.adapters.rank:
             return None
-        return min(round(self.adapters.start * self.train.steps), self.train.steps - 1)
+        return max(self.sparse_step, min(round(self.adapters.start * self.train.steps), self.train.steps - 1))
 
 
 def recipe_names() -> list[str]:

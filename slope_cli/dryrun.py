@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from slope_cli import config as configs
-from slope_cli import models, runs
+from slope_cli import models, runs, stages
 from slope_cli.accounting import Account, account
 from slope_cli.config import Config
 from sparse_kernels import LayerReport, Report
@@ -21,7 +21,7 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
         UsageError: the config's parts do not fit together.
     """
     model = models.build_model(runs.model_config(config), device="meta")
-    report = runs.plan_layers(config, model)
+    report = stages.plan(config, model)
     counts = account(config, report, model)
     comments = ["", *_layers(report), "", *_numbers(config, counts)]
     record = {
@@ -42,12 +42,12 @@ def _layers(report: Report | None) -> list[str]:
         block = next((int(part) for part in parts if part.isdigit()), -1)
         by_name.setdefault(".".join("*" if part.isdigit() else part for part in parts), []).append((block, layer))
     lines = [
-        f"{len(report.swapped)} of {len(report.layers)} linear layers are {report.n}:{report.m} sparse",
+        f"{len(report.swapped)} of {len(report.layers)} linear layers are {report.pattern} sparse",
         f"{'layer':52}{'blocks':>9}{'out':>8}{'in':>8}  becomes",
     ]
     for name, found in by_name.items():
         for blocks, layer in _alike(found):
-            became = f"dense: {layer.reason}" if layer.reason else f"sparse {report.n}:{report.m}"
+            became = f"dense: {layer.reason}" if layer.reason else f"sparse {layer.n}:{layer.m}"
             lines.append(f"{name:52}{blocks:>9}{layer.out_features:>8}{layer.in_features:>8}  {became}")
     return lines
 
@@ -55,9 +55,9 @@ def _layers(report: Report | None) -> list[str]:
 def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:
     """Runs of consecutive blocks with equal layers, as "0-63", "0", or "" outside the blocks."""
 
-    def kind(place: int) -> tuple[int, int, int, str]:
+    def kind(place: int) -> tuple[object, ...]:
         block, layer = found[place]
-        return block - place, layer.out_features, layer.in_features, layer.reason
+        return block - place, layer.out_features, layer.in_features, layer.reason, layer.n, layer.m
 
     for _, group in groupby(range(len(found)), key=kind):
         places = list(group)

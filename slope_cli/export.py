@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope_cli import metrics, models, runs
+from slope_cli import metrics, models, runs, stages
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 
@@ -160,7 +160,8 @@ def _model_card(
     val = [r for r in metrics.read(run) if r["kind"] == "val" and r["step"] <= manifest["step"]]
     tokens = manifest["step"] * config.train.tokens_per_step
     pattern = f"{config.sparsity.n}:{config.sparsity.m}"
-    if config.method == "dense":
+    layers = stages.stage(config, manifest["step"] - 1).layers
+    if layers in ("dense", "lifted"):
         weights = "dense"
     elif merged and adapters:
         weights = f"trained {pattern} sparse; low-rank adapters are merged, so the weights here are dense"
@@ -169,7 +170,7 @@ def _model_card(
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [slope, sparse, pretrained]" if config.method == "slope" else "tags: [slope, pretrained]",
+        "tags: [slope, pretrained]" if weights == "dense" else "tags: [slope, sparse, pretrained]",
         "---",
         f"# {run.resolve().name}",
         "",

@@ -27,6 +27,7 @@ Objective = Literal["causal", "masked"]
 CrossEntropy = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 IGNORED_LABEL = -100
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -355,13 +356,20 @@ def _unpadded(model: Any) -> Iterator[None]:
 
 def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy in nats over labels other than -100, float32, and their number, int64; both scalars."""
+    import torch
     from torch.nn import functional as F
 
     # Unlabelled rows are not indexed away: a shape that depends on the data would make the host wait for the device.
     targets = (labels_BT != IGNORED_LABEL).sum()
-    summed = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    rows_V, labels = logits_BTV.flatten(0, 1), labels_BT.flatten()
+    # Where there is no gradient to make, the float32 copy of the logits need not be there as a whole.
+    size = len(labels) if torch.is_grad_enabled() else ROWS_AT_ONCE
+    parts = (slice(start, start + size) for start in range(0, len(labels), size))
+    losses = [
+        F.cross_entropy(rows_V[part].float(), labels[part], ignore_index=IGNORED_LABEL, reduction="sum")
+        for part in parts
+    ]
+    summed = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     return summed / targets.clamp(min=1), targets
 
 

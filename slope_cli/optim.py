@@ -1,8 +1,8 @@
-"""AdamW's parameter groups and the learning rate of a step."""
+"""The optimizer, its parameter groups and state, and the learning rate of a step."""
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from slope_cli.config import Config, OptimConfig
 
@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.AdamW":
-    """AdamW over all parameters; weight decay on matrices, none on biases and norms.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What both optimizers keep for each parameter, in its shape."""
+
+
+def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.Optimizer":
+    """AdamW or LAMB over all parameters; weight decay on matrices, none on biases and norms.
 
     The kept values of a sparse layer are a matrix like any other, so its state is that much smaller.
     """
     import torch
+
+    from sparse_kernels import decay_pruned
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optim = config.optim
@@ -24,7 +30,20 @@ def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.AdamW":
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "phase": "run"},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "phase": "run"},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    optimizer: torch.optim.Optimizer
+    if optim.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+    else:
+        from pytorch_optimizer import Lamb
+
+        # As You et al. 2020 have it: the decay within the update that the trust ratio scales, and no bias correction,
+        # which the ratio would take back (adam_debias is this library's word for that). The step clips by itself.
+        optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
+    if config.method in ("slope", "sr_ste", "fst"):
+        # After clipping, and within what a CUDA graph captures; layers without a dynamic mask have nothing to decay.
+        optimizer.register_step_pre_hook(lambda *_: decay_pruned(model, config.sparsity.decay))
+    return optimizer
 
 
 def add_adapter_group(optimizer: "torch.optim.Optimizer", parameters: "Iterable[nn.Parameter]", config: Config) -> None:
@@ -41,7 +60,9 @@ def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Co
     run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
     for group in optimizer.param_groups:
         rate = run
-        if group["phase"] == "adapters" and config.adapter_step is not None:
+        if group["phase"] == "adapters" and adapters.schedule == "run":
+            rate = run * (adapters.lr or optim.lr) / optim.lr
+        elif group["phase"] == "adapters" and config.adapter_step is not None:
             since, left = step - config.adapter_step, steps - config.adapter_step
             rate = learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
         if isinstance(group["lr"], torch.Tensor):
@@ -52,25 +73,43 @@ def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Co
 
 
 def init_state(optimizer: "torch.optim.Optimizer", parameters: "Iterable[Tensor]") -> None:
-    """Make AdamW's state of parameters that have none, as its first step would: zeros."""
+    """Make the state of parameters that have none, as the optimizer's first step would: zeros."""
     import torch
 
     for p in parameters:
         if not optimizer.state[p]:
-            device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
-            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
+            if isinstance(optimizer, torch.optim.AdamW):
+                device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
+                optimizer.state[p]["step"] = torch.zeros((), device=device)
 
 
-def make_capturable(optimizer: "torch.optim.Optimizer") -> None:
-    """Let a CUDA graph hold the optimizer's step: state that is there already, learning rates in device memory."""
+def replace_parameter(
+    optimizer: "torch.optim.Optimizer", old: "nn.Parameter", new: "nn.Parameter", like: "Callable[[Tensor], Tensor]"
+) -> None:
+    """Let `new` take the place of `old` in its group, with the state of `old` brought into its shape by `like`."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if state := optimizer.state.pop(old, None):
+        optimizer.state[new] = state | {key: like(state[key]) for key in MOMENTS}
+
+
+def make_capturable(optimizer: "torch.optim.Optimizer") -> bool:
+    """Let a CUDA graph hold the optimizer's step: state that is there already, learning rates in device memory.
+
+    Returns:
+        Whether it can: LAMB's step cannot.
+    """
     import torch
 
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return False
     for group in optimizer.param_groups:
         init_state(optimizer, group["params"])
         group["capturable"] = True
         if not isinstance(group["lr"], torch.Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+    return True
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float, optim: OptimConfig) -> float:

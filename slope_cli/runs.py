@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import slope_cli
 import sparse_kernels
-from slope_cli import checkpoint, durable, metrics, models
+from slope_cli import checkpoint, durable, metrics, models, stages
 from slope_cli import config as configs
 from slope_cli.config import Config
 from slope_cli.doctor import package_version
@@ -136,7 +136,7 @@ def source_version() -> dict[str, str | None]:
     """A hash over the program's own source files, and the git commit where they lie in a checkout."""
     package, kernels = Path(slope_cli.__file__).parent, Path(sparse_kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cu"))):
+    for path in sorted((*package.rglob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cu"))):
         digest.update(path.name.encode() + path.read_bytes())
     return {"sha256": digest.hexdigest()[:16], "git": _git_commit(package)}
 
@@ -161,37 +161,57 @@ def model_config(config: Config) -> "PreTrainedConfig":
     return models.model_config(m.name, overrides=m.overrides, seq_len=config.train.seq_len, dropout=m.dropout)
 
 
-def plan_layers(config: Config, model: "PreTrainedModel") -> "Report | None":
-    """Which layers of a run's model become sparse, changing nothing; None for a dense run.
+def build(config: Config, device: "torch.device | str") -> "tuple[PreTrainedModel, Report | None]":
+    """The model of a run in the stage of its first step, for weights and masks from a checkpoint; and its report."""
+    return _build(config, device, None, None)
+
+
+def start(
+    config: Config, device: "torch.device | str", calibrate: stages.Calibrate
+) -> "tuple[PreTrainedModel, Report | None]":
+    """The model of a run as it is before its first step, and the report of its layers.
 
     Raises:
-        UsageError: no layer can, a skip pattern matches none, or the adapters' rank does not fit one.
+        UsageError: model.init is no run and no model, or of another shape.
+        SlopeError: it cannot be read.
     """
-    from sparse_kernels import plan
-    from sparse_kernels.convert import adapter_rank
+    from slope_cli import pretrained
 
-    if config.method == "dense":
-        return None
-    try:
-        report = plan(model, n=config.sparsity.n, m=config.sparsity.m, skip=config.sparsity.skip)
-    except ValueError as error:
-        raise UsageError(f"sparsity: {error}") from None
-    for layer in report.swapped:
-        side = min(layer.out_features, layer.in_features)
-        if adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side:
-            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
-    return report
+    initial = None if config.model.init is None else pretrained.load(Path(config.model.init).expanduser()).model
+    return _build(config, device, initial, calibrate)
 
 
-def build(config: Config, device: "torch.device | str") -> "tuple[PreTrainedModel, Report | None]":
-    """The model of a run as it is before its first step, with its sparse layers, and their report."""
-    from sparse_kernels import sparsify
+def _build(
+    config: Config,
+    device: "torch.device | str",
+    initial: "PreTrainedModel | None",
+    calibrate: stages.Calibrate | None,
+) -> "tuple[PreTrainedModel, Report | None]":
+    from sparse_kernels import densify, sparse_layers
 
     model = models.build_model(model_config(config), device=str(device), seed=config.train.seed)
-    report, s = plan_layers(config, model), config.sparsity
-    if report is not None:
-        sparsify(model, n=s.n, m=s.m, mask=s.mask, seed=config.train.seed, skip=s.skip)
+    report, now, first = stages.plan(config, model), stages.DENSE, stages.stage(config, 0)
+    if initial is not None:
+        found = dict(sparse_layers(initial))
+        if found and first.layers == "sparse":  # a sparse run goes on with the masks of a sparse one
+            had_adapters = any(layer.adapter is not None for layer in found.values())
+            now = stages.Stage("sparse", adapters=had_adapters and first.adapters)
+            stages.enter(model, config, stages.DENSE, now)
+        else:
+            densify(initial, adapters="merge")
+        _take_over(model, initial, config)
+    stages.enter(model, config, now, first, calibrate=calibrate)
     return model, report
+
+
+def _take_over(model: "PreTrainedModel", initial: "PreTrainedModel", config: Config) -> None:
+    """Copy weights, masks and adapters of a model of the same shape."""
+    own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
+    if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
+        name = wrong[0]
+        shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
+        raise UsageError(f"model.init={config.model.init}: is another model: {shapes} ({len(wrong)} differ in all)")
+    model.load_state_dict(initial.state_dict())
 
 
 def load_trained(
@@ -204,7 +224,6 @@ def load_trained(
         SlopeError: it has no sound checkpoint, or its config or tokenizer is not the checkpoint's.
     """
     from slope_cli.tokenizer import load_tokenizer
-    from sparse_kernels import add_adapters
 
     config = open_config(run)
     found = checkpoint.latest(run)
@@ -217,8 +236,7 @@ def load_trained(
     if wrong := altered_tokenizer_files(run, manifest):
         raise SlopeError(f"{wrong[0]} is missing or not what it was when {folder.name} was saved")
     model, _ = build(config, device)
-    if manifest["adapters"]:
-        add_adapters(model, config.adapters.rank, alpha=config.adapters.alpha)
+    stages.enter(model, config, stages.stage(config, 0), stages.stage(config, manifest["step"] - 1))
     checkpoint.restore(folder, model, None)
     tokenizer = load_tokenizer(str((run / TOKENIZER).resolve()))
     # A shape brings the published ids of its own tokenizer; what the model was trained with is another.

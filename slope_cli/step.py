@@ -5,6 +5,7 @@ compare fairly. A step with a non-finite loss or gradient raises before anything
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,7 +41,7 @@ class Step:
     def __init__(
         self,
         model: "nn.Module",
-        optimizer: "torch.optim.AdamW",
+        optimizer: "torch.optim.Optimizer",
         objective: models.Objective,
         *,
         dtype: "torch.dtype | None",
@@ -77,18 +78,27 @@ class Step:
         """
         if self.graphed:
             if self._graphs is None:
-                self._graphs = _Graphs(self, batches)
+                with self._same_draws():
+                    self._graphs = _Graphs(self, batches)
             losses, norm = self._graphs.gradients(batches)
         else:
             losses = sum(self.backward(batch, len(batches)) for batch in batches)  # type: ignore[assignment]
             norm = self.norm()
         taken = self._check(losses, norm, batches)
         if self._graphs is not None:
-            self._graphs.update.replay()
+            self._graphs.update()
         else:
             self.update(norm)
             self.optimizer.zero_grad(set_to_none=True)
         return taken
+
+    def _same_draws(self) -> "contextlib.AbstractContextManager[Any]":
+        """Within it nothing is drawn from the generators, to those after it: a resumed run captures its graphs in
+        another step than the run that it repeats."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def backward(self, batch: Batch, count: int) -> "Tensor":
         """Add the gradient of one of `count` micro-batches; its share of (loss, total), detached, on the device."""
@@ -180,7 +190,7 @@ class _Graphs:
 
         self._batch = {name: tensor.clone() for name, tensor in batches[0].items()}
         count = len(batches)
-        optim.make_capturable(step.optimizer)
+        capturable = optim.make_capturable(step.optimizer)
         prepare(step.model, self._batch["input_ids"].numel(), step.dtype or torch.float32)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -203,7 +213,9 @@ class _Graphs:
             self._further, self._further_losses = capture(lambda: step.backward(self._batch, count))
         self._norm, norm = capture(step.norm)
         self._norm_value = norm
-        self.update, _ = capture(lambda: _update(step, norm))
+        self.update: Callable[[], None] = functools.partial(_update, step, norm)
+        if capturable:
+            self.update = capture(self.update)[0].replay
 
     def gradients(self, batches: Sequence[Batch]) -> "tuple[Tensor, Tensor]":
         """Losses and norm of a step's micro-batches; their gradient is left for `update`."""

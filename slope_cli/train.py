@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs
+from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs, stages
 from slope_cli import config as configs
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
@@ -53,7 +53,8 @@ class Trainer:
     tokenizer: "PreTrainedTokenizerFast"
     device: "torch.device"
     model: "PreTrainedModel"
-    optimizer: "torch.optim.AdamW"
+    stage: stages.Stage
+    optimizer: "torch.optim.Optimizer"
     step: Step
 
 
@@ -97,28 +98,24 @@ def _fit(
     t: Trainer, run: Path, step: int, stop: launch.StopFlag, log: metrics.MetricsLog, progress: metrics.Progress
 ) -> None:
     """Take the steps from `step` to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
-    from sparse_kernels import refresh, renew_column_masks
-
     config, steps = t.config, t.config.train.steps
-    renew_every = config.sparsity.renew_every if config.method == "slope" else 0
     t.model.train()
     first = step
     while step < steps:
-        if step == config.adapter_step:
-            count = _join_adapters(t)
-            # The first step with them, not the last without: a checkpoint between the two must not keep this record.
-            log.write("adapters", step + 1, parameters=count)
-            progress.say(f"step {step + 1}: low-rank adapters join ({count:,} parameters)")
+        if entered := stages.stage(config, step) != t.stage:
+            kind, facts, text = _enter(t, stages.stage(config, step), calibrate=True)
+            # The first step in the stage, not the last before: a checkpoint between the two must not keep this record.
+            log.write(kind, step + 1, **facts)
+            progress.say(f"step {step + 1}: {text}")
         started = time.perf_counter()
         lr = optim.set_learning_rates(t.optimizer, step, config)
         taken = _train_step(t, step)
-        if step in (first, config.adapter_step) and (products := _products(t.model)):
+        if (entered or step == first) and (products := _products(t.model)):
             log.write("products", step + 1, **products)
             progress.say(f"step {step + 1}: products of the sparse layers: {products}")
         step += 1
-        if _due(step, renew_every):
-            renew_column_masks(t.model)
-            refresh(t.model)
+        if _due(step, stages.renew_every(config, t.stage)):
+            _renew_masks(t, step)
         values = _train_values(t, step, taken, time.perf_counter() - started)
         progress.step(log.write("train", step, lr=lr, **values))
 
@@ -236,22 +233,48 @@ def _weighted(losses: list[Loss]) -> tuple[float, int]:
     return sum(float(loss.token_loss) * count for loss, count in zip(losses, counts, strict=True)), sum(counts)
 
 
-def _join_adapters(t: Trainer) -> int:
-    """Give every sparse layer its adapter and the optimizer a group for them; returns their number of parameters."""
-    from sparse_kernels import add_adapters
+def _enter(t: Trainer, to: stages.Stage, *, calibrate: bool) -> tuple[str, dict[str, Any], str]:
+    """Bring the model into a later stage; returns the record for the log, and what to say."""
+    known = {id(p) for p in t.model.parameters()}
+    feed = _calibration(t.config, t.blocks, t.device) if calibrate else None
+    stages.enter(t.model, t.config, t.stage, to, optimizer=t.optimizer, calibrate=feed)
+    was, t.stage = t.stage, to
+    t.step = _step(t.config, t.model, t.optimizer, t.device)  # what was compiled and captured knows nothing of this
+    if to.layers != was.layers:
+        return "layers", {"layers": to.layers, "adapters": to.adapters}, f"the layers are {to.layers} from here on"
+    count = sum(p.numel() for p in t.model.parameters() if id(p) not in known)
+    return "adapters", {"parameters": count}, f"low-rank adapters join ({count:,} parameters)"
 
-    a = t.config.adapters
-    adapters = add_adapters(t.model, a.rank, alpha=a.alpha, seed=t.config.train.seed)
-    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
-    optim.add_adapter_group(t.optimizer, parameters, t.config)
-    t.step = _step(t.config, t.model, t.optimizer, t.device)  # what was compiled and captured knows nothing of them
-    return sum(p.numel() for p in parameters)
+
+def _calibration(config: Config, blocks: "Blocks", device: "torch.device") -> stages.Calibrate:
+    """The first training sequences, as the first steps have them."""
+
+    def feed(model: "PreTrainedModel") -> None:
+        import torch
+
+        where = {"world": 1, "micro_batch": config.train.micro_batch, "accumulation": 1, "seed": config.train.seed}
+        model.eval()
+        for step in range(-(-config.sparsity.calibration // config.train.micro_batch)):
+            indices = data.sample_indices(step, 0, 0, **where, length=len(blocks))
+            batch = _to_device(data.causal_batch(blocks, indices), device)
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"])
+        model.train()
+
+    return feed
+
+
+def _renew_masks(t: Trainer, step: int) -> None:
+    from sparse_kernels import refresh, renew_masks
+
+    s = t.config.sparsity
+    renew_masks(t.model, columns=s.column_mask, seed=_mix(t.config.train.seed, step))
+    refresh(t.model)
 
 
 def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Progress) -> None:
     """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
-    joined = t.config.adapter_step is not None and step > t.config.adapter_step
-    facts = {"adapters": joined, "data": t.dataset.fingerprint, **runs.facts(t.config, run)}
+    facts = {"adapters": t.stage.adapters, "data": t.dataset.fingerprint, **runs.facts(t.config, run)}
     tensors = checkpoint.state_tensors(t.model, t.optimizer)
     try:
         folder = checkpoint.save(run, step, tensors, facts, keep=t.config.log.keep)
@@ -278,8 +301,8 @@ def _resume(t: Trainer, run: Path) -> int:
     # Only then: another version of transformers may write other files, and these are what the checkpoint names.
     if runs.altered_tokenizer_files(run, manifest):
         save_tokenizer(t.tokenizer, run / runs.TOKENIZER)
-    if manifest["adapters"]:
-        _join_adapters(t)
+    if (then := stages.stage(t.config, manifest["step"] - 1)) != t.stage:
+        _enter(t, then, calibrate=False)
     checkpoint.restore(folder, t.model, t.optimizer)
     checkpoint.set_aside_newer(run, manifest["step"])
     print(f"going on from {folder}", file=sys.stderr)
@@ -302,7 +325,9 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
             raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
     dataset = open_data(config, run)
     tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
-    model, report = runs.build(config, device)
+    blocks = data.Blocks(dataset.train, config.train.seq_len)
+    feed = _calibration(config, blocks, device)
+    model, report = runs.build(config, device) if checkpoint.folders(run) else runs.start(config, device, feed)
     dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
     masked = models.objective(model.config) == "masked"
     print(report or "dense run: no layer is sparse", file=sys.stderr)
@@ -310,11 +335,12 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
     trainer = Trainer(
         config=config,
         dataset=dataset,
-        blocks=data.Blocks(dataset.train, config.train.seq_len),
+        blocks=blocks,
         masking=masking_ids(tokenizer) if masked else None,
         tokenizer=tokenizer,
         device=device,
         model=model,
+        stage=stages.stage(config, 0),
         optimizer=optimizer,
         step=_step(config, model, optimizer, device),
     )
@@ -332,7 +358,7 @@ def _start_line(t: Trainer, run: Path) -> str:
     return f"{run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
 
 
-def _step(config: Config, model: "PreTrainedModel", optimizer: "torch.optim.AdamW", device: "torch.device") -> Step:
+def _step(config: Config, model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", device: "torch.device") -> Step:
     """How this run takes its steps on this device."""
     import torch
 

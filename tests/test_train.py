@@ -20,6 +20,7 @@ from slope_cli import data as datasets
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.prepare import prepare
+from slope_cli.stages import Stage
 from slope_cli.train import Trainer, pretrain
 from sparse_kernels import renew_column_masks, sparse_layers
 
@@ -258,11 +259,11 @@ def test_a_run_that_blows_up_keeps_its_last_checkpoint(
 def test_adapters_join_without_a_jump_with_fresh_state_and_leave_the_rest_alone(data: Path, tmp_path: Path) -> None:
     t = trainer(tiny(data), tmp_path, steps=6)
     before, loss = state(t), train._validate(t)
-    count = train._join_adapters(t)
+    kind, facts, _ = train._enter(t, Stage("sparse", adapters=True), calibrate=False)
     after = state(t)
     added = {name for name in after if name not in before}
     assert added == {f"model.{name}.adapter.{side}" for name, _ in sparse_layers(t.model) for side in "AB"}
-    assert count == sum(after[name].numel() for name in added)
+    assert (kind, facts) == ("adapters", {"parameters": sum(after[name].numel() for name in added)})
     assert_equal({name: after[name] for name in before}, before)
     assert train._validate(t) == loss
     assert all(not after[name].any() for name in added if name.endswith("B"))
@@ -310,7 +311,7 @@ def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path:
 def test_a_failure_in_the_first_step_does_not_bar_another_config(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of memory, say; here adapters join at once, so that the log is not even empty."""
+    """Out of memory, say."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -319,8 +320,8 @@ def test_a_failure_in_the_first_step_does_not_bar_another_config(
     with monkeypatch.context() as patch:
         patch.setattr(train, "_train_step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            pretrain(tiny(data, "adapters.start=0"), run)
-    assert [record["kind"] for record in records(run)] == ["adapters"]
+            pretrain(tiny(data), run)
+    assert records(run) == []
     assert pretrain(tiny(data, "train.micro_batch=1", "train.steps=1"), run)["step"] == 1
     assert runs.open_config(run).train.micro_batch == 1
 

@@ -1,0 +1,139 @@
+"""A trained model to go on from or to judge: a run's newest checkpoint, or a folder that transformers reads.
+
+Shape suffixes: O out features, I in features, R adapter rank.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from slope_cli import models, runs
+from slope_cli.config import Config
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.export import ADAPTER
+from slope_cli.tokenizer import load_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+GROUPS = (2, 4, 8, 16)
+"""The M of the N:M patterns that are looked for in a folder's weights."""
+MASKED = "bert"
+"""The one kind of model here that predicts masked tokens."""
+NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
+
+
+class Pretrained(NamedTuple):
+    """A model with its sparse layers and adapters; config and step are None for a folder that is no run."""
+
+    folder: Path
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    config: Config | None
+    step: int | None
+
+    @property
+    def objective(self) -> models.Objective:
+        """What the model predicts: the next token, or masked ones."""
+        return "masked" if self.model.config.model_type == MASKED else "causal"
+
+
+def load(folder: Path, device: "torch.device | str" = "cpu") -> Pretrained:
+    """The model in the folder of a run, of an export, or of any causal model of transformers, in evaluation mode.
+
+    An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
+    a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it.
+
+    Raises:
+        UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
+        SlopeError: no sound checkpoint, or files that cannot be loaded.
+    """
+    if (folder / runs.CONFIG).is_file():
+        config, model, tokenizer, manifest = runs.load_trained(folder, device)
+        return Pretrained(folder, model, tokenizer, config, manifest["step"])
+    model, tokenizer = _from_folder(folder, device)
+    return Pretrained(folder, model.eval(), tokenizer, None, None)
+
+
+def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining
+    from transformers.utils import logging
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.model_type != MASKED and any("MaskedLM" in name for name in config.architectures or ()):
+            raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
+        kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        model, loading = kind.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        # transformers would draw these at random; what predicts the next sentence is needed by none.
+        if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
+            raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
+        _find_sparse_layers(model)
+        if (folder / ADAPTER).is_dir():
+            _join_adapters(model, folder / ADAPTER)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SlopeError(f"{folder}: cannot be loaded as a model ({reason})") from error
+    tokenizer = load_tokenizer(str(folder.resolve()))
+    ids, rows = vocabulary_size(tokenizer), models.vocab_size(model.config)
+    if ids > rows:
+        raise UsageError(f"{folder}: its tokenizer has {ids} ids, and the model a vocabulary of only {rows}")
+    return model.to(device), tokenizer
+
+
+def _find_sparse_layers(model: "PreTrainedModel") -> None:
+    """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
+    from sparse_kernels import plan, sparsify
+
+    try:
+        linear = [layer.name for layer in plan(model).swapped]
+    except ValueError:  # too small for any
+        return
+    patterns = {name: pattern(model.get_submodule(name).weight) for name in linear}
+    for n, m in sorted({found for found in patterns.values() if found is not None}):
+        names = {name for name, found in patterns.items() if found == (n, m)}
+        dense = [layer.name for layer in plan(model).layers if layer.name not in names]
+        sparsify(model, n=n, m=m, skip=[f"^{re.escape(name)}$" for name in dense])
+
+
+def pattern(weight_OI: "Tensor") -> tuple[int, int] | None:
+    """The sparsest N:M pattern along the rows that a weight (out, in) fits, of those the smallest M; None if dense."""
+    most = {}
+    for m in (m for m in GROUPS if weight_OI.shape[0] % m == weight_OI.shape[1] % m == 0):
+        most[m] = int((weight_OI.unflatten(1, (-1, m)) != 0).sum(-1).max())
+    fits = [(n / m, m, n) for m, n in most.items() if 0 < n < m]
+    return (min(fits)[2], min(fits)[1]) if fits else None
+
+
+def _join_adapters(model: "PreTrainedModel", folder: Path) -> None:
+    """Give sparse layers the adapters of an export's LoRA folder."""
+    import torch
+    from safetensors.torch import load_file
+
+    from sparse_kernels import LowRankAdapter, sparse_layers
+
+    layers = dict(sparse_layers(model))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in config["target_modules"]:
+        if name not in layers:
+            raise UsageError(f"{folder}: has an adapter for {name}, which is no sparse layer; merge it first")
+        A_RI, B_OR = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        adapter = LowRankAdapter(A_RI.shape[1], B_OR.shape[0], A_RI.shape[0], alpha=alpha)
+        with torch.no_grad():
+            adapter.A.copy_(A_RI)
+            adapter.B.copy_(B_OR)
+        layers[name].adapter = adapter.to(layers[name].values.dtype)

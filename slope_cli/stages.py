@@ -1,0 +1,158 @@
+"""What the linear layers of a run are at each of its steps, and how a model passes from one stage to the next.
+
+A stage is a function of the config and the step, so a checkpoint does not say which it was saved in.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from slope_cli import optim
+from slope_cli.config import Config
+from slope_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from sparse_kernels import Report
+
+Calibrate = Callable[["PreTrainedModel"], None]
+"""Feeds a model the sequences that the norms of its inputs are taken over."""
+
+
+class Stage(NamedTuple):
+    """layers: dense; masked (dense weights times a mask); lifted (such layers without their mask); sparse."""
+
+    layers: Literal["dense", "masked", "lifted", "sparse"]
+    adapters: bool = False
+
+
+DENSE = Stage("dense")
+
+
+def stage(config: Config, step: int) -> Stage:
+    """What the model is in a step, counted from 0."""
+    if config.method == "dense":
+        return DENSE
+    if step < config.sparse_step:
+        return Stage("masked" if config.method == "slope" and config.sparsity.before == "sr_ste" else "dense")
+    if config.method == "slope":
+        return Stage("sparse", config.adapter_step is not None and step >= config.adapter_step)
+    lifted = config.method == "fst" and step >= round(config.train.steps * (1 - config.sparsity.dense_finish))
+    return Stage("lifted" if lifted else "masked")
+
+
+def renew_every(config: Config, now: Stage) -> int:
+    """Steps between two renewals of the masks that may change in a stage; 0 for never."""
+    if config.method == "slope" and now.layers == "masked":
+        return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
+    every = config.sparsity.renew_every
+    return {"slope": 100, "sr_ste": 1, "fst": 40}.get(config.method, 0) if every is None else every
+
+
+def plan(config: Config, model: "nn.Module") -> "Report | None":
+    """Which layers of a run's model become sparse, changing nothing; None for a dense run.
+
+    Raises:
+        UsageError: no layer can, a skip pattern matches none, or the adapters' rank does not fit one.
+    """
+    from sparse_kernels import plan as plan_layers
+    from sparse_kernels.convert import adapter_rank
+
+    if config.method == "dense":
+        return None
+    try:
+        report = plan_layers(model, **_layers(config))
+    except ValueError as error:
+        raise UsageError(f"sparsity: {error}") from None
+    for layer in report.swapped:
+        side = min(layer.out_features, layer.in_features)
+        if adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side:
+            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
+    return report
+
+
+def enter(
+    model: "PreTrainedModel",
+    config: Config,
+    was: Stage,
+    to: Stage,
+    *,
+    optimizer: "torch.optim.Optimizer | None" = None,
+    calibrate: Calibrate | None = None,
+) -> None:
+    """Bring a model, and its optimizer if there is one, from one stage into a later one, in place.
+
+    calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, which is for a model whose masks are
+    about to be read from a checkpoint.
+    """
+    from sparse_kernels import add_adapters, finish_dense
+
+    if to.layers != was.layers:
+        if was.layers == "dense" and to.layers == "lifted":
+            enter(model, config, was, Stage("masked"), optimizer=optimizer)
+        if to.layers == "lifted":
+            finish_dense(model)
+        else:
+            _swap(model, config, to, optimizer, calibrate)
+    if to.adapters and not was.adapters:
+        a = config.adapters
+        adapters = add_adapters(model, a.rank, alpha=a.alpha, init=a.init, seed=config.train.seed)
+        if optimizer is not None:
+            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
+
+
+def _layers(config: Config) -> dict[str, Any]:
+    """Which layers become sparse and how, for sparse_kernels."""
+    from sparse_kernels import MLP
+
+    s = config.sparsity
+    blocks = [(*map(int, blocks.split("-")), *pattern) for blocks, pattern in s.blocks.items()]
+    return {"n": s.n, "m": s.m, "blocks": blocks, "skip": s.skip, "only": [MLP] if config.method == "fst" else []}
+
+
+def _swap(
+    model: "PreTrainedModel",
+    config: Config,
+    to: Stage,
+    optimizer: "torch.optim.Optimizer | None",
+    calibrate: Calibrate | None,
+) -> None:
+    """Make the layers masked or sparse, and let the optimizer go on with the new parameters."""
+    from sparse_kernels import input_norms, mask_layers, masked_layers, sparsify
+
+    s, report = config.sparsity, plan(config, model)
+    assert report is not None
+    names = [layer.name for layer in report.swapped]
+    how: dict[str, Any] = {**_layers(config), "seed": config.train.seed}
+    kind = s.mask
+    if kind == "wanda" and calibrate is None:  # the masks are about to be read from a checkpoint
+        kind = "magnitude"
+    elif kind == "wanda" and calibrate is not None:
+        how["norms"] = input_norms(model, names, partial(calibrate, model))
+    old = {name: model.get_submodule(name) for name in names}
+    if to.layers == "masked":
+        fst = config.method == "fst"
+        mask_layers(model, **how, mask=kind, transposable=fst, mvue=fst)
+    else:
+        mask = "present" if any(True for _ in masked_layers(model)) else kind
+        sparsify(model, **how, mask=mask, rescale=s.rescale, column_rescale=s.column_rescale)
+    if optimizer is not None:
+        for layer in report.swapped:
+            _hand_over(optimizer, old[layer.name], model.get_submodule(layer.name), transposed=layer.transposed)
+
+
+def _hand_over(optimizer: "torch.optim.Optimizer", old: Any, new: Any, *, transposed: bool) -> None:
+    """Put the parameters of a new layer where those of the old one were, its weight's state in the new shape."""
+    from sparse_kernels import SparseLinear
+
+    def like(dense: "Tensor") -> "Tensor":
+        if isinstance(new, SparseLinear):
+            return new.kept(dense, transposed=transposed)
+        return dense.t().contiguous() if transposed else dense
+
+    optim.replace_parameter(optimizer, old.weight, new.values if isinstance(new, SparseLinear) else new.weight, like)
+    if old.bias is not None:
+        optim.replace_parameter(optimizer, old.bias, new.bias, lambda state: state)

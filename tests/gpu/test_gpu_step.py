@@ -1,0 +1,394 @@
+"""Whole optimizer steps on a GPU: from CUDA graphs as eagerly, through what a run does between them; and resume."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from slope_cli import checkpoint, models, optim
+from slope_cli import config as configs
+from slope_cli.errors import SlopeError
+from slope_cli.step import Step, Taken
+from sparse_kernels import add_adapters, copies, layers, plans, renew_column_masks, sparsify
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore:The CUDA Graph is empty",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:torch.distributed is disabled",
+    "ignore:TensorFloat32 tensor cores",
+)  # Inductor's own
+
+SIZES = {
+    "gpt2": ("gpt2-nano", {"n_embd": 512, "n_layer": 2, "n_head": 8}),
+    "bert": (
+        "bert-base",
+        {
+            "vocab_size": 272,
+            "hidden_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "intermediate_size": 1024,
+        },
+    ),
+}
+SEQUENCES, LENGTH = 4, 128
+Batch = dict[str, torch.Tensor]
+
+
+class Setup(NamedTuple):
+    """A model with its optimizer and the step that trains it."""
+
+    model: Any
+    optimizer: torch.optim.AdamW
+    step: Step
+    config: configs.Config
+
+    def take(self, batches: Sequence[Batch], number: int = 0) -> Taken:
+        optim.set_learning_rates(self.optimizer, number, self.config)
+        return self.step(batches)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in checkpoint.state_tensors(self.model, self.optimizer).items()
+        }
+
+
+def setup(
+    family: str = "gpt2",
+    method: str = "slope",
+    *,
+    graphed: bool,
+    compiled: bool = False,
+    pattern: tuple[int, int] = (2, 4),
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> Setup:
+    name, overrides = SIZES[family]
+    words = [f"method={method}", "optim.lr=2e-3", "optim.warmup=2", "train.steps=20", "adapters.start=0.2"]
+    config = configs.load("gpt2-nano", words)
+    model = models.build_model(models.model_config(name, overrides=overrides, dropout=0.0), device="cuda")
+    if method == "slope":
+        sparsify(model, n=pattern[0], m=pattern[1])
+    optimizer = optim.build_optimizer(model, config)
+    return Setup(model, optimizer, new_step(model, optimizer, dtype, graphed, compiled), config)
+
+
+def new_step(model: Any, optimizer: Any, dtype: torch.dtype | None, graphed: bool, compiled: bool = False) -> Step:
+    objective = models.objective(model.config)
+    return Step(model, optimizer, objective, dtype=dtype, clip=1.0, compiled=compiled, graphed=graphed)
+
+
+def batches(family: str, count: int, seed: int) -> list[Batch]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(high: int, *sides: int) -> torch.Tensor:
+        return torch.randint(high, sides, device="cuda", generator=generator)
+
+    found = []
+    for _ in range(count):
+        batch = {name: draw(272, SEQUENCES, LENGTH) for name in ("input_ids", "labels")}
+        if family == "bert":
+            batch["labels"][draw(100, SEQUENCES, LENGTH) > 15] = models.IGNORED_LABEL
+            batch["token_type_ids"] = draw(2, SEQUENCES, LENGTH)
+            batch["next_sentence_label"] = draw(2, SEQUENCES)
+        found.append(batch)
+    return found
+
+
+def assert_alike(one: Setup, other: Setup, rel: float = 1e-3) -> None:
+    """Weights and state of two trainings: apart by no more than roundings that grow over a few steps."""
+    ours, theirs = one.state(), other.state()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if not tensor.is_floating_point():
+            differing = (tensor != theirs[name]).float().mean().item()
+            assert differing < 0.05, f"{name}: {differing:.3f} of the bytes of a mask differ"
+        else:
+            distance = (tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-8)
+            assert distance < 20 * rel, f"{name}: {distance:.2e}"
+
+
+def assert_same_steps(ours: Sequence[Taken], theirs: Sequence[Taken], rel: float = 1e-3) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert tuple(a) == pytest.approx(tuple(b), rel=rel)
+
+
+@pytest.fixture(autouse=True)
+def new_compiler() -> None:
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------- graphed is eager
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("method", ["dense", "slope"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_graphed_step_is_an_eager_one(family: str, method: str, count: int) -> None:
+    runs = [setup(family, method, graphed=graphed) for graphed in (False, True)]
+    taken: list[list[Taken]] = [[], []]
+    for number in range(8):
+        step_batches = batches(family, count, number)
+        for run, record in zip(runs, taken, strict=True):
+            record.append(run.take(step_batches, number))
+    assert_same_steps(taken[1], taken[0])
+    assert_alike(runs[1], runs[0])
+    if method == "slope":
+        assert any(row.forward and row.forward.sparse_ms for row in layers.backends(runs[1].model))
+    assert all((one.total > one.loss) == (family == "bert") for one in taken[1])  # with the next-sentence loss
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_compiled_and_graphed_is_eager_within_roundings(family: str) -> None:
+    runs = [setup(family, graphed=False), setup(family, graphed=True, compiled=True)]
+    taken: list[list[Taken]] = [[], []]
+    for number in range(8):
+        step_batches = batches(family, 2, number)
+        for run, record in zip(runs, taken, strict=True):
+            record.append(run.take(step_batches, number))
+    assert_same_steps(taken[1], taken[0], rel=2e-2)
+    assert [t.loss for t in taken[1]] == pytest.approx([t.loss for t in taken[0]], rel=5e-3)
+
+
+def test_bert_total_is_both_losses() -> None:
+    run = setup("bert", graphed=True)
+    (batch,) = batches("bert", 1, 5)
+    before = copy.deepcopy(run.model)
+    taken = run.take([batch])
+    with torch.no_grad(), run.step.autocast():
+        output = before(**{key: batch[key] for key in ("input_ids", "token_type_ids")})
+    words = nn.functional.cross_entropy(output.prediction_logits.float().flatten(0, 1), batch["labels"].flatten())
+    sentences = nn.functional.cross_entropy(output.seq_relationship_logits.float(), batch["next_sentence_label"])
+    assert taken.loss == pytest.approx(words.item(), rel=1e-3)
+    assert taken.total == pytest.approx((words + sentences).item(), rel=1e-3)
+
+
+def test_learning_rates_reach_a_captured_step() -> None:
+    run = setup(graphed=True)
+    step_batches = batches("gpt2", 1, 0)
+    run.step(step_batches)
+    for group in run.optimizer.param_groups:
+        group["lr"].fill_(0.0)
+    before = run.state()
+    run.step(step_batches)
+    after = run.state()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("optim.") for name in changed)
+
+
+# ---------------------------------------------------------------------------------------------- between steps
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_join_a_graphed_run(compiled: bool) -> None:
+    runs = [setup(graphed=False), setup(graphed=True, compiled=compiled)]
+    taken: list[list[Taken]] = [[], []]
+    for at, (run, record) in enumerate(zip(runs, taken, strict=True)):
+        for number in range(8):
+            if number == 4:
+                adapters = add_adapters(run.model, 8, seed=1)
+                parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+                optim.add_adapter_group(run.optimizer, parameters, run.config)
+                step = new_step(run.model, run.optimizer, torch.bfloat16, graphed=bool(at), compiled=compiled)
+                run = run._replace(step=step)
+            record.append(run.take(batches("gpt2", 2, number), number))
+        assert all(adapter.B.abs().max() > 0 for adapter in adapters.values())
+    assert [t.loss for t in taken[1]] == pytest.approx([t.loss for t in taken[0]], rel=5e-3)
+    if not compiled:
+        assert_same_steps(taken[1], taken[0])
+
+
+def shake(model: nn.Module) -> None:
+    """Change the kept magnitudes so that a renewal chooses many other columns."""
+    generator = torch.Generator("cuda").manual_seed(11)
+    with torch.no_grad():
+        for _, layer in layers.sparse_layers(model):
+            noise = torch.randn(layer.values.shape, device="cuda", generator=generator)
+            layer.values.mul_(1 + noise)
+
+
+GRAPHED = [(pattern, "auto", torch.bfloat16, False) for pattern in ((2, 4), (1, 2), (2, 8), (4, 8))]
+GRAPHED += [((2, 4), backend, torch.bfloat16, False) for backend in ("dense", "reference")]
+GRAPHED += [((2, 4), "auto", None, False), ((2, 4), "auto", None, True), ((2, 8), "auto", torch.bfloat16, True)]
+GRAPHED += [((2, 4), backend, torch.bfloat16, True) for backend in ("auto", "reference")]
+
+
+@pytest.mark.parametrize(("pattern", "backend", "dtype", "compiled"), GRAPHED, ids=str)
+def test_renewed_masks_are_seen_by_the_next_replay(
+    pattern: tuple[int, int], backend: copies.Backend, dtype: torch.dtype | None, compiled: bool
+) -> None:
+    copies.set_backend(backend)
+    eager, without = (setup(graphed=False, pattern=pattern, dtype=dtype) for _ in range(2))
+    runs = [eager, without, setup(graphed=True, compiled=compiled, pattern=pattern, dtype=dtype)]
+    taken: list[list[Taken]] = [[] for _ in runs]
+    for number in range(4):
+        if number == 2:
+            for run in runs:
+                shake(run.model)
+                if run is not without:
+                    renew_column_masks(run.model)
+                layers.refresh(run.model)
+            torch.cuda.empty_cache()
+            torch.full((1 << 26,), torch.nan, device="cuda")  # what a stale graph would read is not what was there
+        for run, record in zip(runs, taken, strict=True):
+            record.append(run.take(batches("gpt2", 2, number), number))
+    rel = 2e-2 if compiled else 1e-3
+    assert_same_steps(taken[2], taken[0], rel=rel)
+    gap = abs(taken[0][2].norm / taken[1][2].norm - 1)
+    assert gap > 1e-3  # the renewal matters
+    assert abs(taken[2][2].norm / taken[0][2].norm - 1) < gap / 2
+
+
+@pytest.mark.parametrize("method", ["dense", "slope"])
+def test_a_non_finite_step_raises_and_updates_nothing(method: str) -> None:
+    run, twin = setup(method=method, graphed=True), setup(method=method, graphed=False)
+    for number in range(2):
+        for one in (run, twin):
+            one.take(batches("gpt2", 2, number), number)
+    layer = run.model.transformer.h[1].mlp.c_fc
+    weight = layer.values if method == "slope" else layer.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.inf)
+    layers.refresh(run.model)
+    before = run.state()
+    with pytest.raises(SlopeError, match=r"loss is not finite, first in the output of transformer\.h\.1\.mlp"):
+        run.take(batches("gpt2", 2, 2), 2)
+    after = run.state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        weight.copy_(kept)
+    layers.refresh(run.model)
+    ours, theirs = (one.take(batches("gpt2", 2, 2), 2) for one in (run, twin))
+    assert_same_steps([ours], [theirs])
+    assert_alike(run, twin)
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+WORDS = (
+    *("model.overrides.n_embd=512", "model.overrides.n_layer=2", "model.overrides.n_head=8", "model.dropout=0.1"),
+    *("train.steps=12", "train.tokens_per_step=1024", "train.micro_batch=4", "train.seq_len=128"),
+    *("sparsity.renew_every=3", "adapters.rank=8", "adapters.start=0.5", "adapters.lr=2e-3", "adapters.warmup=2"),
+    *("optim.lr=2e-3", "optim.warmup=2", "log.every=1", "log.val_every=4", "log.val_tokens=1024", "log.sample_every=0"),
+    *("log.save_every=5", "log.tensorboard=false"),
+)
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from slope_cli import config as configs, train
+from slope_cli.errors import SlopeError
+run, stop, *words = sys.argv[1:]
+batch = train._train_batch
+def signalled(t, at, micro):
+    if (at + 1, micro) == (int(stop), 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return batch(t, at, micro)
+train._train_batch = signalled
+try:
+    train.pretrain(configs.load("gpt2-nano", words), Path(run))
+except SlopeError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def text_data(folder: Path) -> Path:
+    from slope_cli.prepare import prepare
+
+    rng, words = random.Random(0), ["the", "a", "cat", "dog", "saw", "took", "small", "green", "house", "river"]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=60))}) + "\n" for _ in range(400)))
+    prepare([f"text={text}"], folder / "data", val_fraction=0.1, workers=1, progress=False)
+    return folder / "data"
+
+
+def train(folder: Path, runs: dict[str, list[str]], stops: dict[str, int]) -> dict[str, int]:
+    """Train runs at once, each in a process of its own; their exit codes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    started = {}
+    for name, words in runs.items():
+        command = [sys.executable, "-c", CHILD, str(folder / name), str(stops.get(name, 0)), *words]
+        with (folder / f"{name}.log").open("ab") as log:
+            started[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    return {name: process.wait(400) for name, process in started.items()}
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in folder.glob("*.log"))
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock, and without "products", which each start writes anew."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("kind", "step", "loss", "grad_norm")
+    return [{key: row[key] for key in kept if key in row} for row in rows if row["kind"] != "products"]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = checkpoint.latest(run)
+    assert found is not None
+    sizes = checkpoint._saved_shapes(found[0])
+    reader = FileSystemReader(str(found[0]))
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(shape, dtype=metadata[name].properties.dtype) for name, shape in sizes.items()}
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def differences(folder: Path, one: str, other: str) -> list[str]:
+    """What differs between two finished runs: steps of the log, tensors of the last checkpoint."""
+    ours, theirs = records(folder / one), records(folder / other)
+    assert len(ours) == len(theirs)
+    found = [f"{a} is not {b}" for a, b in zip(ours, theirs, strict=True) if a != b]
+    mine, yours = final_state(folder / one), final_state(folder / other)
+    assert mine.keys() == yours.keys()
+    return found + [name for name in mine if not torch.equal(mine[name], yours[name])]
+
+
+RUNS = {"slope": [], "deterministic": ["train.deterministic=true"], "dense": ["method=dense"]}
+STOPS = {"slope": 4, "deterministic": 9, "dense": 4}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an uninterrupted run and one that was stopped and started again, of each of RUNS; all graphed."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = [f"data.path={text_data(folder)}"]
+    every = {f"{kind}-{way}": [*WORDS, *data, *words] for kind, words in RUNS.items() for way in ("whole", "stopped")}
+    stopped = {name: words for name, words in every.items() if name.endswith("stopped")}
+    codes = train(folder, every, {f"{kind}-stopped": stop for kind, stop in STOPS.items()})
+    assert codes == {name: 75 if name in stopped else 0 for name in every}, logs(folder)
+    assert set(train(folder, stopped, {}).values()) == {0}, logs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_stopped_run_resumes_bit_for_bit(kind: str, resumed: Path) -> None:
+    assert differences(resumed, f"{kind}-stopped", f"{kind}-whole") == []
+
+
+def test_two_searches_give_one_result() -> None:
+    """A resumed run searches anew: whatever algorithm is found, the product has the same bits."""
+    shape = plans.Shape(1536, 512, 512, torch.bfloat16, True)
+    packed, _, X, bias = plans._operands(shape, 0)
+    found: list[tuple[dict[str, int], torch.Tensor]] = []
+    for _ in range(8):
+        plan = plans.Plan(shape, 0)
+        algorithm = plan.search(packed, X, bias)
+        found.append((algorithm, plan.matmul(packed, X, bias)))
+    assert all(torch.equal(Y, found[0][1]) for _, Y in found), [algorithm for algorithm, _ in found]
