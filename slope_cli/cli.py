@@ -7,6 +7,7 @@ Results go to standard output, the log to standard error. Exit codes: 0 done, 1 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,6 +224,113 @@ def bench(
 
 
 @app.command()
+def compare(
+    words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, run folders.")],
+    runs: Annotated[bool, typer.Option("--runs", help="Compare runs that are there already.")] = False,
+    methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; with commas.")] = "",
+    variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; repeat for more.")] = None,
+    seeds: Annotated[str, typer.Option(help="Numbers with commas.")] = "1",
+    lrs: Annotated[str, typer.Option(help="Learning rates to try, with commas; each variant shows its best.")] = "",
+    out: Annotated[Path, typer.Option(help="The folder of the runs and the result.")] = Path("compare"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare runs of other data or budgets, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train variants of a recipe on the same data and set them side by side.
+
+    Run the same command again to go on after a stop; finished runs are not trained again.
+    """
+    with StopFlag() as stop:
+        from slope_cli import compare as comparing
+        from slope_cli import compare_table
+
+        if runs:
+            result = comparing.compare_runs(list(map(Path, words)), out=out, allow_different=allow_different)
+        else:
+            result = comparing.compare(
+                words[0],
+                words[1:],
+                out=out,
+                methods=[name for name in methods.split(",") if name],
+                seeds=_numbers("--seeds", seeds, int),
+                extra=variant or [],
+                lrs=_numbers("--lrs", lrs, float),
+                jobs=jobs,
+                allow_different=allow_different,
+                stop=stop,
+            )
+    if as_json:
+        _print(result, [], as_json)
+    else:
+        compare_table.show(result)
+    if result["failed"]:
+        raise SlopeError(f"{result['failed']} of {len(result['runs'])} runs failed; see the table")
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(word) for word in text.split(",") if word]
+    except ValueError:
+        raise UsageError(f"{option} {text}: give numbers with commas between them") from None
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    data: Annotated[Path | None, typer.Option(help="Prepared data; default the run's own.")] = None,
+    perplexity: Annotated[bool, typer.Option(help="Measure the loss on validation text.")] = True,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each source at most; default all.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a block; default the run's.")] = None,
+    tasks: Annotated[str, typer.Option(help="hellaswag, piqa, arc_easy, … with commas; scored by lm-eval.")] = "",
+    task_data: Annotated[Path | None, typer.Option(help="TASK/SPLIT.jsonl[.gz] in it; default the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task at most.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result there, as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity on prepared text, and zero-shot tasks."""
+    from slope_cli import evaluate as evaluating
+
+    result = evaluating.evaluate(
+        folder,
+        data_folder=data,
+        perplexity=perplexity,
+        tokens=tokens,
+        seq_len=seq_len,
+        task_names=[name for name in tasks.split(",") if name],
+        task_data=task_data,
+        limit=limit,
+        batch=batch,
+        out=out,
+    )
+    _print(result, evaluating.lines(result), as_json)
+
+
+@app.command()
+def finetune(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A BERT run, or an exported one.")],
+    task: Annotated[str, typer.Argument(help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
+    data: Annotated[Path | None, typer.Option(help="The folder of the official files; default the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default RUN/finetune/TASK-SEED.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default 3, of CoLA 5, of SQuAD 2.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
+    batch: Annotated[int | None, typer.Option(min=1, help="Default 32, of SQuAD 24.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Default 128, of SQuAD 384.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train a BERT on a task of GLUE or on SQuAD v1.1, its sparse layers and adapters kept, and judge it on dev."""
+    from slope_cli import finetune as tuning
+
+    result = tuning.finetune(
+        folder, task, data=data, out=out, epochs=epochs, lr=lr, batch=batch, seq_len=seq_len, seed=seed
+    )
+    _print(result, tuning.lines(result), as_json)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is here, what is missing, and what to install."""
     from slope_cli.doctor import examine
@@ -259,5 +367,7 @@ def _one_line(error: Exception) -> str:
         return text
     # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"out of memory ({text.partition('. ')[0]}); lower train.micro_batch or train.seq_len"
+        return (
+            f"out of memory ({text.partition('. ')[0]}); take a smaller batch (train.micro_batch) or shorter sequences"
+        )
     return ""

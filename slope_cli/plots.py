@@ -1,6 +1,7 @@
-"""Loss curves of one or several runs, as PNG and SVG."""
+"""Loss curves of one or several runs, or of variants over seeds, as PNG and SVG."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,58 @@ def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
         UsageError: a folder that is no run.
         SlopeError: a run without a finished step, or with a damaged log.
     """
+    drawn = [(run, _records(run)) for run in runs]
+    with _picture(out) as (axes, files):
+        heights = [_draw_run(axes, records, f"C{number}") for number, (_, records) in enumerate(drawn)]
+        _label(axes, [str(run) for run in runs], joined=any(_of("adapters", records) for _, records in drawn))
+        _set_height(axes, min(low for low, _ in heights), max(high for _, high in heights))
+    return files
+
+
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) -> list[Path]:
+    """Draw validation loss against tokens: for each name the mean and range over the seeds.
+
+    Args:
+        curves: by name, lists of equal length: tokens, mean, low, high.
+        out: as for `draw_loss`.
+    """
+    with _picture(out) as (axes, files):
+        for number, (name, curve) in enumerate(curves.items()):
+            color = f"C{number}"
+            # A line on its own colours no further than ten; beyond, its style tells it apart.
+            style = ("-", "--", ":", "-.")[number // 10 % 4]
+            axes.plot(curve["tokens"], curve["mean"], style, color=color, label=name, marker="o", markersize=3)
+            axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
+        late = [at >= curve["tokens"][-1] / OPENING for curve in curves.values() for at in curve["tokens"]]
+        high = [value for curve in curves.values() for value in curve["high"]]
+        lowest = min(value for curve in curves.values() for value in curve["low"])
+        _set_height(axes, lowest, max(value for value, is_late in zip(high, late, strict=True) if is_late))
+        _describe_axes(axes)
+        axes.set(ylabel="validation loss (nats per token)", title="mean over seeds, lowest to highest")
+        axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+    return files
+
+
+@contextlib.contextmanager
+def _picture(out: Path) -> Iterator[tuple[Any, list[Path]]]:
+    """Axes to draw on, and the files that are written when that is done."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = [(run, _records(run)) for run in runs]
+    name = out.name.removesuffix(".png").removesuffix(".svg")
+    files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
     # Text as text, so that an SVG can be searched and edited; the salt makes it the same file each time.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        heights = [_draw_run(axes, records, f"C{number}") for number, (_, records) in enumerate(drawn)]
-        _label(axes, [str(run) for run in runs], joined=any(_of("adapters", records) for _, records in drawn))
-        low, high = min(low for low, _ in heights), max(high for _, high in heights)
-        margin = 0.06 * (high - low) or 0.1
-        axes.set_ylim(low - margin, high + margin)
+        yield figure.subplots(), files
         out.parent.mkdir(parents=True, exist_ok=True)
-        name = out.name.removesuffix(".png").removesuffix(".svg")
-        files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
         for file in files:
             figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+
+
+def _set_height(axes: Any, low: float, high: float) -> None:
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
@@ -78,12 +112,7 @@ def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple
 
 def _label(axes: Any, names: Sequence[str], *, joined: bool) -> None:
     """Axes, title and legend; with several runs, colours tell the runs apart and line styles the curves."""
-    from matplotlib.ticker import EngFormatter
-
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.margins(x=0.02)
-    axes.grid(alpha=0.3)
+    _describe_axes(axes)
     if len(names) == 1:
         axes.set_title(Path(names[0]).resolve().name)
     else:
@@ -95,6 +124,15 @@ def _label(axes: Any, names: Sequence[str], *, joined: bool) -> None:
     if joined:
         axes.plot([], [], color=color, label="adapters join", **_JOIN)
     axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+
+
+def _describe_axes(axes: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.3)
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -29,6 +29,9 @@ COMMANDS = [
     ["plot"],
     ["check"],
     ["bench"],
+    ["compare"],
+    ["eval"],
+    ["finetune"],
     ["doctor"],
 ]
 
@@ -371,3 +374,38 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main()
+
+
+# ------------------------------------------------------------------------------------- compare, eval, finetune
+
+
+def test_compare_trains_and_shows_a_table(tmp_path: Path) -> None:
+    words = ["compare", defaults(), *small("gpt2-nano"), f"data.path={prepared()}", "--methods", "dense,slope-r0"]
+    result = slope(*words, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "slope-r0" in result.out
+    assert {f"compare.{ending}" for ending in ("json", "md", "png", "svg")} <= set(os.listdir(tmp_path / "out"))
+    again = slope("compare", "--runs", *sorted((tmp_path / "out").glob("*-s1")), "--out", tmp_path / "again", "--json")
+    assert json.loads(again.out)["failed"] == 0
+
+
+def test_wrong_words_of_compare_eval_and_finetune_are_one_line(tmp_path: Path) -> None:
+    assert "--seeds x: give numbers" in error("compare", "gpt2-nano", "--methods", "dense", "--seeds", "x")
+    assert "nothing to compare" in error("compare", "gpt2-nano", "--out", tmp_path)
+    assert "is neither a run" in error("eval", tmp_path)
+    assert "unknown task 'SST3'" in error("finetune", tmp_path, "SST3")
+
+
+def test_eval_and_finetune_print_what_they_found(tmp_path: Path) -> None:
+    result = slope("eval", trained(), "--tokens", 64, "--out", tmp_path / "eval.json")
+    assert result.code == 0, result.err
+    assert "perplexity" in result.out
+    assert json.loads((tmp_path / "eval.json").read_text())["perplexity"]["tokens"] > 0
+    (tmp_path / "SST-2").mkdir()
+    rows = "".join(f"{text}\t{label}\n" for text, label in (("the hills", 1), ("a cold wind", 0)) * 4)
+    for name in ("train", "dev"):
+        (tmp_path / "SST-2" / f"{name}.tsv").write_text("sentence\tlabel\n" + rows)
+    words = ("--data", tmp_path, "--epochs", 1, "--seq-len", 16, "--out", tmp_path / "tuned", "--json")
+    tuned = slope("finetune", trained("bert-base"), "SST-2", *words)
+    assert tuned.code == 0, tuned.err
+    assert json.loads(tuned.out)["settings"]["task"] == "SST-2"

@@ -1,0 +1,381 @@
+"""`slope compare`: runs that differ in one thing, trained where they are not there yet, and set side by side.
+
+OUT/<variant>-s<seed>/      each run; see slope_cli.compare_train for the files beside it
+OUT/compare.json, .md       the comparison, read from the runs' own files
+OUT/compare.png, .svg       validation loss against tokens
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from slope_cli import checkpoint, compare_table, compare_train, data, launch, metrics, models, plots, runs, variants
+from slope_cli import config as configs
+from slope_cli.config import Config
+from slope_cli.durable import atomic_file
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.variants import Planned
+
+Row = dict[str, Any]
+_PRIVATE = ("time", "command", "host", "slurm_job")
+"""What environment.jsonl says that is no matter of the result."""
+
+
+def compare(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (1,),
+    extra: Sequence[str] = (),
+    lrs: Sequence[float] = (),
+    jobs: int = 1,
+    allow_different: bool = False,
+    stop: launch.StopFlag | None = None,
+) -> Row:
+    """Train each variant with each seed (and at each learning rate) in a process of its own, then compare them.
+
+    Finished runs are taken as they are, unfinished ones go on. A run that fails is a row with its error.
+
+    Args:
+        methods, extra: see `variants.variants`.
+        jobs: processes at a time.
+        stop: one that is open already; else one is opened here.
+
+    Returns:
+        What is in OUT/compare.json, where it is written too. `failed` counts the runs that failed.
+
+    Raises:
+        UsageError: a wrong name or value, runs that cannot be compared, or a folder that holds another run.
+        Stopped: a signal asked for it.
+    """
+    launch.require_one_process()
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: must be 1 or more")
+    found = variants.variants(recipe, overrides, methods, extra)
+    planned = variants.plan(found, seeds, lrs)
+    prints = {run.config.data.path: _fingerprint(run.config, out / run.name) for run in planned}
+    terms = {run.name: _terms(run.config) | {"data": prints[run.config.data.path]} for run in planned}
+    _require_alike(terms, allow_different)
+
+    def finished(run: Planned) -> bool:
+        return _finished(run, out / run.name, prints[run.config.data.path])
+
+    errors = compare_train.train(planned, out, jobs, finished, stop)
+    rows = []
+    for run in planned:
+        row: Row = {"run": run.name, "variant": run.variant, "lr": run.lr, "seed": run.config.train.seed}
+        rows.append(row | _read_or_error(out / run.name, errors.get(run.name, "")))
+    notes = [f"{variant.name}: {variant.note}" for variant in found if variant.note]
+    if (most := compare_train.most_at_once(planned, out)) > 1:
+        notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
+    return _conclude(rows, out, notes, allow_different)
+
+
+def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Row:
+    """Compare finished runs; those that differ in nothing but the seed are one variant, named after their folder.
+
+    Raises:
+        UsageError: a folder that is no run, a run that is unfinished, the same one twice, or runs that cannot be
+            compared.
+    """
+    if not folders:
+        raise UsageError("--runs: needs the folder of one run at least")
+    rows: list[Row] = []
+    names: dict[str, str] = {}
+    for folder in folders:
+        config, row = runs.open_config(folder), _read(folder)
+        same = {**configs.fixed(config), "train.seed": "", "data": row["terms"]["data"]}
+        stem = folder.resolve().name
+        variant = names.setdefault(json.dumps(same, sort_keys=True), "")
+        if not variant:
+            variant = _unused(stem.removesuffix(f"-s{config.train.seed}"), list(names.values()))
+            names[json.dumps(same, sort_keys=True)] = variant
+        if any((other["variant"], other["seed"]) == (variant, config.train.seed) for other in rows):
+            raise UsageError(f"{folder}: a run of the same config and seed is there already")
+        rows.append({"run": stem, "variant": variant, "lr": None, "seed": config.train.seed, "folder": folder} | row)
+    return _conclude(rows, out, [], allow_different)
+
+
+def _unused(name: str, taken: Sequence[str]) -> str:
+    names = (name if number == 1 else f"{name} ({number})" for number in range(1, len(taken) + 2))
+    return next(each for each in names if each not in taken)
+
+
+# ----------------------------------------------------------------------------------------------- what is alike
+
+
+def _terms(config: Config) -> Row:
+    """What must be the same in two runs for their validation losses to be compared."""
+    train = config.train
+    return {
+        "tokens": train.steps * train.tokens_per_step,
+        "validation": f"{config.log.val_tokens} tokens of each source in sequences of {train.seq_len}",
+        "objective": models.SHAPES[config.model.name].objective if config.model.name in models.SHAPES else "",
+    }
+
+
+def _require_alike(terms: Mapping[str, Row], allow: bool) -> list[str]:
+    """A line for each run that differs from the first; the first of them as a UsageError unless they are allowed."""
+    found: list[str] = []
+    first = next(iter(terms))
+    for name, own in terms.items():
+        theirs = terms[first]
+        for key in (key for key in own if key in theirs and own[key] != theirs[key]):
+            a, b = (str(value)[:60] for value in (theirs[key], own[key]))
+            found.append(f"{first} and {name} differ in {key}: {a} and {b}")
+    if found and not allow:
+        raise UsageError(f"{found[0]}; with --allow-different they are compared all the same")
+    return found
+
+
+def _fingerprint(config: Config, run: Path) -> str:
+    """Of the data that a run is to be trained on: of the embedded text, which is prepared in each run, its name."""
+    if config.data.path == configs.EMBEDDED:
+        return configs.EMBEDDED
+    return data.open_dataset(runs.data_folder(config, run), verify=False).fingerprint
+
+
+def _finished(planned: Planned, run: Path, fingerprint: str) -> bool:
+    """Whether this very run is there with its last step; UsageError if the folder holds another."""
+    if not (run / runs.CONFIG).is_file():
+        return False
+    config = runs.open_config(run)
+    changed = configs.differences(config, planned.config)
+    if not checkpoint.folders(run):
+        return False  # training settles what is in the folder
+    if changed:
+        raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
+    try:
+        found = checkpoint.latest(run)
+    except SlopeError:
+        return False  # training says what is wrong with it
+    if found is None or found[1]["step"] != planned.config.train.steps:
+        return False
+    embedded = configs.EMBEDDED in (config.data.path, fingerprint)
+    if (config.data.path if embedded else found[1]["data"]) != fingerprint:
+        raise UsageError(f"{run} was trained on other data than {planned.config.data.path}; choose another --out")
+    if _terms(config) != _terms(planned.config):  # log.val_tokens is no part of what `differences` compares
+        values = f"{config.log.val_tokens} -> {planned.config.log.val_tokens}"
+        raise UsageError(f"{run} was validated on other text (log.val_tokens: {values}); choose another --out")
+    return True
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def _read_or_error(run: Path, error: str) -> Row:
+    try:
+        return {"error": _without_folders(error)} if error else {"folder": run, **_read(run)}
+    except SlopeError as fault:
+        return {"error": _without_folders(str(fault))}
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths as their last part: a result names nothing of the machine."""
+    return re.sub(r"(?<![\w.~-])/(?:[^\s/:;,'\"()]+/)*", "", text)
+
+
+def _read(run: Path) -> Row:
+    """What a finished run's files say of it.
+
+    Raises:
+        UsageError: not the folder of a run, or it is unfinished.
+        SlopeError: a damaged file.
+    """
+    config = runs.open_config(run)
+    found = checkpoint.latest(run)
+    step, steps = found[1]["step"] if found else 0, config.train.steps
+    if found is None or step != steps:
+        raise UsageError(f"{run}: is unfinished, step {step} of {steps}; train it to its end first")
+    manifest, records = found[1], metrics.read(run)
+    train = [record for record in records if record["kind"] == "train"]
+    val = [record for record in records if record["kind"] == "val"]
+    if not val or val[-1]["step"] != steps or not train:
+        raise SlopeError(f"{run / metrics.JSONL}: does not hold the validation of step {steps}")
+    tokens = config.train.tokens_per_step
+    return {
+        "error": "",
+        "terms": _terms(config) | {"data": manifest["data"], "tokenizer": _together(manifest["tokenizer"])},
+        "config": _portable(config),
+        "environment": _environments(run),
+        "final": val[-1],
+        "val": [{**record, "tokens": record["step"] * tokens} for record in val],
+        "tokens": steps * tokens,
+        "tokens_per_s": median(r["tokens_per_s"] for r in train if r["step"] > steps // 10),
+        "train_seconds": sum(tokens / r["tokens_per_s"] for r in train if r["tokens_per_s"]),
+        "peak_memory": max((r["peak_memory"] for r in train if "peak_memory" in r), default=None),
+    }
+
+
+def _together(files: Mapping[str, str]) -> str:
+    """One word for the tokenizer's files."""
+    return ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(files.items()))
+
+
+def _portable(config: Config) -> Any:
+    """The config as JSON; of a folder of data its name."""
+    path = config.data.path
+    named = replace(config, data=replace(config.data, path=Path(path).name if Path(path).is_absolute() else path))
+    return OmegaConf.to_container(OmegaConf.structured(named))
+
+
+def _environments(run: Path) -> list[Row]:
+    """What the run was trained on, once for all starts alike."""
+    path = run / "environment.jsonl"
+    found: list[Row] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        facts = {key: value for key, value in json.loads(line).items() if key not in _PRIVATE}
+        if facts not in found:
+            found.append(facts)
+    return found
+
+
+def _sizes(run: Path) -> Row:
+    """Parameters and bytes of a run's model as it is at its end."""
+    from slope_cli.dryrun import describe
+    from sparse_kernels import sparse_layers
+
+    config, model, _, _ = runs.load_trained(run)
+    counted = describe(config)[0]["account"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapter." in name)
+    masks = [mask for module in model.modules() if (mask := _mask(module)) is not None]
+    masked = [mask for mask in masks if not bool(mask.all())]
+    active = sum(p.numel() for p in model.parameters()) - sum(int((~mask).sum()) for mask in masked)
+    bits = sum(layer.positions.numel() for _, layer in sparse_layers(model)) + sum(m.numel() // 8 for m in masked)
+    known = counted["trained_parameters"] + counted["adapter_parameters"] == trained
+    return {
+        "parameters": {"all": counted["dense_parameters"] + adapters, "trained": trained, "active": active},
+        "training_bytes": sum(counted["state_bytes"].values()) if known else None,
+        # In 16 bits: the kept weights, and a bit for each place of a pruned layer.
+        "inference_bytes": 2 * active + bits,
+    }
+
+
+def _mask(module: Any) -> Any:
+    """The mask of a layer that has dense weights and multiplies them by it, or None."""
+    mask, weight = getattr(module, "mask", None), getattr(module, "weight", None)
+    if mask is None or weight is None or getattr(mask, "numel", int)() != weight.numel():
+        return None
+    return mask.bool()
+
+
+# ----------------------------------------------------------------------------------------------- statistics
+
+
+def mean_and_error(values: Sequence[float]) -> Row:
+    """Mean, its standard error (None for fewer than two values), and the number of values."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": mean(values) if values else None, "stderr": error, "n": len(values)}
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Row:
+    """The mean difference of two variants over the seeds that both have, and its standard error."""
+    common = [seed for seed in ours if seed in theirs]
+    return {**mean_and_error([ours[seed] - theirs[seed] for seed in common]), "seeds": common}
+
+
+def _losses(rows: Sequence[Row]) -> dict[int, float]:
+    return {row["seed"]: row["final"]["loss"] for row in rows}
+
+
+def _summary(variant: str, lr: float | None, rows: Sequence[Row]) -> Row:
+    """One variant at one learning rate, over its seeds."""
+    good = [row for row in rows if not row["error"]]
+    sources = list(good[0]["final"]["by_source"]) if good else []
+    loss = mean_and_error(list(_losses(good).values()))
+    shared = [source for source in sources if all(source in row["final"]["by_source"] for row in good)]
+
+    def over(key: str, combine: Callable[[list[float]], float]) -> float | None:
+        values = [row[key] for row in good if row[key] is not None]
+        return combine(values) if values else None
+
+    return {
+        "variant": variant,
+        "lr": lr,
+        "seeds": [row["seed"] for row in good],
+        "failed_seeds": [row["seed"] for row in rows if row["error"]],
+        "loss": loss,
+        "perplexity": mean_and_error([row["final"]["perplexity"] for row in good]),
+        "by_source": {s: mean_and_error([row["final"]["by_source"][s] for row in good]) for s in shared},
+        "tokens": over("tokens", max),
+        "tokens_per_s": over("tokens_per_s", median),
+        "train_seconds": over("train_seconds", mean),
+        "peak_memory": over("peak_memory", max),
+        "curve": _curve([row["val"] for row in good]),
+    }
+
+
+def _curve(each: Sequence[Sequence[Row]]) -> Row:
+    """Validation loss over seeds at the tokens where every seed has one: mean, lowest, highest."""
+    seeds = [{record["tokens"]: record["loss"] for record in records} for records in each]
+    tokens = [at for at in (seeds[0] if seeds else {}) if all(at in seed for seed in seeds)]
+    points = [[seed[at] for seed in seeds] for at in tokens]
+    return {"tokens": tokens, "mean": [*map(mean, points)], "low": [*map(min, points)], "high": [*map(max, points)]}
+
+
+def best_rate(rates: Sequence[Row]) -> Row:
+    """The summary with the lowest mean loss, of those with the most finished seeds; `lr_at_edge` says whether a rate
+    beyond the list may be better still."""
+    most = max(len(rate["seeds"]) for rate in rates)
+    complete = [rate for rate in rates if most and len(rate["seeds"]) == most]
+    best = min(complete, key=lambda rate: float(rate["loss"]["mean"])) if complete else rates[0]
+    tried = [rate["lr"] for rate in rates]
+    return best | {"lr_at_edge": best["lr"] is not None and bool(most) and best["lr"] in (min(tried), max(tried))}
+
+
+def _conclude(rows: Sequence[Row], out: Path, notes: Sequence[str], allow_different: bool) -> Row:
+    """Check that the runs are alike, set them side by side, and write the result's files."""
+    alike = {row["run"]: row["terms"] for row in rows if not row["error"]}
+    different = _require_alike(alike, allow_different) if alike else []
+    rates = [
+        _summary(variant, lr, [row for row in rows if (row["variant"], row["lr"]) == (variant, lr)])
+        for variant, lr in dict.fromkeys((row["variant"], row["lr"]) for row in rows)
+    ]
+    found = [
+        best_rate([r for r in rates if r["variant"] == name]) for name in dict.fromkeys(r["variant"] for r in rates)
+    ]
+    folders = {(row["variant"], row["lr"]): row["folder"] for row in rows if not row["error"]}
+    for each in found:
+        each["gap"] = paired(_of(rows, each), _of(rows, found[0]))
+        each |= _sizes(folders[each["variant"], each["lr"]]) if each["seeds"] else {}
+    gpus = dict.fromkeys(str(e.get("gpu") or e.get("device")) for row in rows for e in row.get("environment", ()))
+    mixed = [f"trained on {', '.join(gpus)}: speed, time and memory are not alike"] * (len(gpus) > 1)
+    result = {
+        "baseline": found[0]["variant"],
+        "different": different,
+        "notes": [*notes, *mixed],
+        "variants": found,
+        "rates": rates if any(rate["lr"] is not None for rate in rates) else [],
+        "runs": [{key: value for key, value in row.items() if key != "folder"} for row in rows],
+        "failed": sum(bool(row["error"]) for row in rows),
+    }
+    return _write(result, out)
+
+
+def _of(rows: Sequence[Row], summary: Row) -> dict[int, float]:
+    key = (summary["variant"], summary["lr"])
+    return _losses([row for row in rows if not row["error"] and (row["variant"], row["lr"]) == key])
+
+
+def _write(result: Row, out: Path) -> Row:
+    """Write the result's files; returns the result as it is in JSON."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1)
+    with atomic_file(out / "compare.json") as file:
+        file.write(text.encode() + b"\n")
+    with atomic_file(out / "compare.md") as file:
+        file.write(compare_table.markdown(result).encode())
+    curves = {each["variant"]: each["curve"] for each in result["variants"] if each["curve"]["tokens"]}
+    if curves:
+        plots.draw_curves(curves, out / "compare")
+    written: Row = json.loads(text)
+    return written

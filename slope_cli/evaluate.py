@@ -1,0 +1,349 @@
+"""What a trained model is worth: perplexity on a prepared data set, and zero-shot tasks.
+
+Shape suffixes: B sequences, T positions, V vocabulary.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import slope_cli
+from slope_cli import config as configs
+from slope_cli import data, durable, models, pretrained, runs, tasks
+from slope_cli.doctor import package_version
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.launch import pick_device
+from slope_cli.pretrained import Pretrained
+from slope_cli.tokenizer import load_tokenizer, masking_ids
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+LONGEST = 1024
+"""Tokens of a block for a folder that does not say what its model was trained on."""
+BATCH = 8
+REQUESTS = 16
+
+
+class Blocks(NamedTuple):
+    """What the blocks of one source's text cost: summed loss in nats, and predicted tokens, of each."""
+
+    nats: list[float]
+    counts: list[int]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.nats) / sum(self.counts)
+
+    def variance(self) -> float:
+        """Of the summed loss, from how the blocks differ; NaN for a single block."""
+        number = len(self.nats)
+        if number < 2:
+            return math.nan
+        squares = sum((n - self.loss * count) ** 2 for n, count in zip(self.nats, self.counts, strict=True))
+        return squares * number / (number - 1)
+
+
+def evaluate(
+    folder: Path,
+    *,
+    data_folder: Path | None = None,
+    perplexity: bool = True,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    task_names: Sequence[str] = (),
+    task_data: Path | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run, or a folder with a model of transformers, such as `slope export` writes.
+
+    Sparse layers stay sparse, and adapters are part of the model. On a GPU in bf16, else in float32.
+
+    Args:
+        data_folder: prepared data whose validation text is taken; None for the run's own.
+        perplexity: False leaves it out.
+        tokens: at most so many tokens of each source, evenly spaced; None for all blocks.
+        seq_len: tokens of a block; None for the run's own, or 1,024 at most.
+        task_names: of slope_cli.tasks.LAYOUTS.
+        task_data: a folder with rows, see `tasks.load`; None for the hub.
+        limit: at most so many rows of each task, the first ones (of MMLU: of each subject).
+        batch: sequences at a time; None for the run's own, and 16 requests of a task.
+        out: a file that the result is written to, as JSON.
+
+    Returns:
+        run or folder (its name), step, objective, perplexity (see `measure`) or None, tasks (see `tasks.score`),
+        versions.
+
+    Raises:
+        UsageError: no run and no model, other data than the model's tokenizer made or ids that it has no rows for, no
+            validation text, a block longer than the positions, tasks with a masked model, and what `tasks.load` raises.
+        SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written.
+    """
+    if not perplexity and not task_names:
+        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
+    names = tasks.check_names(task_names)
+    subject = pretrained.load(folder, pick_device(device))
+    if names and subject.objective == "masked":
+        raise UsageError(f"{folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
+    dataset = _dataset(subject, data_folder) if perplexity else None
+    ready = tasks.load(names, task_data) if names else []
+    result: dict[str, Any] = {"folder" if subject.config is None else "run": folder.resolve().name}
+    result |= {"step": subject.step, "objective": subject.objective, "perplexity": None, "tasks": {}}
+    with _products_by_cublas(subject.model):
+        if dataset is not None:
+            result["perplexity"] = measure(subject, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
+        if ready:
+            lm = _harness(subject, batch or REQUESTS)
+            result["tasks"] = {task.name: tasks.score(lm, task, limit) for task in ready}
+    result["versions"] = _versions(subject.model.device)
+    if out is not None:
+        with durable.atomic_file(out) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+@contextlib.contextmanager
+def _products_by_cublas(model: "PreTrainedModel") -> Iterator[None]:
+    """Within it, sparse layers on a GPU multiply by their masked copies with cuBLAS.
+
+    The requests of a task have all lengths, and each would want a plan of its own from the sparse library.
+    """
+    from sparse_kernels import set_backend
+    from sparse_kernels.copies import backend
+
+    before = backend()
+    if model.device.type == "cuda" and before != "reference":
+        set_backend("dense")
+    try:
+        yield
+    finally:
+        if backend() != before:
+            set_backend(before)
+
+
+def _autocast(device: "torch.device") -> "contextlib.AbstractContextManager[Any]":
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _harness(subject: Pretrained, batch: int) -> Any:
+    """lm-eval's wrapper of the model."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer, on_gpu = subject.tokenizer, subject.model.device.type == "cuda"
+    # Only what lm-eval would not find by itself: its own choice is the beginning or the end of a text.
+    has_ends = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    precision = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"} if on_gpu else {}
+    with tasks.quiet():
+        return HFLM(
+            pretrained=subject.model,
+            tokenizer=tokenizer,
+            batch_size=batch,
+            prefix_token_id=None if has_ends else tokenizer.sep_token_id,
+            **precision,
+        )
+
+
+def _versions(device: "torch.device") -> dict[str, Any]:
+    import torch
+
+    packages = ("torch", "transformers", "tokenizers", "lm_eval")
+    found = {name: version for name in packages if (version := package_version(name))}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"slope": slope_cli.__version__, "source": runs.source_version(), **found, "device": device.type, "gpu": gpu}
+
+
+# ------------------------------------------------------------------------------------------------------ perplexity
+
+
+def _dataset(subject: Pretrained, given: Path | None) -> data.Dataset:
+    """The data set to take validation text from, if the model's tokenizer made it."""
+    if given is None and subject.config is None:
+        raise UsageError(f"{subject.folder}: is no run with data of its own; give --data, or --no-perplexity")
+    folder = given or runs.data_folder(subject.config, subject.folder)  # type: ignore[arg-type]
+    dataset = data.open_dataset(folder)
+    rows = models.vocab_size(subject.model.config)
+    for file in dataset.val.values():
+        if file.header.max_id >= rows:
+            raise UsageError(f"{file.path}: token id {file.header.max_id} is above the model's vocabulary of {rows}")
+    if not _same_tokens(load_tokenizer(str(folder / "tokenizer")), subject.tokenizer):
+        raise UsageError(
+            f"{folder}: was prepared with another tokenizer than that of {subject.folder}; "
+            f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
+        )
+    return dataset
+
+
+def _same_tokens(one: "PreTrainedTokenizerFast", other: "PreTrainedTokenizerFast") -> bool:
+    """Whether two tokenizers cut a text into the same ids; their files may differ in more than that."""
+    if one.get_vocab() != other.get_vocab():
+        return False
+    parts = (json.loads(tok.backend_tokenizer.to_str()) for tok in (one, other))
+    first, second = ([part[key] for key in ("normalizer", "model")] for part in parts)
+    return first == second
+
+
+def measure(
+    subject: Pretrained, dataset: data.Dataset, *, tokens: int | None, seq_len: int | None, batch: int | None
+) -> dict[str, Any]:
+    """The loss of a model on the validation text of a data set, over all of it and by source.
+
+    The blocks are those of validation in training, and for a masked model so are the masked tokens: the rest of a
+    source after its last whole block is left out.
+
+    Returns:
+        loss (nats per token), its standard error over blocks (None for a single block), perplexity, tokens (predicted
+        ones), blocks; for a causal model nats_per_byte and bits_per_byte of the text, which can be compared between
+        vocabularies; all this also for each of `sources`; seq_len; `data`, the fingerprint of the data set.
+
+    Raises:
+        UsageError: no validation text, or seq_len is beyond the positions.
+        SlopeError: a loss that is not finite.
+    """
+    config = subject.config or configs.Config()
+    positions = models.max_seq_len(subject.model.config)
+    own = min(positions, LONGEST) if subject.config is None else config.train.seq_len
+    length = seq_len or own
+    if length > positions:
+        raise UsageError(f"--seq-len {length}: the model has only {positions} positions")
+    masking = masking_ids(subject.tokenizer) if subject.objective == "masked" else None
+    size = batch or (BATCH if subject.config is None else config.train.micro_batch)
+    found = {}
+    for source, file in dataset.val.items():
+        batches = data.val_batches(
+            file,
+            seq_len=length,
+            tokens=tokens or file.header.tokens,
+            micro_batch=size,
+            masking=masking,
+            seed=config.train.seed,
+        )
+        if (blocks := _blocks(subject, batches)).counts:
+            found[source] = blocks
+            print(f"{source}: {sum(blocks.counts):,} tokens, loss {blocks.loss:.4f}", file=sys.stderr)
+    if not found:
+        raise UsageError(f"{dataset.folder}: has no validation text, {data.NO_VALIDATION}")
+    ratios = {source: _bytes_per_token(dataset.val[source], subject.objective) for source in found}
+    summaries = {source: _summary([blocks], [ratios[source]]) for source, blocks in found.items()}
+    whole = _summary(list(found.values()), list(ratios.values()))
+    return whole | {"sources": summaries, "seq_len": length, "data": dataset.fingerprint}
+
+
+def _bytes_per_token(file: data.TokenFile, objective: models.Objective) -> float | None:
+    """Bytes of the text that the tokens of a file were made of; None where not known, and where only some are read."""
+    if objective == "masked" or not file.header.text_bytes:
+        return None
+    return file.header.text_bytes / file.header.tokens
+
+
+def _blocks(subject: Pretrained, batches: Iterator[data.Batch]) -> Blocks:
+    import torch
+
+    device, nats, counts = subject.model.device, [], []
+    with torch.no_grad(), _autocast(device):
+        for batch in batches:
+            tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+            nats_B, counts_B = _block_losses(subject, tensors)
+            nats.append(nats_B)
+            counts.append(counts_B)
+    blocks = Blocks(*(torch.cat(parts).tolist() if parts else [] for parts in (nats, counts)))
+    if not all(map(math.isfinite, blocks.nats)):
+        raise SlopeError(f"{subject.folder}: the loss is not finite")
+    return blocks
+
+
+def _block_losses(subject: Pretrained, batch: "dict[str, Tensor]") -> "tuple[Tensor, Tensor]":
+    """Summed loss in nats, float64, and number of predicted tokens, of each sequence: both (B,)."""
+    from torch.nn import functional as F
+
+    labels_BT = batch["labels"]
+    if subject.objective == "masked":
+        logits_BTV = subject.model(
+            input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"]
+        ).prediction_logits
+    else:
+        logits_BTV = subject.model(input_ids=batch["input_ids"], use_cache=False).logits
+    losses = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=data.IGNORED, reduction="none"
+    )
+    return losses.view_as(labels_BT).double().sum(1), (labels_BT != data.IGNORED).sum(1)
+
+
+def _summary(sources: Sequence[Blocks], ratios: Sequence[float | None]) -> dict[str, Any]:
+    """What the blocks of some sources say together. The sources are not a sample: only blocks within one vary."""
+    nats, count = (sum(sum(part) for part in parts) for parts in zip(*sources, strict=True))
+    error = math.sqrt(sum(blocks.variance() for blocks in sources)) / count
+    loss = nats / count
+    summary: dict[str, Any] = {
+        "loss": loss,
+        "stderr": error if math.isfinite(error) else None,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": count,
+        "blocks": sum(len(blocks.counts) for blocks in sources),
+    }
+    known = [ratio for ratio in ratios if ratio is not None]
+    if len(known) == len(sources):
+        size = sum(sum(blocks.counts) * ratio for blocks, ratio in zip(sources, known, strict=True))
+        summary |= {"nats_per_byte": nats / size, "bits_per_byte": nats / size / math.log(2)}
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------------- the report
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """A result of `evaluate` as text."""
+    where = f"{result.get('run') or result.get('folder')}" + (f", step {result['step']}" if result["step"] else "")
+    text = [where]
+    if (found := result["perplexity"]) is not None:
+        text.append(f"validation text, blocks of {found['seq_len']} tokens; loss in nats per {_unit(result)}")
+        named = found["sources"] if len(found["sources"]) > 1 else {}
+        text += [_perplexity_line(name, row) for name, row in [*named.items(), ("all", found)]]
+    if scores := result["tasks"]:
+        text += ["zero-shot, by lm-eval", *(_task_line(name, row) for name, row in scores.items())]
+        if guessed := [name for name, row in scores.items() if not row["above_chance"]]:
+            text.append(
+                f"near chance (not two standard errors above a guess), as small models are: {', '.join(guessed)}"
+            )
+        text += [
+            f"{name}: {row['truncated']:,} of {row['n']:,} rows are longer than the model's positions; "
+            "their beginning was left out"
+            for name, row in scores.items()
+            if row["truncated"]
+        ]
+    return text
+
+
+def _unit(result: dict[str, Any]) -> str:
+    return "masked token" if result["objective"] == "masked" else "token"
+
+
+def _perplexity_line(name: str, row: dict[str, Any]) -> str:
+    text = f"  {name:16} loss {_with_error(row['loss'], row['stderr'])}  perplexity {row['perplexity']:,.2f}"
+    if "bits_per_byte" in row:
+        text += f"  bits per byte {row['bits_per_byte']:.4f}"
+    return f"{text}  ({row['tokens']:,} tokens)"
+
+
+def _task_line(name: str, row: dict[str, Any]) -> str:
+    text = f"  {name:16} acc {_with_error(row['acc'], row['acc_stderr'])}"
+    if "acc_norm" in row:
+        text += f"  acc_norm {_with_error(row['acc_norm'], row['acc_norm_stderr'])}"
+    return f"{text}  chance {row['chance']:.4f}  ({row['n']:,} rows, {row['split']})"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,0 +1,470 @@
+"""`slope compare`: what is compared, that it can be compared, and every number against one worked out here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trained import OVERRIDES, copied, defaults, prepared, scratch, small
+
+from slope_cli import checkpoint, compare, compare_table, compare_train, metrics, runs, variants
+from slope_cli import config as configs
+from slope_cli.errors import UsageError
+from slope_cli.train import pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CURVE = "log.val_every=2"
+
+
+def words(*more: str) -> list[str]:
+    return [*small("gpt2-nano"), f"data.path={prepared()}", CURVE, *more]
+
+
+def compared(out: Path, *more: str, **options: Any) -> dict[str, Any]:
+    """`compare` of the tiny recipe."""
+    return compare.compare(str(defaults()), words(*more), out=out, **options)
+
+
+def train_here(
+    out: Path, methods: Sequence[str], seeds: Sequence[int], extra: Sequence[str] = (), lrs: Sequence[float] = ()
+) -> None:
+    """Train in this process what `compare` with the same arguments would train in others, where it then finds it."""
+    found = variants.variants(str(defaults()), words(), methods, extra)
+    for run in variants.plan(found, seeds, lrs):
+        pretrain(run.config, out / run.name)
+
+
+@cache
+def finished() -> Path:
+    """A comparison's folder with its runs; copy it before you alter it."""
+    out = scratch() / "compared"
+    train_here(out, ["dense", "slope"], [1, 2, 3])
+    return out
+
+
+@cache
+def result() -> dict[str, Any]:
+    return compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])
+
+
+def last_loss(run: Path) -> float:
+    return float([record for record in metrics.read(run) if record["kind"] == "val"][-1]["loss"])
+
+
+def stamps(out: Path) -> dict[str, int]:
+    """When each file of each checkpoint was written."""
+    return {str(path): path.stat().st_mtime_ns for path in out.glob("*/checkpoints/*/*")}
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def test_mean_and_standard_error_are_numpys() -> None:
+    values = [3.1, 2.9, 3.4, 3.0]
+    found = compare.mean_and_error(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["stderr"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(4))
+    assert found["n"] == 4
+    assert compare.mean_and_error([2.0]) == {"mean": 2.0, "stderr": None, "n": 1}
+    assert compare.mean_and_error([]) == {"mean": None, "stderr": None, "n": 0}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    ours, theirs = {1: 3.5, 2: 4.0, 4: 9.0}, {2: 3.8, 1: 3.4, 3: 1.0}
+    differences = np.array([3.5 - 3.4, 4.0 - 3.8])
+    found = compare.paired(ours, theirs)
+    assert found["seeds"] == [1, 2]
+    assert found["mean"] == pytest.approx(differences.mean())
+    assert found["stderr"] == pytest.approx(differences.std(ddof=1) / np.sqrt(2))
+    assert compare.paired({1: 1.0}, {2: 1.0})["n"] == 0
+
+
+def rate(lr: float, loss: float | None, seeds: Sequence[int] = (1, 2)) -> dict[str, Any]:
+    return {"lr": lr, "loss": {"mean": loss}, "seeds": list(seeds)}
+
+
+def test_the_best_rate_is_marked_at_the_edge_only() -> None:
+    inside = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, 3.5)])
+    assert (inside["lr"], inside["lr_at_edge"]) == (2e-3, False)
+    for losses, best in (((3.0, 3.2, 3.5), 1e-3), ((4.0, 3.2, 3.1), 4e-3)):
+        found = compare.best_rate([rate(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
+        assert (found["lr"], found["lr_at_edge"]) == (best, True)
+    # The highest rate diverged: it was tried, so the one below it is no edge. A rate that lost a seed is not compared.
+    found = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, []), rate(3e-3, 1.0, [1])])
+    assert (found["lr"], found["lr_at_edge"]) == (2e-3, False)
+    assert not compare.best_rate([rate(1e-3, None, []), rate(2e-3, None, [])])["lr_at_edge"]
+
+
+# ---------------------------------------------------------------------------------------------- whole results
+
+
+def test_every_number_is_the_runs_own() -> None:
+    out, found = finished(), result()
+    dense, slope = found["variants"]
+    assert [each["variant"] for each in found["variants"]] == ["dense", "slope"]
+    for each in (dense, slope):
+        losses = [last_loss(out / f"{each['variant']}-s{seed}") for seed in (1, 2, 3)]
+        assert each["loss"]["mean"] == pytest.approx(np.mean(losses))
+        assert each["loss"]["stderr"] == pytest.approx(np.std(losses, ddof=1) / np.sqrt(3))
+        assert each["curve"]["tokens"] == [128, 256, 384]
+        assert each["curve"]["mean"][-1] == pytest.approx(np.mean(losses))
+        assert (each["curve"]["low"][-1], each["curve"]["high"][-1]) == (min(losses), max(losses))
+        assert each["tokens"] == 384
+        assert each["peak_memory"] is None
+    pairs = [last_loss(out / f"slope-s{s}") - last_loss(out / f"dense-s{s}") for s in (1, 2, 3)]
+    assert slope["gap"]["mean"] == pytest.approx(np.mean(pairs))
+    assert slope["gap"]["stderr"] == pytest.approx(np.std(pairs, ddof=1) / np.sqrt(3))
+    train = [r for r in metrics.read(out / "dense-s1") if r["kind"] == "train"]
+    run = found["runs"][0]
+    assert run["tokens_per_s"] == pytest.approx(
+        np.median([r["tokens_per_s"] for r in train])
+    )  # a tenth of 6 is 0 steps
+    assert run["train_seconds"] == pytest.approx(sum(64 / r["tokens_per_s"] for r in train))
+    assert (found["failed"], found["different"], found["rates"]) == (0, [], [])
+
+
+def test_parameters_and_bytes_are_those_of_the_checkpoint() -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    for each in result()["variants"]:
+        folder = checkpoint.folders(finished() / f"{each['variant']}-s1")[0]
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        sizes = {name: int(np.prod(entry.size)) for name, entry in saved.items() if hasattr(entry, "size")}
+        moments = sum(size for name, size in sizes.items() if name.endswith("exp_avg"))
+        masks = sum(size for name, size in sizes.items() if "positions" in name)
+        assert each["parameters"]["trained"] == each["parameters"]["active"] == moments
+        assert each["training_bytes"] == 16 * moments + masks
+        rows = sum(size for name, size in sizes.items() if name.endswith("positions"))
+        assert each["inference_bytes"] == 2 * moments + rows
+    dense, slope = (each["parameters"] for each in result()["variants"])
+    assert dense["all"] == dense["trained"] < slope["all"]
+    assert slope["active"] < dense["active"]
+
+
+def test_a_mask_over_dense_weights_leaves_out_what_it_prunes() -> None:
+    import torch
+
+    layer = torch.nn.Linear(4, 2)
+    assert compare._mask(layer) is None
+    layer.register_buffer("mask", torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool())
+    assert compare._mask(layer).sum() == 4
+    layer.register_buffer("mask", torch.ones(3).bool())  # of something else
+    assert compare._mask(layer) is None
+
+
+def test_files_tables_and_picture() -> None:
+    out, found = finished(), result()
+    assert json.loads((out / "compare.json").read_text()) == found
+    text = (out / "compare.md").read_text()
+    mean, error = found["variants"][1]["gap"]["mean"], found["variants"][1]["gap"]["stderr"]
+    assert f"{mean:+.4f} ± {error:.4f} (3)" in text
+    for part in ("# dense against slope", "| variant | validation loss | perplexity | gap to dense |", "## Cost"):
+        assert part in text
+    assert "Failed" not in text
+    assert "Learning rates" not in text
+    svg = (out / "compare.svg").read_text()
+    for label in ("dense", "slope", "tokens", "validation loss (nats per token)"):
+        assert f">{label}</text>" in svg
+    assert (out / "compare.png").stat().st_size > 10_000
+
+
+def test_results_name_nothing_of_the_machine() -> None:
+    import platform
+
+    result()
+    for name in ("compare.json", "compare.md"):
+        text = (finished() / name).read_text()
+        assert str(scratch()) not in text
+        assert f'"{platform.node()}"' not in text
+    environment = result()["runs"][0]["environment"][0]
+    assert {"torch", "slope", "python", "gpu"} <= environment.keys()
+    assert not {"host", "command", "slurm_job", "time"} & environment.keys()
+    assert (
+        compare._without_folders("/a/b c: /home/me/x.json: gone, 1/2 of runs/y") == "b c: x.json: gone, 1/2 of runs/y"
+    )
+
+
+def test_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_table.show(result())
+    assert capsys.readouterr().out == (finished() / "compare.md").read_text()
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "200"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    compare_table.show(result())
+    drawn = capsys.readouterr().out
+    assert "│" in drawn or "┃" in drawn
+    assert "gap to dense" in drawn
+
+
+def test_sources_have_columns_where_there_are_several() -> None:
+    found = result()
+    spread = {"mean": 1.0, "stderr": None, "n": 1}
+    rows = [{**each, "by_source": {"a": spread, "b": spread}} for each in found["variants"]]
+    (quality, *_) = compare_table.tables({**found, "variants": rows})
+    assert quality.columns[-2:] == ["a", "b"]
+    assert quality.rows[0][-1] == "1.0000 (1)"
+
+
+# --------------------------------------------------------------------------------- reuse, resumption, failure
+
+
+def test_a_second_call_trains_nothing() -> None:
+    result()
+    before = stamps(finished())
+    assert len(before) > 6
+    again = compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])
+    assert (again, stamps(finished())) == (result(), before)
+    fewer = compared(finished(), methods=["slope"], seeds=[2])
+    assert fewer["variants"][0]["loss"] == {"mean": last_loss(finished() / "slope-s2"), "stderr": None, "n": 1}
+    assert stamps(finished()) == before
+    compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])  # what the other tests look at
+
+
+def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
+    """In processes of their own: slope-s1 was killed after step 3 of 6; `wide` cannot be built."""
+    (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    run = tmp_path / "slope-s1"
+    pretrain(configs.load(str(defaults()), words("log.save_every=3")), run)
+    checkpoint_of_6 = checkpoint.folders(run)[0]
+    for path in checkpoint_of_6.iterdir():
+        path.unlink()
+    checkpoint_of_6.rmdir()
+    first = stamps(tmp_path)
+    wide = "wide: method=dense model.overrides.n_head=3"
+    found = compared(tmp_path, methods=["slope"], extra=[wide], jobs=2)
+    assert "going on from" in (tmp_path / f"{planned.name}.log").read_text()
+    assert first.items() <= stamps(tmp_path).items()
+    assert last_loss(run) == last_loss(finished() / "slope-s1")
+    assert found["failed"] == 1
+    assert [each["failed_seeds"] for each in found["variants"]] == [[], [1]]
+    (failed,) = [row for row in found["runs"] if row["error"]]
+    assert failed["run"] == "wide-s1"
+    assert failed["error"] == "model gpt2-nano: 3 attention heads do not divide the width 32"
+    text = (tmp_path / "compare.md").read_text()
+    assert f"| wide-s1 | {failed['error']} |" in text
+    assert "| wide | – | – | – |" in text
+    assert "up to 2 runs at a time shared the machine" in text
+
+
+def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
+    (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    child = compare_train.Child(planned, tmp_path, 1)
+    child.process.kill()
+    assert child.error(child.process.wait()) == "killed by SIGKILL"
+    child.log.write_text("Traceback\n  one\nValueError: two\n\n")
+    assert child.error(1) == "ValueError: two"
+    child.log.write_text("")
+    assert child.error(3) == "exit code 3"
+
+
+def test_a_signal_stops_every_run_with_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (str(defaults()), words("train.steps=100000", "log.val_every=0"))
+    program = f"""
+import sys
+from pathlib import Path
+from slope_cli import cli, compare
+def run():
+    compare.compare(*{arguments!r}, out=Path({str(out)!r}), methods=["dense"], seeds=[1, 2])
+cli.app = lambda prog_name: run()
+cli.main()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment)
+    log = out / "dense-s1" / metrics.JSONL
+    for _ in range(3000):
+        if log.is_file() and log.stat().st_size:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    last = "stopped by SIGTERM: 0 of 2 runs are finished; run the same command to go on"
+    assert err.splitlines()[-1] == last
+    assert checkpoint.latest(out / "dense-s1") is not None
+    assert not (out / "dense-s2").exists()
+    assert not (out / "compare.json").exists()
+
+
+# ------------------------------------------------------------------------------------ what cannot be compared
+
+
+def test_runs_of_another_config_data_or_validation_are_not_taken_over(tmp_path: Path) -> None:
+    out = finished()
+    with pytest.raises(UsageError, match=r"dense-s1 holds a run of another config \(optim.lr: 0.01 -> 0.02\)"):
+        compared(out, "optim.lr=0.02", methods=["dense"])
+    with pytest.raises(UsageError, match=r"validated on other text \(log.val_tokens: 128 -> 64\)"):
+        compared(out, "log.val_tokens=64", methods=["dense"])
+    with pytest.raises(UsageError, match="dense-s1 was trained on other data than"):
+        compared(out, "data.path=embedded", methods=["dense"])
+
+
+def test_budgets_and_data_must_be_the_same_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="dense-s1 and short-s1 differ in tokens: 384 and 192; with --allow-different"):
+        compared(tmp_path, methods=["dense"], extra=["short: method=dense train.steps=3"])
+    with pytest.raises(UsageError, match="differ in validation: 128 tokens of each source in sequences of 32 and"):
+        compared(tmp_path, methods=["dense"], extra=["other: log.val_tokens=64"])
+    with pytest.raises(UsageError, match="differ in data: "):
+        compared(tmp_path, methods=["dense"], extra=["other: data.path=embedded"])
+    with pytest.raises(UsageError, match="no such data folder"):
+        compared(tmp_path, methods=["dense"], extra=["other: data.path=/no/such"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_are_there_are_compared_by_their_configs(tmp_path: Path) -> None:
+    folders = [finished() / name for name in ("slope-s1", "dense-s2", "slope-s2")]
+    found = compare.compare_runs(folders, out=tmp_path)
+    slope, dense = found["variants"]
+    assert (slope["variant"], slope["seeds"], dense["variant"], dense["seeds"]) == ("slope", [1, 2], "dense", [2])
+    assert found["baseline"] == "slope"
+    assert dense["gap"]["mean"] == pytest.approx(last_loss(folders[1]) - last_loss(folders[2]))
+    assert dense["gap"]["seeds"] == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"compare.{e}" for e in ("json", "md", "png", "svg")]
+
+
+def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Path) -> None:
+    run, other = finished() / "dense-s1", copied(finished() / "slope-s1", tmp_path)
+    config = (other / runs.CONFIG).read_text()
+    manifest = checkpoint.folders(other)[0] / checkpoint.MANIFEST
+    sound = manifest.read_text()
+    (other / runs.CONFIG).write_text(config.replace("val_tokens: 128", "val_tokens: 64"))
+    with pytest.raises(UsageError, match=r"dense-s1 and copy differ in validation: .* and 64 tokens"):
+        compare.compare_runs([run, other], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = compare.compare_runs([run, other], out=tmp_path / "out", allow_different=True)
+    assert "NOT ALIKE: dense-s1 and copy differ in validation" in (tmp_path / "out" / "compare.md").read_text()
+    assert len(found["different"]) == 1
+    (other / runs.CONFIG).write_text(config)
+    content = checkpoint.read_sealed(manifest)
+    checkpoint.write_sealed(manifest, {**content, "data": "f" * 64})
+    with pytest.raises(UsageError, match="dense-s1 and copy differ in data: "):
+        compare.compare_runs([run, other], out=tmp_path / "out")
+    manifest.write_text(sound)
+    with pytest.raises(UsageError, match="a run of the same config and seed is there already"):
+        compare.compare_runs([finished() / "slope-s1", other], out=tmp_path / "out")
+
+
+def test_unfinished_and_strange_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not the folder of a run"):
+        compare.compare_runs([tmp_path], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="needs the folder of one run"):
+        compare.compare_runs([], out=tmp_path)
+    run = copied(finished() / "dense-s1", tmp_path)
+    (run / runs.CONFIG).write_text((run / runs.CONFIG).read_text().replace("steps: 6", "steps: 8"))
+    with pytest.raises(UsageError, match="is unfinished, step 6 of 8"):
+        compare.compare_runs([run], out=tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------- learning rates
+
+
+def test_each_variant_is_shown_at_its_own_best_rate(tmp_path: Path) -> None:
+    lrs = [1e-5, 1e-2, 5.0]  # the last ruins the model
+    train_here(tmp_path, ["dense"], [1], lrs=lrs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense-lr0.01-s1", "dense-lr1e-05-s1", "dense-lr5.0-s1"]
+    found = compared(tmp_path, methods=["dense"], lrs=lrs)
+    (best,) = found["variants"]
+    assert (best["lr"], best["lr_at_edge"]) == (1e-2, False)
+    assert [row["lr"] for row in found["rates"]] == lrs
+    assert "(edge)" not in (tmp_path / "compare.md").read_text()
+    (edge,) = compared(tmp_path, methods=["dense"], lrs=lrs[:2])["variants"]
+    assert (edge["lr"], edge["lr_at_edge"]) == (1e-2, True)
+    text = (tmp_path / "compare.md").read_text()
+    assert "| dense | 0.01 (edge) |" in text
+    assert "| dense | 1e-05 |" in text
+    assert "a better one may lie beyond" in text
+
+
+# --------------------------------------------------------------------------------------------------- variants
+
+
+def found_for(*methods: str, model: str = "gpt2-nano", extra: Sequence[str] = ()) -> list[variants.Variant]:
+    return variants.variants(str(defaults()), small(model), methods, extra)
+
+
+def test_ready_made_names() -> None:
+    half, none = found_for("half-depth", "slope-r0")
+    assert half.config.model.overrides == {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    assert (half.config.method, none.config.method, none.config.adapter_step) == ("dense", "slope", None)
+    (bert,) = found_for("half-depth", model="bert-base")
+    assert bert.config.model.overrides["num_hidden_layers"] == 1
+    (llama,) = variants.variants("llama3-8b", ["model.overrides.num_hidden_layers=7"], ["half-depth"], [])
+    assert llama.config.model.overrides == {"num_hidden_layers": 3}
+    with pytest.raises(UsageError, match="half-depth: gpt2-nano has one layer only"):
+        variants.variants(str(defaults()), ["model.overrides.n_layer=1"], ["half-depth"], [])
+
+
+@pytest.mark.parametrize("model", ["gpt2-nano", "gpt2-small", "opt-350m", "llama3-8b", "bert-base"])
+def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
+    """Counted anew here: layers of the shape, half of those that are pruned."""
+    from slope_cli.dryrun import describe
+
+    base = [f"model.name={model}"]
+    (found,) = variants.variants(str(defaults()), base, ["same-active"], [])
+    record = describe(configs.load(str(defaults()), base))[0]
+    heads = ("lm_head", "cls.predictions.decoder")
+    sizes = [(x["out_features"] * x["in_features"], x["reason"]) for x in record["layers"] if x["name"] not in heads]
+    kept = sum(size if reason else size // 2 for size, reason in sizes)
+    settings = runs.model_config(found.config)
+    assert variants.linear_weights(settings) / kept == pytest.approx(1, abs=0.02)
+    assert f"{variants.linear_weights(settings) / kept:.4f} of the {kept:,}" in found.note
+    assert settings.hidden_size % settings.num_attention_heads == 0
+    assert settings.hidden_size < runs.model_config(configs.load(str(defaults()), base)).hidden_size
+    assert found.config.method == "dense"
+
+
+def test_names_overrides_and_their_order() -> None:
+    found = found_for("slope", extra=["wide: model.overrides.n_embd=64 log.sample_prompt='a b'", "low: optim.lr=1e-4"])
+    assert [variant.name for variant in found] == ["slope", "wide", "low"]
+    assert found[1].config.log.sample_prompt == "a b"
+    planned = variants.plan(found, [3, 1], [1e-3])
+    assert [run.name for run in planned][:3] == ["slope-lr0.001-s3", "slope-lr0.001-s1", "wide-lr0.001-s3"]
+    assert (planned[0].config.train.seed, planned[0].config.optim.lr) == (3, 1e-3)
+    assert configs.load(str(_written(planned[0]))) == planned[0].config
+    assert OVERRIDES["gpt2-nano"]  # the recipe's own, which a variant only adds to
+    assert found[2].config.model == found[0].config.model
+
+
+def _written(planned: variants.Planned) -> Path:
+    path = scratch() / "planned.yaml"
+    path.write_text(configs.dump(planned.config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("methods", "extra", "said"),
+    [
+        (["sloppy"], [], r"method=sloppy: choose one of .*; or half-depth, same-active, slope-r0"),
+        ([], [], "nothing to compare"),
+        (["dense", "dense"], [], "dense: this variant is there twice"),
+        ([], ["no colon"], "--variant 'no colon': say 'NAME: KEY=VALUE"),
+        ([], ["../x: optim.lr=1"], "--variant '../x: optim.lr=1': say"),
+        ([], ["x: optim.weight_decai=1"], "did you mean optim.weight_decay"),
+        ([], ["x: optim.lr='1"], "No closing quotation"),
+    ],
+)
+def test_wrong_variants(methods: list[str], extra: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        found_for(*methods, extra=extra)
+
+
+def test_wrong_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--seeds: needs one number"):
+        compared(tmp_path, methods=["dense"], seeds=[])
+    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+        compared(tmp_path, methods=["dense"], seeds=[1, 1])
+    with pytest.raises(UsageError, match=r"train.seed=-1: must be 0 or more"):
+        compared(tmp_path, methods=["dense"], seeds=[-1])
+    with pytest.raises(UsageError, match=r"optim.lr=0.0: must be positive"):
+        compared(tmp_path, methods=["dense"], lrs=[0.0])
+    with pytest.raises(UsageError, match="--jobs 0: must be 1 or more"):
+        compared(tmp_path, methods=["dense"], jobs=0)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,555 @@
+"""Perplexity is that of training and of formulas by hand; tasks are lm-eval's own; exports are worth what runs are."""
+
+import gzip
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trained import SENTENCES, copied, prepared, scratch, slope, texts, trained
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from slope_cli import data, metrics, models, tasks
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.evaluate import evaluate, lines
+from slope_cli.prepare import prepare
+from slope_cli.pretrained import Pretrained, load
+from slope_cli.tasks import LAYOUTS
+from slope_cli.tokenizer import load_tokenizer
+from sparse_kernels import sparse_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEEDS_LM_EVAL = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+WIDE = "model.overrides.n_positions=512"
+WORDS = [word.strip('.,:"').lower() for sentence in SENTENCES for word in sentence.split()]
+
+
+# ---------------------------------------------------------------------------------------------------- made-up rows
+
+
+def some(count: int, start: int) -> str:
+    """So many words."""
+    return " ".join(itertools.islice(itertools.cycle(WORDS), start, start + count))
+
+
+def lettered(number: int, question: str) -> dict[str, Any]:
+    letters = ["ABCD", "123", "ABCDE"][number % 3]
+    choices = {"text": [some(1 + place, number + place) for place in range(len(letters))], "label": list(letters)}
+    return {"id": str(number), question: f"Which {some(3, number)}?", "choices": choices, "answerKey": letters[1]}
+
+
+def row(task: str, n: int) -> dict[str, Any]:
+    """Row `n` in the format of the published files."""
+    if task == "hellaswag":
+        texts = {"activity_label": "Sailing", "ctx_a": f"The {some(4, n)}.", "ctx_b": some(n % 2, n), "ctx": "unused"}
+        return {"ind": n, **texts, "endings": [f"{some(3, n + k)} [cut]." for k in range(4)], "label": str(n % 4)}
+    if task == "piqa":
+        return {"goal": f"to {some(3, n)}", "sol1": some(4, n), "sol2": some(5, n + 3), "label": n % 2}
+    if task == "winogrande":
+        sentence = f"The {some(2, n)} was colder than _ and {some(3, n)}."
+        return {"sentence": sentence, "option1": "north", "option2": "the hills", "answer": str(1 + n % 2)}
+    if task == "mmlu":
+        subject = ("anatomy", "philosophy", "astronomy")[n % 3]
+        choices = [some(2, n + k) for k in range(4)]
+        return {"question": f" {some(5, n)}: ", "subject": subject, "choices": choices, "answer": n % 4}
+    return lettered(n, "question_stem" if task == "openbookqa" else "question")
+
+
+def rows_of(task: str, count: int = 7) -> list[dict[str, Any]]:
+    return [row(task, number) for number in range(count)]
+
+
+def write(folder: Path, task: str, rows: list[dict[str, Any]], split: str = "") -> Path:
+    """The rows as the one file of a task."""
+    path = folder / task / f"{split or ('test' if task == 'mmlu' else 'validation')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(found) + "\n" for found in rows))
+    return path
+
+
+@cache
+def task_data() -> Path:
+    folder = scratch() / "task-data"
+    for task in LAYOUTS:
+        write(folder, task, rows_of(task))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's hub holds the made-up rows, in all splits that its own tasks ask for."""
+    from datasets import Dataset, DatasetDict
+
+    sources = {"Rowan/hellaswag": "hellaswag", "baber/piqa": "piqa", "allenai/openbookqa": "openbookqa"}
+    sources |= {"allenai/winogrande": "winogrande", "cais/mmlu": "mmlu"}
+
+    def load_dataset(path: str, name: str | None = None, **_: object) -> Any:
+        task = sources.get(path) or {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}[str(name)]
+        found = [r for r in rows_of(task) if task != "mmlu" or r["subject"] == name]
+        found = found or [dict(row("mmlu", 0), subject=name)]  # lm-eval refuses a subject without rows
+        return DatasetDict({split: Dataset.from_list(found) for split in ("train", "validation", "test", "dev")})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+def requests(loaded: tasks.Loaded) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
+    """Every request of every leaf: row, choice, (context, continuation)."""
+    found = {}
+    with tasks.quiet():
+        for name, leaf in loaded.leaves.items():
+            leaf.build_all_requests(rank=0, world_size=1)
+            found[name] = [(i.doc_id, i.idx, i.args) for i in leaf.instances]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ perplexity
+
+
+@pytest.mark.parametrize("model", ["gpt2-nano", "opt-125m", "bert-base"])
+def test_the_loss_is_that_of_the_last_validation(model: str) -> None:
+    run = trained(model)
+    last = [record for record in metrics.read(run) if record["kind"] == "val"][-1]
+    result = evaluate(run, tokens=128)
+    found = result["perplexity"]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(last["perplexity"], rel=1e-6)
+    assert found["sources"]["text"]["loss"] == pytest.approx(last["by_source"]["text"], rel=1e-6)
+    assert (found["blocks"], found["seq_len"], result["step"]) == (4, 32, 6)
+    assert result["objective"] == models.SHAPES[model].objective
+    assert ("bits_per_byte" in found) == (model != "bert-base")
+
+
+def block_losses(subject: Pretrained, file: data.TokenFile, length: int) -> np.ndarray:
+    """Nats of every predicted token, (blocks, length), by another road than the program's."""
+    found = []
+    for start in range(0, (file.header.tokens - 1) // length * length, length):
+        ids = torch.tensor(file.tokens[start : start + length + 1].astype(np.int64))
+        with torch.no_grad():
+            logs = subject.model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)
+        found.append(-logs[torch.arange(length), ids[1:]].numpy())
+    return np.stack(found)
+
+
+@cache
+def two_sources() -> Path:
+    """Prepared bytes of two sources, one of them with characters of several bytes."""
+    folder = scratch() / "two"
+    folder.mkdir()
+    plain = [SENTENCES[n % 3] for n in range(60)]
+    accents = [f"Über die Häuser wehte — naïve — ein Wind, Nr. {n}: ∑ → ∞." for n in range(90)]
+    for name, found in (("plain", plain), ("accents", accents)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+    out, files = folder / "data", [str(folder / f"{name}.jsonl") for name in ("plain", "accents")]
+    prepare(files, out, tokenizer="bytes", val_fraction=0.3, workers=1, progress=False)
+    return out
+
+
+def test_loss_error_and_bytes_are_those_worked_by_hand() -> None:
+    run, dataset = trained(), data.open_dataset(two_sources())
+    subject = load(run)
+    found = evaluate(run, data_folder=two_sources())["perplexity"]
+    nats, count, variance, size = 0.0, 0, 0.0, 0.0
+    for source, file in dataset.val.items():
+        losses = block_losses(subject, file, 32)
+        own, blocks = found["sources"][source], len(losses)
+        assert (own["blocks"], own["tokens"]) == (blocks, losses.size)
+        assert own["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+        assert own["stderr"] == pytest.approx(losses.mean(1).std(ddof=1) / math.sqrt(blocks), rel=1e-5)
+        bits = losses.mean() * file.header.tokens / file.header.text_bytes / math.log(2)
+        assert own["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        assert own["nats_per_byte"] == pytest.approx(bits * math.log(2), rel=1e-6)
+        nats, count = nats + losses.sum(), count + losses.size
+        variance += losses.sum(1).var(ddof=1) * blocks
+        size += losses.size * file.header.text_bytes / file.header.tokens
+    assert set(found["sources"]) == {"plain", "accents"}
+    assert found["loss"] == pytest.approx(nats / count, rel=1e-6)
+    assert found["stderr"] == pytest.approx(math.sqrt(variance) / count, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-6)
+    assert found["data"] == dataset.fingerprint
+
+
+def test_the_batch_does_not_matter_and_one_block_has_no_error() -> None:
+    one, three = (evaluate(trained(), batch=batch)["perplexity"] for batch in (1, 3))
+    assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
+    assert one["stderr"] == pytest.approx(three["stderr"], rel=1e-4)
+    single = evaluate(trained(), tokens=32, seq_len=64)["perplexity"]
+    assert (single["stderr"], single["blocks"], single["tokens"]) == (None, 1, 64)
+
+
+def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    model.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    found = evaluate(tmp_path, data_folder=prepared())["perplexity"]
+    assert found["loss"] == pytest.approx(math.log(272), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(272, rel=1e-5)
+    assert found["stderr"] == pytest.approx(0, abs=1e-6)
+    assert found["seq_len"] == 64
+    file = data.open_dataset(prepared()).val["text"].header  # a byte a token, but for the ends of documents
+    assert file.tokens > file.text_bytes > 0
+    assert found["bits_per_byte"] == pytest.approx(math.log2(272) * file.tokens / file.text_bytes, rel=1e-6)
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.parametrize("family", ["gpt2-nano", "llama3-8b", "bert-base"])
+def test_an_export_is_worth_what_its_run_is(family: str, tmp_path: Path) -> None:
+    run, out = trained(family), tmp_path / "out"
+    assert slope("export", run, out).code == 0
+    adapters = [layer.adapter for _, layer in sparse_layers(load(run).model)]
+    assert adapters
+    assert all(adapter is not None and adapter.B.abs().max() > 0 for adapter in adapters)
+    causal = family != "bert-base"
+    words: dict[str, Any] = {"task_names": ["piqa", "winogrande"], "task_data": task_data()} if causal else {}
+    folder = prepared("bytes" if causal else "wordpiece")
+    ours, theirs = evaluate(run, **words), evaluate(out, data_folder=folder, seq_len=32, **words)
+    for key in ("loss", "stderr", "perplexity", "tokens", *(("bits_per_byte", "nats_per_byte") if causal else ())):
+        assert ours["perplexity"][key] == pytest.approx(theirs["perplexity"][key], rel=1e-5)
+    assert ours["tasks"] == theirs["tasks"]
+    assert len(ours["tasks"]) == 2 * causal
+    assert (theirs["folder"], theirs["step"]) == ("out", None)
+    without = copied(out, tmp_path)
+    shutil.rmtree(without / "adapter")
+    loss = evaluate(without, data_folder=folder, seq_len=32)["perplexity"]["loss"]
+    assert abs(loss - ours["perplexity"]["loss"]) > 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("task", LAYOUTS)
+def test_a_local_task_asks_what_lm_evals_own_asks(task: str) -> None:
+    (local,), (own,) = tasks.load([task], task_data()), tasks.load([task], None)
+    ours, theirs = requests(local), requests(own)
+    if task == "mmlu":
+        assert set(ours) == {"mmlu_anatomy", "mmlu_philosophy", "mmlu_astronomy"}
+        assert len(theirs) == 57
+    assert sum(map(len, ours.values())) >= 14
+    assert ours == {name: theirs[name] for name in ours}
+    for name, leaf in local.leaves.items():
+        answers = [leaf.doc_to_target(doc) for doc in leaf.eval_docs]
+        assert answers == [own.leaves[name].doc_to_target(doc) for doc in own.leaves[name].eval_docs]
+        assert leaf.config.metric_list == own.leaves[name].config.metric_list
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.usefixtures("hub")
+def test_the_scores_are_those_of_lm_evals_own_program() -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = [name for name in LAYOUTS if name != "mmlu"]  # there its own wants rows of every subject
+    run = trained("gpt2-nano", WIDE)
+    ours = evaluate(run, perplexity=False, task_names=names, task_data=task_data())["tasks"]
+    from_hub = evaluate(run, perplexity=False, task_names=names)["tasks"]
+    subject = load(run)
+    places = [Path(lm_eval.__file__).parent / "tasks" / LAYOUTS[name].where for name in names]
+    with tasks.quiet():
+        lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer)
+        manager = TaskManager(include_defaults=False, include_path=sorted(set(places)))
+        theirs = lm_eval.evaluate(lm, manager.load(names))["results"]
+    for name in names:
+        for metric in ("acc", "acc_norm"):
+            if (key := f"{metric},none") in theirs[name]:
+                error = theirs[name][f"{metric}_stderr,none"]
+                assert (ours[name][metric], ours[name][f"{metric}_stderr"]) == (theirs[name][key], error)
+        assert ("acc_norm" in ours[name]) == ("acc_norm,none" in theirs[name]) == (name != "winogrande")
+        assert ours[name]["n"] == 7
+        assert from_hub[name] | {"split": ""} == ours[name] | {"split": ""}
+    assert from_hub["arc_easy"]["split"] == "test"
+    assert ours["arc_easy"]["split"] == "validation"
+
+
+@NEEDS_LM_EVAL
+def test_mmlu_is_the_mean_over_the_rows_of_all_subjects() -> None:
+    run = trained("gpt2-nano", WIDE)
+    found = evaluate(run, perplexity=False, task_names=["mmlu"], task_data=task_data())["tasks"]["mmlu"]
+    sizes = {"anatomy": 3, "philosophy": 2, "astronomy": 2}
+    subjects = found["subjects"]
+    assert {name: scores["n"] for name, scores in subjects.items()} == sizes
+    mean = sum(subjects[name]["acc"] * n for name, n in sizes.items()) / 7
+    assert found["acc"] == pytest.approx(mean)
+    assert set(found["groups"]) == {"mmlu_stem", "mmlu_humanities"}
+    assert found["groups"]["mmlu_humanities"]["acc"] == subjects["philosophy"]["acc"]
+    assert (found["n"], found["chance"], found["split"]) == (7, 0.25, "test")
+    few = evaluate(run, perplexity=False, task_names=["mmlu"], task_data=task_data(), limit=1)["tasks"]["mmlu"]
+    assert (few["n"], few["acc_stderr"]) == (3, None)
+
+
+@NEEDS_LM_EVAL
+def test_chance_is_that_of_the_choices_of_each_row() -> None:
+    run = trained("gpt2-nano", WIDE)
+    words: dict[str, Any] = {"perplexity": False, "task_names": ["arc_easy"], "task_data": task_data()}
+    found = evaluate(run, **words)["tasks"]["arc_easy"]
+    guesses = [(1 / 4, 1 / 3, 1 / 5)[number % 3] for number in range(7)]
+    assert found["chance"] == pytest.approx(np.mean(guesses))
+    error = math.sqrt(sum(p * (1 - p) for p in guesses)) / 7
+    assert found["above_chance"] == (found["acc"] > np.mean(guesses) + 2 * error)
+    one = evaluate(run, limit=1, **words)["tasks"]["arc_easy"]
+    assert (one["n"], one["chance"], one["acc_stderr"]) == (1, 0.25, None)
+
+
+@NEEDS_LM_EVAL
+def test_a_model_that_knows_the_answers_is_not_near_chance(tmp_path: Path) -> None:
+    right = SENTENCES[1][-20:]
+    rows = [{"goal": "g", "sol1": right, "sol2": "ξ" * 20, "label": 0} for _ in range(40)]
+    write(tmp_path, "piqa", rows)
+    result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
+    found = result["tasks"]["piqa"]
+    assert (found["acc"], found["above_chance"]) == (1.0, True)
+    assert not any("chance (" in line for line in lines(result))
+    write(tmp_path, "piqa", [dict(found, label=number % 2) for number, found in enumerate(rows)])
+    result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
+    assert (result["tasks"]["piqa"]["acc"], result["tasks"]["piqa"]["above_chance"]) == (0.5, False)
+    assert lines(result)[-1] == "near chance (not two standard errors above a guess), as small models are: piqa"
+
+
+@NEEDS_LM_EVAL
+def test_prompts_beyond_the_positions_are_counted_and_choices_beyond_them_refused(tmp_path: Path) -> None:
+    rows = rows_of("piqa", 4)
+    rows[1]["goal"] = rows[3]["goal"] = "to " + "wait " * 20
+    write(tmp_path, "piqa", rows)
+    words: dict[str, Any] = {"perplexity": False, "task_names": ["piqa"], "task_data": tmp_path}
+    result = evaluate(trained(), **words)
+    long = sum(len(f"Question: {r['goal']}\nAnswer: {max(r['sol1'], r['sol2'], key=len)}") > 65 for r in rows)
+    assert 2 <= long == result["tasks"]["piqa"]["truncated"]
+    assert any(line.startswith(f"piqa: {long} of 4 rows are longer") for line in lines(result))
+    rows[2]["sol2"] = "x" * 70
+    write(tmp_path, "piqa", rows)
+    with pytest.raises(UsageError, match=r"^piqa: a choice has 71 tokens, and the model only 64 positions$"):
+        evaluate(trained(), **words)
+
+
+@NEEDS_LM_EVAL
+def test_compressed_rows_and_the_split_that_lm_eval_would_take(tmp_path: Path) -> None:
+    write(tmp_path, "openbookqa", rows_of("openbookqa", 5), "validation")
+    (loaded,) = tasks.load(["openbookqa"], tmp_path)
+    assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("validation", 4 + 3 + 5 + 4 + 3)
+    path = tmp_path / "openbookqa" / "test.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(row("openbookqa", 0)) + "\n\n").encode()))
+    (loaded,) = tasks.load(["openbookqa"], tmp_path)
+    assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("test", 4)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UsageError, match=r"test\.jsonl\.gz: cannot be read"):
+        tasks.load(["openbookqa"], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- report and files
+
+
+@NEEDS_LM_EVAL
+def test_only_the_file_has_the_result_and_it_names_no_path(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained()
+    result = evaluate(run, task_names=["piqa", "piqa"], task_data=task_data(), out=tmp_path / "eval.json")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[0].startswith("text: 1,792 tokens, loss ")
+    assert err.splitlines()[1].startswith("piqa: 7 rows in ")
+    assert len(err.splitlines()) == 2
+    assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
+    written = (tmp_path / "eval.json").read_text()
+    assert json.loads(written) == result
+    assert str(scratch()) not in written
+    assert result["run"] == run.name
+    assert {"slope", "torch", "transformers", "lm_eval", "device"} <= set(result["versions"])
+    text = lines(result)
+    assert text[0] == f"{run.name}, step 6"
+    assert f"perplexity {result['perplexity']['perplexity']:.2f}" in text[2]
+    assert f"acc {result['tasks']['piqa']['acc']:.4f} ± " in text[4]
+    assert result["tasks"]["piqa"]["above_chance"] == ("near chance (" not in "".join(text))
+
+
+@NEEDS_LM_EVAL
+def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
+    subject = load(trained())
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    from slope_cli.evaluate import _harness
+
+    (task,) = tasks.load(["piqa"], task_data())
+    tasks.score(_harness(subject, 4), task)
+    after = subject.model.state_dict()
+    assert list(sparse_layers(subject.model))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("tasks", {"torch", "numpy", "lm_eval"}), ("evaluate", {"transformers", "lm_eval", "datasets"})],
+)
+def test_importing_it_imports_nothing_heavy(module: str, heavy: set[str]) -> None:
+    code = f"import sys, slope_cli.{module}; print(*{heavy} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@NEEDS_LM_EVAL
+@pytest.mark.parametrize(
+    ("task", "change", "fault"),
+    [
+        ("piqa", {"sol2": None}, "has no field sol2"),
+        ("piqa", {"goal": 3}, "goal is not a text"),
+        ("piqa", {"label": 2}, "label '2' is none of 0, 1"),
+        ("hellaswag", {"endings": ["a"]}, "needs two choices or more"),
+        ("hellaswag", {"endings": "abc"}, "endings is not a list of texts"),
+        ("hellaswag", {"label": ""}, "label '' is none of 0, 1, 2, 3"),
+        ("arc_easy", {"choices": {"text": ["a", "b"]}}, "has no field choices.label"),
+        ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "choices.text and choices.label are not as"),
+        ("openbookqa", {"answerKey": "E"}, "answerKey 'E' is none of 1, 2, 3"),
+        ("winogrande", {"sentence": "no gap"}, r"the sentence needs a gap \(_\) and words after it"),
+        ("winogrande", {"answer": ""}, "answer '' is none of 1, 2"),
+        ("mmlu", {"choices": ["a", "b", "c"]}, "needs four choices"),
+        ("mmlu", {"subject": "sailing"}, "subject 'sailing' is none of lm-eval's"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(task: str, change: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    rows = rows_of(task, 3)
+    changed = {key: value for key, value in (rows[1] | change).items() if value is not None}
+    path = write(tmp_path, task, [rows[0], changed, rows[2]])
+    with pytest.raises(UsageError, match=f"^{path} line 2: {fault}"):
+        tasks.load([task], tmp_path)
+
+
+@NEEDS_LM_EVAL
+def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no such folder"):
+        tasks.load(["piqa"], tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"there is no .*arc_easy/test\.jsonl or validation\.jsonl"):
+        tasks.load(["arc_easy"], tmp_path)
+    path = write(tmp_path, "piqa", rows_of("piqa", 2))
+    path.write_text(path.read_text() + "{'not': 'JSON'}\n")
+    with pytest.raises(UsageError, match=r"piqa/validation\.jsonl line 3: is not JSON$"):
+        tasks.load(["piqa"], tmp_path)
+    path.write_text("[1, 2]\n")
+    with pytest.raises(UsageError, match=r"line 1: has no field goal$"):
+        tasks.load(["piqa"], tmp_path)
+    path.write_text("\n")
+    with pytest.raises(UsageError, match=r"validation\.jsonl: holds no rows$"):
+        tasks.load(["piqa"], tmp_path)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UsageError, match=r"validation\.jsonl: cannot be read"):
+        tasks.load(["piqa"], tmp_path)
+
+
+def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"^--tasks helaswag: unknown task; did you mean hellaswag\?$"):
+        evaluate(trained(), task_names=["helaswag"])
+    with pytest.raises(UsageError, match=r"^--tasks glue: unknown task; .*known are hellaswag, piqa"):
+        tasks.check_names(["glue"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"pip install slope-cli\[eval\]$"):
+        evaluate(trained(), task_names=["piqa"], task_data=task_data())
+
+
+@NEEDS_LM_EVAL
+def test_without_a_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(**_: object) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nmore of it")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(SlopeError, match=r"^piqa: no rows .*Couldn't reach .*Hub\); this needs a network") as caught:
+        evaluate(trained(), task_names=["piqa"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_masked_model_has_no_tasks() -> None:
+    with pytest.raises(UsageError, match=r"predicts masked tokens, not the next one; --tasks needs a causal model$"):
+        evaluate(trained("bert-base"), task_names=["piqa"], task_data=task_data())
+
+
+def test_other_data_than_the_models_is_refused(tmp_path: Path) -> None:
+    run = trained()
+    with pytest.raises(UsageError, match=r"was prepared with another tokenizer than that of .*run-gpt2-nano"):
+        evaluate(run, data_folder=prepared("wordpiece"))
+    out, none = tmp_path / "odd", tmp_path / "none"
+    prepare([str(texts())], out, tokenizer=str(odd_tokenizer(tmp_path)), workers=1, progress=False)
+    with pytest.raises(UsageError, match=r"token id 300 is above the model's vocabulary of 272$"):
+        evaluate(run, data_folder=out)
+    prepare([str(texts())], none, val_fraction=0.0, workers=1, progress=False)
+    with pytest.raises(UsageError, match=r"none: has no validation text"):
+        evaluate(run, data_folder=none)
+    with pytest.raises(UsageError, match=r"^--seq-len 65: the model has only 64 positions$"):
+        evaluate(run, seq_len=65)
+
+
+def odd_tokenizer(folder: Path) -> Path:
+    """The bytes with another id at the end of a document."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.add_tokens([f"<{number}>" for number in range(43)])
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    assert tokenizer.eos_token_id == 300
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"is neither a run \(no config\.yaml\) nor a model folder \(no config\.json\)"
+    ):
+        evaluate(tmp_path)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    model.transformer.save_pretrained(tmp_path)  # GPT-2's head is its embedding, so that nothing is missing
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"is no run with data of its own; give --data, or --no-perplexity$"):
+        evaluate(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SlopeError, match=r"cannot be loaded as a model"):
+        evaluate(tmp_path, data_folder=prepared())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["RobertaForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SlopeError, match=r"of such models only BERT is supported"):
+        evaluate(tmp_path, data_folder=prepared())
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"holds no weights for transformer\.ln_f\.weight"):
+        evaluate(tmp_path, data_folder=prepared())
+
+
+def test_a_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    with torch.no_grad():
+        model.transformer.wte.weight[5] = math.nan
+    model.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    with pytest.raises(SlopeError, match=r"the loss is not finite$"):
+        evaluate(tmp_path, data_folder=prepared())
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^nothing to evaluate: give --tasks, or leave out --no-perplexity$"):
+        evaluate(trained(), perplexity=False)
+    with pytest.raises(UsageError, match=r"is a folder; name a file$"):
+        evaluate(trained(), out=tmp_path)
+    with pytest.raises(UsageError, match=r"its folder is missing$"):
+        evaluate(trained(), out=tmp_path / "no" / "eval.json")
