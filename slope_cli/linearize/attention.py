@@ -1,0 +1,276 @@
+"""Window softmax and linear attention under one denominator: the mathematics, in chunks, in time linear in length.
+
+For query n, near keys N(n) and far keys R(n), with s_nj = scale·q_n·k_j, c_n = max of s_nj over N(n), gamma the mix:
+
+    weight of a near key   gamma · exp(s_nj - c_n)
+    weight of a far key    phi_q(q_n·scale·sqrt(D)) · phi_k(k_j)
+    y_n = (sum of weight · v_j) / (sum of weight)             over both sets: the weights of a query sum to 1
+
+c_n is part of the model, not only a guard against overflow: only the near weights carry it. If all of a query's keys
+are near, gamma cancels and y_n is softmax attention's.
+
+Queries are taken in chunks of C. A chunk sees a band of K keys, its own and the R before it (in a two-sided layer also
+the R after it): that holds all near keys and a few far ones. The far keys outside of the band come as a sum over them,
+the state, phi_k(k)^T·[v, 1]; its last column, from the ones, adds up to the denominator. What a decoder remembers is
+therefore the last R keys and values and the state of those before: the same function serves training, a prompt in any
+pieces, and single tokens, which are chunks of one.
+
+Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head (H = G·P), T queries, S keys
+(the remembered ones, then those of the queries), D head dimension, E = D + 1 (values and a column of ones),
+F features, N chunks, C queries in a chunk, K keys in its band.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slope_cli.linearize.settings import Branch
+
+SHORTEST_CHUNK = 64
+"""Narrower chunks than this make more states than they save scores."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys are near a query: of a window of tokens, or of its own block and the one before (terrace)."""
+
+    window: int
+    terrace: bool = False
+    causal: bool = True
+
+    @property
+    def lookback(self) -> int:
+        """The largest distance of a near key before the query."""
+        return 2 * self.window - 1 if self.terrace else self.window - 1
+
+    @property
+    def always_near(self) -> int:
+        """The largest distance at which every key is near, wherever the blocks begin."""
+        return self.window if self.terrace else self.window - 1
+
+    def masks(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(near, far): bool, shaped as positions of `queries` (..., C, 1) and `keys` (..., 1, K) broadcast.
+
+        Positions count from a sequence's first real token.
+        """
+        distance = queries - keys
+        if self.terrace:
+            blocks = torch.div(queries, self.window, rounding_mode="floor")
+            near = blocks - torch.div(keys, self.window, rounding_mode="floor") <= 1
+        else:
+            near = distance.abs() < self.window
+        allowed = distance >= 0 if self.causal else torch.ones_like(near)
+        return near & allowed, allowed & ~near
+
+
+class Maps(NamedTuple):
+    """The feature maps of queries, (B, H, T, D) -> (B, H, T, F), and of keys, (B, G, S, D) -> (B, G, S, F)."""
+
+    q: Callable[[Tensor], Tensor]
+    k: Callable[[Tensor], Tensor]
+
+
+class Attended(NamedTuple):
+    """What `attend` returns: y (B, H, T, D), and the new state (B, G, F, E), None where none was given."""
+
+    y: Tensor
+    state: Tensor | None
+
+
+class _Layout(NamedTuple):
+    """How T queries and S keys are cut: C, N, R, zeros to put before and after the keys, K."""
+
+    chunk: int
+    chunks: int
+    reach: int
+    left: int
+    right: int
+    band: int
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    keep_BS: Tensor | None,
+    mix_H: Tensor,
+    maps: Maps,
+    pattern: Pattern,
+    scale: float,
+    *,
+    state_BGFE: Tensor | None = None,
+    first_B: Tensor | None = None,
+    branch: Branch = "both",
+    dropped_BH: Tensor | None = None,
+) -> Attended:
+    """Window softmax plus linear attention of T queries over the last T keys, those remembered before, and a state.
+
+    Args:
+        q_BHTD, k_BGSD, v_BGSD: S = T, or T + pattern.lookback where keys are remembered. Computed in float64 if they
+            are, else in float32, under autocast too.
+        keep_BS: bool, False for padding; None if there is none.
+        mix_H: gamma of each head.
+        state_BGFE: the sum over the keys before those given. With it the state of these and of the T oldest of the
+            given keys is returned.
+        first_B: position of the first query, counted from the first real token; only the terrace looks at it.
+        branch: which weights count. "linear": the far ones, except for queries that have no far key.
+        dropped_BH: bool, whose near weights do not count, again except for queries that have no far key.
+
+    Returns:
+        y, float32 or float64, 0 for a query without any key; and the new state.
+    """
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        dtype = torch.float64 if q_BHTD.dtype == torch.float64 else torch.float32
+        q_BHTD, k_BGSD, v_BGSD = q_BHTD.to(dtype), k_BGSD.to(dtype), v_BGSD.to(dtype)
+        T, D, S = q_BHTD.shape[2], q_BHTD.shape[3], k_BGSD.shape[2]
+        cut = _layout(T, S, pattern)
+        keep_BS = q_BHTD.new_ones(len(q_BHTD), S, dtype=torch.bool) if keep_BS is None else keep_BS
+        keep_BS = F.pad(keep_BS, (cut.left, cut.right))
+        k_BGSD = F.pad(k_BGSD, (0, 0, cut.left, cut.right))
+        v_BGSE = F.pad(F.pad(v_BGSD, (0, 1), value=1.0), (0, 0, cut.left, cut.right)) * keep_BS[:, None, :, None]
+        near, far = _masks(cut, pattern, first_B, q_BHTD.device)
+
+        q_BGNPCD = _chunked(q_BHTD, k_BGSD.shape[1], cut)
+        v_BGNKE = v_BGSE.unfold(2, cut.band, cut.chunk).transpose(-1, -2)
+        near_BGNPCE = _near_weights(q_BGNPCD, k_BGSD, keep_BS, mix_H, near, scale, cut) @ v_BGNKE[:, :, :, None]
+
+        beyond = min(cut.reach + cut.chunk, S) - 1 > pattern.always_near  # far keys in the bands
+        stateful = state_BGFE is not None or cut.chunks > 1
+        far_BGNPCE = None
+        if beyond or stateful:
+            phi_k_BGSF = maps.k(k_BGSD if beyond else k_BGSD[:, :, : cut.chunks * cut.chunk])
+            phi_q_BGNPCF = _chunked(maps.q(q_BHTD * (scale * D**0.5)), k_BGSD.shape[1], cut)
+        if stateful:
+            states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
+            if not pattern.causal:
+                after_BGNFE, _ = _states(phi_k_BGSF.flip(2), v_BGSE.flip(2), None, T, cut)
+                states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
+            far_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
+        if beyond:
+            phi_k_BGNFK = phi_k_BGSF.unfold(2, cut.band, cut.chunk)
+            weights_BGNPCK = (phi_q_BGNPCF @ phi_k_BGNFK[:, :, :, None]) * far
+            banded_BGNPCE = weights_BGNPCK @ v_BGNKE[:, :, :, None]
+            far_BGNPCE = banded_BGNPCE if far_BGNPCE is None else far_BGNPCE + banded_BGNPCE
+        dropped_BGNPCE = None if dropped_BH is None else dropped_BH.view(len(q_BHTD), k_BGSD.shape[1], 1, -1, 1, 1)
+        y_BGNPCD = normalised(near_BGNPCE, far_BGNPCE, branch, dropped_BGNPCE)
+        y_BHTD = y_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
+        return Attended(y_BHTD, new_state_BGFE if state_BGFE is not None else None)
+
+
+def weights_of(
+    q_BHCD: Tensor,
+    phi_q_BHCF: Tensor,
+    k_BGSD: Tensor,
+    phi_k_BGSF: Tensor,
+    keep_BS: Tensor,
+    mix_H: Tensor,
+    pattern: Pattern,
+    scale: float,
+    *,
+    start: int,
+    first_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The weights (B, H, C, S) of queries start..start + C over all S keys: (softmax attention's, `attend`'s).
+
+    Rows sum to 1, and to 0 for a query without any key. Float tensors of one precision; first_B: of position 0.
+    """
+    (B, _, C, _), (G, S) = q_BHCD.shape, k_BGSD.shape[1:3]
+    places_S = torch.arange(S, device=q_BHCD.device)
+    positions = first_B[:, None, None, None] + places_S
+    near, far = pattern.masks(positions[..., start : start + C].mT, positions)
+    near, far = (mask & keep_BS[:, None, None] for mask in (near, far))
+    scores_BHCS = scale * (q_BHCD.view(B, G, -1, C, q_BHCD.shape[-1]) @ k_BGSD.mT[:, :, None]).flatten(1, 2)
+    softmax_BHCS = exp_below_max(scores_BHCS, near | far)
+    far_BHCS = (phi_q_BHCF.view(B, G, -1, C, phi_q_BHCF.shape[-1]) @ phi_k_BGSF.mT[:, :, None]).flatten(1, 2) * far
+    mixed_BHCS = mix_H[:, None, None].to(scores_BHCS.dtype) * exp_below_max(scores_BHCS, near) + far_BHCS
+    return _shares(softmax_BHCS), _shares(mixed_BHCS)
+
+
+def _layout(queries: int, keys: int, pattern: Pattern) -> _Layout:
+    reach = min(pattern.lookback, keys - 1)
+    chunk = min(queries, max(pattern.window, SHORTEST_CHUNK))
+    chunks = -(-queries // chunk)
+    left, filled = reach - (keys - queries), chunks * chunk - queries
+    sides = 1 if pattern.causal else 2
+    return _Layout(chunk, chunks, reach, left, filled + (sides - 1) * reach, chunk + sides * reach)
+
+
+def _masks(cut: _Layout, pattern: Pattern, first_B: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(near, far), each (C, K), or in a terrace (B or 1, 1, N, 1, C, K)."""
+    queries = torch.arange(cut.chunk, device=device)[:, None]
+    keys = torch.arange(cut.band, device=device)[None] - cut.reach
+    if pattern.terrace:
+        begins = torch.arange(cut.chunks, device=device)[:, None, None, None] * cut.chunk
+        begins = begins if first_B is None else begins + first_B[:, None, None, None, None, None]
+        queries, keys = begins + queries, begins + keys
+    return pattern.masks(queries, keys)
+
+
+def _chunked(x_BHTD: Tensor, groups: int, cut: _Layout) -> Tensor:
+    """(B, H, T, D) -> (B, G, N, P, C, D), zeros where the last chunk is not full."""
+    B, _, T, D = x_BHTD.shape
+    x_BHTD = F.pad(x_BHTD, (0, 0, 0, cut.chunks * cut.chunk - T))
+    return x_BHTD.reshape(B, groups, -1, cut.chunks, cut.chunk, D).transpose(2, 3)
+
+
+def _near_weights(
+    q_BGNPCD: Tensor, k_BGSD: Tensor, keep_BS: Tensor, mix_H: Tensor, near: Tensor, scale: float, cut: _Layout
+) -> Tensor:
+    """gamma · exp(s - c) of the near keys of each band, 0 for the others: (B, G, N, P, C, K)."""
+    k_BGNDK = k_BGSD.unfold(2, cut.band, cut.chunk)
+    scores_BGNPCK = scale * (q_BGNPCD @ k_BGNDK[:, :, :, None])
+    keep_BGNPCK = keep_BS.unfold(1, cut.band, cut.chunk)[:, None, :, None, None]
+    gamma = mix_H.to(q_BGNPCD.dtype).view(k_BGSD.shape[1], 1, -1, 1, 1)
+    return gamma * exp_below_max(scores_BGNPCK, near & keep_BGNPCK)
+
+
+def exp_below_max(scores: Tensor, mask: Tensor) -> Tensor:
+    """exp(scores - their maximum over the mask's True along the last dimension), 0 where the mask is False."""
+    scores = scores.masked_fill(~mask, -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    below: Tensor = scores - highest.masked_fill(highest == -torch.inf, 0.0)
+    return below.exp()
+
+
+def _states(
+    phi_BGSF: Tensor, v_BGSE: Tensor, state_BGFE: Tensor | None, queries: int, cut: _Layout
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk's band (B, G, N, F, E), and that before the band of a chunk that would come next."""
+    # Padding left of the keys fills the first `reach` places: the keys before chunk n's band are the first n·C places.
+    length = cut.chunks * cut.chunk
+    v_BGNCE = F.pad(v_BGSE[:, :, :queries], (0, 0, 0, length - queries)).unflatten(2, (cut.chunks, cut.chunk))
+    phi_BGNCF = phi_BGSF[:, :, :length].unflatten(2, (cut.chunks, cut.chunk))
+    sums_BGNFE = phi_BGNCF.mT @ v_BGNCE
+    before_BGFE = torch.zeros_like(sums_BGNFE[:, :, 0]) if state_BGFE is None else state_BGFE
+    states_BGNFE = before_BGFE[:, :, None]
+    if cut.chunks > 1:
+        states_BGNFE = torch.cat([states_BGNFE, sums_BGNFE[:, :, :-1]], dim=2).cumsum(2)
+    return states_BGNFE, states_BGNFE[:, :, -1] + sums_BGNFE[:, :, -1]
+
+
+def normalised(near: Tensor, far: Tensor | None, branch: Branch, dropped: Tensor | None = None) -> Tensor:
+    """Numerators (…, D) over denominators (…, 1) of the branches that count, from both together (…, E).
+
+    dropped: bool, broadcasts to (…, 1).
+    """
+    if far is None or branch == "window":
+        total = near
+    else:
+        none_far = far[..., -1:] == 0  # the products of features are positive
+        if branch == "linear":
+            near = near * none_far
+        elif dropped is not None:
+            near = near * (none_far | ~dropped)
+        total = near + far
+    denominator = total[..., -1:]
+    return total[..., :-1] / denominator.masked_fill(denominator == 0, 1.0)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Weights divided by their sum along the last dimension; zeros stay zeros."""
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)

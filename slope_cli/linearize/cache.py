@@ -1,0 +1,162 @@
+"""What a linearized layer remembers while a model decodes, as a layer of transformers' cache.
+
+Shape suffixes: B sequences, G KV heads, W remembered keys, D head dimension, E = D + 1 (values and a
+column of ones), F features, T new tokens (1: one new token), S = W + T.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import CacheLayerMixin
+
+from slope_cli.linearize.attention import Pattern
+
+
+class Remembered(NamedTuple):
+    """What a LinearWindow reads of a sequence, the new tokens included.
+
+    keys, values: (B, G, S, D). keep: (B, S), bool, which of them are real. state: (B, G, F, E), of the tokens before.
+    first: (B,), the position of the first new token, counted from the first real one.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep: Tensor
+    state: Tensor
+    first: Tensor
+
+
+class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
+    """The last W keys and values of a sequence, and the float32 state of all before: of one size at any length.
+
+    The W lie in a ring, of which the next token takes the oldest place. Left padding is remembered as tokens that are
+    not real. Beams are reordered as in every cache; nothing can be taken back (`crop`): a state forgets its addends.
+    """
+
+    is_sliding = False
+
+    def __init__(self, pattern: Pattern, features: int) -> None:
+        super().__init__()
+        self.pattern, self.features, self.seen = pattern, features, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """An empty memory, for keys and values like these (B, G, any, D)."""
+        (B, G, _, D), W = key_states.shape, self.pattern.lookback
+        self.dtype, self.device = key_states.dtype, key_states.device
+        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.keys, self.values = key_states.new_zeros(B, G, W, D), value_states.new_zeros(B, G, W, D)
+        self.keep_BW = torch.zeros(B, W, dtype=torch.bool, device=self.device)
+        self.state_BGFE = key_states.new_zeros(B, G, self.features, D + 1, dtype=precise)
+        self.oldest_1 = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.tokens_B = torch.zeros(B, dtype=torch.long, device=self.device)  # of a terrace, since the first real one
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they are: what is remembered is joined to them in `recall`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def recall(self, k_BGTD: Tensor, v_BGTD: Tensor, keep_BT: Tensor | None) -> Remembered:
+        """The remembered and the new keys, for attention to read; `remember` comes after it."""
+        if keep_BT is None:
+            keep_BT = torch.ones(k_BGTD.shape[0], k_BGTD.shape[2], dtype=torch.bool, device=k_BGTD.device)
+        W = self.pattern.lookback
+        order_W = (torch.arange(W, device=self.device) + self.oldest_1) % max(W, 1)
+        return Remembered(
+            torch.cat([self.keys[:, :, order_W], k_BGTD.to(self.dtype)], dim=2),
+            torch.cat([self.values[:, :, order_W], v_BGTD.to(self.dtype)], dim=2),
+            torch.cat([self.keep_BW[:, order_W], keep_BT], dim=1),
+            self.state_BGFE,
+            torch.where(self.tokens_B > 0, self.tokens_B, leading_padding(keep_BT).neg()),
+        )
+
+    def remember(self, read: Remembered, state_BGFE: Tensor) -> None:
+        """Keep the newest W of the keys that were read, and the state of all before them."""
+        W = self.pattern.lookback
+        new = read.keys.shape[2] - W
+        # Copies: a view would keep the keys of a whole prompt alive.
+        self.keys, self.values = read.keys[:, :, new:].clone(), read.values[:, :, new:].clone()
+        self.keep_BW, self.state_BGFE = read.keep[:, new:].clone(), state_BGFE
+        self.oldest_1 = torch.zeros_like(self.oldest_1)
+        self.tokens_B = (read.first + new).clamp(min=0)
+        self.seen += new
+
+    def push(self, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor, phi: Callable[[Tensor], Tensor]) -> None:
+        """In place, in a window and not a terrace: the oldest key joins the state, the new one takes its place."""
+        old_k_BG1D, old_v_BG1D = (ring.index_select(2, self.oldest_1) for ring in (self.keys, self.values))
+        old_keep_B1 = self.keep_BW.index_select(1, self.oldest_1)
+        dtype = self.state_BGFE.dtype
+        old_v_BG1E = F.pad(old_v_BG1D.to(dtype), (0, 1), value=1.0) * old_keep_B1[:, None, :, None]
+        self.state_BGFE.addcmul_(phi(old_k_BG1D.to(dtype)).mT, old_v_BG1E)
+        self.keys.index_copy_(2, self.oldest_1, k_BG1D.to(self.dtype))
+        self.values.index_copy_(2, self.oldest_1, v_BG1D.to(self.dtype))
+        self.keep_BW.index_copy_(1, self.oldest_1, keep_B1)
+        self.oldest_1.add_(1).remainder_(self.pattern.lookback)
+        self.seen += 1
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding among them."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of a cache that forgets nothing: the mask is the plain one of padding."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.pattern, self.features)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take for each sequence the memory of another."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self._each(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence this many times."""
+        if self.is_initialized:
+            self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """ValueError for anything but 0 tokens."""
+        if tokens_to_remove:
+            raise ValueError("a linearized layer cannot take tokens back: decode without an assistant model")
+
+    def offload(self) -> None:
+        """Nothing: what is remembered is small, and needed at once."""
+
+    def prefetch(self) -> None:
+        """Nothing."""
+
+    def nbytes(self) -> int:
+        """Bytes that are remembered."""
+        if not self.is_initialized:
+            return 0
+        return self.oldest_1.nbytes + sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B")
+        return {name: getattr(self, name) for name in names}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            setattr(self, name, change(tensor))
+
+
+def leading_padding(keep_BT: Tensor) -> Tensor:
+    """How many of each sequence's tokens come before its first real one: (B,), int64."""
+    return (keep_BT.cumsum(1) == 0).sum(1)

@@ -1,0 +1,251 @@
+"""Linearized attention inside transformers' own models: put in, taken out, switched, saved.
+
+Every supported architecture calls one attention function with (module, q, k, v, mask, scaling) after positions are
+embedded, and updates its cache just before. So the function here serves all of them: where the attention module has
+a `linear`, a LinearWindow, that answers; elsewhere it is softmax attention as before. A hook before each module puts
+LinearWindow's own layer into a cache that has seen nothing yet.
+
+Shape suffixes: B sequences, H query heads, G KV heads, T queries, S keys, D head dimension.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.import_utils import is_tracing
+
+from slope_cli import models
+from slope_cli.errors import UsageError
+from slope_cli.linearize.cache import LinearWindowCache
+from slope_cli.linearize.settings import BRANCHES, Branch, LinearizeSettings
+from slope_cli.linearize.window import LinearWindow, Mode
+
+NAME = "slope_linear"
+"""The attention implementation's name in transformers' registries."""
+
+
+def linearize_attention(model: PreTrainedModel, settings: LinearizeSettings) -> list[str]:
+    """Let each attention layer but those of settings.keep_softmax answer with linearized attention, in place.
+
+    What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
+    changed or moved, so `restore_attention` gives back the model as it was. Attention dropout does not reach
+    linearized layers.
+
+    Returns:
+        The names of the attention modules, in order.
+
+    Raises:
+        UsageError: a family that is not supported, a model that is linearized already, settings that do not fit.
+    """
+    causal = models.objective(model.config) == "causal"
+    modules = _attention_modules(model)
+    if any(isinstance(getattr(module, "linear", None), LinearWindow) for _, module in modules):
+        raise UsageError("the model is linearized already")
+    if causal != all(module.is_causal for _, module in modules):
+        raise UsageError(f"{type(model).__name__}: attention both causal and two-sided is not supported")
+    settings.check(len(modules), causal=causal)
+    generator = torch.Generator().manual_seed(settings.seed)
+    before = model.config._attn_implementation
+    swapped = []
+    for index, (name, module) in enumerate(modules):
+        if index in settings.keep_softmax:
+            continue
+        _put_in(module, settings, causal=causal, generator=generator, before=before)
+        swapped.append(name)
+    # The model's own setting decides which mask is made: the plain one of padding.
+    model.config._attn_implementation = NAME
+    return swapped
+
+
+def restore_attention(model: PreTrainedModel) -> list[str]:
+    """The inverse of `linearize_attention`: softmax attention again, and nothing left of what was added.
+
+    Returns:
+        The names of the attention modules that were linearized.
+    """
+    names = []
+    for name, module in _attention_modules(model):
+        linear = getattr(module, "linear", None)
+        if isinstance(linear, LinearWindow):
+            if linear.hook is not None:
+                linear.hook.remove()
+            module.config, model.config._attn_implementation = linear.softmax_config, linear.softmax_name
+            del module.linear
+            names.append(name)
+    return names
+
+
+def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
+    """Every LinearWindow of a model by the name of its attention module, in order; empty if it is not linearized."""
+    suffix = ".linear"
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LinearWindow)}
+    return {name.removesuffix(suffix): module for name, module in found.items()}
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, *, mode: Mode | None = None, branch: Branch | None = None) -> Iterator[None]:
+    """Within it, all linearized layers are in this mode and count this branch.
+
+    mode "softmax" is the original model, the teacher. A cache that one mode has filled cannot be used by the other.
+    """
+    if branch is not None and branch not in BRANCHES:
+        raise UsageError(f"branch must be one of {', '.join(BRANCHES)}, not {branch!r}")
+    windows = list(linear_windows(model).values())
+    before = [(linear.mode, linear.branch) for linear in windows]
+    try:
+        for linear in windows:
+            linear.mode, linear.branch = mode or linear.mode, branch or linear.branch
+        yield
+    finally:
+        for linear, (old_mode, old_branch) in zip(windows, before, strict=True):
+            linear.mode, linear.branch = old_mode, old_branch
+
+
+def added_state(model: nn.Module) -> dict[str, Tensor]:
+    """What linearizing added, by its name in model.state_dict(), detached."""
+    return {
+        f"{name}.linear.{key}": tensor.detach()
+        for name, linear in linear_windows(model).items()
+        for key, tensor in linear.state_dict().items()
+    }
+
+
+def load_added_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what `added_state` gave into a model that was linearized with the same settings.
+
+    Raises:
+        UsageError: a layer is missing or too many, or a map has another shape.
+    """
+    own = added_state(model)
+    if odd := sorted(own.keys() ^ state.keys()):
+        where = "the model" if odd[0] in own else "the saved maps"
+        raise UsageError(f"{odd[0]}: is only in {where}; they are of another base model or other settings")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            saved, wanted = tuple(state[name].shape), tuple(tensor.shape)
+            raise UsageError(
+                f"{name}: saved with shape {saved} and the model's is {wanted}; other settings or base model"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """The modules that call the attention function: they know their layer and whether they are causal."""
+    own = ("layer_idx", "is_causal", "config")
+    found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, key) for key in own)]
+    if getattr(model.config, "add_cross_attention", False) or not found:
+        raise UsageError(f"{type(model).__name__}: only models of self-attention can be linearized")
+    return found
+
+
+def _put_in(module: Any, settings: LinearizeSettings, *, causal: bool, generator: torch.Generator, before: str) -> None:
+    config = module.config
+    heads = config.num_attention_heads
+    linear = LinearWindow(
+        settings,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        causal=causal,
+        generator=generator,
+    )
+    linear.to(next(module.parameters()).device).train(module.training)
+    linear.softmax_config, linear.softmax_name = config, before
+    linear.hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
+    module.linear = linear
+    # A config of its own: who switches the model's to an attention kernel does not switch linearized layers off.
+    module.config = copy.copy(config)
+    module.config._attn_implementation = NAME
+
+
+def _adopt_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module runs: its LinearWindow's own layer in the cache that it is about to update."""
+    linear: LinearWindow = module.linear
+    linear.memory = None
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return
+    while len(cache.layers) <= module.layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[module.layer_idx]
+    ours = isinstance(layer, LinearWindowCache)
+    if ours != (linear.mode == "linear"):
+        if layer.get_seq_length():
+            raise ValueError(f"layer {module.layer_idx} is in mode {linear.mode}, and another one has filled its cache")
+        layer = cache.layers[module.layer_idx] = linear.new_cache() if linear.mode == "linear" else DynamicLayer()
+    linear.memory = layer if isinstance(layer, LinearWindowCache) else None
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: q (B, H, T, D), k and v (B, G, S, D), y (B, T, H, D).
+
+    attention_mask: None, or True for real tokens, (B, S) or longer at the front.
+    """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError("linearized attention takes the mask of padding, (sequences, tokens), and no other")
+    keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
+    linear: LinearWindow | None = getattr(module, "linear", None)
+    if linear is None:
+        return _softmax(module, query, key, value, keep_BS, dropout, scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if linear.mode == "linear":
+        memory, linear.memory = linear.memory, None
+        return linear(query, key, value, scale, keep_BS, memory).transpose(1, 2).contiguous(), None
+    if linear.mode == "softmax":
+        return _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)
+    with torch.no_grad():
+        y_BTHD, _ = _softmax(module, query, key, value, keep_BS, 0.0, scale, **kwargs)
+    assert linear.observer is not None
+    linear.observer(linear, query, key, value, scale, keep_BS, y_BTHD.transpose(1, 2))
+    return y_BTHD, None
+
+
+def _softmax(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_BS: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' scaled dot product attention, which wants its mask whole."""
+    T, S = query.shape[2], key.shape[2]
+    mask, reach = None, S if sliding_window is None else sliding_window
+    if keep_BS is not None or reach < S or 1 < T < S:
+        distance_TS = torch.arange(S - T, S, device=key.device)[:, None] - torch.arange(S, device=key.device)
+        mask = distance_TS >= 0 if module.is_causal else torch.ones_like(distance_TS, dtype=torch.bool)
+        mask = (mask & (distance_TS < reach))[None, None]
+        mask = mask if keep_BS is None else mask & keep_BS[:, None, None]
+    y_BTHD, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return y_BTHD, None
+
+
+def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask that `attention` takes: (B, S) as the caller of the model gave it, None if all tokens are real."""
+    if attention_mask is None or is_tracing(attention_mask) or not attention_mask.all():
+        return attention_mask
+    return None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _padding_mask)

@@ -1,0 +1,125 @@
+"""The module that each linearized attention layer gets: feature maps, mix factors, and how they are used.
+
+Shape suffixes: B sequences, H query heads, G KV heads, T queries, D head dimension.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from slope_cli.linearize.attention import Maps, Pattern, attend
+from slope_cli.linearize.cache import LinearWindowCache, leading_padding
+from slope_cli.linearize.decode import decode
+from slope_cli.linearize.maps import make_map
+from slope_cli.linearize.settings import Branch, LinearizeSettings
+
+Mode = Literal["linear", "softmax", "transfer"]
+Observer = Callable[["LinearWindow", Tensor, Tensor, Tensor, float, Tensor | None, Tensor], None]
+"""Called in transfer with the module, q, k, v, scale, keep, and softmax attention's y (B, H, T, D)."""
+
+
+class LinearWindow(nn.Module):
+    """Everything that linearizing adds to one attention layer; its name there is `linear`.
+
+    Trainable: the feature map of queries (one W for each query head), that of keys (one for each KV head), and `mix`,
+    (H,), whose sigmoid is gamma.
+
+    mode: what the layer answers with: "linear", the linearized attention; "softmax", the original one; "transfer", the
+    original one, after the observer has compared the two.
+    branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
+    """
+
+    def __init__(
+        self,
+        settings: LinearizeSettings,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        causal: bool,
+        generator: Generator,
+    ) -> None:
+        super().__init__()
+        name, columns = settings.feature_map, settings.features
+        self.map_q = make_map(name, heads, head_dim, columns, generator)
+        self.map_k = make_map(name, kv_heads, head_dim, columns, generator)
+        self.mix = nn.Parameter(torch.full((heads,), math.log(settings.mix / (1 - settings.mix))))
+        self.pattern = Pattern(settings.window, settings.terrace, causal)
+        self.window_dropout = settings.window_dropout
+        self.mode: Mode = "linear"
+        self.branch: Branch = "both"
+        self.memory: LinearWindowCache | None = None
+        self.observer: Observer | None = None
+        self.hook: RemovableHandle | None = None
+        self.softmax_config: Any = None
+        self.softmax_name = ""
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        form = "terrace" if self.pattern.terrace else "window"
+        return f"{form}={self.pattern.window}, mode={self.mode}, branch={self.branch}"
+
+    def new_cache(self) -> LinearWindowCache:
+        """An empty memory of this layer."""
+        return LinearWindowCache(self.pattern, self.map_k.features)
+
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        scale: float,
+        keep_BT: Tensor | None = None,
+        memory: LinearWindowCache | None = None,
+    ) -> Tensor:
+        """Linearized attention, (B, H, T, D) in the precision of q; `memory` is read and brought up to date.
+
+        Args:
+            keep_BT: bool, False for padding among these T tokens.
+        """
+        if memory is None:
+            return self.compute(q_BHTD, k_BGTD, v_BGTD, scale, keep_BT).to(q_BHTD.dtype)
+        if q_BHTD.shape[2] == 1 and self.pattern.lookback and not self.pattern.terrace and not torch.is_grad_enabled():
+            gamma_H, maps = self.mix.sigmoid(), Maps(self.map_q, self.map_k)
+            y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, memory, self.branch)
+            return y_BH1D.to(q_BHTD.dtype)
+        read = memory.recall(k_BGTD, v_BGTD, keep_BT)
+        y_BHTD, state_BGFE = attend(
+            q_BHTD,
+            read.keys,
+            read.values,
+            read.keep,
+            self.mix.sigmoid(),
+            Maps(self.map_q, self.map_k),
+            self.pattern,
+            scale,
+            state_BGFE=read.state,
+            first_B=read.first,
+            branch=self.branch,
+        )
+        assert state_BGFE is not None
+        memory.remember(read, state_BGFE)
+        return y_BHTD.to(q_BHTD.dtype)
+
+    def compute(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, keep_BT: Tensor | None) -> Tensor:
+        """Linearized attention without a memory, (B, H, T, D) in float32 (float64 if q is)."""
+        dropped_BH = None
+        if self.window_dropout and (self.training or self.mode == "transfer"):
+            dropped_BH = torch.rand(q_BHTD.shape[:2], device=q_BHTD.device) < self.window_dropout
+        return attend(
+            q_BHTD,
+            k_BGTD,
+            v_BGTD,
+            keep_BT,
+            self.mix.sigmoid(),
+            Maps(self.map_q, self.map_k),
+            self.pattern,
+            scale,
+            first_B=None if keep_BT is None else leading_padding(keep_BT).neg(),
+            branch=self.branch,
+            dropped_BH=dropped_BH,
+        ).y

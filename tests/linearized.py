@@ -1,0 +1,111 @@
+"""Tiny models and layers of the tests of linearized attention, and its definition written out.
+
+Shape suffixes: B sequences, H query heads, G KV heads, T positions, D head dimension, F features, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope_cli import models
+from slope_cli.linearize.attention import Maps, Pattern
+from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.linearize.swap import linear_windows, linearize_attention
+
+VOCABULARY = 96
+_COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32}
+_GROUPED = {**_COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2-nano": {"vocab_size": VOCABULARY, "n_positions": 256, "n_layer": 2, "n_embd": 32, "n_head": 4},
+    "opt-125m": {**_COMMON, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "llama3-8b": _GROUPED,
+    "mistral-7b": _GROUPED,
+    "bert-base": {**_COMMON, "num_attention_heads": 4, "intermediate_size": 48},
+}
+CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b", "mistral-7b")
+FORMS = {"window": {"window": 5}, "terrace": {"window": 4, "terrace": True}}
+
+
+def tiny_model(name: str, **overrides: Any) -> Any:
+    """A model of two layers in evaluation mode, its weights large enough that attention is far from even."""
+    config = models.model_config(name, overrides={**SHAPES[name], **overrides}, dropout=0.0)
+    model = models.build_model(config, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def linearized(name: str, **settings: Any) -> Any:
+    """A tiny linearized model with random maps and mix factors."""
+    model = tiny_model(name)
+    linearize_attention(model, LinearizeSettings(**settings))
+    randomize(model)
+    return model
+
+
+def randomize(model: nn.Module) -> None:
+    """Other values for all that linearizing added, so that heads and features differ."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for linear in linear_windows(model).values():
+            for parameter in linear.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.4)
+
+
+def tokens(count: int, rows: int = 2) -> Tensor:
+    """(rows, count) token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(3))
+
+
+def left_padded(ids_BT: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
+    """Ids and mask: row b keeps its last T - padding[b] tokens; what stands before them is not to be seen."""
+    mask_BT = torch.arange(ids_BT.shape[1]) >= torch.tensor(padding)[:, None]
+    return ids_BT.masked_fill(~mask_BT, 7), mask_BT.long()
+
+
+def positions_of(mask_BT: Tensor) -> Tensor:
+    """Position ids as `generate` makes them."""
+    return (mask_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def attend_as_defined(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    keep_BT: Tensor,
+    mix_H: Tensor,
+    maps: Maps,
+    pattern: Pattern,
+    scale: float,
+) -> Tensor:
+    """Equation 7 of LoLCATs, query by query: (B, H, T, D)."""
+    (B, H, T, D), G = q_BHTD.shape, k_BGTD.shape[1]
+    phi_q_BHTF, phi_k_BGTF = maps.q(q_BHTD * scale * D**0.5), maps.k(k_BGTD)
+    rows = []
+    for b in range(B):
+        real = keep_BT[b].nonzero().flatten().tolist()
+        first = real[0] if real else 0
+        for h in range(H):
+            g = h * G // H
+            for n in range(T):
+                seen = [j for j in real if j <= n or not pattern.causal]
+                near = [j for j in seen if _near(n - first, j - first, pattern)]
+                far = [j for j in seen if j not in near]
+                weights_T = q_BHTD.new_zeros(T)
+                if near:
+                    scores = scale * k_BGTD[b, g, near] @ q_BHTD[b, h, n]
+                    weights_T = weights_T.index_put((torch.tensor(near),), mix_H[h] * (scores - scores.max()).exp())
+                if far:
+                    weights_T = weights_T.index_put((torch.tensor(far),), phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n])
+                rows.append(weights_T @ v_BGTD[b, g] / weights_T.sum() if seen else torch.zeros_like(q_BHTD[b, h, n]))
+    return torch.stack(rows).view(B, H, T, D)
+
+
+def _near(n: int, j: int, pattern: Pattern) -> bool:
+    if pattern.terrace:
+        return n // pattern.window - j // pattern.window <= 1
+    return abs(n - j) < pattern.window

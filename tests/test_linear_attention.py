@@ -1,0 +1,281 @@
+"""The mathematics of linearized attention: chunks, recurrence and state against the definition written out.
+
+Shape suffixes: B sequences, H query heads, G KV heads, T positions, D head dimension, F features.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from linearized import attend_as_defined
+from torch import Tensor
+from torch.nn import functional as F
+
+from slope_cli.linearize.attention import Maps, Pattern, attend, weights_of
+from slope_cli.linearize.cache import leading_padding
+from slope_cli.linearize.maps import make_map
+from slope_cli.linearize.settings import Branch, LinearizeSettings
+from slope_cli.linearize.window import LinearWindow
+
+B, H, G, D = 2, 4, 2, 6
+SCALE = 0.4
+PATTERNS = [
+    Pattern(4),
+    Pattern(1),
+    Pattern(70),
+    Pattern(4, terrace=True),
+    Pattern(1, terrace=True),
+    Pattern(70, terrace=True),
+    Pattern(4, causal=False),
+    Pattern(70, causal=False),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    pass
+
+
+def qkv(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, D), keys and values (B, G, T, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(B, heads, length, D, dtype=torch.float64, generator=generator) for heads in (H, G, G))
+    q_BHTD, k_BGTD, v_BGTD = (x.to(dtype) for x in drawn)
+    return q_BHTD, k_BGTD, v_BGTD
+
+
+def make_maps(name: str = "hedgehog") -> Maps:
+    """Random maps in float64."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (make_map(name, heads, D, 5, generator).double().requires_grad_(False) for heads in (H, G))
+    for feature_map in (q, k):
+        feature_map.weight.normal_(generator=generator)
+    return Maps(q, k)
+
+
+def mixes() -> Tensor:
+    return torch.linspace(0.05, 0.9, H, dtype=torch.float64)
+
+
+def padding(length: int) -> Tensor:
+    """The second sequence has some padding at the left."""
+    keep_BT = torch.ones(B, length, dtype=torch.bool)
+    keep_BT[1, : min(3, length - 1)] = False
+    return keep_BT
+
+
+def window_linear(**form: Any) -> LinearWindow:
+    """A LinearWindow in float64 with random maps and mix factors."""
+    generator = torch.Generator().manual_seed(4)
+    linear = LinearWindow(
+        LinearizeSettings(**form), heads=H, kv_heads=G, head_dim=D, causal=True, generator=generator
+    ).double()
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return linear.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "t2r"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_chunked_form_is_the_definition(pattern: Pattern, name: str) -> None:
+    for length in (1, 4, 5, 9, 150) if name == "hedgehog" else (9,):
+        q, k, v = qkv(length)
+        keep, maps = padding(length), make_maps(name)
+        expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)
+        first = leading_padding(keep).neg()
+        y = attend(q, k, v, keep, mixes(), maps, pattern, SCALE, first_B=first).y
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_weights_are_the_definition_and_softmax(pattern: Pattern) -> None:
+    length, start = 40, 9
+    q, k, v = qkv(length)
+    keep, maps = padding(length), make_maps()
+    phi_q, phi_k, first = maps.q(q * SCALE * D**0.5), maps.k(k), leading_padding(keep).neg()
+    parts = (q[:, :, start:], phi_q[:, :, start:], k, phi_k)
+    softmax, mixed = weights_of(*parts, keep, mixes(), pattern, SCALE, start=start, first_B=first)
+    v_BHTD = v.repeat_interleave(H // G, dim=1)
+    expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)[:, :, start:]
+    torch.testing.assert_close(mixed @ v_BHTD, expected, rtol=0, atol=1e-12)
+    causal = torch.ones(length, length, dtype=torch.bool).tril() if pattern.causal else torch.ones(length, length) > 0
+    seen = keep[:, None, None] & causal
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE, enable_gqa=True)[:, :, start:]
+    torch.testing.assert_close(softmax @ v_BHTD, expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    length=st.integers(1, 24),
+    window=st.integers(1, 26),
+    form=st.sampled_from(["window", "terrace", "two-sided"]),
+    kept=st.lists(st.booleans(), min_size=24, max_size=24),
+    seed=st.integers(0, 99),
+)
+def test_any_mask_of_padding(length: int, window: int, form: str, kept: list[bool], seed: int) -> None:
+    pattern = Pattern(window, terrace=form == "terrace", causal=form != "two-sided")
+    q, k, v = qkv(length, seed=seed)
+    keep, maps = torch.tensor([kept[:length], kept[-length:]]), make_maps()
+    expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)
+    y = attend(q, k, v, keep, mixes(), maps, pattern, SCALE, first_B=leading_padding(keep).neg()).y
+    rows = keep.any(1)
+    torch.testing.assert_close(y[rows], expected[rows], rtol=0, atol=1e-12)
+    assert (y[~rows] == 0).all()
+
+
+def test_a_window_over_everything_is_softmax_attention() -> None:
+    q, k, v = qkv(50)
+    for pattern in (Pattern(50), Pattern(25, terrace=True), Pattern(50, causal=False)):
+        y = attend(q, k, v, None, mixes(), make_maps(), pattern, SCALE).y
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=pattern.causal, scale=SCALE, enable_gqa=True)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(3), Pattern(3, terrace=True), Pattern(3, causal=False)], ids=str)
+@pytest.mark.parametrize("branch", ["both", "linear"])
+def test_gradients(pattern: Pattern, branch: Branch) -> None:
+    length = 70  # two chunks
+    q, k, v = (x[:1].requires_grad_() for x in qkv(length))
+    mix, maps = mixes().requires_grad_(), make_maps()
+    weights = [feature_map.weight.requires_grad_() for feature_map in (maps.q, maps.k)]
+
+    def run(*_: Tensor) -> Tensor:
+        return attend(q, k, v, None, mix, maps, pattern, SCALE, branch=branch).y
+
+    def defined(*_: Tensor) -> Tensor:
+        return attend_as_defined(q, k, v, torch.ones(1, length, dtype=torch.bool), mix, maps, pattern, SCALE)
+
+    inputs = (q, k, v, mix, *weights)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    if branch == "both":
+        probe = torch.randn(1, H, length, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        ours = torch.autograd.grad((run() * probe).sum(), inputs)
+        theirs = torch.autograd.grad((defined() * probe).sum(), inputs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_the_branches_add_up() -> None:
+    length, pattern, maps = 30, Pattern(4), make_maps()
+    q, k, v = qkv(length)
+    both, window, linear = (
+        attend(q, k, v, None, mixes(), maps, pattern, SCALE, branch=branch).y for branch in ("both", "window", "linear")
+    )
+    everything = Pattern(length)
+    narrow = attend(q[:, :, -1:], k[:, :, -4:], v[:, :, -4:], None, mixes(), maps, everything, SCALE).y
+    torch.testing.assert_close(window[:, :, -1:], narrow, rtol=0, atol=1e-12)  # only the last four keys
+    # both = a·window + (1 - a)·linear, with one a for all dimensions of a query.
+    share = ((both - linear) / (window - linear))[:, :, 4:]
+    assert (share.amax(-1) - share.amin(-1)).max() < 1e-6
+    assert ((share > 0) & (share < 1)).all()
+    torch.testing.assert_close(linear[:, :, :4], both[:, :, :4])  # no key is far yet: the window's
+
+
+def test_dropped_windows_leave_the_linear_branch() -> None:
+    q, k, v = qkv(30)
+    dropped = torch.tensor([[True, False, False, True]] * B)
+    arguments = (q, k, v, None, mixes(), make_maps(), Pattern(4), SCALE)
+    y = attend(*arguments, dropped_BH=dropped).y
+    both, linear = attend(*arguments).y, attend(*arguments, branch="linear").y
+    torch.testing.assert_close(y, torch.where(dropped[:, :, None, None], linear, both), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", [{"window": 5}, {"window": 1}, {"window": 4, "terrace": True}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], padded: bool, in_place: bool) -> None:
+    length, linear = 150, window_linear(**form)
+    q, k, v = qkv(length)
+    keep = padding(length) if padded else None
+    with torch.set_grad_enabled(not in_place):  # with gradients single tokens are chunks of one
+        _compare_splits(linear, q, k, v, keep)
+
+
+def _compare_splits(linear: LinearWindow, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
+    length, expected = q.shape[2], linear(q, k, v, SCALE, keep)
+    for split in ([1] * length, [13, 17, 1, 19, 70, 30], [length], [2, 1, 1, 1, 2, 1, 142], [149, 1]):
+        memory, parts, start = linear.new_cache(), [], 0
+        for size in split:
+            part = slice(start, start + size)
+            k_part, v_part = memory.update(k[:, :, part], v[:, :, part])
+            mask = None if keep is None else keep[:, part]
+            parts.append(linear(q[:, :, part], k_part, v_part, SCALE, mask, memory))
+            start += size
+        y, real = torch.cat(parts, dim=2), torch.ones(B, length, dtype=torch.bool) if keep is None else keep
+        torch.testing.assert_close(y.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=0, atol=1e-12)
+        assert memory.get_seq_length() == length
+
+
+def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt() -> None:
+    linear = window_linear(window=5)
+    memory, sizes = linear.new_cache(), []
+    for length in (200, 1, 3, 1):
+        q, k, v = qkv(length)
+        linear(q, *memory.update(k, v), SCALE, None, memory)
+        sizes.append(memory.nbytes())
+        assert memory.keys is not None
+        assert memory.keys.untyped_storage().nbytes() == memory.keys.nbytes
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("form", [{"window": 16}, {"window": 16, "terrace": True}], ids=str)
+@torch.no_grad()
+def test_bfloat16_inputs_with_a_float32_state_stay_accurate(form: dict[str, Any]) -> None:
+    length, linear = 4096, window_linear(**form)
+    q, k, v = qkv(length, torch.bfloat16)
+    expected = linear(q.double(), k.double(), v.double(), SCALE)
+    linear.float()
+    memory = linear.new_cache()
+    steps = []
+    for t in range(length):
+        one = slice(t, t + 1)
+        steps.append(linear(q[:, :, one], *memory.update(k[:, :, one], v[:, :, one]), SCALE, None, memory))
+    y = torch.cat(steps, dim=2)
+    assert y.dtype == torch.bfloat16
+    assert memory.state_BGFE.dtype == torch.float32
+    for part in (slice(0, 512), slice(length - 512, length)):
+        wrong = (y - expected)[:, :, part].norm() / expected[:, :, part].norm()
+        assert wrong < 5e-3
+
+
+def test_autocast_does_not_reach_it() -> None:
+    q, k, v = qkv(80, torch.float32)
+    linear = window_linear(window=5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = linear(q, k, v, SCALE)
+    torch.testing.assert_close(inside, linear(q, k, v, SCALE), rtol=0, atol=0)
+
+
+def test_time_and_memory_are_linear_in_length() -> None:
+    """No tensor that autograd keeps grows faster than the sequence."""
+
+    def kept_bytes(length: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        q, k, v = qkv(length, torch.float32)
+        linear = window_linear(window=8).float().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            linear.compute(q, k, v, SCALE, None).sum().backward()
+        return sum(sizes.values())
+
+    short, long = kept_bytes(512), kept_bytes(4096)
+    assert long < 8.5 * short
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "t2r"])
+def test_maps_start_as_the_identity(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide = (make_map(name, 3, 4, columns, generator) for columns in (2, 6))
+    assert torch.equal(narrow.weight[1], torch.eye(4)[:, :2])
+    assert torch.equal(wide.weight[2, :, :4], torch.eye(4))
+    assert wide.weight[2, :, 4:].unique().numel() == 8  # equal columns would stay equal
+    x = torch.randn(1, 3, 5, 4, generator=generator)
+    assert wide(x).shape == (1, 3, 5, wide.features)
+    assert (wide(x) > 0).all()
+    assert make_map(name, 3, 4, None, generator).features == 4
