@@ -225,8 +225,10 @@ def bench(
 
 @app.command()
 def compare(
-    words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, run folders.")],
-    runs: Annotated[bool, typer.Option("--runs", help="Compare runs that are there already.")] = False,
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")
+    ],
+    runs: Annotated[bool, typer.Option("--runs", help="Compare these runs, or compare.json files.")] = False,
     methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; with commas.")] = "",
     variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; repeat for more.")] = None,
     seeds: Annotated[str, typer.Option(help="Numbers with commas.")] = "1",

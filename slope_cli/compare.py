@@ -68,7 +68,12 @@ def compare(
     def finished(run: Planned) -> bool:
         return _finished(run, out / run.name, prints[run.config.data.path])
 
-    errors = compare_train.train(planned, out, jobs, finished, stop)
+    stopped = None
+    try:
+        errors = compare_train.train(planned, out, jobs, finished, stop)
+    except compare_train.Stopped as error:
+        stopped, errors = error, {}
+        planned = [run for run in planned if finished(run)]
     rows = []
     for run in planned:
         row: Row = {"run": run.name, "variant": run.variant, "lr": run.lr, "seed": run.config.train.seed}
@@ -76,11 +81,16 @@ def compare(
     notes = [f"{variant.name}: {variant.note}" for variant in found if variant.note]
     if (most := compare_train.most_at_once(planned, out)) > 1:
         notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
-    return _conclude(rows, out, notes, allow_different)
+    result = _conclude(rows, out, notes, allow_different) if rows else {}
+    if stopped is not None:
+        raise stopped  # with what is finished set side by side
+    return result
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Row:
     """Compare finished runs; those that differ in nothing but the seed are one variant, named after their folder.
+
+    A compare.json stands for all runs of that comparison, under their names there, without their folders.
 
     Raises:
         UsageError: a folder that is no run, a run that is unfinished, the same one twice, or runs that cannot be
@@ -88,20 +98,46 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
     """
     if not folders:
         raise UsageError("--runs: needs the folder of one run at least")
-    rows: list[Row] = []
+    earlier = [path for path in folders if path.suffix == ".json"]
+    rows = [row for path in earlier for row in _earlier(path)]
+    notes = [f"runs of {len(earlier)} earlier comparisons"] * (len(earlier) > 1)
     names: dict[str, str] = {}
-    for folder in folders:
+    for folder in (path for path in folders if path.suffix != ".json"):
         config, row = runs.open_config(folder), _read(folder)
         same = {**configs.fixed(config), "train.seed": "", "data": row["terms"]["data"]}
         stem = folder.resolve().name
         variant = names.setdefault(json.dumps(same, sort_keys=True), "")
         if not variant:
-            variant = _unused(stem.removesuffix(f"-s{config.train.seed}"), list(names.values()))
+            taken = [*names.values(), *(row["variant"] for row in rows)]
+            variant = _unused(stem.removesuffix(f"-s{config.train.seed}"), taken)
             names[json.dumps(same, sort_keys=True)] = variant
         if any((other["variant"], other["seed"]) == (variant, config.train.seed) for other in rows):
             raise UsageError(f"{folder}: a run of the same config and seed is there already")
         rows.append({"run": stem, "variant": variant, "lr": None, "seed": config.train.seed, "folder": folder} | row)
-    return _conclude(rows, out, [], allow_different)
+    _require_distinct(rows)
+    return _conclude(rows, out, notes, allow_different)
+
+
+def _earlier(path: Path) -> list[Row]:
+    """The runs of a compare.json."""
+    try:
+        rows: list[Row] = json.loads(path.read_text())["runs"]
+        return [dict(row) for row in rows if not row["error"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{path}: is not a result of slope compare") from None
+
+
+def _require_distinct(rows: Sequence[Row]) -> None:
+    """UsageError if a run is there twice, or a name stands for two configurations."""
+    seen: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["variant"], row["lr"])
+        if (*key, row["seed"]) in seen:
+            raise UsageError(f"{row['run']}: this run is there twice")
+        config = {**row["config"], "train": {**row["config"]["train"], "seed": 0}}
+        if seen.setdefault(key, config) != config:
+            raise UsageError(f"{row['run']}: {row['variant']} stands for two configurations; compare their folders")
+        seen[*key, row["seed"]] = row
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
@@ -238,6 +274,15 @@ def _environments(run: Path) -> list[Row]:
     return found
 
 
+def _sizes_of(rows: Sequence[Row]) -> Row:
+    """The sizes of one variant's model, which its runs share; kept in one of them for a later comparison."""
+    good = [row for row in rows if not row["error"]]
+    if good and not any("sizes" in row for row in good):
+        good[0]["sizes"] = _sizes(good[0]["folder"])
+    found: Row = next((row["sizes"] for row in good if "sizes" in row), {})
+    return found
+
+
 def _sizes(run: Path) -> Row:
     """Parameters and bytes of a run's model as it is at its end."""
     from slope_cli.dryrun import describe
@@ -336,17 +381,15 @@ def _conclude(rows: Sequence[Row], out: Path, notes: Sequence[str], allow_differ
     """Check that the runs are alike, set them side by side, and write the result's files."""
     alike = {row["run"]: row["terms"] for row in rows if not row["error"]}
     different = _require_alike(alike, allow_different) if alike else []
-    rates = [
-        _summary(variant, lr, [row for row in rows if (row["variant"], row["lr"]) == (variant, lr)])
-        for variant, lr in dict.fromkeys((row["variant"], row["lr"]) for row in rows)
-    ]
+    rates = []
+    for variant, lr in dict.fromkeys((row["variant"], row["lr"]) for row in rows):
+        alike_rows = [row for row in rows if (row["variant"], row["lr"]) == (variant, lr)]
+        rates.append(_summary(variant, lr, alike_rows) | _sizes_of(alike_rows))
     found = [
         best_rate([r for r in rates if r["variant"] == name]) for name in dict.fromkeys(r["variant"] for r in rates)
     ]
-    folders = {(row["variant"], row["lr"]): row["folder"] for row in rows if not row["error"]}
     for each in found:
         each["gap"] = paired(_of(rows, each), _of(rows, found[0]))
-        each |= _sizes(folders[each["variant"], each["lr"]]) if each["seeds"] else {}
     gpus = dict.fromkeys(str(e.get("gpu") or e.get("device")) for row in rows for e in row.get("environment", ()))
     mixed = [f"trained on {', '.join(gpus)}: speed, time and memory are not alike"] * (len(gpus) > 1)
     result = {

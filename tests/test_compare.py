@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from trained import OVERRIDES, copied, defaults, prepared, scratch, small
 
-from slope_cli import checkpoint, compare, compare_table, compare_train, metrics, runs, variants
+from slope_cli import checkpoint, compare, compare_table, compare_train, launch, metrics, runs, variants
 from slope_cli import config as configs
 from slope_cli.errors import UsageError
 from slope_cli.train import pretrain
@@ -292,6 +292,37 @@ cli.main()
     assert checkpoint.latest(out / "dense-s1") is not None
     assert not (out / "dense-s2").exists()
     assert not (out / "compare.json").exists()
+
+
+def test_a_stopped_comparison_shows_what_is_finished(tmp_path: Path) -> None:
+    out = copied(finished(), tmp_path)
+    with launch.StopFlag() as stop:
+        stop.name = "SIGTERM"
+        with pytest.raises(compare_train.Stopped, match="2 of 3 runs are finished"):
+            compared(out, methods=["dense"], seeds=[1, 2, 9], stop=stop)
+    assert json.loads((out / "compare.json").read_text())["variants"][0]["seeds"] == [1, 2]
+
+
+def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
+    """As when the runs lay on a machine that is gone."""
+    one, two = (
+        compare.compare_runs([finished() / f"dense-s{seed}", finished() / f"slope-s{seed}"], out=tmp_path / str(seed))
+        for seed in (1, 2)
+    )
+    files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
+    found = compare.compare_runs([*files], out=tmp_path / "both")
+    whole = compared(finished(), methods=["dense", "slope"], seeds=[1, 2])
+    assert found["variants"] == whole["variants"]
+    assert [row["run"] for row in found["runs"]] == [row["run"] for row in (*one["runs"], *two["runs"])]
+    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+        compare.compare_runs([files[0], files[0]], out=tmp_path / "twice")
+    with pytest.raises(UsageError, match=r"setup.cfg.json: is not a result of slope compare"):
+        compare.compare_runs([tmp_path / "setup.cfg.json"], out=tmp_path / "none")
+    altered = json.loads(files[1].read_text())
+    altered["runs"][0]["config"]["optim"]["lr"] = 1.0
+    files[1].write_text(json.dumps(altered))
+    with pytest.raises(UsageError, match="dense-s2: dense stands for two configurations"):
+        compare.compare_runs([*files], out=tmp_path / "altered")
 
 
 # ------------------------------------------------------------------------------------ what cannot be compared
