@@ -54,9 +54,13 @@ def _check_data(folder: Path, manifest: dict[str, Any] | None) -> None:
 
 def _load(run: Path) -> None:
     """Put config, newest sound checkpoint and tokenizer together; every sparse layer must keep its own rules."""
-    from sparse_kernels import sparse_layers
+    from sparse_kernels import masked_layers, sparse_layers
+    from sparse_kernels.masks import is_nm
 
     _, model, _, _ = runs.load_trained(run)
+    for name, masked in masked_layers(model):
+        if not (masked.finished or is_nm(masked.mask, masked.n, masked.m)):
+            raise SlopeError(f"{name}: the stored mask is not exactly {masked.n}:{masked.m}")
     for name, layer in sparse_layers(model):
         try:
             layer.validate()

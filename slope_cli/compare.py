@@ -81,10 +81,11 @@ def compare(
     notes = [f"{variant.name}: {variant.note}" for variant in found if variant.note]
     if (most := compare_train.most_at_once(planned, out)) > 1:
         notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
-    result = _conclude(rows, out, notes, allow_different) if rows else {}
-    if stopped is not None:
-        raise stopped  # with what is finished set side by side
-    return result
+    try:
+        return _conclude(rows, out, notes, allow_different) if rows else {}
+    finally:
+        if stopped is not None:
+            raise stopped  # with what is finished set side by side, whatever came of that
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Row:
@@ -122,7 +123,11 @@ def _earlier(path: Path) -> list[Row]:
     """The runs of a compare.json."""
     try:
         rows: list[Row] = json.loads(path.read_text())["runs"]
-        return [dict(row) for row in rows if not row["error"]]
+        good = [dict(row) for row in rows if not row["error"]]
+        sized = {(row["variant"], row["lr"]) for row in good if "sizes" in row}
+        if sized != {(row["variant"], row["lr"]) for row in good}:
+            raise ValueError
+        return good
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{path}: is not a result of slope compare") from None
 
@@ -130,14 +135,13 @@ def _earlier(path: Path) -> list[Row]:
 def _require_distinct(rows: Sequence[Row]) -> None:
     """UsageError if a run is there twice, or a name stands for two configurations."""
     seen: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = (row["variant"], row["lr"])
-        if (*key, row["seed"]) in seen:
+    for number, row in enumerate(rows):
+        if any(row["config"] == other["config"] for other in rows[:number]):
             raise UsageError(f"{row['run']}: this run is there twice")
+        key = (row["variant"], row["lr"])
         config = {**row["config"], "train": {**row["config"]["train"], "seed": 0}}
         if seen.setdefault(key, config) != config:
             raise UsageError(f"{row['run']}: {row['variant']} stands for two configurations; compare their folders")
-        seen[*key, row["seed"]] = row
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
@@ -373,7 +377,7 @@ def best_rate(rates: Sequence[Row]) -> Row:
     most = max(len(rate["seeds"]) for rate in rates)
     complete = [rate for rate in rates if most and len(rate["seeds"]) == most]
     best = min(complete, key=lambda rate: float(rate["loss"]["mean"])) if complete else rates[0]
-    tried = [rate["lr"] for rate in rates]
+    tried = [rate["lr"] for rate in rates if rate["lr"] is not None]
     return best | {"lr_at_edge": best["lr"] is not None and bool(most) and best["lr"] in (min(tried), max(tried))}
 
 

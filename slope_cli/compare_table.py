@@ -103,7 +103,7 @@ def _rates(result: Row) -> Table:
     rows = [
         [
             rate["variant"],
-            f"{rate['lr']:g}",
+            NONE if rate["lr"] is None else f"{rate['lr']:g}",
             spread(rate["loss"]),
             "best" if (rate["variant"], rate["lr"]) in best else "",
         ]

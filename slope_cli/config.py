@@ -86,7 +86,7 @@ class SparsityConfig:
     blocks: dict[str, list[int]] = field(default_factory=dict)
     """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
     mask: str = "magnitude"
-    """How W^R is chosen: magnitude of the weights, random, or wanda (magnitude times the norm of the inputs)."""
+    """How slope's W^R is chosen: magnitude of the weights, random, or wanda (magnitude times the inputs' norm)."""
     start: float = 0.0
     """The share of the run after which the layers become sparse."""
     before: str = "dense"
@@ -274,6 +274,10 @@ class Config:
                 "fst's transposable masks are searched for up to 4: sparsity.m=4, no sparsity.blocks",
             )
             _need(m <= 4 and not self.sparsity.blocks, "sparsity.m", m, rule)
+
+        if self.method == "wanda":
+            rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
+            _need(self.sparsity.start > 0 or self.model.init is not None, "sparsity.start", self.sparsity.start, rule)
 
     @property
     def sparse_step(self) -> int:

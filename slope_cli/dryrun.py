@@ -79,6 +79,11 @@ def _numbers(config: Config, a: Account) -> list[str]:
         ("adapters", adapters),
         ("training state", f"{_size(state)}, {state / dense:.3f} of the dense run's {_size(dense)}"),
         *((f"  {name}", _size(size)) for name, size in a.state_bytes.items() if size),
+        *(
+            [(f"  before step {config.sparse_step:,}", f"{_size(dense)}, dense")]
+            if config.method == "slope" and config.sparse_step
+            else []
+        ),
         *((f"beside it {name}", _size(size)) for name, size in a.derived_bytes.items() if size),
         (
             "activations, estimate",

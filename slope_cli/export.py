@@ -39,7 +39,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    from sparse_kernels import densify, sparse_layers
+    from sparse_kernels import densify, masked_layers, sparse_layers
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not an empty folder; choose another")
@@ -49,8 +49,9 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     expected = _logits(model)
     adapters = {name: layer.adapter for name, layer in sparse_layers(model) if layer.adapter is not None}
     conv1d = {name for name, layer in sparse_layers(model) if layer.conv1d}
+    patterns = dict.fromkeys(f"{x.n}:{x.m}" for _, x in (*sparse_layers(model), *masked_layers(model)))
     densify(model, adapters="merge" if merge else "drop")
-    card = _model_card(run, config, model, manifest, adapters, merged=merge)
+    card = _model_card(run, config, model, manifest, adapters, merged=merge, pattern=" and ".join(patterns))
     # A sibling, so that the last step is a rename; what a killed export left in it goes.
     unchecked = out.with_name(f".{out.name}.unchecked")
     try:
@@ -155,11 +156,11 @@ def _model_card(
     adapters: "dict[str, LowRankAdapter]",
     *,
     merged: bool,
+    pattern: str,
 ) -> str:
     """README.md of the export, from the run's own records."""
     val = [r for r in metrics.read(run) if r["kind"] == "val" and r["step"] <= manifest["step"]]
     tokens = manifest["step"] * config.train.tokens_per_step
-    pattern = f"{config.sparsity.n}:{config.sparsity.m}"
     layers = stages.stage(config, manifest["step"] - 1).layers
     if layers in ("dense", "lifted"):
         weights = "dense"

@@ -298,7 +298,7 @@ def _run(
     """Train, judge, and write all of the folder, the result last."""
     import torch
 
-    from sparse_kernels import set_backend, sparse_layers
+    from sparse_kernels import masked_layers, set_backend, sparse_layers
 
     if device.type == "cuda":
         backend = "auto" if found.config is None else found.config.sparsity.backend
@@ -317,7 +317,7 @@ def _run(
         **numbers,
         "steps": steps,
         "train_loss": loss,
-        "sparse_layers": len(list(sparse_layers(model))),
+        "sparse_layers": len([*sparse_layers(model), *masked_layers(model)]),
         "seconds": round(time.monotonic() - started, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": "bf16" if device.type == "cuda" else "fp32",
@@ -346,8 +346,12 @@ def _train(model: "nn.Module", examples: list[Example], s: Settings, pad: int, o
     """
     import torch
 
+    from sparse_kernels import masked_layers
+
     config = OptimConfig(lr=s.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, schedule="linear", min_lr=0.0)
-    optimizer = optim.build_optimizer(model, Config(optim=config))
+    for _, layer in masked_layers(model):
+        layer.straight_through = False  # masks stay as they are
+    optimizer = optim.build_optimizer(model, Config(method="dense", optim=config))
     device, losses = next(model.parameters()).device, []
     batches = list(order(len(examples), s))
     log = metrics.MetricsLog(out, 0, tensorboard=False)

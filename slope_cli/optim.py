@@ -24,7 +24,10 @@ def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.Optimize
 
     from sparse_kernels import decay_pruned
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Adapters that are there from the first step have their group from the first step.
+    early = [p for name, p in model.named_parameters() if ".adapter." in name] if config.adapter_step == 0 else []
+    taken = set(map(id, early))
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     optim = config.optim
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "phase": "run"},
@@ -37,9 +40,14 @@ def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.Optimize
     else:
         from pytorch_optimizer import Lamb
 
-        # As You et al. 2020 have it: the decay within the update that the trust ratio scales, and no bias correction,
-        # which the ratio would take back (adam_debias is this library's word for that). The step clips by itself.
+        # You et al. 2020 with the decay within the update that the trust ratio scales, and as NVIDIA's FusedLAMB, which
+        # BERT was trained with: no ratio for biases and norms. No bias correction (adam_debias is this library's word
+        # for that), which the ratio takes back where there is one. The step clips by itself.
+        groups[1]["adam"] = True
         optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
+        optimizer.clamp = math.inf  # the library's 10 would hold back every large matrix
+    if early:
+        add_adapter_group(optimizer, early, config)
     if config.method in ("slope", "sr_ste", "fst"):
         # After clipping, and within what a CUDA graph captures; layers without a dynamic mask have nothing to decay.
         optimizer.register_step_pre_hook(lambda *_: decay_pruned(model, config.sparsity.decay))
@@ -49,7 +57,8 @@ def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.Optimize
 def add_adapter_group(optimizer: "torch.optim.Optimizer", parameters: "Iterable[nn.Parameter]", config: Config) -> None:
     """The adapters' own group: their learning rate, their decay, and a fresh state."""
     decay = config.adapters.weight_decay
-    optimizer.add_param_group({"params": list(parameters), "weight_decay": decay, "phase": "adapters"})
+    # adam: no trust ratio in LAMB, which of a matrix that begins at zero can make nothing.
+    optimizer.add_param_group({"params": list(parameters), "weight_decay": decay, "phase": "adapters", "adam": True})
 
 
 def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Config) -> float:

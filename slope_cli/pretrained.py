@@ -72,10 +72,12 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
         kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        model, loading = kind.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        # transformers would draw these at random; what predicts the next sentence is needed by none.
+        with torch.random.fork_rng(devices=[]):  # transformers draws what is missing
+            torch.default_generator.manual_seed(0)
+            model, loading = kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        # What predicts the next sentence may be missing.
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
             raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
         _find_sparse_layers(model)
@@ -98,10 +100,11 @@ def _find_sparse_layers(model: "PreTrainedModel") -> None:
     from sparse_kernels import plan, sparsify
 
     try:
-        linear = [layer.name for layer in plan(model).swapped]
+        linear = plan(model).swapped
     except ValueError:  # too small for any
         return
-    patterns = {name: pattern(model.get_submodule(name).weight) for name in linear}
+    weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
+    patterns = {name: pattern(stored.t() if transposed else stored) for name, (stored, transposed) in weights.items()}
     for n, m in sorted({found for found in patterns.values() if found is not None}):
         names = {name for name, found in patterns.items() if found == (n, m)}
         dense = [layer.name for layer in plan(model).layers if layer.name not in names]

@@ -206,12 +206,24 @@ def _build(
 
 def _take_over(model: "PreTrainedModel", initial: "PreTrainedModel", config: Config) -> None:
     """Copy weights, masks and adapters of a model of the same shape."""
+    import torch
+
+    from sparse_kernels import sparse_layers
+
     own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
     if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
+        if all(".adapter." in name for name in wrong):
+            rule = "adapters.start=0 and its rank would keep them"
+            raise UsageError(f"model.init={config.model.init}: has other adapters than this run begins with; {rule}")
         name = wrong[0]
         shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
         raise UsageError(f"model.init={config.model.init}: is another model: {shapes} ({len(wrong)} differ in all)")
     model.load_state_dict(initial.state_dict())
+    theirs = dict(sparse_layers(initial))
+    for name, layer in sparse_layers(model):
+        if layer.adapter is not None and (adapter := theirs[name].adapter) is not None:
+            with torch.no_grad():  # B carries what the scales differ by, so that the model is the same function
+                layer.adapter.B.mul_(adapter.scale / layer.adapter.scale)
 
 
 def load_trained(

@@ -69,7 +69,10 @@ def plan(config: Config, model: "nn.Module") -> "Report | None":
         raise UsageError(f"sparsity: {error}") from None
     for layer in report.swapped:
         side = min(layer.out_features, layer.in_features)
-        if adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side:
+        if (
+            config.method == "slope"
+            and adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side
+        ):
             raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
     return report
 
@@ -127,7 +130,7 @@ def _swap(
     assert report is not None
     names = [layer.name for layer in report.swapped]
     how: dict[str, Any] = {**_layers(config), "seed": config.train.seed}
-    kind = s.mask
+    kind = "wanda" if config.method == "wanda" else s.mask
     if kind == "wanda" and calibrate is None:  # the masks are about to be read from a checkpoint
         kind = "magnitude"
     elif kind == "wanda" and calibrate is not None:
@@ -135,7 +138,8 @@ def _swap(
     old = {name: model.get_submodule(name) for name in names}
     if to.layers == "masked":
         fst = config.method == "fst"
-        mask_layers(model, **how, mask=kind, transposable=fst, mvue=fst)
+        # A mask that stays has no use for gradients of what it prunes: they would only count in the clipping.
+        mask_layers(model, **how, mask=kind, transposable=fst, mvue=fst, straight_through=config.method != "wanda")
     else:
         mask = "present" if any(True for _ in masked_layers(model)) else kind
         sparsify(model, **how, mask=mask, rescale=s.rescale, column_rescale=s.column_rescale)

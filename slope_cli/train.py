@@ -236,7 +236,7 @@ def _weighted(losses: list[Loss]) -> tuple[float, int]:
 def _enter(t: Trainer, to: stages.Stage, *, calibrate: bool) -> tuple[str, dict[str, Any], str]:
     """Bring the model into a later stage; returns the record for the log, and what to say."""
     known = {id(p) for p in t.model.parameters()}
-    feed = _calibration(t.config, t.blocks, t.device) if calibrate else None
+    feed = _calibration(t.config, t.blocks, t.masking, t.device) if calibrate else None
     stages.enter(t.model, t.config, t.stage, to, optimizer=t.optimizer, calibrate=feed)
     was, t.stage = t.stage, to
     t.step = _step(t.config, t.model, t.optimizer, t.device)  # what was compiled and captured knows nothing of this
@@ -246,19 +246,27 @@ def _enter(t: Trainer, to: stages.Stage, *, calibrate: bool) -> tuple[str, dict[
     return "adapters", {"parameters": count}, f"low-rank adapters join ({count:,} parameters)"
 
 
-def _calibration(config: Config, blocks: "Blocks", device: "torch.device") -> stages.Calibrate:
-    """The first training sequences, as the first steps have them."""
+def _calibration(
+    config: Config, blocks: "Blocks", masking: "MaskingIds | None", device: "torch.device"
+) -> stages.Calibrate:
+    """The first training sequences."""
 
     def feed(model: "PreTrainedModel") -> None:
         import torch
 
-        where = {"world": 1, "micro_batch": config.train.micro_batch, "accumulation": 1, "seed": config.train.seed}
+        size, seed = config.train.micro_batch, config.train.seed
+        where: dict[str, int] = {"world": 1, "micro_batch": size, "accumulation": 1}
         model.eval()
-        for step in range(-(-config.sparsity.calibration // config.train.micro_batch)):
-            indices = data.sample_indices(step, 0, 0, **where, length=len(blocks))
-            batch = _to_device(data.causal_batch(blocks, indices), device)
+        for step, start in enumerate(range(0, config.sparsity.calibration, size)):
+            left = slice(config.sparsity.calibration - start)
+            indices = data.sample_indices(step, 0, 0, **where, seed=seed, length=len(blocks))[left]
+            numbers = data.sample_numbers(step, 0, 0, **where)[left]
+            if masking is None:
+                batch = data.causal_batch(blocks, indices)
+            else:
+                batch = data.masked_batch(blocks, indices, special=masking, seed=seed, sample_numbers=numbers)
             with torch.no_grad():
-                model(input_ids=batch["input_ids"])
+                models.batch_loss(model, _to_device(batch, device), "causal" if masking is None else "masked")
         model.train()
 
     return feed
@@ -326,17 +334,18 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
     dataset = open_data(config, run)
     tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
     blocks = data.Blocks(dataset.train, config.train.seq_len)
-    feed = _calibration(config, blocks, device)
+    masked = models.objective(runs.model_config(config)) == "masked"
+    masking = masking_ids(tokenizer) if masked else None
+    feed = _calibration(config, blocks, masking, device)
     model, report = runs.build(config, device) if checkpoint.folders(run) else runs.start(config, device, feed)
     dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
-    masked = models.objective(model.config) == "masked"
     print(report or "dense run: no layer is sparse", file=sys.stderr)
     optimizer = optim.build_optimizer(model, config)
     trainer = Trainer(
         config=config,
         dataset=dataset,
         blocks=blocks,
-        masking=masking_ids(tokenizer) if masked else None,
+        masking=masking,
         tokenizer=tokenizer,
         device=device,
         model=model,

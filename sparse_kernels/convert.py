@@ -268,6 +268,7 @@ def mask_layers(
     seed: int = 0,
     transposable: bool = False,
     mvue: bool = False,
+    straight_through: bool = True,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     blocks: Blocks = (),
@@ -278,6 +279,7 @@ def mask_layers(
     Args:
         transposable: masks that are N:M along both sides.
         mvue: prune the output's gradient without bias for the weight's gradient.
+        straight_through: let pruned weights have a gradient, which a mask that stays has no use for.
         mask: how the first masks are chosen: "magnitude", "random" or "wanda". It and the others are `sparsify`'s.
 
     Returns:
@@ -303,6 +305,7 @@ def mask_layers(
             score_OI=_score(row, weight_OI, mask, seed, norms),
             transposable=transposable,
             mvue=mvue,
+            straight_through=straight_through,
             conv1d=_becomes_conv1d(linear),
         )
         model.set_submodule(row.name, masked)

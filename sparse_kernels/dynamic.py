@@ -26,16 +26,22 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, X_BI: Tensor, W_OI: Tensor, bias_O: Tensor | None, mask_OI: Tensor, unbiased: tuple[int, int] | None
+        ctx: Any,
+        X_BI: Tensor,
+        W_OI: Tensor,
+        bias_O: Tensor | None,
+        mask_OI: Tensor,
+        unbiased: tuple[int, int] | None,
+        straight_through: bool,
     ) -> Tensor:
         ctx.save_for_backward(X_BI, W_OI, mask_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        ctx.unbiased = unbiased
+        ctx.unbiased, ctx.straight_through = unbiased, straight_through
         kept_OI = _masked(W_OI, mask_OI).to(X_BI.dtype)
         return F.linear(X_BI, kept_OI, None if bias_O is None else bias_O.to(X_BI.dtype))  # [B,I] · [O,I]^T -> [B,O]
 
     @staticmethod
-    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
         X_BI, W_OI, mask_OI = ctx.saved_tensors
         dX = dW = db = None
         if ctx.needs_input_grad[0]:
@@ -47,9 +53,11 @@ class _MaskedLinear(torch.autograd.Function):
                 n, m = ctx.unbiased
                 S_BO = masks.mvue(dY_BO, n, m, dim=0)
             dW = (S_BO.t() @ X_BI).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
+            if not ctx.straight_through:
+                dW = _masked(dW, mask_OI)
         if ctx.needs_input_grad[2]:
             db = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX, dW, db, None, None
+        return dX, dW, db, None, None, None
 
 
 def _masked(W_OI: Tensor, mask_OI: Tensor) -> Tensor:
@@ -66,6 +74,7 @@ class MaskedLinear(nn.Module):
         mask: bool buffer (out, in); see `renew_mask` and `finish_dense`.
         transposable: the mask is N:M along both sides.
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
+        straight_through: pruned entries have a gradient, too; without one they stay as they are.
         finished: the mask is lifted for good.
         conv1d: the layer came from transformers' Conv1D, and `densify` makes it one again.
     """
@@ -84,6 +93,7 @@ class MaskedLinear(nn.Module):
         score_OI: Tensor | None = None,
         transposable: bool = False,
         mvue: bool = False,
+        straight_through: bool = True,
         conv1d: bool = False,
     ) -> None:
         """Copy a dense weight (out, in) and bias (out,) or None.
@@ -96,7 +106,7 @@ class MaskedLinear(nn.Module):
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.finished = False
+        self.straight_through, self.finished = straight_through, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
@@ -111,7 +121,7 @@ class MaskedLinear(nn.Module):
             X = X.to(torch.get_autocast_dtype(device))
         unbiased = (self.n, self.m) if self.mvue else None
         X_BI = X if X.dim() == 2 else X.reshape(-1, self.in_features)
-        Y_BO: Tensor = _MaskedLinear.apply(X_BI, self.weight, self.bias, self.mask, unbiased)
+        Y_BO: Tensor = _MaskedLinear.apply(X_BI, self.weight, self.bias, self.mask, unbiased, self.straight_through)
         return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], self.out_features)
 
     @property

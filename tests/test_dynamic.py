@@ -91,6 +91,18 @@ def test_thirty_steps_of_sr_ste_equal_the_dense_formula(n: int, m: int) -> None:
     assert changed > 0
 
 
+def test_without_straight_through_pruned_entries_have_no_gradient() -> None:
+    layer, X = make(16, 32), normal(8, 32, seed=3)
+    layer(X).square().sum().backward()
+    whole = layer.weight.grad
+    layer.weight.grad, layer.straight_through = None, False
+    layer(X).square().sum().backward()
+    assert whole is not None
+    assert layer.weight.grad is not None
+    assert whole[~layer.mask].any()
+    assert torch.equal(layer.weight.grad, whole * layer.mask)
+
+
 def test_decay_touches_pruned_entries_alone() -> None:
     model = nn.Sequential(make(8, 8), make(8, 8, seed=1))
     decay_pruned(model, 1.0)  # without gradients there is nothing to do

@@ -91,3 +91,47 @@ def test_adapters_whose_warm_up_rounds_to_nothing_leave_the_steps_before_them_al
     config = tiny("unused", "train.steps=10", "adapters.start=0.99", "adapters.warmup=0.1", "adapters.rank=2")
     optimizer = optim.build_optimizer(nn.Linear(4, 4), config)
     assert optim.set_learning_rates(optimizer, 0, config) > 0
+
+
+# ------------------------------------------------------------------------------------------------------- LAMB
+
+
+def test_a_step_of_lamb_by_hand() -> None:
+    """You et al. 2020, algorithm 2, without bias correction; biases as in Adam."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 16)
+    with torch.no_grad():
+        model.weight.mul_(1000)  # a norm far above 10, where some implementations stop
+    config = tiny("unused", "optim.name=lamb", "optim.weight_decay=0.3", "optim.betas=[0.9,0.99]", "optim.eps=1e-6")
+    optimizer = optim.build_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    moments = [torch.zeros_like(p) for p in (weight, weight, bias, bias)]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model.weight.grad, model.bias.grad = torch.randn_like(weight), torch.randn_like(bias)
+        for m, v, grad in ((*moments[:2], model.weight.grad), (*moments[2:], model.bias.grad)):
+            m.mul_(0.9).add_(0.1 * grad)
+            v.mul_(0.99).add_(0.01 * grad**2)
+        update = moments[0] / (moments[1].sqrt() + 1e-6) + 0.3 * weight
+        weight -= 0.01 * weight.norm() / update.norm() * update
+        bias -= 0.01 * moments[2] / (moments[3].sqrt() + 1e-6)
+        optimizer.step()
+    assert torch.allclose(model.weight, weight, rtol=1e-4)
+    assert torch.allclose(model.bias, bias, atol=1e-6)
+
+
+def test_adapters_of_the_first_step_have_their_own_group(data: Path) -> None:
+    from slope_cli import runs
+
+    config = tiny(data, "adapters.start=0", "adapters.weight_decay=0.2")
+    model, _ = runs.build(config, "cpu")
+    optimizer = optim.build_optimizer(model, config)
+    phases = {id(p): group["phase"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: phases[id(p)] == "adapters" for name, p in model.named_parameters()} == {
+        name: ".adapter." in name for name, _ in model.named_parameters()
+    }
+    optim.set_learning_rates(optimizer, 1, config)
+    rates = {group["phase"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"run": 5e-3, "adapters": 2e-3})

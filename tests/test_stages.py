@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same_run, die_in_save, finish, records, start, tiny, tiny_bert
 
 from slope_cli import config as configs
-from slope_cli import runs, stages
+from slope_cli import pretrained, runs, stages
 from slope_cli.check import check
 from slope_cli.config import Config
 from slope_cli.errors import UsageError
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "sr_ste": ["method=sr_ste", "sparsity.renew_every=null"],
     "fst": ["method=fst", "sparsity.dense_finish=0.4", "sparsity.renew_every=3"],
-    "wanda": ["method=wanda", "sparsity.mask=wanda", "sparsity.start=0.5"],
+    "wanda": ["method=wanda", "sparsity.start=0.5"],
     "dense start": ["sparsity.start=0.4", "sparsity.rescale=true", "sparsity.column_rescale=true"],
     "sr_ste start": ["sparsity.start=0.4", "sparsity.before=sr_ste"],
     "wanda mask": ["sparsity.mask=wanda", "sparsity.column_mask=random"],
@@ -129,7 +129,7 @@ def test_fst_prunes_the_mlps_transposably_and_ends_dense(data: Path, tmp_path: P
 def test_wanda_prunes_a_finished_dense_run_and_tunes_what_is_left(data: Path, finished: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     pretrain(tiny(data, "method=dense"), dense)
-    words = ("method=wanda", "sparsity.mask=wanda", f"model.init={dense}", "train.steps=1", "optim.lr=1e-12")
+    words = ("method=wanda", f"model.init={dense}", "train.steps=1", "optim.lr=1e-12")
     pretrain(tiny(data, *words), tmp_path / "wanda")
     before = model_of(dense)
     pruned = masked_of(tmp_path / "wanda")
@@ -154,11 +154,25 @@ def test_a_run_begins_with_the_weights_and_masks_of_another(data: Path, tmp_path
         assert layer.adapter is not None
     exported = tmp_path / "exported"
     export(first, exported)
+    for name, layer in sparse_layers(pretrained.load(exported).model):
+        assert (layer.n, layer.m) == (2, 4)
+        assert torch.equal(layer.positions, theirs[name].positions)
     for source in (first, exported):
         shutil.rmtree(dense, ignore_errors=True)
         pretrain(tiny(data, "method=dense", f"model.init={source}", "train.steps=1", "optim.lr=1e-12"), dense)
         for name, layer in theirs.items():
             assert torch.allclose(model_of(dense).get_submodule(name).weight.t(), layer.weight, atol=1e-6)
+
+
+def test_a_run_that_begins_with_adapters_is_the_same_function(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Also where the scale of its own adapters is another."""
+    still = ("train.steps=1", "optim.lr=1e-12", "adapters.lr=1e-12", f"model.init={finished}")
+    pretrain(tiny(data, *still, "adapters.start=0", "adapters.init=gaussian"), tmp_path / "run")
+    ids = torch.arange(32).view(1, 32)
+    ours, theirs = (model_of(run)(input_ids=ids).logits for run in (tmp_path / "run", finished))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(UsageError, match="has other adapters than this run begins with"):
+        pretrain(tiny(data, f"model.init={finished}"), tmp_path / "late")
 
 
 def test_what_cannot_be_begun_with_is_one_clear_line(data: Path, finished: Path, tmp_path: Path) -> None:
@@ -170,6 +184,7 @@ def test_what_cannot_be_begun_with_is_one_clear_line(data: Path, finished: Path,
     assert "is another model: " in refused(f"model.init={finished}", "model.overrides.n_embd=48")
     assert "absent" in refused(f"model.init={tmp_path / 'absent'}") or "neither" in refused(f"model.init={tmp_path}")
     assert "block" in refused("sparsity.blocks.0-5=[2,8]")
+    assert "wanda prunes a trained model" in refused("method=wanda")
 
 
 def test_the_losses_of_an_exported_masked_model_are_those_of_the_run(data: Path, tmp_path: Path) -> None:

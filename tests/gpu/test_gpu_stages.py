@@ -43,7 +43,7 @@ def train(run: Setup, steps: int, *, graphed: bool) -> list[Taken]:
 
 WORDS = {
     "sr_ste": ["method=sr_ste"],
-    "wanda": ["method=wanda"],
+    "wanda": ["method=wanda", "sparsity.start=0.2"],
     "dense start": ["sparsity.start=0.2", "adapters.start=0.3", "sparsity.column_rescale=true"],
     "sr_ste start": ["sparsity.start=0.2", "sparsity.before=sr_ste", "adapters.start=0.2"],
     "lamb": ["optim.name=lamb", "adapters.start=0.2"],
