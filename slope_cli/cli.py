@@ -160,6 +160,21 @@ def export(
     _print(result, [text], as_json)
 
 
+@app.command("convert-llama2c")
+def convert_llama2c(
+    model: Annotated[Path, typer.Argument(help="A checkpoint of llama2.c, version 0.")],
+    tokenizer: Annotated[Path, typer.Argument(help="Its tokenizer's .bin file.")],
+    out: Annotated[Path, typer.Option(help="An empty or new folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Turn a model of llama2.c into a folder that transformers loads."""
+    from slope_cli.llama2c import convert
+
+    found = convert(model, tokenizer, out)
+    text = f"{found['parameters']:,} parameters, {found['layers']} layers, {found['vocabulary']} ids"
+    _print(found, [f"{out}: {text}, {found['positions']} positions"], as_json)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,

@@ -29,6 +29,7 @@ COMMANDS = [
     ["plot"],
     ["check"],
     ["bench"],
+    ["convert-llama2c"],
     ["compare"],
     ["eval"],
     ["finetune"],
