@@ -71,7 +71,7 @@ def compare(
     stopped = None
     try:
         errors = compare_train.train(planned, out, jobs, finished, stop)
-    except compare_train.Stopped as error:
+    except launch.Stopped as error:
         stopped, errors = error, {}
         planned = [run for run in planned if finished(run)]
     rows = []

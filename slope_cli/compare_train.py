@@ -19,17 +19,10 @@ import slope_cli
 from slope_cli import config as configs
 from slope_cli import launch
 from slope_cli.durable import atomic_file
-from slope_cli.errors import SlopeError
 from slope_cli.variants import Planned
 
 POLL = 0.1
 """Seconds between two looks at the processes."""
-
-
-class Stopped(SlopeError):
-    """A signal stopped the comparison; each run that was at work has saved a checkpoint."""
-
-    exit_code = launch.STOPPED
 
 
 class Child:
@@ -95,7 +88,7 @@ def train(
                 done += _stop_all(running)
             if done + len(errors) < len(planned):
                 text = f"{done} of {len(planned)} runs are finished; run the same command to go on"
-                raise Stopped(f"stopped by {stop.name}: {text}")
+                raise launch.Stopped(f"stopped by {stop.name}: {text}")
         finally:
             for child in running:
                 child.process.kill()

@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from slope_cli.errors import UsageError
+from slope_cli.errors import SlopeError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,12 @@ STOPPED = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved a checkpoint: start it again to go on."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL catches SIGUSR1, so SLURM is told USR2
+
+
+class Stopped(SlopeError):
+    """A signal asked for it, and what was at work has saved a checkpoint."""
+
+    exit_code = STOPPED
 
 
 class StopFlag:

@@ -36,12 +36,6 @@ BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
 
 
-class Stopped(SlopeError):
-    """The run was asked to stop and has saved a checkpoint."""
-
-    exit_code = launch.STOPPED
-
-
 @dataclass
 class Trainer:
     """What the steps of a run share."""
@@ -133,7 +127,9 @@ def _fit(
             log.sync()
             _save(t, run, step, must=last or bool(stopped_by), progress=progress)
         if stopped_by:
-            raise Stopped(f"stopped by {stopped_by} after step {step}, checkpoint saved; run the same command to go on")
+            raise launch.Stopped(
+                f"stopped by {stopped_by} after step {step}, checkpoint saved; run the same command to go on"
+            )
 
 
 def _products(model: "PreTrainedModel") -> dict[str, int]:

@@ -5,10 +5,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slope_cli import config as configs
-from slope_cli import models, runs
+from slope_cli import models, runs, stages
 from slope_cli.config import Config
 from slope_cli.errors import UsageError
 
@@ -179,15 +179,10 @@ def linear_weights(settings: "PreTrainedConfig") -> int:
 
 def _pruned(config: Config) -> int:
     """Weights that the sparse layers of a run leave out."""
-    from slope_cli.dryrun import describe
-
-    layers = [layer for layer in describe(config)[0]["layers"] if not layer["reason"]]
-    sizes = ((layer["out_features"] * layer["in_features"], _pattern(config, layer)) for layer in layers)
-    return sum(size - size * n // m for size, (n, m) in sizes)
-
-
-def _pattern(config: Config, layer: dict[str, Any]) -> tuple[int, int]:
-    return layer.get("n", config.sparsity.n), layer.get("m", config.sparsity.m)
+    report = stages.plan(config, models.build_model(runs.model_config(config), device="meta"))
+    assert report is not None
+    sizes = ((layer.out_features * layer.in_features, layer) for layer in report.swapped)
+    return sum(size - size * layer.n // layer.m for size, layer in sizes)
 
 
 def _group(settings: "PreTrainedConfig") -> int:

@@ -298,7 +298,7 @@ def test_a_stopped_comparison_shows_what_is_finished(tmp_path: Path) -> None:
     out = copied(finished(), tmp_path)
     with launch.StopFlag() as stop:
         stop.name = "SIGTERM"
-        with pytest.raises(compare_train.Stopped, match="2 of 3 runs are finished"):
+        with pytest.raises(launch.Stopped, match="2 of 3 runs are finished"):
             compared(out, methods=["dense"], seeds=[1, 2, 9], stop=stop)
     assert json.loads((out / "compare.json").read_text())["variants"][0]["seeds"] == [1, 2]
 

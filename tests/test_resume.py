@@ -15,7 +15,8 @@ from helpers import assert_same_run, die_in_save, finish, printed, records, star
 from slope_cli import checkpoint, metrics, train
 from slope_cli.config import Config
 from slope_cli.errors import UsageError
-from slope_cli.train import Stopped, pretrain
+from slope_cli.launch import Stopped
+from slope_cli.train import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
