@@ -60,6 +60,8 @@ def pretrain(
     if "=" in recipe:  # `slope pretrain train.steps=10` means the default recipe
         recipe, words = "gpt2-nano", [recipe, *words]
     config = configs.load(recipe, words)
+    for line in configs.without_effect(config, words):
+        print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         from slope_cli.dryrun import describe
 

@@ -15,8 +15,21 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from slope_cli import checkpoint, compare_table, compare_train, data, launch, metrics, models, plots, runs, variants
+from slope_cli import (
+    checkpoint,
+    compare_table,
+    compare_train,
+    data,
+    launch,
+    metrics,
+    models,
+    plots,
+    runs,
+    stages,
+    variants,
+)
 from slope_cli import config as configs
+from slope_cli.accounting import account
 from slope_cli.config import Config
 from slope_cli.durable import atomic_file
 from slope_cli.errors import SlopeError, UsageError
@@ -65,19 +78,23 @@ def compare(
     terms = {run.name: _terms(run.config) | {"data": prints[run.config.data.path]} for run in planned}
     _require_alike(terms, allow_different)
 
+    sound: dict[str, runs.Found] = {}  # what is hashed already
+
     def finished(run: Planned) -> bool:
-        return _finished(run, out / run.name, prints[run.config.data.path])
+        if found := _finished(run, out / run.name, prints[run.config.data.path]):
+            sound[run.name] = found
+        return found is not None
 
     stopped = None
     try:
         errors = compare_train.train(planned, out, jobs, finished, stop)
     except launch.Stopped as error:
         stopped, errors = error, {}
-        planned = [run for run in planned if finished(run)]
+        planned = [run for run in planned if run.name in sound or finished(run)]
     rows = []
     for run in planned:
         row: Row = {"run": run.name, "variant": run.variant, "lr": run.lr, "seed": run.config.train.seed}
-        rows.append(row | _read_or_error(out / run.name, errors.get(run.name, "")))
+        rows.append(row | _read_or_error(out / run.name, errors.get(run.name, ""), sound.get(run.name)))
     notes = [f"{variant.name}: {variant.note}" for variant in found if variant.note]
     if (most := compare_train.most_at_once(planned, out)) > 1:
         notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
@@ -114,7 +131,7 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
             names[json.dumps(same, sort_keys=True)] = variant
         if any((other["variant"], other["seed"]) == (variant, config.train.seed) for other in rows):
             raise UsageError(f"{folder}: a run of the same config and seed is there already")
-        rows.append({"run": stem, "variant": variant, "lr": None, "seed": config.train.seed, "folder": folder} | row)
+        rows.append({"run": stem, "variant": variant, "lr": None, "seed": config.train.seed} | row)
     _require_distinct(rows)
     return _conclude(rows, out, notes, allow_different)
 
@@ -183,37 +200,37 @@ def _fingerprint(config: Config, run: Path) -> str:
     return data.open_dataset(runs.data_folder(config, run), verify=False).fingerprint
 
 
-def _finished(planned: Planned, run: Path, fingerprint: str) -> bool:
-    """Whether this very run is there with its last step; UsageError if the folder holds another."""
+def _finished(planned: Planned, run: Path, fingerprint: str) -> runs.Found | None:
+    """The checkpoint of this very run's last step, if it is there; UsageError if the folder holds another run."""
     if not (run / runs.CONFIG).is_file():
-        return False
+        return None
     config = runs.open_config(run)
     changed = configs.differences(config, planned.config)
     if not checkpoint.folders(run):
-        return False  # training settles what is in the folder
+        return None  # training settles what is in the folder
     if changed:
         raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
     try:
         found = checkpoint.latest(run)
     except SlopeError:
-        return False  # training says what is wrong with it
+        return None  # training says what is wrong with it
     if found is None or found[1]["step"] != planned.config.train.steps:
-        return False
+        return None
     embedded = configs.EMBEDDED in (config.data.path, fingerprint)
     if (config.data.path if embedded else found[1]["data"]) != fingerprint:
         raise UsageError(f"{run} was trained on other data than {planned.config.data.path}; choose another --out")
     if _terms(config) != _terms(planned.config):  # log.val_tokens is no part of what `differences` compares
         values = f"{config.log.val_tokens} -> {planned.config.log.val_tokens}"
         raise UsageError(f"{run} was validated on other text (log.val_tokens: {values}); choose another --out")
-    return True
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def _read_or_error(run: Path, error: str) -> Row:
+def _read_or_error(run: Path, error: str, found: runs.Found | None) -> Row:
     try:
-        return {"error": _without_folders(error)} if error else {"folder": run, **_read(run)}
+        return {"error": _without_folders(error)} if error else _read(run, found)
     except SlopeError as fault:
         return {"error": _without_folders(str(fault))}
 
@@ -223,15 +240,18 @@ def _without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.~-])/(?:[^\s/:;,'\"()]+/)*", "", text)
 
 
-def _read(run: Path) -> Row:
+def _read(run: Path, found: runs.Found | None = None) -> Row:
     """What a finished run's files say of it.
+
+    Args:
+        found: its newest checkpoint if that is known to be sound.
 
     Raises:
         UsageError: not the folder of a run, or it is unfinished.
         SlopeError: a damaged file.
     """
     config = runs.open_config(run)
-    found = checkpoint.latest(run)
+    found = found or checkpoint.latest(run)
     step, steps = found[1]["step"] if found else 0, config.train.steps
     if found is None or step != steps:
         raise UsageError(f"{run}: is unfinished, step {step} of {steps}; train it to its end first")
@@ -243,6 +263,7 @@ def _read(run: Path) -> Row:
     tokens = config.train.tokens_per_step
     return {
         "error": "",
+        "own": config,
         "terms": _terms(config) | {"data": manifest["data"], "tokenizer": _together(manifest["tokenizer"])},
         "config": _portable(config),
         "environment": _environments(run),
@@ -282,39 +303,30 @@ def _sizes_of(rows: Sequence[Row]) -> Row:
     """The sizes of one variant's model, which its runs share; kept in one of them for a later comparison."""
     good = [row for row in rows if not row["error"]]
     if good and not any("sizes" in row for row in good):
-        good[0]["sizes"] = _sizes(good[0]["folder"])
+        good[0]["sizes"] = _sizes(good[0]["own"])
     found: Row = next((row["sizes"] for row in good if "sizes" in row), {})
     return found
 
 
-def _sizes(run: Path) -> Row:
-    """Parameters and bytes of a run's model as it is at its end."""
-    from slope_cli.dryrun import describe
-    from sparse_kernels import sparse_layers
-
-    config, model, _, _ = runs.load_trained(run)
-    counted = describe(config)[0]["account"]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapter." in name)
-    masks = [mask for module in model.modules() if (mask := _mask(module)) is not None]
-    masked = [mask for mask in masks if not bool(mask.all())]
-    active = sum(p.numel() for p in model.parameters()) - sum(int((~mask).sum()) for mask in masked)
-    bits = sum(layer.positions.numel() for _, layer in sparse_layers(model)) + sum(m.numel() // 8 for m in masked)
-    known = counted["trained_parameters"] + counted["adapter_parameters"] == trained
+def _sizes(config: Config) -> Row:
+    """Parameters and bytes of a run's model as it is at its end, from its shapes."""
+    model = models.build_model(runs.model_config(config), device="meta")
+    report = stages.plan(config, model)
+    counted = account(config, report, model)
+    adapters = counted.adapter_parameters
+    pruned = stages.stage(config, config.train.steps - 1).layers in ("sparse", "masked")
+    places = sum(layer.out_features * layer.in_features for layer in report.swapped) if report and pruned else 0
+    active = (counted.active_parameters if pruned else counted.dense_parameters) + adapters
     return {
-        "parameters": {"all": counted["dense_parameters"] + adapters, "trained": trained, "active": active},
-        "training_bytes": sum(counted["state_bytes"].values()) if known else None,
+        "parameters": {
+            "all": counted.dense_parameters + adapters,
+            "trained": counted.trained_parameters + adapters,
+            "active": active,
+        },
+        "training_bytes": sum(counted.state_bytes.values()),
         # In 16 bits: the kept weights, and a bit for each place of a pruned layer.
-        "inference_bytes": 2 * active + bits,
+        "inference_bytes": 2 * active + places // 8,
     }
-
-
-def _mask(module: Any) -> Any:
-    """The mask of a layer that has dense weights and multiplies them by it, or None."""
-    mask, weight = getattr(module, "mask", None), getattr(module, "weight", None)
-    if mask is None or weight is None or getattr(mask, "numel", int)() != weight.numel():
-        return None
-    return mask.bool()
 
 
 # ----------------------------------------------------------------------------------------------- statistics
@@ -402,7 +414,7 @@ def _conclude(rows: Sequence[Row], out: Path, notes: Sequence[str], allow_differ
         "notes": [*notes, *mixed],
         "variants": found,
         "rates": rates if any(rate["lr"] is not None for rate in rates) else [],
-        "runs": [{key: value for key, value in row.items() if key != "folder"} for row in rows],
+        "runs": [{key: value for key, value in row.items() if key != "own"} for row in rows],
         "failed": sum(bool(row["error"]) for row in rows),
     }
     return _write(result, out)

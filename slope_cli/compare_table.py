@@ -132,7 +132,9 @@ def _failed(result: Row) -> Table:
 
 
 def _rate(each: Row) -> str:
-    return f"{each['lr']:g}{' (edge)' if each['lr_at_edge'] else ''}" if each["seeds"] else NONE
+    if not each["seeds"] or each["lr"] is None:  # None: its comparison tried no rates
+        return NONE
+    return f"{each['lr']:g}{' (edge)' if each['lr_at_edge'] else ''}"
 
 
 def spread(found: Mapping[str, Any], form: str = ".4f") -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -12,6 +12,9 @@ from slope_cli import models, runs, stages
 from slope_cli.accounting import Account, account
 from slope_cli.config import Config
 from sparse_kernels import LayerReport, Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -23,7 +26,7 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
     model = models.build_model(runs.model_config(config), device="meta")
     report = stages.plan(config, model)
     counts = account(config, report, model)
-    comments = ["", *_layers(report), "", *_numbers(config, counts)]
+    comments = ["", *_layers(report), "", *_begins_with(config, model), *_numbers(config, counts)]
     record = {
         "config": OmegaConf.to_container(OmegaConf.structured(config)),
         "layers": [asdict(layer) for layer in report.layers] if report is not None else [],
@@ -50,6 +53,14 @@ def _layers(report: Report | None) -> list[str]:
             became = f"dense: {layer.reason}" if layer.reason else f"sparse {layer.n}:{layer.m}"
             lines.append(f"{name:52}{blocks:>9}{layer.out_features:>8}{layer.in_features:>8}  {became}")
     return lines
+
+
+def _begins_with(config: Config, model: "PreTrainedModel") -> list[str]:
+    """The line about model.init, if there is one."""
+    if config.model.init is None:
+        return []
+    lacks = runs.initial_state(config.model.init, model)
+    return [f"{'begins with':28}{config.model.init}" + (f", which {lacks}: training needs it" if lacks else "")]
 
 
 def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:

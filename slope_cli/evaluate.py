@@ -229,7 +229,7 @@ def measure(
             tokens=tokens or file.header.tokens,
             micro_batch=size,
             masking=masking,
-            seed=config.train.seed,
+            seed=subject.seed,
         )
         if (blocks := _blocks(subject, batches)).counts:
             found[source] = blocks

@@ -3,8 +3,10 @@
 Shape suffixes: O out features, I in features, R adapter rank.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,12 +14,13 @@ from slope_cli import models, runs
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.export import ADAPTER
+from slope_cli.runs import SEED
 from slope_cli.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 GROUPS = (2, 4, 8, 16)
 """The M of the N:M patterns that are looked for in a folder's weights."""
@@ -40,6 +43,12 @@ class Pretrained(NamedTuple):
         """What the model predicts: the next token, or masked ones."""
         return "masked" if self.model.config.model_type == MASKED else "causal"
 
+    @property
+    def seed(self) -> int:
+        """What the model was trained with; an export of a masked model says it, any other folder has the default."""
+        default = Config() if self.config is None else self.config
+        return int(getattr(self.model.config, SEED, default.train.seed))
+
 
 def load(folder: Path, device: "torch.device | str" = "cpu") -> Pretrained:
     """The model in the folder of a run, of an export, or of any causal model of transformers, in evaluation mode.
@@ -58,18 +67,45 @@ def load(folder: Path, device: "torch.device | str" = "cpu") -> Pretrained:
     return Pretrained(folder, model.eval(), tokenizer, None, None)
 
 
-def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining
-    from transformers.utils import logging
+def settings(folder: Path) -> "PreTrainedConfig":
+    """transformers' config of what `load` would load, without its weights; raises what `load` does."""
+    if (folder / runs.CONFIG).is_file():
+        return runs.model_config(runs.open_config(folder))
+    return _settings(folder)
+
+
+def _settings(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
-    logging.disable_progress_bar()
-    try:
+    with _named(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if config.model_type != MASKED and any("MaskedLM" in name for name in config.architectures or ()):
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
+        return config
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn whatever a folder's files make transformers raise into one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SlopeError(f"{folder}: cannot be loaded as a model ({reason})") from error
+
+
+def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForPreTraining
+    from transformers.utils import logging
+
+    config = _settings(folder)
+    logging.disable_progress_bar()
+    with _named(folder):
         kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         with torch.random.fork_rng(devices=[]):  # transformers draws what is missing
@@ -83,11 +119,6 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
         _find_sparse_layers(model)
         if (folder / ADAPTER).is_dir():
             _join_adapters(model, folder / ADAPTER)
-    except UsageError:
-        raise
-    except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SlopeError(f"{folder}: cannot be loaded as a model ({reason})") from error
     tokenizer = load_tokenizer(str(folder.resolve()))
     ids, rows = vocabulary_size(tokenizer), models.vocab_size(model.config)
     if ids > rows:

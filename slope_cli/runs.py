@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+Found = tuple[Path, dict[str, Any], list[str]]
+"""A sound checkpoint, its manifest, and the faults of newer ones, as `checkpoint.latest` gives them."""
+SEED = "slope_seed"
+"""The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
 LOG_ENDINGS = (".log", ".out", ".err")
 """A batch system may have opened its log in the folder before the run begins."""
 
@@ -177,8 +181,42 @@ def start(
     """
     from slope_cli import pretrained
 
-    initial = None if config.model.init is None else pretrained.load(Path(config.model.init).expanduser()).model
+    initial = None
+    if config.model.init is not None:
+        folder = Path(config.model.init).expanduser()
+        with _named_init(folder):
+            initial = pretrained.load(folder).model
     return _build(config, device, initial, calibrate)
+
+
+@contextlib.contextmanager
+def _named_init(folder: Path) -> Iterator[None]:
+    """Let an error about model.init name it by its key."""
+    try:
+        yield
+    except SlopeError as error:
+        reason = str(error).removeprefix(str(folder)).removeprefix(":").strip()
+        raise type(error)(f"model.init={folder}: {reason}") from error
+
+
+def initial_state(init: str, model: "PreTrainedModel") -> str:
+    """What is known of a model.init without its weights: "" if it may be begun with, else what it still lacks.
+
+    Args:
+        model: the run's own, dense; it may lie on the meta device.
+
+    Raises:
+        UsageError, SlopeError: as `start`.
+    """
+    from slope_cli import pretrained
+
+    folder = Path(init).expanduser()
+    if not folder.exists():
+        return "is not there yet"
+    with _named_init(folder):
+        theirs = models.build_model(pretrained.settings(folder), device="meta")
+    _require_same_shapes(model, theirs, init)
+    return "has no checkpoint yet" if (folder / CONFIG).is_file() and not checkpoint.folders(folder) else ""
 
 
 def _build(
@@ -210,14 +248,7 @@ def _take_over(model: "PreTrainedModel", initial: "PreTrainedModel", config: Con
 
     from sparse_kernels import sparse_layers
 
-    own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
-    if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
-        if all(".adapter." in name for name in wrong):
-            rule = "adapters.start=0 and its rank would keep them"
-            raise UsageError(f"model.init={config.model.init}: has other adapters than this run begins with; {rule}")
-        name = wrong[0]
-        shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
-        raise UsageError(f"model.init={config.model.init}: is another model: {shapes} ({len(wrong)} differ in all)")
+    _require_same_shapes(model, initial, str(config.model.init))
     model.load_state_dict(initial.state_dict())
     theirs = dict(sparse_layers(initial))
     for name, layer in sparse_layers(model):
@@ -226,10 +257,25 @@ def _take_over(model: "PreTrainedModel", initial: "PreTrainedModel", config: Con
                 layer.adapter.B.mul_(adapter.scale / layer.adapter.scale)
 
 
+def _require_same_shapes(model: "PreTrainedModel", initial: "PreTrainedModel", init: str) -> None:
+    """UsageError if two models hold other tensors."""
+    own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
+    if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
+        if all(".adapter." in name for name in wrong):
+            rule = "adapters.start=0 and its rank would keep them"
+            raise UsageError(f"model.init={init}: has other adapters than this run begins with; {rule}")
+        name = wrong[0]
+        shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
+        raise UsageError(f"model.init={init}: is another model: {shapes} ({len(wrong)} differ in all)")
+
+
 def load_trained(
-    run: Path, device: "torch.device | str" = "cpu"
+    run: Path, device: "torch.device | str" = "cpu", *, found: Found | None = None
 ) -> "tuple[Config, PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]":
     """A run's config, the model of its newest sound checkpoint, its tokenizer, and the checkpoint's manifest.
+
+    Args:
+        found: what `checkpoint.latest` said of this run, to hash nothing twice.
 
     Raises:
         UsageError: not the folder of a run.
@@ -238,7 +284,7 @@ def load_trained(
     from slope_cli.tokenizer import load_tokenizer
 
     config = open_config(run)
-    found = checkpoint.latest(run)
+    found = found or checkpoint.latest(run)
     if found is None:
         raise SlopeError(f"{run} has no checkpoint yet")
     folder, manifest, faults = found
@@ -254,6 +300,8 @@ def load_trained(
     # A shape brings the published ids of its own tokenizer; what the model was trained with is another.
     for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if models.objective(model.config) == "masked":
+        setattr(model.config, SEED, config.train.seed)
     return config, model.eval(), tokenizer, manifest
 
 

@@ -182,6 +182,8 @@ def plan(
         if users[id(linear.weight)] > 1:
             return "weight is shared with another layer"
         if only and not _first_match(only, name):
+            if tuple(only) == (MLP,):
+                return "is in no MLP"
             return f"matches none of the patterns of only ({', '.join(map(repr, only))})"
         if name in first:
             return "first layer after the input"

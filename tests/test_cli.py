@@ -160,6 +160,11 @@ def test_a_wrong_config_is_one_line(words: list[str], message: str, mode: str, t
     assert error("pretrain", *words, *tail).startswith(message)
 
 
+def test_a_word_without_effect_is_warned_of() -> None:
+    result = slope("pretrain", "method=dense", "adapters.rank=8", "--dry-run")
+    assert (result.code, result.err) == (0, "warning: adapters.rank=8.0: has no effect with method=dense\n")
+
+
 def test_positions_that_end_before_the_sequence() -> None:
     words = ["train.micro_batch=1", "train.seq_len=16384", "--dry-run"]
     assert error("pretrain", "llama3-8b", *words).startswith("model llama3-8b: seq_len 16384 is longer than")

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from trained import OVERRIDES, copied, defaults, prepared, scratch, small
 
-from slope_cli import checkpoint, compare, compare_table, compare_train, launch, metrics, runs, variants
+from slope_cli import checkpoint, compare, compare_table, compare_train, durable, launch, metrics, runs, variants
 from slope_cli import config as configs
 from slope_cli.errors import UsageError
 from slope_cli.train import pretrain
@@ -150,15 +151,21 @@ def test_parameters_and_bytes_are_those_of_the_checkpoint() -> None:
     assert slope["active"] < dense["active"]
 
 
-def test_a_mask_over_dense_weights_leaves_out_what_it_prunes() -> None:
-    import torch
-
-    layer = torch.nn.Linear(4, 2)
-    assert compare._mask(layer) is None
-    layer.register_buffer("mask", torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool())
-    assert compare._mask(layer).sum() == 4
-    layer.register_buffer("mask", torch.ones(3).bool())  # of something else
-    assert compare._mask(layer) is None
+@pytest.mark.parametrize(("method", "pruned"), [("sr_ste", True), ("fst", False), ("wanda", True)])
+def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, pruned: bool, tmp_path: Path) -> None:
+    """All of them train dense weights; fst's are dense again at the end."""
+    more = [f"method={method}", "adapters.rank=0", *(["sparsity.start=0.5"] if method == "wanda" else [])]
+    run = tmp_path / method
+    config = configs.load(str(defaults()), words(*more))
+    pretrain(config, run)
+    model = runs.load_trained(run)[1]
+    masks = [module.mask for module in model.modules() if hasattr(module, "mask") and module.mask.dtype == torch.bool]
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    left_out = sum(int((~mask).sum()) for mask in masks)
+    assert bool(left_out) == pruned
+    sizes = compare.compare_runs([run], out=tmp_path / "out")["variants"][0]
+    assert sizes["parameters"] == {"all": dense, "trained": dense, "active": dense - left_out}
+    assert sizes["inference_bytes"] == 2 * (dense - left_out) + sum(mask.numel() // 8 for mask in masks if pruned)
 
 
 def test_files_tables_and_picture() -> None:
@@ -226,6 +233,24 @@ def test_a_second_call_trains_nothing() -> None:
     assert fewer["variants"][0]["loss"] == {"mean": last_loss(finished() / "slope-s2"), "stderr": None, "n": 1}
     assert stamps(finished()) == before
     compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])  # what the other tests look at
+
+
+def test_each_checkpoint_is_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return durable.file_sha256(path)
+
+    result()
+    monkeypatch.setattr(checkpoint, "file_sha256", counted)
+    names = ("dense-s1", "dense-s2", "slope-s1", "slope-s2")
+    files = [path for name in names for path in checkpoint.folders(finished() / name)[0].iterdir()]
+    compared(copied(finished(), tmp_path), methods=["dense", "slope"], seeds=[1, 2])
+    assert len(hashed) == len(files) - len(names)  # all but the manifests
+    hashed.clear()
+    compare.compare_runs([finished() / name for name in names], out=tmp_path / "again")
+    assert len(hashed) == len(files) - len(names)
 
 
 def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
@@ -314,6 +339,14 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
     whole = compared(finished(), methods=["dense", "slope"], seeds=[1, 2])
     assert found["variants"] == whole["variants"]
     assert [row["run"] for row in found["runs"]] == [row["run"] for row in (*one["runs"], *two["runs"])]
+    for row in (altered := json.loads(files[1].read_text()))["runs"]:
+        row["lr"] = 0.01
+    (tmp_path / "rated.json").write_text(json.dumps(altered))
+    mixed = compare.compare_runs([files[0], tmp_path / "rated.json"], out=tmp_path / "mixed")
+    assert {(rate["variant"], rate["lr"]) for rate in mixed["rates"]} == {
+        (name, lr) for name in ("dense", "slope") for lr in (None, 0.01)
+    }
+    assert "| dense | – |" in (tmp_path / "mixed" / "compare.md").read_text()
     with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
         compare.compare_runs([files[0], files[0]], out=tmp_path / "twice")
     with pytest.raises(UsageError, match=r"setup.cfg.json: is not a result of slope compare"):

@@ -1,5 +1,6 @@
 """Configs are strict: what is wrong is one UsageError that names the key, and what is dumped loads back equal."""
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -264,3 +265,42 @@ def test_accumulation_follows_from_the_tokens_of_a_step() -> None:
 def test_the_largest_seed_and_the_devices_that_there_are(word: str) -> None:
     key, _, value = word.partition("=")
     assert str(getattr(configs.load("gpt2-nano", [word]).train, key.removeprefix("train."))) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "idle", "why"),
+    [
+        ("method=dense sparsity.mask=random", "sparsity.mask=random", "method=dense"),
+        ("method=dense adapters.rank=8", "adapters.rank=8.0", "method=dense"),
+        ("method=dense sparsity.blocks.1-1=[2,8]", "sparsity.blocks.1-1=[2, 8]", "method=dense"),
+        ("sparsity={decay: 1e-3}", "sparsity.decay=0.001", "method=slope"),
+        ("sparsity.dense_finish=0.3", "sparsity.dense_finish=0.3", "method=slope"),
+        ("sparsity.before=sr_ste", "sparsity.before=sr_ste", "sparsity.start=0"),
+        ("sparsity.calibration=8", "sparsity.calibration=8", "sparsity.mask=magnitude"),
+        ("method=sr_ste sparsity.rescale=true", "sparsity.rescale=True", "method=sr_ste"),
+        ("method=wanda sparsity.start=0.5 sparsity.mask=random", "sparsity.mask=random", "method=wanda"),
+        ("method=fst adapters.lr=1e-3", "adapters.lr=0.001", "method=fst"),
+        ("adapters.rank=0 adapters.lr=1e-3", "adapters.lr=0.001", "adapters.rank=0"),
+        ("adapters.schedule=run adapters.warmup=7", "adapters.warmup=7.0", "adapters.schedule=run"),
+    ],
+)
+def test_a_word_that_changes_nothing_is_named_with_what_makes_it_idle(words: str, idle: str, why: str) -> None:
+    found = re.split(r" (?=[a-z_]+[.=])", words)
+    lines = configs.without_effect(configs.load("gpt2-nano", found), found)
+    assert lines == [f"{idle}: has no effect with {why}"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=dense adapters.rank=0 sparsity.mask=magnitude",  # as much as not to say it
+        "sparsity.mask=wanda sparsity.calibration=8",
+        "sparsity.start=0.5 sparsity.before=sr_ste sparsity.decay=1e-3",
+        "method=wanda sparsity.start=0.5 sparsity.mask=wanda sparsity.calibration=8",
+        "method=sr_ste sparsity.decay=1e-3 sparsity.renew_every=7 sparsity.mask=random",
+        "method=fst sparsity.decay=1e-3 sparsity.dense_finish=0.3",
+        "method=dense data.path=elsewhere log.every=3 optim.lr=1e-3",
+    ],
+)
+def test_a_word_that_has_its_effect_is_not_named(words: str) -> None:
+    assert configs.without_effect(configs.load("gpt2-nano", words.split()), words.split()) == []

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trained import SENTENCES, copied, prepared, scratch, slope, texts, trained
+from trained import SENTENCES, copied, defaults, prepared, scratch, slope, small, texts, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from slope_cli import config as configs
 from slope_cli import data, metrics, models, tasks
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.evaluate import evaluate, lines
@@ -26,6 +27,7 @@ from slope_cli.prepare import prepare
 from slope_cli.pretrained import Pretrained, load
 from slope_cli.tasks import LAYOUTS
 from slope_cli.tokenizer import load_tokenizer
+from slope_cli.train import pretrain
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +227,15 @@ def test_an_export_is_worth_what_its_run_is(family: str, tmp_path: Path) -> None
     shutil.rmtree(without / "adapter")
     loss = evaluate(without, data_folder=folder, seq_len=32)["perplexity"]["loss"]
     assert abs(loss - ours["perplexity"]["loss"]) > 1e-4
+
+
+def test_an_exported_masked_model_predicts_the_tokens_that_its_run_does(tmp_path: Path) -> None:
+    """Which tokens are masked is drawn from train.seed."""
+    run, out, data = tmp_path / "run", tmp_path / "out", prepared("wordpiece")
+    pretrain(configs.load(str(defaults()), [*small("bert-base"), f"data.path={data}", "train.seed=7"]), run)
+    assert slope("export", run, out).code == 0
+    ours, theirs = (evaluate(each, data_folder=data, seq_len=32)["perplexity"] for each in (run, out))
+    assert (theirs["tokens"], theirs["loss"]) == (ours["tokens"], pytest.approx(ours["loss"], rel=1e-5))
 
 
 # ----------------------------------------------------------------------------------------------------------- tasks

@@ -1,5 +1,6 @@
 """Every method in the same loop: its stages, its masks, and that it goes on after a kill as if nothing had been."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from slope_cli import config as configs
 from slope_cli import pretrained, runs, stages
 from slope_cli.check import check
 from slope_cli.config import Config
-from slope_cli.errors import UsageError
+from slope_cli.dryrun import describe
+from slope_cli.errors import SlopeError, UsageError
 from slope_cli.export import export
 from slope_cli.stages import DENSE, Stage, stage
 from slope_cli.train import pretrain
@@ -177,14 +179,48 @@ def test_a_run_that_begins_with_adapters_is_the_same_function(data: Path, finish
 
 def test_what_cannot_be_begun_with_is_one_clear_line(data: Path, finished: Path, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
-        with pytest.raises(UsageError) as caught:
+        with pytest.raises(SlopeError) as caught:
             pretrain(tiny(data, *words), tmp_path / "run")
         return str(caught.value)
 
     assert "is another model: " in refused(f"model.init={finished}", "model.overrides.n_embd=48")
-    assert "absent" in refused(f"model.init={tmp_path / 'absent'}") or "neither" in refused(f"model.init={tmp_path}")
+    for wrong in (tmp_path / "absent", tmp_path):
+        assert refused(f"model.init={wrong}").startswith(f"model.init={wrong}: is neither a run")
+    (empty := tmp_path / "empty").mkdir()
+    shutil.copy(finished / runs.CONFIG, empty)
+    assert refused(f"model.init={empty}") == f"model.init={empty}: has no checkpoint yet"
+    assert refused("method=fst", "sparsity.skip=[mlp]").endswith(
+        "(4 x is in no MLP; 4 x matches skip pattern 'mlp'; 1 x output head)"
+    )
     assert "block" in refused("sparsity.blocks.0-5=[2,8]")
     assert "wanda prunes a trained model" in refused("method=wanda")
+
+
+def test_a_dry_run_says_what_is_wrong_with_what_it_would_begin_with(data: Path, finished: Path, tmp_path: Path) -> None:
+    def shown(*words: str) -> str:
+        return "\n".join(describe(tiny(data, *words))[1])
+
+    def refused(*words: str) -> str:
+        with pytest.raises(SlopeError) as caught:
+            shown(*words)
+        return str(caught.value)
+
+    exported = tmp_path / "exported"
+    export(finished, exported)
+    for folder in (finished, exported):
+        assert re.search(rf"# begins with +{folder}\n", shown(f"model.init={folder}"))
+        assert refused(f"model.init={folder}", "model.overrides.n_embd=48").startswith(
+            f"model.init={folder}: is another model: "
+        )
+    assert refused(f"model.init={tmp_path}").startswith(f"model.init={tmp_path}: is neither a run")
+    (exported / "config.json").write_text("{")
+    assert refused(f"model.init={exported}").startswith(f"model.init={exported}: cannot be loaded as a model (")
+    assert "begins with" not in shown()
+    # It may be a run that is yet to be made.
+    assert re.search(rf"# begins with +{tmp_path}/later, which is not there yet", shown(f"model.init={tmp_path}/later"))
+    (empty := tmp_path / "empty").mkdir()
+    shutil.copy(finished / runs.CONFIG, empty)
+    assert re.search(rf"# begins with +{empty}, which has no checkpoint yet", shown(f"model.init={empty}"))
 
 
 def test_the_losses_of_an_exported_masked_model_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
