@@ -35,7 +35,8 @@ def show(result: Row) -> None:
 
 def markdown(result: Row) -> str:
     """The same tables as Markdown, with what must be known to read them below."""
-    parts = ["# " + " against ".join(dict.fromkeys(each["variant"] for each in result["variants"])), ""]
+    names = list(dict.fromkeys(each["variant"] for each in result["variants"]))
+    parts = [f"# {' against '.join(names)}" if len(names) <= 4 else f"# {len(names)} variants", ""]
     for table in tables(result):
         parts += [f"## {table.title}", "", _line(table.columns), _line(["---"] * len(table.columns))]
         parts += [*(_line(row) for row in table.rows), ""]

@@ -13,6 +13,11 @@ WINDOW = 20
 OPENING = 50
 """The steep first 1/OPENING of a run does not decide the height of the picture."""
 
+MANY = 10
+"""More names than this in a legend hide the curves."""
+MOST_ROWS = 24
+"""Of a legend, as high as the picture."""
+
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
 _JOIN: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
@@ -56,7 +61,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
         _set_height(axes, lowest, max(value for value, is_late in zip(high, late, strict=True) if is_late))
         _describe_axes(axes)
         axes.set(ylabel="validation loss (nats per token)", title="mean over seeds, lowest to highest")
-        axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+        if len(curves) <= MANY:
+            axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+        else:  # beside the axes
+            columns = -(-len(curves) // MOST_ROWS)
+            axes.figure.set_size_inches(8 + 1.8 * columns, 4.5)
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", ncols=columns, edgecolor="none")
     return files
 
 

@@ -122,3 +122,13 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     message = f"error: {empty}: has no finished step to draw\n"
     assert slope("plot", empty, "--out", tmp_path / "x") == (1, "", message)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("count", [plots.MANY, plots.MANY + 1, 2 * plots.MOST_ROWS + 1])
+def test_a_comparison_of_many_variants_has_all_names_and_room_for_the_curves(count: int, tmp_path: Path) -> None:
+    curves = {f"variant {n}": {key: [3.0, 2.0 + n / count] for key in ("mean", "low", "high")} for n in range(count)}
+    png, svg = plots.draw_curves({name: {"tokens": [1e6, 2e6], **c} for name, c in curves.items()}, tmp_path / "many")
+    texts = svg.read_text()
+    assert all(f">{name}<" in texts for name in curves)
+    coloured = (imread(png)[..., :3].max(-1) - imread(png)[..., :3].min(-1)) > 0.2
+    assert np.ptp(np.nonzero(coloured[:, : 8 * 150 // 2])[1]) > 2 * 150  # curves run over most of the axes' left half
