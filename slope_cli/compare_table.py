@@ -25,7 +25,7 @@ def show(result: Row) -> None:
     for table in tables(result):
         drawn = RichTable(title=table.title, title_justify="left")
         for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if number == 0 or table.title == "Failed" else "right")
+            drawn.add_column(column, justify="left" if number == 0 or column in ("error", "settings") else "right")
         for row in table.rows:
             drawn.add_row(*row)
         console.print(drawn, markup=False)
@@ -48,8 +48,8 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def tables(result: Row) -> list[Table]:
-    """Quality, learning rates where several were tried, cost, and the runs that failed."""
-    found = [_quality(result), _rates(result), _cost(result), _failed(result)]
+    """Quality, learning rates where several were tried, cost, what the variants are, and the runs that failed."""
+    found = [_quality(result), _rates(result), _cost(result), _settings(result), _failed(result)]
     return [table for table in found if table.rows]
 
 
@@ -125,6 +125,28 @@ def _cost(result: Row) -> Table:
             [each["variant"], *counts, *sizes, speed, _size(each["peak_memory"]), seconds, f"{each['tokens']:,}"]
         )
     return Table("Cost", columns, rows)
+
+
+def _settings(result: Row) -> Table:
+    """The keys in which each variant departs from the baseline, the seed and tried rates apart."""
+    configs = {run["variant"]: _flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
+    apart = {"train.seed"} | ({"optim.lr"} if result["rates"] else set())
+    base = configs.get(result["baseline"], {})
+    rows = []
+    for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):
+        own = configs[name]
+        changed = [f"{key}={own[key]}" for key in own if key not in apart and own[key] != base.get(key)]
+        rows.append([name, " ".join(changed) or NONE])
+    return Table(f"Settings that differ from {result['baseline']}'s", ["variant", "settings"], rows[1:] and rows)
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every full key of a config as JSON and its value as text; `log` has no part in what is computed."""
+    found: dict[str, str] = {}
+    for name, value in node.items():
+        if prefix or name != "log":
+            found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)}
+    return found
 
 
 def _failed(result: Row) -> Table:

@@ -57,8 +57,17 @@ def masking_ids(tok: PreTrainedTokenizerFast) -> MaskingIds:
     return MaskingIds(**ids, vocab_size=vocabulary_size(tok), never_mask=tuple(sorted(tok.all_special_ids)))
 
 
+_OF_THE_LOADING = ("is_local", "local_files_only")
+"""What transformers writes among a tokenizer's settings."""
+
+
 def save_tokenizer(tok: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `tokenizer.json` and its config into the folder; SlopeError if they cannot be written."""
+    """Writes `tokenizer.json` and its config into the folder; SlopeError if they cannot be written.
+
+    The files say nothing of how the tokenizer was loaded, so one tokenizer has one hash, on a node without network too.
+    """
+    for name in _OF_THE_LOADING:
+        tok.init_kwargs.pop(name, None)
     try:
         tok.save_pretrained(folder)
     except Exception as error:  # the Rust half raises a bare Exception on a full disk

@@ -63,6 +63,17 @@ def test_bytes_save_and_load(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert load_tokenizer(str(tmp_path))("é").input_ids == [195, 169]
 
 
+def test_what_is_saved_does_not_tell_how_it_was_loaded(tmp_path: Path) -> None:
+    """As with HF_HUB_OFFLINE, which would give one tokenizer two hashes."""
+    source = tmp_path / "source"
+    save_tokenizer(load_tokenizer("bytes"), source)
+    saved = set()
+    for name, offline in (("a", False), ("b", True)):
+        save_tokenizer(AutoTokenizer.from_pretrained(str(source), local_files_only=offline), tmp_path / name)
+        saved.add(tuple((path.name, path.read_bytes()) for path in sorted((tmp_path / name).iterdir())))
+    assert len(saved) == 1
+
+
 def test_gpt2_folder(tmp_path: Path) -> None:
     tok = load_tokenizer(str(gpt2_folder(tmp_path)))
     assert tok("he").input_ids == [256]
