@@ -1,8 +1,9 @@
-"""The program behind `slope bench`: whole training steps, single products, and memory, sparse against dense.
+"""The program behind `slope bench`: training steps, single products and memory, sparse against dense; and decoding,
+linearized attention against softmax attention.
 
 Everything that touches the GPU runs in processes of its own (measure.py), a case each, so that a crash, a hang or a
-full memory costs one case. Results are written to the output folder after every row: memory.json, step.json and
-gemm.json, each with the hardware and versions it was measured on, bench.md, and speed.png and .svg.
+full memory costs one case. Results are written to the output folder after every row: memory.json, step.json, gemm.json
+and generate.json, each with the hardware and versions it was measured on, bench.md, and speed.png and .svg.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ import torch
 
 from slope_cli import doctor, models, runs, stages
 from slope_cli.accounting import account
-from slope_cli.benchmarks import report
+from slope_cli.benchmarks import generate, report
 from slope_cli.benchmarks.machine import machine
 from slope_cli.benchmarks.measure import Case, Row, case_config, cases, fastest, one_line
 from slope_cli.durable import atomic_file
 from slope_cli.errors import SlopeError, UsageError
 
-KINDS = ("all", "step", "gemm", "memory")
+KINDS = ("all", "step", "gemm", "memory", "generate")
 Measure = Callable[[Sequence[str], float], Iterator[Row]]
 
 _LONGEST = 1800.0
@@ -39,8 +40,10 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
     """Measure, and write the results.
 
     Args:
-        what: one of KINDS; without a GPU only the memory is reckoned, whatever is asked for.
-        names: of cases; none for all of them.
+        what: one of KINDS; without a GPU only the memory is reckoned, that of decoding for "generate", else that of
+            training.
+        names: of cases, or for "generate" of what `generate.subject` takes; none for all of them. "all" of named cases
+            has no decoding.
         out: the folder; by default a new one in the current folder.
         budget: seconds after which what is still to do is listed as not run.
 
@@ -52,7 +55,10 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
     """
     if what not in KINDS:
         raise UsageError(f"{what}: choose one of {', '.join(KINDS)}")
-    chosen = choose(names)
+    chosen = choose([] if what == "generate" else names)
+    words = names if names and what == "generate" else generate.DEFAULT
+    for word in words:
+        generate.subject(word)  # what is wrong with it is to be said now
     gpu = torch.cuda.is_available()
     folder = out or _new_folder(gpu)
     try:
@@ -60,7 +66,7 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}") from None
     bench = Bench(folder, chosen, budget)
-    if not gpu:
+    if not gpu and what != "generate":
         bench.say("no GPU here: training steps and products cannot be measured; memory is reckoned from the shapes")
         what = "memory"
     if what in ("all", "memory"):
@@ -71,6 +77,8 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
         bench.gemm()
     if what in ("all", "memory") and gpu:
         bench.state()
+    if what == "generate" or (what == "all" and not names):
+        bench.generate(words, gpu)
     report.write(bench.result, folder)
     return {"folder": str(folder), **bench.result}
 
@@ -188,6 +196,34 @@ class Bench:
         self.result["gemm"]["not_run"] = reason = self._rows(["gemm", *widths], keep)
         self.say(f"products: {len(rows)} measured{reason and f'; {reason}'}")
         self._write("gemm")
+
+    def generate(self, words: Sequence[str], gpu: bool) -> None:
+        """Decoding by linearized and by softmax attention: bytes from the shapes, all else on the GPU."""
+        entries: list[Row] = []
+        self._section("generate", models=entries)
+        if not gpu:
+            self.say("no GPU here: decoding cannot be timed; what it remembers is reckoned from the shapes")
+        for word in words:
+            entry: Row = {
+                "memory": generate.memory_row(generate.subject(word)),
+                "rows": [],
+                "not_run": "not run: no GPU",
+            }
+            entries.append(entry)
+            if gpu:
+                entry["not_run"] = self._rows(
+                    ["generate", word], lambda row, entry=entry: self._keep_decoding(entry, row)
+                )  # type: ignore[misc]
+                self.say(f"{word}: {len(entry['rows'])} measured{entry['not_run'] and '; ' + entry['not_run']}")
+            self._write("generate")
+            report.write(self.result, self._folder)
+
+    def _keep_decoding(self, entry: Row, row: Row) -> None:
+        entry["rows"].append(row)
+        where = " ".join(str(row[key]) for key in ("part", "side", "batch", "length") if key in row)
+        speed = f": {row['tokens_per_s']:,.0f} tokens a second" if "tokens_per_s" in row else ""
+        self.say(f"{row['model']}, {where}{speed or (row['error'] and ': ' + row['error'])}")
+        self._write("generate")
 
 
 def measured(words: Sequence[str], seconds: float) -> Iterator[Row]:

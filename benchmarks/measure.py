@@ -1,8 +1,9 @@
-"""What `slope bench` measures on the GPU: whole training steps, the bytes of their state, single products.
+"""What `slope bench` measures on the GPU: whole training steps, the bytes of their state, single products, decoding.
 
     python -m slope_cli.benchmarks.measure step opt-2.7b
     python -m slope_cli.benchmarks.measure state opt-2.7b gpt2-small
     python -m slope_cli.benchmarks.measure gemm 2560 4096
+    python -m slope_cli.benchmarks.measure generate llama-small
 
 One JSON object a line on standard output, as soon as it is known. The bench runs this as a process of its own, so that
 a crash of the GPU or a hang costs it one case.
@@ -372,6 +373,10 @@ def main(words: Sequence[str]) -> None:
         if kind == "gemm":
             os.environ["XDG_CACHE_HOME"] = folder  # the times of an earlier process are no measurement
             rows: Iterator[Row] = gemm([int(name) for name in names])
+        elif kind == "generate":
+            from slope_cli.benchmarks import generate
+
+            rows = (row for name in names for row in generate.rows(name, device))
         else:
             measure = {"step": step, "state": state}[kind]
             rows = (row for name in names for row in measure(cases()[name], device))

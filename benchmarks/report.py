@@ -1,26 +1,17 @@
 """Results of `slope bench` as tables, in a terminal and in Markdown, and as a picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slope_cli.benchmarks import report_generate
+from slope_cli.benchmarks.tables import Row, Table, gib, number
 from slope_cli.durable import atomic_file
-
-Row = dict[str, Any]
 
 _TORCH_NOTE = (
     "torch.sparse.to_sparse_semi_structured is no way to train: its product has no gradient for the packed weight, and "
     "no optimizer can write it. Its forward product alone is among the single products."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-    note: str = ""
 
 
 def tables(result: Row) -> list[Table]:
@@ -34,15 +25,9 @@ def tables(result: Row) -> list[Table]:
         found.append(_memory(memory["cases"]))
         if memory["allocator"]:
             found.append(_allocator(memory))
+    if decoding := result.get("generate"):
+        found += report_generate.tables(decoding["models"])
     return [table for table in found if table.rows]
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _gib(count: float | None) -> str:
-    return "" if count is None else f"{count / 2**30:.2f}"
 
 
 def _steps(cases: Sequence[Row]) -> Table:
@@ -52,11 +37,11 @@ def _steps(cases: Sequence[Row]) -> Table:
     for case in cases:
         s = case["summary"] or {}
         timed = f"{s['depth']} of {case['blocks']}" if s else f"none of {case['blocks']}"
-        cells = [case["name"], timed, *(_number(s.get(key)) for key in ("dense_ms", "sparse_ms"))]
-        cells.append(_number(s.get("ratio"), ".3f"))
-        cells += [_number(s.get(key)) for key in ("dense_block_ms", "sparse_block_ms")]
-        cells.append(_number(s.get("block_ratio"), ".3f"))
-        cells += [whole_model(case), _number(case["paper"]), _number(case["target"]), case["not_run"]]
+        cells = [case["name"], timed, *(number(s.get(key)) for key in ("dense_ms", "sparse_ms"))]
+        cells.append(number(s.get("ratio"), ".3f"))
+        cells += [number(s.get(key)) for key in ("dense_block_ms", "sparse_block_ms")]
+        cells.append(number(s.get("block_ratio"), ".3f"))
+        cells += [whole_model(case), number(case["paper"]), number(case["target"]), case["not_run"]]
         rows.append(cells)
     note = (
         "Forward, backward, clipping and fused AdamW, and the share of the mask renewals; speed-ups are over the "
@@ -79,8 +64,8 @@ def _variants(cases: Sequence[Row]) -> Table:
     rows = []
     for row in (row for case in cases for row in case["rows"]):
         alone = "" if row["alternated"] or row["ratio"] is None else "timed alone: no room for both"
-        cells = [row["case"], str(row["depth"]), row["variant"], _number(row["step_ms"]), _number(row["dense_ms"])]
-        rows.append([*cells, _number(row["ratio"], ".3f"), _gib(row.get("peak_bytes")), row["error"] or alone])
+        cells = [row["case"], str(row["depth"]), row["variant"], number(row["step_ms"]), number(row["dense_ms"])]
+        rows.append([*cells, number(row["ratio"], ".3f"), gib(row.get("peak_bytes")), row["error"] or alone])
     return Table("Every variant", columns, rows, "Peak: the allocator's, of one variant, its training state included.")
 
 
@@ -99,7 +84,7 @@ def _break_even(rows: Sequence[Row]) -> Table:
     found = break_even(rows)
     widths, counts = (sorted({key[side] for key in found}) for side in (0, 1))
     columns = ("width", *(f"{count:,} tokens" for count in counts))
-    lines = [[str(width), *(_number(found.get((width, count)), ".3f") for count in counts)] for width in widths]
+    lines = [[str(width), *(number(found.get((width, count)), ".3f") for count in counts)] for width in widths]
     note = (
         "Time of dense over that of sparse, forward products and input gradients of the four matrices together, "
         "without what surrounds them; below 1 sparse is slower. Training takes the faster one for each product."
@@ -127,10 +112,10 @@ def _products(gemm: Row) -> Table:
             continue
         cells = [str(row[key]) if key in row else "" for key in ("width", "matrix", "product", "tokens")]
         sparse, dense = row.get("sparse_ms"), row.get("dense_ms")
-        cells += [_number(dense, ".3f"), _number(sparse, ".3f"), _number(dense / sparse if sparse else None)]
+        cells += [number(dense, ".3f"), number(sparse, ".3f"), number(dense / sparse if sparse else None)]
         forward = row.get("product") == "forward" and row["tokens"] == 8192
         cells += [str(row.get("algorithm", {}).get("config_id", ""))]
-        cells += [_number(torch_ms.get((row["width"], row["matrix"])) if forward else None, ".3f")]
+        cells += [number(torch_ms.get((row["width"], row["matrix"])) if forward else None, ".3f")]
         rows.append([*cells, row["error"] or ("" if sparse else row.get("reason", ""))])
     note = "dense and sparse: bf16, from CUDA graphs. torch's: to_sparse_semi_structured, forward only, called eagerly."
     return Table("Single products", columns, rows, " ".join(filter(None, (note, gemm["not_run"]))))
@@ -153,10 +138,10 @@ def _memory(cases: Sequence[Row]) -> Table:
             rows.append([row["case"], row["error"], *[""] * 9])
             continue
         dense, sparse = row["dense"], row["sparse"]
-        cells = [row["case"], f"{row['parameters']:,}", _gib(dense["state"]), _gib(sparse["state"])]
+        cells = [row["case"], f"{row['parameters']:,}", gib(dense["state"]), gib(sparse["state"])]
         ratios = ("state_ratio", "state_ratio_with_adapters", "state_and_copies_ratio")
         cells += [f"{row[key]:.3f}" for key in ratios]
-        cells += [_gib(dense["inference"]), _gib(sparse["inference"])]
+        cells += [gib(dense["inference"]), gib(sparse["inference"])]
         rows.append([*cells, f"{row['inference_ratio']:.3f}", f"{row['inference_ratio_with_adapters']:.3f}"])
     note = (
         "Reckoned from shapes, embeddings and heads as they are. State: float32 weights, gradients, AdamW moments, and "
@@ -171,8 +156,8 @@ def _allocator(memory: Row) -> Table:
     rows = []
     for row in memory["allocator"]:
         sizes = [row.get(key) for key in ("reckoned", "counted", "allocated")]
-        share = _number(sizes[2] / sizes[0] if sizes[0] and sizes[2] else None, ".4f")
-        rows.append([row["case"], str(row["depth"]), row["method"], *map(_gib, sizes), share, row["error"]])
+        share = number(sizes[2] / sizes[0] if sizes[0] and sizes[2] else None, ".4f")
+        rows.append([row["case"], str(row["depth"]), row["method"], *map(gib, sizes), share, row["error"]])
     note = "counted: bytes of the live tensors; allocated: the allocator's peak in the optimizer's first step."
     return Table("Training state on the GPU", columns, rows, " ".join(filter(None, (note, memory["not_run"]))))
 
@@ -180,7 +165,7 @@ def _allocator(memory: Row) -> Table:
 def _heads(result: Row) -> list[str]:
     """What each section was measured on, a line each for those that are alike."""
     found: dict[str, list[str]] = {}
-    for name in ("step", "gemm", "memory"):
+    for name in ("step", "gemm", "memory", "generate"):
         if section := result.get(name):
             facts = {**section["machine"], **section["libraries"]}
             shown = (
@@ -221,8 +206,8 @@ def show(result: Row) -> None:
         console = Console(width=180)  # into a file: nothing is to be cut
     for table in tables(result):
         drawn = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-        for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if number == 0 or not column else "right")
+        for place, column in enumerate(table.columns):
+            drawn.add_column(column, justify="left" if place == 0 or not column else "right")
         for row in table.rows:
             drawn.add_row(*row)
         console.print(drawn)
@@ -237,13 +222,17 @@ def write(result: Row, folder: Path) -> None:
 
 
 def draw(result: Row, out: Path) -> list[Path]:
-    """Speed-ups of whole models beside the paper's and the targets, and of products over width; the files written."""
+    """Speed-ups of whole models beside the paper's and the targets, of products over width, and decoding by length.
+
+    Returns the files written.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     cases = [case for case in result.get("step", {}).get("cases", ()) if case["summary"]]
     products = break_even(result.get("gemm", {}).get("rows", ()))
-    panels = [panel for panel in (cases, products) if panel]
+    decoding = result.get("generate", {}).get("models", ())
+    panels = [*(panel for panel in (cases, products) if panel), *([decoding] * report_generate.panels(decoding))]
     if not panels:
         return []
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
@@ -253,6 +242,7 @@ def draw(result: Row, out: Path) -> list[Path]:
             _draw_steps(next(axes), cases)
         if products:
             _draw_products(next(axes), products)
+        report_generate.draw(list(axes), decoding)
         files = [out.with_name(f"{out.name}.{ending}") for ending in ("png", "svg")]
         for file in files:
             figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)

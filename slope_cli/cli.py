@@ -76,8 +76,42 @@ def pretrain(
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
 
 
+@app.command()
+def linearize(
+    init: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
+    out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; loads no weights.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a trained model's attention into window softmax plus linear attention with a state of fixed size.
+
+    Each layer first learns its own softmax attention's output, then low-rank adapters are trained on text; weights,
+    dense or sparse, stay as they are. Run the same command again to go on after a stop.
+    """
+    with StopFlag() as stop:
+        from slope_cli.linearize import plan
+
+        config = configs.load(recipe, [*plan.words(init), *(overrides or [])])
+        for line in configs.without_effect(config, overrides or []):
+            print(f"warning: {line}", file=sys.stderr)
+        if dry_run:
+            _print(*plan.describe(config), as_json)
+            return
+        from slope_cli.train import pretrain as train
+
+        run = out or Path("runs") / f"{init.resolve().name}-linear"
+        summary = train(config, run, fresh=fresh, stop=stop)
+    _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
+
+
 def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
     lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
+    if "teacher" in summary:
+        ratio = summary["perplexity"] / summary["teacher"] - 1
+        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
     if len(summary["by_source"]) > 1:
         lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
     if "bigram_loss" in summary:
@@ -129,7 +163,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
 
 @app.command()
 def generate(
-    run: Run,
+    model: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on with.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -137,12 +171,13 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 0,
 ) -> None:
     """Let a trained model go on with a text."""
-    from slope_cli import runs
+    from slope_cli import pretrained
     from slope_cli.generate import continue_text
     from slope_cli.launch import pick_device
 
-    _, model, tokenizer, _ = runs.load_trained(run, pick_device("auto"))
-    print(continue_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+    found = pretrained.load(model, pick_device("auto"))
+    how = {"tokens": tokens, "top_k": top_k, "seed": seed}
+    print(continue_text(found.model, found.tokenizer, prompt, temperature=temperature, **how))
 
 
 @app.command()
@@ -221,7 +256,11 @@ def check(run: Run, as_json: AsJson = False) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="step, gemm, memory, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="step, gemm, memory, generate, or all.")] = "all",
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="The same as --cases; for generate also runs and model folders."),
+    ] = None,
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or with commas; default all.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the results; default bench-GPU-DATE.")] = None,
     budget: Annotated[
@@ -229,10 +268,13 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure training steps, single products and memory, sparse against dense; without a GPU the memory only."""
+    """Measure training steps, products and memory, sparse against dense, and decoding, linearized against softmax.
+
+    Without a GPU only the memory, from the shapes.
+    """
     from slope_cli.benchmarks import bench, report  # type: ignore[import-not-found]  # outside slope_cli in a checkout
 
-    names = [name for words in cases or () for name in words.split(",") if name]
+    names = [*(models or ()), *(name for words in cases or () for name in words.split(",") if name)]
     result = bench.run(what, names, out, budget)
     if as_json:
         _print(result, [], as_json)
@@ -306,6 +348,12 @@ def evaluate(
     task_data: Annotated[Path | None, typer.Option(help="TASK/SPLIT.jsonl[.gz] in it; default the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task at most.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
+    branch: Annotated[
+        str | None, typer.Option(help="Of a linearized model: both, window or linear; what the others add is left out.")
+    ] = None,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="Show the loss by position in a block, too; the JSON always has it.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the result there, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -322,9 +370,10 @@ def evaluate(
         task_data=task_data,
         limit=limit,
         batch=batch,
+        branch=branch,
         out=out,
     )
-    _print(result, evaluating.lines(result), as_json)
+    _print(result, evaluating.lines(result, positions=positions), as_json)
 
 
 @app.command()

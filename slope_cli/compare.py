@@ -256,7 +256,7 @@ def _read(run: Path, found: runs.Found | None = None) -> Row:
     if found is None or step != steps:
         raise UsageError(f"{run}: is unfinished, step {step} of {steps}; train it to its end first")
     manifest, records = found[1], metrics.read(run)
-    train = [record for record in records if record["kind"] == "train"]
+    train = [record for record in records if record["kind"] in metrics.STEPS]
     val = [record for record in records if record["kind"] == "val"]
     if not val or val[-1]["step"] != steps or not train:
         raise SlopeError(f"{run / metrics.JSONL}: does not hold the validation of step {steps}")

@@ -18,11 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.errors import UsageError
+from slope_cli.linearize.settings import MAPS
 
 # Keys that may change between two starts of one run: they do not touch what is computed.
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
 
-METHODS = ("slope", "dense", "sr_ste", "fst", "wanda")
+METHODS = ("slope", "dense", "sr_ste", "fst", "wanda", "linearize")
+INIT = "init"
+"""The model.name that stands for the shape of model.init."""
 EMBEDDED = "embedded"
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take."""
@@ -58,7 +61,7 @@ def _share(section: str, config: Any, *names: str) -> None:
 @dataclass(kw_only=True)
 class ModelConfig:
     name: str = "gpt2-nano"
-    """One of the shapes of slope_cli.models."""
+    """One of the shapes of slope_cli.models; for method=linearize also "init", the shape of model.init."""
     init: str | None = None
     """A run, or a folder of `slope export` or transformers, whose weights this run starts from; null draws them."""
     dropout: float | None = None
@@ -167,6 +170,51 @@ class AdapterConfig:
 
 
 @dataclass(kw_only=True)
+class LinearizeConfig:
+    """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs)."""
+
+    window: int = 64
+    """Tokens near enough for softmax."""
+    kind: str = "standard"
+    """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
+    map: str = "hedgehog"
+    """The feature map: hedgehog or t2r."""
+    features: int | None = None
+    """Columns of a head's map; null for as many features in all as the head has dimensions, 32 at least in hedgehog."""
+    mix: float = 0.1
+    """The window's weight against the linear branch at the start."""
+    keep_softmax: list[int] = field(default_factory=list)
+    """Layers that keep their softmax attention."""
+    transfer: float = 0.5
+    """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
+    transfer_lr: float = 1e-2
+    """Peak learning rate of the maps and mix factors in the transfer."""
+    adjust_maps: bool = False
+    """Train the maps and mix factors beside the adapters too, at their learning rate; else transfer alone does."""
+    mse_weight: float = 1000.0
+    """Weight of the squared error of a layer's output."""
+    entropy_weight: float = 0.0
+    """Weight of the cross-entropy of its attention weights."""
+    window_dropout: float = 0.0
+    """How often training drops the window of a head, so that the linear branch must carry it alone."""
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
+    """The projections that get adapters."""
+
+    def __post_init__(self) -> None:
+        _positive("linearize", self, "window", "transfer_lr", "mse_weight")
+        _one_of("linearize.kind", self.kind, ("standard", "terrace"))
+        _one_of("linearize.map", self.map, MAPS)
+        if self.features is not None:
+            _positive("linearize", self, "features")
+        _need(0 < self.mix < 1, "linearize.mix", self.mix, "must be above 0 and below 1")
+        _share("linearize", self, "transfer", "window_dropout")
+        _not_negative("linearize", self, "entropy_weight")
+        for target in self.targets:
+            _one_of("linearize.targets", target, ("q", "k", "v", "o"))
+        _need(bool(self.targets), "linearize.targets", "[]", "name some of q, k, v, o; for no adapters adapters.rank=0")
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     name: str = "adamw"
     """adamw, or lamb (You et al. 2020) for very large batches."""
@@ -257,17 +305,26 @@ class Config:
     method: str = "slope"
     """slope: double-pruned sparse layers with lazy adapters; dense: the same model and loop without them; sr_ste: the
     mask follows the weights in every step, the gradient goes straight through it; fst: that with transposable masks, in
-    the MLPs alone, dense at the end; wanda: a mask chosen by weights and inputs, then kept."""
+    the MLPs alone, dense at the end; wanda: a mask chosen by weights and inputs, then kept; linearize: the attention of
+    a trained model becomes linear, and its weights, dense or sparse, stay."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
+        rule = "is for method=linearize alone; name a shape"
+        _need(self.model.name != INIT or self.method == "linearize", "model.name", INIT, rule)
+        if self.method == "linearize":
+            w, length = self.linearize.window, self.train.seq_len
+            near, what = (2 * w, "half of ") if self.linearize.kind == "terrace" else (w, "")
+            rule = f"must be below {what}train.seq_len={length}, or nothing is left for the linear branch to learn"
+            _need(near < length, "linearize.window", w, rule)
         if self.method == "fst":
             m, rule = (
                 self.sparsity.m,
@@ -287,6 +344,10 @@ class Config:
     @property
     def adapter_step(self) -> int | None:
         """The first step (from 0) with adapters, or None; a run that has adapters has them for one step at least."""
+        if self.method == "linearize":
+            share = self.linearize.transfer
+            without = share == 1 or not self.adapters.rank
+            return None if without else min(round(share * self.train.steps), self.train.steps - 1)
         if self.method != "slope" or not self.adapters.rank:
             return None
         return max(self.sparse_step, min(round(self.adapters.start * self.train.steps), self.train.steps - 1))
@@ -378,6 +439,8 @@ def _idle(config: Config, key: str) -> str:
     section, name = (*key.split("."), "")[:2]
     if section == "adapters":
         return _idle_adapters(config, name)
+    if section == "linearize" and config.method != "linearize":
+        return f"method={config.method}"
     method, s = config.method, config.sparsity
     if section != "sparsity" or (name == "mask" and method == s.mask):
         return ""
@@ -392,8 +455,10 @@ def _idle(config: Config, key: str) -> str:
 
 def _idle_adapters(config: Config, name: str) -> str:
     a = config.adapters
-    if config.method != "slope":
+    if config.method not in ("slope", "linearize"):
         return f"method={config.method}" if a.rank else ""
+    if config.method == "linearize" and name == "start":
+        return "method=linearize"  # linearize.transfer says when
     if not a.rank:
         return "adapters.rank=0" if name != "rank" else ""
     return "adapters.schedule=run" if name == "warmup" and a.schedule == "run" else ""

@@ -23,6 +23,10 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
     Raises:
         UsageError: the config's parts do not fit together.
     """
+    if config.method == "linearize":
+        from slope_cli.linearize import plan
+
+        return plan.describe(config)
     model = models.build_model(runs.model_config(config), device="meta")
     report = stages.plan(config, model)
     counts = account(config, report, model)

@@ -17,25 +17,31 @@ from slope_cli import data, durable, models, pretrained, runs, tasks
 from slope_cli.doctor import package_version
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.launch import pick_device
+from slope_cli.linearize.settings import BRANCHES
 from slope_cli.pretrained import Pretrained
-from slope_cli.tokenizer import load_tokenizer, masking_ids
+from slope_cli.tokenizer import load_tokenizer, masking_ids, same_tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 LONGEST = 1024
 """Tokens of a block for a folder that does not say what its model was trained on."""
 BATCH = 8
 REQUESTS = 16
+NARROWEST = 64
+"""Positions of the first bucket; each later one ends at twice the position."""
 
 
 class Blocks(NamedTuple):
-    """What the blocks of one source's text cost: summed loss in nats, and predicted tokens, of each."""
+    """What the blocks of one source's text cost: summed loss in nats, and predicted tokens, of each block; and the same
+    of each position, over all blocks."""
 
     nats: list[float]
     counts: list[int]
+    nats_at: list[float]
+    counts_at: list[int]
 
     @property
     def loss(self) -> float:
@@ -62,6 +68,7 @@ def evaluate(
     task_data: Path | None = None,
     limit: int | None = None,
     batch: int | None = None,
+    branch: str | None = None,
     out: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -78,15 +85,17 @@ def evaluate(
         task_data: a folder with rows, see `tasks.load`; None for the hub.
         limit: at most so many rows of each task, the first ones (of MMLU: of each subject).
         batch: sequences at a time; None for the run's own, and 16 requests of a task.
+        branch: of a linearized model, which weights of its attention count: "both", "window" or "linear".
         out: a file that the result is written to, as JSON.
 
     Returns:
-        run or folder (its name), step, objective, perplexity (see `measure`) or None, tasks (see `tasks.score`),
-        versions.
+        run or folder (its name), step, objective, branch if it was given, perplexity (see `measure`) or None, tasks
+        (see `tasks.score`), versions.
 
     Raises:
-        UsageError: no run and no model, other data than the model's tokenizer made or ids that it has no rows for, no
-            validation text, a block longer than the positions, tasks with a masked model, and what `tasks.load` raises.
+        UsageError: no run and no model, a branch that is none or of a model that has none, other data than the model's
+            tokenizer made or ids that it has no rows for, no validation text, a block longer than the positions, tasks
+            with a masked model, and what `tasks.load` raises.
         SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written.
     """
     if not perplexity and not task_names:
@@ -101,7 +110,8 @@ def evaluate(
     ready = tasks.load(names, task_data) if names else []
     result: dict[str, Any] = {"folder" if subject.config is None else "run": folder.resolve().name}
     result |= {"step": subject.step, "objective": subject.objective, "perplexity": None, "tasks": {}}
-    with _products_by_cublas(subject.model):
+    result |= {"branch": branch} if branch else {}
+    with _products_by_cublas(subject.model), _counting(subject, branch):
         if dataset is not None:
             result["perplexity"] = measure(subject, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
         if ready:
@@ -112,6 +122,19 @@ def evaluate(
         with durable.atomic_file(out) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _counting(subject: Pretrained, branch: str | None) -> "contextlib.AbstractContextManager[Any]":
+    """Within it only this branch of a linearized model counts."""
+    if branch is None:
+        return contextlib.nullcontext()
+    from slope_cli.linearize.swap import linear_windows, using
+
+    if branch not in BRANCHES:
+        raise UsageError(f"--branch {branch}: choose one of {', '.join(BRANCHES)}")
+    if not linear_windows(subject.model):
+        raise UsageError(f"{subject.folder}: is not linearized, so it has no branches; leave out --branch")
+    return using(subject.model, branch=branch)
 
 
 @contextlib.contextmanager
@@ -179,21 +202,12 @@ def _dataset(subject: Pretrained, given: Path | None) -> data.Dataset:
     for file in dataset.val.values():
         if file.header.max_id >= rows:
             raise UsageError(f"{file.path}: token id {file.header.max_id} is above the model's vocabulary of {rows}")
-    if not _same_tokens(load_tokenizer(str(folder / "tokenizer")), subject.tokenizer):
+    if not same_tokens(load_tokenizer(str(folder / "tokenizer")), subject.tokenizer):
         raise UsageError(
             f"{folder}: was prepared with another tokenizer than that of {subject.folder}; "
             f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
         )
     return dataset
-
-
-def _same_tokens(one: "PreTrainedTokenizerFast", other: "PreTrainedTokenizerFast") -> bool:
-    """Whether two tokenizers cut a text into the same ids; their files may differ in more than that."""
-    if one.get_vocab() != other.get_vocab():
-        return False
-    parts = (json.loads(tok.backend_tokenizer.to_str()) for tok in (one, other))
-    first, second = ([part[key] for key in ("normalizer", "model")] for part in parts)
-    return first == second
 
 
 def measure(
@@ -206,7 +220,8 @@ def measure(
 
     Returns:
         loss (nats per token), its standard error over blocks (None for a single block), perplexity, tokens (predicted
-        ones), blocks; for a causal model nats_per_byte and bits_per_byte of the text, which can be compared between
+        ones), blocks, positions (loss, perplexity and tokens of buckets of the inputs' positions in a block, "first" to
+        "last"); for a causal model nats_per_byte and bits_per_byte of the text, which can be compared between
         vocabularies; all this also for each of `sources`; seq_len; `data`, the fingerprint of the data set.
 
     Raises:
@@ -252,21 +267,25 @@ def _bytes_per_token(file: data.TokenFile, objective: models.Objective) -> float
 def _blocks(subject: Pretrained, batches: Iterator[data.Batch]) -> Blocks:
     import torch
 
-    device, nats, counts = subject.model.device, [], []
+    device, parts = subject.model.device, []
     with torch.no_grad(), _autocast(device):
         for batch in batches:
             tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-            nats_B, counts_B = _block_losses(subject, tensors)
-            nats.append(nats_B)
-            counts.append(counts_B)
-    blocks = Blocks(*(torch.cat(parts).tolist() if parts else [] for parts in (nats, counts)))
+            nats_BT, counted_BT = _token_losses(subject, tensors)
+            parts.append((nats_BT.sum(1), counted_BT.sum(1), nats_BT.sum(0), counted_BT.sum(0)))
+    if not parts:
+        return Blocks([], [], [], [])
+    nats, counts, nats_at, counts_at = zip(*parts, strict=True)
+    by_block = (torch.cat(column).tolist() for column in (nats, counts))
+    by_position = (torch.stack(column).sum(0).tolist() for column in (nats_at, counts_at))
+    blocks = Blocks(*by_block, *by_position)
     if not all(map(math.isfinite, blocks.nats)):
         raise SlopeError(f"{subject.folder}: the loss is not finite")
     return blocks
 
 
-def _block_losses(subject: Pretrained, batch: "dict[str, Tensor]") -> "tuple[Tensor, Tensor]":
-    """Summed loss in nats, float64, and number of predicted tokens, of each sequence: both (B,)."""
+def _token_losses(subject: Pretrained, batch: "dict[str, Tensor]") -> "tuple[Tensor, Tensor]":
+    """Loss in nats, float64, 0 where nothing is predicted; and whether something is: both (B, T)."""
     from torch.nn import functional as F
 
     labels_BT = batch["labels"]
@@ -279,12 +298,12 @@ def _block_losses(subject: Pretrained, batch: "dict[str, Tensor]") -> "tuple[Ten
     losses = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=data.IGNORED, reduction="none"
     )
-    return losses.view_as(labels_BT).double().sum(1), (labels_BT != data.IGNORED).sum(1)
+    return losses.view_as(labels_BT).double(), labels_BT != data.IGNORED
 
 
 def _summary(sources: Sequence[Blocks], ratios: Sequence[float | None]) -> dict[str, Any]:
     """What the blocks of some sources say together. The sources are not a sample: only blocks within one vary."""
-    nats, count = (sum(sum(part) for part in parts) for parts in zip(*sources, strict=True))
+    nats, count = sum(sum(blocks.nats) for blocks in sources), sum(sum(blocks.counts) for blocks in sources)
     error = math.sqrt(sum(blocks.variance() for blocks in sources)) / count
     loss = nats / count
     summary: dict[str, Any] = {
@@ -293,6 +312,7 @@ def _summary(sources: Sequence[Blocks], ratios: Sequence[float | None]) -> dict[
         "perplexity": math.exp(min(loss, 700.0)),
         "tokens": count,
         "blocks": sum(len(blocks.counts) for blocks in sources),
+        "positions": _positions(sources),
     }
     known = [ratio for ratio in ratios if ratio is not None]
     if len(known) == len(sources):
@@ -301,17 +321,35 @@ def _summary(sources: Sequence[Blocks], ratios: Sequence[float | None]) -> dict[
     return summary
 
 
+def _positions(sources: Sequence[Blocks]) -> list[dict[str, Any]]:
+    """Loss by position; buckets in which nothing is predicted are left out."""
+    nats_T = [sum(column) for column in zip(*(blocks.nats_at for blocks in sources), strict=True)]
+    counts_T = [sum(column) for column in zip(*(blocks.counts_at for blocks in sources), strict=True)]
+    found, first = [], 0
+    while first < len(nats_T):
+        end = min(max(2 * first, NARROWEST), len(nats_T))
+        if count := sum(counts_T[first:end]):
+            loss = sum(nats_T[first:end]) / count
+            row = {"first": first, "last": end - 1, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            found.append(row | {"tokens": count})
+        first = end
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------- the report
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """A result of `evaluate` as text."""
+def lines(result: dict[str, Any], *, positions: bool = False) -> list[str]:
+    """A result of `evaluate` as text; positions: with the loss by position, of all sources together."""
     where = f"{result.get('run') or result.get('folder')}" + (f", step {result['step']}" if result["step"] else "")
+    where += f", branch {result['branch']}" if "branch" in result else ""
     text = [where]
     if (found := result["perplexity"]) is not None:
         text.append(f"validation text, blocks of {found['seq_len']} tokens; loss in nats per {_unit(result)}")
         named = found["sources"] if len(found["sources"]) > 1 else {}
         text += [_perplexity_line(name, row) for name, row in [*named.items(), ("all", found)]]
+        if positions:
+            text += [_perplexity_line(f"{row['first']}-{row['last']}", row) for row in found["positions"]]
     if scores := result["tasks"]:
         text += ["zero-shot, by lm-eval", *(_task_line(name, row) for name, row in scores.items())]
         if guessed := [name for name, row in scores.items() if not row["above_chance"]]:
@@ -332,7 +370,7 @@ def _unit(result: dict[str, Any]) -> str:
 
 
 def _perplexity_line(name: str, row: dict[str, Any]) -> str:
-    text = f"  {name:16} loss {_with_error(row['loss'], row['stderr'])}  perplexity {row['perplexity']:,.2f}"
+    text = f"  {name:16} loss {_with_error(row['loss'], row.get('stderr'))}  perplexity {row['perplexity']:,.2f}"
     if "bits_per_byte" in row:
         text += f"  bits per byte {row['bits_per_byte']:.4f}"
     return f"{text}  ({row['tokens']:,} tokens)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slope_cli import metrics, models, runs, stages
-from slope_cli.config import Config
+from slope_cli.config import INIT, Config
 from slope_cli.errors import SlopeError, UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    from sparse_kernels import densify, masked_layers, sparse_layers
+    from slope_cli.linearize import saved
+    from slope_cli.linearize.settings import settings_of
+    from slope_cli.linearize.swap import linear_windows, restore_attention
+    from sparse_kernels import adapted_layers, adapters_of, densify, masked_layers, sparse_layers
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not an empty folder; choose another")
@@ -47,16 +50,20 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     logging.disable_progress_bar()  # a bar that is full at once, in the middle of a log
     config, model, tokenizer, manifest = runs.load_trained(run)
     expected = _logits(model)
-    adapters = {name: layer.adapter for name, layer in sparse_layers(model) if layer.adapter is not None}
-    conv1d = {name for name, layer in sparse_layers(model) if layer.conv1d}
+    adapters, linear = adapters_of(model), bool(linear_windows(model))
+    conv1d = {name for name, layer in adapted_layers(model) if layer.conv1d}
     patterns = dict.fromkeys(f"{x.n}:{x.m}" for _, x in (*sparse_layers(model), *masked_layers(model)))
     densify(model, adapters="merge" if merge else "drop")
-    card = _model_card(run, config, model, manifest, adapters, merged=merge, pattern=" and ".join(patterns))
+    pattern = " and ".join(patterns)
+    card = _model_card(run, config, model, manifest, adapters, merged=merge, pattern=pattern, linear=linear)
     # A sibling, so that the last step is a rename; what a killed export left in it goes.
     unchecked = out.with_name(f".{out.name}.unchecked")
     try:
         shutil.rmtree(unchecked, ignore_errors=True)
         unchecked.mkdir(parents=True)
+        if linear:
+            saved.write(unchecked / saved.FOLDER, model, settings_of(config))
+            restore_attention(model)
         model.save_pretrained(unchecked)
         tokenizer.save_pretrained(unchecked)
         if adapters and not merge:
@@ -65,6 +72,8 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         reloaded = type(model).from_pretrained(unchecked)
         if adapters and not merge:
             _merge_adapter(reloaded, unchecked / ADAPTER)
+        if linear:
+            saved.read(unchecked / saved.FOLDER, reloaded)
         difference = _difference(_logits(reloaded), expected)
         if not difference <= TOLERANCE:
             raise SlopeError(
@@ -144,6 +153,8 @@ def _merge_adapter(model: "PreTrainedModel", folder: Path) -> None:
 
 def _architecture(config: Config) -> str:
     """The shape's name and what the run changed of it."""
+    if config.model.name == INIT:
+        return f"that of {Path(config.model.init or '').name}"
     changed = ", ".join(f"{name} {value}" for name, value in config.model.overrides.items())
     return f"{config.model.name} with {changed}" if changed else config.model.name
 
@@ -155,14 +166,15 @@ def _model_card(
     manifest: dict[str, Any],
     adapters: "dict[str, LowRankAdapter]",
     *,
-    merged: bool,
     pattern: str,
+    merged: bool,
+    linear: bool,
 ) -> str:
     """README.md of the export, from the run's own records."""
     val = [r for r in metrics.read(run) if r["kind"] == "val" and r["step"] <= manifest["step"]]
     tokens = manifest["step"] * config.train.tokens_per_step
     layers = stages.stage(config, manifest["step"] - 1).layers
-    if layers in ("dense", "lifted"):
+    if layers in ("dense", "lifted") or not pattern:
         weights = "dense"
     elif merged and adapters:
         weights = f"trained {pattern} sparse; low-rank adapters are merged, so the weights here are dense"
@@ -188,4 +200,10 @@ def _model_card(
         rank = next(iter(adapters.values())).rank
         lines.append(f"- Low-rank adapters, rank {rank}: the PEFT folder `{ADAPTER}/`; without them quality is lower")
         code = ["from peft import PeftModel", *code, f'model = PeftModel.from_pretrained(model, "{ADAPTER}")']
+    if linear:
+        lines.append(
+            "- Attention: window softmax plus linear (slope linearize), maps in `linearize/`; loads with slope-cli"
+        )
+        code = ["from pathlib import Path", "", "from slope_cli import pretrained", ""]
+        code += ['model, tokenizer = pretrained.load(Path("."))[1:3]']
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

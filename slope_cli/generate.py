@@ -4,9 +4,20 @@ from typing import TYPE_CHECKING
 
 from slope_cli import models
 from slope_cli.errors import UsageError
+from slope_cli.tokenizer import begin_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> list[int]:
+    """The ids of a prompt as text begins in training: after the beginning of text, if the tokenizer puts one there.
+
+    No end of text follows, whatever the tokenizer puts there: the text is to go on.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    begin = begin_id(tokenizer)
+    return ids if begin is None else [begin, *ids]
 
 
 def continue_text(
@@ -25,13 +36,14 @@ def continue_text(
         tokens: how many to add at most; fewer where the model's positions end.
 
     Raises:
-        UsageError: an empty prompt, one that fills the model's positions, or a model that cannot continue text.
+        UsageError: an empty prompt where texts begin with no token of their own, one that fills the model's positions,
+            or a model that cannot continue text.
     """
     import torch
 
     if models.objective(model.config) == "masked":
         raise UsageError(f"{type(model).__name__}: predicts masked tokens and cannot continue text; use a causal model")
-    ids_1T = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+    ids_1T = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
     length, positions = ids_1T.shape[1], models.max_seq_len(model.config)
     if length == 0:
         raise UsageError("prompt: is empty; give some text to go on with")

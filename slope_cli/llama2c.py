@@ -73,7 +73,8 @@ def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]
 
     LlamaForCausalLM and AutoTokenizer load the folder. The logits are those of llama2.c, float32. Text gets the ids
     that llama2.c gives it, with `<s>` before it unless `add_special_tokens=False`; only `<unk>`, `<s>` and `</s>`
-    written out in a text are the special ids here, and plain text there.
+    written out in a text are the special ids here, and plain text there. `<s>` ends a text, too: in llama2.c's training
+    it stands between texts, its sampling stops there, and `</s>` is never seen.
 
     Returns:
         What was written: the folder, and the model's parameters, layers, vocabulary and positions as numbers.
@@ -148,7 +149,8 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         tokenizer_object=core,
         unk_token=unknown,
         bos_token=begin,
-        eos_token=end,
+        eos_token=begin,  # see `convert`
+        extra_special_tokens=[end],
         clean_up_tokenization_spaces=False,
     )
 
@@ -251,7 +253,7 @@ def _config(header: Header) -> "LlamaConfig":
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=SPECIAL.index("<s>"),
-        eos_token_id=SPECIAL.index("</s>"),
+        eos_token_id=SPECIAL.index("<s>"),
     )
 
 

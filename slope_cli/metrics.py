@@ -14,6 +14,9 @@ from slope_cli.errors import SlopeError
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+STEPS = ("train", "transfer")
+"""The kinds of records of which each step has one: of training, with a loss in nats; of transfer, with an mse, the
+mean squared error of a layer's output."""
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -127,7 +130,8 @@ class Progress:
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a training record."""
         step = record["step"]
-        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
+        loss = f"loss {record['loss']:.4f}" if "loss" in record else f"mse {record['mse']:.3e}"
+        text = f"{loss}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
         text += f"  {record['tokens_per_s']:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)

@@ -170,6 +170,20 @@ _GROUPED_4096 = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
 }
+_GROUPED_8192 = {
+    **_GROUPED_4096,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+_LLAMA3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
 
 SHAPES: dict[str, Shape] = {
     # Bytes and one end-of-text id, 257 in all, padded to a multiple of 16.
@@ -200,17 +214,8 @@ SHAPES: dict[str, Shape] = {
     "opt-66b": _opt(9216, 64, 72),
     "bert-base": _bert(768, 12, 12),
     "bert-large": _bert(1024, 24, 16),
-    "llama3-8b": Shape(
-        "llama",
-        {
-            **_GROUPED_4096,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-        },
-    ),
+    "llama3-8b": Shape("llama", {**_GROUPED_4096, **_LLAMA3}),
+    "llama3-70b": Shape("llama", {**_GROUPED_8192, **_LLAMA3}),
     "mistral-7b": Shape(
         "mistral",
         {

@@ -25,13 +25,16 @@ def build_optimizer(model: "nn.Module", config: Config) -> "torch.optim.Optimize
     from sparse_kernels import decay_pruned
 
     # Adapters that are there from the first step have their group from the first step.
-    early = [p for name, p in model.named_parameters() if ".adapter." in name] if config.adapter_step == 0 else []
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    early = [p for name, p in trained if ".adapter." in name] if config.adapter_step == 0 else []
     taken = set(map(id, early))
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    parameters = [p for _, p in trained if id(p) not in taken]
     optim = config.optim
+    # The maps of linear attention, which begin as the identity, are not to shrink towards zero.
+    phase, decay = ("transfer", 0.0) if config.method == "linearize" else ("run", optim.weight_decay)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "phase": "run"},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "phase": "run"},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay, "phase": phase},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "phase": phase},
     ]
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     optimizer: torch.optim.Optimizer
@@ -62,22 +65,38 @@ def add_adapter_group(optimizer: "torch.optim.Optimizer", parameters: "Iterable[
 
 
 def set_learning_rates(optimizer: "torch.optim.Optimizer", step: int, config: Config) -> float:
-    """Give every group its learning rate for a step (counted from 0); returns the run's."""
+    """Give every group its learning rate for a step (counted from 0).
+
+    Returns:
+        The run's; where it linearizes, that of what is trained in this step.
+    """
     import torch
 
-    optim, adapters, steps = config.optim, config.adapters, config.train.steps
-    run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
     for group in optimizer.param_groups:
-        rate = run
-        if group["phase"] == "adapters" and adapters.schedule == "run":
-            rate = run * (adapters.lr or optim.lr) / optim.lr
-        elif group["phase"] == "adapters" and config.adapter_step is not None:
-            since, left = step - config.adapter_step, steps - config.adapter_step
-            rate = learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
+        rate = _rate(group["phase"], step, config)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)  # a captured step reads it from there
         else:
             group["lr"] = rate
+    if config.method != "linearize":
+        return _rate("run", step, config)
+    return _rate("transfer" if config.adapter_step is None or step < config.adapter_step else "adapters", step, config)
+
+
+def _rate(phase: str, step: int, config: Config) -> float:
+    """The learning rate of the groups of a phase: run, adapters or transfer."""
+    optim, adapters, steps = config.optim, config.adapters, config.train.steps
+    if phase == "transfer" and config.adapter_step is not None and step >= config.adapter_step:
+        return _rate("adapters", step, config)  # of maps that are trained on; with no gradient nothing reads it
+    if phase == "transfer":
+        last = steps if config.adapter_step is None else config.adapter_step
+        return learning_rate(step, last, optim.warmup, config.linearize.transfer_lr, optim)
+    run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
+    if phase == "adapters" and adapters.schedule == "run":
+        return run * (adapters.lr or optim.lr) / optim.lr
+    if phase == "adapters" and config.adapter_step is not None:
+        since, left = step - config.adapter_step, steps - config.adapter_step
+        return learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
     return run
 
 

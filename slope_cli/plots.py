@@ -21,10 +21,13 @@ MOST_ROWS = 24
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
 _JOIN: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
+_TEACHER: dict[str, Any] = {"linestyle": "-.", "linewidth": 1}
 
 
 def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
     """Draw training and validation loss against tokens; a dotted line marks where adapters joined.
+
+    Runs that linearize have a panel more, of the squared error of attention transfer, and a line for their teacher.
 
     Args:
         out: the path, with or without ending; OUT.png and OUT.svg are written.
@@ -34,9 +37,12 @@ def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
         SlopeError: a run without a finished step, or with a damaged log.
     """
     drawn = [(run, _records(run)) for run in runs]
-    with _picture(out) as (axes, files):
+    marked = {kind for _, records in drawn for kind in ("adapters", "teacher", "transfer") if _of(kind, records)}
+    with _picture(out, panels=2 if "transfer" in marked else 1) as ((axes, *more), files):
         heights = [_draw_run(axes, records, f"C{number}") for number, (_, records) in enumerate(drawn)]
-        _label(axes, [str(run) for run in runs], joined=any(_of("adapters", records) for _, records in drawn))
+        _label(axes, [str(run) for run in runs], marked)
+        for panel in more:
+            _draw_transfer(panel, [_of("transfer", records) for _, records in drawn])
         _set_height(axes, min(low for low, _ in heights), max(high for _, high in heights))
     return files
 
@@ -48,7 +54,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
         curves: by name, lists of equal length: tokens, mean, low, high.
         out: as for `draw_loss`.
     """
-    with _picture(out) as (axes, files):
+    with _picture(out) as ((axes,), files):
         for number, (name, curve) in enumerate(curves.items()):
             color = f"C{number}"
             # A line on its own colours no further than ten; beyond, its style tells it apart.
@@ -71,8 +77,8 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
 
 
 @contextlib.contextmanager
-def _picture(out: Path) -> Iterator[tuple[Any, list[Path]]]:
-    """Axes to draw on, and the files that are written when that is done."""
+def _picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Path]]]:
+    """The axes of each panel to draw on, and the files that are written when that is done."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -80,8 +86,8 @@ def _picture(out: Path) -> Iterator[tuple[Any, list[Path]]]:
     files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
     # Text as text, so that an SVG can be searched and edited; the salt makes it the same file each time.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        yield figure.subplots(), files
+        figure = Figure(figsize=(8 if panels == 1 else 11, 4.5), layout="constrained")
+        yield list(figure.subplots(1, panels, squeeze=False)[0]), files
         out.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
@@ -96,7 +102,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
     if not (run / metrics.JSONL).is_file():
         raise UsageError(f"{run}: is not the folder of a run (no {metrics.JSONL})")
     records = metrics.read(run)
-    if not _of("train", records):
+    if not any(_of(kind, records) for kind in metrics.STEPS):
         raise SlopeError(f"{run}: has no finished step to draw")
     return records
 
@@ -108,7 +114,8 @@ def _of(kind: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple[float, float]:
     """Draw one run; returns the lowest and the highest loss that the picture should show of it."""
     train, val = _of("train", records), _of("val", records)
-    per_step = train[0]["tokens"] / train[0]["step"]
+    first = [*train, *_of("transfer", records)][0]
+    per_step = first["tokens"] / first["step"]
     tokens, losses = [r["tokens"] for r in train], [r["loss"] for r in train]
     smooth = _smooth(losses)
     axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
@@ -116,12 +123,29 @@ def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple
     axes.plot([r["step"] * per_step for r in val], [r["loss"] for r in val], color=color, **_VAL)
     for record in _of("adapters", records):
         axes.axvline(record["step"] * per_step, color=color, **_JOIN)
+    teacher = [record["loss"] for record in _of("teacher", records)]
+    for loss in teacher:
+        axes.axhline(loss, color=color, **_TEACHER)
+    shown = teacher + [r["loss"] for r in val]
     opening = len(losses) // OPENING
-    return min(losses + [r["loss"] for r in val]), max(smooth[opening:])
+    return min(losses + shown), max(smooth[opening:] + (shown if teacher else []))
 
 
-def _label(axes: Any, names: Sequence[str], *, joined: bool) -> None:
-    """Axes, title and legend; with several runs, colours tell the runs apart and line styles the curves."""
+def _draw_transfer(axes: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """The squared error of each run's attention transfer, on its own axis and scale."""
+    for number, records in enumerate(runs):
+        tokens, errors = [r["tokens"] for r in records], [r["mse"] for r in records]
+        axes.plot(tokens, errors, color=f"C{number}", alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, _smooth(errors), color=f"C{number}", **_SMOOTH)
+    _describe_axes(axes)
+    axes.set(title="transfer", ylabel="mean squared error", yscale="log")
+
+
+def _label(axes: Any, names: Sequence[str], marked: set[str]) -> None:
+    """Axes, title and legend; with several runs, colours tell the runs apart and line styles the curves.
+
+    marked: the kinds of records that have lines of their own.
+    """
     _describe_axes(axes)
     if len(names) == 1:
         axes.set_title(Path(names[0]).resolve().name)
@@ -131,8 +155,10 @@ def _label(axes: Any, names: Sequence[str], *, joined: bool) -> None:
     color = "C0" if len(names) == 1 else "0.4"
     axes.plot([], [], color=color, label="training", **_SMOOTH)
     axes.plot([], [], color=color, label="validation", **_VAL)
-    if joined:
+    if "adapters" in marked:
         axes.plot([], [], color=color, label="adapters join", **_JOIN)
+    if "teacher" in marked:
+        axes.plot([], [], color=color, label="teacher", **_TEACHER)
     axes.legend(loc="upper right", framealpha=1, edgecolor="none")
 
 

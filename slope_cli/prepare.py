@@ -34,7 +34,7 @@ from slope_cli.durable import held_folder, read_sealed, write_sealed
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.launch import STOPPED
 from slope_cli.tokenfile import TokenFile, Tokens, write_token_file
-from slope_cli.tokenizer import BYTES, load_tokenizer, save_tokenizer, separator_id, vocabulary_size
+from slope_cli.tokenizer import BYTES, begin_id, load_tokenizer, save_tokenizer, separator_id, vocabulary_size
 
 # What a chunk holds: little, so that a stop costs little; but of a large input more, or the part files were too many.
 CHUNK_CHARS = 4_000_000
@@ -72,6 +72,8 @@ class Work:
     byte_level: bool
     vocab_size: int
     separator_id: int
+    begin_id: int | None = None
+    """What the tokenizer begins a text with, where that is not the separator."""
 
     def part(self, source: str, number: int, split: str) -> Path:
         """Where the tokens of a chunk go."""
@@ -111,6 +113,8 @@ def prepare(
     byte_level = tokenizer == BYTES
     name = Path(tokenizer).expanduser().resolve().name if Path(tokenizer).expanduser().is_dir() else tokenizer
     chunk_chars = _chunk_chars(items)
+    separator, begin = separator_id(tok), begin_id(tok)
+    begin = None if begin == separator else begin
     plan = {
         "inputs": [item.plan() for item in items],
         "tokenizer": name,
@@ -118,11 +122,12 @@ def prepare(
         "text_key": text_key,
         "val_fraction": val_fraction,
         "cut": [*CUT, chunk_chars],
+        **({} if begin is None else {"begin": begin}),
     }
     report = Report(sum(item.size for item in items), progress)
     if (out / MANIFEST).exists():
         return _finished(out, plan, report)
-    work = Work(out, name, byte_level, vocabulary_size(tok), separator_id(tok))
+    work = Work(out, name, byte_level, vocabulary_size(tok), separator, begin)
     # Bytes need no thought: the reading takes longer than the tokenising, and more processes only slow it down.
     count = workers or (1 if byte_level else len(os.sched_getaffinity(0)))
     with _claimed(out, plan), _terminable(), report:
@@ -355,7 +360,8 @@ class Tokeniser:
 
     def __call__(self, chunk: Chunk) -> int:
         """Writes the parts of a chunk, atomically, and gives the number of tokens in them."""
-        separator = np.array([self.work.separator_id], np.uint32)
+        ids = (self.work.separator_id, self.work.begin_id)
+        separator = np.array([token_id for token_id in ids if token_id is not None], np.uint32)
         written = 0
         encoded = self.encode(chunk.texts)
         for split in chunk.splits:

@@ -14,6 +14,7 @@ from slope_cli import models, runs
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.export import ADAPTER
+from slope_cli.linearize import saved
 from slope_cli.runs import SEED
 from slope_cli.tokenizer import load_tokenizer, vocabulary_size
 
@@ -70,7 +71,10 @@ def load(folder: Path, device: "torch.device | str" = "cpu") -> Pretrained:
 def settings(folder: Path) -> "PreTrainedConfig":
     """transformers' config of what `load` would load, without its weights; raises what `load` does."""
     if (folder / runs.CONFIG).is_file():
-        return runs.model_config(runs.open_config(folder))
+        config = runs.open_config(folder)
+        if config.method == "linearize":
+            raise UsageError(f"{folder}: is linearized, so no other run begins with it; give what it was made of")
+        return runs.model_config(config)
     return _settings(folder)
 
 
@@ -116,9 +120,11 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
         # What predicts the next sentence may be missing.
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
             raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
-        _find_sparse_layers(model)
+        find_sparse_layers(model)
         if (folder / ADAPTER).is_dir():
             _join_adapters(model, folder / ADAPTER)
+        if (folder / saved.FOLDER).is_dir():
+            saved.read(folder / saved.FOLDER, model)
     tokenizer = load_tokenizer(str(folder.resolve()))
     ids, rows = vocabulary_size(tokenizer), models.vocab_size(model.config)
     if ids > rows:
@@ -126,7 +132,7 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
     return model.to(device), tokenizer
 
 
-def _find_sparse_layers(model: "PreTrainedModel") -> None:
+def find_sparse_layers(model: "PreTrainedModel") -> None:
     """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
     from sparse_kernels import plan, sparsify
 
@@ -152,22 +158,21 @@ def pattern(weight_OI: "Tensor") -> tuple[int, int] | None:
 
 
 def _join_adapters(model: "PreTrainedModel", folder: Path) -> None:
-    """Give sparse layers the adapters of an export's LoRA folder."""
+    """Give layers the adapters of an export's LoRA folder."""
     import torch
     from safetensors.torch import load_file
 
-    from sparse_kernels import LowRankAdapter, sparse_layers
+    from sparse_kernels import extend_adapters
 
-    layers = dict(sparse_layers(model))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     for name in config["target_modules"]:
-        if name not in layers:
-            raise UsageError(f"{folder}: has an adapter for {name}, which is no sparse layer; merge it first")
         A_RI, B_OR = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
-        adapter = LowRankAdapter(A_RI.shape[1], B_OR.shape[0], A_RI.shape[0], alpha=alpha)
+        try:
+            adapter = extend_adapters(model, [name], len(A_RI), alpha=alpha)[name]
+        except (AttributeError, ValueError) as error:
+            raise UsageError(f"{folder}: has an adapter for {name}: {error}") from None
         with torch.no_grad():
             adapter.A.copy_(A_RI)
             adapter.B.copy_(B_OR)
-        layers[name].adapter = adapter.to(layers[name].values.dtype)

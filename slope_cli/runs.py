@@ -5,6 +5,7 @@ RUN/environment.jsonl    a line for each start: versions, source, machine
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
 RUN/checkpoints/step-*   see slope_cli.checkpoint
 RUN/tokenizer/           for generate and export
+RUN/base.json            how the model that is linearized is built, in a run that does so
 RUN/data/                the embedded text as tokens, in a run that trains on it
 RUN/loss.png, loss.svg   drawn at the end
 """
@@ -86,7 +87,7 @@ def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
 def _has_begun(run: Path) -> bool:
     """Whether a run has finished a step."""
     logged = metrics.read(run) if (run / metrics.JSONL).is_file() else []
-    return bool(checkpoint.folders(run)) or any(record["kind"] == "train" for record in logged)
+    return bool(checkpoint.folders(run)) or any(record["kind"] in metrics.STEPS for record in logged)
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -165,8 +166,17 @@ def model_config(config: Config) -> "PreTrainedConfig":
     return models.model_config(m.name, overrides=m.overrides, seq_len=config.train.seq_len, dropout=m.dropout)
 
 
-def build(config: Config, device: "torch.device | str") -> "tuple[PreTrainedModel, Report | None]":
-    """The model of a run in the stage of its first step, for weights and masks from a checkpoint; and its report."""
+def build(
+    config: Config, device: "torch.device | str", run: Path | None = None
+) -> "tuple[PreTrainedModel, Report | None]":
+    """The model of a run in the stage of its first step, for weights and masks from a checkpoint; and its report.
+
+    run: its folder, where the config is not all that the model is built from: in a run that linearizes.
+    """
+    if config.method == "linearize" and run is not None:
+        from slope_cli.linearize import base
+
+        return base.restart(config, run, device), None
     return _build(config, device, None, None)
 
 
@@ -185,6 +195,7 @@ def start(
     if config.model.init is not None:
         folder = Path(config.model.init).expanduser()
         with _named_init(folder):
+            pretrained.settings(folder)  # refuses what no run begins with
             initial = pretrained.load(folder).model
     return _build(config, device, initial, calibrate)
 
@@ -293,9 +304,10 @@ def load_trained(
     require_same_config(config, run, manifest)
     if wrong := altered_tokenizer_files(run, manifest):
         raise SlopeError(f"{wrong[0]} is missing or not what it was when {folder.name} was saved")
-    model, _ = build(config, device)
+    model, _ = build(config, device, run)
     stages.enter(model, config, stages.stage(config, 0), stages.stage(config, manifest["step"] - 1))
     checkpoint.restore(folder, model, None)
+    model.requires_grad_(True)  # what a run froze, it froze for itself alone
     tokenizer = load_tokenizer(str((run / TOKENIZER).resolve()))
     # A shape brings the published ids of its own tokenizer; what the model was trained with is another.
     for settings in filter(None, (model.config, getattr(model, "generation_config", None))):

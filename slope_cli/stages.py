@@ -23,19 +23,27 @@ Calibrate = Callable[["PreTrainedModel"], None]
 
 
 class Stage(NamedTuple):
-    """layers: dense; masked (dense weights times a mask); lifted (such layers without their mask); sparse."""
+    """layers: dense; masked (dense weights times a mask); lifted (such layers without their mask); sparse.
 
-    layers: Literal["dense", "masked", "lifted", "sparse"]
+    In a run that linearizes, what is trained: transfer (the maps, each layer against its own softmax attention), then
+    adjust (the adapters); the weights themselves, dense or sparse, are those of the model that it began with.
+    """
+
+    layers: Literal["dense", "masked", "lifted", "sparse", "transfer", "adjust"]
     adapters: bool = False
 
 
 DENSE = Stage("dense")
+TRANSFER = Stage("transfer")
+ADJUST = Stage("adjust", adapters=True)
 
 
 def stage(config: Config, step: int) -> Stage:
     """What the model is in a step, counted from 0."""
     if config.method == "dense":
         return DENSE
+    if config.method == "linearize":
+        return TRANSFER if config.adapter_step is None or step < config.adapter_step else ADJUST
     if step < config.sparse_step:
         return Stage("masked" if config.method == "slope" and config.sparsity.before == "sr_ste" else "dense")
     if config.method == "slope":
@@ -46,6 +54,8 @@ def stage(config: Config, step: int) -> Stage:
 
 def renew_every(config: Config, now: Stage) -> int:
     """Steps between two renewals of the masks that may change in a stage; 0 for never."""
+    if config.method == "linearize":
+        return 0
     if config.method == "slope" and now.layers == "masked":
         return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
     every = config.sparsity.renew_every
@@ -53,7 +63,7 @@ def renew_every(config: Config, now: Stage) -> int:
 
 
 def plan(config: Config, model: "nn.Module") -> "Report | None":
-    """Which layers of a run's model become sparse, changing nothing; None for a dense run.
+    """Which layers of a run's model become sparse, changing nothing; None for a run that makes none sparse.
 
     Raises:
         UsageError: no layer can, a skip pattern matches none, or the adapters' rank does not fit one.
@@ -61,7 +71,7 @@ def plan(config: Config, model: "nn.Module") -> "Report | None":
     from sparse_kernels import plan as plan_layers
     from sparse_kernels.convert import adapter_rank
 
-    if config.method == "dense":
+    if config.method in ("dense", "linearize"):
         return None
     try:
         report = plan_layers(model, **_layers(config))
@@ -93,6 +103,9 @@ def enter(
     """
     from sparse_kernels import add_adapters, finish_dense
 
+    if config.method == "linearize":
+        _enter_linearized(model, config, was, to, optimizer)
+        return
     if to.layers != was.layers:
         if was.layers == "dense" and to.layers == "lifted":
             enter(model, config, was, Stage("masked"), optimizer=optimizer)
@@ -103,6 +116,41 @@ def enter(
     if to.adapters and not was.adapters:
         a = config.adapters
         adapters = add_adapters(model, a.rank, alpha=a.alpha, init=a.init, seed=config.train.seed)
+        if optimizer is not None:
+            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
+
+
+def _enter_linearized(
+    model: "PreTrainedModel", config: Config, was: Stage, to: Stage, optimizer: "torch.optim.Optimizer | None"
+) -> None:
+    """From a model with softmax attention into transfer, from there into adjust.
+
+    As in LoLCATs, transfer trains the maps and mix factors alone and adjust the adapters alone; the weights never
+    change. One thing is of this program: where a sparse layer has an adapter from its pretraining, the new one is put
+    beside it, one product, and both are trained. It is the part of such a layer that was made to be trained late, and
+    the masks and kept values, which make it sparse, stay bit for bit. Adapters of other layers, the MLPs', stay too.
+
+    Raises:
+        UsageError: the settings do not fit the model, or the adapters' rank does not fit a layer.
+    """
+    from slope_cli.linearize.settings import settings_of
+    from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
+    from sparse_kernels import extend_adapters
+    from sparse_kernels.adapters import check_room
+
+    a, names = config.adapters, projections(model, config.linearize.targets)
+    if was == DENSE:
+        if config.adapter_step is not None:  # not only when the transfer is done
+            try:
+                check_room(model, names, a.rank)
+            except ValueError as error:
+                raise UsageError(f"adapters.rank={a.rank:g}: {error}") from None
+        model.requires_grad_(False)
+        linearize_attention(model, settings_of(config))
+    if to.adapters and not was.adapters:
+        for linear in linear_windows(model).values():
+            linear.requires_grad_(config.linearize.adjust_maps)
+        adapters = extend_adapters(model, names, a.rank, alpha=a.alpha, init=a.init, seed=config.train.seed)
         if optimizer is not None:
             optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
 

@@ -43,6 +43,12 @@ def separator_id(tok: PreTrainedTokenizerFast) -> int:
     raise UsageError("the tokenizer has neither an end-of-text nor a separator token: set eos_token in its config")
 
 
+def begin_id(tok: PreTrainedTokenizerFast) -> int | None:
+    """The beginning-of-text id, if the tokenizer itself puts it before a text, as Llama's do; else None."""
+    begin = tok.bos_token_id
+    return int(begin) if begin is not None and tok("").input_ids[:1] == [begin] else None
+
+
 def vocabulary_size(tok: PreTrainedTokenizerFast) -> int:
     """One more than the largest id that the tokenizer can give (a vocabulary with holes is longer than its count)."""
     return max(len(tok), *(int(token_id) + 1 for token_id in tok.get_vocab().values()))
@@ -138,3 +144,12 @@ def _fast(tok: PreTrainedTokenizerFast, name: str) -> PreTrainedTokenizerFast:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(": ") if lines else type(error).__name__
+
+
+def same_tokens(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers cut a text into the same ids; their files may differ in more than that."""
+    if one.get_vocab() != other.get_vocab():
+        return False
+    parts = (json.loads(tok.backend_tokenizer.to_str()) for tok in (one, other))
+    first, second = ([part[key] for key in ("normalizer", "model")] for part in parts)
+    return bool(first == second)

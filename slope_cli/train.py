@@ -20,7 +20,8 @@ from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, r
 from slope_cli import config as configs
 from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.generate import continue_text
+from slope_cli.generate import continue_text, prompt_ids
+from slope_cli.linearize import base
 from slope_cli.models import Loss
 from slope_cli.step import Step, Taken, eager
 from slope_cli.tokenizer import load_tokenizer, masking_ids, save_tokenizer
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from slope_cli.data import Batch, Blocks, Dataset, MaskingIds
+    from slope_cli.linearize.step import Transferred, TransferStep
+    from sparse_kernels import Report
 
 BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
@@ -49,7 +52,7 @@ class Trainer:
     model: "PreTrainedModel"
     stage: stages.Stage
     optimizer: "torch.optim.Optimizer"
-    step: Step
+    step: "Step | TransferStep"
 
 
 def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.StopFlag | None = None) -> dict[str, Any]:
@@ -60,7 +63,8 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.Sto
         stop: one that is open already, so that it knows of signals that came before; else one is opened here.
 
     Returns:
-        The last validation record, with `bigram_loss` where the vocabulary is small.
+        The last validation record, with `bigram_loss` where the vocabulary is small; of a run that linearizes with the
+        perplexities of its `teacher`, and as `swapped` of itself before its first step.
 
     Raises:
         UsageError: the config does not fit the data, the machine, or what is in the folder.
@@ -95,6 +99,10 @@ def _fit(
     config, steps = t.config, t.config.train.steps
     t.model.train()
     first = step
+    if config.method == "linearize" and step == 0:
+        for kind, record in _references(t).items():
+            log.write(kind, 1, **record)  # of the first step, not of none before: a restart must not write it twice
+            progress.say(f"{kind}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
     while step < steps:
         if entered := stages.stage(config, step) != t.stage:
             kind, facts, text = _enter(t, stages.stage(config, step), calibrate=True)
@@ -110,11 +118,13 @@ def _fit(
         step += 1
         if _due(step, stages.renew_every(config, t.stage)):
             _renew_masks(t, step)
-        values = _train_values(t, step, taken, time.perf_counter() - started)
-        progress.step(log.write("train", step, lr=lr, **values))
+        kind, values = _step_record(t, step, taken, time.perf_counter() - started)
+        progress.step(log.write(kind, step, lr=lr, **values))
 
         last = step == steps
-        if last or _due(step, config.log.val_every):
+        # The end of a transfer is worth knowing, and no later validation tells of it.
+        ends = config.method == "linearize" and step == config.adapter_step
+        if last or ends or _due(step, config.log.val_every):
             record = log.write("val", step, **_validate(t))
             progress.say(f"step {step}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
         if (last or _due(step, config.log.sample_every)) and t.masking is None:
@@ -141,23 +151,31 @@ def _products(model: "PreTrainedModel") -> dict[str, int]:
     return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
 
 
-def _train_values(t: Trainer, step: int, taken: Taken, seconds: float) -> dict[str, float]:
-    """What the log says of a step, beside its learning rate."""
+def _step_record(
+    t: Trainer, step: int, taken: "Taken | Transferred", seconds: float
+) -> tuple[str, dict[str, float | dict[str, float]]]:
+    """What the log says of a step, beside its learning rate: one of metrics.STEPS, and the numbers."""
     import torch
 
+    values: dict[str, float | dict[str, float]]
+    if isinstance(taken, Taken):
+        kind, values = "train", {"loss": taken.loss, "grad_norm": taken.norm}
+        if taken.total != taken.loss:  # the loss is comparable with validation's, the total is what was optimised
+            values["total"] = taken.total
+    else:
+        kind, values = "transfer", {"mse": taken.mse, "grad_norm": taken.norm, "total": taken.total}
+        if _due(step, t.config.log.every):
+            values["layers"] = taken.layers
     tokens = t.config.train.tokens_per_step
-    values = {"loss": taken.loss, "grad_norm": taken.norm}
-    if taken.total != taken.loss:  # the loss is comparable with validation's, the total is what was optimised
-        values["total"] = taken.total
     values |= {"tokens": step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
-    return values | ({"peak_memory": torch.cuda.max_memory_allocated()} if t.device.type == "cuda" else {})
+    return kind, values | ({"peak_memory": torch.cuda.max_memory_allocated()} if t.device.type == "cuda" else {})
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_step(t: Trainer, step: int) -> Taken:
+def _train_step(t: Trainer, step: int) -> "Taken | Transferred":
     """Forward, backward and update over one step's tokens."""
     import torch
 
@@ -217,6 +235,15 @@ def _validate(t: Trainer) -> dict[str, Any]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
 
 
+def _references(t: Trainer) -> dict[str, dict[str, Any]]:
+    """Validation of what a linearized model is compared with: the original, and itself before any training."""
+    from slope_cli.linearize.swap import using
+
+    with using(t.model, mode="softmax"):
+        teacher = _validate(t)
+    return {"teacher": teacher, "swapped": _validate(t)}
+
+
 def _val_batches(t: Trainer, source: str) -> "Iterator[Batch]":
     train = t.config.train
     where: dict[str, int] = {"tokens": t.config.log.val_tokens, "micro_batch": train.micro_batch, "seed": train.seed}
@@ -231,12 +258,12 @@ def _weighted(losses: list[Loss]) -> tuple[float, int]:
 
 def _enter(t: Trainer, to: stages.Stage, *, calibrate: bool) -> tuple[str, dict[str, Any], str]:
     """Bring the model into a later stage; returns the record for the log, and what to say."""
-    known = {id(p) for p in t.model.parameters()}
+    known = {id(p): p for p in t.model.parameters()}  # held, so that no new one can get the id of one that went
     feed = _calibration(t.config, t.blocks, t.masking, t.device) if calibrate else None
     stages.enter(t.model, t.config, t.stage, to, optimizer=t.optimizer, calibrate=feed)
     was, t.stage = t.stage, to
-    t.step = _step(t.config, t.model, t.optimizer, t.device)  # what was compiled and captured knows nothing of this
-    if to.layers != was.layers:
+    t.step = _step(t.config, t.model, to, t.optimizer, t.device)  # what was compiled and captured knows nothing of this
+    if to.layers != was.layers and to.layers != "adjust":
         return "layers", {"layers": to.layers, "adapters": to.adapters}, f"the layers are {to.layers} from here on"
     count = sum(p.numel() for p in t.model.parameters() if id(p) not in known)
     return "adapters", {"parameters": count}, f"low-rank adapters join ({count:,} parameters)"
@@ -330,27 +357,48 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
     dataset = open_data(config, run)
     tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
     blocks = data.Blocks(dataset.train, config.train.seq_len)
-    masked = models.objective(runs.model_config(config)) == "masked"
-    masking = masking_ids(tokenizer) if masked else None
-    feed = _calibration(config, blocks, masking, device)
-    model, report = runs.build(config, device) if checkpoint.folders(run) else runs.start(config, device, feed)
+    model, report = _open_model(config, run, device, blocks, tokenizer)
     dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
-    print(report or "dense run: no layer is sparse", file=sys.stderr)
+    print(report or _no_report(model), file=sys.stderr)
     optimizer = optim.build_optimizer(model, config)
     trainer = Trainer(
         config=config,
         dataset=dataset,
         blocks=blocks,
-        masking=masking,
+        masking=masking_ids(tokenizer) if models.objective(model.config) == "masked" else None,
         tokenizer=tokenizer,
         device=device,
         model=model,
         stage=stages.stage(config, 0),
         optimizer=optimizer,
-        step=_step(config, model, optimizer, device),
+        step=_step(config, model, stages.stage(config, 0), optimizer, device),
     )
     _check_evaluation(trainer)
     return trainer
+
+
+def _open_model(
+    config: Config, run: Path, device: "torch.device", blocks: "Blocks", tokenizer: "PreTrainedTokenizerFast"
+) -> "tuple[PreTrainedModel, Report | None]":
+    """The model of a run in the stage of its first step, with weights unless a checkpoint has them; and its report."""
+    if checkpoint.folders(run):
+        return runs.build(config, device, run)
+    if config.method == "linearize":
+        return base.start(config, run, device, tokenizer), None
+    masked = models.objective(runs.model_config(config)) == "masked"
+    feed = _calibration(config, blocks, masking_ids(tokenizer) if masked else None, device)
+    return runs.start(config, device, feed)
+
+
+def _no_report(model: "PreTrainedModel") -> str:
+    """What a run that makes no layer sparse says of its layers."""
+    from slope_cli.linearize.swap import linear_windows
+    from sparse_kernels import sparse_layers
+
+    if windows := linear_windows(model):
+        sparse = sum(1 for _ in sparse_layers(model))
+        return f"{len(windows)} attention layers become linear; {sparse} linear layers are sparse and stay as they are"
+    return "dense run: no layer is sparse"
 
 
 def _start_line(t: Trainer, run: Path) -> str:
@@ -363,18 +411,34 @@ def _start_line(t: Trainer, run: Path) -> str:
     return f"{run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
 
 
-def _step(config: Config, model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", device: "torch.device") -> Step:
-    """How this run takes its steps on this device."""
+def _step(
+    config: Config,
+    model: "PreTrainedModel",
+    stage: stages.Stage,
+    optimizer: "torch.optim.Optimizer",
+    device: "torch.device",
+) -> "Step | TransferStep":
+    """How this run takes its steps of a stage on this device."""
     import torch
 
     train, gpu = config.train, device.type == "cuda"
     if train.cuda_graph and not gpu:
         raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
+    dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
+    if config.method == "linearize":
+        gpu = False  # neither compiled nor captured unless asked for
+    if stage.layers == "transfer":
+        from slope_cli.linearize.step import TransferStep
+
+        if train.compile or train.cuda_graph:
+            raise UsageError("train.compile, train.cuda_graph: attention transfer runs without; leave them out")
+        weights = {"mse_weight": config.linearize.mse_weight, "entropy_weight": config.linearize.entropy_weight}
+        return TransferStep(model, optimizer, dtype=dtype, clip=config.optim.clip, **weights)
     return Step(
         model,
         optimizer,
         models.objective(model.config),
-        dtype=torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None,
+        dtype=dtype,
         clip=config.optim.clip,
         compiled=gpu if train.compile is None else train.compile,
         graphed=gpu if train.cuda_graph is None else train.cuda_graph,
@@ -386,7 +450,7 @@ def _check_evaluation(t: Trainer) -> None:
     if not any(True for source in t.dataset.val for _ in _val_batches(t, source)):
         raise UsageError(f"{t.dataset.folder}: has no validation text, {data.NO_VALIDATION}")
     if t.masking is None:
-        length, room = len(t.tokenizer.tokenize(t.config.log.sample_prompt)), models.max_seq_len(t.model.config)
+        length, room = len(prompt_ids(t.tokenizer, t.config.log.sample_prompt)), models.max_seq_len(t.model.config)
         rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
         if not 0 < length < room:
             raise UsageError(f"log.sample_prompt: {rule}")
@@ -411,5 +475,7 @@ def _summary(t: Trainer, run: Path) -> dict[str, Any]:
     if t.dataset.vocab_size <= BIGRAM_LIMIT:
         files = list(t.dataset.val.values())
         summary["bigram_loss"] = data.bigram_loss(t.dataset.train, files, t.dataset.vocab_size)
+    references = [record for record in records if record["kind"] in ("teacher", "swapped")]
+    summary |= {record["kind"]: record["perplexity"] for record in references}
     samples = [record["text"] for record in records if record["kind"] == "sample"]
     return summary | ({"sample": samples[-1]} if samples else {})

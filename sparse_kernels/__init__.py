@@ -18,6 +18,7 @@ What it is compared with, SR-STE, FST and Wanda, trains dense weights under a ma
 layers, `renew_masks` and `decay_pruned` belong into the loop, and `sparsify` can go on from there.
 """
 
+from sparse_kernels.adapters import adapted_layers, adapters_of, extend_adapters
 from sparse_kernels.convert import (
     MLP,
     LayerReport,
@@ -32,19 +33,23 @@ from sparse_kernels.convert import (
 from sparse_kernels.copies import set_backend
 from sparse_kernels.dynamic import MaskedLinear, decay_pruned, finish_dense, masked_layers
 from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, renew_masks, sparse_layers
-from sparse_kernels.linear import LowRankAdapter, SparseLinear
+from sparse_kernels.linear import AdaptedLinear, LowRankAdapter, SparseLinear
 
 __all__ = [
     "MLP",
+    "AdaptedLinear",
     "LayerReport",
     "LowRankAdapter",
     "MaskedLinear",
     "Report",
     "SparseLinear",
+    "adapted_layers",
+    "adapters_of",
     "add_adapters",
     "backends",
     "decay_pruned",
     "densify",
+    "extend_adapters",
     "finish_dense",
     "input_norms",
     "mask_layers",

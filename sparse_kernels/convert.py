@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_kernels import masks
 from sparse_kernels.dynamic import MaskedLinear, masked_layers
 from sparse_kernels.layers import layer_seed, sparse_layers
-from sparse_kernels.linear import LowRankAdapter, SparseLinear
+from sparse_kernels.linear import AdaptedLinear, LowRankAdapter, SparseLinear
 
 # What stays dense: "the classification heads and the first linear layer following the input" (section 4.4.2).
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|decoder|seq_relationship|classifier|score|qa_outputs)$")
@@ -81,7 +81,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2), a linear layer whose weight is stored (in, out); told by name to import nothing."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
@@ -89,13 +89,13 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     # Exactly these types: a subclass computes something else, and swapping it would change what.
     kinds = (nn.Linear, MaskedLinear)
-    return ((name, module) for name, module in model.named_modules() if type(module) in kinds or _is_conv1d(module))
+    return ((name, module) for name, module in model.named_modules() if type(module) in kinds or is_conv1d(module))
 
 
-def _stored_weight(linear: nn.Module) -> Tensor:
+def stored_weight(linear: nn.Module) -> Tensor:
     """The weight as (out, in), however the layer stores it."""
     weight = cast(Tensor, linear.weight)
-    return weight.t() if _is_conv1d(linear) else weight
+    return weight.t() if is_conv1d(linear) else weight
 
 
 def _block_list(model: nn.Module) -> tuple[str, int]:
@@ -174,7 +174,7 @@ def plan(
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def reason(name: str, linear: nn.Module) -> str:
-        out_features, in_features = _stored_weight(linear).shape
+        out_features, in_features = stored_weight(linear).shape
         if matched := _first_match(skip, name):
             return f"matches skip pattern {matched!r}"
         if _HEAD.search(name):
@@ -194,8 +194,8 @@ def plan(
         return ""
 
     def row(name: str, linear: nn.Module) -> LayerReport:
-        sides = _stored_weight(linear).shape
-        return LayerReport(name, sides[0], sides[1], reason(name, linear), *patterns[name], _is_conv1d(linear))
+        sides = stored_weight(linear).shape
+        return LayerReport(name, sides[0], sides[1], reason(name, linear), *patterns[name], is_conv1d(linear))
 
     report = Report(n, m, tuple(row(name, linear) for name, linear in layers))
     if not report.swapped:
@@ -246,7 +246,7 @@ def sparsify(
     _check_choice(model, report, mask, norms)
     for row in report.swapped:
         linear = model.get_submodule(row.name)
-        weight_OI = _stored_weight(linear).detach()
+        weight_OI = stored_weight(linear).detach()
         if mask == "present":
             row_mask_OI = cast(MaskedLinear, linear).mask
         else:
@@ -298,7 +298,7 @@ def mask_layers(
         raise ValueError(f"transposable masks are searched for up to m={masks.LARGEST_TRANSPOSABLE}, got m={largest}")
     for row in report.swapped:
         linear = model.get_submodule(row.name)
-        weight_OI = _stored_weight(linear).detach()
+        weight_OI = stored_weight(linear).detach()
         masked = MaskedLinear(
             weight_OI,
             cast(Tensor | None, linear.bias),
@@ -315,7 +315,7 @@ def mask_layers(
 
 
 def _becomes_conv1d(linear: nn.Module) -> bool:
-    return linear.conv1d if isinstance(linear, MaskedLinear) else _is_conv1d(linear)
+    return linear.conv1d if isinstance(linear, MaskedLinear) else is_conv1d(linear)
 
 
 def _score(row: LayerReport, weight_OI: Tensor, mask: str, seed: int, norms: Norms | None) -> Tensor:
@@ -426,7 +426,9 @@ def add_adapters(
 
 @torch.no_grad()
 def densify(model: nn.Module, *, adapters: str = "refuse") -> None:
-    """Turn every SparseLinear and MaskedLinear back into the nn.Linear or Conv1D it came from, with zeros, in place.
+    """Turn every SparseLinear, MaskedLinear and AdaptedLinear back into the nn.Linear or Conv1D it came from, in place.
+
+    Pruned weights become zeros.
 
     Args:
         adapters: "merge" adds them to the weight (which is then no longer sparse), "drop" leaves them out,
@@ -444,11 +446,18 @@ def densify(model: nn.Module, *, adapters: str = "refuse") -> None:
         if layer.adapter is not None and adapters == "merge":
             weight_OI = weight_OI + layer.adapter.delta()
         model.set_submodule(name, _dense(layer, weight_OI))
+    for name, adapted in [(name, x) for name, x in model.named_modules() if isinstance(x, AdaptedLinear)]:
+        if adapters == "refuse":
+            raise ValueError(f"{name} has an adapter: say adapters='merge' or adapters='drop'")
+        weight_OI = adapted.weight.t() if adapted.conv1d else adapted.weight
+        model.set_submodule(
+            name, _dense(adapted, weight_OI + adapted.adapter.delta() if adapters == "merge" else weight_OI)
+        )
     for name, masked in list(masked_layers(model)):
         model.set_submodule(name, _dense(masked, masked.masked_weight))
 
 
-def _dense(layer: SparseLinear | MaskedLinear, weight_OI: Tensor) -> nn.Module:
+def _dense(layer: SparseLinear | MaskedLinear | AdaptedLinear, weight_OI: Tensor) -> nn.Module:
     if layer.conv1d:
         from transformers.pytorch_utils import Conv1D
 

@@ -1,5 +1,7 @@
 """SparseLinear, a linear layer whose only weight is its kept entries, and the low-rank adapter beside it.
 
+AdaptedLinear is a dense layer with such an adapter.
+
 Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row, R adapter rank.
 """
 
@@ -66,6 +68,45 @@ class LowRankAdapter(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
+class AdaptedLinear(nn.Module):
+    """A dense linear layer with a low-rank adapter beside it; weight and bias keep the names and the layout they had.
+
+    Attributes:
+        weight: parameter (out, in), or (in, out) if `conv1d`.
+        bias: parameter (out,) or None.
+        conv1d: the layer came from transformers' Conv1D.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, adapter: LowRankAdapter, *, conv1d: bool = False
+    ) -> None:
+        """Take over the parameters of a layer: these, not copies."""
+        super().__init__()
+        self.weight, self.conv1d = weight, conv1d
+        self.register_parameter("bias", bias)
+        self.adapter = adapter
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1 if self.conv1d else 0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0 if self.conv1d else 1]
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight_OI = self.weight.t() if self.conv1d else self.weight
+        Y: Tensor = F.linear(X, weight_OI, self.bias) + self.adapter(X)
+        return Y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
 class _ScaleGradient(torch.autograd.Function):
     """X itself; its gradient times `scale`, a tensor of shape ()."""
 
@@ -82,6 +123,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 class SparseLinear(nn.Module):
     """A linear layer with an N:M sparse weight W^R and a twice-pruned W^{R,C} for the input gradient.
+
+    Frozen (values.requires_grad is False) it passes the input gradient through W^R itself, which is exact.
 
     Attributes:
         values: parameter (out, in·n/m), the kept entries of W^R row by row in column order.
@@ -137,7 +180,8 @@ class SparseLinear(nn.Module):
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
-        X_sparse: Tensor = X if self.column_scale is None else _ScaleGradient.apply(X, self.column_scale)
+        rescaled = self.column_scale is not None and self.values.requires_grad  # frozen values pass an exact gradient
+        X_sparse: Tensor = _ScaleGradient.apply(X, self.column_scale) if rescaled else X
         if (self.n, self.m) in ops.TWO_OF_FOUR and (torch.compiler.is_compiling() or ops.fast(X, self.values)):
             Y = ops.linear(X_sparse, self.values, self.bias, self.positions, self.positions_t)
         else:

@@ -88,6 +88,13 @@ def _input_grad(dY_BO: Tensor, values: Tensor, positions: Tensor, positions_t: T
     return dY_BO @ _scatter(weight, masks.unpack_bits(positions_t, weight.sides[0]).t(), dY_BO.dtype)
 
 
+def _exact_input_grad(dY_BO: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    row_mask_OI = masks.unpack_bits(positions, values.shape[1] * 2)
+    return dY_BO @ torch.zeros_like(row_mask_OI, dtype=values.dtype).masked_scatter_(row_mask_OI, values).to(
+        dY_BO.dtype
+    )
+
+
 def _weight_grad(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     if fast(X_BI, values):
         return _weight_grad_fast(dY_BO, X_BI, values, positions)
@@ -127,7 +134,10 @@ def _gradients(
     X_BI, values, positions, positions_t = ctx.saved_tensors
     dX = dV = db = None
     if ctx.needs_input_grad[0]:
-        dX = input_grad(dY_BO, values, positions, positions_t)
+        frozen = not ctx.needs_input_grad[1]
+        dX = (
+            _exact_input_grad(dY_BO, values, positions) if frozen else input_grad(dY_BO, values, positions, positions_t)
+        )
     if ctx.needs_input_grad[1]:
         dV = weight_grad(dY_BO, X_BI, values, positions)
     if ctx.needs_input_grad[2]:
@@ -156,7 +166,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(X: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
-    """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C}.
+    """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C}; through W^R if values are frozen.
 
     Args:
         X: (..., I); decides the dtype of the three products. On CUDA and not compiled: what `fast` takes.

@@ -53,8 +53,8 @@ class _SparseLinear(torch.autograd.Function):
         X, values_OK, index_OK, survives_OK = ctx.saved_tensors
         dX = dV_OK = dbias_O = None
         if ctx.needs_input_grad[0]:
-            WRC_OI = scatter_kept((values_OK * survives_OK).to(dY.dtype), index_OK, X.shape[-1])
-            dX = dY @ WRC_OI  # [B,O] · [O,I] -> [B,I]
+            passed_OK = values_OK * survives_OK if ctx.needs_input_grad[1] else values_OK
+            dX = dY @ scatter_kept(passed_OK.to(dY.dtype), index_OK, X.shape[-1])  # [B,O] · [O,I] -> [B,I]
         dY_BO = dY.flatten(0, -2)
         if ctx.needs_input_grad[1]:
             dW_OI = dY_BO.t() @ X.flatten(0, -2)  # [O,B] · [B,I] -> [O,I]
@@ -66,6 +66,9 @@ class _SparseLinear(torch.autograd.Function):
 
 def sparse_linear(X: Tensor, values_OK: Tensor, bias_O: Tensor | None, index_OK: Tensor, survives_OK: Tensor) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C} (equations 4.4-4.6).
+
+    Where the values need no gradient, through W^R: double pruning is the price of a weight that trains sparse both
+    ways, and one that is frozen owes nothing.
 
     Args:
         X: (..., I); decides the dtype of the three products.

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COMMANDS = [
     [],
     ["pretrain"],
+    ["linearize"],
     ["data"],
     ["data", "prepare"],
     ["data", "info"],
@@ -235,7 +236,8 @@ def test_a_folder_that_is_not_writable(tmp_path: Path) -> None:
     "command", [["generate", "{}", "text"], ["export", "{}", "x"], ["plot", "{}"], ["check", "{}"]]
 )
 def test_what_is_no_run_is_named(command: list[str], tmp_path: Path) -> None:
-    assert "not the folder of a run" in error(*(word.format(tmp_path) for word in command))
+    fault = "neither a run" if command[0] == "generate" else "not the folder of a run"
+    assert fault in error(*(word.format(tmp_path) for word in command))
     assert str(tmp_path / "none") in error(*(word.format(tmp_path / "none") for word in command))
 
 

@@ -282,6 +282,8 @@ def test_the_largest_seed_and_the_devices_that_there_are(word: str) -> None:
         ("method=fst adapters.lr=1e-3", "adapters.lr=0.001", "method=fst"),
         ("adapters.rank=0 adapters.lr=1e-3", "adapters.lr=0.001", "adapters.rank=0"),
         ("adapters.schedule=run adapters.warmup=7", "adapters.warmup=7.0", "adapters.schedule=run"),
+        ("method=dense adapters.rank=0 linearize.window=32", "linearize.window=32", "method=dense"),
+        ("method=linearize adapters.start=0.5", "adapters.start=0.5", "method=linearize"),
     ],
 )
 def test_a_word_that_changes_nothing_is_named_with_what_makes_it_idle(words: str, idle: str, why: str) -> None:
@@ -300,6 +302,7 @@ def test_a_word_that_changes_nothing_is_named_with_what_makes_it_idle(words: str
         "method=sr_ste sparsity.decay=1e-3 sparsity.renew_every=7 sparsity.mask=random",
         "method=fst sparsity.decay=1e-3 sparsity.dense_finish=0.3",
         "method=dense data.path=elsewhere log.every=3 optim.lr=1e-3",
+        "method=linearize adapters.rank=4 adapters.warmup=2 linearize.window=32",
     ],
 )
 def test_a_word_that_has_its_effect_is_not_named(words: str) -> None:

@@ -190,6 +190,35 @@ def test_the_batch_does_not_matter_and_one_block_has_no_error() -> None:
     assert (single["stderr"], single["blocks"], single["tokens"]) == (None, 1, 64)
 
 
+def test_the_loss_by_position_is_that_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, dataset = trained(), data.open_dataset(two_sources())
+    subject = load(run)
+    by_source = {source: block_losses(subject, file, 48) for source, file in dataset.val.items()}
+    monkeypatch.setattr("slope_cli.evaluate.NARROWEST", 8)
+    result = evaluate(run, data_folder=two_sources(), seq_len=48)
+    found = result["perplexity"]
+    for losses, row in [(by_source[name], found["sources"][name]) for name in by_source] + [
+        (np.concatenate(list(by_source.values())), found)
+    ]:
+        edges = [(bucket["first"], bucket["last"]) for bucket in row["positions"]]
+        assert edges == [(0, 7), (8, 15), (16, 31), (32, 47)]
+        for bucket in row["positions"]:
+            own = losses[:, bucket["first"] : bucket["last"] + 1]
+            assert bucket["tokens"] == own.size
+            assert bucket["loss"] == pytest.approx(own.mean(), rel=1e-6)
+            assert bucket["perplexity"] == pytest.approx(math.exp(own.mean()), rel=1e-5)
+        assert sum(bucket["tokens"] for bucket in row["positions"]) == row["tokens"]
+    text = lines(result, positions=True)
+    assert len(text) == len(lines(result)) + 4
+    assert text[-1].startswith("  32-47            loss ")
+
+
+def test_the_loss_by_position_of_a_masked_model_counts_masked_tokens() -> None:
+    found = evaluate(trained("bert-base"), tokens=128)["perplexity"]
+    assert [(row["first"], row["last"], row["tokens"]) for row in found["positions"]] == [(0, 31, found["tokens"])]
+    assert found["positions"][0]["loss"] == pytest.approx(found["loss"], rel=1e-9)
+
+
 def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
     with torch.no_grad():

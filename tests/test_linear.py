@@ -131,6 +131,22 @@ def test_fifty_steps_with_renewals_equal_masked_dense_training(n: int, m: int) -
     assert (layer.weight == 0).sum() == (R == 0).sum()
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_frozen_values_pass_the_gradient_through_the_row_masked_weight(n: int, m: int, rescale: bool) -> None:
+    layer = make(6 * m, 5 * m, n, m, rank=2)
+    layer.column_rescale = rescale
+    layer.values.requires_grad_(False)
+    assert layer.adapter is not None
+    X = torch.randn(5, 5 * m, dtype=torch.float64, requires_grad=True)
+    dY = torch.randn(5, 6 * m, dtype=torch.float64)
+    layer(X).backward(dY)
+    assert not torch.equal(layer.weight, layer.weight_backward)
+    torch.testing.assert_close(X.grad, dY @ (layer.weight + layer.adapter.delta()))
+    assert layer.values.grad is None
+    assert layer.adapter.A.grad is not None
+
+
 def test_layout_follows_every_way_of_changing_positions() -> None:
     a, b = make(8, 8, 2, 4, seed=1), make(8, 8, 2, 4, seed=2)
     X = torch.randn(3, 8, dtype=torch.float64)

@@ -278,4 +278,5 @@ def test_maps_start_as_the_identity(name: str) -> None:
     x = torch.randn(1, 3, 5, 4, generator=generator)
     assert wide(x).shape == (1, 3, 5, wide.features)
     assert (wide(x) > 0).all()
-    assert make_map(name, 3, 4, None, generator).features == 4
+    assert make_map(name, 3, 64, None, generator).features == 64
+    assert make_map(name, 3, 4, None, generator).features == {"hedgehog": 32, "t2r": 4}[name]

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.generate import continue_text
 from slope_cli.llama2c import Header, convert, read_tokenizer
+from slope_cli.prepare import prepare
 from slope_cli.pretrained import load
 from slope_cli.tokenizer import load_tokenizer
 
@@ -175,13 +177,38 @@ def test_logits_are_those_of_llama2c(tmp_path: Path, tied: bool) -> None:
 
 def test_config_and_special_ids(converted: Path) -> None:
     config = LlamaForCausalLM.from_pretrained(converted).config
-    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (1, 2, 32)
+    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (1, 1, 32)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 4)
     tok = AutoTokenizer.from_pretrained(converted)
-    assert (tok.bos_token_id, tok.eos_token_id, tok.unk_token_id, tok.model_max_length) == (1, 2, 0, 32)
+    assert (tok.bos_token_id, tok.eos_token_id, tok.unk_token_id, tok.model_max_length) == (1, 1, 0, 32)
     assert tok("").input_ids == [1]
     assert tok("the </s>", add_special_tokens=False).input_ids[-1] == 2
     assert load(converted).objective == "causal"
+
+
+def test_generating_begins_and_ends_as_in_llama2c(converted: Path) -> None:
+    """run.c puts <s> before the prompt and stops at the next one, which is how these models' texts are told apart."""
+    model, tokenizer = load(converted)[1:3]
+    ids, shown = [1, *encode(pieces(WORDS), "the")], []
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 1:
+            break
+        shown.append(ids[-1])
+    assert shown
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert continue_text(model, tokenizer, "the", tokens=12, temperature=0) == expected
+    assert continue_text(model, tokenizer, "", tokens=3, temperature=0)
+
+
+def test_documents_are_separated_as_the_model_was_trained(converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "the thing"}\n{"text": "sing"}\n')
+    dataset = prepare(
+        [str(tmp_path / "x.jsonl")], tmp_path / "out", tokenizer=str(converted), val_fraction=0, workers=1
+    )
+    parts = [encode(pieces(WORDS), text) for text in ("the thing", "sing")]
+    assert dataset.train[0].tokens.tolist() == [*parts[0], 1, *parts[1], 1]
 
 
 @pytest.mark.parametrize("text", TEXTS)

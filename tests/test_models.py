@@ -95,9 +95,9 @@ def bert_count(d: int, layers: int) -> int:
     return embeddings + layers * block + (d * d + d) + heads
 
 
-def grouped_count(V: int) -> int:
-    d, kv, inner = 4096, 1024, 14336
-    return 2 * V * d + 32 * (2 * d * d + 2 * d * kv + 3 * d * inner + 2 * d) + d
+def grouped_count(V: int, d: int = 4096, layers: int = 32, inner: int = 14336) -> int:
+    kv = 1024
+    return 2 * V * d + layers * (2 * d * d + 2 * d * kv + 3 * d * inner + 2 * d) + d
 
 
 COUNTS = {
@@ -117,6 +117,7 @@ COUNTS = {
     "bert-base": bert_count(768, 12),
     "bert-large": bert_count(1024, 24),
     "llama3-8b": grouped_count(128256),
+    "llama3-70b": grouped_count(128256, 8192, 80, 28672),
     "mistral-7b": grouped_count(32768),
 }
 PUBLISHED = {
@@ -129,6 +130,7 @@ PUBLISHED = {
     "opt-1.3b": 1_315_758_080,
     "bert-base": 110_106_428,
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "mistral-7b": 7_248_023_552,
 }
 

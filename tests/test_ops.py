@@ -33,6 +33,14 @@ def test_ops_equal_the_reference(bias: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_frozen_values_have_the_exact_input_gradient() -> None:
+    layer = make(32, 48)
+    X, dY = torch.randn(5, 48, requires_grad=True), torch.randn(5, 32)
+    values = layer.values.detach()
+    ops.linear(X, values, layer.bias, layer.positions, layer.positions_t).backward(dY)
+    torch.testing.assert_close(X.grad, dY @ layer.weight.detach())
+
+
 def test_registrations() -> None:
     layer = make(16, 32)
     X = torch.randn(5, 32, requires_grad=True)

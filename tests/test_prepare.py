@@ -19,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import slope_cli
 from slope_cli import documents, prepare
@@ -288,6 +289,19 @@ def test_special_tokens_in_the_text_are_text(tmp_path: Path, bpe_folder: str) ->
     assert dataset.train[0].tokens.tolist() == [256, *END_OF_TEXT.encode(), 257]
     assert (dataset.vocab_size, dataset.separator_id) == (258, 257)
     assert dataset.tokenizer_name == Path(bpe_folder).name
+
+
+def test_a_tokenizer_that_begins_texts_begins_documents(tmp_path: Path, bpe_folder: str) -> None:
+    """As Llama's: what is generated after its first token is then what was trained on after it."""
+    tok = load_tokenizer(bpe_folder)
+    tok.add_special_tokens({"bos_token": "<s>"})
+    begin = tok.convert_tokens_to_ids("<s>")
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    save_tokenizer(tok, tmp_path / "tok")
+    (tmp_path / "x.jsonl").write_bytes(lines(["ab", "k"]))
+    dataset = prepared([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=str(tmp_path / "tok"), val_fraction=0)
+    assert dataset.train[0].tokens.tolist() == [*b"ab", 257, begin, *b"k", 257, begin]
+    assert (dataset.separator_id, dataset.train[0].header.documents) == (257, 2)
 
 
 def test_a_tokenizer_that_truncates_loses_nothing(tmp_path: Path, bpe_folder: str) -> None:

@@ -46,6 +46,24 @@ def test_the_header_names_hardware_time_tokens_and_loss(name: str) -> None:
     assert train.steps * train.tokens_per_step == pytest.approx(tokens, rel=0.03)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("linearize-")])
+def test_large_models_are_linearized_with_the_published_settings(name: str) -> None:
+    config = configs.load(name)
+    assert config.method == "linearize"
+    assert (config.linearize.window, config.linearize.map, config.linearize.features) == (64, "hedgehog", None)
+    assert (config.linearize.transfer_lr, config.optim.lr, config.optim.weight_decay) == (1e-2, 1e-4, 0.0)
+    assert (config.adapters.rank, config.adapters.alpha, config.linearize.targets) == (8, 16, ["q", "k", "v", "o"])
+    assert (config.train.seq_len, config.train.tokens_per_step) == (1024, 8 * 1024)
+    assert config.adapter_step is not None
+    assert config.adapter_step * config.train.tokens_per_step == pytest.approx(20e6, rel=1e-3)
+
+
+def test_the_70b_recipe_has_that_many_parameters() -> None:
+    account = json.loads(slope("pretrain", "linearize-llama3-70b", "--dry-run", "--json").out)["account"]
+    assert account["parameters"] == pytest.approx(70.55e9, rel=1e-3)
+    assert account["linear_layers"] == 80
+
+
 def test_the_dry_run_keeps_the_order_of_the_layers_and_joins_only_neighbours() -> None:
     out = slope("pretrain", "gpt2-nano", "sparsity.skip=['h\\.2\\.mlp\\.c_fc']", "--dry-run").out
     table = [line.split() for line in out.splitlines() if line.startswith("# transformer.h.")]

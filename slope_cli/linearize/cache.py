@@ -29,6 +29,19 @@ class Remembered(NamedTuple):
     first: Tensor
 
 
+class Ring(NamedTuple):
+    """The tensors of a LinearWindowCache that a decoded token changes, in place.
+
+    keys, values: (B, G, W, D). keep: (B, W), bool. state: (B, G, F, E). oldest: (1,), the place of the oldest key.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep: Tensor
+    state: Tensor
+    oldest: Tensor
+
+
 class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     """The last W keys and values of a sequence, and the float32 state of all before: of one size at any length.
 
@@ -87,18 +100,11 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         self.tokens_B = (read.first + new).clamp(min=0)
         self.seen += new
 
-    def push(self, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor, phi: Callable[[Tensor], Tensor]) -> None:
-        """In place, in a window and not a terrace: the oldest key joins the state, the new one takes its place."""
-        old_k_BG1D, old_v_BG1D = (ring.index_select(2, self.oldest_1) for ring in (self.keys, self.values))
-        old_keep_B1 = self.keep_BW.index_select(1, self.oldest_1)
-        dtype = self.state_BGFE.dtype
-        old_v_BG1E = F.pad(old_v_BG1D.to(dtype), (0, 1), value=1.0) * old_keep_B1[:, None, :, None]
-        self.state_BGFE.addcmul_(phi(old_k_BG1D.to(dtype)).mT, old_v_BG1E)
-        self.keys.index_copy_(2, self.oldest_1, k_BG1D.to(self.dtype))
-        self.values.index_copy_(2, self.oldest_1, v_BG1D.to(self.dtype))
-        self.keep_BW.index_copy_(1, self.oldest_1, keep_B1)
-        self.oldest_1.add_(1).remainder_(self.pattern.lookback)
-        self.seen += 1
+    def ring(self) -> "Ring":
+        """What decoding changes in place: the tensors themselves."""
+        assert self.keys is not None
+        assert self.values is not None
+        return Ring(self.keys, self.values, self.keep_BW, self.state_BGFE, self.oldest_1)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding among them."""
@@ -155,6 +161,26 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self._tensors().items():
             setattr(self, name, change(tensor))
+
+
+def absorb_oldest(ring: Ring, phi: Callable[[Tensor], Tensor]) -> None:
+    """In place: the oldest key and value join the state; `replace_oldest` comes after it.
+
+    In both, no shape depends on the data and the host reads nothing of the device: a CUDA graph can hold them.
+    """
+    dtype = ring.state.dtype
+    old_k_BG1D, old_v_BG1D = (remembered.index_select(2, ring.oldest) for remembered in (ring.keys, ring.values))
+    old_keep_B1 = ring.keep.index_select(1, ring.oldest)
+    old_v_BG1E = F.pad(old_v_BG1D.to(dtype), (0, 1), value=1.0) * old_keep_B1[:, None, :, None]
+    ring.state.addcmul_(phi(old_k_BG1D.to(dtype)).mT, old_v_BG1E)
+
+
+def replace_oldest(ring: Ring, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor) -> None:
+    """In place, in a window and not a terrace: a new token takes the place of the oldest one."""
+    ring.keys.index_copy_(2, ring.oldest, k_BG1D.to(ring.keys.dtype))
+    ring.values.index_copy_(2, ring.oldest, v_BG1D.to(ring.values.dtype))
+    ring.keep.index_copy_(1, ring.oldest, keep_B1)
+    ring.oldest.add_(1).remainder_(ring.keys.shape[2])
 
 
 def leading_padding(keep_BT: Tensor) -> Tensor:

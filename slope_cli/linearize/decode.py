@@ -7,11 +7,14 @@ Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each K
 D head dimension, E = D + 1 (values and a column of ones), F features; 1 is the new token.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from slope_cli.linearize.attention import Maps, exp_below_max, normalised
-from slope_cli.linearize.cache import LinearWindowCache
+from slope_cli.linearize.cache import LinearWindowCache, Ring, absorb_oldest, replace_oldest
 from slope_cli.linearize.settings import Branch
 
 
@@ -25,26 +28,63 @@ def decode(
     scale: float,
     memory: LinearWindowCache,
     branch: Branch,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """y (B, H, 1, D) of one new token, float32 (float64 if k is); `memory` then remembers the token.
 
     keep_B1: bool, False where the token is padding; None if it is none. The others as in `attend`.
     """
-    state_BGFE, k_BGWD, v_BGWD = memory.state_BGFE, memory.keys, memory.values
-    assert k_BGWD is not None
-    assert v_BGWD is not None
-    (B, H, _, D), G, dtype = q_BH1D.shape, k_BG1D.shape[1], state_BGFE.dtype
+    step, ring = _compiled_step() if compiled else _step, memory.ring()
+    keep_B1 = memory.keep_BW.new_ones(len(q_BH1D), 1) if keep_B1 is None else keep_B1
+    if compiled:  # once for all batches but that of one
+        for tensor in (q_BH1D, k_BG1D, v_BG1D, keep_B1, ring.keys, ring.values, ring.keep, ring.state):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     with torch.autocast(q_BH1D.device.type, enabled=False):
-        q_BH1D = q_BH1D.to(dtype)
-        q_BGPD = q_BH1D.reshape(B, G, -1, D)
-        keep_B1 = memory.keep_BW.new_ones(B, 1) if keep_B1 is None else keep_B1
-        keep_BK = torch.cat([memory.keep_BW, keep_B1], dim=1)
-        scores_BGPK = torch.cat([q_BGPD @ k_BGWD.to(dtype).mT, q_BGPD @ k_BG1D.to(dtype).mT], dim=-1)
-        gamma_GP1 = mix_H.to(dtype).view(G, -1, 1)
-        near_BGPK = gamma_GP1 * exp_below_max(scale * scores_BGPK, keep_BK[:, None, None])
-        y_BGPD = near_BGPK[..., :-1] @ v_BGWD.to(dtype) + near_BGPK[..., -1:] * v_BG1D.to(dtype)
-        near_BGPE = torch.cat([y_BGPD, near_BGPK.sum(-1, keepdim=True)], dim=-1)
-        phi_q_BGPF = maps.q(q_BH1D * (scale * D**0.5)).reshape(B, G, H // G, -1)
-        y_BGPD = normalised(near_BGPE, phi_q_BGPF @ state_BGFE, branch)
-        memory.push(k_BG1D, v_BG1D, keep_B1, maps.k)
+        y_BH1D = step(q_BH1D, k_BG1D, v_BG1D, keep_B1, mix_H, maps, scale, ring, branch)
+        replace_oldest(ring, k_BG1D, v_BG1D, keep_B1)  # a compiler would copy the whole ring for it
+    memory.seen += 1
+    return y_BH1D
+
+
+def _step(
+    q_BH1D: Tensor,
+    k_BG1D: Tensor,
+    v_BG1D: Tensor,
+    keep_B1: Tensor,
+    mix_H: Tensor,
+    maps: Maps,
+    scale: float,
+    ring: Ring,
+    branch: Branch,
+) -> Tensor:
+    (B, H, _, D), G, dtype = q_BH1D.shape, k_BG1D.shape[1], ring.state.dtype
+    q_BH1D = q_BH1D.to(dtype)
+    q_BGPD = q_BH1D.reshape(B, G, -1, D)
+    keep_BK = torch.cat([ring.keep, keep_B1], dim=1)
+    scores_BGPK = torch.cat([_product(q_BGPD, ring.keys.mT), _product(q_BGPD, k_BG1D.mT)], dim=-1)
+    gamma_GP1 = mix_H.to(dtype).view(G, -1, 1)
+    near_BGPK = gamma_GP1 * exp_below_max(scale * scores_BGPK, keep_BK[:, None, None])
+    y_BGPD = _product(near_BGPK[..., :-1], ring.values) + near_BGPK[..., -1:] * v_BG1D.to(dtype)
+    near_BGPE = torch.cat([y_BGPD, near_BGPK.sum(-1, keepdim=True)], dim=-1)
+    phi_q_BGPF = maps.q(q_BH1D * (scale * D**0.5)).reshape(B, G, H // G, -1)
+    y_BGPD = normalised(near_BGPE, _product(phi_q_BGPF, ring.state), branch)
+    absorb_oldest(ring, maps.k)
     return y_BGPD.reshape(B, H, 1, D)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left (…, P, I) times right (…, I, J), in left's precision.
+
+    To a compiler it is a reduction: it reads `right` as it is and casts on the way. A matrix product would want all
+    that is remembered copied into float32.
+    """
+    if torch.compiler.is_compiling():
+        return (left[..., None] * right[..., None, :, :]).sum(-2)
+    return left @ right.to(left.dtype)
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., Tensor]:
+    """One function for all layers."""
+    return torch.compile(_step, fullgraph=True)

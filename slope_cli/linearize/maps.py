@@ -7,6 +7,8 @@ F features.
 import torch
 from torch import Generator, Tensor, nn
 
+FEWEST = 16
+"""Columns of a Hedgehog of small heads: with as few features as such heads have dimensions it learns little."""
 SMALLEST = 1e-12
 """Features are at least this, so that the weights of far tokens, products of features, are positive."""
 
@@ -61,9 +63,9 @@ class T2R(FeatureMap):
 
 
 def make_map(name: str, heads: int, head_dim: int, columns: int | None, generator: Generator) -> FeatureMap:
-    """The map `name` of `heads` heads; columns None for F = head_dim (one more in a Hedgehog of odd head_dim)."""
+    """The map `name` of `heads` heads; columns None for F = head_dim, in a Hedgehog even and no fewer than 32."""
     if name == "hedgehog":
-        return Hedgehog(heads, head_dim, columns or (head_dim + 1) // 2, generator)
+        return Hedgehog(heads, head_dim, columns or max(FEWEST, (head_dim + 1) // 2), generator)
     if name == "t2r":
         return T2R(heads, head_dim, columns or head_dim, generator)
     raise ValueError(f"no feature map {name!r}")

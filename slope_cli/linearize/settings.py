@@ -2,9 +2,12 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from slope_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from slope_cli.config import Config
 
 Branch = Literal["both", "window", "linear"]
 BRANCHES: tuple[Branch, ...] = ("both", "window", "linear")
@@ -16,7 +19,8 @@ class LinearizeSettings:
     """The form of the linearized attention layers; the same settings make the same modules.
 
     feature_map: "hedgehog", phi(x) = [softmax(xW), softmax(-xW)], or "t2r", phi(x) = relu(xW + b).
-    features: columns of W for each head; None for as many features in all as the head has dimensions.
+    features: columns of W for each head; None for as many features in all as the head has dimensions, in a hedgehog at
+        least 32.
     window: tokens near enough for softmax, the token itself among them.
     terrace: a token's softmax covers its own block of `window` tokens up to itself and the whole block before, instead
         of the last `window` tokens.
@@ -55,3 +59,18 @@ class LinearizeSettings:
             raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
         if self.terrace and not causal:
             raise UsageError("terrace: has no meaning in a two-sided model; leave it out")
+
+
+def settings_of(config: "Config") -> LinearizeSettings:
+    """The form of the linearized layers of a run."""
+    chosen = config.linearize
+    return LinearizeSettings(
+        feature_map=chosen.map,
+        features=chosen.features,
+        window=chosen.window,
+        terrace=chosen.kind == "terrace",
+        mix=chosen.mix,
+        window_dropout=chosen.window_dropout,
+        keep_softmax=tuple(chosen.keep_softmax),
+        seed=config.train.seed,
+    )

@@ -10,7 +10,8 @@ Shape suffixes: B sequences, H query heads, G KV heads, T queries, S keys, D hea
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ from slope_cli.linearize.window import LinearWindow, Mode
 
 NAME = "slope_linear"
 """The attention implementation's name in transformers' registries."""
+
+PROJECTIONS = {
+    "q": r"\.(q_proj|query|attn\.c_attn)$",
+    "k": r"\.(k_proj|key|attn\.c_attn)$",
+    "v": r"\.(v_proj|value|attn\.c_attn)$",
+    "o": r"\.(o_proj|out_proj|attn\.c_proj|attention\.output\.dense)$",
+}
+"""How the layers are called that make q, k and v, and that take attention's output; GPT-2's c_attn makes all three."""
 
 
 def linearize_attention(model: PreTrainedModel, settings: LinearizeSettings) -> list[str]:
@@ -105,6 +114,12 @@ def using(model: nn.Module, *, mode: Mode | None = None, branch: Branch | None =
     finally:
         for linear, (old_mode, old_branch) in zip(windows, before, strict=True):
             linear.mode, linear.branch = old_mode, old_branch
+
+
+def projections(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of the layers before and after attention, in the model's order; targets: some of q, k, v, o."""
+    patterns = [PROJECTIONS[target] for target in targets]
+    return [name for name, _ in model.named_modules() if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def added_state(model: nn.Module) -> dict[str, Tensor]:

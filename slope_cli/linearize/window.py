@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slope_cli.linearize.attention import Maps, Pattern, attend
+from slope_cli.linearize.attention import Maps, Pattern, attend, compiled_attend
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.maps import make_map
@@ -31,6 +31,8 @@ class LinearWindow(nn.Module):
     mode: what the layer answers with: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
     branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
+    compiled: whether torch.compile makes the kernels of whole sequences without a memory, and of single tokens; worth
+    it on a GPU and for lengths that repeat.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class LinearWindow(nn.Module):
         self.window_dropout = settings.window_dropout
         self.mode: Mode = "linear"
         self.branch: Branch = "both"
+        self.compiled = False
         self.memory: LinearWindowCache | None = None
         self.observer: Observer | None = None
         self.hook: RemovableHandle | None = None
@@ -85,7 +88,8 @@ class LinearWindow(nn.Module):
             return self.compute(q_BHTD, k_BGTD, v_BGTD, scale, keep_BT).to(q_BHTD.dtype)
         if q_BHTD.shape[2] == 1 and self.pattern.lookback and not self.pattern.terrace and not torch.is_grad_enabled():
             gamma_H, maps = self.mix.sigmoid(), Maps(self.map_q, self.map_k)
-            y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, memory, self.branch)
+            remembered = (memory, self.branch)
+            y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, *remembered, compiled=self.compiled)
             return y_BH1D.to(q_BHTD.dtype)
         read = memory.recall(k_BGTD, v_BGTD, keep_BT)
         y_BHTD, state_BGFE = attend(
@@ -110,7 +114,8 @@ class LinearWindow(nn.Module):
         dropped_BH = None
         if self.window_dropout and (self.training or self.mode == "transfer"):
             dropped_BH = torch.rand(q_BHTD.shape[:2], device=q_BHTD.device) < self.window_dropout
-        return attend(
+        whole = compiled_attend() if self.compiled else attend
+        return whole(
             q_BHTD,
             k_BGTD,
             v_BGTD,

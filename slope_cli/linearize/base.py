@@ -1,0 +1,140 @@
+"""The model that a run linearizes: found once, at the start, and from then on described in the run's own folder.
+
+RUN/base.json says how it is built: the config of transformers, its sparse layers, their adapters. Its weights and masks
+are in every checkpoint, so a run goes on, and is loaded, without what it began with.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slope_cli import models, stages
+from slope_cli.config import INIT, Config
+from slope_cli.durable import read_sealed, write_sealed
+from slope_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from slope_cli.pretrained import Pretrained
+
+BASE = "base.json"
+
+
+def start(
+    config: Config, run: Path, device: "torch.device | str", tokenizer: "PreTrainedTokenizerFast"
+) -> "PreTrainedModel":
+    """The model of a run before its first step, linearized and frozen but for what is trained; writes its description.
+
+    Args:
+        tokenizer: of the run's data.
+
+    Raises:
+        UsageError: model.init is no model, of an unsupported family or another shape than model.name, linearized
+            already, of another tokenizer, or too short for the sequences; or the settings do not fit it.
+        SlopeError: it cannot be read.
+    """
+    found = load(config)
+    _check(config, found, tokenizer)
+    description = describe(found.model, dropout=config.model.dropout)
+    model = rebuild(description, "cpu")
+    model.load_state_dict(found.model.state_dict())
+    write_sealed(run / BASE, description)
+    model = model.to(device)
+    stages.enter(model, config, stages.DENSE, stages.stage(config, 0))
+    return model
+
+
+def restart(config: Config, run: Path, device: "torch.device | str") -> "PreTrainedModel":
+    """The model of a run in the stage of its first step, for weights and masks from a checkpoint.
+
+    Raises:
+        SlopeError: the description is missing or damaged.
+    """
+    model = rebuild(read_sealed(run / BASE), device)
+    stages.enter(model, config, stages.DENSE, stages.stage(config, 0))
+    return model
+
+
+def load(config: Config) -> "Pretrained":
+    """The model of model.init on the CPU, its pruned layers sparse layers; errors as for `start`."""
+    from slope_cli import pretrained
+    from slope_cli.linearize.swap import linear_windows
+    from sparse_kernels import densify, masked_layers
+
+    init = config.model.init
+    if init is None:
+        raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
+    found = pretrained.load(Path(init).expanduser())
+    models.objective(found.model.config)
+    if linear_windows(found.model):
+        raise UsageError(f"{init}: is linearized already; give the model that it was made of")
+    if any(True for _ in masked_layers(found.model)):
+        densify(found.model)
+        pretrained.find_sparse_layers(found.model)
+    return found
+
+
+def _check(config: Config, found: "Pretrained", tokenizer: "PreTrainedTokenizerFast") -> None:
+    from slope_cli.tokenizer import same_tokens
+
+    init, own = config.model.init, found.model.config
+    if config.model.name == INIT:
+        if config.model.overrides:
+            key = next(iter(config.model.overrides))
+            raise UsageError(f"model.overrides.{key}: the shape is that of model.init={init}; leave it out")
+    else:
+        named = models.model_config(config.model.name, overrides=config.model.overrides)
+        for key in ("model_type", *models.FAMILIES[named.model_type].sizes):
+            here, there = getattr(named, key), getattr(own, key, None)
+            if here != there and "positions" not in key and "position_embeddings" not in key:
+                raise UsageError(f"model.init={init}: is no {config.model.name}: {key} is {there} there, not {here}")
+    if (positions := models.max_seq_len(own)) < config.train.seq_len:
+        raise UsageError(f"train.seq_len={config.train.seq_len}: {init} has only {positions} positions")
+    if not same_tokens(tokenizer, found.tokenizer):
+        raise UsageError(
+            f"data.path={config.data.path}: was prepared with another tokenizer than that of {init}; "
+            f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
+        )
+
+
+def describe(model: "PreTrainedModel", *, dropout: float | None = None) -> dict[str, Any]:
+    """What `rebuild` makes the same model of, apart from its weights; dropout: all of the family's rates, if given."""
+    from sparse_kernels import adapters_of, sparse_layers
+
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "dtype"}
+    if dropout is not None:
+        settings |= dict.fromkeys(models.FAMILIES[model.config.model_type].dropouts, dropout)
+    sparse = {
+        name: {"pattern": [layer.n, layer.m], "column_rescale": layer.column_rescale}
+        for name, layer in sparse_layers(model)
+    }
+    adapters = {name: [adapter.rank, adapter.scale] for name, adapter in adapters_of(model).items()}
+    return {"config": settings, "sparse": sparse, "adapters": adapters}
+
+
+def rebuild(description: dict[str, Any], device: "torch.device | str") -> "PreTrainedModel":
+    """A float32 model of a description, in training mode; its weights and masks are for others to bring."""
+    import transformers
+
+    from sparse_kernels import extend_adapters, sparse_layers
+
+    settings = dict(description["config"])
+    config_class = getattr(transformers, models.FAMILIES[settings["model_type"]].config_class)
+    config = config_class.from_dict(settings, attn_implementation="sdpa")
+    model = models.build_model(config)
+    _sparsify(model, {name: layer["pattern"] for name, layer in description["sparse"].items()})
+    for name, layer in sparse_layers(model):
+        layer.column_rescale = description["sparse"][name]["column_rescale"]
+    for name, (rank, scale) in description["adapters"].items():
+        extend_adapters(model, [name], rank)[name].scale = scale
+    return model.to(device)
+
+
+def _sparsify(model: "PreTrainedModel", patterns: dict[str, list[int]]) -> None:
+    """Make exactly these layers sparse, each with its own N:M."""
+    from sparse_kernels import plan, sparsify
+
+    for n, m in sorted({(n, m) for n, m in patterns.values()}):
+        others = [layer.name for layer in plan(model).layers if patterns.get(layer.name) != [n, m]]
+        sparsify(model, n=n, m=m, skip=[f"^{name.replace('.', '[.]')}$" for name in others])

@@ -1,0 +1,148 @@
+"""What `slope linearize` starts from, and what it would do: nothing is loaded, allocated or written here."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from slope_cli import config as configs
+from slope_cli import models, runs, stages
+from slope_cli.config import INIT, Config
+from slope_cli.errors import SlopeError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+LONGEST = 1024
+"""Tokens of a sequence for a model whose training length is not known."""
+SEQUENCES = 8
+
+
+def words(init: Path) -> list[str]:
+    """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long as it had.
+
+    Raises:
+        UsageError: neither a run nor a model folder.
+        SlopeError: a config.json that is not JSON.
+    """
+    found = [f"model.name={INIT}", f"model.init={json.dumps(str(init))}"]
+    if (init / runs.CONFIG).is_file():
+        base = runs.open_config(init)
+        found.append(f"data.path={json.dumps(base.data.path)}")
+        length, sequences = base.train.seq_len, base.train.micro_batch
+    elif (init / "config.json").is_file():
+        length, sequences = min(_positions(init / "config.json"), LONGEST), SEQUENCES
+    else:
+        raise UsageError(f"{init}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
+    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences}
+    return found + [f"train.{key}={value}" for key, value in sizes.items()]
+
+
+def _positions(path: Path) -> int:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return int(settings.get("n_positions") or settings.get("max_position_embeddings") or LONGEST)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SlopeError(f"{path}: cannot be read ({error})") from None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a run that linearizes, in numbers of parameters, bytes, and tokens."""
+
+    parameters: int
+    """Of the model that it starts from, as if dense."""
+    map_parameters: int
+    adapter_parameters: int
+    """The new ones; those of a sparse model come to it."""
+    layers: int
+    linear_layers: int
+    state_bytes: int
+    """What a linear layer's float32 state and 16-bit window take for one sequence, over all such layers."""
+    cache_bytes_per_token: int
+    """What the same layers' softmax attention remembers of each token in 16 bits."""
+
+    @property
+    def break_even(self) -> int:
+        """Tokens from which on the linear layers remember less."""
+        return -(-self.state_bytes // self.cache_bytes_per_token)
+
+
+def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """As `dryrun.describe`, of a run that linearizes.
+
+    Raises:
+        UsageError: the config's parts do not fit together or the model.
+    """
+    counts = count(config)
+    trained = 16 * (counts.map_parameters + counts.adapter_parameters)
+    begins = "never" if config.adapter_step is None else f"after step {config.adapter_step:,}"
+    train = config.train
+    rows = [
+        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
+        ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
+        ("linear layers", f"{counts.linear_layers} of {counts.layers} attention layers"),
+        ("parameters, frozen", f"{counts.parameters:,}"),
+        ("maps and mix factors", f"{counts.map_parameters:,} parameters"),
+        ("adapters", f"{counts.adapter_parameters:,} parameters, joining {begins}"),
+        ("training state ", f"{4 * counts.parameters + trained:,} bytes, {trained:,} of them of what is trained"),
+        ("memory of a sequence", f"{counts.state_bytes:,} bytes; softmax's {counts.cache_bytes_per_token:,} a token"),
+        ("break-even", f"{counts.break_even:,} tokens"),
+    ]  # fmt: skip
+    comments = ["", *(f"{name:28}{value}" for name, value in rows)]
+    record = {"config": OmegaConf.to_container(OmegaConf.structured(config)), "layers": []}
+    record["account"] = asdict(counts) | {"break_even": counts.break_even}
+    return record, [*configs.dump(config).splitlines(), *(f"# {line}".rstrip() for line in comments)]
+
+
+def count(config: Config) -> Counts:
+    """Count a run without memory for it; errors as for `describe`."""
+    from slope_cli.linearize.swap import linear_windows
+    from sparse_kernels import adapters_of
+
+    model = models.build_model(_shape(config), device="meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    stages.enter(model, config, stages.DENSE, stages.TRANSFER)
+    windows = linear_windows(model).values()
+    if config.adapter_step is not None:
+        stages.enter(model, config, stages.TRANSFER, stages.ADJUST)
+    state = cache = 0
+    for linear in windows:
+        groups, dim = linear.map_k.weight.shape[:2]
+        kept = linear.pattern.lookback + 1
+        state += 4 * groups * linear.map_k.features * (dim + 1) + 4 * groups * dim * kept
+        cache += 4 * groups * dim
+    return Counts(
+        parameters=parameters,
+        map_parameters=sum(p.numel() for linear in windows for p in linear.parameters()),
+        adapter_parameters=sum(p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters()),
+        layers=model.config.num_hidden_layers,
+        linear_layers=len(windows),
+        state_bytes=state,
+        cache_bytes_per_token=cache,
+    )
+
+
+def _shape(config: Config) -> "PreTrainedConfig":
+    """The config of the model to linearize, without its weights."""
+    from transformers import AutoConfig
+
+    if config.model.name != INIT:
+        return runs.model_config(config)
+    if config.model.init is None:
+        raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
+    init = Path(config.model.init).expanduser()
+    if (init / runs.CONFIG).is_file():
+        base = runs.open_config(init)
+        if base.method == "linearize":
+            raise UsageError(f"{init}: is linearized already; give the model that it was made of")
+        return runs.model_config(base)
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(init, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SlopeError(f"{init}: cannot be read as a model ({str(error).splitlines()[0]})") from None
+    models.objective(found)
+    found._attn_implementation = "sdpa"
+    return found

@@ -1,0 +1,45 @@
+"""What linearizing added to a model, as a folder beside its weights: settings.json and maps.safetensors."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slope_cli.errors import UsageError
+from slope_cli.linearize.settings import LinearizeSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOLDER = "linearize"
+
+
+def write(folder: Path, model: "PreTrainedModel", settings: LinearizeSettings) -> None:
+    """Write the maps and mix factors of a linearized model, and the settings that it was linearized with."""
+    from safetensors.torch import save_file
+
+    from slope_cli.linearize.swap import added_state
+
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in added_state(model).items()}
+    save_file(tensors, folder / "maps.safetensors", metadata={"format": "pt"})
+
+
+def read(folder: Path, model: "PreTrainedModel") -> None:
+    """Linearize the model that `write` had, in place.
+
+    Raises:
+        UsageError: settings of another version, or of another base model.
+    """
+    from safetensors.torch import load_file
+
+    from slope_cli.linearize.swap import linearize_attention, load_added_state
+
+    written = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    try:
+        settings = LinearizeSettings(**{**written, "keep_softmax": tuple(written["keep_softmax"])})
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"{folder / 'settings.json'}: is not of this version ({error})") from None
+    linearize_attention(model, settings)
+    load_added_state(model, load_file(folder / "maps.safetensors"))

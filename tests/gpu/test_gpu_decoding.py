@@ -1,0 +1,48 @@
+"""Decoding with linearized attention on a GPU: compiled and from a CUDA graph, the tokens of the eager loop.
+
+Shape suffixes: B sequences, T positions.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from slope_cli import models
+from slope_cli.benchmarks import generate
+from slope_cli.linearize.settings import LinearizeSettings
+
+SHAPE: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 64}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+
+
+def decoded(model: Any, side: str, *, graphed: bool) -> list[list[int]]:
+    torch.manual_seed(0)
+    decoder = generate.Decoder(model, side, 3, 64, graphed=graphed)
+    assert decoder.graphed == graphed
+    steps = []
+    for _ in range(40 - graphed):  # capturing takes the first one
+        decoder.run()
+        steps.append(decoder._ids_B1.flatten().tolist())
+    return steps
+
+
+@pytest.mark.parametrize("side", generate.SIDES)
+def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
+    chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=8))
+    torch.manual_seed(1)
+    model = generate.build(chosen, torch.device("cuda")).float()
+    expected = decoded(model, side.removesuffix(" compiled"), graphed=False)
+    found = decoded(model, side, graphed=True)
+    assert found == expected[1:]
+    if side.endswith("compiled"):
+        assert decoded(model, side, graphed=False) == expected
+
+
+def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should() -> None:
+    chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=64))
+    model = generate.build(chosen, torch.device("cuda"))
+    rows = list(generate.speed_rows(model, 4, 128))
+    assert [(row.get("error", ""), row["graphed"], row["note"]) for row in rows] == [("", True, "")] * 3
+    peaks = [generate.transfer_row(model, length)["peak_bytes"] for length in (1024, 4096)]
+    assert peaks[1] < 4.5 * peaks[0]

@@ -1,0 +1,224 @@
+"""slope bench generate: what decoding remembers, the loop that is timed (here on a CPU), and what it writes.
+
+Shape suffixes: B sequences, T positions.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linearized import SHAPES, linearized, tiny_model, tokens
+from trained import slope
+from transformers.cache_utils import Cache
+
+from slope_cli import config as configs
+from slope_cli import models, runs
+from slope_cli.benchmarks import bench, generate, report, report_generate
+from slope_cli.benchmarks.generate import Decoder, FullLayer, Subject, subject
+from slope_cli.durable import write_sealed
+from slope_cli.errors import UsageError
+from slope_cli.linearize import base, saved
+from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.linearize.swap import linear_windows
+
+CPU = torch.device("cpu")
+CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
+
+
+@pytest.fixture(autouse=True)
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "ROUND_SECONDS", 0.0)
+
+
+def tiny(name: str, **settings: Any) -> Subject:
+    return Subject(name, models.model_config(name, overrides=SHAPES[name]), LinearizeSettings(**settings))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_full_cache_gives_the_logits_of_a_growing_one(name: str) -> None:
+    model, ids_BT = tiny_model(name), tokens(20)
+    with torch.no_grad():
+        grown = model(ids_BT[:, :-1], use_cache=True).past_key_values
+        # One place is still to be filled: that of the first token, which `update` overwrites.
+        sides = [(torch.cat([x[:, :, :1], x], dim=2) for x in (layer.keys, layer.values)) for layer in grown.layers]
+        full = Cache(layers=[FullLayer(*pair) for pair in sides])
+        at = torch.full((2, 1), 19)
+        expected = model(ids_BT[:, -1:], past_key_values=grown, position_ids=at, use_cache=True).logits
+        found = model(ids_BT[:, -1:], past_key_values=full, position_ids=at, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"window": 8}, {"window": 8, "keep_softmax": (1,)}, {"window": 4, "terrace": True}]
+)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_is_remembered_is_what_was_reckoned(name: str, settings: dict[str, Any]) -> None:
+    chosen = tiny(name, **settings)
+    reckoned = generate.memory_row(chosen)
+    model = generate.build(chosen, CPU).to(torch.bfloat16)
+    for length in (40, 90):
+        softmax, linear = report_generate.remembered(reckoned, length)
+        for side, size in (("softmax", softmax), ("linear", linear)):
+            assert Decoder(model, side, 3, length, graphed=False).remembered == pytest.approx(3 * size, abs=64)
+    assert reckoned["break_even"] * reckoned["softmax_bytes"] >= reckoned["linear_bytes"]
+    assert (reckoned["kept_bytes"] > 0) == ("keep_softmax" in settings)
+
+
+def test_bytes_of_real_shapes() -> None:
+    small, large = (generate.memory_row(subject(name)) for name in generate.DEFAULT)
+    assert (small["softmax_bytes"], small["break_even"]) == (12 * 2 * 768 * 2, 129)
+    assert (large["softmax_bytes"], large["break_even"]) == (32 * 2 * 8 * 128 * 2, 193)
+    assert large["parameters"] > 8e9
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_both_modes_are_timed_at_every_length(name: str) -> None:
+    model = generate.build(tiny(name, window=8), CPU)
+    rows = [row for n in (16, 300) for row in generate.speed_rows(model, 2, n, sides=("softmax", "linear"))]
+    assert [row.get("error", "") for row in rows] == [""] * 4
+    assert all(row["tokens_per_s"] == pytest.approx(2e3 / row["step_ms"]) for row in rows)
+    remembered = [row["remembered_bytes"] for row in rows]
+    assert remembered[0] < remembered[2]
+    assert remembered[1] == remembered[3]
+    row = generate.transfer_row(model, 64)
+    assert (row.get("error", ""), row["peak_bytes"]) == ("", None)
+    maps = [parameter for window in linear_windows(model).values() for parameter in window.parameters()]
+    assert all(parameter.grad is None for parameter in maps)
+
+
+def test_a_side_that_fails_costs_only_itself() -> None:
+    model = generate.build(tiny("gpt2-nano", window=8), CPU)
+    window = next(iter(linear_windows(model).values()))
+    window.map_q.weight.data = torch.zeros(1, 1, 1)
+    rows = list(generate.speed_rows(model, 1, 16, sides=("linear", "softmax")))
+    assert rows[0]["error"].startswith("RuntimeError: ")
+    assert "error" not in rows[1]
+
+
+@pytest.mark.parametrize(("most", "limit"), [(1000, 937), (5, 3), (1, 1), (1, 0), (10, 0), (16000, 15999), (7, 7)])
+def test_the_largest_batch_is_found(most: int, limit: int) -> None:
+    tried = []
+
+    def runs(batch: int) -> str:
+        tried.append(batch)
+        return "" if batch <= limit else f"no room for {batch}"
+
+    found, reason = generate.largest_batch(runs, most)
+    assert limit * (1 - generate.CLOSE) - 1 < found <= limit
+    assert reason == ("" if found == most else reason)
+    assert len(tried) < 20
+    assert 0 not in tried
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+def test_all_rows_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"LENGTHS": (16, 300), "BATCHES": (1,), "LARGEST_LENGTHS": (300,), "TRANSFER_LENGTHS": (64, 128)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(generate, name, value)
+    reckoned = generate.memory_row(subject("gpt2-nano"))
+    room = 4 * 300 * reckoned["softmax_bytes"]  # of four sequences as softmax attention remembers them
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rows = list(generate.rows("gpt2-nano", CPU))
+    json.dumps(rows)
+    assert [row["error"] for row in rows] == [""] * len(rows)
+    parts = [(row["part"], row.get("side")) for row in rows]
+    three, own = [("both", side) for side in generate.SIDES], [("own", side) for side in generate.SIDES[1:]]
+    largest = [("largest", "softmax"), ("largest", "linear")]
+    speed = [("speed", side) for _ in range(2) for side in generate.SIDES]
+    assert parts == [*largest, *three, *own, *speed, ("transfer", None), ("transfer", None)]
+    found = report_generate.summary({"rows": rows}, 300)
+    assert (found["softmax_batch"], found["batch"]) == (4, 4)
+    assert found["linear_batch"] == pytest.approx(room / reckoned["linear_bytes"], rel=generate.CLOSE, abs=1)
+
+
+def test_runs_and_folders_bring_their_shape_and_settings(tmp_path: Path) -> None:
+    model, settings = linearized("llama3-8b", window=8), LinearizeSettings(window=8)
+    folder = tmp_path / "exported"
+    tiny_model("llama3-8b").save_pretrained(folder)
+    plain = subject(str(folder))
+    assert (plain.name, plain.settings, plain.config.num_hidden_layers) == ("exported", LinearizeSettings(), 2)
+    saved.write(folder / saved.FOLDER, model, settings)
+    assert subject(str(folder)).settings == settings
+    run = tmp_path / "run"
+    run.mkdir()
+    words = ["model.name=llama3-8b", "linearize.window=8"]
+    (run / runs.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
+    write_sealed(run / base.BASE, base.describe(tiny_model("llama3-8b")))
+    found = subject(str(run))
+    assert (found.settings.window, found.config.hidden_size) == (8, 32)
+    assert models.max_seq_len(found.config) == max(generate.LENGTHS)
+
+
+def test_what_cannot_decode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^gpt5: is no run and no model folder; shapes are llama-small, gpt2-nano, "):
+        bench.run("generate", ["gpt5"])
+    with pytest.raises(UsageError, match=r"^bert-base: predicts masked tokens and cannot decode"):
+        subject("bert-base")
+
+
+@no_gpu
+def test_without_a_gpu_the_command_reckons_what_is_remembered(tmp_path: Path) -> None:
+    done = slope("bench", "generate", "llama-small", "gpt2-small", "--out", tmp_path, "--json")
+    assert (done.code, len(done.err.splitlines())) == (0, 1)
+    assert done.err.startswith("no GPU here: decoding cannot be timed")
+    entries = json.loads(done.out)["generate"]["models"]
+    assert [entry["memory"]["model"] for entry in entries] == ["llama-small", "gpt2-small"]
+    assert [entry["not_run"] for entry in entries] == ["not run: no GPU"] * 2
+    assert {file.name for file in tmp_path.iterdir()} == {"bench.md", "generate.json", "speed.png", "speed.svg"}
+    text = (tmp_path / "bench.md").read_text()
+    assert "not run: no GPU" in text
+    assert "129 tokens" in text
+
+
+def measured(part: str, side: str, length: int, **found: Any) -> dict[str, Any]:
+    return {"model": "tiny", "part": part, "side": side, "length": length, "error": "", "note": "", **found}
+
+
+def entry() -> dict[str, Any]:
+    speed = {"batch": 100, "remembered_bytes": 2**20, "graphed": True, "step_ms": 1.0}
+    rows = [
+        measured("largest", "softmax", 4096, batch=100, limit="out of memory"),
+        measured("largest", "linear", 4096, batch=1000, limit="RuntimeError: too many"),
+        measured("both", "softmax", 4096, tokens_per_s=1e3, **speed),
+        measured("both", "linear", 4096, tokens_per_s=2e3, **speed),
+        measured("both", "linear compiled", 4096, tokens_per_s=3e3, **speed),
+        measured("own", "linear", 4096, tokens_per_s=5e3, **speed),
+        measured("speed", "softmax", 512, tokens_per_s=9e2, **speed),
+        measured("speed", "linear", 512, tokens_per_s=6e2, **speed),
+        measured("speed", "linear compiled", 512, batch=100) | {"error": "broken"},
+        {"model": "tiny", "part": "transfer", "length": 1024, "error": "", "peak_bytes": 2**30},
+        {"model": "tiny", "part": "transfer", "length": 2048, "error": "out of memory"},
+    ]
+    memory = generate.memory_row(tiny("llama3-8b", window=8))
+    return {"memory": memory, "rows": rows, "not_run": "stopped after 9 s"}
+
+
+def test_the_summary_takes_the_faster_linear_side() -> None:
+    found = report_generate.summary(entry(), 4096)
+    assert (found["softmax_batch"], found["linear_batch"], found["batch_ratio"]) == (100, 1000, 10)
+    assert (found["softmax_speed"], found["linear_speed"], found["ratio"]) == (1e3, 3e3, 3)
+    assert found["own_speed"] == 5e3
+    empty = report_generate.summary({"rows": []}, 4096)
+    assert set(empty.values()) == {None}
+
+
+def test_tables_and_pictures_of_decoding(tmp_path: Path) -> None:
+    result = {"generate": {"machine": {"gpu": "H"}, "libraries": {}, "models": [entry()]}}
+    found = report.tables(result)
+    assert [table.title for table in found] == [
+        "Decoding at the largest batches",
+        "Decoding by length",
+        "What decoding remembers",
+        "Memory of attention transfer",
+    ]
+    assert all(len(row) == len(table.columns) for table in found for row in table.rows)
+    assert found[0].rows[0][-1] == "linear: RuntimeError: too many"
+    assert found[0].rows[1][-1] == "stopped after 9 s"
+    assert found[1].rows[0][-1] == "linear compiled: broken"
+    report.write(result, tmp_path)
+    assert "llama3-8b, linear" in (tmp_path / "speed.svg").read_text()
+    assert "generate: gpu H." in (tmp_path / "bench.md").read_text()

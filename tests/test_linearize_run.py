@@ -1,0 +1,353 @@
+"""`slope linearize`: transfer and adapters on tiny trained models, resumed, evaluated, exported, loaded."""
+
+import json
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import assert_same_run, die_in_save, finish, start
+from trained import copied, prepared, scratch, slope, texts, trained
+
+from slope_cli import config as configs
+from slope_cli import metrics, pretrained, runs
+from slope_cli.linearize import plan
+from slope_cli.linearize.swap import added_state, linear_windows, using
+from slope_cli.train import pretrain
+from sparse_kernels import AdaptedLinear, adapters_of, sparse_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = (
+    "train.steps=60",
+    "linearize.window=2",
+    "linearize.transfer_lr=0.03",
+    "adapters.rank=4",
+    "optim.lr=0.01",
+    "log.tensorboard=false",
+    "log.sample_tokens=4",
+    "log.sample_prompt='The '",
+    "log.val_tokens=512",
+)
+BASES: dict[str, tuple[str, ...]] = {
+    "dense": ("gpt2-nano", "method=dense", "train.steps=200"),
+    "sparse": ("gpt2-nano", "train.steps=200"),
+    "llama": ("llama3-8b", "method=dense", "train.steps=200"),
+    "opt": ("opt-125m", "train.steps=20"),
+    "masked": ("gpt2-nano", "method=sr_ste"),
+    "bert": ("bert-base", "method=dense"),
+}
+
+
+class Linearized(NamedTuple):
+    """A base, the run that linearized it, and what that printed."""
+
+    base: Path
+    run: Path
+    out: str
+    err: str
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in metrics.read(self.run) if record["kind"] == kind]
+
+
+@cache
+def linearized(kind: str, *more: str) -> Linearized:
+    """A finished run of `slope linearize`. Copy it before you alter it."""
+    base, run = trained(*BASES[kind]), scratch() / "-".join(["linear", kind, *more]).replace("/", "_")
+    result = slope("linearize", base, *WORDS, *more, "--out", run)
+    if result.code:
+        raise RuntimeError(result.err)
+    return Linearized(base, run, result.out, result.err)
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "llama"])
+def test_transfer_and_adapters_bring_the_model_back(kind: str) -> None:
+    done = linearized(kind)
+    stage_1 = done.records("transfer")
+    assert len(stage_1) == 36
+    assert stage_1[-1]["mse"] < 0.7 * stage_1[0]["mse"]
+    (teacher,), (swapped,), (transferred, adjusted) = map(done.records, ("teacher", "swapped", "val"))
+    assert transferred["step"] == 36
+    assert teacher["loss"] < transferred["loss"] < swapped["loss"]
+    assert adjusted["loss"] < transferred["loss"]
+    assert [record["step"] for record in done.records("adapters")] == [37]
+    assert f"the model it began with has {teacher['perplexity']:.2f}: " in done.out
+
+
+def test_each_stage_logs_its_own_loss() -> None:
+    """A squared error and a cross-entropy are two curves, and the picture has a panel for each."""
+    done = linearized("llama", "log.every=6")
+    transfer, train = done.records("transfer"), done.records("train")
+    assert [record["step"] for record in (*transfer, *train)] == list(range(1, 61))
+    assert not any("loss" in record for record in transfer)
+    with_layers = [record for record in transfer if "layers" in record]
+    assert [record["step"] for record in with_layers] == [6, 12, 18, 24, 30, 36]
+    for record in with_layers:
+        assert list(record["layers"]) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        assert sum(record["layers"].values()) / 2 == pytest.approx(record["mse"], rel=1e-6)
+    svg = (done.run / "loss.svg").read_text()
+    for text in ("transfer", "training", "validation", "mean squared error"):
+        assert f">{text}</text>" in svg, text
+
+
+def test_a_run_of_transfer_alone_draws_and_goes_on() -> None:
+    done = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
+    assert not done.records("train")
+    assert slope("plot", done.run, "--out", done.run / "again").code == 0
+    other = slope("linearize", done.base, *WORDS, "train.steps=21", "--out", done.run)
+    assert other.code == 2
+    assert "holds a run of another config" in other.err
+
+
+def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
+    done = linearized("dense", "train.steps=2")
+    own = [record for record in metrics.read(done.base) if record["kind"] == "val"][-1]
+    again = slope("eval", done.base, "--tokens", "512", "--json")
+    teacher = done.records("teacher")[0]
+    assert teacher["loss"] == pytest.approx(json.loads(again.out)["perplexity"]["loss"], rel=1e-5)
+    assert own["step"] == 200
+
+
+# --------------------------------------------------------------------------------------------- what stays as it is
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "opt", "bert"])
+def test_weights_and_masks_are_bit_identical(kind: str) -> None:
+    done = linearized(kind)
+    before, after = (pretrained.load(folder).model.state_dict() for folder in (done.base, done.run))
+    own = {name for name in after if ".linear." not in name and ".adapter." not in name}
+    assert own == {name for name in before if ".adapter." not in name}
+    for name in own:
+        assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("kind", ["sparse", "bert"])
+def test_a_loaded_model_can_be_trained_further(kind: str) -> None:
+    """What the run froze, it froze for itself: fine-tuning, say, trains a model whole."""
+    assert all(p.requires_grad for p in pretrained.load(linearized(kind).run).model.parameters())
+
+
+def test_adapters_stand_beside_those_of_a_sparse_model() -> None:
+    done = linearized("sparse")
+    base, model = (pretrained.load(folder).model for folder in (done.base, done.run))
+    ranks = {name: adapter.rank for name, adapter in adapters_of(model).items()}
+    before = {name: adapter.rank for name, adapter in adapters_of(base).items()}
+    assert {name.split(".", 3)[3] for name in before} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    for name, rank in ranks.items():
+        assert rank == before.get(name, 0) + (4 if ".attn." in name else 0)
+    assert isinstance(model.get_submodule("transformer.h.0.attn.c_attn"), AdaptedLinear)
+    for _, layer in sparse_layers(model):
+        layer.validate()
+
+
+def test_the_maps_are_trained_in_transfer_alone() -> None:
+    transferred = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
+    adjusted = linearized("dense", "linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
+    one, other = (added_state(pretrained.load(x.run).model) for x in (transferred, adjusted))
+    assert not adapters_of(pretrained.load(transferred.run).model)
+    # The warm-up and the schedule are shares of the transfer, which in both is 20 steps.
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_maps_may_be_trained_on_with_the_adapters() -> None:
+    words = ("linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
+    adjusted, both = linearized("dense", *words), linearized("dense", *words, "linearize.adjust_maps=true")
+    one, other = (added_state(pretrained.load(x.run).model) for x in (adjusted, both))
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    assert both.records("val")[0] == adjusted.records("val")[0]
+
+
+def test_a_run_without_transfer_trains_adapters_alone() -> None:
+    done = linearized("dense", "linearize.transfer=0", "train.steps=6")
+    assert not done.records("transfer")
+    model = pretrained.load(done.run).model
+    assert all(adapter.B.any() for adapter in adapters_of(model).values())
+
+
+def test_layers_may_keep_softmax() -> None:
+    done = linearized("llama", "linearize.keep_softmax=[0]", "train.steps=6")
+    model = pretrained.load(done.run).model
+    assert list(linear_windows(model)) == ["model.layers.1.self_attn"]
+    assert "1 attention layers become linear" in done.err
+
+
+def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
+    done = linearized("masked", "train.steps=6")
+    model = pretrained.load(done.run).model
+    found = list(sparse_layers(model))
+    assert found
+    assert all((layer.n, layer.m) == (2, 4) for _, layer in found)
+
+
+# --------------------------------------------------------------------------------------------------- resumed
+
+
+@pytest.mark.parametrize(("step", "adjust_maps"), [(4, False), (8, False), (8, True)])
+def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust_maps: bool, tmp_path: Path) -> None:
+    """Killed while it saves: the first time in transfer, then with the adapters."""
+    base = trained(*BASES["sparse"])
+    words = (*WORDS, "train.steps=10", "linearize.window_dropout=0.2", "log.save_every=2", "train.dtype=fp32")
+    words = (*words, f"linearize.adjust_maps={str(adjust_maps).lower()}")
+    config = configs.load("linearize", [*plan.words(base), *words])
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    pretrain(config, whole)
+    assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
+    pretrain(config, run)
+    assert_same_run(config, run, whole)
+
+
+def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
+    base = copied(trained(*BASES["sparse"]), tmp_path)
+    first = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")
+    assert first.code == 0, first.err
+    base.rename(tmp_path / "elsewhere")
+    again = slope("generate", tmp_path / "run", "The ", "--tokens", "4")
+    assert again.code == 0, again.err
+    assert slope("check", tmp_path / "run").code == 0
+
+
+# ------------------------------------------------------------------------------------- eval, generate, export
+
+
+def test_branches() -> None:
+    done = linearized("dense")
+    losses = {}
+    for branch in ("both", "window", "linear"):
+        result = json.loads(slope("eval", done.run, "--branch", branch, "--json").out)
+        assert result["branch"] == branch
+        losses[branch] = result["perplexity"]["loss"]
+    assert losses["both"] == json.loads(slope("eval", done.run, "--json").out)["perplexity"]["loss"]
+    assert losses["both"] < min(losses["window"], losses["linear"])
+
+
+def test_generating_goes_through_the_cache() -> None:
+    model, tokenizer = pretrained.load(linearized("sparse").run)[1:3]
+    ids_1T = tokenizer("The weights ", return_tensors="pt").input_ids
+    how = {"attention_mask": torch.ones_like(ids_1T), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached, uncached = (model.generate(ids_1T, use_cache=use, **how) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "bert"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
+    done = linearized(kind)
+    result = slope("export", done.run, tmp_path / "out", *(["--merge"] if merge else []))
+    assert result.code == 0, result.err
+    model, back = pretrained.load(done.run).model, pretrained.load(tmp_path / "out").model
+    ids_BT = torch.randint(5, 30, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids_BT)[0], model(ids_BT)[0], rtol=1e-4, atol=1e-4)
+        with using(model, mode="softmax"):
+            assert not torch.allclose(back(ids_BT)[0], model(ids_BT)[0], atol=1e-4)
+    assert bool(adapters_of(back)) is not merge
+    evaluated = slope("eval", tmp_path / "out", "--data", done.base / "absent", "--branch", "window", "--json")
+    assert evaluated.code != 0
+
+
+def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
+    base, folder = trained(*BASES["sparse"]), tmp_path / "export"
+    assert slope("export", base, folder).code == 0
+    words = [*WORDS, f"data.path={prepared()}", "train.steps=6"]
+    result = slope("linearize", folder, *words, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    one, other = (dict(sparse_layers(pretrained.load(x).model)) for x in (base, tmp_path / "run"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].values, other[name].values) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def fault(*words: str | Path, base: Path | None = None) -> str:
+    """The one line of a command that must fail by the user's own fault."""
+    result = slope("linearize", base or trained(*BASES["dense"]), *WORDS, *words)
+    assert result.code == 2, result
+    line = result.err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    assert fault("linearize.window=0", *out) == "linearize.window=0: must be positive"
+    assert fault("linearize.map=hedgehgo", *out) == "linearize.map=hedgehgo: choose one of hedgehog, t2r"
+    assert fault("linearize.features=0", *out) == "linearize.features=0: must be positive"
+    assert fault("linearize.targets=[x]", *out) == "linearize.targets=x: choose one of q, k, v, o"
+    assert fault("linearize.keep_softmax=[7]", *out).startswith("keep_softmax: there is no layer 7")
+    assert fault("adapters.rank=64", "train.steps=2", "linearize.transfer=0", *out).startswith("adapters.rank=64: ")
+    assert fault("linearize.window=32", *out).startswith("linearize.window=32: must be below train.seq_len=32")
+    terrace = ("linearize.window=16", "linearize.kind=terrace")
+    assert fault(*terrace, *out).startswith("linearize.window=16: must be below half of train.seq_len=32")
+    assert "seq_len" in fault("train.seq_len=128", "train.tokens_per_step=256", "train.micro_batch=2", *out)
+    assert fault("model.overrides.n_layer=3", *out).startswith("model.overrides.n_layer: the shape is that of")
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("dense", 33), ("sparse", 29)])
+def test_a_rank_that_does_not_fit_is_refused_before_the_transfer(kind: str, rank: int, tmp_path: Path) -> None:
+    """Beside an adapter of rank 4 there is room for rank 28."""
+    line = fault(f"adapters.rank={rank}", "--out", tmp_path / "run", base=trained(*BASES[kind]))
+    assert line.startswith(f"adapters.rank={rank}: transformer.h.")
+    assert "a side of only 32" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_bad_bases(tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    assert "neither a run" in fault(*out, base=tmp_path)
+    assert "is linearized already" in fault(*out, base=linearized("dense").run)
+    assert fault("model.name=gpt2-small", *out).endswith("is no gpt2-small: vocab_size is 272 there, not 50257")
+    for words in (("--dry-run",), ("--out", tmp_path / "other")):
+        result = slope("pretrain", "gpt2-nano", f"model.init={linearized('dense').run}", *words)
+        assert (result.code, "is linearized" in result.err) == (2, True), result.err
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    result = slope("linearize", unknown, f"data.path={prepared()}", *out)
+    assert result.code in (1, 2)
+    assert str(unknown) in result.err.splitlines()[-1]
+
+
+def test_data_of_another_tokenizer(tmp_path: Path) -> None:
+    texts()
+    line = fault(f"data.path={prepared('wordpiece')}", "--out", tmp_path / "run")
+    assert "was prepared with another tokenizer" in line
+
+
+def test_branches_of_what_is_not_linearized() -> None:
+    result = slope("eval", trained(*BASES["dense"]), "--branch", "window")
+    assert result.code == 2
+    assert "is not linearized" in result.err
+    result = slope("eval", linearized("dense").run, "--branch", "left")
+    assert result.code == 2
+    assert "choose one of both, window, linear" in result.err
+
+
+def test_a_changed_file_of_the_base_shows(tmp_path: Path) -> None:
+    run = copied(linearized("dense").run, tmp_path)
+    file = run / "base.json"
+    file.write_text(file.read_text().replace('"n_layer": 2', '"n_layer": 3'))
+    result = slope("generate", run, "The ")
+    assert result.code == 1
+    assert "base.json" in result.err
+
+
+# ------------------------------------------------------------------------------------------------------ dry run
+
+
+def test_a_dry_run_counts_what_a_run_trains() -> None:
+    done = linearized("llama")
+    record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
+    model = pretrained.load(done.run).model
+    assert record["map_parameters"] == sum(tensor.numel() for tensor in added_state(model).values())
+    assert record["adapter_parameters"] == sum(
+        p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters()
+    )
+    assert runs.open_config(done.run).adapter_step == 36
