@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slope_cli import compare_table
+from slope_cli.benchmarks import report_generate
 from slope_cli.benchmarks.machine import RESULTS
 from slope_cli.benchmarks.report import whole_model
 
@@ -100,6 +102,53 @@ def _training(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", f"{env['gpu']}, torch {env['torch']}; over {len(gaps)} steps {told}."])
 
 
+def _quality(result: dict[str, Any]) -> str:
+    """What each variant is, and its loss at its best rate."""
+    (settings,) = (table for table in compare_table.tables(result) if "settings" in table.columns)
+    changed = dict(settings.rows)
+    rates = "learning rate | " if result["rates"] else ""
+    rows = [f"| variant | settings | {rates}validation loss | gap |", "|---|---|" + "---|" * (3 if rates else 2)]
+    for v in sorted(result["variants"], key=lambda variant: float(variant["loss"]["mean"])):
+        rate = f"{v['lr']:g} | " if rates else ""
+        gap = compare_table.spread(v["gap"], "+.3f") if v["variant"] != result["baseline"] else compare_table.NONE
+        loss = compare_table.spread(v["loss"], ".3f")
+        rows.append(f"| {v['variant']} | {changed[v['variant']]} | {rate}{loss} | {gap} |")
+    env = result["runs"][0]["environment"][0]
+    tokens = f"{result['variants'][0]['tokens'] / 1e6:.0f} million tokens"
+    where = f"{env['gpu']}, torch {env['torch']}, slope {env['slope']}; {tokens}; mean ± standard error (seeds)"
+    return "\n".join([*rows, "", f"{where}; gap to {result['baseline']}."])
+
+
+def _linearized(result: dict[str, Any]) -> str:
+    rows = ["| GPT-2 small | teacher | after the swap | transfer | adapters |", "|---|---|---|---|---|"]
+    for name, run in result["runs"].items():
+        adapted = "not run to its end" if run["adapted"] is None else f"{run['adapted']:.2f}"
+        rows.append(f"| {name} | {run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f} | {adapted} |")
+    branches = result["runs"]["dense"]["branches"]
+    places = [f"{at['first']}–{at['last']}" for at in branches["both"]["positions"]]
+    rows += ["", f"| dense, by position | {' | '.join(places)} | all |", "|---|" + "---|" * (len(places) + 1)]
+    for name, found in branches.items():
+        values = " | ".join(f"{at['perplexity']:.2f}" for at in found["positions"])
+        rows.append(f"| {name} | {values} | {found['perplexity']:.2f} |")
+    m, run = result["machine"], result["runs"]["dense"]
+    tokens = f"{run['transfer_tokens'] / 1e6:.1f} of {run['tokens'] / 1e6:.1f} million tokens transfer"
+    return "\n".join([*rows, "", f"{m['gpu']}, torch {m['torch']}; window {result['window']}; {tokens}; perplexity."])
+
+
+def _generation(result: dict[str, Any]) -> str:
+    rows = ["| shape | tokens | largest batch: softmax | linear | tokens/s at softmax's largest: softmax | linear |"]
+    rows.append("|---|---|---|---|---|---|")
+    for entry in result["models"]:
+        for length in (4096, 16384):
+            s = report_generate.summary(entry, length)
+            if s["linear_speed"] is not None:
+                batches = f"{s['softmax_batch']:,} | {s['linear_batch']:,}"
+                speeds = f"{s['softmax_speed']:,.0f} | {s['linear_speed']:,.0f}"
+                rows.append(f"| {entry['memory']['model']} | {length:,} | {batches} | {speeds} |")
+    m = result["machine"]
+    return "\n".join([*rows, "", f"{m['gpu']}, torch {m['torch']}, {m['date']}; bf16, window 64, random weights."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": _cpu,
     "demo": _demo,
@@ -107,6 +156,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory-h100": _memory,
     "step-h100": _step,
     "training-h100": _training,
+    "generate-h200": _generation,
+    "linearize-gpt2-small": _linearized,
+    "quality-gpt2-small": _quality,
+    "quality-mini": _quality,
 }
 
 

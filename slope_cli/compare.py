@@ -365,6 +365,7 @@ def _summary(variant: str, lr: float | None, rows: Sequence[Row]) -> Row:
         "seeds": [row["seed"] for row in good],
         "failed_seeds": [row["seed"] for row in rows if row["error"]],
         "loss": loss,
+        "by_seed": {str(row["seed"]): row["final"]["loss"] for row in good},
         "perplexity": mean_and_error([row["final"]["perplexity"] for row in good]),
         "by_source": {s: mean_and_error([row["final"]["by_source"][s] for row in good]) for s in shared},
         "tokens": over("tokens", max),
@@ -384,11 +385,17 @@ def _curve(each: Sequence[Sequence[Row]]) -> Row:
 
 
 def best_rate(rates: Sequence[Row]) -> Row:
-    """The summary with the lowest mean loss, of those with the most finished seeds; `lr_at_edge` says whether a rate
-    beyond the list may be better still."""
+    """The summary with the lowest mean loss over the seeds that all rates have; `lr_at_edge` says whether a rate beyond
+    the list may be better still. A rate that lost a seed is compared only where all did."""
+    whole = [rate for rate in rates if rate["seeds"] and not rate["failed_seeds"]]
     most = max(len(rate["seeds"]) for rate in rates)
-    complete = [rate for rate in rates if most and len(rate["seeds"]) == most]
-    best = min(complete, key=lambda rate: float(rate["loss"]["mean"])) if complete else rates[0]
+    complete = whole or [rate for rate in rates if most and len(rate["seeds"]) == most]
+    common = set[str].intersection(*(set(rate["by_seed"]) for rate in complete)) if complete else set[str]()
+
+    def judged(rate: Row) -> float:
+        return float(mean(loss for seed, loss in rate["by_seed"].items() if seed in common or not common))
+
+    best = min(complete, key=judged) if complete else rates[0]
     tried = [rate["lr"] for rate in rates if rate["lr"] is not None]
     return best | {"lr_at_edge": best["lr"] is not None and bool(most) and best["lr"] in (min(tried), max(tried))}
 

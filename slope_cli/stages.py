@@ -59,7 +59,7 @@ def renew_every(config: Config, now: Stage) -> int:
     if config.method == "slope" and now.layers == "masked":
         return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
     every = config.sparsity.renew_every
-    return {"slope": 100, "sr_ste": 1, "fst": 40}.get(config.method, 0) if every is None else every
+    return {"slope": 10, "sr_ste": 1, "fst": 40}.get(config.method, 0) if every is None else every
 
 
 def plan(config: Config, model: "nn.Module") -> "Report | None":

@@ -89,8 +89,11 @@ def test_differences_are_paired_by_seed() -> None:
     assert compare.paired({1: 1.0}, {2: 1.0})["n"] == 0
 
 
-def rate(lr: float, loss: float | None, seeds: Sequence[int] = (1, 2)) -> dict[str, Any]:
-    return {"lr": lr, "loss": {"mean": loss}, "seeds": list(seeds)}
+def rate(
+    lr: float, loss: float | None, seeds: Sequence[int] = (1, 2), failed: Sequence[int] = (), **by_seed: float
+) -> dict[str, Any]:
+    losses = by_seed or {str(seed): loss for seed in seeds}
+    return {"lr": lr, "seeds": list(seeds), "failed_seeds": list(failed), "by_seed": losses}
 
 
 def test_the_best_rate_is_marked_at_the_edge_only() -> None:
@@ -100,9 +103,19 @@ def test_the_best_rate_is_marked_at_the_edge_only() -> None:
         found = compare.best_rate([rate(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
         assert (found["lr"], found["lr_at_edge"]) == (best, True)
     # The highest rate diverged: it was tried, so the one below it is no edge. A rate that lost a seed is not compared.
-    found = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, []), rate(3e-3, 1.0, [1])])
+    found = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, [], [1]), rate(3e-3, 1.0, [1], [2])])
     assert (found["lr"], found["lr_at_edge"]) == (2e-3, False)
-    assert not compare.best_rate([rate(1e-3, None, []), rate(2e-3, None, [])])["lr_at_edge"]
+    assert not compare.best_rate([rate(1e-3, None, [], [1]), rate(2e-3, None, [], [1])])["lr_at_edge"]
+
+
+def test_rates_are_judged_by_the_seeds_they_share() -> None:
+    """Seed 2, a bad one, was only trained at the higher rate."""
+    found = compare.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, **{"1": 2.9, "2": 4.0})])
+    assert found["lr"] == 2e-3
+    found = compare.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, [2], **{"2": 2.9})])
+    assert found["lr"] == 2e-3
+    lost = [rate(1e-3, None, [1], [2], **{"1": 3.0}), rate(2e-3, None, [1], [2], **{"1": 2.0})]
+    assert compare.best_rate(lost)["lr"] == 2e-3
 
 
 # ---------------------------------------------------------------------------------------------- whole results

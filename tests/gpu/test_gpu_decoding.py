@@ -12,6 +12,9 @@ from slope_cli import models
 from slope_cli.benchmarks import generate
 from slope_cli.linearize.settings import LinearizeSettings
 
+# What Inductor imports when it compiles for the first time.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+
 SHAPE: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 64}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 
