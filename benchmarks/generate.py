@@ -13,7 +13,6 @@ Shape suffixes: B sequences, G KV heads, T tokens, D head dimension, V vocabular
 import contextlib
 import functools
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from slope_cli import models, runs
+from slope_cli import models, pretrained, runs
 from slope_cli.benchmarks.measure import one_line
 from slope_cli.durable import read_sealed
-from slope_cli.errors import SlopeError, UsageError
-from slope_cli.linearize import base, saved
+from slope_cli.errors import UsageError
+from slope_cli.export import ADAPTER
+from slope_cli.linearize import base, plan, saved
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.settings import LinearizeSettings, settings_of
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
@@ -54,11 +54,12 @@ WARM_UP, ROUNDS, ROUND_SECONDS = 2, 5, 0.05
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to decode with: its shape, and the form of its linearized layers."""
+    """A model to decode with: its shape, the form of its linearized layers, and what of it is not timed."""
 
     name: str
     config: PreTrainedConfig
     settings: LinearizeSettings
+    note: str = ""
 
 
 def subject(word: str) -> Subject:
@@ -68,15 +69,15 @@ def subject(word: str) -> Subject:
         UsageError: none of these, or a model that predicts no next token.
         SlopeError: files that cannot be read.
     """
-    folder, settings = Path(word), LinearizeSettings()
+    folder, settings, note = Path(word), LinearizeSettings(), ""
     if word == SMALL:
         config = models.model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
     elif word in models.SHAPES:
         config = models.model_config(word, dropout=0.0)
     elif (folder / runs.CONFIG).is_file():
-        config, settings = _of_run(folder)
+        config, settings, note = _of_run(folder)
     elif (folder / "config.json").is_file():
-        config, settings = _of_folder(folder)
+        config, settings, note = _of_folder(folder)
     else:
         raise UsageError(f"{word}: is no run and no model folder; shapes are {SMALL}, {', '.join(models.SHAPES)}")
     if models.objective(config) != "causal":
@@ -85,27 +86,29 @@ def subject(word: str) -> Subject:
     # Its weights are random anyway, so its positions may reach as far as the lengths here.
     positions = models.FAMILIES[config.model_type].positions
     setattr(config, positions, max(models.max_seq_len(config), *LENGTHS, *TRANSFER_LENGTHS))
-    return Subject(folder.resolve().name if folder.is_dir() else word, config, settings)
+    return Subject(folder.resolve().name if folder.is_dir() else word, config, settings, note)
 
 
-def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings]:
+def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:
     config = runs.open_config(folder)
+    adapted = config.adapter_step is not None
     if config.method != "linearize":
-        return runs.model_config(config), LinearizeSettings()
-    shape = base.rebuild(read_sealed(folder / base.BASE) | {"sparse": {}, "adapters": {}}, "meta").config
-    return shape, settings_of(config)
+        return runs.model_config(config), LinearizeSettings(), _left_out(config.method != "dense", adapted)
+    description = read_sealed(folder / base.BASE)
+    shape = base.rebuild(description | {"sparse": {}, "adapters": {}}, "meta").config
+    note = _left_out(bool(description["sparse"]), adapted or bool(description["adapters"]))
+    return shape, settings_of(config), note
 
 
-def _of_folder(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings]:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise SlopeError(f"{folder}: cannot be read as a model ({str(error).splitlines()[0]})") from None
-    written = folder / saved.FOLDER / "settings.json"
-    if not written.is_file():
-        return config, LinearizeSettings()
-    found = json.loads(written.read_text(encoding="utf-8"))
-    return config, LinearizeSettings(**{**found, "keep_softmax": tuple(found["keep_softmax"])})
+def _of_folder(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:
+    config, maps = pretrained.settings(folder), folder / saved.FOLDER
+    note = _left_out(False, (folder / ADAPTER).is_dir())  # whether its weights are sparse, only they would say
+    return config, saved.settings(maps) if maps.is_dir() else LinearizeSettings(), note
+
+
+def _left_out(sparse: bool, adapted: bool) -> str:
+    parts = ["sparse layers"] * sparse + ["adapters"] * adapted
+    return f"timed as a dense model: its {' and '.join(parts)} are left out" if parts else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,17 +124,11 @@ def memory_row(chosen: Subject) -> Row:
     """
     model = models.build_model(chosen.config, device="meta")
     linearize_attention(model, chosen.settings)
-    linear = softmax = 0
-    for window in linear_windows(model).values():
-        groups, dim = window.map_k.weight.shape[:2]
-        cache = window.new_cache()
-        nothing_BGTD = torch.empty(1, groups, 0, dim, dtype=torch.bfloat16, device="meta")
-        cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
-        linear += cache.nbytes()
-        softmax += 2 * 2 * groups * dim
+    linear, softmax = plan.remembered(model)
     layers = chosen.config.num_hidden_layers
     each = softmax // len(linear_windows(model))
-    row = {"model": chosen.name, "error": "", "layers": layers, "linear_layers": len(linear_windows(model))}
+    row = {"model": chosen.name, "error": "", "note": chosen.note, "layers": layers}
+    row |= {"linear_layers": len(linear_windows(model))}
     row |= {"window": chosen.settings.window, "kind": "terrace" if chosen.settings.terrace else "standard"}
     row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     row |= {"linear_bytes": linear, "softmax_bytes": softmax, "kept_bytes": each * (layers - row["linear_layers"])}

@@ -42,7 +42,7 @@ WORDS = [
     "log.sample_prompt='Once upon a time'",
 ]
 VARIANTS: dict[str, list[str]] = {
-    "the recipe": [],
+    "the recipe's settings": [],
     "32 columns, 70 % transfer": ["linearize.features=32", "linearize.transfer=0.7"],
     "maps trained on": ["linearize.adjust_maps=true", "linearize.transfer=0.4", "optim.lr=3e-3"],
     "4 columns": ["linearize.features=4"],

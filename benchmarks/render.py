@@ -135,16 +135,43 @@ def _linearized(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", f"{m['gpu']}, torch {m['torch']}; window {result['window']}; {tokens}; perplexity."])
 
 
+def _demo_linearized(r: dict[str, Any]) -> str:
+    m, alone = r["machine"], {name: f"{branch['perplexity']:.2f}" for name, branch in r["branches"].items()}
+    return (
+        f"The demonstration's byte model has a perplexity of {r['teacher']:.2f} with softmax attention, "
+        f"{r['swapped']:.2f} after the swap, {r['transferred']:.2f} after transfer and {r['adapted']:.2f} with "
+        f"adapters ({r['steps']} steps, {r['seconds']:.0f} s on {m['threads']} thread, torch {m['torch']}); on all of "
+        f"the validation text {alone['both']}, with its window of {r['window']} bytes alone {alone['window']}, and "
+        f"with the linear branch alone {alone['linear']}. It looks no farther than its window."
+    )
+
+
+def _small_llama(r: dict[str, Any]) -> str:
+    first, *_, last = r["variants"].values()
+    steps = next(int(word.partition("=")[2]) for word in last["words"] if word.startswith("train.steps="))
+    return (
+        f"A Llama of {r['parameters']:,} parameters, on stories of its own making and with a window of 16 in 512 "
+        f"tokens, does look farther: of {first['teacher']:.2f} it has {first['adapted']:.2f} after 600 steps, "
+        f"{last['adapted']:.2f} after {steps:,} with more features and maps that are trained on, and "
+        f"{last['branches']['window']:.2f} where the window stands alone "
+        "([table](benchmarks/results/linearize-cpu.md))."
+    )
+
+
 def _generation(result: dict[str, Any]) -> str:
-    rows = ["| shape | tokens | largest batch: softmax | linear | tokens/s at softmax's largest: softmax | linear |"]
-    rows.append("|---|---|---|---|---|---|")
+    speeds = "tokens/s at softmax's largest: softmax | linear | compiled"
+    rows = [f"| shape | tokens | largest batch: softmax | linear | {speeds} |", "|---|---|---|---|---|---|---|"]
     for entry in result["models"]:
-        for length in (4096, 16384):
+        for length in report_generate.SHOWN_LENGTHS:
             s = report_generate.summary(entry, length)
-            if s["linear_speed"] is not None:
+            found = {
+                row["side"]: f"{row['tokens_per_s']:,.0f}"
+                for row in entry["rows"]
+                if (row["part"], row.get("length"), row["error"]) == ("both", length, "")
+            }
+            if len(found) == 3:
                 batches = f"{s['softmax_batch']:,} | {s['linear_batch']:,}"
-                speeds = f"{s['softmax_speed']:,.0f} | {s['linear_speed']:,.0f}"
-                rows.append(f"| {entry['memory']['model']} | {length:,} | {batches} | {speeds} |")
+                rows.append(f"| {entry['memory']['model']} | {length:,} | {batches} | {' | '.join(found.values())} |")
     m = result["machine"]
     return "\n".join([*rows, "", f"{m['gpu']}, torch {m['torch']}, {m['date']}; bf16, window 64, random weights."])
 
@@ -157,6 +184,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-h100": _step,
     "training-h100": _training,
     "generate-h200": _generation,
+    "linearize-cpu": _small_llama,
+    "linearize-demo": _demo_linearized,
     "linearize-gpt2-small": _linearized,
     "quality-gpt2-small": _quality,
     "quality-mini": _quality,

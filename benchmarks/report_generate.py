@@ -56,15 +56,21 @@ def _largest(entries: Sequence[Row]) -> Table:
             cells += [number(s["batch_ratio"]), f"{BATCH_TARGET:g}" if length >= 4096 else "", number(s["batch"], ",")]
             cells += [number(s[f"{side}_speed"], ",.0f") for side in ("softmax", "linear")]
             cells += [number(s["ratio"]), f"{SPEED_TARGET:g}" if length >= 4096 else ""]
-            rows.append([*cells, number(s["own_speed"], ",.0f"), "; ".join(_remarks(entry, length))])
+            rows.append([*cells, number(s["own_speed"], ",.0f"), "; ".join(_note(entry) + _remarks(entry, length))])
         if entry["not_run"]:
             rows.append([name, *[""] * (len(columns) - 2), entry["not_run"]])
     note = (
-        "Greedy decoding of one model with random weights in its two modes, in one loop; linear: the faster of eager "
-        "and compiled. Softmax: torch's fused attention over a preallocated cache that is full at this length. "
-        "Largest batch: the one whose steps still run, to within 3 %, its prompts not counted."
+        "Greedy decoding of one model with random weights, dense and 16-bit, in its two modes, in one loop; linear: "
+        "the faster of eager and compiled. Softmax: torch's fused attention over a preallocated cache that is full at "
+        "this length. Largest batch: the one whose steps still run, to within 3 %, its prompts not counted."
     )
     return Table("Decoding at the largest batches", columns, rows, note)
+
+
+def _note(entry: Row) -> list[str]:
+    """What of the model is not in its numbers; older results do not say it."""
+    note = entry["memory"].get("note")
+    return [note] if note else []
 
 
 def _remarks(entry: Row, length: int) -> list[str]:
@@ -99,20 +105,21 @@ def _speed(entries: Sequence[Row]) -> Table:
             faults = [
                 f"{side}: {row['error'] or row['note']}" for side, row in by_side.items() if row["error"] or row["note"]
             ]
-            rows.append([*cells, "; ".join(faults)])
+            rows.append([*cells, "; ".join(_note(entry) + faults)])
     return Table("Decoding by length", columns, rows, "As above; from CUDA graphs where nothing else is said.")
 
 
 def _memory(entries: Sequence[Row]) -> Table:
     columns = ("model", "linear layers", "window", "softmax bytes a token", "linear bytes at any length", "break-even")
-    columns += tuple(f"softmax / linear at {length:,}" for length in SHOWN_LENGTHS)
+    columns += (*(f"softmax / linear at {length:,}" for length in SHOWN_LENGTHS), "")
     rows = []
     for entry in entries:
         m = entry["memory"]
         kind = f"{m['window']}{' terrace' if m['kind'] == 'terrace' else ''}"
         cells = [m["model"], f"{m['linear_layers']} of {m['layers']}", kind, f"{m['softmax_bytes']:,}"]
         cells += [f"{m['linear_bytes']:,}", f"{m['break_even']:,} tokens"]
-        rows.append([*cells, *(number(remembered(m, n)[0] / remembered(m, n)[1], ".1f") for n in SHOWN_LENGTHS)])
+        cells += [number(remembered(m, n)[0] / remembered(m, n)[1], ".1f") for n in SHOWN_LENGTHS]
+        rows.append([*cells, "; ".join(_note(entry))])
     note = (
         "Reckoned from shapes, for one sequence: 16-bit keys and values, of linearized layers those of the window and "
         "a float32 state. Ratios are of all layers, break-even is of the linearized ones."

@@ -15,6 +15,7 @@ import typer
 
 import slope_cli
 from slope_cli import config as configs
+from slope_cli import idle
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.launch import STOPPED, StopFlag
 
@@ -60,7 +61,7 @@ def pretrain(
     if "=" in recipe:  # `slope pretrain train.steps=10` means the default recipe
         recipe, words = "gpt2-nano", [recipe, *words]
     config = configs.load(recipe, words)
-    for line in configs.without_effect(config, words):
+    for line in idle.without_effect(config, words):
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         from slope_cli.dryrun import describe
@@ -94,8 +95,8 @@ def linearize(
     with StopFlag() as stop:
         from slope_cli.linearize import plan
 
-        config = configs.load(recipe, [*plan.words(init), *(overrides or [])])
-        for line in configs.without_effect(config, overrides or []):
+        config = configs.load(recipe, [*plan.words(init, recipe), *(overrides or [])])
+        for line in idle.without_effect(config, overrides or []):
             print(f"warning: {line}", file=sys.stderr)
         if dry_run:
             _print(*plan.describe(config), as_json)
@@ -189,7 +190,10 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers' from_pretrained loads, adapters beside it for PEFT, and check its logits."""
+    """Write a folder that transformers' from_pretrained loads, adapters beside it for PEFT, and check its logits.
+
+    But of a linearized run slope alone loads the maps, and is what is checked; from_pretrained gives softmax attention.
+    """
     from slope_cli.export import export as write
 
     result = write(run, folder, merge=merge)
@@ -274,7 +278,8 @@ def bench(
     """
     from slope_cli.benchmarks import bench, report  # type: ignore[import-not-found]  # outside slope_cli in a checkout
 
-    names = [*(models or ()), *(name for words in cases or () for name in words.split(",") if name)]
+    words = [*(models or ()), *(cases or ())]  # of which a folder's name may have commas of its own
+    names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
     result = bench.run(what, names, out, budget)
     if as_json:
         _print(result, [], as_json)

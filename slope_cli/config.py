@@ -321,6 +321,10 @@ class Config:
         rule = "is for method=linearize alone; name a shape"
         _need(self.model.name != INIT or self.method == "linearize", "model.name", INIT, rule)
         if self.method == "linearize":
+            for name in ("compile", "cuda_graph"):
+                _need(
+                    not getattr(self.train, name), f"train.{name}", True, "method=linearize runs without; leave it out"
+                )
             w, length = self.linearize.window, self.train.seq_len
             near, what = (2 * w, "half of ") if self.linearize.kind == "terrace" else (w, "")
             rule = f"must be below {what}train.seq_len={length}, or nothing is left for the linear branch to learn"
@@ -411,59 +415,6 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-_USED_BY = {
-    "mask": ("slope", "sr_ste", "fst"),
-    "before": ("slope",),
-    "rescale": ("slope",),
-    "column_mask": ("slope",),
-    "column_rescale": ("slope",),
-    "decay": ("slope", "sr_ste", "fst"),
-    "dense_finish": ("fst",),
-}
-"""The methods that look at a key of `sparsity`; all but dense at those that are not here."""
-
-
-def without_effect(config: Config, words: Sequence[str]) -> list[str]:
-    """A line for each key that KEY=VALUE words set to another value than its default, for nothing.
-
-    What a recipe says is not looked at: under another method than its own, its keys may well have no effect.
-    """
-    default, own = fixed(Config()), fixed(config)
-    keys = [key for word in words for key in _flat(OmegaConf.from_dotlist([word]))]
-    changed = [key for key in dict.fromkeys(keys) if own.get(key) != default.get(key)]
-    return [f"{key}={own[key]}: has no effect with {why}" for key in changed if (why := _idle(config, key))]
-
-
-def _idle(config: Config, key: str) -> str:
-    """What makes a key have no effect, as KEY=VALUE; empty if it has one."""
-    section, name = (*key.split("."), "")[:2]
-    if section == "adapters":
-        return _idle_adapters(config, name)
-    if section == "linearize" and config.method != "linearize":
-        return f"method={config.method}"
-    method, s = config.method, config.sparsity
-    if section != "sparsity" or (name == "mask" and method == s.mask):
-        return ""
-    if method not in _USED_BY.get(name, ("slope", "sr_ste", "fst", "wanda")):
-        return f"method={method}"
-    if name == "before" and not s.start:
-        return "sparsity.start=0"
-    if name == "decay" and method == "slope" and not (s.start and s.before == "sr_ste"):
-        return "method=slope"
-    return f"sparsity.mask={s.mask}" if name == "calibration" and "wanda" not in (method, s.mask) else ""
-
-
-def _idle_adapters(config: Config, name: str) -> str:
-    a = config.adapters
-    if config.method not in ("slope", "linearize"):
-        return f"method={config.method}" if a.rank else ""
-    if config.method == "linearize" and name == "start":
-        return "method=linearize"  # linearize.transfer says when
-    if not a.rank:
-        return "adapters.rank=0" if name != "rank" else ""
-    return "adapters.schedule=run" if name == "warmup" and a.schedule == "run" else ""
-
-
 def _merge(config: DictConfig, changes: Any) -> DictConfig:
     if not isinstance(changes, DictConfig):
         raise UsageError("is not a mapping of keys to values")
@@ -541,13 +492,14 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 def fixed(config: Config) -> dict[str, str]:
     """Every full key and its value, as text, apart from FREE_KEYS."""
-    return _flat(OmegaConf.structured(config))
+    return flat(OmegaConf.structured(config))
 
 
-def _flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
+    """Every full key below a node and its value, as text, apart from FREE_KEYS."""
+    found: dict[str, str] = {}
     for name, value in node.items():
         key = prefix + str(name)
         if key not in FREE_KEYS:
-            flat |= _flat(value, f"{key}.") if isinstance(value, DictConfig) else {key: str(value)}
-    return flat
+            found |= flat(value, f"{key}.") if isinstance(value, DictConfig) else {key: str(value)}
+    return found

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from slope_cli import metrics, models, runs, stages
 from slope_cli.config import INIT, Config
+from slope_cli.durable import read_sealed
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.linearize.base import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,10 +153,13 @@ def _merge_adapter(model: "PreTrainedModel", folder: Path) -> None:
             model.get_submodule(name).weight.add_(delta_OI.t() if config["fan_in_fan_out"] else delta_OI)
 
 
-def _architecture(config: Config) -> str:
-    """The shape's name and what the run changed of it."""
+def _architecture(run: Path, config: Config) -> str:
+    """The shape's name and what the run changed of it, or the family and its sizes."""
     if config.model.name == INIT:
-        return f"that of {Path(config.model.init or '').name}"
+        settings = read_sealed(run / BASE)["config"]
+        family = settings["model_type"]
+        sizes = {name: settings.get(name) for name in models.FAMILIES[family].sizes}
+        return f"{family} with " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
     changed = ", ".join(f"{name} {value}" for name, value in config.model.overrides.items())
     return f"{config.model.name} with {changed}" if changed else config.model.name
 
@@ -180,16 +185,17 @@ def _model_card(
         weights = f"trained {pattern} sparse; low-rank adapters are merged, so the weights here are dense"
     else:
         weights = f"{pattern} sparse along the input features, stored dense with their zeros"
+    tags = "[slope, pretrained]" if weights == "dense" else "[slope, sparse, pretrained]"
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [slope, pretrained]" if weights == "dense" else "tags: [slope, sparse, pretrained]",
+        f"library_name: {'slope-cli' if linear else 'transformers'}",
+        f"tags: {'[slope, linearized]' if linear else tags}",
         "---",
         f"# {run.resolve().name}",
         "",
-        f"- Architecture: {_architecture(config)}",
+        f"- Architecture: {_architecture(run, config)}",
         f"- Linear weights: {weights}",
-        f"- Trained on: {tokens:,} tokens ({manifest['step']:,} steps)",
+        f"- {'Linearized' if linear else 'Trained'} on: {tokens:,} tokens ({manifest['step']:,} steps)",
     ]
     if val:
         lines.append(f"- Validation loss: {val[-1]['loss']:.4f} nats per token at step {val[-1]['step']:,}")
@@ -201,9 +207,8 @@ def _model_card(
         lines.append(f"- Low-rank adapters, rank {rank}: the PEFT folder `{ADAPTER}/`; without them quality is lower")
         code = ["from peft import PeftModel", *code, f'model = PeftModel.from_pretrained(model, "{ADAPTER}")']
     if linear:
-        lines.append(
-            "- Attention: window softmax plus linear (slope linearize), maps in `linearize/`; loads with slope-cli"
-        )
+        lines.append("- Attention: window softmax plus linear (slope linearize), maps in `linearize/`")
+        lines.append("- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps")
         code = ["from pathlib import Path", "", "from slope_cli import pretrained", ""]
         code += ['model, tokenizer = pretrained.load(Path("."))[1:3]']
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

@@ -70,17 +70,13 @@ def load(folder: Path, device: "torch.device | str" = "cpu") -> Pretrained:
 
 def settings(folder: Path) -> "PreTrainedConfig":
     """transformers' config of what `load` would load, without its weights; raises what `load` does."""
+    from transformers import AutoConfig
+
     if (folder / runs.CONFIG).is_file():
         config = runs.open_config(folder)
         if config.method == "linearize":
             raise UsageError(f"{folder}: is linearized, so no other run begins with it; give what it was made of")
         return runs.model_config(config)
-    return _settings(folder)
-
-
-def _settings(folder: Path) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
     with _named(folder):
@@ -88,6 +84,13 @@ def _settings(folder: Path) -> "PreTrainedConfig":
         if config.model_type != MASKED and any("MaskedLM" in name for name in config.architectures or ()):
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
         return config
+
+
+def linearized(folder: Path) -> bool:
+    """Whether it is a run that linearizes, or such a run's export."""
+    if (folder / runs.CONFIG).is_file():
+        return runs.open_config(folder).method == "linearize"
+    return (folder / saved.FOLDER).is_dir()
 
 
 @contextlib.contextmanager
@@ -107,7 +110,7 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
     from transformers import AutoModelForCausalLM, AutoModelForPreTraining
     from transformers.utils import logging
 
-    config = _settings(folder)
+    config = settings(folder)
     logging.disable_progress_bar()
     with _named(folder):
         kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM

@@ -58,6 +58,8 @@ def variants(recipe: str, overrides: Sequence[str], methods: Sequence[str], extr
     """
     found = [_named(recipe, overrides, name) for name in methods]
     found += [_written(recipe, overrides, text) for text in extra]
+    if alone := next((variant.name for variant in found if variant.config.method == "linearize"), None):
+        raise UsageError(f"{alone}: slope linearize begins with a trained model; give finished runs to --runs")
     if not found:
         raise UsageError("nothing to compare: say --methods dense,slope or --variant 'NAME: KEY=VALUE'")
     _refuse_twice("variant", [variant.name for variant in found])

@@ -22,6 +22,7 @@ from slope_cli.errors import UsageError
 from slope_cli.linearize import base, saved
 from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows
+from sparse_kernels import sparsify
 
 CPU = torch.device("cpu")
 CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b")
@@ -151,6 +152,50 @@ def test_runs_and_folders_bring_their_shape_and_settings(tmp_path: Path) -> None
     found = subject(str(run))
     assert (found.settings.window, found.config.hidden_size) == (8, 32)
     assert models.max_seq_len(found.config) == max(generate.LENGTHS)
+
+
+def test_what_is_timed_without_is_said(tmp_path: Path) -> None:
+    model = tiny_model("llama3-8b")
+    dense = base.describe(model)
+    sparsify(model)
+    sparse = base.describe(model)
+    start = "timed as a dense model: its"
+    for place, (description, transfer, note) in enumerate(
+        (
+            (dense, 1, ""),
+            (dense, 0.5, f"{start} adapters are left out"),
+            (sparse, 1, f"{start} sparse layers are left out"),
+            (sparse, 0.5, f"{start} sparse layers and adapters are left out"),
+        )
+    ):
+        run = tmp_path / str(place)
+        run.mkdir()
+        words = ["model.name=llama3-8b", "linearize.window=8", f"linearize.transfer={transfer}"]
+        (run / runs.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
+        write_sealed(run / base.BASE, description)
+        memory = generate.memory_row(subject(str(run)))
+        assert memory["note"] == note
+        found = report_generate.tables([entry() | {"memory": memory}])
+        assert [table.rows[0][-1].startswith(note) for table in found[:3]] == [True] * 3
+        assert (f"{note}; linear: RuntimeError" in found[0].rows[0][-1]) == bool(note)
+
+
+def test_an_adapter_beside_a_folder_is_said_to_be_left_out(tmp_path: Path) -> None:
+    tiny_model("llama3-8b").save_pretrained(tmp_path)
+    assert subject(str(tmp_path)).note == ""
+    (tmp_path / "adapter").mkdir()
+    assert "adapters are left out" in subject(str(tmp_path)).note
+
+
+@no_gpu
+def test_names_of_models_may_stand_with_commas(tmp_path: Path) -> None:
+    folder = tmp_path / "a,b"
+    tiny_model("gpt2-nano").save_pretrained(folder)
+    words = ("llama-small,gpt2-nano", folder, "--cases", "gpt2-small,", "--out", tmp_path / "out", "--json")
+    done = slope("bench", "generate", *words)
+    assert done.code == 0, done.err
+    entries = json.loads(done.out)["generate"]["models"]
+    assert [entry["memory"]["model"] for entry in entries] == ["llama-small", "gpt2-nano", "a,b", "gpt2-small"]
 
 
 def test_what_cannot_decode_is_refused(tmp_path: Path) -> None:

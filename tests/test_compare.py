@@ -519,6 +519,11 @@ def _written(planned: variants.Planned) -> Path:
 @pytest.mark.parametrize(
     ("methods", "extra", "said"),
     [
+        (
+            [],
+            ["x: method=linearize linearize.window=8"],
+            "x: slope linearize begins with a trained model; give finished runs to --runs",
+        ),
         (["sloppy"], [], r"method=sloppy: choose one of .*; or half-depth, same-active, slope-r0"),
         ([], [], "nothing to compare"),
         (["dense", "dense"], [], "dense: this variant is there twice"),

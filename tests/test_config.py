@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slope_cli import config as configs
 from slope_cli.config import Config, LogConfig, ModelConfig, SparsityConfig, TrainConfig
 from slope_cli.errors import UsageError
+from slope_cli.idle import without_effect
 
 
 def refused(*overrides: str, recipe: str = "gpt2-nano") -> str:
@@ -284,11 +285,19 @@ def test_the_largest_seed_and_the_devices_that_there_are(word: str) -> None:
         ("adapters.schedule=run adapters.warmup=7", "adapters.warmup=7.0", "adapters.schedule=run"),
         ("method=dense adapters.rank=0 linearize.window=32", "linearize.window=32", "method=dense"),
         ("method=linearize adapters.start=0.5", "adapters.start=0.5", "method=linearize"),
+        ("method=linearize optim.weight_decay=0.3", "optim.weight_decay=0.3", "method=linearize"),
+        ("method=linearize linearize.transfer=1 optim.lr=1e-3", "optim.lr=0.001", "linearize.transfer=1"),
+        (
+            "method=linearize linearize.transfer=0 linearize.transfer_lr=1",
+            "linearize.transfer_lr=1.0",
+            "linearize.transfer=0",
+        ),
+        ("method=linearize adapters.rank=0 linearize.targets=[q]", "linearize.targets=['q']", "adapters.rank=0"),
     ],
 )
 def test_a_word_that_changes_nothing_is_named_with_what_makes_it_idle(words: str, idle: str, why: str) -> None:
     found = re.split(r" (?=[a-z_]+[.=])", words)
-    lines = configs.without_effect(configs.load("gpt2-nano", found), found)
+    lines = without_effect(configs.load("gpt2-nano", found), found)
     assert lines == [f"{idle}: has no effect with {why}"]
 
 
@@ -306,4 +315,4 @@ def test_a_word_that_changes_nothing_is_named_with_what_makes_it_idle(words: str
     ],
 )
 def test_a_word_that_has_its_effect_is_not_named(words: str) -> None:
-    assert configs.without_effect(configs.load("gpt2-nano", words.split()), words.split()) == []
+    assert without_effect(configs.load("gpt2-nano", words.split()), words.split()) == []

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import assert_same_run, die_in_save, finish, start
+from linearized import linearized as tiny_linearized
+from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
 from slope_cli import config as configs
@@ -252,6 +254,23 @@ def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
     assert evaluated.code != 0
 
 
+def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = linearized("llama")
+    assert slope("export", done.run, tmp_path / "out").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: slope-cli\ntags: [slope, linearized]\n---\n")
+    assert "- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps\n" in card
+    train = runs.open_config(done.run).train
+    assert f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps)\n" in card
+    assert "- Architecture: llama with vocab_size 272, hidden_size 32, num_hidden_layers 2, " in card
+    monkeypatch.chdir(tmp_path / "out")
+    found: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert linear_windows(found["model"])
+    printed = " ".join(slope("export", "--help").out.split())
+    assert "of a linearized run slope alone loads the maps" in printed
+
+
 def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
     base, folder = trained(*BASES["sparse"]), tmp_path / "export"
     assert slope("export", base, folder).code == 0
@@ -315,6 +334,44 @@ def test_bad_bases(tmp_path: Path) -> None:
     assert str(unknown) in result.err.splitlines()[-1]
 
 
+def test_what_is_linearized_already_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
+    done, folder = linearized("dense"), tmp_path / "export"
+    assert slope("export", done.run, folder).code == 0
+    for words in (("--dry-run",), ("--out", tmp_path / "run")):
+        for init in (done.run, folder):
+            line = fault(f"data.path={prepared()}", *words, base=init)
+            assert line == f"{init}: is linearized already; give the model that it was made of"
+
+
+def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    assert slope("export", linearized("dense").run, folder).code == 0
+    file = folder / "linearize" / "settings.json"
+    written = json.loads(file.read_text())
+    without = {key: value for key, value in written.items() if key != "keep_softmax"}
+    for text in (json.dumps(without), json.dumps({**written, "new": 1}), "[]", "{", '{"keep_softmax": 1}'):
+        file.write_text(text)
+        for words in (("bench", "generate", folder, "--out", tmp_path / "bench"), ("generate", folder, "The ")):
+            result = slope(*words)
+            assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
+            assert result.err.startswith(f"error: {file}: is not of this version (")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"model_type": "gpt2", "n_layer": "two"}'])
+def test_a_config_of_transformers_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for words in (("linearize", tmp_path, "--dry-run"), ("bench", "generate", tmp_path)):
+        result = slope(*words)
+        assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
+        assert result.err.startswith(f"error: {tmp_path}: cannot be loaded as a model (")
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    line = fault(f"model.init={absent}", "--dry-run")
+    assert line == f"{absent}: is neither a run (no config.yaml) nor a model folder (no config.json)"
+
+
 def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     texts()
     line = fault(f"data.path={prepared('wordpiece')}", "--out", tmp_path / "run")
@@ -351,3 +408,43 @@ def test_a_dry_run_counts_what_a_run_trains() -> None:
         p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters()
     )
     assert runs.open_config(done.run).adapter_step == 36
+
+
+def test_a_dry_run_says_what_its_counts_leave_out() -> None:
+    printed = slope("linearize", trained(*BASES["sparse"]), *WORDS, "--dry-run").out
+    assert "# frozen, as if dense        " in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("# new adapters  ")]
+    assert line.endswith(" parameters, joining after step 36; those of a sparse model are trained on with them")
+
+
+@pytest.mark.parametrize("kind", ["standard", "terrace"])
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama3-8b"])
+def test_what_a_sequence_takes_is_what_a_filled_cache_holds(name: str, kind: str) -> None:
+    model = tiny_linearized(name, window=4, terrace=kind == "terrace", keep_softmax=(1,)).to(torch.bfloat16)
+    with torch.no_grad():
+        layers = model(tokens(40, rows=1), use_cache=True).past_key_values.layers
+    softmax = layers[1].keys.nbytes + layers[1].values.nbytes
+    assert plan.remembered(model) == (layers[0].nbytes(), softmax // 40)
+
+
+def test_a_dry_run_counts_what_a_cache_holds() -> None:
+    done = linearized("dense")
+    record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
+    model = pretrained.load(done.run).model.to(torch.bfloat16)
+    with torch.no_grad():
+        layers = model(torch.ones(1, 20, dtype=torch.long), use_cache=True).past_key_values.layers
+    assert record["state_bytes"] == sum(layer.nbytes() for layer in layers)
+
+
+def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path) -> None:
+    base = trained(*BASES["sparse"])
+    had = runs.open_config(base).train
+    recipe = tmp_path / "own.yaml"
+    for said, sizes in (
+        ("{}", [had.seq_len, had.micro_batch, had.seq_len * had.micro_batch]),
+        ("{micro_batch: 3}", [had.seq_len, 3, had.seq_len * 3]),
+        ("{seq_len: 32, micro_batch: 2, tokens_per_step: 256}", [32, 2, 256]),
+    ):
+        recipe.write_text(f"method: linearize\nlinearize: {{window: 8}}\ntrain: {said}\n")
+        train = configs.load(str(recipe), plan.words(base, str(recipe))).train
+        assert [train.seq_len, train.micro_batch, train.tokens_per_step] == sizes

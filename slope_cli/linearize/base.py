@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slope_cli.pretrained import Pretrained
 
 BASE = "base.json"
+ALREADY = "is linearized already; give the model that it was made of"
 
 
 def start(
@@ -68,7 +69,7 @@ def load(config: Config) -> "Pretrained":
     found = pretrained.load(Path(init).expanduser())
     models.objective(found.model.config)
     if linear_windows(found.model):
-        raise UsageError(f"{init}: is linearized already; give the model that it was made of")
+        raise UsageError(f"{init}: {ALREADY}")
     if any(True for _ in masked_layers(found.model)):
         densify(found.model)
         pretrained.find_sparse_layers(found.model)

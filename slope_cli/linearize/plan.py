@@ -5,27 +5,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from slope_cli import config as configs
-from slope_cli import models, runs, stages
+from slope_cli import models, pretrained, runs, stages
 from slope_cli.config import INIT, Config
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import UsageError
+from slope_cli.linearize.base import ALREADY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LONGEST = 1024
 """Tokens of a sequence for a model whose training length is not known."""
 SEQUENCES = 8
+OLD = "those of a sparse model are trained on with them"
 
 
-def words(init: Path) -> list[str]:
-    """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long as it had.
+def words(init: Path, recipe: str = "linearize") -> list[str]:
+    """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long and as many as it
+    had, unless the recipe says how many or how long.
 
     Raises:
         UsageError: neither a run nor a model folder.
-        SlopeError: a config.json that is not JSON.
+        SlopeError: a config.json that cannot be read.
     """
     found = [f"model.name={INIT}", f"model.init={json.dumps(str(init))}"]
     if (init / runs.CONFIG).is_file():
@@ -33,19 +37,18 @@ def words(init: Path) -> list[str]:
         found.append(f"data.path={json.dumps(base.data.path)}")
         length, sequences = base.train.seq_len, base.train.micro_batch
     elif (init / "config.json").is_file():
-        length, sequences = min(_positions(init / "config.json"), LONGEST), SEQUENCES
+        length, sequences = min(_positions(init), LONGEST), SEQUENCES
     else:
         raise UsageError(f"{init}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
-    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences}
-    return found + [f"train.{key}={value}" for key, value in sizes.items()]
+    said = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
+    length, sequences = said.get("seq_len", length), said.get("micro_batch", sequences)
+    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | said
+    return found + [f"train.{key}={sizes[key]}" for key in ("seq_len", "micro_batch", "tokens_per_step")]
 
 
-def _positions(path: Path) -> int:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return int(settings.get("n_positions") or settings.get("max_position_embeddings") or LONGEST)
-    except (OSError, ValueError, AttributeError) as error:
-        raise SlopeError(f"{path}: cannot be read ({error})") from None
+def _positions(folder: Path) -> int:
+    found = pretrained.settings(folder)
+    return models.max_seq_len(found) if found.model_type in models.FAMILIES else LONGEST
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,8 @@ class Counts:
     layers: int
     linear_layers: int
     state_bytes: int
-    """What a linear layer's float32 state and 16-bit window take for one sequence, over all such layers."""
+    """As `remembered`, which says both."""
     cache_bytes_per_token: int
-    """What the same layers' softmax attention remembers of each token in 16 bits."""
 
     @property
     def break_even(self) -> int:
@@ -84,10 +86,10 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
         ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
         ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
         ("linear layers", f"{counts.linear_layers} of {counts.layers} attention layers"),
-        ("parameters, frozen", f"{counts.parameters:,}"),
+        ("frozen, as if dense", f"{counts.parameters:,}"),
         ("maps and mix factors", f"{counts.map_parameters:,} parameters"),
-        ("adapters", f"{counts.adapter_parameters:,} parameters, joining {begins}"),
-        ("training state ", f"{4 * counts.parameters + trained:,} bytes, {trained:,} of them of what is trained"),
+        ("new adapters", f"{counts.adapter_parameters:,} parameters, joining {begins}; {OLD}"),
+        ("training state", f"{4 * counts.parameters + trained:,} bytes, {trained:,} of them of what is new"),
         ("memory of a sequence", f"{counts.state_bytes:,} bytes; softmax's {counts.cache_bytes_per_token:,} a token"),
         ("break-even", f"{counts.break_even:,} tokens"),
     ]  # fmt: skip
@@ -108,12 +110,7 @@ def count(config: Config) -> Counts:
     windows = linear_windows(model).values()
     if config.adapter_step is not None:
         stages.enter(model, config, stages.TRANSFER, stages.ADJUST)
-    state = cache = 0
-    for linear in windows:
-        groups, dim = linear.map_k.weight.shape[:2]
-        kept = linear.pattern.lookback + 1
-        state += 4 * groups * linear.map_k.features * (dim + 1) + 4 * groups * dim * kept
-        cache += 4 * groups * dim
+    state, cache = remembered(model)
     return Counts(
         parameters=parameters,
         map_parameters=sum(p.numel() for linear in windows for p in linear.parameters()),
@@ -125,24 +122,38 @@ def count(config: Config) -> Counts:
     )
 
 
+def remembered(model: "PreTrainedModel") -> tuple[int, int]:
+    """What decoding one sequence in 16 bits takes, over the linearized layers: nothing is allocated.
+
+    Returns:
+        The bytes of their caches, windows and float32 states, at any length; the bytes that the same layers as softmax
+        attention remember of each token.
+    """
+    import torch
+
+    from slope_cli.linearize.swap import linear_windows
+
+    linear = softmax = 0
+    for window in linear_windows(model).values():
+        groups, dim = window.map_k.weight.shape[:2]
+        cache = window.new_cache()
+        nothing_BGTD = torch.empty(1, groups, 0, dim, dtype=torch.bfloat16, device="meta")
+        cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
+        linear += cache.nbytes()
+        softmax += 2 * 2 * groups * dim
+    return linear, softmax
+
+
 def _shape(config: Config) -> "PreTrainedConfig":
     """The config of the model to linearize, without its weights."""
-    from transformers import AutoConfig
-
     if config.model.name != INIT:
         return runs.model_config(config)
     if config.model.init is None:
         raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
     init = Path(config.model.init).expanduser()
-    if (init / runs.CONFIG).is_file():
-        base = runs.open_config(init)
-        if base.method == "linearize":
-            raise UsageError(f"{init}: is linearized already; give the model that it was made of")
-        return runs.model_config(base)
-    try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(init, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise SlopeError(f"{init}: cannot be read as a model ({str(error).splitlines()[0]})") from None
+    if pretrained.linearized(init):
+        raise UsageError(f"{init}: {ALREADY}")
+    found = pretrained.settings(init)
     models.objective(found)
     found._attn_implementation = "sdpa"
     return found

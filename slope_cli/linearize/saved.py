@@ -26,6 +26,16 @@ def write(folder: Path, model: "PreTrainedModel", settings: LinearizeSettings) -
     save_file(tensors, folder / "maps.safetensors", metadata={"format": "pt"})
 
 
+def settings(folder: Path) -> LinearizeSettings:
+    """What a model was linearized with; UsageError for settings of another version."""
+    file = folder / "settings.json"
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        return LinearizeSettings(**{**written, "keep_softmax": tuple(written["keep_softmax"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"{file}: is not of this version ({error})") from None
+
+
 def read(folder: Path, model: "PreTrainedModel") -> None:
     """Linearize the model that `write` had, in place.
 
@@ -36,10 +46,5 @@ def read(folder: Path, model: "PreTrainedModel") -> None:
 
     from slope_cli.linearize.swap import linearize_attention, load_added_state
 
-    written = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    try:
-        settings = LinearizeSettings(**{**written, "keep_softmax": tuple(written["keep_softmax"])})
-    except (TypeError, KeyError) as error:
-        raise UsageError(f"{folder / 'settings.json'}: is not of this version ({error})") from None
-    linearize_attention(model, settings)
+    linearize_attention(model, settings(folder))
     load_added_state(model, load_file(folder / "maps.safetensors"))
