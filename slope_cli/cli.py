@@ -95,7 +95,8 @@ def linearize(
     with StopFlag() as stop:
         from slope_cli.linearize import plan
 
-        config = configs.load(recipe, [*plan.words(init, recipe), *(overrides or [])])
+        run = out or Path("runs") / f"{init.resolve().name}-linear"
+        config = configs.load(recipe, [*plan.words(init, recipe, run), *(overrides or [])])
         for line in idle.without_effect(config, overrides or []):
             print(f"warning: {line}", file=sys.stderr)
         if dry_run:
@@ -103,7 +104,6 @@ def linearize(
             return
         from slope_cli.train import pretrain as train
 
-        run = out or Path("runs") / f"{init.resolve().name}-linear"
         summary = train(config, run, fresh=fresh, stop=stop)
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
 

@@ -209,7 +209,15 @@ def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
     base = copied(trained(*BASES["sparse"]), tmp_path)
     first = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")
     assert first.code == 0, first.err
+    spelled = tmp_path / "." / "run" / ".." / base.name
+    again = slope("linearize", spelled, *WORDS, "train.steps=4", "--out", tmp_path / "run")
+    assert (again.code, again.out) == (0, first.out), again.err
     base.rename(tmp_path / "elsewhere")
+    again = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")
+    assert (again.code, again.out) == (0, first.out), again.err
+    other = slope("linearize", tmp_path / "elsewhere", *WORDS, "train.steps=4", "--out", tmp_path / "run")
+    assert other.code == 2
+    assert "model.init" in other.err
     again = slope("generate", tmp_path / "run", "The ", "--tokens", "4")
     assert again.code == 0, again.err
     assert slope("check", tmp_path / "run").code == 0

@@ -1,6 +1,7 @@
 """What `slope linearize` starts from, and what it would do: nothing is loaded, allocated or written here."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,30 +21,47 @@ if TYPE_CHECKING:
 LONGEST = 1024
 """Tokens of a sequence for a model whose training length is not known."""
 SEQUENCES = 8
+SIZES = ("seq_len", "micro_batch", "tokens_per_step")
 OLD = "those of a sparse model are trained on with them"
 
 
-def words(init: Path, recipe: str = "linearize") -> list[str]:
+def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> list[str]:
     """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long and as many as it
     had, unless the recipe says how many or how long.
+
+    Args:
+        run: what is to be trained. If it is there and began with `init`, the words are those it began with, though
+            `init` may be gone, or spelled otherwise.
 
     Raises:
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    found = [f"model.name={INIT}", f"model.init={json.dumps(str(init))}"]
+    if run is not None and (run / runs.CONFIG).is_file() and _began_with(begun := runs.open_config(run), init):
+        return _words(str(begun.model.init), begun.data.path, {name: getattr(begun.train, name) for name in SIZES})
     if (init / runs.CONFIG).is_file():
         base = runs.open_config(init)
-        found.append(f"data.path={json.dumps(base.data.path)}")
-        length, sequences = base.train.seq_len, base.train.micro_batch
+        path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
     elif (init / "config.json").is_file():
-        length, sequences = min(_positions(init), LONGEST), SEQUENCES
+        path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
     else:
         raise UsageError(f"{init}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
     said = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
     length, sequences = said.get("seq_len", length), said.get("micro_batch", sequences)
     sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | said
-    return found + [f"train.{key}={sizes[key]}" for key in ("seq_len", "micro_batch", "tokens_per_step")]
+    return _words(str(init), path, sizes)
+
+
+def _began_with(begun: Config, init: Path) -> bool:
+    if begun.method != "linearize" or begun.model.init is None:
+        return False
+    return Path(begun.model.init).expanduser().resolve() == init.expanduser().resolve()
+
+
+def _words(init: str, path: str | None, sizes: Mapping[str, int]) -> list[str]:
+    found = [f"model.name={INIT}", f"model.init={json.dumps(init)}"]
+    found += [f"data.path={json.dumps(path)}"] * (path is not None)
+    return found + [f"train.{name}={sizes[name]}" for name in SIZES]
 
 
 def _positions(folder: Path) -> int:
