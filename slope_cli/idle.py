@@ -10,6 +10,7 @@ _USED_BY = {
     "mask": ("slope", "sr_ste", "fst"),
     "before": ("slope",),
     "rescale": ("slope",),
+    "renew_every": ("slope", "sr_ste", "fst"),
     "column_mask": ("slope",),
     "column_rescale": ("slope",),
     "decay": ("slope", "sr_ste", "fst"),

@@ -58,8 +58,9 @@ def renew_every(config: Config, now: Stage) -> int:
         return 0
     if config.method == "slope" and now.layers == "masked":
         return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
+    usual = {"slope": 10, "sr_ste": 1, "fst": 40}.get(config.method, 0)  # the others have no mask that may change
     every = config.sparsity.renew_every
-    return {"slope": 10, "sr_ste": 1, "fst": 40}.get(config.method, 0) if every is None else every
+    return usual if every is None or not usual else every
 
 
 def plan(config: Config, model: "nn.Module") -> "Report | None":

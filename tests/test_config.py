@@ -280,6 +280,7 @@ def test_the_largest_seed_and_the_devices_that_there_are(word: str) -> None:
         ("sparsity.calibration=8", "sparsity.calibration=8", "sparsity.mask=magnitude"),
         ("method=sr_ste sparsity.rescale=true", "sparsity.rescale=True", "method=sr_ste"),
         ("method=wanda sparsity.start=0.5 sparsity.mask=random", "sparsity.mask=random", "method=wanda"),
+        ("method=wanda sparsity.start=0.5 sparsity.renew_every=2", "sparsity.renew_every=2", "method=wanda"),
         ("method=fst adapters.lr=1e-3", "adapters.lr=0.001", "method=fst"),
         ("adapters.rank=0 adapters.lr=1e-3", "adapters.lr=0.001", "adapters.rank=0"),
         ("adapters.schedule=run adapters.warmup=7", "adapters.warmup=7.0", "adapters.schedule=run"),

@@ -61,6 +61,7 @@ def test_masks_are_renewed_as_their_method_wants() -> None:
     assert every("sparsity.renew_every=7", "sparsity.start=0.5", "sparsity.before=sr_ste") == [1, 1, 7, 7]
     assert every("method=sr_ste") == [1] * 4
     assert every("method=fst", "sparsity.renew_every=5") == [5] * 4
+    assert every("method=wanda", "sparsity.start=0.5", "sparsity.renew_every=2") == [0] * 4  # chosen once
     assert every("method=wanda", "sparsity.start=0.5") == every("method=dense") == [0] * 4
 
 
