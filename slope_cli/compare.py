@@ -124,11 +124,11 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
         config, row = runs.open_config(folder), _read(folder)
         same = {**configs.fixed(config), "train.seed": "", "data": row["terms"]["data"]}
         stem = folder.resolve().name
-        variant = names.setdefault(json.dumps(same, sort_keys=True), "")
-        if not variant:
+        key = json.dumps(same, sort_keys=True)
+        if key not in names:
             taken = [*names.values(), *(row["variant"] for row in rows)]
-            variant = _unused(stem.removesuffix(f"-s{config.train.seed}"), taken)
-            names[json.dumps(same, sort_keys=True)] = variant
+            names[key] = _unused(stem.removesuffix(f"-s{config.train.seed}"), taken)
+        variant = names[key]
         if any((other["variant"], other["seed"]) == (variant, config.train.seed) for other in rows):
             raise UsageError(f"{folder}: a run of the same config and seed is there already")
         rows.append({"run": stem, "variant": variant, "lr": None, "seed": config.train.seed} | row)
@@ -263,7 +263,7 @@ def _read(run: Path, found: runs.Found | None = None) -> Row:
     tokens = config.train.tokens_per_step
     return {
         "error": "",
-        "own": config,
+        "folder": run,
         "terms": _terms(config) | {"data": manifest["data"], "tokenizer": _together(manifest["tokenizer"])},
         "config": _portable(config),
         "environment": _environments(run),
@@ -303,13 +303,16 @@ def _sizes_of(rows: Sequence[Row]) -> Row:
     """The sizes of one variant's model, which its runs share; kept in one of them for a later comparison."""
     good = [row for row in rows if not row["error"]]
     if good and not any("sizes" in row for row in good):
-        good[0]["sizes"] = _sizes(good[0]["own"])
+        good[0]["sizes"] = _sizes(good[0]["folder"])
     found: Row = next((row["sizes"] for row in good if "sizes" in row), {})
     return found
 
 
-def _sizes(config: Config) -> Row:
+def _sizes(run: Path) -> Row:
     """Parameters and bytes of a run's model as it is at its end, from its shapes."""
+    config = runs.open_config(run)
+    if config.method == "linearize":
+        return _linearized_sizes(config, run)
     model = models.build_model(runs.model_config(config), device="meta")
     report = stages.plan(config, model)
     counted = account(config, report, model)
@@ -325,6 +328,24 @@ def _sizes(config: Config) -> Row:
         },
         "training_bytes": sum(counted.state_bytes.values()),
         # In 16 bits: the kept weights, and a bit for each place of a pruned layer.
+        "inference_bytes": 2 * active + places // 8,
+    }
+
+
+def _linearized_sizes(config: Config, run: Path) -> Row:
+    """Of a run that linearizes: its shapes are those of what it began with, which the run's folder describes."""
+    from sparse_kernels import sparse_layers
+
+    model, _ = runs.build(config, "cpu", run)
+    stages.enter(model, config, stages.stage(config, 0), stages.stage(config, config.train.steps - 1))
+    active = sum(p.numel() for p in model.parameters())
+    sparse = [layer for _, layer in sparse_layers(model)]
+    places = sum(layer.out_features * layer.in_features for layer in sparse)
+    pruned = places - sum(layer.values.numel() for layer in sparse)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "parameters": {"all": active + pruned, "trained": trained, "active": active},
+        "training_bytes": None,  # most of it is frozen
         "inference_bytes": 2 * active + places // 8,
     }
 
@@ -387,9 +408,9 @@ def _curve(each: Sequence[Sequence[Row]]) -> Row:
 def best_rate(rates: Sequence[Row]) -> Row:
     """The summary with the lowest mean loss over the seeds that all rates have; `lr_at_edge` says whether a rate beyond
     the list may be better still. A rate that lost a seed is compared only where all did."""
-    whole = [rate for rate in rates if rate["seeds"] and not rate["failed_seeds"]]
     most = max(len(rate["seeds"]) for rate in rates)
-    complete = whole or [rate for rate in rates if most and len(rate["seeds"]) == most]
+    begun = [rate for rate in rates if rate["seeds"]]
+    complete = [rate for rate in begun if not rate["failed_seeds"]] or [r for r in begun if len(r["seeds"]) == most]
     common = set[str].intersection(*(set(rate["by_seed"]) for rate in complete)) if complete else set[str]()
 
     def judged(rate: Row) -> float:
@@ -397,7 +418,7 @@ def best_rate(rates: Sequence[Row]) -> Row:
 
     best = min(complete, key=judged) if complete else rates[0]
     tried = [rate["lr"] for rate in rates if rate["lr"] is not None]
-    return best | {"lr_at_edge": best["lr"] is not None and bool(most) and best["lr"] in (min(tried), max(tried))}
+    return best | {"lr_at_edge": best["lr"] is not None and bool(begun) and best["lr"] in (min(tried), max(tried))}
 
 
 def _conclude(rows: Sequence[Row], out: Path, notes: Sequence[str], allow_different: bool) -> Row:
@@ -421,7 +442,7 @@ def _conclude(rows: Sequence[Row], out: Path, notes: Sequence[str], allow_differ
         "notes": [*notes, *mixed],
         "variants": found,
         "rates": rates if any(rate["lr"] is not None for rate in rates) else [],
-        "runs": [{key: value for key, value in row.items() if key != "own"} for row in rows],
+        "runs": [{key: value for key, value in row.items() if key != "folder"} for row in rows],
         "failed": sum(bool(row["error"]) for row in rows),
     }
     return _write(result, out)

@@ -1,6 +1,7 @@
 """`slope linearize`: transfer and adapters on tiny trained models, resumed, evaluated, exported, loaded."""
 
 import json
+import re
 import signal
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,8 @@ from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
+from slope_cli import compare, metrics, pretrained, runs
 from slope_cli import config as configs
-from slope_cli import metrics, pretrained, runs
 from slope_cli.linearize import plan
 from slope_cli.linearize.swap import added_state, linear_windows, using
 from slope_cli.train import pretrain
@@ -456,3 +457,19 @@ def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path
         recipe.write_text(f"method: linearize\nlinearize: {{window: 8}}\ntrain: {said}\n")
         train = configs.load(str(recipe), plan.words(base, str(recipe))).train
         assert [train.seq_len, train.micro_batch, train.tokens_per_step] == sizes
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_comparison_counts_what_a_linearized_run_has(kind: str, tmp_path: Path) -> None:
+    done = linearized(kind)
+    found = compare.compare_runs([done.run], out=tmp_path)["variants"][0]
+    model = runs.load_trained(done.run)[1]
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = [layer for _, layer in sparse_layers(model)]
+    places, kept = (sum(x) for x in ([n.weight.numel() for n in layers], [n.values.numel() for n in layers]))
+    trained = [p for name, p in model.named_parameters() if ".adapter." in name and not re.search("mlp|fc", name)]
+    assert found["parameters"]["active"] == parameters
+    assert found["parameters"]["all"] == parameters + places - kept
+    assert found["parameters"]["trained"] == sum(p.numel() for p in trained)
+    assert found["inference_bytes"] == 2 * parameters + places // 8
+    assert "| – |" in (tmp_path / "compare.md").read_text()
