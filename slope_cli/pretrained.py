@@ -6,7 +6,7 @@ Shape suffixes: O out features, I in features, R adapter rank.
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,7 +137,7 @@ def _from_folder(folder: Path, device: "torch.device | str") -> "tuple[PreTraine
 
 def find_sparse_layers(model: "PreTrainedModel") -> None:
     """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
-    from sparse_kernels import plan, sparsify
+    from sparse_kernels import plan
 
     try:
         linear = plan(model).swapped
@@ -145,10 +145,16 @@ def find_sparse_layers(model: "PreTrainedModel") -> None:
         return
     weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
     patterns = {name: pattern(stored.t() if transposed else stored) for name, (stored, transposed) in weights.items()}
-    for n, m in sorted({found for found in patterns.values() if found is not None}):
-        names = {name for name, found in patterns.items() if found == (n, m)}
-        dense = [layer.name for layer in plan(model).layers if layer.name not in names]
-        sparsify(model, n=n, m=m, skip=[f"^{re.escape(name)}$" for name in dense])
+    sparsify_as(model, {name: found for name, found in patterns.items() if found is not None})
+
+
+def sparsify_as(model: "PreTrainedModel", patterns: Mapping[str, tuple[int, int]]) -> None:
+    """Make exactly these layers sparse, in place, each with its own (N, M)."""
+    from sparse_kernels import plan, sparsify
+
+    for n, m in sorted(set(patterns.values())):
+        others = [layer.name for layer in plan(model).layers if patterns.get(layer.name) != (n, m)]
+        sparsify(model, n=n, m=m, skip=[f"^{re.escape(name)}$" for name in others])
 
 
 def pattern(weight_OI: "Tensor") -> tuple[int, int] | None:

@@ -118,24 +118,16 @@ def rebuild(description: dict[str, Any], device: "torch.device | str") -> "PreTr
     """A float32 model of a description, in training mode; its weights and masks are for others to bring."""
     import transformers
 
+    from slope_cli.pretrained import sparsify_as
     from sparse_kernels import extend_adapters, sparse_layers
 
     settings = dict(description["config"])
     config_class = getattr(transformers, models.FAMILIES[settings["model_type"]].config_class)
     config = config_class.from_dict(settings, attn_implementation="sdpa")
     model = models.build_model(config)
-    _sparsify(model, {name: layer["pattern"] for name, layer in description["sparse"].items()})
+    sparsify_as(model, {name: (n, m) for name, layer in description["sparse"].items() for n, m in [layer["pattern"]]})
     for name, layer in sparse_layers(model):
         layer.column_rescale = description["sparse"][name]["column_rescale"]
     for name, (rank, scale) in description["adapters"].items():
         extend_adapters(model, [name], rank)[name].scale = scale
     return model.to(device)
-
-
-def _sparsify(model: "PreTrainedModel", patterns: dict[str, list[int]]) -> None:
-    """Make exactly these layers sparse, each with its own N:M."""
-    from sparse_kernels import plan, sparsify
-
-    for n, m in sorted({(n, m) for n, m in patterns.values()}):
-        others = [layer.name for layer in plan(model).layers if patterns.get(layer.name) != [n, m]]
-        sparsify(model, n=n, m=m, skip=[f"^{name.replace('.', '[.]')}$" for name in others])

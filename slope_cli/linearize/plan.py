@@ -42,10 +42,8 @@ def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> lis
     if (init / runs.CONFIG).is_file():
         base = runs.open_config(init)
         path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
-    elif (init / "config.json").is_file():
-        path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
     else:
-        raise UsageError(f"{init}: is neither a run (no {runs.CONFIG}) nor a model folder (no config.json)")
+        path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
     said = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
     length, sequences = said.get("seq_len", length), said.get("micro_batch", sequences)
     sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | said
