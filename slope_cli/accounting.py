@@ -109,3 +109,12 @@ def _attention_flops(config: Config, model: "PreTrainedModel") -> int:
     """Scores and weighted sums, forward and backward: 12 T·d a token and layer, half of it if attention is causal."""
     each = 12 if models.objective(model.config) == "masked" else 6
     return int(each * model.config.num_hidden_layers * config.train.seq_len * models.width(model.config))
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

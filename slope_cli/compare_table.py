@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from slope_cli.accounting import bytes_text
+from slope_cli.config import flat
+from slope_cli.metrics import clock
+
 Row = dict[str, Any]
 NONE = "–"
 
@@ -129,24 +133,19 @@ def _cost(result: Row) -> Table:
 
 def _settings(result: Row) -> Table:
     """The keys in which each variant departs from the baseline, the seed and tried rates apart."""
-    configs = {run["variant"]: _flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
-    apart = {"train.seed"} | ({"optim.lr"} if result["rates"] else set())
+    configs = {run["variant"]: flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
+    apart = (
+        "train.seed",
+        "log.",
+        *(["optim.lr"] if result["rates"] else []),
+    )  # the log has no part in what is computed
     base = configs.get(result["baseline"], {})
     rows = []
     for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):
         own = configs[name]
-        changed = [f"{key}={own[key]}" for key in own if key not in apart and own[key] != base.get(key)]
+        changed = [f"{key}={own[key]}" for key in own if not key.startswith(apart) and own[key] != base.get(key)]
         rows.append([name, " ".join(changed) or NONE])
     return Table(f"Settings that differ from {result['baseline']}'s", ["variant", "settings"], rows[1:] and rows)
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every full key of a config as JSON and its value as text; `log` has no part in what is computed."""
-    found: dict[str, str] = {}
-    for name, value in node.items():
-        if prefix or name != "log":
-            found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)}
-    return found
 
 
 def _failed(result: Row) -> Table:
@@ -173,13 +172,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _size(count: float | None) -> str:
-    if count is None:
-        return NONE
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+    return NONE if count is None else bytes_text(count)
 
 
 def _clock(seconds: float | None) -> str:
@@ -187,5 +180,4 @@ def _clock(seconds: float | None) -> str:
         return NONE
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return clock(seconds)

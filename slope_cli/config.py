@@ -22,6 +22,7 @@ from slope_cli.linearize.settings import MAPS
 
 # Keys that may change between two starts of one run: they do not touch what is computed.
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
+_FREE = tuple(f"{key}." for key in FREE_KEYS)
 
 METHODS = ("slope", "dense", "sr_ste", "fst", "wanda", "linearize")
 INIT = "init"
@@ -492,14 +493,13 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 def fixed(config: Config) -> dict[str, str]:
     """Every full key and its value, as text, apart from FREE_KEYS."""
-    return flat(OmegaConf.structured(config))
+    keys = flat(OmegaConf.structured(config))
+    return {key: str(value) for key, value in keys.items() if not f"{key}.".startswith(_FREE)}
 
 
-def flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
-    """Every full key below a node and its value, as text, apart from FREE_KEYS."""
-    found: dict[str, str] = {}
-    for name, value in node.items():
-        key = prefix + str(name)
-        if key not in FREE_KEYS:
-            found |= flat(value, f"{key}.") if isinstance(value, DictConfig) else {key: str(value)}
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Every full key below a node of a config, or of any JSON, and its value."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return found

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from slope_cli import config as configs
 from slope_cli import models, runs, stages
-from slope_cli.accounting import Account, account
+from slope_cli.accounting import Account, account, bytes_text
 from slope_cli.config import Config
 from sparse_kernels import LayerReport, Report
 
@@ -92,27 +92,19 @@ def _numbers(config: Config, a: Account) -> list[str]:
         ("parameters, dense model", f"{a.dense_parameters:,}"),
         ("parameters trained", f"{a.trained_parameters:,}"),
         ("adapters", adapters),
-        ("training state", f"{_size(state)}, {state / dense:.3f} of the dense run's {_size(dense)}"),
-        *((f"  {name}", _size(size)) for name, size in a.state_bytes.items() if size),
+        ("training state", f"{bytes_text(state)}, {state / dense:.3f} of the dense run's {bytes_text(dense)}"),
+        *((f"  {name}", bytes_text(size)) for name, size in a.state_bytes.items() if size),
         *(
-            [(f"  before step {config.sparse_step:,}", f"{_size(dense)}, dense")]
+            [(f"  before step {config.sparse_step:,}", f"{bytes_text(dense)}, dense")]
             if config.method == "slope" and config.sparse_step
             else []
         ),
-        *((f"beside it {name}", _size(size)) for name, size in a.derived_bytes.items() if size),
+        *((f"beside it {name}", bytes_text(size)) for name, size in a.derived_bytes.items() if size),
         (
             "activations, estimate",
-            f"{_size(a.activation_bytes)} for {train.micro_batch} x {train.seq_len} tokens in 16 bits",
+            f"{bytes_text(a.activation_bytes)} for {train.micro_batch} x {train.seq_len} tokens in 16 bits",
         ),
         ("FLOP a token", f"{a.dense_flops_per_token:.3e} dense-equivalent, {a.real_flops_per_token:.3e} real"),
         *([("  adapters, once joined", f"{a.adapter_flops_per_token:.3e}")] if a.adapter_flops_per_token else []),
     ]
     return [f"{name:28}{value}" for name, value in rows]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

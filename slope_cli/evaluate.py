@@ -19,7 +19,7 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.launch import pick_device
 from slope_cli.linearize.settings import BRANCHES
 from slope_cli.pretrained import Pretrained
-from slope_cli.tokenizer import load_tokenizer, masking_ids, same_tokens
+from slope_cli.tokenizer import load_tokenizer, masking_ids, require_same_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -156,12 +156,6 @@ def _products_by_cublas(model: "PreTrainedModel") -> Iterator[None]:
             set_backend(before)
 
 
-def _autocast(device: "torch.device") -> "contextlib.AbstractContextManager[Any]":
-    import torch
-
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _harness(subject: Pretrained, batch: int) -> Any:
     """lm-eval's wrapper of the model."""
     from lm_eval.models.huggingface import HFLM
@@ -202,11 +196,8 @@ def _dataset(subject: Pretrained, given: Path | None) -> data.Dataset:
     for file in dataset.val.values():
         if file.header.max_id >= rows:
             raise UsageError(f"{file.path}: token id {file.header.max_id} is above the model's vocabulary of {rows}")
-    if not same_tokens(load_tokenizer(str(folder / "tokenizer")), subject.tokenizer):
-        raise UsageError(
-            f"{folder}: was prepared with another tokenizer than that of {subject.folder}; "
-            f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
-        )
+    made_with = load_tokenizer(str(folder / "tokenizer"))
+    require_same_tokens(str(folder), made_with, str(subject.folder), subject.tokenizer)
     return dataset
 
 
@@ -268,7 +259,7 @@ def _blocks(subject: Pretrained, batches: Iterator[data.Batch]) -> Blocks:
     import torch
 
     device, parts = subject.model.device, []
-    with torch.no_grad(), _autocast(device):
+    with torch.no_grad(), models.autocast(device):
         for batch in batches:
             tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
             nats_BT, counted_BT = _token_losses(subject, tensors)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import slope_cli
 from slope_cli import durable, glue, launch, metrics, models, optim, pairs, pretrained, runs, squad
-from slope_cli.config import MAX_SEED, Config, OptimConfig
+from slope_cli.config import MAX_SEED, Config, OptimConfig, flat
 from slope_cli.doctor import package_version
 from slope_cli.documents import needed
 from slope_cli.errors import SlopeError, UsageError
@@ -177,18 +177,11 @@ def _finished(out: Path, described: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((out / RESULT).read_text())
     except ValueError:
         raise SlopeError(f"{out / RESULT}: damaged, not JSON; remove it to fine-tune again") from None
-    before, now = _flat({key: result.get(key) for key in described}), _flat(described)
+    before, now = flat({key: result.get(key) for key in described}), flat(described)
     changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now[key]]
     if changed:
         raise UsageError(f"{out} holds another fine-tuning ({'; '.join(changed)}); choose another --out")
     return result
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 # -------------------------------------------------------------------------------------------------- the rows
@@ -367,7 +360,7 @@ def _train(model: "nn.Module", examples: list[Example], s: Settings, pad: int, o
                 group["lr"] = lr
             inputs = _inputs([examples[index] for index in indices], s, pad, device)
             targets = torch.tensor([examples[index].targets for index in indices], device=device)
-            with _autocast(device):
+            with models.autocast(device):
                 loss = loss_of(_logits(model, inputs), targets)
             torch.autograd.backward(loss)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -401,7 +394,7 @@ def _predict(model: "nn.Module", examples: list[Example], s: Settings, pad: int)
 
     device, logits = next(model.parameters()).device, []
     model.eval()
-    with torch.no_grad(), _autocast(device):
+    with torch.no_grad(), models.autocast(device):
         for start in range(0, len(examples), s.batch):
             part = examples[start : start + s.batch]
             logits += list(_logits(model, _inputs(part, s, pad, device)).cpu().numpy())
@@ -414,12 +407,6 @@ def _inputs(part: Sequence[Example], s: Settings, pad: int, device: "torch.devic
     # On a GPU all batches have one shape: the kernel library searches its algorithms anew for each number of tokens.
     arrays = pairs.batch(part, pad, s.seq_len if device.type == "cuda" else None)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-def _autocast(device: "torch.device") -> contextlib.AbstractContextManager[Any]:
-    import torch
-
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # ----------------------------------------------------------------------------------------------- what is said

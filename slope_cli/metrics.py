@@ -137,7 +137,7 @@ class Progress:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self.every == 0 or step == self.steps:
             left = (time.monotonic() - self._start) / (step - self._start_step) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  {text}  eta {_clock(left)}")
+            self.say(f"step {step}/{self.steps}  {text}  eta {clock(left)}")
 
     def say(self, line: str) -> None:
         """Show one line of text, as it is."""
@@ -163,6 +163,7 @@ def _bar(console: Any) -> Any:
     return progress.Progress(*columns, console=console)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from slope_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -483,3 +484,10 @@ def _check_heads(name: str, config: PreTrainedConfig) -> None:
         raise UsageError(f"model {name}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
     if hasattr(config, "rope_parameters") and config.head_dim % 2:
         raise UsageError(f"model {name}: rotary positions need an even head_dim, not {config.head_dim}")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """What a trained model is judged and tuned in: bf16 on a GPU, its own precision elsewhere."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -146,6 +146,15 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(": ") if lines else type(error).__name__
 
 
+def require_same_tokens(text: str, tok: PreTrainedTokenizerFast, model: str, other: PreTrainedTokenizerFast) -> None:
+    """UsageError if prepared text, so named, has another tokenizer than a model, so named."""
+    if not same_tokens(tok, other):
+        raise UsageError(
+            f"{text}: was prepared with another tokenizer than that of {model}; "
+            f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
+        )
+
+
 def same_tokens(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Whether two tokenizers cut a text into the same ids; their files may differ in more than that."""
     if one.get_vocab() != other.get_vocab():

@@ -77,7 +77,7 @@ def load(config: Config) -> "Pretrained":
 
 
 def _check(config: Config, found: "Pretrained", tokenizer: "PreTrainedTokenizerFast") -> None:
-    from slope_cli.tokenizer import same_tokens
+    from slope_cli.tokenizer import require_same_tokens
 
     init, own = config.model.init, found.model.config
     if config.model.name == INIT:
@@ -92,11 +92,7 @@ def _check(config: Config, found: "Pretrained", tokenizer: "PreTrainedTokenizerF
                 raise UsageError(f"model.init={init}: is no {config.model.name}: {key} is {there} there, not {here}")
     if (positions := models.max_seq_len(own)) < config.train.seq_len:
         raise UsageError(f"train.seq_len={config.train.seq_len}: {init} has only {positions} positions")
-    if not same_tokens(tokenizer, found.tokenizer):
-        raise UsageError(
-            f"data.path={config.data.path}: was prepared with another tokenizer than that of {init}; "
-            f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
-        )
+    require_same_tokens(f"data.path={config.data.path}", tokenizer, str(init), found.tokenizer)
 
 
 def describe(model: "PreTrainedModel", *, dropout: float | None = None) -> dict[str, Any]:
