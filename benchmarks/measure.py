@@ -125,12 +125,7 @@ class Runner:
         every = stages.renew_every(self.config, stages.stage(self.config, 0))
         if not every:
             return 0.0
-
-        def renew() -> None:
-            sparse_kernels.renew_masks(self.model)
-            sparse_kernels.refresh(self.model)
-
-        return min(_seconds(renew, 1) for _ in range(3)) / every
+        return min(_seconds(lambda: self._step.renew("magnitude", 0), 1) for _ in range(3)) / every
 
 
 def build(config: Config, device: torch.device) -> Any:

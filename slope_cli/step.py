@@ -92,6 +92,19 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
         return taken
 
+    def renew(self, columns: str, seed: int) -> None:
+        """Choose the masks anew that may change while training; `columns`, `seed`: see sparse_kernels.renew_masks."""
+        from sparse_kernels import refresh, renew_masks
+
+        def work() -> None:
+            renew_masks(self.model, columns=columns, seed=seed)
+            refresh(self.model)
+
+        if self._graphs is None or columns == "random":  # another seed each time
+            work()
+        else:
+            self._graphs.renew(work)
+
     def _same_draws(self) -> "contextlib.AbstractContextManager[Any]":
         """Within it nothing is drawn from the generators, to those after it: a resumed run captures its graphs in
         another step than the run that it repeats."""
@@ -177,7 +190,7 @@ class Step:
 
 
 class _Graphs:
-    """A step in CUDA graphs: the first micro-batch, a further one, the norm, the update.
+    """A step in CUDA graphs: the first micro-batch, a further one, the norm, the update; and the renewal of the masks.
 
     The first writes the gradients, the further ones add to them, so none has to be cleared. The host looks at loss and
     norm between the norm's graph and the update's.
@@ -186,8 +199,9 @@ class _Graphs:
     def __init__(self, step: Step, batches: Sequence[Batch]) -> None:
         import torch
 
-        from sparse_kernels import prepare
+        from sparse_kernels import prepare, refresh
 
+        self._model = step.model
         self._batch = {name: tensor.clone() for name, tensor in batches[0].items()}
         count = len(batches)
         capturable = optim.make_capturable(step.optimizer)
@@ -199,23 +213,37 @@ class _Graphs:
                 step.backward(self._batch, count)
             step.norm()
             step.optimizer.zero_grad(set_to_none=True)
+        refresh(step.model)  # what one launch for all layers reads is made here, which a capture cannot
         torch.cuda.current_stream().wait_stream(stream)
-        pool = torch.cuda.graph_pool_handle()
-
-        def capture(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = work()
-            return graph, result
-
-        self._first, self._first_losses = capture(lambda: step.backward(self._batch, count))
+        self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
+        self._first, self._first_losses = self._capture(lambda: step.backward(self._batch, count))
         if count > 1:
-            self._further, self._further_losses = capture(lambda: step.backward(self._batch, count))
-        self._norm, norm = capture(step.norm)
+            self._further, self._further_losses = self._capture(lambda: step.backward(self._batch, count))
+        self._norm, norm = self._capture(step.norm)
         self._norm_value = norm
         self.update: Callable[[], None] = functools.partial(_update, step, norm)
         if capturable:
-            self.update = capture(self.update)[0].replay
+            self.update = self._capture(self.update)[0].replay
+        self._renewal: torch.cuda.CUDAGraph | None = None
+
+    def _capture(self, work: Callable[[], Any]) -> "tuple[torch.cuda.CUDAGraph, Any]":
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
+
+    def renew(self, work: Callable[[], None]) -> None:
+        """Do `work`, which renews the masks, the same each time: captured after the first call, then replayed."""
+        from sparse_kernels.layers import masks_written
+
+        if self._renewal is None:
+            work()
+            self._renewal, _ = self._capture(work)
+        else:
+            self._renewal.replay()
+            masks_written(self._model)
 
     def gradients(self, batches: Sequence[Batch]) -> "tuple[Tensor, Tensor]":
         """Losses and norm of a step's micro-batches; their gradient is left for `update`."""

@@ -116,8 +116,8 @@ def _fit(
             log.write("products", step + 1, **products)
             progress.say(f"step {step + 1}: products of the sparse layers: {products}")
         step += 1
-        if _due(step, stages.renew_every(config, t.stage)):
-            _renew_masks(t, step)
+        if isinstance(t.step, Step) and _due(step, stages.renew_every(config, t.stage)):
+            t.step.renew(config.sparsity.column_mask, _mix(config.train.seed, step))
         kind, values = _step_record(t, step, taken, time.perf_counter() - started)
         progress.step(log.write(kind, step, lr=lr, **values))
 
@@ -293,14 +293,6 @@ def _calibration(
         model.train()
 
     return feed
-
-
-def _renew_masks(t: Trainer, step: int) -> None:
-    from sparse_kernels import refresh, renew_masks
-
-    s = t.config.sparsity
-    renew_masks(t.model, columns=s.column_mask, seed=_mix(t.config.train.seed, step))
-    refresh(t.model)
 
 
 def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Progress) -> None:

@@ -91,7 +91,7 @@ class Operand:
             self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
 
     def _mark(self, bits: Tensor) -> None:
-        self.packed = plans.compress(plans.marker(bits, self.columns, self.dtype), self.packed)
+        self.packed = plans.compress(cuda.mark(bits, self.dtype), self.packed)
         self._marked = bits.data_ptr(), _version(bits)
 
     def follow(self, bits: Tensor) -> None:

@@ -16,6 +16,7 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
 _PRUNE_TILE, _PRUNE_THREADS = (128, 64), 128
+_MARK_THREADS = 256
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17",)
 
@@ -192,3 +193,21 @@ def double_prune(values_OK: Tensor, positions: Tensor, positions_t: Tensor) -> N
     grid = -(-columns // _PRUNE_TILE[1]), -(-rows // _PRUNE_TILE[0])
     _launch(name, grid, _PRUNE_THREADS, values_OK.device, arguments)
     torch.autograd.graph.increment_version(positions_t)
+
+
+def mark(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Ones at the two slots of every group, fillers included (see kernels.cu), and zeros elsewhere.
+
+    Args:
+        bits: uint8 (R, C/8), at most two bits in every nibble.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        (R, C) of `dtype`.
+    """
+    _check(bits=bits)
+    marked_RC = torch.empty(bits.shape[0], bits.shape[1] * 8, dtype=dtype, device=bits.device)
+    grid = (-(-bits.numel() // _MARK_THREADS),)
+    arguments = bits.data_ptr(), marked_RC.data_ptr(), bits.numel()
+    _launch(f"mark_{_NAMES[dtype]}", grid, _MARK_THREADS, bits.device, arguments)
+    return marked_RC

@@ -8,7 +8,7 @@
 //
 // The filler rule. A packed matrix has exactly two slots for each group, so a group of W^{R,C} that keeps fewer than two
 // entries gets fillers: its lowest free places, as many as are missing. Slots are in order of place; a filler's slot holds
-// zero. `marker` in plans.py writes the same rule as a matrix, from which the library makes the metadata.
+// zero. `mark` writes the rule as a matrix, from which the library makes the metadata.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -280,8 +280,24 @@ __device__ inline void double_prune(const V* values, const u8* positions, u8* po
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// mark: bits of a mask to a dense matrix of ones in the two slots of every group and zeros elsewhere. A thread: 8 places.
+
+constexpr int MARK_THREADS = 256;
+
+template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 bytes) {
+  const i64 at = i64(blockIdx.x) * MARK_THREADS + threadIdx.x;
+  if (at >= bytes) return;
+  const u32 slots = with_fillers(bits[at] & 15) | with_fillers(bits[at] >> 4) << 4;
+  Pack<T, 8> out;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) out.at[k] = from_float<T>(float(slots >> k & 1));
+  store(marked + at * 8, out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy> (one layer), refresh_all_<values>_<copy> (a layer for
-// each blockIdx.y), double_prune_<values>. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// each blockIdx.y), double_prune_<values>, mark_<copy>. Numbers come as 64 bits, the width in which CuPy passes a Python
+// integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -302,6 +318,10 @@ __device__ inline void double_prune(const V* values, const u8* positions, u8* po
       double_prune_##V(const V* values, const u8* positions, u8* positions_t, i64 rows, i64 columns) {                      \
     double_prune(values, positions, positions_t, rows, columns);                                                            \
   }
+#define MARK(T)                                                                                                             \
+  extern "C" __global__ void __launch_bounds__(MARK_THREADS) mark_##T(const u8* bits, T* marked, i64 bytes) {               \
+    mark(bits, marked, bytes);                                                                                              \
+  }
 
 GATHER(bf16, float)
 GATHER(bf16, bf16)
@@ -315,3 +335,5 @@ REFRESH(fp16, fp16)
 PRUNE(float)
 PRUNE(bf16)
 PRUNE(fp16)
+MARK(bf16)
+MARK(fp16)

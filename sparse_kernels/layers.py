@@ -45,6 +45,12 @@ def renew_masks(model: nn.Module, *, columns: str = "magnitude", seed: int = 0) 
         layer.renew_mask()
 
 
+def masks_written(model: nn.Module) -> None:
+    """Say that a replayed CUDA graph has renewed the masks, which no version counter has seen."""
+    masks = [layer.positions_t for _, layer in sparse_layers(model)] + [layer.mask for _, layer in masked_layers(model)]
+    torch.autograd.graph.increment_version(masks)
+
+
 @torch.no_grad()
 def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> None:
     """Measure and make now what the sparse layers on a GPU would at their first products.
@@ -68,9 +74,9 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
 def refresh(model: nn.Module) -> None:
     """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in one launch.
 
-    Needed after the optimizer's step (and after a renewal of the column masks) where the products are replayed from a
-    CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step. Elsewhere
-    the layers do this on their own.
+    Needed after the optimizer's step, and after a renewal of the column masks, where the products are replayed from a
+    CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step or the
+    renewal. Elsewhere the layers do this on their own.
     """
     alike: dict[tuple[str, torch.device], list[cuda.Refresh]] = {}
     for _, layer in sparse_layers(model):

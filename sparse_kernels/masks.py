@@ -118,7 +118,7 @@ def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
         ValueError: a side is no multiple of `m`, not 0 < n < m, or m > 4.
     """
     O, I = score.shape  # noqa: E741
-    patterns = _tile_patterns(n, m).to(score.device)
+    patterns = _tile_patterns(n, m, score.device)
     if O % m or I % m:
         raise ValueError(f"sides {O} x {I} are not multiples of m={m}")
     tiles_TE = score.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).reshape(-1, m * m)
@@ -130,7 +130,7 @@ def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
 
 
 @functools.cache
-def _tile_patterns(n: int, m: int) -> Tensor:
+def _tile_patterns(n: int, m: int, device: torch.device) -> Tensor:
     """Every m x m pattern with `n` in each row and column: bool (P, m·m); 90 for 2:4, 2 for 1:2."""
     if not 0 < n < m:
         raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
@@ -138,7 +138,7 @@ def _tile_patterns(n: int, m: int) -> Tensor:
         raise ValueError(f"transposable masks are searched for up to m={LARGEST_TRANSPOSABLE}, got {n}:{m}")
     rows = [[place in kept for place in range(m)] for kept in itertools.combinations(range(m), n)]
     tiles = torch.tensor(list(itertools.product(rows, repeat=m)))  # (P', m, m)
-    return tiles[(tiles.sum(1) == n).all(1)].flatten(1)
+    return tiles[(tiles.sum(1) == n).all(1)].flatten(1).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

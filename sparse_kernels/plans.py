@@ -6,9 +6,9 @@ The library sees A row-major, X as its (C, B) transpose in column order and Y as
 transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
 the input gradient A = W^{R,C} transposed (R = in features, X = dY).
 
-A packed matrix is [values (R, C/2), row-major | metadata]. The metadata is made once a mask, by compressing a marker
-matrix; the values are then rewritten in place by `cuda.refresh`. `choose` never trusts this layout: what it accepts has
-given the dense product's numbers.
+A packed matrix is [values (R, C/2), row-major | metadata]. The metadata is made once a mask, by compressing the matrix
+of `cuda.mark`; the values are then rewritten in place by `cuda.refresh`. `choose` never trusts this layout: what it
+accepts has given the dense product's numbers.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import cuda, cusparselt, masks
+from sparse_kernels import cuda, cusparselt
 from sparse_kernels.cusparselt import AlgorithmAttribute, CuSparseLtError, MatmulAttribute, Structure
 
 # Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
@@ -166,31 +166,6 @@ def structured(rows: int, columns: int, dtype: torch.dtype, handle: cusparselt.H
     arguments = (rows, columns, columns, 16, _DTYPES[dtype], cusparselt.Order.ROW, cusparselt.SPARSITY_50_PERCENT)
     handle.library.call("StructuredDescriptorInit", handle.address, matrix.address, *arguments)
     return matrix
-
-
-def fill(nibble: int) -> int:
-    """The two slots of a group that keeps the places in `nibble`: those, and the lowest free until there are two."""
-    for place in range(4):
-        if nibble.bit_count() < 2:
-            nibble |= 1 << place
-    return nibble
-
-
-def marker(bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Ones at the two slots of every group, fillers included, and zeros elsewhere.
-
-    Args:
-        bits: uint8 (R, C/8), at most two bits in every nibble.
-
-    Returns:
-        (R, C) of `dtype`.
-    """
-    table = torch.tensor([fill(byte & 15) | fill(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
-    table = table.to(bits.device)
-    marked = torch.empty(bits.shape[0], columns, dtype=dtype, device=bits.device)
-    for part, target in zip(bits.split(2048), marked.split(2048), strict=True):  # what lies between takes room
-        target.copy_(masks.unpack_bits(table[part.long()], columns))
-    return marked
 
 
 def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
@@ -360,7 +335,7 @@ def _measure_here(shape: Shape, device_index: int, known: Choice | None) -> tupl
 
 
 def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A random 2:4 matrix, packed as a layer's is (marker, then values in place) and dense, and random X and bias."""
+    """A random 2:4 matrix, packed as a layer's is (mark, then values in place) and dense, and random X and bias."""
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
 
@@ -371,7 +346,7 @@ def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, 
     sides = (2, shape.rows, shape.columns // 8)
     low, high = pairs[torch.randint(6, sides, device=device, generator=generator)]
     positions = low | high << 4
-    packed = compress(marker(positions, shape.columns, shape.dtype))
+    packed = compress(cuda.mark(positions, shape.dtype))
     dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
     values = normal(shape.rows, shape.columns // 2)
     unused = positions.view(shape.columns // 8, shape.rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_kernels import cusparselt, masks, plans
+from sparse_kernels import cusparselt, plans
 from sparse_kernels.cusparselt import CuSparseLtError
 
 
@@ -96,18 +96,6 @@ def test_structures_are_aligned_and_apart() -> None:
     assert all(structure.address % 16 == 0 for structure in structures)
     starts = sorted(structure.address for structure in structures)
     assert all(b - a >= 512 for a, b in itertools.pairwise(starts))
-
-
-def test_marker_has_two_slots_in_every_group_and_the_lowest_fillers() -> None:
-    assert [plans.fill(nibble) for nibble in (0, 1, 2, 4, 8, 3, 12, 10)] == [3, 3, 3, 5, 9, 3, 12, 10]
-    weight = torch.randn(64, 48)
-    row = masks.row_mask(weight, 2, 4)
-    assert torch.equal(plans.marker(masks.pack_bits(row), 48, torch.bfloat16).bool(), row)
-    column_t = masks.double_prune(weight, row, 2, 4).t()
-    marked = plans.marker(masks.pack_bits(column_t), 64, torch.float16).bool()
-    assert (marked.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    assert not (column_t & ~marked).any()
-    assert (column_t != marked).any()  # some groups did need fillers
 
 
 def shape(**changes: int) -> plans.Shape:

@@ -145,7 +145,10 @@ def test_transposable_masks_are_the_best_of_their_kind(pattern: tuple[int, int],
 
 
 def test_transposable_patterns_are_counted() -> None:
-    counts = {pattern: len(masks._tile_patterns(*pattern)) for pattern in [(2, 4), (1, 2), (1, 4), (1, 3)]}
+    counts = {
+        pattern: len(masks._tile_patterns(*pattern, torch.device("cpu")))
+        for pattern in [(2, 4), (1, 2), (1, 4), (1, 3)]
+    }
     assert counts == {(2, 4): 90, (1, 2): 2, (1, 4): 24, (1, 3): 6}
 
 

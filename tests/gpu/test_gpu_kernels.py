@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import cuda, masks, plans
+from sparse_kernels import cuda, masks
 
 SHAPES = [(16, 16), (48, 80), (64, 128), (272, 144), (144, 272), (1040, 2064), (768, 3072)]
 DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16,) * 2, (torch.float16,) * 2]
@@ -30,6 +30,26 @@ def untouched(whole: Tensor) -> bool:
     return bool(whole[:64].isnan().all() and whole[-64:].isnan().all())
 
 
+def slots_of(bits: Tensor, columns: int) -> Tensor:
+    """The filler rule in plain torch: the kept places of every group, and the lowest free ones until there are two."""
+    kept = masks.unpack_bits(bits, columns).unflatten(1, (-1, 4))
+    fillers = (~kept).cumsum(-1) <= 2 - kept.sum(-1, keepdim=True)
+    return (kept | fillers & ~kept).flatten(1)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mark(rows: int, columns: int, dtype: torch.dtype) -> None:
+    groups = torch.tensor([0, 1, 2, 4, 8, 3, 12, 10], dtype=torch.uint8, device="cuda")
+    expected = [3, 3, 3, 5, 9, 3, 12, 10]
+    assert masks.pack_bits(cuda.mark(groups[None] << 4, dtype).bool())[0].tolist() == [16 * e + 3 for e in expected]
+    _, positions, positions_t, row, column = layer(rows, columns, dtype)
+    assert torch.equal(cuda.mark(positions, dtype), row.to(dtype))
+    marked = cuda.mark(positions_t, dtype)
+    assert torch.equal(marked, slots_of(positions_t, rows).to(dtype))
+    assert (marked.bool() & ~column.t()).any()  # some groups did need fillers
+
+
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(("values_dtype", "dtype"), [*DTYPES, (torch.float32, torch.float32)])
 def test_gather_kept(rows: int, columns: int, values_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -47,7 +67,7 @@ def test_refresh(rows: int, columns: int, values_dtype: torch.dtype, dtype: torc
     zero = torch.zeros((), dtype=dtype, device="cuda")
     dense = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values.to(dtype))
     dense_t = torch.where(column, dense, zero).t().contiguous()
-    slots = plans.marker(positions_t, rows, dtype).bool()
+    slots = slots_of(positions_t, rows)
     expected = {"w": (values.to(dtype), dense), "w_t": (dense_t[slots].view(columns, -1), dense_t)}
     bias = torch.randn(rows, device="cuda").to(values_dtype)
     for form in ((0, 0), (0, 1), (1, 0), (1, 1)):

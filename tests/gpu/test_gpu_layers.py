@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import SparseLinear, copies, cusparselt, layers, masks, ops, plans
+from sparse_kernels import SparseLinear, copies, cuda, cusparselt, layers, masks, ops
 
 BACKENDS: list[copies.Backend] = ["auto", "cusparselt", "dense", "reference"]
 
@@ -103,7 +103,7 @@ def test_packed_copies_say_what_values_and_positions_say_after_many_steps(backen
         packed = backend == "cusparselt" and row.forward.sparse
         assert torch.equal(found.forward.target, layer.values.bfloat16() if packed else W)
         if row.input_grad.sparse:
-            slots = plans.marker(layer.positions_t, layer.out_features, torch.bfloat16).bool()
+            slots = cuda.mark(layer.positions_t, torch.bfloat16).bool()
             assert torch.equal(found.backward.target, WRC_t[slots].view(layer.in_features, -1))
         else:
             assert torch.equal(found.backward.target, WRC_t)

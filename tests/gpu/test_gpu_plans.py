@@ -27,12 +27,12 @@ def positions_of(rows: int, columns: int) -> Tensor:
 
 
 def operands(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """W^{R,C}-like A with fillers: packed by marker and refreshed, dense, and X."""
+    """W^{R,C}-like A with fillers: packed by mark and refreshed, dense, and X."""
     values = torch.randn(columns, rows // 2, device="cuda")
     positions = positions_of(columns, rows)
     positions_t = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
     cuda.double_prune(values, positions, positions_t)
-    packed = plans.compress(plans.marker(positions_t, columns, dtype))
+    packed = plans.compress(cuda.mark(positions_t, dtype))
     dense = torch.empty(rows, columns, dtype=dtype, device="cuda")
     target = plans.packed_values(packed, rows, columns, dtype)
     cuda.launch(cuda.refresh(values, positions, positions_t, w_t=target))
@@ -54,7 +54,7 @@ def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, co
     dense = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(mask, numbers)
     packed = plans.compress(dense)
     assert torch.equal(plans.packed_values(packed, rows, columns, dtype), numbers)
-    marked = plans.compress(plans.marker(positions, columns, dtype))
+    marked = plans.compress(cuda.mark(positions, dtype))
     start = rows * columns
     size = start + rows * columns // 8
     assert torch.equal(marked[start:size], packed[start:size])

@@ -18,7 +18,17 @@ from slope_cli import checkpoint, models, optim
 from slope_cli import config as configs
 from slope_cli.errors import SlopeError
 from slope_cli.step import Step, Taken
-from sparse_kernels import add_adapters, copies, layers, plans, renew_column_masks, sparsify
+from sparse_kernels import (
+    add_adapters,
+    copies,
+    layers,
+    mask_layers,
+    masked_layers,
+    masks,
+    plans,
+    renew_column_masks,
+    sparsify,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -248,6 +258,45 @@ def test_renewed_masks_are_seen_by_the_next_replay(
     gap = abs(taken[0][2].norm / taken[1][2].norm - 1)
     assert gap > 1e-3  # the renewal matters
     assert abs(taken[2][2].norm / taken[0][2].norm - 1) < gap / 2
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (2, 8)])
+def test_masks_are_renewed_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> None:
+    runs = [setup(graphed=graphed, pattern=pattern) for graphed in (False, True)]
+    taken: list[list[Taken]] = [[], []]
+    for number in range(6):
+        for run, record in zip(runs, taken, strict=True):
+            record.append(run.take(batches("gpt2", 2, number), number))
+            shake(run.model)
+            before = {name: layer.positions_t.clone() for name, layer in layers.sparse_layers(run.model)}
+            versions = {name: layer.positions_t._version for name, layer in layers.sparse_layers(run.model)}
+            run.step.renew("magnitude", 0)
+            for name, layer in layers.sparse_layers(run.model):
+                chosen = masks.double_prune(layer.weight.detach(), layer.row_mask(), *pattern)
+                assert torch.equal(layer.column_mask(), chosen)
+                assert not torch.equal(layer.positions_t, before[name])
+                assert layer.positions_t._version > versions[name]
+    assert_same_steps(taken[1], taken[0])
+    assert_alike(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("transposable", [False, True])
+def test_masks_that_move_are_renewed_from_a_graph_too(transposable: bool) -> None:
+    runs = []
+    for graphed in (False, True):
+        run = setup(method="dense", graphed=graphed)
+        mask_layers(run.model, transposable=transposable)
+        optimizer = optim.build_optimizer(run.model, run.config)
+        runs.append(run._replace(optimizer=optimizer, step=new_step(run.model, optimizer, torch.bfloat16, graphed)))
+    taken: list[list[Taken]] = [[], []]
+    for number in range(6):
+        for run, record in zip(runs, taken, strict=True):
+            record.append(run.take(batches("gpt2", 1, number), number))
+            run.step.renew("magnitude", 0)
+            for _, layer in masked_layers(run.model):
+                assert torch.equal(layer.mask, layer._choose(layer.weight.detach().abs()))
+    assert_same_steps(taken[1], taken[0])
+    assert_alike(runs[1], runs[0])
 
 
 @pytest.mark.parametrize("method", ["dense", "slope"])
