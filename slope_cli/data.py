@@ -6,7 +6,8 @@ Shape letters: B sequences of a micro-batch, T tokens of a sequence. Nothing her
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -329,6 +330,31 @@ def _mask_in_place(
     replaced = chosen[(fate >= 0.8) & (fate < 0.9)]
     ids_T[replaced] = rng.choice(drawable, len(replaced))
     return labels_T
+
+
+class Ahead:
+    """What `make` gives for each step's number; the next step's is made in a thread while this one is taken.
+
+    BERT's masking takes the host as long as the GPU half a step.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], steps: int) -> None:
+        """`make` may be called for the numbers below `steps`, of which it is a pure function."""
+        self._make, self._steps, self._thread = make, steps, ThreadPoolExecutor(1, "batches")
+        self._next: tuple[int, Future[list[Batch]] | None] = -1, None
+
+    def __call__(self, step: int) -> list[Batch]:
+        """The batches of a step; any order will do, one after another is fast."""
+        number, ready = self._next
+        if ready is None or number != step:
+            ready = self._thread.submit(self._make, step)
+        if step + 1 < self._steps:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return ready.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def val_batches(

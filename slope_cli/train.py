@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs, stages
 from slope_cli import config as configs
-from slope_cli.config import Config
+from slope_cli.config import Config, TrainConfig
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.generate import continue_text, prompt_ids
 from slope_cli.linearize import base
@@ -53,6 +53,7 @@ class Trainer:
     stage: stages.Stage
     optimizer: "torch.optim.Optimizer"
     step: "Step | TransferStep"
+    batches: data.Ahead
 
 
 def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.StopFlag | None = None) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.Sto
         try:
             _fit(trainer, run, step, stop, log, progress)
         finally:
+            trainer.batches.close()
             progress.close()
             log.close()
     return _summary(trainer, run)
@@ -180,9 +182,8 @@ def _train_step(t: Trainer, step: int) -> "Taken | Transferred":
     import torch
 
     torch.manual_seed(_mix(t.config.train.seed, step))
-    batches = [_to_device(_train_batch(t, step, micro), t.device) for micro in range(t.config.train.accumulation)]
     try:
-        return t.step(batches)
+        return t.step([_to_device(batch, t.device) for batch in t.batches(step)])
     except SlopeError as error:
         raise SlopeError(f"step {step + 1}: {error}") from None
 
@@ -198,14 +199,13 @@ def _objective(t: Trainer) -> models.Objective:
     return "causal" if t.masking is None else "masked"
 
 
-def _train_batch(t: Trainer, step: int, micro: int) -> "Batch":
-    train = t.config.train
+def _train_batch(train: TrainConfig, blocks: "Blocks", masking: "MaskingIds | None", step: int, micro: int) -> "Batch":
     where: dict[str, int] = {"world": 1, "micro_batch": train.micro_batch, "accumulation": train.accumulation}
-    indices = data.sample_indices(step, micro, 0, **where, seed=train.seed, length=len(t.blocks))
-    if t.masking is None:
-        return data.causal_batch(t.blocks, indices)
+    indices = data.sample_indices(step, micro, 0, **where, seed=train.seed, length=len(blocks))
+    if masking is None:
+        return data.causal_batch(blocks, indices)
     numbers = data.sample_numbers(step, micro, 0, **where)
-    return data.masked_batch(t.blocks, indices, special=t.masking, seed=train.seed, sample_numbers=numbers)
+    return data.masked_batch(blocks, indices, special=masking, seed=train.seed, sample_numbers=numbers)
 
 
 def _to_device(batch: "Batch", device: "torch.device") -> "dict[str, Tensor]":
@@ -353,17 +353,23 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
     dataset.check_model(models.vocab_size(model.config), config.train.seq_len)
     print(report or _no_report(model), file=sys.stderr)
     optimizer = optim.build_optimizer(model, config)
+    masking = masking_ids(tokenizer) if models.objective(model.config) == "masked" else None
+
+    def batches(step: int) -> "list[Batch]":
+        return [_train_batch(config.train, blocks, masking, step, micro) for micro in range(config.train.accumulation)]
+
     trainer = Trainer(
         config=config,
         dataset=dataset,
         blocks=blocks,
-        masking=masking_ids(tokenizer) if models.objective(model.config) == "masked" else None,
+        masking=masking,
         tokenizer=tokenizer,
         device=device,
         model=model,
         stage=stages.stage(config, 0),
         optimizer=optimizer,
         step=_step(config, model, stages.stage(config, 0), optimizer, device),
+        batches=data.Ahead(batches, config.train.steps),
     )
     _check_evaluation(trainer)
     return trainer

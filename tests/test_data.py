@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 import slope_cli
 from slope_cli.data import (
+    Ahead,
+    Batch,
     Blocks,
     Dataset,
     MaskingIds,
@@ -368,6 +371,28 @@ def test_masked_batch_of_one_block_and_too_short(tmp_path: Path) -> None:
         masked_batch(Blocks([file], 4), [0], special=SPECIAL, seed=1, sample_numbers=[0])
     ends = write(tmp_path / "y.tok", np.full(9, SPECIAL.sep), vocab_size=100)
     assert (masked_batch(Blocks([ends], 8), [0], special=SPECIAL, seed=1, sample_numbers=[0])["labels"] == -100).all()
+
+
+def test_batches_are_made_ahead_of_their_step() -> None:
+    made, ahead_of_time = [], threading.Event()
+
+    def make(step: int) -> list[Batch]:
+        if step == 7:
+            raise SlopeError("a damaged file")
+        made.append(step)
+        if step == 4:
+            ahead_of_time.set()
+        return [{"input_ids": np.array([[step]])}]
+
+    ahead = Ahead(make, 8)
+    assert ahead(3)[0]["input_ids"] == 3
+    assert ahead_of_time.wait(10)  # nobody has asked for step 4
+    assert [int(ahead(step)[0]["input_ids"][0, 0]) for step in (4, 5, 0, 1, 5, 6)] == [4, 5, 0, 1, 5, 6]
+    assert made.count(4) == 1
+    with pytest.raises(SlopeError, match="damaged"):
+        ahead(7)
+    ahead.close()
+    assert max(made) == 6
 
 
 def test_val_batches_are_evenly_spaced_and_the_same_each_time(tmp_path: Path) -> None:

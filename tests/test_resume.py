@@ -33,25 +33,25 @@ def wait_for_steps(run: Path, count: int) -> None:
 
 def stop_after(step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """In this process: the signal comes in the middle of a step (from 1)."""
-    batch = train._train_batch
+    take = train._train_step
 
-    def signalled(t: train.Trainer, at: int, micro: int) -> object:
-        if (at + 1, micro) == (step, 0):
+    def signalled(t: train.Trainer, at: int) -> object:
+        if at + 1 == step:
             os.kill(os.getpid(), number)
-        return batch(t, at, micro)
+        return take(t, at)
 
-    train._train_batch = signalled  # type: ignore[assignment]
+    train._train_step = signalled  # type: ignore[assignment]
 
 
 def slow_steps(seconds: float) -> None:
     """In this process: a step takes so much longer."""
-    batch = train._train_batch
+    take = train._train_step
 
-    def slow(t: train.Trainer, at: int, micro: int) -> object:
-        time.sleep(seconds / t.config.train.accumulation)
-        return batch(t, at, micro)
+    def slow(t: train.Trainer, at: int) -> object:
+        time.sleep(seconds)
+        return take(t, at)
 
-    train._train_batch = slow  # type: ignore[assignment]
+    train._train_step = slow  # type: ignore[assignment]
 
 
 # --------------------------------------------------------------------------------------------------- killed

@@ -21,6 +21,7 @@ from slope_cli.config import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.prepare import prepare
 from slope_cli.stages import Stage
+from slope_cli.step import Batch, Step, Taken
 from slope_cli.train import Trainer, pretrain
 from sparse_kernels import renew_column_masks, sparse_layers
 
@@ -92,13 +93,13 @@ def test_a_step_is_a_function_of_its_number(data: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = train._train_batch
+    backward = Step.backward
 
-    def slow(t: Trainer, step: int, micro: int) -> datasets.Batch:
+    def slow(self: Step, batch: Batch, count: int) -> torch.Tensor:
         time.sleep(0.05)
-        return batch(t, step, micro)
+        return backward(self, batch, count)
 
-    monkeypatch.setattr(train, "_train_batch", slow)
+    monkeypatch.setattr(Step, "backward", slow)
     started = time.perf_counter()
     pretrain(tiny(data, "train.steps=4"), tmp_path / "run")
     took = time.perf_counter() - started
@@ -184,7 +185,7 @@ def test_a_bert_logs_the_loss_that_validation_measures_and_what_was_optimised(be
     """With two micro-batches: both are means over them."""
     config = tiny_bert(bert_data, "model.dropout=0", "train.steps=1")
     t = trainer(config, tmp_path)
-    batches = [train._to_device(train._train_batch(t, 0, micro), CPU) for micro in range(2)]
+    batches = [train._to_device(batch, CPU) for batch in t.batches(0)]
     with torch.no_grad():
         losses = [models.batch_loss(t.model, batch, "masked") for batch in batches]
     pretrain(config, tmp_path / "run")
@@ -233,15 +234,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
 def test_a_run_that_blows_up_keeps_its_last_checkpoint(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, batch = tmp_path / "run", train._train_batch
+    run, take = tmp_path / "run", train._train_step
 
-    def poison(t: Trainer, step: int, micro: int) -> datasets.Batch:
-        if (step, micro) == (5, 1):
+    def poison(t: Trainer, step: int) -> Taken:
+        if step == 5:
             t.model.get_parameter("transformer.ln_f.weight").data.fill_(math.nan)
-        return batch(t, step, micro)
+        return take(t, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train_batch", poison)
+        patch.setattr(train, "_train_step", poison)
         with pytest.raises(
             SlopeError, match=r"^step 6: the loss is not finite, first in the output of transformer.ln_f"
         ):
