@@ -67,7 +67,7 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
 
     def prune() -> None:
         for values, positions, positions_t, _, _ in sets:
-            cuda.double_prune(values, positions, positions_t)
+            cuda.launch(cuda.double_prune(values, positions, positions_t))
 
     # Bytes an entry of the dense matrix: dense 2, positions 1/8 each, values 4/2, packed copies 2/2 each.
     kernels = {"gather_kept": (gather, 4.125), "refresh": (refresh, 4.25), "double_prune": (prune, 2.25)}
@@ -85,7 +85,7 @@ def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     low, high = pairs[torch.randint(6, (2, rows, columns // 8), device="cuda")]
     values, positions = torch.randn(rows, columns // 2, device="cuda"), low | high << 4
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
-    cuda.double_prune(values, positions, positions_t)
+    cuda.launch(cuda.double_prune(values, positions, positions_t))
     w = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device="cuda")
     w_t = torch.empty(columns, rows // 2, dtype=torch.bfloat16, device="cuda")
     return values, positions, positions_t, w, w_t

@@ -84,20 +84,30 @@ class Operand:
         self.packed: Tensor | None = None
         self._plans: dict[tuple[int, bool], plans.Plan | None] = {}
         self._marked = (0, 0)  # address and version of the bits that the metadata was made from
+        self._metadata: Tensor | None = None  # where the kernel may write it
         if choice.sparse:
-            self._mark(bits)
-            self.target = plans.packed_values(self.packed, self.rows, columns, dtype)  # type: ignore[arg-type]
+            self.packed = self._mark(bits)
+            self._metadata = plans.writable_metadata(self.packed, bits)
+            self.target = plans.packed_values(self.packed, self.rows, columns, dtype)
         else:
             self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
 
-    def _mark(self, bits: Tensor) -> None:
-        self.packed = plans.compress(cuda.mark(bits, self.dtype), self.packed)
+    def _mark(self, bits: Tensor) -> Tensor:
         self._marked = bits.data_ptr(), _version(bits)
+        return plans.compress(cuda.mark(bits, self.dtype), self.packed)
 
-    def follow(self, bits: Tensor) -> None:
-        """Make the metadata anew if the mask has changed, in place; the values are to be rewritten then."""
-        if self.packed is not None and self._marked != (bits.data_ptr(), _version(bits)):
+    def follow(self, bits: Tensor) -> list[cuda.Work]:
+        """Make the metadata anew if the mask has changed, in place: by what the caller must launch, or at once.
+
+        The values are to be rewritten then.
+        """
+        if self.packed is None or self._marked == (bits.data_ptr(), _version(bits)):
+            return []
+        if self._metadata is None:
             self._mark(bits)
+            return []
+        self._marked = bits.data_ptr(), _version(bits)
+        return [cuda.metadata(bits, self._metadata)]
 
     def product(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
         """X · A^T + bias, or None where a packed copy has no plan for so many tokens."""
@@ -192,27 +202,26 @@ class Copies:
         bias_stamp = None if bias_O is None or bias_O.dtype == self.dtype else _stamp(bias_O)
         if stamp == self._weight_stamp and (bias_stamp is None or bias_stamp == self._bias_stamp):
             return
-        if rewrite := self.rewrite(weight, bias_O):
-            cuda.launch(rewrite)
+        for work in self.rewrite(weight, bias_O):
+            cuda.launch(work)
 
-    def rewrite(self, weight: Weight, bias_O: Tensor | None) -> cuda.Refresh | None:
-        """Everything that is there, as one launch that the caller must make; the metadata follows the masks at once."""
+    def rewrite(self, weight: Weight, bias_O: Tensor | None) -> list[cuda.Work]:
+        """Everything that is there, as work that the caller must launch."""
         forward, backward = self.forward, self.backward
-        if forward is not None:
-            forward.follow(weight.positions)
-        if backward is not None:
-            backward.follow(weight.positions_t)
+        works = [] if forward is None else forward.follow(weight.positions)
+        works += [] if backward is None else backward.follow(weight.positions_t)
         self._weight_stamp = _stamp(*weight)
         bias_O = self._bias_to_convert(weight, bias_O)
         if forward is None and backward is None and bias_O is None:
-            return None
-        return cuda.refresh(
+            return works
+        refresh = cuda.refresh(
             *weight,
             w=None if forward is None else forward.target,
             w_t=None if backward is None else backward.target,
             bias=bias_O,
             bias_copy=None if bias_O is None else self.bias,
         )
+        return [*works, refresh]
 
     def _bias_to_convert(self, weight: Weight, bias_O: Tensor | None) -> Tensor | None:
         """The bias if the kernel shall convert it, which it can if it is of the weight's dtype."""

@@ -4,7 +4,7 @@ Shape suffixes: O out features, I in features, both multiples of 16; K = I/2 kep
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
 _PRUNE_TILE, _PRUNE_THREADS = (128, 64), 128
 _MARK_THREADS = 256
+_METADATA_THREADS = 256
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17",)
 
@@ -108,13 +109,45 @@ def gather_kept(dense_OI: Tensor, positions: Tensor, dtype: torch.dtype) -> Tens
     return kept_OK
 
 
-class Refresh(NamedTuple):
-    """A rewrite of one layer's copies, ready to launch: the numbers that the kernel takes, and for which kernel."""
+class Work(NamedTuple):
+    """One layer's part in a kernel's work, ready to launch alone or with other layers': the numbers that it takes."""
 
     kernel: str
     device: torch.device
     blocks: int
+    threads: int
     numbers: tuple[int, ...]
+
+
+def launch(work: Work) -> None:
+    """Do one layer's work."""
+    _launch(work.kernel, (work.blocks,), work.threads, work.device, work.numbers)
+
+
+# The numbers of many layers as the kernel reads them. Kept for good: a captured CUDA graph may hold the address, and
+# there is a new one only where layers' memory has moved.
+_TABLES: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+
+
+def launch_all(works: Iterable[Work]) -> None:
+    """Do the work of many layers, in one launch for each kernel and device.
+
+    In one launch for each layer where a CUDA graph is being captured and these layers are new: their table cannot be
+    sent then.
+    """
+    alike: dict[tuple[str, torch.device], list[Work]] = {}
+    for work in works:
+        alike.setdefault((work.kernel, work.device), []).append(work)
+    for (kernel, device), same in alike.items():
+        key = tuple(work.numbers for work in same)
+        if key not in _TABLES:
+            if torch.cuda.is_current_stream_capturing():
+                for work in same:
+                    launch(work)
+                continue
+            _TABLES[key] = torch.tensor(key, dtype=torch.int64, device=device)
+        grid = max(work.blocks for work in same), len(same)
+        _launch(f"{kernel}_all", grid, same[0].threads, device, (_TABLES[key].data_ptr(),))
 
 
 def refresh(
@@ -126,8 +159,8 @@ def refresh(
     w_t: Tensor | None = None,
     bias: Tensor | None = None,
     bias_copy: Tensor | None = None,
-) -> Refresh:
-    """What `launch` needs to write the 16-bit copies of W^R and of W^{R,C} transposed, in place, in one pass.
+) -> Work:
+    """Write the 16-bit copies of W^R and of W^{R,C} transposed, in place, in one pass.
 
     A packed matrix gets zeros in its filler slots (see kernels.cu for which slots those are); its metadata is not here
     and not touched.
@@ -148,38 +181,14 @@ def refresh(
     addresses = map(_address, (values_OK, positions, positions_t, bias, w, w_t, bias_copy))
     blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
     numbers = (*addresses, rows, columns, int(packed), int(packed_t))
-    return Refresh(f"{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}", values_OK.device, blocks, numbers)
+    kernel = f"refresh_{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}"
+    return Work(kernel, values_OK.device, blocks, _REFRESH_THREADS, numbers)
 
 
-def launch(refresh: Refresh) -> None:
-    """Run one layer's rewrite."""
-    _launch(f"refresh_{refresh.kernel}", (refresh.blocks,), _REFRESH_THREADS, refresh.device, refresh.numbers)
-
-
-# The numbers of many layers as the kernel reads them. Kept for good: a captured CUDA graph may hold the address, and
-# there is a new one only where layers' memory has moved.
-_TABLES: dict[tuple[tuple[int, ...], ...], Tensor] = {}
-
-
-def launch_all(refreshes: Sequence[Refresh]) -> None:
-    """Run the rewrites of many layers of one device and kernel, in one launch.
-
-    In one launch each where a CUDA graph is being captured and these layers are new: their table cannot be sent then.
-    """
-    first = refreshes[0]
-    key = tuple(refresh.numbers for refresh in refreshes)
-    if key not in _TABLES:
-        if torch.cuda.is_current_stream_capturing():
-            for refresh in refreshes:
-                launch(refresh)
-            return
-        _TABLES[key] = torch.tensor(key, dtype=torch.int64, device=first.device)
-    grid = max(refresh.blocks for refresh in refreshes), len(refreshes)
-    _launch(f"refresh_all_{first.kernel}", grid, _REFRESH_THREADS, first.device, (_TABLES[key].data_ptr(),))
-
-
-def double_prune(values_OK: Tensor, positions: Tensor, positions_t: Tensor) -> None:
+def double_prune(values_OK: Tensor, positions: Tensor, positions_t: Tensor) -> Work:
     """Choose W^{R,C} anew into `positions_t`, in place, bit for bit as masks.double_prune does.
+
+    The version of `positions_t` counts up here, before the launch.
 
     Args:
         values_OK: (O, I/2), float32, bfloat16 or float16.
@@ -188,11 +197,23 @@ def double_prune(values_OK: Tensor, positions: Tensor, positions_t: Tensor) -> N
     """
     _check(values=values_OK, positions=positions, positions_t=positions_t)
     rows, columns = values_OK.shape[0], values_OK.shape[1] * 2
-    arguments = values_OK.data_ptr(), positions.data_ptr(), positions_t.data_ptr(), rows, columns
-    name = f"double_prune_{_NAMES[values_OK.dtype]}"
-    grid = -(-columns // _PRUNE_TILE[1]), -(-rows // _PRUNE_TILE[0])
-    _launch(name, grid, _PRUNE_THREADS, values_OK.device, arguments)
+    numbers = values_OK.data_ptr(), positions.data_ptr(), positions_t.data_ptr(), rows, columns
+    blocks = -(-columns // _PRUNE_TILE[1]) * -(-rows // _PRUNE_TILE[0])
     torch.autograd.graph.increment_version(positions_t)
+    return Work(f"double_prune_{_NAMES[values_OK.dtype]}", values_OK.device, blocks, _PRUNE_THREADS, numbers)
+
+
+def metadata(bits: Tensor, target: Tensor) -> Work:
+    """Write a mask as the metadata of a packed 16-bit matrix, in the order that kernels.cu says.
+
+    Args:
+        bits: uint8 (R, C/8), R a multiple of 64, C of 32, at most two bits in every nibble.
+        target: uint8 (R·C/8,), 8-byte aligned.
+    """
+    _check(bits=bits, target=target)
+    numbers = bits.data_ptr(), target.data_ptr(), bits.shape[0], bits.shape[1] * 8
+    blocks = -(-bits.numel() // (8 * _METADATA_THREADS))
+    return Work("metadata", bits.device, blocks, _METADATA_THREADS, numbers)
 
 
 def mark(bits: Tensor, dtype: torch.dtype) -> Tensor:

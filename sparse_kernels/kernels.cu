@@ -237,10 +237,20 @@ __device__ inline u32 two_largest(const float* score) {
   return nibble;
 }
 
-template <class V>
-__device__ inline void double_prune(const V* values, const u8* positions, u8* positions_t, i64 rows, i64 columns) {
+// One layer as `double_prune` takes it, and below as `metadata` does.
+template <class V> struct Pruning {
+  const V* values;
+  const u8* positions;
+  u8* positions_t;
+  i64 rows, columns;
+};
+
+template <class V> __device__ inline void double_prune(const Pruning<V>& layer) {
+  const auto [values, positions, positions_t, rows, columns] = layer;
   __shared__ u8 bytes[PRUNE_I][PRUNE_O / 8];
-  const i64 o0 = i64(blockIdx.y) * PRUNE_O, i0 = i64(blockIdx.x) * PRUNE_I;
+  const u32 across = u32(columns + PRUNE_I - 1) / PRUNE_I;
+  const i64 o0 = i64(blockIdx.x / across) * PRUNE_O, i0 = i64(blockIdx.x % across) * PRUNE_I;
+  if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
   const int chunk = threadIdx.x % (PRUNE_I / 8), byte = threadIdx.x / (PRUNE_I / 8);
   const i64 o = o0 + byte * 8, i = i0 + chunk * 8;
   if (o < rows && i < columns) {
@@ -295,9 +305,46 @@ template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 by
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy> (one layer), refresh_all_<values>_<copy> (a layer for
-// each blockIdx.y), double_prune_<values>, mark_<copy>. Numbers come as 64 bits, the width in which CuPy passes a Python
-// integer.
+// metadata: bits of a mask (R, C/8) to the library's metadata of a packed 16-bit matrix on sm_90, R·C/8 bytes; R a multiple of
+// 64, C of 32. A group's nibble is the places of its two slots, first | second << 2. Tiles of 16 rows and 32 columns hold, for
+// each r of 8, the bytes of rows r (low nibbles) and r + 8 (high), the groups in the order 0 4 1 5 2 6 3 7; 4 tiles downwards
+// come first, then those to the right. The order is nowhere documented: copies.py takes it only where it has seen the library
+// write the same. A thread: 8 bytes.
+
+constexpr int METADATA_THREADS = 256;
+
+struct Marks {
+  const u8* bits;
+  u8* metadata;
+  i64 rows, columns;
+};
+
+__device__ inline u32 places(u32 nibble) {
+  const u32 slots = with_fillers(nibble);
+  return (__ffs(slots) - 1) | (31 - __clz(slots)) << 2;
+}
+
+__device__ inline void metadata(const Marks& layer) {
+  const auto [bits, out, rows, columns] = layer;
+  const i64 at = i64(blockIdx.x) * METADATA_THREADS + threadIdx.x;  // which 8 bytes: [R/64][C/32][4][8]
+  if (at >= rows * columns / 64) return;
+  const i64 across = columns / 32, tile = at / 32;
+  const i64 r = tile / across * 64 + at % 32 / 8 * 16 + at % 8, c = tile % across * 32;
+  const u32 low = *reinterpret_cast<const u32*>(bits + (r * columns + c) / 8);
+  const u32 high = *reinterpret_cast<const u32*>(bits + ((r + 8) * columns + c) / 8);
+  u32 words[2] = {0, 0};
+#pragma unroll
+  for (int group = 0; group < 8; ++group) {
+    const u32 byte = places(low >> (4 * group) & 15) | places(high >> (4 * group) & 15) << 4;
+    const int place = 2 * (group % 4) + group / 4;
+    words[place / 4] |= byte << (8 * (place % 4));
+  }
+  *reinterpret_cast<uint2*>(out + at * 8) = make_uint2(words[0], words[1]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy>, double_prune_<values>, mark_<copy>, metadata; with
+// _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -310,13 +357,16 @@ template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 by
                         T* bias_copy, i64 rows, i64 columns, i64 packed, i64 packed_t) {                                    \
     refresh(Layer<V, T>{values, positions, positions_t, bias, w, w_t, bias_copy, rows, columns, packed, packed_t});         \
   }                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS) refresh_all_##V##_##T(const Layer<V, T>* layers) {          \
+  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS) refresh_##V##_##T##_all(const Layer<V, T>* layers) {        \
     refresh(layers[blockIdx.y]);                                                                                            \
   }
 #define PRUNE(V)                                                                                                            \
   extern "C" __global__ void __launch_bounds__(PRUNE_THREADS)                                                               \
       double_prune_##V(const V* values, const u8* positions, u8* positions_t, i64 rows, i64 columns) {                      \
-    double_prune(values, positions, positions_t, rows, columns);                                                            \
+    double_prune(Pruning<V>{values, positions, positions_t, rows, columns});                                                \
+  }                                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(PRUNE_THREADS) double_prune_##V##_all(const Pruning<V>* layers) {            \
+    double_prune(layers[blockIdx.y]);                                                                                       \
   }
 #define MARK(T)                                                                                                             \
   extern "C" __global__ void __launch_bounds__(MARK_THREADS) mark_##T(const u8* bits, T* marked, i64 bytes) {               \
@@ -337,3 +387,11 @@ PRUNE(bf16)
 PRUNE(fp16)
 MARK(bf16)
 MARK(fp16)
+
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
+    metadata(const u8* bits, u8* out, i64 rows, i64 columns) {
+  metadata(Marks{bits, out, rows, columns});
+}
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS) metadata_all(const Marks* layers) {
+  metadata(layers[blockIdx.y]);
+}

@@ -30,8 +30,16 @@ def renew_column_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0)
         kind: "magnitude" of the present values, or "random" among the kept entries.
         seed: of the random choice; give another at each renewal.
     """
+    pruned, works = [], []
     for name, layer in sparse_layers(model):
-        layer.renew_column_mask(kind, layer_seed(seed, name))
+        if work := layer.pruning(kind):
+            pruned.append(layer)
+            works.append(work)
+        else:
+            layer.renew_column_mask(kind, layer_seed(seed, name))
+    cuda.launch_all(works)
+    for layer in pruned:
+        layer.renew_column_scale()
 
 
 def renew_masks(model: nn.Module, *, columns: str = "magnitude", seed: int = 0) -> None:
@@ -72,21 +80,18 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in one launch.
+    """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in a launch or two.
 
     Needed after the optimizer's step, and after a renewal of the column masks, where the products are replayed from a
     CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step or the
     renewal. Elsewhere the layers do this on their own.
     """
-    alike: dict[tuple[str, torch.device], list[cuda.Refresh]] = {}
+    works = []
     for _, layer in sparse_layers(model):
         for dtype in ops.HALF:
             if found := copies.find(layer.positions, dtype):
-                rewrite = found.rewrite(Weight(layer.values, layer.positions, layer.positions_t), layer.bias)
-                if rewrite is not None:
-                    alike.setdefault((rewrite.kernel, rewrite.device), []).append(rewrite)
-    for rewrites in alike.values():
-        cuda.launch_all(rewrites)
+                works += found.rewrite(Weight(layer.values, layer.positions, layer.positions_t), layer.bias)
+    cuda.launch_all(works)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class SparseLinear(nn.Module):
     @column_rescale.setter
     def column_rescale(self, on: bool) -> None:
         self.column_scale = torch.ones((), device=self.values.device) if on else None
-        self._renew_column_scale()
+        self.renew_column_scale()
 
     @torch.no_grad()
     def renew_column_mask(self, kind: str = "magnitude", seed: int = 0) -> None:
@@ -246,16 +246,23 @@ class SparseLinear(nn.Module):
         Args:
             kind: "magnitude" of the present values, or "random" among the kept entries, from `seed`.
         """
-        if kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
-            cuda.double_prune(self.values, self.positions, self.positions_t)
+        if work := self.pruning(kind):
+            cuda.launch(work)
         else:
             rows_OI = self.row_mask()
             column_mask_OI = masks.double_prune(self._scattered(), rows_OI, self.n, self.m, kind=kind, seed=seed)
             self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
-        self._renew_column_scale()
+        self.renew_column_scale()
+
+    def pruning(self, kind: str) -> cuda.Work | None:
+        """What chooses W^{R,C} anew on a GPU, for the caller to launch; None where plain torch must."""
+        if kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
+            return cuda.double_prune(self.values, self.positions, self.positions_t)
+        return None
 
     @torch.no_grad()
-    def _renew_column_scale(self) -> None:
+    def renew_column_scale(self) -> None:
+        """Bring `column_scale` up to date with the present masks and values, if there is one."""
         if self.column_scale is not None:
             W_OI = self._scattered().float()
             both = W_OI.norm(), torch.where(self.column_mask(), W_OI, 0).norm()

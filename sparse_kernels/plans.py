@@ -195,6 +195,21 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
     return packed
 
 
+def writable_metadata(packed: Tensor, bits: Tensor) -> Tensor | None:
+    """The metadata of a matrix that was packed for the mask `bits`, if `cuda.metadata` writes just the same: a view.
+
+    The library says nowhere in what order it keeps them, and for odd sides, another card or another version it may be
+    another one. Then None, and a new mask is to be packed anew.
+    """
+    if bits.shape[0] % 64 or bits.shape[1] % 4:
+        return None
+    start = bits.numel() * 8  # the values come first: two bytes for every second entry
+    theirs = packed[start : start + bits.numel()]
+    ours = torch.empty_like(theirs)
+    cuda.launch(cuda.metadata(bits, ours))
+    return theirs if torch.equal(ours, theirs) else None
+
+
 def packed_values(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The values of a packed matrix, (rows, columns/2): a view."""
     return packed[: rows * columns].view(dtype).view(rows, columns // 2)

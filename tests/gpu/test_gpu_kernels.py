@@ -95,7 +95,7 @@ def test_double_prune(rows: int, columns: int, dtype: torch.dtype, ties: bool) -
     weight = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values)
     expected = masks.pack_bits(masks.double_prune(weight, row, 2, 4).t())
     version = positions_t._version
-    cuda.double_prune(values, positions, positions_t)
+    cuda.launch(cuda.double_prune(values, positions, positions_t))
     assert torch.equal(positions_t, expected)
     assert positions_t._version > version
 
@@ -111,6 +111,38 @@ def test_runs_on_torch_s_current_stream() -> None:
         cuda.launch(cuda.refresh(values, positions, positions_t, w=w))
     stream.synchronize()
     assert torch.equal(w, values.bfloat16())
+
+
+def test_layers_of_many_sizes_in_one_launch() -> None:
+    found = [layer(rows, columns, torch.float32) for rows, columns in SHAPES]
+    for values, _, _, _, _ in found:
+        values.neg_().add_(torch.rand_like(values))
+    cuda.launch_all(cuda.double_prune(values, positions, positions_t) for values, positions, positions_t, _, _ in found)
+    for values, _, positions_t, row, _ in found:
+        weight = torch.zeros(row.shape, device="cuda").masked_scatter_(row, values)
+        assert torch.equal(positions_t, masks.pack_bits(masks.double_prune(weight, row, 2, 4).t()))
+    even = [(bits, torch.empty(bits.numel(), dtype=torch.uint8, device="cuda")) for bits in masks_with_fillers()]
+    cuda.launch_all(cuda.metadata(bits, target) for bits, target in even)
+    for bits, target in even:
+        alone = torch.zeros_like(target)
+        cuda.launch(cuda.metadata(bits, alone))
+        assert torch.equal(target, alone)
+        assert torch.equal(target, metadata_of(bits))
+
+
+def masks_with_fillers() -> list[Tensor]:
+    """Masks with fillers, of sides that the kernel takes."""
+    return [layer(columns, rows, torch.float32)[2] for rows, columns in ((64, 32), (128, 96), (768, 2048))]
+
+
+def metadata_of(bits: Tensor) -> Tensor:
+    """The order that kernels.cu speaks of, in plain torch."""
+    rows, columns = bits.shape[0], bits.shape[1] * 8
+    slots = slots_of(bits, columns).unflatten(1, (-1, 4))
+    first, last = slots.byte().argmax(-1), 3 - slots.flip(-1).byte().argmax(-1)
+    nibbles = (first | last << 2).view(rows // 64, 4, 2, 8, columns // 32, 8)  # [R/64, 4, high, 8, C/32, group]
+    bytes_ = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).permute(0, 3, 1, 2, 4)  # [R/64, C/32, 4, 8, group]
+    return bytes_[..., [0, 4, 1, 5, 2, 6, 3, 7]].to(torch.uint8).flatten()
 
 
 def test_strided_tensors_are_refused() -> None:

@@ -26,12 +26,18 @@ def positions_of(rows: int, columns: int) -> Tensor:
     return masks.pack_bits(masks.row_mask(torch.empty(rows, columns), 2, 4, kind="random", seed=rows)).cuda()
 
 
-def operands(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """W^{R,C}-like A with fillers: packed by mark and refreshed, dense, and X."""
+def masked(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and positions (columns, rows), and positions_t (rows, columns), with fillers."""
     values = torch.randn(columns, rows // 2, device="cuda")
     positions = positions_of(columns, rows)
     positions_t = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
-    cuda.double_prune(values, positions, positions_t)
+    cuda.launch(cuda.double_prune(values, positions, positions_t))
+    return values, positions, positions_t
+
+
+def operands(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """W^{R,C}-like A with fillers: packed by mark and refreshed, dense, and X."""
+    values, positions, positions_t = masked(rows, columns)
     packed = plans.compress(cuda.mark(positions_t, dtype))
     dense = torch.empty(rows, columns, dtype=dtype, device="cuda")
     target = plans.packed_values(packed, rows, columns, dtype)
@@ -58,6 +64,22 @@ def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, co
     start = rows * columns
     size = start + rows * columns // 8
     assert torch.equal(marked[start:size], packed[start:size])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 32), (512, 512), (1024, 4096), (3072, 768)])
+def test_metadata_is_written_as_the_library_writes_it(rows: int, columns: int, dtype: torch.dtype) -> None:
+    _, _, positions_t = masked(rows, columns)
+    packed = plans.compress(cuda.mark(positions_t, dtype))
+    metadata = plans.writable_metadata(packed, positions_t)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the order is that of compute capability 9.0")
+    assert metadata is not None
+    expected = metadata.clone()
+    metadata.zero_()
+    cuda.launch(cuda.metadata(positions_t, metadata))
+    assert torch.equal(metadata, expected)
+    assert plans.writable_metadata(packed, positions_t.flip(0).contiguous()) is None  # what is another's is not taken
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
