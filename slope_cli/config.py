@@ -98,7 +98,7 @@ class SparsityConfig:
     rescale: bool = False
     """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
     renew_every: int | None = None
-    """Choose masks anew every so many steps, 0 never: slope's columns of W^{R,C} (null: 10), the whole mask of sr_ste
+    """Choose masks anew every so many steps, 0 never: slope's columns of W^{R,C} (null: 1), the whole mask of sr_ste
     (null: 1) and fst (null: 40)."""
     column_mask: str = "magnitude"
     """How the columns of W^{R,C} are chosen: magnitude, or random anew at each renewal."""

@@ -56,7 +56,7 @@ def renew_every(config: Config, now: Stage) -> int:
     """Steps between two renewals of the masks that may change in a stage; 0 for never."""
     if config.method == "slope" and now.layers == "masked":
         return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
-    usual = {"slope": 10, "sr_ste": 1, "fst": 40}.get(config.method, 0)  # the others have no mask that may change
+    usual = {"slope": 1, "sr_ste": 1, "fst": 40}.get(config.method, 0)  # the others have no mask that may change
     every = config.sparsity.renew_every
     return usual if every is None or not usual else every
 

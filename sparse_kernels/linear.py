@@ -6,8 +6,7 @@ Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row,
 """
 
 import math
-import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +120,22 @@ class _ScaleGradient(torch.autograd.Function):
         return dX * scale.to(dX.dtype), None
 
 
+class _Derived(NamedTuple):
+    """What was made from a buffer as it was in one version."""
+
+    tensor: Tensor
+    buffer: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, buffer: Tensor, tensor: Tensor) -> "_Derived":
+        return cls(tensor, buffer, buffer._version)
+
+    def is_of(self, buffer: Tensor) -> bool:
+        """Whether the buffer is still this one, and as it was."""
+        return self.buffer is buffer and self.version == buffer._version
+
+
 class SparseLinear(nn.Module):
     """A linear layer with an N:M sparse weight W^R and a twice-pruned W^{R,C} for the input gradient.
 
@@ -171,9 +186,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("positions_t", masks.pack_bits(column_mask_OI.t()))
         self.register_buffer("column_scale", None)
         self.adapter = None
-        self._layout: tuple[Tensor, Tensor]
-        self._layout_buffers: tuple[Tensor, ...] = ()
-        self._layout_versions: tuple[int, ...] = ()
+        self._index: _Derived | None = None
+        self._survives: _Derived | None = None
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
@@ -191,21 +205,21 @@ class SparseLinear(nn.Module):
     def layout(self) -> tuple[Tensor, Tensor]:
         """Where the values sit: their columns, int64 (out, in·n/m), and whether W^{R,C} keeps them, bool, same shape.
 
-        Derived from the two saved buffers and kept until one of them is replaced or written in place. Where torch
-        compiles, or a CUDA graph is captured, derived each time: a replay must read the bits that a renewal wrote.
+        Derived from the two saved buffers, each kept until what it comes from is replaced or written in place; where
+        torch compiles, or a CUDA graph is captured, each time: a replay must read the bits that a renewal wrote.
         """
         if torch.compiler.is_compiling() or (self.positions.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self._derived_layout()
-        buffers = self.positions, self.positions_t
-        versions = tuple(buffer._version for buffer in buffers)
-        if self._layout_versions != versions or any(map(operator.is_not, self._layout_buffers, buffers)):
-            self._layout = self._derived_layout()
-            self._layout_buffers, self._layout_versions = buffers, versions
-        return self._layout
+            index_OK = self._kept_columns()
+            return index_OK, self.column_mask().gather(1, index_OK)
+        if self._index is None or not self._index.is_of(self.positions):
+            self._index, self._survives = _Derived.of(self.positions, self._kept_columns()), None
+        if self._survives is None or not self._survives.is_of(self.positions_t):
+            survives_OK = self.column_mask().gather(1, self._index.tensor)
+            self._survives = _Derived.of(self.positions_t, survives_OK)
+        return self._index.tensor, self._survives.tensor
 
-    def _derived_layout(self) -> tuple[Tensor, Tensor]:
-        index_OK = reference.kept_columns(self.row_mask(), self.n, self.m)
-        return index_OK, self.column_mask().gather(1, index_OK)
+    def _kept_columns(self) -> Tensor:
+        return reference.kept_columns(self.row_mask(), self.n, self.m)
 
     def row_mask(self) -> Tensor:
         """The mask of W^R: bool (out, in)."""
@@ -269,7 +283,9 @@ class SparseLinear(nn.Module):
             self.column_scale.copy_(torch.where(both[1] > 0, both[0] / both[1], 1))
 
     def _scattered(self) -> Tensor:
-        """W^R as `weight` has it, without the index that it keeps: on a GPU the products want none."""
+        """W^R as `weight` has it; on a GPU, where the products want no index, without making one."""
+        if not self.positions.is_cuda:
+            return reference.scatter_kept(self.values.detach(), self.layout()[0], self.in_features)
         row_mask_OI = self.row_mask()
         return torch.zeros_like(row_mask_OI, dtype=self.values.dtype).masked_scatter_(row_mask_OI, self.values.detach())
 

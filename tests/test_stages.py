@@ -57,7 +57,7 @@ def test_masks_are_renewed_as_their_method_wants() -> None:
         config = configs.load("gpt2-nano", ["train.steps=4", *words])
         return [stages.renew_every(config, now) for now in plan_of(config)]
 
-    assert every() == [10] * 4
+    assert every() == [1] * 4
     assert every("sparsity.renew_every=7", "sparsity.start=0.5", "sparsity.before=sr_ste") == [1, 1, 7, 7]
     assert every("method=sr_ste") == [1] * 4
     assert every("method=fst", "sparsity.renew_every=5") == [5] * 4
