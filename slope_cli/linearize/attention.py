@@ -20,7 +20,6 @@ Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each K
 F features, N chunks, C queries in a chunk, K keys in its band.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -160,12 +159,6 @@ def attend(
         y_BGNPCD = normalised(near_BGNPCE, far_BGNPCE, branch, dropped_BGNPCE)
         y_BHTD = y_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
         return Attended(y_BHTD, new_state_BGFE if state_BGFE is not None else None)
-
-
-@functools.cache
-def compiled_attend() -> Callable[..., Attended]:
-    """`attend` compiled, one function for all layers; compiled anew for another length, once, and then for any."""
-    return torch.compile(attend, fullgraph=True)
 
 
 def weights_of(
