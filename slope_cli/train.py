@@ -425,6 +425,9 @@ def _step(
     if train.cuda_graph and not gpu:
         raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
     dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
+    if config.method == "linearize" and gpu and dtype is not None:
+        # Linearized attention computes in float32, of q, k and v that come in 16 bits: TF32 holds these exactly.
+        torch.set_float32_matmul_precision("high")
     compiled = gpu if train.compile is None else train.compile
     if stage.layers == "transfer":
         from slope_cli.linearize.step import TransferStep
