@@ -10,7 +10,6 @@ and no copies as it grows. Caches are filled with random numbers; a prompt's cos
 Shape suffixes: B sequences, G KV heads, T tokens, D head dimension, V vocabulary.
 """
 
-import contextlib
 import functools
 import gc
 import statistics
@@ -228,7 +227,7 @@ class Decoder:
     def run(self) -> None:
         """A step: each sequence's likeliest next token becomes its input."""
         mode = "softmax" if self._side == "softmax" else "linear"
-        with torch.no_grad(), using(self._model, mode=mode), compiling(self._model, self._side.endswith("compiled")):
+        with torch.no_grad(), using(self._model, mode=mode, compiled=self._side.endswith("compiled")):
             words = {"position_ids": self._positions_11.expand_as(self._ids_B1), "past_key_values": self._cache}
             logits_B1V = self._model(input_ids=self._ids_B1, use_cache=True, **words).logits
             self._ids_B1.copy_(logits_B1V.argmax(-1))
@@ -255,20 +254,6 @@ class Decoder:
             self.run()
         _synchronize()
         return (time.perf_counter() - started) / calls
-
-
-@contextlib.contextmanager
-def compiling(model: Any, compiled: bool) -> Iterator[None]:
-    """Within it, linearized layers are compiled or not."""
-    windows = list(linear_windows(model).values())
-    before = [window.compiled for window in windows]
-    try:
-        for window in windows:
-            window.compiled = compiled
-        yield
-    finally:
-        for window, old in zip(windows, before, strict=True):
-            window.compiled = old
 
 
 def _nbytes(layer: Any) -> int:

@@ -170,15 +170,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile linearized attention: for many tokens, on a GPU.")
+    ] = False,
 ) -> None:
     """Let a trained model go on with a text."""
     from slope_cli import pretrained
     from slope_cli.generate import continue_text
     from slope_cli.launch import pick_device
+    from slope_cli.linearize.swap import linear_windows
 
     found = pretrained.load(model, pick_device("auto"))
+    if compiled and not linear_windows(found.model):
+        raise UsageError(f"{model}: is not linearized, so nothing of it is compiled; leave out --compile")
     how = {"tokens": tokens, "top_k": top_k, "seed": seed}
-    print(continue_text(found.model, found.tokenizer, prompt, temperature=temperature, **how))
+    text = continue_text(found.model, found.tokenizer, prompt, temperature=temperature, compiled=compiled, **how)
+    print(text)
 
 
 @app.command()

@@ -254,9 +254,9 @@ class TrainConfig:
     """Of the products: bf16 (autocast; weights and optimizer stay float32) or fp32; auto is bf16 on a GPU."""
     device: str = "auto"
     compile: bool | None = None
-    """Compile each transformer block and the loss; null does so on a GPU."""
+    """Compile each transformer block and the loss, in attention transfer each layer's; null does so on a GPU."""
     cuda_graph: bool | None = None
-    """Replay each step from CUDA graphs; null does so on a GPU."""
+    """Replay each step from CUDA graphs; null does so on a GPU, but not with method=linearize."""
     seed: int = 1
     deterministic: bool = False
     """Refuse kernels that do not repeat bit for bit."""
@@ -322,10 +322,8 @@ class Config:
         rule = "is for method=linearize alone; name a shape"
         _need(self.model.name != INIT or self.method == "linearize", "model.name", INIT, rule)
         if self.method == "linearize":
-            for name in ("compile", "cuda_graph"):
-                _need(
-                    not getattr(self.train, name), f"train.{name}", True, "method=linearize runs without; leave it out"
-                )
+            rule = "method=linearize runs without; leave it out"
+            _need(not self.train.cuda_graph, "train.cuda_graph", True, rule)
             w, length = self.linearize.window, self.train.seq_len
             near, what = (2 * w, "half of ") if self.linearize.kind == "terrace" else (w, "")
             rule = f"must be below {what}train.seq_len={length}, or nothing is left for the linear branch to learn"

@@ -29,17 +29,21 @@ def continue_text(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    compiled: bool = False,
 ) -> str:
     """The prompt and what the model makes of it, sampled; with temperature 0 the likeliest token each time.
 
     Args:
         tokens: how many to add at most; fewer where the model's positions end.
+        compiled: compile what linearized attention does with a token; pays for many tokens, or texts, on a GPU.
 
     Raises:
         UsageError: an empty prompt where texts begin with no token of their own, one that fills the model's positions,
             or a model that cannot continue text.
     """
     import torch
+
+    from slope_cli.linearize.swap import using
 
     if models.objective(model.config) == "masked":
         raise UsageError(f"{type(model).__name__}: predicts masked tokens and cannot continue text; use a causal model")
@@ -53,7 +57,7 @@ def continue_text(
     model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    with torch.no_grad():
+    with torch.no_grad(), using(model, compiled=compiled):
         out_1T = model.generate(
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),

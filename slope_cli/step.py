@@ -63,8 +63,7 @@ class Step:
             import torch
 
             self.cross_entropy = torch.compile(models.token_cross_entropy, dynamic=False)
-            for block in _blocks(model):
-                block.compile(dynamic=False)
+            compile_blocks(model)
         self._graphs: _Graphs | None = None
 
     def __call__(self, batches: Sequence[Batch]) -> Taken:
@@ -268,12 +267,13 @@ def _update(step: Step, norm: "Tensor") -> None:
     refresh(step.model)
 
 
-def _blocks(model: "nn.Module") -> "list[nn.Module]":
-    """The transformer blocks: the entries of the model's first module list."""
+def compile_blocks(model: "nn.Module") -> None:
+    """Compile each transformer block, the entries of the model's first module list, for batches of one shape."""
     from torch import nn
 
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return list(next(lists, []))
+    for block in next(lists, ()):
+        block.compile(dynamic=False)
 
 
 def eager() -> "contextlib.AbstractContextManager[Any]":

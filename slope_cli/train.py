@@ -423,23 +423,23 @@ def _step(
     if train.cuda_graph and not gpu:
         raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
     dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
-    if config.method == "linearize":
-        gpu = False  # neither compiled nor captured unless asked for
+    if config.method == "linearize" and gpu and dtype is not None:
+        # Linearized attention computes in float32, of q, k and v that come in 16 bits: TF32 holds these exactly.
+        torch.set_float32_matmul_precision("high")
+    compiled = gpu if train.compile is None else train.compile
     if stage.layers == "transfer":
         from slope_cli.linearize.step import TransferStep
 
-        if train.compile or train.cuda_graph:
-            raise UsageError("train.compile, train.cuda_graph: attention transfer runs without; leave them out")
         weights = {"mse_weight": config.linearize.mse_weight, "entropy_weight": config.linearize.entropy_weight}
-        return TransferStep(model, optimizer, dtype=dtype, clip=config.optim.clip, **weights)
+        return TransferStep(model, optimizer, dtype=dtype, clip=config.optim.clip, compiled=compiled, **weights)
     return Step(
         model,
         optimizer,
         models.objective(model.config),
         dtype=dtype,
         clip=config.optim.clip,
-        compiled=gpu if train.compile is None else train.compile,
-        graphed=gpu if train.cuda_graph is None else train.cuda_graph,
+        compiled=compiled,
+        graphed=gpu and config.method != "linearize" if train.cuda_graph is None else train.cuda_graph,
     )
 
 

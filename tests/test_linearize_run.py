@@ -117,6 +117,24 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
     assert own["step"] == 200
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad")
+def test_a_compiled_run_learns_and_writes_the_same() -> None:
+    words = ("train.steps=6", "linearize.transfer=0.5", "log.val_every=2")
+    eager = linearized("sparse", *words)
+    # Whole, as torch's own operators: Inductor's code has a test of its own.
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        compiled = linearized("sparse", *words, "train.compile=true")
+        text, same = (slope("generate", compiled.run, "The ", "--tokens", "8", *more) for more in ((), ("--compile",)))
+    for kind, key in (("transfer", "mse"), ("train", "loss"), ("val", "loss")):
+        expected = [record[key] for record in eager.records(kind)]
+        assert [record[key] for record in compiled.records(kind)] == pytest.approx(expected, rel=1e-4)
+        assert len(expected) >= 3
+    assert (same.code, same.out) == (0, text.out), same.err
+    refused = slope("generate", eager.base, "The ", "--compile")
+    assert (refused.code, "is not linearized" in refused.err) == (2, True)
+
+
 # --------------------------------------------------------------------------------------------- what stays as it is
 
 

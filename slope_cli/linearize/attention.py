@@ -20,7 +20,6 @@ Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each K
 F features, N chunks, C queries in a chunk, K keys in its band.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -136,36 +135,22 @@ def attend(
         near, far = _masks(cut, pattern, first_B, q_BHTD.device)
 
         q_BGNPCD = _chunked(q_BHTD, k_BGSD.shape[1], cut)
-        v_BGNKE = v_BGSE.unfold(2, cut.band, cut.chunk).transpose(-1, -2)
-        near_BGNPCE = _near_weights(q_BGNPCD, k_BGSD, keep_BS, mix_H, near, scale, cut) @ v_BGNKE[:, :, :, None]
-
-        beyond = min(cut.reach + cut.chunk, S) - 1 > pattern.always_near  # far keys in the bands
-        stateful = state_BGFE is not None or cut.chunks > 1
-        far_BGNPCE = None
-        if beyond or stateful:
-            phi_k_BGSF = maps.k(k_BGSD if beyond else k_BGSD[:, :, : cut.chunks * cut.chunk])
-            phi_q_BGNPCF = _chunked(maps.q(q_BHTD * (scale * D**0.5)), k_BGSD.shape[1], cut)
-        if stateful:
-            states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
-            if not pattern.causal:
-                after_BGNFE, _ = _states(phi_k_BGSF.flip(2), v_BGSE.flip(2), None, T, cut)
-                states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
-            far_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
-        if beyond:
-            phi_k_BGNFK = phi_k_BGSF.unfold(2, cut.band, cut.chunk)
-            weights_BGNPCK = (phi_q_BGNPCF @ phi_k_BGNFK[:, :, :, None]) * far
-            banded_BGNPCE = weights_BGNPCK @ v_BGNKE[:, :, :, None]
+        near_BGNPCK = _near_weights(q_BGNPCD, k_BGSD, keep_BS, mix_H, near, scale, cut)
+        beyond = min(cut.reach + cut.chunk, S) - 1 > pattern.always_near
+        scaled_BHTD = q_BHTD * (scale * D**0.5)
+        far_BGNPCK, far_BGNPCE, new_state_BGFE = _far(
+            scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far if beyond else None, cut, pattern
+        )
+        v_BGN1KE = v_BGSE.unfold(2, cut.band, cut.chunk).transpose(-1, -2)[:, :, :, None]
+        if far_BGNPCK is not None and branch == "both" and dropped_BH is None:  # nothing asks what each of them adds
+            near_BGNPCK, far_BGNPCK = near_BGNPCK + far_BGNPCK, None
+        if far_BGNPCK is not None:
+            banded_BGNPCE = far_BGNPCK @ v_BGN1KE
             far_BGNPCE = banded_BGNPCE if far_BGNPCE is None else far_BGNPCE + banded_BGNPCE
         dropped_BGNPCE = None if dropped_BH is None else dropped_BH.view(len(q_BHTD), k_BGSD.shape[1], 1, -1, 1, 1)
-        y_BGNPCD = normalised(near_BGNPCE, far_BGNPCE, branch, dropped_BGNPCE)
+        y_BGNPCD = normalised(near_BGNPCK @ v_BGN1KE, far_BGNPCE, branch, dropped_BGNPCE)
         y_BHTD = y_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
-        return Attended(y_BHTD, new_state_BGFE if state_BGFE is not None else None)
-
-
-@functools.cache
-def compiled_attend() -> Callable[..., Attended]:
-    """`attend` compiled, one function for all layers; compiled anew for another length, once, and then for any."""
-    return torch.compile(attend, fullgraph=True)
+        return Attended(y_BHTD, new_state_BGFE)
 
 
 def weights_of(
@@ -241,6 +226,38 @@ def exp_below_max(scores: Tensor, mask: Tensor) -> Tensor:
     highest = scores.amax(-1, keepdim=True)
     below: Tensor = scores - highest.masked_fill(highest == -torch.inf, 0.0)
     return below.exp()
+
+
+def _far(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    state_BGFE: Tensor | None,
+    maps: Maps,
+    far: Tensor | None,
+    cut: _Layout,
+    pattern: Pattern,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Far keys: weights of those in the bands (B, G, N, P, C, K), sums over the rest (B, G, N, P, C, E), the new state.
+
+    Each is None where there is none, the new state where there was none before. q is scaled as its map wants it.
+    far: the mask of the bands, None if they hold no far key.
+    """
+    T, stateful = q_BHTD.shape[2], state_BGFE is not None or cut.chunks > 1
+    weights_BGNPCK, sums_BGNPCE, new_state_BGFE = None, None, None
+    if far is not None or stateful:
+        phi_k_BGSF = maps.k(k_BGSD if far is not None else k_BGSD[:, :, : cut.chunks * cut.chunk])
+        phi_q_BGNPCF = _chunked(maps.q(q_BHTD), k_BGSD.shape[1], cut)
+    if far is not None:
+        phi_k_BGNFK = phi_k_BGSF.unfold(2, cut.band, cut.chunk)
+        weights_BGNPCK = (phi_q_BGNPCF @ phi_k_BGNFK[:, :, :, None]) * far
+    if stateful:
+        states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
+        if not pattern.causal:
+            after_BGNFE, _ = _states(phi_k_BGSF.flip(2), v_BGSE.flip(2), None, T, cut)
+            states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
+        sums_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
+    return weights_BGNPCK, sums_BGNPCE, new_state_BGFE if state_BGFE is not None else None
 
 
 def _states(

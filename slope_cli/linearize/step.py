@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
+from slope_cli.step import compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -47,15 +48,19 @@ class TransferStep:
         clip: float,
         mse_weight: float,
         entropy_weight: float,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
             dtype: of autocast's products, or None for none.
             clip: largest norm of a layer's gradient, 0 for no clipping.
             mse_weight, entropy_weight: see `transfer_losses`.
+            compiled: compile each layer's loss, and each transformer block before and after it.
         """
         self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
-        self.mse_weight, self.entropy_weight = mse_weight, entropy_weight
+        self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
+        if compiled:
+            compile_blocks(model)
 
     def __call__(self, batches: Sequence[Mapping[str, Tensor]]) -> Transferred:
         """Take one step.
@@ -91,7 +96,12 @@ class TransferStep:
         inputs = {key: batch[key] for key in INPUTS if key in batch}
         with self.autocast():
             losses = transfer_losses(
-                self.model, inputs, mse_weight=self.mse_weight, entropy_weight=self.entropy_weight, scale=scale
+                self.model,
+                inputs,
+                mse_weight=self.mse_weight,
+                entropy_weight=self.entropy_weight,
+                scale=scale,
+                compiled=self.compiled,
             )
         return scale * torch.stack([torch.stack([loss.total, loss.mse]) for loss in losses.values()], dim=1)
 

@@ -98,22 +98,25 @@ def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
 
 
 @contextlib.contextmanager
-def using(model: nn.Module, *, mode: Mode | None = None, branch: Branch | None = None) -> Iterator[None]:
-    """Within it, all linearized layers are in this mode and count this branch.
+def using(
+    model: nn.Module, *, mode: Mode | None = None, branch: Branch | None = None, compiled: bool | None = None
+) -> Iterator[None]:
+    """Within it, all linearized layers are in this mode, count this branch, and are compiled or not.
 
     mode "softmax" is the original model, the teacher. A cache that one mode has filled cannot be used by the other.
     """
     if branch is not None and branch not in BRANCHES:
         raise UsageError(f"branch must be one of {', '.join(BRANCHES)}, not {branch!r}")
     windows = list(linear_windows(model).values())
-    before = [(linear.mode, linear.branch) for linear in windows]
+    before = [(linear.mode, linear.branch, linear.compiled) for linear in windows]
     try:
         for linear in windows:
             linear.mode, linear.branch = mode or linear.mode, branch or linear.branch
+            linear.compiled = linear.compiled if compiled is None else compiled
         yield
     finally:
-        for linear, (old_mode, old_branch) in zip(windows, before, strict=True):
-            linear.mode, linear.branch = old_mode, old_branch
+        for linear, old in zip(windows, before, strict=True):
+            linear.mode, linear.branch, linear.compiled = old
 
 
 def projections(model: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ S keys.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ def transfer_losses(
     entropy_weight: float = 0.0,
     scale: float = 1.0,
     backward: bool = True,
+    compiled: bool = False,
 ) -> dict[str, LayerLoss]:
     """Run a linearized model once as its own teacher and return each layer's loss, by the attention module's name.
 
@@ -56,6 +58,7 @@ def transfer_losses(
     Args:
         inputs: of the model: input_ids (B, T), and attention_mask (B, T) where there is padding.
         scale: 1 / the number of batches whose gradients are added up, say.
+        compiled: compile each layer's loss, forward and backward; the model around it is the caller's to compile.
 
     Raises:
         UsageError: the model is not linearized.
@@ -63,7 +66,8 @@ def transfer_losses(
     if not linear_windows(model):
         raise UsageError("transfer: the model is not linearized")
     losses: dict[str, LayerLoss] = {}
-    with _observed(model, losses, mse_weight, entropy_weight, scale, backward), torch.no_grad():
+    observed = _observed(model, losses, mse_weight, entropy_weight, scale, backward)
+    with using(model, mode="transfer", compiled=compiled), observed, torch.no_grad():
         model.base_model(**{**inputs, "use_cache": False})
     return losses
 
@@ -78,23 +82,24 @@ def _observed(
     backward: bool,
 ) -> Iterator[None]:
     """Within it, each linearized layer's forward pass puts its loss into `losses`."""
-    windows = linear_windows(model)
+    names = {linear: name for name, linear in linear_windows(model).items()}
 
-    def observe(name: str, linear: LinearWindow, *attended: Any) -> None:
+    def observe(linear: LinearWindow, *attended: Any) -> None:
+        loss_of = _compiled_loss() if linear.compiled else layer_loss
         with torch.enable_grad():
-            loss = layer_loss(linear, *attended, mse_weight=mse_weight, entropy_weight=entropy_weight)
+            loss = loss_of(linear, *attended, mse_weight=mse_weight, entropy_weight=entropy_weight)
             if backward:
                 (scale * loss.total).backward()
                 loss = LayerLoss(*(part.detach() for part in loss))
-        losses[name] = loss
+        losses[names[linear]] = loss
 
     try:
-        for name, linear in windows.items():
-            linear.observer = lambda *attended, name=name: observe(name, *attended)
-        with using(model, mode="transfer"):
-            yield
+        for linear in names:
+            # No compiled block can hold a backward pass: it ends before, and goes on after it. The loss is compiled.
+            linear.observer = torch.compiler.disable(observe, recursive=False)
+        yield
     finally:
-        for linear in windows.values():
+        for linear in names:
             linear.observer = None
 
 
@@ -119,6 +124,12 @@ def layer_loss(
     if entropy_weight:
         entropy = _entropy(linear, q_BHTD, k_BGTD, scale, keep_BT)
     return LayerLoss(mse_weight * mse + entropy_weight * entropy, mse, entropy)
+
+
+@functools.cache
+def _compiled_loss() -> Callable[..., LayerLoss]:
+    """`layer_loss` compiled, one function for all layers; anew for another length, once, and then for any."""
+    return torch.compile(layer_loss)
 
 
 def _entropy(linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, scale: float, keep_BT: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slope_cli.linearize.attention import Maps, Pattern, attend, compiled_attend
+from slope_cli.linearize.attention import Maps, Pattern, attend
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.maps import make_map
@@ -31,8 +31,8 @@ class LinearWindow(nn.Module):
     mode: what the layer answers with: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
     branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
-    compiled: whether torch.compile makes the kernels of whole sequences without a memory, and of single tokens; worth
-    it on a GPU and for lengths that repeat.
+    compiled: whether torch.compile makes the kernels of single tokens, and of the loss in transfer; worth it on a GPU,
+    for many tokens or steps.
     """
 
     def __init__(
@@ -114,8 +114,7 @@ class LinearWindow(nn.Module):
         dropped_BH = None
         if self.window_dropout and (self.training or self.mode == "transfer"):
             dropped_BH = torch.rand(q_BHTD.shape[:2], device=q_BHTD.device) < self.window_dropout
-        whole = compiled_attend() if self.compiled else attend
-        return whole(
+        return attend(
             q_BHTD,
             k_BGTD,
             v_BGTD,
