@@ -13,7 +13,9 @@ from slope_cli.benchmarks import generate
 from slope_cli.linearize.settings import LinearizeSettings
 
 # What Inductor imports when it compiles for the first time.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning", "ignore:TensorFloat32 tensor cores"
+)
 
 SHAPE: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 64}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
@@ -46,6 +48,6 @@ def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should() -> None:
     chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=64))
     model = generate.build(chosen, torch.device("cuda"))
     rows = list(generate.speed_rows(model, 4, 128))
-    assert [(row.get("error", ""), row["graphed"], row["note"]) for row in rows] == [("", True, "")] * 3
+    assert [(row.get("error", ""), row.get("graphed"), row.get("note")) for row in rows] == [("", True, "")] * 3
     peaks = [generate.transfer_row(model, length)["peak_bytes"] for length in (1024, 4096)]
     assert peaks[1] < 4.5 * peaks[0]
