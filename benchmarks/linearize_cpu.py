@@ -41,6 +41,13 @@ WORDS = [
     "log.tensorboard=false",
     "log.sample_prompt='Once upon a time'",
 ]
+LONG = [
+    "linearize.features=32",
+    "linearize.adjust_maps=true",
+    "linearize.transfer=0.5",
+    "optim.lr=3e-3",
+    "train.steps=1500",
+]
 VARIANTS: dict[str, list[str]] = {
     "the recipe's settings": [],
     "32 columns, 70 % transfer": ["linearize.features=32", "linearize.transfer=0.7"],
@@ -48,13 +55,10 @@ VARIANTS: dict[str, list[str]] = {
     "4 columns": ["linearize.features=4"],
     "4 columns, window dropout 0.25": ["linearize.features=4", "linearize.window_dropout=0.25"],
     "t2r": ["linearize.map=t2r"],
-    "1,500 steps, 32 columns, maps trained on": [
-        "linearize.features=32",
-        "linearize.adjust_maps=true",
-        "linearize.transfer=0.5",
-        "optim.lr=3e-3",
-        "train.steps=1500",
-    ],
+    "1,500 steps, 32 columns, maps trained on": LONG,
+    "window 64": ["linearize.window=64"],
+    "window 64, 1,500 steps, 32 columns, maps trained on": ["linearize.window=64", *LONG],
+    "window 32, 1,500 steps, 32 columns, maps trained on": ["linearize.window=32", *LONG],
 }
 
 
@@ -116,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
             f"# A llama2.c model of {result['parameters']:,} parameters, linearized",
             "",
             f"Perplexity on held-out text that the model itself wrote, in blocks of {LENGTH} tokens with a window of "
-            f"{WINDOW}; the model with softmax attention has {teacher:.3f}.",
+            f"{WINDOW} where no other is named; the model with softmax attention has {teacher:.3f}.",
             "",
             *rows,
             "",

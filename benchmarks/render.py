@@ -147,15 +147,24 @@ def _demo_linearized(r: dict[str, Any]) -> str:
 
 
 def _small_llama(r: dict[str, Any]) -> str:
-    first, *_, last = r["variants"].values()
-    steps = next(int(word.partition("=")[2]) for word in last["words"] if word.startswith("train.steps="))
+    found = [(settings(row["words"]), row) for row in r["variants"].values()]
+    longest = max(int(words.get("train.steps", 0)) for words, _ in found)
+    rows = {int(s.get("linearize.window", 16)): row for s, row in found if s.get("train.steps") == str(longest)}
+    parts = [
+        f"{row['adapted']:.2f} with a window of {window} ({100 * (row['adapted'] / row['teacher'] - 1):+.1f} %; the "
+        f"window alone {row['branches']['window']:.2f})"
+        for window, row in sorted(rows.items())
+    ]
     return (
-        f"A Llama of {r['parameters']:,} parameters, on stories of its own making and with a window of 16 in 512 "
-        f"tokens, does look farther: of {first['teacher']:.2f} it has {first['adapted']:.2f} after 600 steps, "
-        f"{last['adapted']:.2f} after {steps:,} with more features and maps that are trained on, and "
-        f"{last['branches']['window']:.2f} where the window stands alone "
-        "([table](benchmarks/results/linearize-cpu.md))."
+        f"A Llama of {r['parameters']:,} parameters, on stories of its own making and in 512 tokens, does look "
+        f"farther: of {next(iter(rows.values()))['teacher']:.2f} it has, after {longest:,} steps, "
+        f"{', '.join(parts[:-1])} and {parts[-1]} ([more settings](benchmarks/results/linearize-cpu.md))."
     )
+
+
+def settings(words: list[str]) -> dict[str, str]:
+    """KEY=VALUE words as a mapping."""
+    return dict(word.split("=", 1) for word in words)
 
 
 def _generation(result: dict[str, Any]) -> str:
