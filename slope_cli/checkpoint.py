@@ -3,6 +3,9 @@
 RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's files and manifest.json with the SHA-256 of each.
 It is written under a temporary name, hashed, given its manifest last, synced to disk and renamed; so a folder named
 step-* is complete, and a flipped byte anywhere in it shows as a wrong hash.
+
+A run that trains little beside a large frozen model writes that model once, in the same way, to RUN/base/. Its
+checkpoints leave out what is there and has no gradient, name the base they were saved beside, and are read with it.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
+BASE = "base"
 
 
 def state_tensors(model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> "dict[str, Tensor]":
@@ -48,6 +52,11 @@ def state_tensors(model: "nn.Module", optimizer: "torch.optim.Optimizer | None")
 def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer | None") -> None:
     """Read a verified checkpoint into a model, and an optimizer with the same parameters, in place.
 
+    What the checkpoint does not hold is read from the base that it was saved beside.
+
+    Args:
+        folder: of a checkpoint, or a run's base.
+
     Raises:
         SlopeError: its tensors are not those of this model, or it cannot be read.
     """
@@ -55,18 +64,23 @@ def restore(folder: Path, model: "nn.Module", optimizer: "torch.optim.Optimizer 
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    base = folder.parents[1] / BASE if "base" in read_sealed(folder / MANIFEST) else None
     saved = _saved_shapes(folder)
+    held = saved if base is None else _saved_shapes(base) | saved
     if optimizer is not None:
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
     tensors = state_tensors(model, optimizer)
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
-    kept = {name: shape for name, shape in saved.items() if optimizer is not None or name.startswith("model.")}
+    kept = {name: shape for name, shape in held.items() if optimizer is not None or name.startswith("model.")}
     if kept != expected:
         wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
         raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
     try:
         with _single_process():
-            load(tensors, checkpoint_id=folder, no_dist=True)
+            load({name: tensors[name] for name in tensors if name in saved}, checkpoint_id=folder, no_dist=True)
+            if base is not None:
+                rest = {name: tensors[name] for name in tensors if name not in saved}
+                load(rest, checkpoint_id=base, no_dist=True)
     except CheckpointException as error:
         raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
     if optimizer is not None:
@@ -91,12 +105,22 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def save(run: Path, step: int, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any], *, keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    tensors: "Mapping[str, Tensor]",
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+    beside_base: bool = False,
+) -> Path:
     """Write a checkpoint, then drop all but the newest `keep`.
 
     Args:
         step: finished steps; a checkpoint of that step that is there already is left as it is.
         facts: goes into the manifest as it is (JSON).
+        beside_base: leave out the tensors without gradient that the run's base holds, if it has one: a run made before
+            there were any goes on without.
 
     Returns:
         The checkpoint's folder.
@@ -104,13 +128,38 @@ def save(run: Path, step: int, tensors: "Mapping[str, Tensor]", facts: Mapping[s
     Raises:
         SlopeError: it could not be written (a full disk, say); what was there before is untouched.
     """
+    final, base = run / "checkpoints" / f"step-{step:08d}", run / BASE
+    if final.exists():
+        return final
+    if beside_base and base.is_dir():
+        frozen = read_sealed(base / MANIFEST)["tensors"]
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or name not in frozen}
+        facts = {**facts, "base": file_sha256(base / MANIFEST)}
+    _write(final, f"the checkpoint of step {step}", tensors, {"step": step, **facts})
+    with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
+        for old in folders(run)[keep:]:
+            dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
+            os.rename(old, dead)
+            shutil.rmtree(dead)
+    return final
+
+
+def save_base(run: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write the model that a run without checkpoints begins with, in place of one that an earlier start left.
+
+    Raises:
+        SlopeError: it could not be written (a full disk, say).
+    """
+    shutil.rmtree(run / BASE, ignore_errors=True)
+    _write(run / BASE, "the model that the run begins with", tensors, {"tensors": sorted(tensors)})
+
+
+def _write(final: Path, what: str, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any]) -> None:
+    """Write tensors and their manifest to a folder that appears when it is whole; what: for the error."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
-    parent = run / "checkpoints"
-    final, temporary = parent / f"step-{step:08d}", parent / f".tmp-step-{step:08d}"
-    if final.exists():
-        return final
+    parent, temporary = final.parent, final.with_name(f".tmp-{final.name}")
     need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
     try:
         parent.mkdir(exist_ok=True)
@@ -120,18 +169,12 @@ def save(run: Path, step: int, tensors: "Mapping[str, Tensor]", facts: Mapping[s
         with _single_process():
             write(dict(tensors), checkpoint_id=temporary, no_dist=True)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-        write_sealed(temporary / MANIFEST, {"step": step, "files": files, **facts})
+        write_sealed(temporary / MANIFEST, {"files": files, **facts})
         os.rename(temporary, final)
         sync_folder(parent)
     except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SlopeError(f"the checkpoint of step {step} cannot be written to {parent}: {_reason(error)}") from None
-    with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
-        for old in folders(run)[keep:]:
-            dead = parent / f".dead-{old.name}"  # renamed first, so that a kill cannot leave half a step-* folder
-            os.rename(old, dead)
-            shutil.rmtree(dead)
-    return final
+        raise SlopeError(f"{what} cannot be written to {parent}: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -144,12 +187,12 @@ def _reason(error: BaseException) -> str:
 
 def clean(run: Path) -> None:
     """Remove what an interrupted save or prune left behind."""
-    for leftover in (*run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.dead-*")):
+    for leftover in (*run.glob(f".tmp-{BASE}"), *run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.dead-*")):
         shutil.rmtree(leftover)
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Hash every file of a checkpoint and compare with its manifest, which is returned.
+    """Hash every file of a checkpoint, but for the run's base, and compare with its manifest, which is returned.
 
     Raises:
         SlopeError: naming the first file that is missing, of another size, or altered.
@@ -157,6 +200,21 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_sealed(folder / MANIFEST)
     if manifest["step"] != _step(folder):
         raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
+    _verify_files(folder, manifest)
+    return manifest
+
+
+def verify_base(run: Path, manifest: Mapping[str, Any]) -> None:
+    """Hash the base that a checkpoint with this manifest was saved beside, if there was one; SlopeError as `verify`."""
+    if "base" in manifest:
+        path = run / BASE / MANIFEST
+        files = read_sealed(path)
+        if file_sha256(path) != manifest["base"]:
+            raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
+        _verify_files(path.parent, files)
+
+
+def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     present = {p.name for p in folder.iterdir()} - {MANIFEST}
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -166,7 +224,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise SlopeError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
         if file_sha256(path) != entry["sha256"]:
             raise SlopeError(f"{path} is damaged: its checksum does not fit")
-    return manifest
 
 
 def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -176,14 +233,17 @@ def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
         (folder, manifest, faults), or None where no checkpoint was ever saved.
 
     Raises:
-        SlopeError: there are checkpoints, and every one is damaged.
+        SlopeError: there are checkpoints, and every one is damaged, or the base that the newest sound one needs is.
     """
     faults: list[str] = []
     for folder in folders(run):
         try:
-            return folder, verify(folder), faults
+            manifest = verify(folder)
         except SlopeError as error:
             faults.append(str(error))
+            continue
+        verify_base(run, manifest)  # an older checkpoint needs it too
+        return folder, manifest, faults
     if faults:
         raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
     return None
