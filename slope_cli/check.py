@@ -12,7 +12,7 @@ Found = TypeVar("Found")
 
 
 def check(run: Path) -> dict[str, Any]:
-    """Verify a run: config, log, every checkpoint, its data where they are here, and load the newest sound checkpoint.
+    """Verify a run: config, log, checkpoints and base, its data where they are here, and load the newest sound one.
 
     Returns:
         `lines`, one for each thing looked at, and `faults`, those of them that are wrong.
@@ -37,9 +37,12 @@ def check(run: Path) -> dict[str, Any]:
     config = look(runs.CONFIG, lambda: runs.open_config(run))
     look(metrics.JSONL, lambda: metrics.read(run))
     saved = [look(folder.name, partial(checkpoint.verify, folder)) for folder in checkpoint.folders(run)]
+    newest = next(filter(None, saved), None)
+    if newest and "base" in newest:
+        look(checkpoint.BASE, partial(checkpoint.verify_base, run, newest))
     folder = runs.data_folder(config, run) if config else run / "data"
     if folder.is_dir():
-        look("data", lambda: _check_data(folder, next(filter(None, saved), None)))
+        look("data", lambda: _check_data(folder, newest))
     if saved:
         look("model and tokenizer", lambda: _load(run))
     return {"run": str(run), "lines": lines, "faults": faults}

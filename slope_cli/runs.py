@@ -5,7 +5,7 @@ RUN/environment.jsonl    a line for each start: versions, source, machine
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
 RUN/checkpoints/step-*   see slope_cli.checkpoint
 RUN/tokenizer/           for generate and export
-RUN/base.json            how the model that is linearized is built, in a run that does so
+RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains
 RUN/data/                the embedded text as tokens, in a run that trains on it
 RUN/loss.png, loss.svg   drawn at the end
 """

@@ -298,9 +298,9 @@ def _calibration(
 def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: metrics.Progress) -> None:
     """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
     facts = {"adapters": t.stage.adapters, "data": t.dataset.fingerprint, **runs.facts(t.config, run)}
-    tensors = checkpoint.state_tensors(t.model, t.optimizer)
+    tensors, linearizes = checkpoint.state_tensors(t.model, t.optimizer), t.config.method == "linearize"
     try:
-        folder = checkpoint.save(run, step, tensors, facts, keep=t.config.log.keep)
+        folder = checkpoint.save(run, step, tensors, facts, keep=t.config.log.keep, beside_base=linearizes)
     except SlopeError as error:
         if must:
             raise

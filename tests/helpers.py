@@ -148,7 +148,30 @@ def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None,
 
 def die_in_save(step: int, operation: int) -> None:
     """Let this process kill itself before the n-th (from 1) operation on the disk while it saves the step."""
-    save, done = checkpoint.save, 0
+    save = checkpoint.save
+
+    def armed(run: Path, at: int, *args: Any, **kwargs: Any) -> Path:
+        if at == step:
+            _die_at(operation)
+        return save(run, at, *args, **kwargs)
+
+    checkpoint.save = armed
+
+
+def die_in_save_base(operation: int) -> None:
+    """Let this process kill itself before the n-th operation on the disk while it writes a run's base, or end after."""
+    save_base = checkpoint.save_base
+
+    def armed(*args: Any) -> None:
+        _die_at(operation)
+        save_base(*args)
+        os._exit(0)
+
+    checkpoint.save_base = armed
+
+
+def _die_at(operation: int) -> None:
+    done = 0
 
     def dying(operate: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -160,13 +183,8 @@ def die_in_save(step: int, operation: int) -> None:
 
         return wrapped
 
-    def armed(run: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        if at == step:
-            for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "rmdir")):
-                setattr(module, name, dying(getattr(module, name)))
-        return save(run, at, *args, **kwargs)
-
-    checkpoint.save = armed
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "rmdir")):
+        setattr(module, name, dying(getattr(module, name)))
 
 
 # ------------------------------------------------------------------------------------------------- golden losses

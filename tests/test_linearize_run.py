@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from functools import cache
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same_run, die_in_save, finish, start
+from helpers import assert_same_run, die_in_save, die_in_save_base, finish, start
 from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli import compare, metrics, pretrained, runs
+from slope_cli import checkpoint, compare, metrics, pretrained, runs, train
 from slope_cli import config as configs
 from slope_cli.linearize import plan
 from slope_cli.linearize.swap import added_state, linear_windows, using
@@ -237,9 +238,101 @@ def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
     other = slope("linearize", tmp_path / "elsewhere", *WORDS, "train.steps=4", "--out", tmp_path / "run")
     assert other.code == 2
     assert "model.init" in other.err
-    again = slope("generate", tmp_path / "run", "The ", "--tokens", "4")
-    assert again.code == 0, again.err
-    assert slope("check", tmp_path / "run").code == 0
+    run = tmp_path / "run"
+    for words in (("generate", run, "The ", "--tokens", "4"), ("eval", run), ("export", run, tmp_path / "export")):
+        again = slope(*words)
+        assert again.code == 0, again.err
+    assert "base: sound" in slope("check", run).out
+
+
+# ------------------------------------------------------------------------------------------------- what is kept once
+
+
+def names_of(folder: Path) -> set[str]:
+    """The tensors in a checkpoint or a base."""
+    return set(checkpoint._saved_shapes(folder))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_checkpoint_holds_only_what_is_trained(kind: str) -> None:
+    """In transfer the maps, then the adapters too: those of a sparse model's q, k, v and o with the new beside them."""
+    done = linearized(kind, "log.save_every=30")
+    adjusted, transferred = checkpoint.folders(done.run)
+    model = pretrained.load(done.run).model
+    maps = {f"model.{name}" for name in added_state(model)}
+    adapters = {f"model.{name}" for name in model.state_dict() if ".adapter." in name and ".attn." in name}
+    assert names_of(done.run / checkpoint.BASE) == set(checkpoint.state_tensors(pretrained.load(done.base).model, None))
+    for folder, expected in ((transferred, maps), (adjusted, maps | adapters)):
+        names = names_of(folder)
+        assert {name for name in names if name.startswith("model.")} == expected
+        moments = {name.removeprefix("optim.").rpartition(".")[0] for name in names if name.startswith("optim.")}
+        assert moments - {""} == {name.removeprefix("model.") for name in expected}
+    written = b"".join(path.read_bytes() for path in done.run.rglob("*") if path.is_file())
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and f"model.{name}" not in maps | adapters]
+    assert len(matrices) >= 10
+    assert [written.count(matrix.detach().numpy().tobytes()) for matrix in matrices] == [1] * len(matrices)
+
+
+def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
+    """Killed before each operation on the disk in turn, each time on top of what the one before left."""
+    config = configs.load("linearize", [*plan.words(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
+    run, whole, left = tmp_path / "run", tmp_path / "whole", set()
+    for operation in range(1, 100):
+        if finish(start(config, run, die_in_save_base, operation)) == 0:
+            break
+        left.add(tuple(sorted(path.name for path in run.glob("*base*"))))
+    assert operation >= 8
+    assert {(), (".tmp-base",), ("base",)} <= left, left
+    pretrain(config, run)
+    pretrain(config, whole)
+    assert_same_run(config, run, whole)
+    assert not list(run.glob(".*base*"))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", checkpoint.MANIFEST])
+def test_a_damaged_base_is_one_line_that_names_it(name: str, tmp_path: Path) -> None:
+    run = copied(linearized("sparse").run, tmp_path)
+    path = run / checkpoint.BASE / name
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    other = linearized("dense").run / checkpoint.BASE / name
+    for damaged in (bytes(flipped), content[:-1], other.read_bytes(), None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        for words in (("eval", run), ("generate", run, "The "), ("export", run, tmp_path / "out")):
+            result = slope(*words)
+            assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
+            assert str(path) in result.err
+        again = slope("linearize", trained(*BASES["sparse"]), *WORDS, "--out", run)
+        assert (again.code, str(path) in again.err.splitlines()[-1]) == (1, True), again.err
+        assert f"base: FAULT: {path}" in "".join(slope("check", run).out), damaged
+        path.touch()
+    path.write_bytes(content)
+    assert slope("check", run).code == 0
+    shutil.rmtree(path.parent)
+    assert slope("eval", run).err == f"error: {path.with_name(checkpoint.MANIFEST)}: missing\n"
+
+
+def test_a_run_whose_checkpoints_hold_everything_goes_on(tmp_path: Path) -> None:
+    words = [*WORDS, "train.steps=8", "log.save_every=4", "train.dtype=fp32"]
+    config = configs.load("linearize", [*plan.words(trained(*BASES["sparse"])), *words])
+    whole = tmp_path / "whole"
+    pretrain(config, whole)
+    run = copied(whole, tmp_path)
+    last, half = checkpoint.folders(run)
+    shutil.rmtree(last)
+    trainer = train._prepare(config, run, torch.device("cpu"))
+    train._resume(trainer, run)
+    facts = {key: value for key, value in checkpoint.verify(half).items() if key not in ("step", "files", "base")}
+    for folder in (half, run / checkpoint.BASE):
+        shutil.rmtree(folder)
+    checkpoint.save(run, 4, checkpoint.state_tensors(trainer.model, trainer.optimizer), facts, keep=2)
+    assert slope("eval", run).code == 0
+    pretrain(config, run)
+    assert not (run / checkpoint.BASE).exists()
+    assert_same_run(config, run, whole)
 
 
 # ------------------------------------------------------------------------------------- eval, generate, export
@@ -342,7 +435,7 @@ def test_a_rank_that_does_not_fit_is_refused_before_the_transfer(kind: str, rank
     line = fault(f"adapters.rank={rank}", "--out", tmp_path / "run", base=trained(*BASES[kind]))
     assert line.startswith(f"adapters.rank={rank}: transformer.h.")
     assert "a side of only 32" in line
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not any((tmp_path / "run" / name).exists() for name in ("metrics.jsonl", checkpoint.BASE))
 
 
 def test_bad_bases(tmp_path: Path) -> None:

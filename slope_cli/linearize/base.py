@@ -1,13 +1,14 @@
 """The model that a run linearizes: found once, at the start, and from then on described in the run's own folder.
 
-RUN/base.json says how it is built: the config of transformers, its sparse layers, their adapters. Its weights and masks
-are in every checkpoint, so a run goes on, and is loaded, without what it began with.
+RUN/base.json says how it is built: the config of transformers, its sparse layers, their adapters. RUN/base/ holds its
+weights, masks and adapters, written once: checkpoints hold what differs from them (see slope_cli.checkpoint). So a run
+goes on, and is loaded, without what it began with.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope_cli import models, stages
+from slope_cli import checkpoint, models, stages
 from slope_cli.config import INIT, Config
 from slope_cli.durable import read_sealed, write_sealed
 from slope_cli.errors import UsageError
@@ -25,7 +26,7 @@ ALREADY = "is linearized already; give the model that it was made of"
 def start(
     config: Config, run: Path, device: "torch.device | str", tokenizer: "PreTrainedTokenizerFast"
 ) -> "PreTrainedModel":
-    """The model of a run before its first step, linearized and frozen but for what is trained; writes its description.
+    """The model of a run before its first step, linearized and frozen but for what is trained; writes base.json, base/.
 
     Args:
         tokenizer: of the run's data.
@@ -33,21 +34,29 @@ def start(
     Raises:
         UsageError: model.init is no model, of an unsupported family or another shape than model.name, linearized
             already, of another tokenizer, or too short for the sequences; or the settings do not fit it.
-        SlopeError: it cannot be read.
+        SlopeError: it cannot be read, or not be written to the run's folder.
     """
-    found = load(config)
-    _check(config, found, tokenizer)
-    description = describe(found.model, dropout=config.model.dropout)
-    model = rebuild(description, "cpu")
-    model.load_state_dict(found.model.state_dict())
-    write_sealed(run / BASE, description)
-    model = model.to(device)
+    _keep(config, run, tokenizer)
+    # Built anew and read back: the memory of what was loaded is free by now, so it never holds the model twice.
+    model = rebuild(read_sealed(run / BASE), device)
+    checkpoint.restore(run / checkpoint.BASE, model, None)
     stages.enter(model, config, stages.DENSE, stages.stage(config, 0))
     return model
 
 
+def _keep(config: Config, run: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Write the model of model.init and its description to a run's folder; errors as for `start`."""
+    found = load(config)
+    _check(config, found, tokenizer)
+    description = describe(found.model, dropout=config.model.dropout)
+    tensors = checkpoint.state_tensors(found.model, None)
+    stages.enter(found.model, config, stages.DENSE, stages.stage(config, 0))  # what does not fit shows before the write
+    checkpoint.save_base(run, tensors)
+    write_sealed(run / BASE, description)
+
+
 def restart(config: Config, run: Path, device: "torch.device | str") -> "PreTrainedModel":
-    """The model of a run in the stage of its first step, for weights and masks from a checkpoint.
+    """The model of a run in the stage of its first step, for weights and masks from a checkpoint and the base.
 
     Raises:
         SlopeError: the description is missing or damaged.
