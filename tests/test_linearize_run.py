@@ -402,6 +402,20 @@ def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
     assert all(torch.equal(one[name].values, other[name].values) for name in one)
 
 
+def test_weights_that_only_the_config_ties_stay_two(tmp_path: Path) -> None:
+    """transformers leaves them untied where the files hold both and they differ."""
+    folder = tmp_path / "export"
+    assert slope("export", trained(*BASES["llama"]), folder).code == 0
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    result = slope("linearize", folder, *WORDS, f"data.path={prepared()}", "train.steps=2", "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    one, other = (pretrained.load(path).model for path in (folder, tmp_path / "run"))
+    assert not torch.equal(other.lm_head.weight, other.model.embed_tokens.weight)
+    assert torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(one.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 

@@ -109,6 +109,9 @@ def describe(model: "PreTrainedModel", *, dropout: float | None = None) -> dict[
     from sparse_kernels import adapters_of, sparse_layers
 
     settings = {key: value for key, value in model.config.to_dict().items() if key != "dtype"}
+    # transformers leaves weights that differ in the files untied, whatever the config says.
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    settings["tie_word_embeddings"] = embeddings[0].weight is embeddings[1].weight
     if dropout is not None:
         settings |= dict.fromkeys(models.FAMILIES[model.config.model_type].dropouts, dropout)
     sparse = {
