@@ -131,7 +131,7 @@ def attend(
         keep_BS = q_BHTD.new_ones(len(q_BHTD), S, dtype=torch.bool) if keep_BS is None else keep_BS
         keep_BS = F.pad(keep_BS, (cut.left, cut.right))
         k_BGSD = F.pad(k_BGSD, (0, 0, cut.left, cut.right))
-        v_BGSE = F.pad(F.pad(v_BGSD, (0, 1), value=1.0), (0, 0, cut.left, cut.right)) * keep_BS[:, None, :, None]
+        v_BGSE = F.pad(with_ones(v_BGSD), (0, 0, cut.left, cut.right)) * keep_BS[:, None, :, None]
         near, far = _masks(cut, pattern, first_B, q_BHTD.device)
 
         q_BGNPCD = _chunked(q_BHTD, k_BGSD.shape[1], cut)
@@ -151,6 +151,12 @@ def attend(
         y_BGNPCD = normalised(near_BGNPCK @ v_BGN1KE, far_BGNPCE, branch, dropped_BGNPCE)
         y_BHTD = y_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
         return Attended(y_BHTD, new_state_BGFE)
+
+
+def with_ones(v_BGSD: Tensor) -> Tensor:
+    """Values and the column of ones that adds up to the denominator: (B, G, S, E)."""
+    # Not F.pad: torch 2.11's Inductor reads the index of a gathered v with the padding's 1.0, which is no integer.
+    return torch.cat([v_BGSD, torch.ones_like(v_BGSD[..., :1])], dim=-1)
 
 
 def weights_of(

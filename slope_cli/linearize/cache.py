@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
-from slope_cli.linearize.attention import Pattern
+from slope_cli.linearize.attention import Pattern, with_ones
 
 
 class Remembered(NamedTuple):
@@ -171,7 +170,7 @@ def absorb_oldest(ring: Ring, phi: Callable[[Tensor], Tensor]) -> None:
     dtype = ring.state.dtype
     old_k_BG1D, old_v_BG1D = (remembered.index_select(2, ring.oldest) for remembered in (ring.keys, ring.values))
     old_keep_B1 = ring.keep.index_select(1, ring.oldest)
-    old_v_BG1E = F.pad(old_v_BG1D.to(dtype), (0, 1), value=1.0) * old_keep_B1[:, None, :, None]
+    old_v_BG1E = with_ones(old_v_BG1D.to(dtype)) * old_keep_B1[:, None, :, None]
     ring.state.addcmul_(phi(old_k_BG1D.to(dtype)).mT, old_v_BG1E)
 
 

@@ -339,12 +339,12 @@ from pathlib import Path
 from slope_cli import config as configs, train
 from slope_cli.errors import SlopeError
 run, stop, *words = sys.argv[1:]
-batch = train._train_batch
-def signalled(t, at, micro):
-    if (at + 1, micro) == (int(stop), 0):
+take = train._train_step
+def signalled(t, at):
+    if at + 1 == int(stop):
         os.kill(os.getpid(), signal.SIGTERM)
-    return batch(t, at, micro)
-train._train_batch = signalled
+    return take(t, at)
+train._train_step = signalled
 try:
     train.pretrain(configs.load("gpt2-nano", words), Path(run))
 except SlopeError as error:
