@@ -180,14 +180,13 @@ def _terms(config: Config) -> Row:
 
 
 def _require_alike(terms: Mapping[str, Row], allow: bool) -> list[str]:
-    """A line for each run that differs from the first; the first of them as a UsageError unless they are allowed."""
-    found: list[str] = []
-    first = next(iter(terms))
+    """A line for each way in which runs differ from the first; the first as a UsageError unless they are allowed."""
+    first, theirs = next(iter(terms.items()))
+    others: dict[tuple[str, str, str], list[str]] = {}
     for name, own in terms.items():
-        theirs = terms[first]
         for key in (key for key in own if key in theirs and own[key] != theirs[key]):
-            a, b = (str(value)[:60] for value in (theirs[key], own[key]))
-            found.append(f"{first} and {name} differ in {key}: {a} and {b}")
+            others.setdefault((key, str(theirs[key])[:60], str(own[key])[:60]), []).append(name)
+    found = [f"{first} and {', '.join(names)} differ in {key}: {a} and {b}" for (key, a, b), names in others.items()]
     if found and not allow:
         raise UsageError(f"{found[0]}; with --allow-different they are compared all the same")
     return found

@@ -132,7 +132,10 @@ def _cost(result: Row) -> Table:
 
 
 def _settings(result: Row) -> Table:
-    """The keys in which each variant departs from the baseline, the seed and tried rates apart."""
+    """The keys in which each variant departs from the baseline, the seed and tried rates apart.
+
+    A key that the baseline lacks is one that its version of slope did not have: what it did is the key's default.
+    """
     configs = {run["variant"]: flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
     apart = (
         "train.seed",
@@ -143,7 +146,8 @@ def _settings(result: Row) -> Table:
     rows = []
     for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):
         own = configs[name]
-        changed = [f"{key}={own[key]}" for key in own if not key.startswith(apart) and own[key] != base.get(key)]
+        shared = (key for key in own if key in base and not key.startswith(apart))
+        changed = [f"{key}={own[key]}" for key in shared if own[key] != base[key]]
         rows.append([name, " ".join(changed) or NONE])
     return Table(f"Settings that differ from {result['baseline']}'s", ["variant", "settings"], rows[1:] and rows)
 

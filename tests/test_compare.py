@@ -396,6 +396,24 @@ def test_budgets_and_data_must_be_the_same_before_anything_is_trained(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_differs_in_many_runs_is_said_once() -> None:
+    terms = {"a": {"tokens": 1, "data": "x"}, "b": {"tokens": 2, "data": "x"}, "c": {"tokens": 2, "data": "y"}}
+    assert compare._require_alike(terms, True) == [
+        "a and b, c differ in tokens: 1 and 2",
+        "a and c differ in data: x and y",
+    ]
+
+
+def test_a_key_that_an_older_version_did_not_have_is_no_setting_of_a_variant(tmp_path: Path) -> None:
+    found = compare.compare_runs([finished() / name for name in ("dense-s1", "slope-s1")], out=tmp_path)
+    (dense,) = (run for run in found["runs"] if run["variant"] == "dense")
+    del dense["config"]["linearize"]
+    (table,) = (table for table in compare_table.tables(found) if "settings" in table.columns)
+    settings = dict(table.rows)["slope"]
+    assert "method=slope" in settings
+    assert "linearize" not in settings
+
+
 def test_runs_that_are_there_are_compared_by_their_configs(tmp_path: Path) -> None:
     folders = [finished() / name for name in ("slope-s1", "dense-s2", "slope-s2")]
     found = compare.compare_runs(folders, out=tmp_path)
