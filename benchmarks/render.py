@@ -119,6 +119,43 @@ def _quality(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", f"{where}; gap to {result['baseline']}."])
 
 
+def _zeroshot(result: dict[str, Any]) -> str:
+    """Accuracy of each task, and a guess's."""
+    runs = result["runs"]
+    tasks: dict[str, Any] = next(iter(runs.values()))["tasks"]
+    rows = [f"| zero-shot | a guess | {' | '.join(runs)} |", "|---|---|" + "---|" * len(runs)]
+    for task, first in tasks.items():
+        found = [run["tasks"][task] for run in runs.values()]
+        cells = " | ".join(f"{one['acc']:.3f} ± {one['acc_stderr']:.3f}" for one in found)
+        rows.append(f"| {task} | {first['chance']:.3f} | {cells} |")
+    versions = next(iter(runs.values()))["versions"]
+    how = f"{versions['gpu']}, torch {versions['torch']}, lm-eval {versions['lm_eval']}"
+    return "\n".join([*rows, "", f"{how}; accuracy ± standard error over the rows of a task."])
+
+
+def _glue(result: dict[str, Any]) -> str:
+    """Both phases' losses and the metrics of the tasks, by method."""
+    phases, glue = result["phases"], result["glue"]
+    rows = [f"| BERT-base, short | {' | '.join(phases)} |", "|---|" + "---|" * len(phases)]
+    for number in (0, 1):
+        losses = " | ".join(f"{of[number]['validation_loss']:.3f}" for of in phases.values())
+        rows.append(f"| phase {number + 1}, validation loss | {losses} |")
+    for task in dict.fromkeys(task for tasks in glue.values() for task in tasks):
+        cells = [_metrics(tasks[task]) if task in tasks else "not run" for tasks in glue.values()]
+        rows.append(f"| {task} | {' | '.join(cells)} |")
+    env = next(iter(phases.values()))[0]["environment"]
+    return "\n".join([*rows, "", f"{env['gpu']}, torch {env['torch']}; one seed; on GLUE's dev sets."])
+
+
+def _metrics(found: dict[str, Any]) -> str:
+    """Each metric of a fine-tuning, with its standard error if it has one."""
+    parts = []
+    for name, value in found["metric"].items():
+        error = found["stderr"].get(name)
+        parts.append(f"{name} {value:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    return ", ".join(parts)
+
+
 def _linearized(result: dict[str, Any]) -> str:
     rows = ["| GPT-2 small | teacher | after the swap | transfer | adapters |", "|---|---|---|---|---|"]
     for name, run in result["runs"].items():
@@ -196,8 +233,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "linearize-cpu": _small_llama,
     "linearize-demo": _demo_linearized,
     "linearize-gpt2-small": _linearized,
+    "glue-bert-short": _glue,
     "quality-gpt2-small": _quality,
     "quality-mini": _quality,
+    "zeroshot-gpt2-small": _zeroshot,
 }
 
 

@@ -134,7 +134,7 @@ def _cost(result: Row) -> Table:
 def _settings(result: Row) -> Table:
     """The keys in which each variant departs from the baseline, the seed and tried rates apart.
 
-    A key that the baseline lacks is one that its version of slope did not have: what it did is the key's default.
+    A section that the baseline lacks is one that its version of slope did not have: it did what the defaults do.
     """
     configs = {run["variant"]: flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
     apart = (
@@ -143,11 +143,12 @@ def _settings(result: Row) -> Table:
         *(["optim.lr"] if result["rates"] else []),
     )  # the log has no part in what is computed
     base = configs.get(result["baseline"], {})
+    sections = {key.partition(".")[0] for key in base}
     rows = []
     for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):
         own = configs[name]
-        shared = (key for key in own if key in base and not key.startswith(apart))
-        changed = [f"{key}={own[key]}" for key in shared if own[key] != base[key]]
+        shared = (key for key in own if key.partition(".")[0] in sections and not key.startswith(apart))
+        changed = [f"{key}={own[key]}" for key in shared if own[key] != base.get(key)]
         rows.append([name, " ".join(changed) or NONE])
     return Table(f"Settings that differ from {result['baseline']}'s", ["variant", "settings"], rows[1:] and rows)
 

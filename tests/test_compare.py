@@ -408,9 +408,11 @@ def test_a_key_that_an_older_version_did_not_have_is_no_setting_of_a_variant(tmp
     found = compare.compare_runs([finished() / name for name in ("dense-s1", "slope-s1")], out=tmp_path)
     (dense,) = (run for run in found["runs"] if run["variant"] == "dense")
     del dense["config"]["linearize"]
+    dense["config"]["model"]["overrides"] = {}  # what a variant overrides is a setting all the same
     (table,) = (table for table in compare_table.tables(found) if "settings" in table.columns)
     settings = dict(table.rows)["slope"]
     assert "method=slope" in settings
+    assert "model.overrides.n_layer=" in settings
     assert "linearize" not in settings
 
 
