@@ -1,0 +1,115 @@
+"""Linearized attention compiled on a GPU, in bf16: the losses and gradients of the eager form.
+
+Shape suffixes: B sequences, T positions.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slope_cli import models
+from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
+from slope_cli.linearize.transfer import transfer_losses
+from slope_cli.step import compile_blocks
+from sparse_kernels import extend_adapters
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores"
+)  # Inductor's own
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2-small": {"n_layer": 3, "n_head": 4, "n_embd": 256, "n_positions": 512, "vocab_size": 512},
+    "llama3-8b": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "max_position_embeddings": 512,
+        "vocab_size": 512,
+    },
+}
+
+
+@pytest.fixture(params=["highest", "high"], autouse=True)
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With TF32 and without."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    torch._dynamo.reset()
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def linearized(name: str) -> Any:
+    """A model whose attention looks at few keys, and whose maps are no longer what they started as."""
+    torch.manual_seed(1)
+    model = models.build_model(models.model_config(name, overrides=SHAPES[name], dropout=0.0), device="cuda")
+    linearize_attention(model, LinearizeSettings(window=64, features=64))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_attn.weight" in name or "q_proj" in name or "k_proj" in name:
+                parameter.mul_(6)
+        for linear in linear_windows(model).values():
+            for parameter in linear.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(2)
+    ids_BT = torch.randint(512, (4, 512), device="cuda", generator=generator)
+    return {"input_ids": ids_BT, "labels": ids_BT.roll(-1, 1)}
+
+
+def adapter_gradients(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        loss = models.batch_loss(model, batch(), "causal").total
+    torch.autograd.backward(loss)
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    assert found.keys() == expected.keys()
+    return {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
+    model = linearized(name)
+    adapters = extend_adapters(model, projections(model, ["q", "k", "v", "o"]), 8, alpha=16)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.B.normal_(0, 0.02)
+    for linear in linear_windows(model).values():
+        linear.requires_grad_(True)  # as with adjust_maps
+    expected = adapter_gradients(copy.deepcopy(model).double(), None)
+    eager = distances(adapter_gradients(copy.deepcopy(model), torch.bfloat16), expected)
+    compile_blocks(model)
+    compiled = distances(adapter_gradients(model, torch.bfloat16), expected)
+    for parameter, distance in compiled.items():
+        assert distance < 2 * eager[parameter] + 0.02, parameter
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str) -> None:
+    model, ids = linearized(name), {"input_ids": batch()["input_ids"]}
+    found: list[tuple[Any, dict[str, Tensor]]] = []
+    for compiled in (False, True):
+        one = copy.deepcopy(model)
+        for linear in linear_windows(one).values():
+            linear.requires_grad_(True)
+        if compiled:
+            compile_blocks(one)
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = transfer_losses(one, ids, compiled=compiled)
+        found.append((losses, {name: p.grad.double() for name, p in one.named_parameters() if p.grad is not None}))
+    (losses, gradients), (compiled_losses, compiled_gradients) = found
+    for layer, loss in losses.items():
+        assert compiled_losses[layer].mse.item() == pytest.approx(loss.mse.item(), rel=0.02)
+    assert max(distances(compiled_gradients, gradients).values()) < 0.1
