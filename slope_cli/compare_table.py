@@ -1,10 +1,11 @@
 """The tables of `slope compare`, for a terminal and as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from slope_cli.accounting import bytes_text
-from slope_cli.config import flat
+from slope_cli.config import Config, flat
 from slope_cli.metrics import clock
 
 Row = dict[str, Any]
@@ -134,7 +135,7 @@ def _cost(result: Row) -> Table:
 def _settings(result: Row) -> Table:
     """The keys in which each variant departs from the baseline, the seed and tried rates apart.
 
-    A section that the baseline lacks is one that its version of slope did not have: it did what the defaults do.
+    A key that the baseline lacks is one that its version of slope did not have: it did what the default does.
     """
     configs = {run["variant"]: flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
     apart = (
@@ -142,13 +143,11 @@ def _settings(result: Row) -> Table:
         "log.",
         *(["optim.lr"] if result["rates"] else []),
     )  # the log has no part in what is computed
-    base = configs.get(result["baseline"], {})
-    sections = {key.partition(".")[0] for key in base}
+    base = flat(asdict(Config())) | configs.get(result["baseline"], {})
     rows = []
     for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):
         own = configs[name]
-        shared = (key for key in own if key.partition(".")[0] in sections and not key.startswith(apart))
-        changed = [f"{key}={own[key]}" for key in shared if own[key] != base.get(key)]
+        changed = [f"{key}={own[key]}" for key in own if not key.startswith(apart) and own[key] != base.get(key)]
         rows.append([name, " ".join(changed) or NONE])
     return Table(f"Settings that differ from {result['baseline']}'s", ["variant", "settings"], rows[1:] and rows)
 

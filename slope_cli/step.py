@@ -212,8 +212,8 @@ class _Graphs:
                 step.backward(self._batch, count)
             step.norm()
             step.optimizer.zero_grad(set_to_none=True)
-        refresh(step.model)  # what one launch for all layers reads is made here, which a capture cannot
         torch.cuda.current_stream().wait_stream(stream)
+        refresh(step.model)  # what one launch for all layers reads is made here, which a capture cannot
         self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
         self._first, self._first_losses = self._capture(lambda: step.backward(self._batch, count))
         if count > 1:

@@ -75,7 +75,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.Sto
     launch.require_one_process()
     device = launch.pick_device(config.train.device)
     opening = contextlib.nullcontext(stop) if stop else launch.StopFlag()
-    with runs.claimed(run, config, fresh=fresh), opening as stop:
+    with runs.claimed(run, config, fresh=fresh), opening as stop, _own_precision():
         checkpoint.clean(run)
         runs.note_environment(run, device)
         trainer = _prepare(config, run, device)
@@ -92,6 +92,18 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: launch.Sto
             progress.close()
             log.close()
     return _summary(trainer, run)
+
+
+@contextlib.contextmanager
+def _own_precision() -> "Iterator[None]":
+    """Within it, the precision of float32 products may be set: what comes after in this process has its own again."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _fit(
@@ -425,7 +437,8 @@ def _step(
     dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
     transfers = stage.layers == "transfer"
     if config.method == "linearize" and gpu and dtype is not None:
-        # Linearized attention computes in float32, of q, k and v that come in 16 bits: TF32 holds these exactly.
+        # Linearized attention computes in float32, of q, k and v that come in 16 bits. TF32 holds these exactly, and
+        # features and states to 10 bits, as bf16's products would not.
         torch.set_float32_matmul_precision("high" if transfers else "highest")
     # With adapters only where it is asked for: on a GPU a compiled run's gradients have been seen to blow up.
     compiled = gpu and (transfers or config.method != "linearize") if train.compile is None else train.compile

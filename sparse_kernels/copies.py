@@ -87,7 +87,8 @@ class Operand:
         self._metadata: Tensor | None = None  # where the kernel may write it
         if choice.sparse:
             self.packed = self._mark(bits)
-            self._metadata = plans.writable_metadata(self.packed, bits)
+            if plans.writes_metadata(self.rows, columns, dtype, bits.get_device()):
+                self._metadata = plans.packed_metadata(self.packed, self.rows, columns)
             self.target = plans.packed_values(self.packed, self.rows, columns, dtype)
         else:
             self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
@@ -108,6 +109,10 @@ class Operand:
             return []
         self._marked = bits.data_ptr(), _version(bits)
         return [cuda.metadata(bits, self._metadata)]
+
+    def settle(self, bits: Tensor) -> None:
+        """The metadata is of the mask as it is now: a CUDA graph that was replayed has seen to it."""
+        self._marked = bits.data_ptr(), _version(bits)
 
     def product(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
         """X · A^T + bias, or None where a packed copy has no plan for so many tokens."""
@@ -222,6 +227,13 @@ class Copies:
             bias_copy=None if bias_O is None else self.bias,
         )
         return [*works, refresh]
+
+    def settle(self, weight: Weight) -> None:
+        """All is as `rewrite` and its launches leave it: a CUDA graph that was replayed holds these."""
+        for side, bits in ((self.forward, weight.positions), (self.backward, weight.positions_t)):
+            if side is not None:
+                side.settle(bits)
+        self._weight_stamp = _stamp(*weight)
 
     def _bias_to_convert(self, weight: Weight, bias_O: Tensor | None) -> Tensor | None:
         """The bias if the kernel shall convert it, which it can if it is of the weight's dtype."""

@@ -126,7 +126,7 @@ def launch(work: Work) -> None:
 
 # The numbers of many layers as the kernel reads them. Kept for good: a captured CUDA graph may hold the address, and
 # there is a new one only where layers' memory has moved.
-_TABLES: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+_TABLES: dict[tuple[torch.device, tuple[tuple[int, ...], ...]], Tensor] = {}
 
 
 def launch_all(works: Iterable[Work]) -> None:
@@ -139,13 +139,13 @@ def launch_all(works: Iterable[Work]) -> None:
     for work in works:
         alike.setdefault((work.kernel, work.device), []).append(work)
     for (kernel, device), same in alike.items():
-        key = tuple(work.numbers for work in same)
+        key = device, tuple(work.numbers for work in same)
         if key not in _TABLES:
             if torch.cuda.is_current_stream_capturing():
                 for work in same:
                     launch(work)
                 continue
-            _TABLES[key] = torch.tensor(key, dtype=torch.int64, device=device)
+            _TABLES[key] = torch.tensor(key[1], dtype=torch.int64, device=device)
         grid = max(work.blocks for work in same), len(same)
         _launch(f"{kernel}_all", grid, same[0].threads, device, (_TABLES[key].data_ptr(),))
 

@@ -54,9 +54,13 @@ def renew_masks(model: nn.Module, *, columns: str = "magnitude", seed: int = 0) 
 
 
 def masks_written(model: nn.Module) -> None:
-    """Say that a replayed CUDA graph has renewed the masks, which no version counter has seen."""
+    """Say that a replayed CUDA graph has renewed the masks and refreshed the copies, as no version counter has seen."""
     masks = [layer.positions_t for _, layer in sparse_layers(model)] + [layer.mask for _, layer in masked_layers(model)]
     torch.autograd.graph.increment_version(masks)
+    for _, layer in sparse_layers(model):
+        for dtype in ops.HALF:
+            if found := copies.find(layer.positions, dtype):
+                found.settle(Weight(layer.values, layer.positions, layer.positions_t))
 
 
 @torch.no_grad()
@@ -84,7 +88,8 @@ def refresh(model: nn.Module) -> None:
 
     Needed after the optimizer's step, and after a renewal of the column masks, where the products are replayed from a
     CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step or the
-    renewal. Elsewhere the layers do this on their own.
+    renewal, if the copies are fresh then or it is replayed before the next eager product. Elsewhere the layers do this
+    on their own.
     """
     works = []
     for _, layer in sparse_layers(model):

@@ -30,7 +30,8 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     entries = score.unflatten(dim, (-1, m)).unbind(dim + 1)  # m views, one for each place in a group
     # A tournament of all pairs. Unlike a sort it breaks ties the same way on every device, and for m = 4 it is faster.
     # A rank is the number of entries that beat one: at first all before it, less those that it beats.
-    rank = [torch.full(entries[0].shape, place, dtype=torch.int8, device=score.device) for place in range(m)]
+    narrow = torch.int8 if m <= 128 else torch.int16
+    rank = [torch.full(entries[0].shape, place, dtype=narrow, device=score.device) for place in range(m)]
     for late in range(m):
         for early in range(late):
             late_wins = (entries[late] > entries[early]).view(torch.int8)

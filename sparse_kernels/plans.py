@@ -195,19 +195,35 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
     return packed
 
 
-def writable_metadata(packed: Tensor, bits: Tensor) -> Tensor | None:
-    """The metadata of a matrix that was packed for the mask `bits`, if `cuda.metadata` writes just the same: a view.
+@functools.cache
+def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> bool:
+    """Whether `cuda.metadata` writes a matrix's metadata as the library does: tried on a random mask.
 
     The library says nowhere in what order it keeps them, and for odd sides, another card or another version it may be
-    another one. Then None, and a new mask is to be packed anew.
+    another one. Then a new mask is to be packed anew.
     """
-    if bits.shape[0] % 64 or bits.shape[1] % 4:
-        return None
-    start = bits.numel() * 8  # the values come first: two bytes for every second entry
-    theirs = packed[start : start + bits.numel()]
+    if rows % 64 or columns % 32:
+        return False
+    device = torch.device("cuda", device_index)
+    bits = _random_mask(rows, columns, torch.Generator(device).manual_seed(0))
+    theirs = packed_metadata(compress(cuda.mark(bits, dtype)), rows, columns)
     ours = torch.empty_like(theirs)
     cuda.launch(cuda.metadata(bits, ours))
-    return theirs if torch.equal(ours, theirs) else None
+    return torch.equal(ours, theirs)
+
+
+def packed_metadata(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The metadata of a packed matrix, (rows·columns/8,) bytes: a view."""
+    start = rows * columns  # the values come first: two bytes for every second entry
+    return packed[start : start + rows * columns // 8]
+
+
+def _random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The bits of a random 2:4 mask, (rows, columns/8)."""
+    pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=generator.device)
+    sides = (2, rows, columns // 8)
+    low, high = pairs[torch.randint(6, sides, device=generator.device, generator=generator)].unbind()
+    return low | high << 4
 
 
 def packed_values(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -357,10 +373,7 @@ def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, 
     def normal(*sides: int) -> Tensor:
         return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
 
-    pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=device)
-    sides = (2, shape.rows, shape.columns // 8)
-    low, high = pairs[torch.randint(6, sides, device=device, generator=generator)]
-    positions = low | high << 4
+    positions = _random_mask(shape.rows, shape.columns, generator)
     packed = compress(cuda.mark(positions, shape.dtype))
     dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
     values = normal(shape.rows, shape.columns // 2)

@@ -15,9 +15,9 @@ from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli import checkpoint, compare, metrics, pretrained, runs, train
+from slope_cli import checkpoint, compare, metrics, models, pretrained, runs, train
 from slope_cli import config as configs
-from slope_cli.linearize import plan
+from slope_cli.linearize import base, plan
 from slope_cli.linearize.swap import added_state, linear_windows, using
 from slope_cli.train import pretrain
 from sparse_kernels import AdaptedLinear, adapters_of, sparse_layers
@@ -35,6 +35,7 @@ WORDS = (
     "log.sample_prompt='The '",
     "log.val_tokens=512",
 )
+SMALL_BERT = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 BASES: dict[str, tuple[str, ...]] = {
     "dense": ("gpt2-nano", "method=dense", "train.steps=200"),
     "sparse": ("gpt2-nano", "train.steps=200"),
@@ -123,6 +124,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
 def test_a_compiled_run_learns_and_writes_the_same() -> None:
     words = ("train.steps=6", "linearize.transfer=0.5", "log.val_every=2")
     eager = linearized("sparse", *words)
+    torch._dynamo.utils.counters.clear()
     # Whole, as torch's own operators: Inductor's code has a test of its own.
     with torch.compiler.set_stance("default", force_backend="aot_eager"):
         compiled = linearized("sparse", *words, "train.compile=true")
@@ -131,6 +133,7 @@ def test_a_compiled_run_learns_and_writes_the_same() -> None:
         expected = [record[key] for record in eager.records(kind)]
         assert [record[key] for record in compiled.records(kind)] == pytest.approx(expected, rel=1e-4)
         assert len(expected) >= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
     assert (same.code, same.out) == (0, text.out), same.err
     refused = slope("generate", eager.base, "The ", "--compile")
     assert (refused.code, "is not linearized" in refused.err) == (2, True)
@@ -400,6 +403,15 @@ def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
     one, other = (dict(sparse_layers(pretrained.load(x).model)) for x in (base, tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].values, other[name].values) for name in one)
+
+
+def test_a_head_that_only_the_config_ties_keeps_its_bias() -> None:
+    """Of BERT: the bias of its head is tied whether or not the weight is."""
+    model = models.build_model(models.model_config("bert-base", overrides=SMALL_BERT))
+    model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.randn_like(model.cls.predictions.decoder.weight))
+    rebuilt = base.rebuild(base.describe(model), "cpu")
+    assert checkpoint.state_tensors(rebuilt, None).keys() == checkpoint.state_tensors(model, None).keys()
+    assert base.describe(rebuilt) == base.describe(model)
 
 
 def test_weights_that_only_the_config_ties_stay_two(tmp_path: Path) -> None:

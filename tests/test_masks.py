@@ -144,6 +144,11 @@ def test_transposable_masks_are_the_best_of_their_kind(pattern: tuple[int, int],
         )
 
 
+def test_groups_wider_than_a_byte_counts() -> None:
+    mask = masks.nm_mask(torch.randn(4, 400), 100, 200)
+    assert masks.is_nm(mask, 100, 200)
+
+
 def test_transposable_patterns_are_counted() -> None:
     counts = {
         pattern: len(masks._tile_patterns(*pattern, torch.device("cpu")))

@@ -109,9 +109,6 @@ def describe(model: "PreTrainedModel", *, dropout: float | None = None) -> dict[
     from sparse_kernels import adapters_of, sparse_layers
 
     settings = {key: value for key, value in model.config.to_dict().items() if key != "dtype"}
-    # transformers leaves weights that differ in the files untied, whatever the config says.
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    settings["tie_word_embeddings"] = embeddings[0].weight is embeddings[1].weight
     if dropout is not None:
         settings |= dict.fromkeys(models.FAMILIES[model.config.model_type].dropouts, dropout)
     sparse = {
@@ -119,11 +116,17 @@ def describe(model: "PreTrainedModel", *, dropout: float | None = None) -> dict[
         for name, layer in sparse_layers(model)
     }
     adapters = {name: [adapter.rank, adapter.scale] for name, adapter in adapters_of(model).items()}
-    return {"config": settings, "sparse": sparse, "adapters": adapters}
+    return {"config": settings, "tied": _tied(model), "sparse": sparse, "adapters": adapters}
+
+
+def _tied(model: "PreTrainedModel") -> bool:
+    """Whether embedding and head are one: transformers leaves what differs in the files two, tied or not."""
+    return bool(model.get_input_embeddings().weight is model.get_output_embeddings().weight)
 
 
 def rebuild(description: dict[str, Any], device: "torch.device | str") -> "PreTrainedModel":
     """A float32 model of a description, in training mode; its weights and masks are for others to bring."""
+    import torch
     import transformers
 
     from slope_cli.pretrained import sparsify_as
@@ -133,6 +136,9 @@ def rebuild(description: dict[str, Any], device: "torch.device | str") -> "PreTr
     config_class = getattr(transformers, models.FAMILIES[settings["model_type"]].config_class)
     config = config_class.from_dict(settings, attn_implementation="sdpa")
     model = models.build_model(config)
+    if _tied(model) and not description.get("tied", True):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     sparsify_as(model, {name: (n, m) for name, layer in description["sparse"].items() for n, m in [layer["pattern"]]})
     for name, layer in sparse_layers(model):
         layer.column_rescale = description["sparse"][name]["column_rescale"]

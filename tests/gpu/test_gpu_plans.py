@@ -69,17 +69,15 @@ def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, co
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 32), (512, 512), (1024, 4096), (3072, 768)])
 def test_metadata_is_written_as_the_library_writes_it(rows: int, columns: int, dtype: torch.dtype) -> None:
-    _, _, positions_t = masked(rows, columns)
-    packed = plans.compress(cuda.mark(positions_t, dtype))
-    metadata = plans.writable_metadata(packed, positions_t)
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the order is that of compute capability 9.0")
-    assert metadata is not None
-    expected = metadata.clone()
-    metadata.zero_()
-    cuda.launch(cuda.metadata(positions_t, metadata))
-    assert torch.equal(metadata, expected)
-    assert plans.writable_metadata(packed, positions_t.flip(0).contiguous()) is None  # what is another's is not taken
+    assert plans.writes_metadata(rows, columns, dtype, 0)
+    assert not plans.writes_metadata(rows + 16, columns, dtype, 0)
+    _, _, positions_t = masked(rows, columns)
+    expected = plans.packed_metadata(plans.compress(cuda.mark(positions_t, dtype)), rows, columns)
+    found = torch.empty_like(expected)
+    cuda.launch(cuda.metadata(positions_t, found))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
