@@ -21,7 +21,7 @@ demo: $(DONE)
 	$(VENV)/bin/slope pretrain
 
 test: $(DONE)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what they have trained
 
 check: $(DONE)
 	$(VENV)/bin/ruff format --check .
