@@ -81,9 +81,8 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
 
 
 def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cuda")
-    low, high = pairs[torch.randint(6, (2, rows, columns // 8), device="cuda")]
-    values, positions = torch.randn(rows, columns // 2, device="cuda"), low | high << 4
+    positions = plans.random_mask(rows, columns, torch.Generator("cuda"))
+    values = torch.randn(rows, columns // 2, device="cuda")
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
     cuda.launch(cuda.double_prune(values, positions, positions_t))
     w = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device="cuda")

@@ -184,7 +184,7 @@ def _demo_linearized(r: dict[str, Any]) -> str:
 
 
 def _small_llama(r: dict[str, Any]) -> str:
-    found = [(settings(row["words"]), row) for row in r["variants"].values()]
+    found = [(_settings(row["words"]), row) for row in r["variants"].values()]
     longest = max(int(words.get("train.steps", 0)) for words, _ in found)
     rows = {int(s.get("linearize.window", 16)): row for s, row in found if s.get("train.steps") == str(longest)}
     parts = [
@@ -199,7 +199,7 @@ def _small_llama(r: dict[str, Any]) -> str:
     )
 
 
-def settings(words: list[str]) -> dict[str, str]:
+def _settings(words: list[str]) -> dict[str, str]:
     """KEY=VALUE words as a mapping."""
     return dict(word.split("=", 1) for word in words)
 

@@ -138,11 +138,7 @@ def _settings(result: Row) -> Table:
     A key that the baseline lacks is one that its version of slope did not have: it did what the default does.
     """
     configs = {run["variant"]: flat(run["config"]) for run in reversed(result["runs"]) if not run["error"]}
-    apart = (
-        "train.seed",
-        "log.",
-        *(["optim.lr"] if result["rates"] else []),
-    )  # the log has no part in what is computed
+    apart = ("train.seed", "log.", *(["optim.lr"] if result["rates"] else []))  # the log changes nothing computed
     base = flat(asdict(Config())) | configs.get(result["baseline"], {})
     rows = []
     for name in (each["variant"] for each in result["variants"] if each["variant"] in configs):

@@ -289,17 +289,11 @@ def _calibration(
     def feed(model: "PreTrainedModel") -> None:
         import torch
 
-        size, seed = config.train.micro_batch, config.train.seed
-        where: dict[str, int] = {"world": 1, "micro_batch": size, "accumulation": 1}
+        train = config.train
         model.eval()
-        for step, start in enumerate(range(0, config.sparsity.calibration, size)):
-            left = slice(config.sparsity.calibration - start)
-            indices = data.sample_indices(step, 0, 0, **where, seed=seed, length=len(blocks))[left]
-            numbers = data.sample_numbers(step, 0, 0, **where)[left]
-            if masking is None:
-                batch = data.causal_batch(blocks, indices)
-            else:
-                batch = data.masked_batch(blocks, indices, special=masking, seed=seed, sample_numbers=numbers)
+        for number, start in enumerate(range(0, config.sparsity.calibration, train.micro_batch)):
+            whole = _train_batch(train, blocks, masking, *divmod(number, train.accumulation))
+            batch = {name: rows[: config.sparsity.calibration - start] for name, rows in whole.items()}
             with torch.no_grad():
                 models.batch_loss(model, _to_device(batch, device), "causal" if masking is None else "masked")
         model.train()

@@ -83,19 +83,19 @@ class Operand:
         self.rows, self.columns, self.dtype, self.choice = bits.shape[0], columns, dtype, choice
         self.packed: Tensor | None = None
         self._plans: dict[tuple[int, bool], plans.Plan | None] = {}
-        self._marked = (0, 0)  # address and version of the bits that the metadata was made from
         self._metadata: Tensor | None = None  # where the kernel may write it
+        self.settle(bits)
         if choice.sparse:
-            self.packed = self._mark(bits)
+            self.packed = plans.compress(cuda.mark(bits, dtype))
             if plans.writes_metadata(self.rows, columns, dtype, bits.get_device()):
                 self._metadata = plans.packed_metadata(self.packed, self.rows, columns)
             self.target = plans.packed_values(self.packed, self.rows, columns, dtype)
         else:
             self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
 
-    def _mark(self, bits: Tensor) -> Tensor:
+    def settle(self, bits: Tensor) -> None:
+        """The metadata is of the mask as it is now: by what is being launched, or by a CUDA graph that was replayed."""
         self._marked = bits.data_ptr(), _version(bits)
-        return plans.compress(cuda.mark(bits, self.dtype), self.packed)
 
     def follow(self, bits: Tensor) -> list[cuda.Work]:
         """Make the metadata anew if the mask has changed, in place: by what the caller must launch, or at once.
@@ -104,15 +104,11 @@ class Operand:
         """
         if self.packed is None or self._marked == (bits.data_ptr(), _version(bits)):
             return []
+        self.settle(bits)
         if self._metadata is None:
-            self._mark(bits)
+            plans.compress(cuda.mark(bits, self.dtype), self.packed)
             return []
-        self._marked = bits.data_ptr(), _version(bits)
         return [cuda.metadata(bits, self._metadata)]
-
-    def settle(self, bits: Tensor) -> None:
-        """The metadata is of the mask as it is now: a CUDA graph that was replayed has seen to it."""
-        self._marked = bits.data_ptr(), _version(bits)
 
     def product(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
         """X · A^T + bias, or None where a packed copy has no plan for so many tokens."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_kernels import copies, cuda, ops, plans
-from sparse_kernels.copies import Weight
+from sparse_kernels.copies import Copies, Weight
 from sparse_kernels.dynamic import masked_layers
 from sparse_kernels.linear import SparseLinear
 
@@ -16,6 +16,18 @@ from sparse_kernels.linear import SparseLinear
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     """(name, layer) of every SparseLinear in the model."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
+
+
+def _copies(model: nn.Module) -> Iterator[tuple[str, SparseLinear, Copies]]:
+    """(name, layer, copies) of every sparse layer that has some, one for each of their dtypes."""
+    for name, layer in sparse_layers(model):
+        for dtype in ops.HALF:
+            if found := copies.find(layer.positions, dtype):
+                yield name, layer, found
+
+
+def _weight(layer: SparseLinear) -> Weight:
+    return Weight(layer.values, layer.positions, layer.positions_t)
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -57,10 +69,8 @@ def masks_written(model: nn.Module) -> None:
     """Say that a replayed CUDA graph has renewed the masks and refreshed the copies, as no version counter has seen."""
     masks = [layer.positions_t for _, layer in sparse_layers(model)] + [layer.mask for _, layer in masked_layers(model)]
     torch.autograd.graph.increment_version(masks)
-    for _, layer in sparse_layers(model):
-        for dtype in ops.HALF:
-            if found := copies.find(layer.positions, dtype):
-                found.settle(Weight(layer.values, layer.positions, layer.positions_t))
+    for _, layer, found in _copies(model):
+        found.settle(_weight(layer))
 
 
 @torch.no_grad()
@@ -78,8 +88,8 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     for _, layer in sparse_layers(model):
         probe = torch.empty(0, dtype=dtype, device=layer.values.device)
         if (layer.n, layer.m) in ops.TWO_OF_FOUR and ops.fast(probe, layer.values) and tokens >= plans.FEWEST_TOKENS:
-            weight = Weight(layer.values, layer.positions, layer.positions_t)
-            copies.copies_of(layer.positions, dtype).prepare(weight, layer.bias, tokens, backward=backward)
+            found = copies.copies_of(layer.positions, dtype)
+            found.prepare(_weight(layer), layer.bias, tokens, backward=backward)
 
 
 @torch.no_grad()
@@ -91,12 +101,7 @@ def refresh(model: nn.Module) -> None:
     renewal, if the copies are fresh then or it is replayed before the next eager product. Elsewhere the layers do this
     on their own.
     """
-    works = []
-    for _, layer in sparse_layers(model):
-        for dtype in ops.HALF:
-            if found := copies.find(layer.positions, dtype):
-                works += found.rewrite(Weight(layer.values, layer.positions, layer.positions_t), layer.bias)
-    cuda.launch_all(works)
+    cuda.launch_all(work for _, layer, found in _copies(model) for work in found.rewrite(_weight(layer), layer.bias))
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,7 @@ class LayerBackend:
 def backends(model: nn.Module) -> list[LayerBackend]:
     """What was chosen for every sparse layer that has run on a GPU in 16 bits, in the model's order."""
     rows = []
-    for name, layer in sparse_layers(model):
-        for dtype in ops.HALF:
-            if found := copies.find(layer.positions, dtype):
-                sides = (found.forward, found.backward)
-                rows.append(LayerBackend(name, dtype, *(None if side is None else side.choice for side in sides)))
+    for name, _, found in _copies(model):
+        sides = (found.forward, found.backward)
+        rows.append(LayerBackend(name, found.dtype, *(None if side is None else side.choice for side in sides)))
     return rows

@@ -205,7 +205,7 @@ def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: i
     if rows % 64 or columns % 32:
         return False
     device = torch.device("cuda", device_index)
-    bits = _random_mask(rows, columns, torch.Generator(device).manual_seed(0))
+    bits = random_mask(rows, columns, torch.Generator(device).manual_seed(0))
     theirs = packed_metadata(compress(cuda.mark(bits, dtype)), rows, columns)
     ours = torch.empty_like(theirs)
     cuda.launch(cuda.metadata(bits, ours))
@@ -218,8 +218,8 @@ def packed_metadata(packed: Tensor, rows: int, columns: int) -> Tensor:
     return packed[start : start + rows * columns // 8]
 
 
-def _random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """The bits of a random 2:4 mask, (rows, columns/8)."""
+def random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The bits of a random 2:4 mask: uint8 (rows, columns/8), on the device of the generator."""
     pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=generator.device)
     sides = (2, rows, columns // 8)
     low, high = pairs[torch.randint(6, sides, device=generator.device, generator=generator)].unbind()
@@ -373,7 +373,7 @@ def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, 
     def normal(*sides: int) -> Tensor:
         return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
 
-    positions = _random_mask(shape.rows, shape.columns, generator)
+    positions = random_mask(shape.rows, shape.columns, generator)
     packed = compress(cuda.mark(positions, shape.dtype))
     dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
     values = normal(shape.rows, shape.columns // 2)
