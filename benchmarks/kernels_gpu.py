@@ -52,7 +52,10 @@ def copy_speed() -> float:
 
 
 def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]]:
-    """gather_kept, refresh and double_prune for a (rows, columns) layer with float32 values and bfloat16 copies."""
+    """gather_kept, refresh, renew, and renew without copies (double_prune) for a (rows, columns) layer.
+
+    Values are float32, copies bfloat16.
+    """
     size = rows * columns
     sets = [_layer(rows, columns) for _ in range(max(1, _WORKING_SET // (4 * size)))]
     gradients = [torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in sets]
@@ -67,10 +70,17 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
 
     def prune() -> None:
         for values, positions, positions_t, _, _ in sets:
-            cuda.launch(cuda.double_prune(values, positions, positions_t))
+            cuda.launch(cuda.renew(values, positions, positions_t))
 
-    # Bytes an entry of the dense matrix: dense 2, positions 1/8 each, values 4/2, packed copies 2/2 each.
+    metadata = torch.empty(size // 8, dtype=torch.uint8, device="cuda")
+
+    def renew() -> None:
+        for values, positions, positions_t, w, w_t in sets:
+            cuda.launch(cuda.renew(values, positions, positions_t, w=w, w_t=w_t, metadata=metadata))
+
+    # Bytes an entry of the dense matrix: dense 2, positions and metadata 1/8 each, values 4/2, packed copies 2/2 each.
     kernels = {"gather_kept": (gather, 4.125), "refresh": (refresh, 4.25), "double_prune": (prune, 2.25)}
+    kernels["renew"] = (renew, 4.375)
     found = []
     for name, (run, bytes_each) in kernels.items():
         (ms,) = plans.graph_ms(run, calls=1)
@@ -84,7 +94,7 @@ def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     positions = plans.random_mask(rows, columns, torch.Generator("cuda"))
     values = torch.randn(rows, columns // 2, device="cuda")
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
-    cuda.launch(cuda.double_prune(values, positions, positions_t))
+    cuda.launch(cuda.renew(values, positions, positions_t))
     w = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device="cuda")
     w_t = torch.empty(columns, rows // 2, dtype=torch.bfloat16, device="cuda")
     return values, positions, positions_t, w, w_t
@@ -135,8 +145,8 @@ def host_costs() -> dict[str, float]:
     return found
 
 
-def model_refreshes(speed: float) -> list[dict[str, Any]]:
-    """One `refresh` of all layers of a model of GPT-2's shape, every copy packed."""
+def model_rewrites(speed: float) -> list[dict[str, Any]]:
+    """One `refresh`, and one renewal of the masks, of all layers of a model of GPT-2's shape, every copy packed."""
     copies.set_backend("cusparselt")
     found = []
     for width, blocks in ((768, 12), (1024, 24), (2560, 4)):
@@ -144,12 +154,13 @@ def model_refreshes(speed: float) -> list[dict[str, Any]]:
         model = torch.nn.ModuleList(_sparse(*side) for side in sides)
         for layer, (_, inp) in zip(model, sides, strict=True):
             layer(torch.randn(512, inp, dtype=torch.bfloat16, device="cuda", requires_grad=True)).sum().backward()
-        refresh = functools.partial(layers.refresh, model)
-        refresh()
-        (ms,) = plans.graph_ms(refresh, calls=1)
-        floor_us = sum(out * inp for out, inp in sides) * 4.25 / speed * 1e6
-        found.append({"width": width, "layers": len(sides), "us": ms * 1e3, "floor_us": floor_us})
-        found[-1]["host_us"] = host_us(refresh, calls=20)
+        for work, bytes_each in ((layers.refresh, 4.25), (layers.renew_column_masks, 4.375)):
+            rewrite = functools.partial(work, model)
+            rewrite()
+            (ms,) = plans.graph_ms(rewrite, calls=1)
+            floor_us = sum(out * inp for out, inp in sides) * bytes_each / speed * 1e6
+            found.append({"kernel": work.__name__, "width": width, "layers": len(sides), "us": ms * 1e3})
+            found[-1] |= {"floor_us": floor_us, "host_us": host_us(rewrite, calls=20)}
     copies.set_backend("auto")
     return found
 
@@ -196,8 +207,8 @@ def main() -> None:
     for row in result["memory"]:
         shape = f"{row['rows']}x{row['columns']}"
         print(f"{shape:>16} {row['kernel']:>12} {row['us']:8.1f} us {row['share_of_copy_speed']:5.2f} of copy speed")
-    result["model_refresh"] = model_refreshes(speed)
-    for row in result["model_refresh"]:
+    result["model_rewrites"] = model_rewrites(speed)
+    for row in result["model_rewrites"]:
         times = f"{row['us']:.0f} us (floor {row['floor_us']:.0f}), host {row['host_us']:.0f} us"
         print(f"refresh of {row['layers']} layers of width {row['width']}: {times}")
     result["products"] = []

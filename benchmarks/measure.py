@@ -32,7 +32,7 @@ from slope_cli import checkpoint, models, optim, runs, stages
 from slope_cli import config as configs
 from slope_cli.accounting import account
 from slope_cli.config import Config
-from slope_cli.step import Step
+from slope_cli.step import Renewal, Step, Taken
 from sparse_kernels import copies, plans
 
 Row = dict[str, Any]
@@ -112,20 +112,19 @@ class Runner:
         if device.type == "cuda":
             sparse_kernels.prepare(self.model, case.tokens)  # now, so that its measuring is not in the peak
             torch.cuda.reset_peak_memory_stats()
+        self._every, self._steps = stages.renew_every(self.config, stages.stage(self.config, 0)), 0
         for _ in range(WARM_UP):
-            self.loss = self._step([self._batch])[0]
+            self.loss = self._take().loss
         self.peak_bytes = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
 
     def seconds(self, calls: int) -> float:
-        """Seconds of one of so many steps."""
-        return _seconds(lambda: self._step([self._batch]), calls)
+        """Seconds of one of so many steps, mask renewals among them as in a run."""
+        return _seconds(self._take, calls)
 
-    def renewal_seconds(self) -> float:
-        """A step's share of the renewals of the column masks."""
-        every = stages.renew_every(self.config, stages.stage(self.config, 0))
-        if not every:
-            return 0.0
-        return min(_seconds(lambda: self._step.renew("magnitude", 0), 1) for _ in range(3)) / every
+    def _take(self) -> Taken:
+        self._steps += 1
+        renews = bool(self._every) and self._steps % self._every == 0
+        return self._step([self._batch], Renewal() if renews else None)
 
 
 def build(config: Config, device: torch.device) -> Any:
@@ -247,8 +246,7 @@ def _attempt(
     try:
         runner = Runner(case, depth, variant, device)
         ms, *dense_ms = alternate([runner] if best is None else [runner, best])
-        renewal = runner.renewal_seconds() * 1e3
-        row |= {"step_ms": ms + renewal, "renewal_ms": renewal, "dense_ms": dense_ms[0] if dense_ms else None}
+        row |= {"step_ms": ms, "dense_ms": dense_ms[0] if dense_ms else None}
         row |= {"peak_bytes": runner.peak_bytes, "loss": runner.loss, "seconds": time.perf_counter() - started}
         return runner, row | {"backends": backends(runner.model)}
     except Exception as error:  # whatever it is, the other variants go on

@@ -44,7 +44,7 @@ def _steps(cases: Sequence[Row]) -> Table:
         cells += [whole_model(case), number(case["paper"]), number(case["target"]), case["not_run"]]
         rows.append(cells)
     note = (
-        "Forward, backward, clipping and fused AdamW, and the share of the mask renewals; speed-ups are over the "
+        "Forward, backward, clipping, fused AdamW, and the mask renewals; speed-ups are over the "
         f"fastest dense variant, timed in the same rounds. {_TORCH_NOTE}"
     )
     columns = (*timed_columns, *block_columns, "whole model", "paper, A100", "target", "")

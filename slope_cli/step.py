@@ -35,6 +35,16 @@ class Taken(NamedTuple):
     norm: float
 
 
+class Renewal(NamedTuple):
+    """That the masks which may change while training are chosen anew after a step's update.
+
+    columns, seed: of sparse layers' W^{R,C}; see sparse_kernels.renew_masks.
+    """
+
+    columns: str = "magnitude"
+    seed: int = 0
+
+
 class Step:
     """Takes the steps of one model and optimizer. Make a new one when parameters join."""
 
@@ -66,11 +76,12 @@ class Step:
             compile_blocks(model)
         self._graphs: _Graphs | None = None
 
-    def __call__(self, batches: Sequence[Batch]) -> Taken:
+    def __call__(self, batches: Sequence[Batch], renewal: Renewal | None = None) -> Taken:
         """Take one step.
 
         Args:
             batches: a micro-batch each, tensors on the model's device.
+            renewal: of the masks, after the update, if there is to be one.
 
         Raises:
             SlopeError: loss or gradient is not finite; names the layer. Nothing was updated.
@@ -85,24 +96,19 @@ class Step:
             norm = self.norm()
         taken = self._check(losses, norm, batches)
         if self._graphs is not None:
-            self._graphs.update()
+            self._graphs.update(renewal)
         else:
             self.update(norm)
             self.optimizer.zero_grad(set_to_none=True)
+            if renewal:
+                self.renew(renewal)
         return taken
 
-    def renew(self, columns: str, seed: int) -> None:
-        """Choose the masks anew that may change while training; `columns`, `seed`: see sparse_kernels.renew_masks."""
-        from sparse_kernels import refresh, renew_masks
+    def renew(self, renewal: Renewal) -> None:
+        """Choose the masks anew, without a graph."""
+        from sparse_kernels import renew_masks
 
-        def work() -> None:
-            renew_masks(self.model, columns=columns, seed=seed)
-            refresh(self.model)
-
-        if self._graphs is None or columns == "random":  # another seed each time
-            work()
-        else:
-            self._graphs.renew(work)
+        renew_masks(self.model, columns=renewal.columns, seed=renewal.seed)
 
     def _same_draws(self) -> "contextlib.AbstractContextManager[Any]":
         """Within it nothing is drawn from the generators, to those after it: a resumed run captures its graphs in
@@ -189,7 +195,8 @@ class Step:
 
 
 class _Graphs:
-    """A step in CUDA graphs: the first micro-batch, a further one, the norm, the update; and the renewal of the masks.
+    """A step in CUDA graphs: the first micro-batch, a further one, the norm, the update; then the sparse layers' copies
+    from the new weights, or the renewal of the masks, which brings them along.
 
     The first writes the gradients, the further ones add to them, so none has to be cleared. The host looks at loss and
     norm between the norm's graph and the update's.
@@ -198,9 +205,9 @@ class _Graphs:
     def __init__(self, step: Step, batches: Sequence[Batch]) -> None:
         import torch
 
-        from sparse_kernels import prepare, refresh
+        from sparse_kernels import backends, prepare, refresh
 
-        self._model = step.model
+        self._step = step
         self._batch = {name: tensor.clone() for name, tensor in batches[0].items()}
         count = len(batches)
         capturable = optim.make_capturable(step.optimizer)
@@ -218,11 +225,13 @@ class _Graphs:
         self._first, self._first_losses = self._capture(lambda: step.backward(self._batch, count))
         if count > 1:
             self._further, self._further_losses = self._capture(lambda: step.backward(self._batch, count))
-        self._norm, norm = self._capture(step.norm)
-        self._norm_value = norm
-        self.update: Callable[[], None] = functools.partial(_update, step, norm)
+        self._norm, self._norm_value = self._capture(step.norm)
+        self._update: Callable[[], None] = functools.partial(step.update, self._norm_value)
         if capturable:
-            self.update = self._capture(self.update)[0].replay
+            self._update = self._capture(self._update)[0].replay
+        self._refresh: torch.cuda.CUDAGraph | None = None
+        if backends(step.model):
+            self._refresh, _ = self._capture(lambda: refresh(step.model))
         self._renewal: torch.cuda.CUDAGraph | None = None
 
     def _capture(self, work: Callable[[], Any]) -> "tuple[torch.cuda.CUDAGraph, Any]":
@@ -232,17 +241,6 @@ class _Graphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph, result
-
-    def renew(self, work: Callable[[], None]) -> None:
-        """Do `work`, which renews the masks, the same each time: captured after the first call, then replayed."""
-        from sparse_kernels.layers import masks_written
-
-        if self._renewal is None:
-            work()
-            self._renewal, _ = self._capture(work)
-        else:
-            self._renewal.replay()
-            masks_written(self._model)
 
     def gradients(self, batches: Sequence[Batch]) -> "tuple[Tensor, Tensor]":
         """Losses and norm of a step's micro-batches; their gradient is left for `update`."""
@@ -259,12 +257,22 @@ class _Graphs:
         self._norm.replay()
         return losses, self._norm_value
 
+    def update(self, renewal: Renewal | None) -> None:
+        """Update by the gradient of `gradients`; then the masks, if they are to be renewed, and the copies."""
+        from sparse_kernels.layers import masks_written
 
-def _update(step: Step, norm: "Tensor") -> None:
-    from sparse_kernels import refresh
-
-    step.update(norm)
-    refresh(step.model)
+        self._update()
+        if renewal is None:
+            if self._refresh is not None:
+                self._refresh.replay()
+        elif renewal.columns == "random":  # another seed each time
+            self._step.renew(renewal)
+        elif self._renewal is None:  # made in the first one, which makes what a capture cannot
+            self._step.renew(renewal)
+            self._renewal, _ = self._capture(functools.partial(self._step.renew, renewal))
+        else:
+            self._renewal.replay()
+            masks_written(self._step.model)
 
 
 def compile_blocks(model: "nn.Module") -> None:

@@ -23,7 +23,7 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.generate import continue_text, prompt_ids
 from slope_cli.linearize import base
 from slope_cli.models import Loss
-from slope_cli.step import Step, Taken, eager
+from slope_cli.step import Renewal, Step, Taken, eager
 from slope_cli.tokenizer import load_tokenizer, masking_ids, save_tokenizer
 
 if TYPE_CHECKING:
@@ -130,8 +130,6 @@ def _fit(
             log.write("products", step + 1, **products)
             progress.say(f"step {step + 1}: products of the sparse layers: {products}")
         step += 1
-        if isinstance(t.step, Step) and _due(step, stages.renew_every(config, t.stage)):
-            t.step.renew(config.sparsity.column_mask, _mix(config.train.seed, step))
         kind, values = _step_record(t, step, taken, time.perf_counter() - started)
         progress.step(log.write(kind, step, lr=lr, **values))
 
@@ -190,12 +188,15 @@ def _due(step: int, every: int) -> bool:
 
 
 def _train_step(t: Trainer, step: int) -> "Taken | Transferred":
-    """Forward, backward and update over one step's tokens."""
+    """Forward, backward and update over one step's tokens, and the renewal of the masks if it is due."""
     import torch
 
     torch.manual_seed(_mix(t.config.train.seed, step))
     try:
-        return t.step([_to_device(batch, t.device) for batch in t.batches(step)])
+        batches = [_to_device(batch, t.device) for batch in t.batches(step)]
+        if isinstance(t.step, Step) and _due(step + 1, stages.renew_every(t.config, t.stage)):
+            return t.step(batches, Renewal(t.config.sparsity.column_mask, _mix(t.config.train.seed, step + 1)))
+        return t.step(batches)
     except SlopeError as error:
         raise SlopeError(f"step {step + 1}: {error}") from None
 

@@ -83,12 +83,12 @@ class Operand:
         self.rows, self.columns, self.dtype, self.choice = bits.shape[0], columns, dtype, choice
         self.packed: Tensor | None = None
         self._plans: dict[tuple[int, bool], plans.Plan | None] = {}
-        self._metadata: Tensor | None = None  # where the kernel may write it
+        self.metadata: Tensor | None = None  # where the kernels may write it
         self.settle(bits)
         if choice.sparse:
             self.packed = plans.compress(cuda.mark(bits, dtype))
             if plans.writes_metadata(self.rows, columns, dtype, bits.get_device()):
-                self._metadata = plans.packed_metadata(self.packed, self.rows, columns)
+                self.metadata = plans.packed_metadata(self.packed, self.rows, columns)
             self.target = plans.packed_values(self.packed, self.rows, columns, dtype)
         else:
             self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
@@ -105,10 +105,10 @@ class Operand:
         if self.packed is None or self._marked == (bits.data_ptr(), _version(bits)):
             return []
         self.settle(bits)
-        if self._metadata is None:
+        if self.metadata is None:
             plans.compress(cuda.mark(bits, self.dtype), self.packed)
             return []
-        return [cuda.metadata(bits, self._metadata)]
+        return [cuda.metadata(bits, self.metadata)]
 
     def product(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
         """X · A^T + bias, or None where a packed copy has no plan for so many tokens."""
@@ -208,21 +208,32 @@ class Copies:
 
     def rewrite(self, weight: Weight, bias_O: Tensor | None) -> list[cuda.Work]:
         """Everything that is there, as work that the caller must launch."""
-        forward, backward = self.forward, self.backward
-        works = [] if forward is None else forward.follow(weight.positions)
-        works += [] if backward is None else backward.follow(weight.positions_t)
+        works = [] if self.forward is None else self.forward.follow(weight.positions)
+        works += [] if self.backward is None else self.backward.follow(weight.positions_t)
         self._weight_stamp = _stamp(*weight)
+        targets = self._targets(weight, bias_O)
+        return [*works, cuda.refresh(*weight, **targets)] if targets else works
+
+    def renew(self, weight: Weight, bias_O: Tensor | None) -> list[cuda.Work]:
+        """The same with W^{R,C} chosen anew, into `weight.positions_t`."""
+        backward = self.backward
+        if backward is not None and backward.packed is not None and backward.metadata is None:
+            cuda.launch(cuda.renew(*weight))  # at once: the library makes the metadata of what is chosen
+            return self.rewrite(weight, bias_O)
+        works = [] if self.forward is None else self.forward.follow(weight.positions)
+        metadata = None if backward is None else backward.metadata
+        works.append(cuda.renew(*weight, **self._targets(weight, bias_O), metadata=metadata))
+        self.settle(weight)
+        return works
+
+    def _targets(self, weight: Weight, bias_O: Tensor | None) -> dict[str, Tensor]:
+        """What `cuda.refresh` and `cuda.renew` have to write here, by their words for it."""
+        sides = {"w": self.forward, "w_t": self.backward}
+        targets = {name: side.target for name, side in sides.items() if side is not None}
         bias_O = self._bias_to_convert(weight, bias_O)
-        if forward is None and backward is None and bias_O is None:
-            return works
-        refresh = cuda.refresh(
-            *weight,
-            w=None if forward is None else forward.target,
-            w_t=None if backward is None else backward.target,
-            bias=bias_O,
-            bias_copy=None if bias_O is None else self.bias,
-        )
-        return [*works, refresh]
+        if bias_O is not None and self.bias is not None:
+            targets |= {"bias": bias_O, "bias_copy": self.bias}
+        return targets
 
     def settle(self, weight: Weight) -> None:
         """All is as `rewrite` and its launches leave it: a CUDA graph that was replayed holds these."""

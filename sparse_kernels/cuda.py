@@ -15,7 +15,6 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # The tiles and block sizes of kernels.cu.
 _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
-_PRUNE_TILE, _PRUNE_THREADS = (128, 64), 128
 _MARK_THREADS = 256
 _METADATA_THREADS = 256
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -28,7 +27,7 @@ def missing(device_index: int) -> str:
     if torch.cuda.get_device_capability(device_index) < (8, 0):
         return f"{torch.cuda.get_device_name(device_index)} has compute capability below 8.0"
     try:
-        _function("double_prune_float", device_index)
+        _function("refresh_float_bf16", device_index)
     except ImportError:
         return f"CuPy is missing: pip install cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
     except Exception as error:  # CuPy's compile and driver errors share no base class
@@ -173,34 +172,54 @@ def refresh(
         w_t: the same for the transpose: (I, O/2) packed or (I, O) dense.
         bias, bias_copy: (O,), converted in the same launch; `bias` has the dtype of `values_OK`.
     """
-    _check(values=values_OK, positions=positions, positions_t=positions_t, w=w, w_t=w_t, bias=bias)
-    rows, columns = values_OK.shape[0], values_OK.shape[1] * 2
-    dtype = next(copy.dtype for copy in (w, w_t, bias_copy) if copy is not None)
-    packed = w is not None and w.shape[1] != columns
-    packed_t = w_t is not None and w_t.shape[1] != rows
-    addresses = map(_address, (values_OK, positions, positions_t, bias, w, w_t, bias_copy))
-    blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
-    numbers = (*addresses, rows, columns, int(packed), int(packed_t))
-    kernel = f"refresh_{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}"
-    return Work(kernel, values_OK.device, blocks, _REFRESH_THREADS, numbers)
+    return _rewrite("refresh", values_OK, positions, positions_t, bias, w, w_t, bias_copy, None)
 
 
-def double_prune(values_OK: Tensor, positions: Tensor, positions_t: Tensor) -> Work:
-    """Choose W^{R,C} anew into `positions_t`, in place, bit for bit as masks.double_prune does.
+def renew(
+    values_OK: Tensor,
+    positions: Tensor,
+    positions_t: Tensor,
+    *,
+    w: Tensor | None = None,
+    w_t: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_copy: Tensor | None = None,
+    metadata: Tensor | None = None,
+) -> Work:
+    """Choose W^{R,C} anew into `positions_t`, bit for bit as masks.double_prune does, then as `refresh`: in one pass.
 
     The version of `positions_t` counts up here, before the launch.
 
     Args:
-        values_OK: (O, I/2), float32, bfloat16 or float16.
-        positions: uint8 (O, I/8).
         positions_t: uint8 (I, O/8), overwritten.
+        metadata: that of a packed `w_t`, written as `metadata` below would, with the same sides and alignment.
     """
-    _check(values=values_OK, positions=positions, positions_t=positions_t)
-    rows, columns = values_OK.shape[0], values_OK.shape[1] * 2
-    numbers = values_OK.data_ptr(), positions.data_ptr(), positions_t.data_ptr(), rows, columns
-    blocks = -(-columns // _PRUNE_TILE[1]) * -(-rows // _PRUNE_TILE[0])
     torch.autograd.graph.increment_version(positions_t)
-    return Work(f"double_prune_{_NAMES[values_OK.dtype]}", values_OK.device, blocks, _PRUNE_THREADS, numbers)
+    return _rewrite("renew", values_OK, positions, positions_t, bias, w, w_t, bias_copy, metadata)
+
+
+def _rewrite(
+    kernel: str,
+    values: Tensor,
+    positions: Tensor,
+    positions_t: Tensor,
+    bias: Tensor | None,
+    w: Tensor | None,
+    w_t: Tensor | None,
+    bias_copy: Tensor | None,
+    metadata: Tensor | None,
+) -> Work:
+    _check(values=values, positions=positions, positions_t=positions_t, w=w, w_t=w_t, bias=bias, metadata=metadata)
+    rows, columns = values.shape[0], values.shape[1] * 2
+    half = values.dtype if values.dtype != torch.float32 else torch.bfloat16
+    dtype = next((copy.dtype for copy in (w, w_t, bias_copy) if copy is not None), half)
+    packed = w is not None and w.shape[1] != columns
+    packed_t = w_t is not None and w_t.shape[1] != rows
+    addresses = map(_address, (values, positions, positions_t, bias, w, w_t, bias_copy, metadata))
+    blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
+    numbers = (*addresses, rows, columns, int(packed), int(packed_t))
+    name = f"{kernel}_{_NAMES[values.dtype]}_{_NAMES[dtype]}"
+    return Work(name, values.device, blocks, _REFRESH_THREADS, numbers)
 
 
 def metadata(bits: Tensor, target: Tensor) -> Work:

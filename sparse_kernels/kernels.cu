@@ -14,6 +14,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 struct bf16 { u16 bits; };
 struct fp16 { u16 bits; };
@@ -74,11 +75,24 @@ template <class T> __device__ inline void spread(T first, T second, u32 nibble, 
   group[3] = nibble & 8 ? second : rest;
 }
 
-__device__ inline u32 with_fillers(u32 nibble) {
-  if (__popc(nibble) < 2) nibble |= ~nibble & (nibble + 1);  // the lowest bit that is not set
-  if (__popc(nibble) < 2) nibble |= ~nibble & (nibble + 1);
-  return nibble;
+// The two slots of a group, fillers included: its first place | its last << 2, for each of the 16 nibbles.
+constexpr u64 slots_of_all() {
+  u64 all = 0;
+  for (u32 nibble = 0; nibble < 16; ++nibble) {
+    u32 slots = nibble, first = 0, last = 3;
+    for (u32 place = 0; place < 4; ++place) {
+      const u32 bits = (slots & 1) + (slots >> 1 & 1) + (slots >> 2 & 1) + (slots >> 3 & 1);
+      if (bits < 2) slots |= 1u << place;
+    }
+    while (!(slots >> first & 1)) ++first;
+    while (!(slots >> last & 1)) --last;
+    all |= u64(first | last << 2) << (4 * nibble);
+  }
+  return all;
 }
+constexpr u64 SLOTS = slots_of_all();
+
+__device__ inline u32 slots_of(u32 nibble) { return u32(SLOTS >> (4 * nibble)) & 15; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // gather_kept: the entries of a dense (O, I) matrix at `positions`, as (O, I/2). One thread: 4 times 8 columns.
@@ -116,112 +130,34 @@ __device__ inline void gather_kept(const D* dense, const u8* positions, V* kept,
 
 // ---------------------------------------------------------------------------------------------------------------------
 // refresh: values to the copies that the products read: W^R (O, I/2 packed or I dense) and W^{R,C} transposed (I, O/2 packed
-// or O dense). A block takes a tile of 64 rows and 128 columns; it writes the tile of W^R while it reads, keeps it dense
-// in shared memory, and reads it there by columns to write W^{R,C}. A null pointer leaves that copy out.
+// or O dense). A block takes a tile of 64 rows and 128 columns, a thread 4 rows and 8 columns of it; it writes the tile of
+// W^R while it reads, keeps it dense in shared memory, and reads it there by columns to write W^{R,C}. A null pointer leaves
+// that copy out.
+//
+// renew: the same, and before it W^{R,C} is chosen anew: of the kept entries of every group along a column the two largest,
+// of equal ones the first, as masks.double_prune chooses them. Writes positions_t, and of a packed W^{R,C} the metadata in
+// the order that `metadata` (below) tells of, or no metadata where the pointer is null.
 
 constexpr int TILE_O = 64, TILE_I = 128, REFRESH_THREADS = 256;
+// Blocks on a multiprocessor, by which the compiler is to ration registers: it would take twice as many for renew.
+constexpr int refresh_BLOCKS = 6, renew_BLOCKS = 4;
 
-// One layer as `refresh` takes it; cuda.py writes these as rows of 64-bit numbers.
+// One layer as `refresh` and `renew` take it; cuda.py writes these as rows of 64-bit numbers.
 template <class V, class T> struct Layer {
   const V* values;
   const u8* positions;
-  const u8* positions_t;
+  u8* positions_t;
   const V* bias;
   T* w;
   T* w_t;
   T* bias_copy;
+  u8* metadata;  // of a packed w_t: rows a multiple of 32, columns of 64
   i64 rows, columns, packed, packed_t;
 };
 
-template <class V, class T> __device__ inline void refresh(const Layer<V, T>& layer) {
-  const auto [values, positions, positions_t, bias, w, w_t, bias_copy, rows, columns, packed, packed_t] = layer;
-  const u32 across = u32(columns + TILE_I - 1) / TILE_I;
-  const i64 o0 = i64(blockIdx.x / across) * TILE_O, i0 = i64(blockIdx.x % across) * TILE_I;
-  if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
-  // Chunks of 8 columns (16 bytes) are swizzled by the row's block of 16, so that neither phase meets a bank conflict.
-  __shared__ Pack<T, 8> tile[TILE_O][TILE_I / 8];
-  constexpr int ITEMS = TILE_O * (TILE_I / 8) / REFRESH_THREADS;
-  // The second phase's item: 16 rows of one column. Four neighbouring threads write 64 neighbouring bytes.
-  constexpr int BLOCKS = TILE_O / 16, ITEMS_T = TILE_I * BLOCKS / REFRESH_THREADS;
-  Pack<V, 4> kept[ITEMS];
-  u32 bits[ITEMS], all_bits_t[ITEMS_T];
-#pragma unroll
-  for (int u = 0; u < ITEMS; ++u) {
-    const int item = u * REFRESH_THREADS + threadIdx.x;
-    const i64 o = o0 + item / (TILE_I / 8), i = i0 + item % (TILE_I / 8) * 8;
-    if (o < rows && i < columns) {
-      kept[u] = load<Pack<V, 4>>(values + (o * columns + i) / 2);
-      bits[u] = positions[(o * columns + i) / 8];
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < ITEMS_T; ++u) {  // read here, so that the second phase waits for no memory
-    const int item = u * REFRESH_THREADS + threadIdx.x;
-    const i64 o = o0 + item % BLOCKS * 16, i = i0 + item / BLOCKS;
-    if (w_t && o < rows && i < columns)
-      all_bits_t[u] = *reinterpret_cast<const u16*>(positions_t + (i * rows + o) / 8);
-  }
-#pragma unroll
-  for (int u = 0; u < ITEMS; ++u) {
-    const int item = u * REFRESH_THREADS + threadIdx.x;
-    const int row = item / (TILE_I / 8), chunk = item % (TILE_I / 8);
-    const i64 o = o0 + row, i = i0 + chunk * 8;
-    if (o < rows && i < columns) {
-      Pack<T, 4> small;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) small.at[k] = from_float<T>(to_float(kept[u].at[k]));
-      Pack<T, 8> wide;
-      spread(small.at[0], small.at[1], bits[u] & 15, from_float<T>(0.0f), wide.at);
-      spread(small.at[2], small.at[3], bits[u] >> 4, from_float<T>(0.0f), wide.at + 4);
-      if (w && packed) store(w + (o * columns + i) / 2, small);
-      if (w && !packed) store(w + o * columns + i, wide);
-      tile[row][chunk ^ (row / 16)] = wide;
-    }
-  }
-  if (bias_copy && i0 == 0 && threadIdx.x < TILE_O && o0 + threadIdx.x < rows)
-    bias_copy[o0 + threadIdx.x] = from_float<T>(to_float(bias[o0 + threadIdx.x]));
-  if (!w_t) return;
-  __syncthreads();
-
-#pragma unroll
-  for (int u = 0; u < ITEMS_T; ++u) {
-    const int item = u * REFRESH_THREADS + threadIdx.x;
-    const int block = item % BLOCKS, column = item / BLOCKS;
-    const i64 o = o0 + block * 16, i = i0 + column;
-    if (o >= rows || i >= columns) continue;
-    const u32 bits_t = all_bits_t[u];
-    const auto entry = [&](int row) { return tile[block * 16 + row][column / 8 ^ block].at[column % 8]; };
-    const T zero = from_float<T>(0.0f);
-    if (packed_t) {
-      Pack<T, 8> out;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        const u32 nibble = bits_t >> (4 * g) & 15, slots = with_fillers(nibble);
-        const int first = __ffs(slots) - 1, second = 31 - __clz(slots);
-        out.at[2 * g] = nibble >> first & 1 ? entry(4 * g + first) : zero;
-        out.at[2 * g + 1] = nibble >> second & 1 ? entry(4 * g + second) : zero;
-      }
-      store(w_t + (i * rows + o) / 2, out);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Pack<T, 8> out;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) out.at[k] = bits_t >> (8 * half + k) & 1 ? entry(8 * half + k) : zero;
-        store(w_t + i * rows + o + 8 * half, out);
-      }
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// double_prune: of the kept entries of every group along a column, the two largest, of equal ones the first, as
-// masks.double_prune chooses them. A thread takes 8 rows and 8 columns; the bytes meet in shared memory to be written in rows.
-
-constexpr int PRUNE_O = 128, PRUNE_I = 64, PRUNE_THREADS = 128;
-
-// A tournament of all pairs: an entry stays whose rank, the number of entries that beat it, is below two.
-__device__ inline u32 two_largest(const float* score) {
+// Which of four scores, those of entries that are not there being negative, are the two largest: a tournament of all pairs,
+// in which an entry stays whose rank, the number of entries that beat it, is below two.
+__device__ inline u32 two_largest_of_ties(const float* score) {
   u32 rank[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int late = 1; late < 4; ++late)
@@ -237,55 +173,144 @@ __device__ inline u32 two_largest(const float* score) {
   return nibble;
 }
 
-// One layer as `double_prune` takes it, and below as `metadata` does.
-template <class V> struct Pruning {
-  const V* values;
-  const u8* positions;
-  u8* positions_t;
-  i64 rows, columns;
-};
-
-template <class V> __device__ inline void double_prune(const Pruning<V>& layer) {
-  const auto [values, positions, positions_t, rows, columns] = layer;
-  __shared__ u8 bytes[PRUNE_I][PRUNE_O / 8];
-  const u32 across = u32(columns + PRUNE_I - 1) / PRUNE_I;
-  const i64 o0 = i64(blockIdx.x / across) * PRUNE_O, i0 = i64(blockIdx.x % across) * PRUNE_I;
-  if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
-  const int chunk = threadIdx.x % (PRUNE_I / 8), byte = threadIdx.x / (PRUNE_I / 8);
-  const i64 o = o0 + byte * 8, i = i0 + chunk * 8;
-  if (o < rows && i < columns) {
-    Pack<V, 4> kept[8];
-    u32 bits[8], out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+// The same in fewer instructions; of more than two where the second largest has an equal.
+__device__ inline u32 from_second_largest(const float* score) {
+  const float most = fminf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3]));
+  const float least = fmaxf(fminf(score[0], score[1]), fminf(score[2], score[3]));
+  const float second = fmaxf(fmaxf(most, least), 0.0f);
+  u32 nibble = 0;
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      kept[r] = load<Pack<V, 4>>(values + ((o + r) * columns + i) / 2);
-      bits[r] = positions[((o + r) * columns + i) / 8];
+  for (int k = 0; k < 4; ++k) nibble |= score[k] >= second ? 1u << k : 0u;
+  return nibble;
+}
+
+// The nibbles of W^{R,C} of 8 columns in a group of 4 rows: byte k of the result, that of column k. `bits`: of the rows.
+template <class V> __device__ inline u64 prune(const Pack<V, 4>* kept, const u32* bits) {
+  u32 bytes[2] = {0, 0};
+#pragma unroll
+  for (int g = 0; g < 2; ++g) {
+    float score[4][4];  // [column][row]
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      float group[4];
+      spread(fabsf(to_float(kept[r].at[2 * g])), fabsf(to_float(kept[r].at[2 * g + 1])), bits[r] >> (4 * g) & 15, -1.0f, group);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[c][r] = group[c];
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        float score[4][4];  // [column][row] of a 4 x 4 block
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const Pack<V, 4>& row = kept[4 * half + r];
-          float group[4];
-          spread(fabsf(to_float(row.at[2 * g])), fabsf(to_float(row.at[2 * g + 1])), bits[4 * half + r] >> (4 * g) & 15, -1.0f, group);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) score[c][r] = group[c];
-        }
-#pragma unroll
-        for (int c = 0; c < 4; ++c) out[4 * g + c] |= two_largest(score[c]) << (4 * half);
-      }
-#pragma unroll
-    for (int c = 0; c < 8; ++c) bytes[chunk * 8 + c][byte] = u8(out[c]);
+    for (int c = 0; c < 4; ++c) {
+      u32 nibble = from_second_largest(score[c]);
+      if (__popc(nibble) > 2) nibble = two_largest_of_ties(score[c]);
+      bytes[g] |= nibble << (8 * c);
+    }
   }
+  return bytes[0] | u64(bytes[1]) << 32;
+}
+
+template <bool RENEW, class V, class T> __device__ inline void refresh(const Layer<V, T>& layer) {
+  const auto [values, positions, positions_t, bias, w, w_t, bias_copy, metadata, rows, columns, packed, packed_t] = layer;
+  const u32 across = (u32(columns) + TILE_I - 1) / TILE_I;
+  const u32 o0 = blockIdx.x / across * TILE_O, i0 = blockIdx.x % across * TILE_I;
+  if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
+  // What is left of the matrix from this tile on, and where the tile begins in it, and in the transpose: within the tile,
+  // places are numbers of 32 bits.
+  const u32 height = u32(rows) - o0, width = u32(columns) - i0, stride = u32(columns), stride_t = u32(rows);
+  const u64 corner = u64(o0) * stride + i0, corner_t = u64(i0) * stride_t + o0;
+  // Chunks of 8 columns (16 bytes) are swizzled by the row's block of 16, so that neither phase meets a bank conflict.
+  __shared__ Pack<T, 8> tile[TILE_O][TILE_I / 8];
+  // [group of 4 rows][column]: a nibble a byte, and rows that far apart that neighbours of the second phase differ in bank.
+  alignas(8) __shared__ u8 nibbles[RENEW ? TILE_O / 4 : 1][TILE_I + 8];
+  // The second phase's item: 16 rows of one column. Four neighbouring threads write 64 neighbouring bytes.
+  constexpr int BLOCKS = TILE_O / 16, ITEMS = TILE_I * BLOCKS / REFRESH_THREADS;
+  const u32 group = threadIdx.x / (TILE_I / 8), chunk = threadIdx.x % (TILE_I / 8);
+  const bool inside = 4 * group < height && 8 * chunk < width;
+  Pack<V, 4> kept[4];
+  u32 bits[4], all_bits_t[ITEMS];
+  if (inside) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const u32 at = (4 * group + r) * stride + 8 * chunk;
+      kept[r] = load<Pack<V, 4>>(values + corner / 2 + at / 2);
+      bits[r] = positions[corner / 8 + at / 8];
+    }
+  }
+  if constexpr (!RENEW) {
+#pragma unroll
+    for (int u = 0; u < ITEMS; ++u) {  // read here, so that the second phase waits for no memory
+      const u32 item = u * REFRESH_THREADS + threadIdx.x, block = item % BLOCKS, column = item / BLOCKS;
+      const u32 at = column * stride_t + 16 * block;
+      if (w_t && 16 * block < height && column < width)
+        all_bits_t[u] = *reinterpret_cast<const u16*>(positions_t + corner_t / 8 + at / 8);
+    }
+  }
+  if (inside) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const u32 row = 4 * group + r, at = row * stride + 8 * chunk;
+      Pack<T, 4> small;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) small.at[k] = from_float<T>(to_float(kept[r].at[k]));
+      Pack<T, 8> wide;
+      spread(small.at[0], small.at[1], bits[r] & 15, from_float<T>(0.0f), wide.at);
+      spread(small.at[2], small.at[3], bits[r] >> 4, from_float<T>(0.0f), wide.at + 4);
+      if (w && packed) store(w + corner / 2 + at / 2, small);
+      if (w && !packed) store(w + corner + at, wide);
+      tile[row][chunk ^ (row / 16)] = wide;
+    }
+    if constexpr (RENEW) *reinterpret_cast<u64*>(&nibbles[group][8 * chunk]) = prune(kept, bits);
+  }
+  if (bias_copy && i0 == 0 && threadIdx.x < TILE_O && threadIdx.x < height)
+    bias_copy[o0 + threadIdx.x] = from_float<T>(to_float(bias[o0 + threadIdx.x]));
+  if (!RENEW && !w_t) return;
   __syncthreads();
-  for (int item = threadIdx.x; item < PRUNE_I * (PRUNE_O / 16); item += PRUNE_THREADS) {
-    const int column = item / (PRUNE_O / 16), pair = item % (PRUNE_O / 16);
-    const i64 out_o = o0 + pair * 16, out_i = i0 + column;
-    if (out_o < rows && out_i < columns)
-      *reinterpret_cast<u16*>(positions_t + (out_i * rows + out_o) / 8) = bytes[column][2 * pair] | bytes[column][2 * pair + 1] << 8;
+
+#pragma unroll
+  for (int u = 0; u < ITEMS; ++u) {
+    const u32 item = u * REFRESH_THREADS + threadIdx.x, block = item % BLOCKS, column = item / BLOCKS;
+    const u32 at = column * stride_t + 16 * block;
+    if (16 * block >= height || column >= width) continue;
+    if constexpr (RENEW) {
+      all_bits_t[u] = 0;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) all_bits_t[u] |= u32(nibbles[4 * block + g][column]) << (4 * g);
+      *reinterpret_cast<u16*>(positions_t + corner_t / 8 + at / 8) = u16(all_bits_t[u]);
+    }
+    if (!w_t) continue;
+    const u32 bits_t = all_bits_t[u];
+    const auto entry = [&](u32 row) { return tile[block * 16 + row][column / 8 ^ block].at[column % 8]; };
+    const T zero = from_float<T>(0.0f);
+    if (packed_t) {
+      Pack<T, 8> out;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        const u32 nibble = bits_t >> (4 * g) & 15, slots = slots_of(nibble), first = slots & 3, last = slots >> 2;
+        out.at[2 * g] = nibble >> first & 1 ? entry(4 * g + first) : zero;
+        out.at[2 * g + 1] = nibble >> last & 1 ? entry(4 * g + last) : zero;
+      }
+      store(w_t + corner_t / 2 + at / 2, out);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Pack<T, 8> out;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) out.at[k] = bits_t >> (8 * half + k) & 1 ? entry(8 * half + k) : zero;
+        store(w_t + corner_t + at + 8 * half, out);
+      }
+    }
+  }
+  if constexpr (RENEW) {
+    // A thread: 4 of the 8 bytes of an item of `metadata`, for a matrix of `columns` rows and `rows` columns.
+    const u32 word = threadIdx.x % 2, r = threadIdx.x / 2 % 8, band = threadIdx.x / 16 % 8, half = threadIdx.x / 128;
+    const u32 column = 16 * band + r;
+    if (!metadata || 32 * half >= height || column >= width) return;
+    u32 out = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const u32 g = 8 * half + 2 * word + k / 2 + k % 2 * 4;
+      out |= (slots_of(nibbles[g][column]) | slots_of(nibbles[g][column + 8]) << 4) << (8 * k);
+    }
+    const u64 tiles = u64(i0 / 64 + band / 4) * (stride_t / 32) + o0 / 32 + half, at = tiles * 32 + band % 4 * 8 + r;
+    *reinterpret_cast<u32*>(metadata + at * 8 + 4 * word) = out;
   }
 }
 
@@ -297,10 +322,12 @@ constexpr int MARK_THREADS = 256;
 template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 bytes) {
   const i64 at = i64(blockIdx.x) * MARK_THREADS + threadIdx.x;
   if (at >= bytes) return;
-  const u32 slots = with_fillers(bits[at] & 15) | with_fillers(bits[at] >> 4) << 4;
   Pack<T, 8> out;
 #pragma unroll
-  for (int k = 0; k < 8; ++k) out.at[k] = from_float<T>(float(slots >> k & 1));
+  for (int k = 0; k < 8; ++k) {
+    const u32 slots = slots_of(bits[at] >> (k & 4) & 15);
+    out.at[k] = from_float<T>(float((slots & 3) == k % 4 || slots >> 2 == k % 4));
+  }
   store(marked + at * 8, out);
 }
 
@@ -319,11 +346,6 @@ struct Marks {
   i64 rows, columns;
 };
 
-__device__ inline u32 places(u32 nibble) {
-  const u32 slots = with_fillers(nibble);
-  return (__ffs(slots) - 1) | (31 - __clz(slots)) << 2;
-}
-
 __device__ inline void metadata(const Marks& layer) {
   const auto [bits, out, rows, columns] = layer;
   const i64 at = i64(blockIdx.x) * METADATA_THREADS + threadIdx.x;  // which 8 bytes: [R/64][C/32][4][8]
@@ -335,7 +357,7 @@ __device__ inline void metadata(const Marks& layer) {
   u32 words[2] = {0, 0};
 #pragma unroll
   for (int group = 0; group < 8; ++group) {
-    const u32 byte = places(low >> (4 * group) & 15) | places(high >> (4 * group) & 15) << 4;
+    const u32 byte = slots_of(low >> (4 * group) & 15) | slots_of(high >> (4 * group) & 15) << 4;
     const int place = 2 * (group % 4) + group / 4;
     words[place / 4] |= byte << (8 * (place % 4));
   }
@@ -343,7 +365,7 @@ __device__ inline void metadata(const Marks& layer) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy>, double_prune_<values>, mark_<copy>, metadata; with
+// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy>, renew_<values>_<copy>, mark_<copy>, metadata; with
 // _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
@@ -351,23 +373,19 @@ __device__ inline void metadata(const Marks& layer) {
       gather_kept_##D##_##V(const D* dense, const u8* positions, V* kept, i64 bytes) {                                      \
     gather_kept(dense, positions, kept, bytes);                                                                             \
   }
-#define REFRESH(V, T)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS)                                                             \
-      refresh_##V##_##T(const V* values, const u8* positions, const u8* positions_t, const V* bias, T* w, T* w_t,           \
-                        T* bias_copy, i64 rows, i64 columns, i64 packed, i64 packed_t) {                                    \
-    refresh(Layer<V, T>{values, positions, positions_t, bias, w, w_t, bias_copy, rows, columns, packed, packed_t});         \
+#define REFRESH(NAME, RENEW, V, T)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
+      NAME##_##V##_##T(const V* values, const u8* positions, u8* positions_t, const V* bias, T* w, T* w_t, T* bias_copy,    \
+                       u8* metadata, i64 rows, i64 columns, i64 packed, i64 packed_t) {                                     \
+    const Layer<V, T> layer{values, positions, positions_t, bias,    w,      w_t,                                           \
+                            bias_copy, metadata, rows,      columns, packed, packed_t};                                     \
+    refresh<RENEW>(layer);                                                                                                  \
   }                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS) refresh_##V##_##T##_all(const Layer<V, T>* layers) {        \
-    refresh(layers[blockIdx.y]);                                                                                            \
+  extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
+      NAME##_##V##_##T##_all(const Layer<V, T>* layers) {                                                                   \
+    refresh<RENEW>(layers[blockIdx.y]);                                                                                     \
   }
-#define PRUNE(V)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(PRUNE_THREADS)                                                               \
-      double_prune_##V(const V* values, const u8* positions, u8* positions_t, i64 rows, i64 columns) {                      \
-    double_prune(Pruning<V>{values, positions, positions_t, rows, columns});                                                \
-  }                                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(PRUNE_THREADS) double_prune_##V##_all(const Pruning<V>* layers) {            \
-    double_prune(layers[blockIdx.y]);                                                                                       \
-  }
+#define BOTH(V, T) REFRESH(refresh, false, V, T) REFRESH(renew, true, V, T)
 #define MARK(T)                                                                                                             \
   extern "C" __global__ void __launch_bounds__(MARK_THREADS) mark_##T(const u8* bits, T* marked, i64 bytes) {               \
     mark(bits, marked, bytes);                                                                                              \
@@ -378,13 +396,10 @@ GATHER(bf16, bf16)
 GATHER(fp16, float)
 GATHER(fp16, fp16)
 GATHER(float, float)
-REFRESH(float, bf16)
-REFRESH(float, fp16)
-REFRESH(bf16, bf16)
-REFRESH(fp16, fp16)
-PRUNE(float)
-PRUNE(bf16)
-PRUNE(fp16)
+BOTH(float, bf16)
+BOTH(float, fp16)
+BOTH(bf16, bf16)
+BOTH(fp16, fp16)
 MARK(bf16)
 MARK(fp16)
 

@@ -18,12 +18,13 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
+def _copies_of(layer: SparseLinear) -> list[Copies]:
+    return [found for dtype in ops.HALF if (found := copies.find(layer.positions, dtype))]
+
+
 def _copies(model: nn.Module) -> Iterator[tuple[str, SparseLinear, Copies]]:
     """(name, layer, copies) of every sparse layer that has some, one for each of their dtypes."""
-    for name, layer in sparse_layers(model):
-        for dtype in ops.HALF:
-            if found := copies.find(layer.positions, dtype):
-                yield name, layer, found
+    return ((name, layer, found) for name, layer in sparse_layers(model) for found in _copies_of(layer))
 
 
 def _weight(layer: SparseLinear) -> Weight:
@@ -35,22 +36,29 @@ def layer_seed(seed: int, name: str) -> int:
     return seed ^ zlib.crc32(name.encode())
 
 
+@torch.no_grad()
 def renew_column_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0) -> None:
-    """Choose W^{R,C} of every sparse layer anew; W^R's positions stay.
+    """Choose W^{R,C} of every sparse layer anew; W^R's positions stay. The copies that are there follow at once.
 
     Args:
         kind: "magnitude" of the present values, or "random" among the kept entries.
         seed: of the random choice; give another at each renewal.
     """
-    pruned, works = [], []
+    renewed: list[SparseLinear] = []
+    works: list[cuda.Work] = []
+    stale: list[tuple[SparseLinear, Copies]] = []
     for name, layer in sparse_layers(model):
-        if work := layer.pruning(kind):
-            pruned.append(layer)
-            works.append(work)
+        found = _copies_of(layer)
+        if layer.kernel_prunes(kind):
+            renewed.append(layer)
+            works += found[0].renew(_weight(layer), layer.bias) if found else [cuda.renew(*_weight(layer))]
+            found = found[1:]
         else:
             layer.renew_column_mask(kind, layer_seed(seed, name))
+        stale += [(layer, copies) for copies in found]
     cuda.launch_all(works)
-    for layer in pruned:
+    cuda.launch_all(work for layer, copies in stale for work in copies.rewrite(_weight(layer), layer.bias))
+    for layer in renewed:
         layer.renew_column_scale()
 
 
@@ -96,10 +104,10 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
 def refresh(model: nn.Module) -> None:
     """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in a launch or two.
 
-    Needed after the optimizer's step, and after a renewal of the column masks, where the products are replayed from a
-    CUDA graph, which cannot see that the copies are stale; may be captured in a graph itself, after the step or the
-    renewal, if the copies are fresh then or it is replayed before the next eager product. Elsewhere the layers do this
-    on their own.
+    Needed after the optimizer's step where the products are replayed from a CUDA graph, which cannot see that the
+    copies are stale, unless a renewal of the column masks follows, which does this too; may be captured in a graph
+    itself, after the step, if the copies are fresh then or it is replayed before the next eager product. Elsewhere the
+    layers do this on their own.
     """
     cuda.launch_all(work for _, layer, found in _copies(model) for work in found.rewrite(_weight(layer), layer.bias))
 

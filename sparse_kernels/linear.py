@@ -260,19 +260,17 @@ class SparseLinear(nn.Module):
         Args:
             kind: "magnitude" of the present values, or "random" among the kept entries, from `seed`.
         """
-        if work := self.pruning(kind):
-            cuda.launch(work)
+        if self.kernel_prunes(kind):
+            cuda.launch(cuda.renew(self.values, self.positions, self.positions_t))
         else:
             rows_OI = self.row_mask()
             column_mask_OI = masks.double_prune(self._scattered(), rows_OI, self.n, self.m, kind=kind, seed=seed)
             self.positions_t.copy_(masks.pack_bits(column_mask_OI.t()))
         self.renew_column_scale()
 
-    def pruning(self, kind: str) -> cuda.Work | None:
-        """What chooses W^{R,C} anew on a GPU, for the caller to launch; None where plain torch must."""
-        if kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values):
-            return cuda.double_prune(self.values, self.positions, self.positions_t)
-        return None
+    def kernel_prunes(self, kind: str) -> bool:
+        """Whether `cuda.renew` is to choose W^{R,C}, on a GPU; else plain torch must."""
+        return kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values)
 
     @torch.no_grad()
     def renew_column_scale(self) -> None:

@@ -12,8 +12,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "sparse_kernels" / "kernels.cu"
 ENTRIES = {
     *(f"gather_kept_{x}" for x in ("bf16_float", "bf16_bf16", "fp16_float", "fp16_fp16", "float_float")),
-    *(f"refresh_{x}{all}" for all in ("", "_all") for x in ("float_bf16", "float_fp16", "bf16_bf16", "fp16_fp16")),
-    *(f"double_prune_{x}{all}" for all in ("", "_all") for x in ("float", "bf16", "fp16")),
+    *(
+        f"{name}_{x}{all}"
+        for name in ("refresh", "renew")
+        for all in ("", "_all")
+        for x in ("float_bf16", "float_fp16", "bf16_bf16", "fp16_fp16")
+    ),
     "metadata",
     "metadata_all",
     *(f"mark_{x}" for x in ("bf16", "fp16")),

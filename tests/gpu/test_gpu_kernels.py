@@ -7,6 +7,11 @@ from torch import Tensor
 from sparse_kernels import cuda, masks
 
 SHAPES = [(16, 16), (48, 80), (64, 128), (272, 144), (144, 272), (1040, 2064), (768, 3072)]
+HALVES = {
+    torch.float32: (torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
 DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16,) * 2, (torch.float16,) * 2]
 
 
@@ -89,15 +94,31 @@ def test_refresh(rows: int, columns: int, values_dtype: torch.dtype, dtype: torc
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ties", [False, True])
-def test_double_prune(rows: int, columns: int, dtype: torch.dtype, ties: bool) -> None:
+def test_renew(rows: int, columns: int, dtype: torch.dtype, ties: bool) -> None:
     values, positions, positions_t, row, _ = layer(rows, columns, dtype)
     values = values.round() if ties else -values
     weight = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values)
     expected = masks.pack_bits(masks.double_prune(weight, row, 2, 4).t())
     version = positions_t._version
-    cuda.launch(cuda.double_prune(values, positions, positions_t))
+    cuda.launch(cuda.renew(values, positions, positions_t))
     assert torch.equal(positions_t, expected)
     assert positions_t._version > version
+    for half in HALVES[dtype]:
+        for packed, packed_t in ((True, True), (True, False), (False, True), (False, False)):
+            w = torch.empty(rows, columns // 2 if packed else columns, dtype=half, device="cuda")
+            w_t = torch.empty(columns, rows // 2 if packed_t else rows, dtype=half, device="cuda")
+            metadata = None
+            if packed_t and columns % 64 == 0 and rows % 32 == 0:
+                metadata = torch.zeros(rows * columns // 8, dtype=torch.uint8, device="cuda")
+            positions_t.zero_()
+            cuda.launch(cuda.renew(values, positions, positions_t, w=w, w_t=w_t, metadata=metadata))
+            assert torch.equal(positions_t, expected)
+            refreshed = torch.empty_like(w), torch.empty_like(w_t)
+            cuda.launch(cuda.refresh(values, positions, positions_t, w=refreshed[0], w_t=refreshed[1]))
+            assert torch.equal(w, refreshed[0])
+            assert torch.equal(w_t, refreshed[1])
+            if metadata is not None:
+                assert torch.equal(metadata, metadata_of(positions_t))
 
 
 def test_runs_on_torch_s_current_stream() -> None:
@@ -117,7 +138,7 @@ def test_layers_of_many_sizes_in_one_launch() -> None:
     found = [layer(rows, columns, torch.float32) for rows, columns in SHAPES]
     for values, _, _, _, _ in found:
         values.neg_().add_(torch.rand_like(values))
-    cuda.launch_all(cuda.double_prune(values, positions, positions_t) for values, positions, positions_t, _, _ in found)
+    cuda.launch_all(cuda.renew(values, positions, positions_t) for values, positions, positions_t, _, _ in found)
     for values, _, positions_t, row, _ in found:
         weight = torch.zeros(row.shape, device="cuda").masked_scatter_(row, values)
         assert torch.equal(positions_t, masks.pack_bits(masks.double_prune(weight, row, 2, 4).t()))

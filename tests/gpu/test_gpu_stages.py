@@ -8,8 +8,8 @@ from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_s
 
 from slope_cli import config as configs
 from slope_cli import models, optim, runs, stages
-from slope_cli.step import Taken
-from sparse_kernels import masked_layers, refresh, renew_masks
+from slope_cli.step import Renewal, Taken
+from sparse_kernels import masked_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:The CUDA Graph is empty", "ignore:The .grad attribute"
@@ -33,11 +33,9 @@ def train(run: Setup, steps: int, *, graphed: bool) -> list[Taken]:
         if to != now:
             stages.enter(run.model, run.config, now, to, optimizer=run.optimizer)
             now, run = to, run._replace(step=new_step(run.model, run.optimizer, torch.bfloat16, graphed))
-        taken.append(run.take(batches("gpt2", 2, number), number))
         every = stages.renew_every(run.config, now)
-        if every and (number + 1) % every == 0:
-            renew_masks(run.model)
-            refresh(run.model)
+        renewal = Renewal() if every and (number + 1) % every == 0 else None
+        taken.append(run.take(batches("gpt2", 2, number), number, renewal))
     return taken
 
 

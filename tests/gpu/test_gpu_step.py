@@ -17,7 +17,7 @@ from torch import nn
 from slope_cli import checkpoint, models, optim
 from slope_cli import config as configs
 from slope_cli.errors import SlopeError
-from slope_cli.step import Step, Taken
+from slope_cli.step import Renewal, Step, Taken
 from sparse_kernels import (
     add_adapters,
     copies,
@@ -63,9 +63,9 @@ class Setup(NamedTuple):
     step: Step
     config: configs.Config
 
-    def take(self, batches: Sequence[Batch], number: int = 0) -> Taken:
+    def take(self, batches: Sequence[Batch], number: int = 0, renewal: Renewal | None = None) -> Taken:
         optim.set_learning_rates(self.optimizer, number, self.config)
-        return self.step(batches)
+        return self.step(batches, renewal)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {
@@ -266,11 +266,11 @@ def test_masks_are_renewed_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> 
     taken: list[list[Taken]] = [[], []]
     for number in range(6):
         for run, record in zip(runs, taken, strict=True):
-            record.append(run.take(batches("gpt2", 2, number), number))
             shake(run.model)
+            layers.refresh(run.model)
             before = {name: layer.positions_t.clone() for name, layer in layers.sparse_layers(run.model)}
             versions = {name: layer.positions_t._version for name, layer in layers.sparse_layers(run.model)}
-            run.step.renew("magnitude", 0)
+            record.append(run.take(batches("gpt2", 2, number), number, Renewal()))
             for name, layer in layers.sparse_layers(run.model):
                 chosen = masks.double_prune(layer.weight.detach(), layer.row_mask(), *pattern)
                 assert torch.equal(layer.column_mask(), chosen)
@@ -291,8 +291,7 @@ def test_masks_that_move_are_renewed_from_a_graph_too(transposable: bool) -> Non
     taken: list[list[Taken]] = [[], []]
     for number in range(6):
         for run, record in zip(runs, taken, strict=True):
-            record.append(run.take(batches("gpt2", 1, number), number))
-            run.step.renew("magnitude", 0)
+            record.append(run.take(batches("gpt2", 1, number), number, Renewal()))
             for _, layer in masked_layers(run.model):
                 assert torch.equal(layer.mask, layer._choose(layer.weight.detach().abs()))
     assert_same_steps(taken[1], taken[0])
