@@ -151,14 +151,23 @@ def _earlier(path: Path) -> list[Row]:
 
 def _require_distinct(rows: Sequence[Row]) -> None:
     """UsageError if a run is there twice, or a name stands for two configurations."""
+    defaults = _portable(Config())
+    whole = [_completed(row["config"], defaults) for row in rows]
     seen: dict[tuple[Any, ...], Row] = {}
-    for number, row in enumerate(rows):
-        if any(row["config"] == other["config"] for other in rows[:number]):
+    for number, (row, config) in enumerate(zip(rows, whole, strict=True)):
+        if config in whole[:number]:
             raise UsageError(f"{row['run']}: this run is there twice")
-        key = (row["variant"], row["lr"])
-        config = {**row["config"], "train": {**row["config"]["train"], "seed": 0}}
-        if seen.setdefault(key, config) != config:
+        seedless = {**config, "train": {**config["train"], "seed": 0}}
+        if seen.setdefault((row["variant"], row["lr"]), seedless) != seedless:
             raise UsageError(f"{row['run']}: {row['variant']} stands for two configurations; compare their folders")
+
+
+def _completed(config: Row, defaults: Row) -> Row:
+    """A config with the default of each setting that the version it was written by did not have."""
+    return defaults | {
+        key: _completed(value, defaults.get(key) or {}) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
@@ -281,10 +290,10 @@ def _together(files: Mapping[str, str]) -> str:
 
 
 def _portable(config: Config) -> Any:
-    """The config as JSON; of a folder of data its name."""
+    """The config as it is read back from JSON; of a folder of data its name."""
     path = config.data.path
     named = replace(config, data=replace(config.data, path=Path(path).name if Path(path).is_absolute() else path))
-    return OmegaConf.to_container(OmegaConf.structured(named))
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(named))))
 
 
 def _environments(run: Path) -> list[Row]:

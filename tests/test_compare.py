@@ -372,6 +372,24 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
         compare.compare_runs([*files], out=tmp_path / "altered")
 
 
+def test_a_run_and_a_comparison_that_has_it_are_one(tmp_path: Path) -> None:
+    compare.compare_runs([finished() / "dense-s1"], out=tmp_path)
+    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+        compare.compare_runs([tmp_path / "compare.json", finished() / "dense-s1"], out=tmp_path / "twice")
+
+
+def test_results_of_a_version_with_fewer_settings_are_of_the_same_variant(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        compare.compare_runs([finished() / f"dense-s{seed}"], out=tmp_path / str(seed))
+    files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
+    older = json.loads(files[0].read_text())
+    for row in older["runs"]:
+        del row["config"]["linearize"], row["config"]["sparsity"]["column_rescale"]
+    files[0].write_text(json.dumps(older))
+    (found,) = compare.compare_runs(files, out=tmp_path / "both")["variants"]
+    assert found["seeds"] == [1, 2]
+
+
 # ------------------------------------------------------------------------------------ what cannot be compared
 
 
