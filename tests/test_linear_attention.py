@@ -157,6 +157,19 @@ def test_gradients(pattern: Pattern, branch: Branch) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_bands_overlap_in_no_view(pattern: Pattern) -> None:
+    """Their gradients are sums of slices: one added entry by entry, a GPU would sum in no order."""
+    q, k, v = (x.requires_grad_() for x in qkv(300))
+    nodes, left = set[Any](), [attend(q, k, v, None, mixes(), make_maps(), pattern, SCALE).y.grad_fn]
+    while left:
+        if (node := left.pop()) is not None and node not in nodes:
+            nodes.add(node)
+            left += [after for after, _ in node.next_functions]
+    by_entry = {"UnfoldBackward0", "AsStridedBackward0", "IndexBackward0", "GatherBackward0"}
+    assert not by_entry & {node.name() for node in nodes}
+
+
 def test_the_branches_add_up() -> None:
     length, pattern, maps = 30, Pattern(4), make_maps()
     q, k, v = qkv(length)

@@ -82,7 +82,11 @@ class Attended(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How T queries and S keys are cut: C, N, R, zeros to put before and after the keys, K."""
+    """How T queries and S keys are cut: C, N, R, zeros to put before and after the keys, K.
+
+    Band n is places n·C to n·C + K of the keys with these zeros, which are in whole chunks if N > 1. In a causal layer
+    K is a multiple of 8, for a GPU's sake: what that adds comes after the queries.
+    """
 
     chunk: int
     chunks: int
@@ -141,7 +145,7 @@ def attend(
         far_BGNPCK, far_BGNPCE, new_state_BGFE = _far(
             scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far if beyond else None, cut, pattern
         )
-        v_BGN1KE = v_BGSE.unfold(2, cut.band, cut.chunk).transpose(-1, -2)[:, :, :, None]
+        v_BGN1KE = _bands(v_BGSE, cut)[:, :, :, None]
         if far_BGNPCK is not None and branch == "both" and dropped_BH is None:  # nothing asks what each of them adds
             near_BGNPCK, far_BGNPCK = near_BGNPCK + far_BGNPCK, None
         if far_BGNPCK is not None:
@@ -192,9 +196,10 @@ def _layout(queries: int, keys: int, pattern: Pattern) -> _Layout:
     reach = min(pattern.lookback, keys - 1)
     chunk = min(queries, max(pattern.window, SHORTEST_CHUNK))
     chunks = -(-queries // chunk)
-    left, filled = reach - (keys - queries), chunks * chunk - queries
-    sides = 1 if pattern.causal else 2
-    return _Layout(chunk, chunks, reach, left, filled + (sides - 1) * reach, chunk + sides * reach)
+    band = -(-(chunk + reach) // 8) * 8 if pattern.causal else chunk + 2 * reach
+    places = band if chunks == 1 else chunk * (chunks - 1 + -(-band // chunk))
+    left = reach - (keys - queries)
+    return _Layout(chunk, chunks, reach, left, places - left - keys, band)
 
 
 def _masks(cut: _Layout, pattern: Pattern, first_B: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -215,13 +220,22 @@ def _chunked(x_BHTD: Tensor, groups: int, cut: _Layout) -> Tensor:
     return x_BHTD.reshape(B, groups, -1, cut.chunks, cut.chunk, D).transpose(2, 3)
 
 
+def _bands(x_BGSD: Tensor, cut: _Layout) -> Tensor:
+    """(B, G, S, D) -> (B, G, N, K, D), each of chunks side by side: gradients come back by slices, not one by one."""
+    if cut.chunks == 1:
+        return x_BGSD[:, :, None]
+    pieces_BGNCD = x_BGSD.unflatten(2, (-1, cut.chunk))
+    starts = range(0, cut.band, cut.chunk)
+    parts = [pieces_BGNCD[:, :, n : n + cut.chunks, : cut.band - start] for n, start in enumerate(starts)]
+    return torch.cat(parts, dim=3)
+
+
 def _near_weights(
     q_BGNPCD: Tensor, k_BGSD: Tensor, keep_BS: Tensor, mix_H: Tensor, near: Tensor, scale: float, cut: _Layout
 ) -> Tensor:
     """gamma · exp(s - c) of the near keys of each band, 0 for the others: (B, G, N, P, C, K)."""
-    k_BGNDK = k_BGSD.unfold(2, cut.band, cut.chunk)
-    scores_BGNPCK = scale * (q_BGNPCD @ k_BGNDK[:, :, :, None])
-    keep_BGNPCK = keep_BS.unfold(1, cut.band, cut.chunk)[:, None, :, None, None]
+    scores_BGNPCK = scale * (q_BGNPCD @ _bands(k_BGSD, cut).mT[:, :, :, None])
+    keep_BGNPCK = _bands(keep_BS[:, None, :, None], cut).mT[:, :, :, None]
     gamma = mix_H.to(q_BGNPCD.dtype).view(k_BGSD.shape[1], 1, -1, 1, 1)
     return gamma * exp_below_max(scores_BGNPCK, near & keep_BGNPCK)
 
@@ -255,12 +269,12 @@ def _far(
         phi_k_BGSF = maps.k(k_BGSD if far is not None else k_BGSD[:, :, : cut.chunks * cut.chunk])
         phi_q_BGNPCF = _chunked(maps.q(q_BHTD), k_BGSD.shape[1], cut)
     if far is not None:
-        phi_k_BGNFK = phi_k_BGSF.unfold(2, cut.band, cut.chunk)
-        weights_BGNPCK = (phi_q_BGNPCF @ phi_k_BGNFK[:, :, :, None]) * far
+        weights_BGNPCK = (phi_q_BGNPCF @ _bands(phi_k_BGSF, cut).mT[:, :, :, None]) * far
     if stateful:
         states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
         if not pattern.causal:
-            after_BGNFE, _ = _states(phi_k_BGSF.flip(2), v_BGSE.flip(2), None, T, cut)
+            used = slice(cut.chunks * cut.chunk + 2 * cut.reach)
+            after_BGNFE, _ = _states(phi_k_BGSF[:, :, used].flip(2), v_BGSE[:, :, used].flip(2), None, T, cut)
             states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
         sums_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
     return weights_BGNPCK, sums_BGNPCE, new_state_BGFE if state_BGFE is not None else None
