@@ -56,7 +56,7 @@ def account(config: Config, report: Report | None, model: "PreTrainedModel") -> 
     trained = parameters - pruned + kept
     state = {
         **_adamw_bytes(trained),
-        "positions": sum(map(_position_bytes, swapped)) if slope else pruned,
+        "positions": sum(map(position_bytes, swapped)) if slope else pruned,
         "adapters with their state": 16 * adapters,
     }
     dense = 6 * _linear_weights(model) + _attention_flops(config, model)
@@ -92,7 +92,7 @@ def _adamw_bytes(parameters: int) -> dict[str, int]:
     return {"weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters, "AdamW moments": 8 * parameters}
 
 
-def _position_bytes(layer: LayerReport) -> int:
+def position_bytes(layer: LayerReport) -> int:
     """A bit for each weight in positions and one in positions_t, both padded to whole bytes along a row."""
     return layer.out_features * -(-layer.in_features // 8) + layer.in_features * -(-layer.out_features // 8)
 

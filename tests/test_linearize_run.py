@@ -545,22 +545,30 @@ def test_a_changed_file_of_the_base_shows(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ dry run
 
 
-def test_a_dry_run_counts_what_a_run_trains() -> None:
-    done = linearized("llama")
+@pytest.mark.parametrize("kind", ["llama", "sparse", "masked"])
+def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
+    done = linearized(kind)
     record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    model = pretrained.load(done.run).model
-    assert record["map_parameters"] == sum(tensor.numel() for tensor in added_state(model).values())
-    assert record["adapter_parameters"] == sum(
-        p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters()
-    )
+    held = checkpoint.state_tensors(runs.load_trained(done.run)[1], None)
+    maps, adapters = ({name for name in held if part in name} for part in (".linear.", ".adapter."))
+    if kind == "sparse":  # those of the MLPs are as they were
+        adapters = {name for name in adapters if ".attn." in name}
+    frozen = [tensor for name, tensor in held.items() if name not in maps | adapters]
+    assert record["map_parameters"] == sum(held[name].numel() for name in maps)
+    assert record["adapter_parameters"] == sum(held[name].numel() for name in adapters)
+    assert record["frozen_parameters"] == sum(tensor.numel() for tensor in frozen if tensor.is_floating_point())
+    assert record["frozen_bytes"] == sum(tensor.nbytes for tensor in frozen)
     assert runs.open_config(done.run).adapter_step == 36
 
 
-def test_a_dry_run_says_what_its_counts_leave_out() -> None:
-    printed = slope("linearize", trained(*BASES["sparse"]), *WORDS, "--dry-run").out
-    assert "# frozen, as if dense        " in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("# new adapters  ")]
-    assert line.endswith(" parameters, joining after step 36; those of a sparse model are trained on with them")
+def test_a_dry_run_says_what_it_does_not_know(tmp_path: Path) -> None:
+    base, folder = trained(*BASES["sparse"]), tmp_path / "export"
+    assert slope("export", base, folder).code == 0
+    known, unknown = (slope("linearize", x, *WORDS, f"data.path={prepared()}", "--dry-run").out for x in (base, folder))
+    assert "# frozen                     " in known
+    assert "# frozen, as if dense        " in unknown
+    (line,) = [line for line in known.splitlines() if line.startswith("# adapters  ")]
+    assert re.search(r" [\d,]+ parameters, joining after step 36, [\d,]+ of them pretrained$", line)
 
 
 @pytest.mark.parametrize("kind", ["standard", "terrace"])

@@ -62,7 +62,7 @@ def test_large_models_are_linearized_with_the_published_settings(name: str) -> N
 
 def test_the_70b_recipe_has_that_many_parameters() -> None:
     account = json.loads(slope("pretrain", "linearize-llama3-70b", "--dry-run", "--json").out)["account"]
-    assert account["parameters"] == pytest.approx(70.55e9, rel=1e-3)
+    assert account["frozen_parameters"] == pytest.approx(70.55e9, rel=1e-3)
     assert account["linear_layers"] == 80
 
 

@@ -1,7 +1,7 @@
 """What `slope linearize` starts from, and what it would do: nothing is loaded, allocated or written here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,21 @@ from omegaconf import OmegaConf
 
 from slope_cli import config as configs
 from slope_cli import models, pretrained, runs, stages
+from slope_cli.accounting import position_bytes
 from slope_cli.config import INIT, Config
 from slope_cli.errors import UsageError
 from slope_cli.linearize.base import ALREADY
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from sparse_kernels import LayerReport
 
 LONGEST = 1024
 """Tokens of a sequence for a model whose training length is not known."""
 SEQUENCES = 8
 SIZES = ("seq_len", "micro_batch", "tokens_per_step")
-OLD = "those of a sparse model are trained on with them"
 
 
 def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> list[str]:
@@ -71,11 +74,15 @@ def _positions(folder: Path) -> int:
 class Counts:
     """Of a run that linearizes, in numbers of parameters, bytes, and tokens."""
 
-    parameters: int
-    """Of the model that it starts from, as if dense."""
+    frozen_parameters: int
+    """Of the model that it starts from without what is pruned, and without the adapters that are trained on."""
+    frozen_bytes: int
+    """With the positions of what is kept."""
     map_parameters: int
     adapter_parameters: int
-    """The new ones; those of a sparse model come to it."""
+    """All that are trained, those of the model that it starts from among them."""
+    pretrained_adapter_parameters: int
+    """Those among them."""
     layers: int
     linear_layers: int
     state_bytes: int
@@ -97,15 +104,16 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
     counts = count(config)
     trained = 16 * (counts.map_parameters + counts.adapter_parameters)
     begins = "never" if config.adapter_step is None else f"after step {config.adapter_step:,}"
-    train = config.train
+    old = f", {counts.pretrained_adapter_parameters:,} of them pretrained" * bool(counts.pretrained_adapter_parameters)
+    train, frozen = config.train, "frozen" if _run(config) else "frozen, as if dense"
     rows = [
         ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
         ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
         ("linear layers", f"{counts.linear_layers} of {counts.layers} attention layers"),
-        ("frozen, as if dense", f"{counts.parameters:,}"),
+        (frozen, f"{counts.frozen_parameters:,} parameters, {counts.frozen_bytes:,} bytes"),
         ("maps and mix factors", f"{counts.map_parameters:,} parameters"),
-        ("new adapters", f"{counts.adapter_parameters:,} parameters, joining {begins}; {OLD}"),
-        ("training state", f"{4 * counts.parameters + trained:,} bytes, {trained:,} of them of what is new"),
+        ("adapters", f"{counts.adapter_parameters:,} parameters, joining {begins}{old}"),
+        ("training state", f"{counts.frozen_bytes + trained:,} bytes, {trained:,} of them of what is trained"),
         ("memory of a sequence", f"{counts.state_bytes:,} bytes; softmax's {counts.cache_bytes_per_token:,} a token"),
         ("break-even", f"{counts.break_even:,} tokens"),
     ]  # fmt: skip
@@ -121,21 +129,58 @@ def count(config: Config) -> Counts:
     from sparse_kernels import adapters_of
 
     model = models.build_model(_shape(config), device="meta")
-    parameters = sum(p.numel() for p in model.parameters())
+    dense = sum(p.numel() for p in model.parameters())
+    sparse = _sparse_layers(config, model)
+    places = sum(layer.out_features * layer.in_features for layer in sparse)
+    kept = sum(layer.out_features * layer.in_features * layer.n // layer.m for layer in sparse)
+    old = {name: _size(adapter) for name, adapter in adapters_of(model).items()}
     stages.enter(model, config, stages.DENSE, stages.TRANSFER)
     windows = linear_windows(model).values()
     if config.adapter_step is not None:
         stages.enter(model, config, stages.TRANSFER, stages.ADJUST)
+    trained = {name: adapter for name, adapter in adapters_of(model).items() if adapter.A.requires_grad}
+    taken = sum(old.get(name, 0) for name in trained)
+    frozen = dense - places + kept + sum(old.values()) - taken
     state, cache = remembered(model)
     return Counts(
-        parameters=parameters,
-        map_parameters=sum(p.numel() for linear in windows for p in linear.parameters()),
-        adapter_parameters=sum(p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters()),
+        frozen_parameters=frozen,
+        frozen_bytes=4 * frozen + sum(map(position_bytes, sparse)),
+        map_parameters=sum(map(_size, windows)),
+        adapter_parameters=sum(map(_size, trained.values())),
+        pretrained_adapter_parameters=taken,
         layers=model.config.num_hidden_layers,
         linear_layers=len(windows),
         state_bytes=state,
         cache_bytes_per_token=cache,
     )
+
+
+def _size(module: "nn.Module") -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _run(config: Config) -> Path | None:
+    """The run that is linearized; None if it is a folder of transformers, or not said."""
+    init = None if config.model.init is None else Path(config.model.init).expanduser()
+    return init if init is not None and (init / runs.CONFIG).is_file() else None
+
+
+def _sparse_layers(config: Config, model: "PreTrainedModel") -> "Sequence[LayerReport]":
+    """The layers that are sparse at the end of the run that is linearized, whose adapters `model`, dense, gets.
+
+    A folder of transformers says of its weights no more than their shapes: none.
+    """
+    from sparse_kernels import extend_adapters
+
+    if (run := _run(config)) is None:
+        return ()
+    base = runs.open_config(run)
+    report, last = stages.plan(base, model), stages.stage(base, base.train.steps - 1)
+    if report is None or last.layers not in ("sparse", "masked"):
+        return ()
+    if last.adapters:
+        extend_adapters(model, [layer.name for layer in report.swapped], base.adapters.rank)
+    return report.swapped
 
 
 def remembered(model: "PreTrainedModel") -> tuple[int, int]:
