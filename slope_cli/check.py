@@ -36,15 +36,17 @@ def check(run: Path) -> dict[str, Any]:
 
     config = look(runs.CONFIG, lambda: runs.open_config(run))
     look(metrics.JSONL, lambda: metrics.read(run))
-    saved = [look(folder.name, partial(checkpoint.verify, folder)) for folder in checkpoint.folders(run)]
-    newest = next(filter(None, saved), None)
-    if newest and "base" in newest:
-        look(checkpoint.BASE, partial(checkpoint.verify_base, run, newest))
+    folders = checkpoint.folders(run)
+    saved = [(folder, look(folder.name, partial(checkpoint.verify, folder))) for folder in folders]
+    found = next(((folder, manifest, list[str]()) for folder, manifest in saved if manifest), None)
+    newest = found and found[1]
+    if newest and "base" in newest and not look(checkpoint.BASE, partial(checkpoint.verify_base, run, newest)):
+        found = None
     folder = runs.data_folder(config, run) if config else run / "data"
     if folder.is_dir():
         look("data", lambda: _check_data(folder, newest))
-    if saved:
-        look("model and tokenizer", lambda: _load(run))
+    if folders:
+        look("model and tokenizer", lambda: _load(run, found))
     return {"run": str(run), "lines": lines, "faults": faults}
 
 
@@ -55,12 +57,15 @@ def _check_data(folder: Path, manifest: dict[str, Any] | None) -> None:
         raise SlopeError(f"{folder} holds other data than the run was trained on")
 
 
-def _load(run: Path) -> None:
-    """Put config, newest sound checkpoint and tokenizer together; every sparse layer must keep its own rules."""
+def _load(run: Path, found: runs.Found | None) -> None:
+    """Put config, newest sound checkpoint and tokenizer together; every sparse layer must keep its own rules.
+
+    found: that checkpoint, if it and its base are sound: nothing is hashed twice.
+    """
     from sparse_kernels import masked_layers, sparse_layers
     from sparse_kernels.masks import is_nm
 
-    _, model, _, _ = runs.load_trained(run)
+    _, model, _, _ = runs.load_trained(run, found=found)
     for name, masked in masked_layers(model):
         if not (masked.finished or is_nm(masked.mask, masked.n, masked.m)):
             raise SlopeError(f"{name}: the stored mask is not exactly {masked.n}:{masked.m}")

@@ -204,14 +204,14 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_base(run: Path, manifest: Mapping[str, Any]) -> None:
-    """Hash the base that a checkpoint with this manifest was saved beside, if there was one; SlopeError as `verify`."""
-    if "base" in manifest:
-        path = run / BASE / MANIFEST
-        files = read_sealed(path)
-        if file_sha256(path) != manifest["base"]:
-            raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
-        _verify_files(path.parent, files)
+def verify_base(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash the base that a checkpoint with this manifest was saved beside; returns and raises as `verify`."""
+    path = run / BASE / MANIFEST
+    base = read_sealed(path)
+    if file_sha256(path) != manifest["base"]:
+        raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
+    _verify_files(path.parent, base)
+    return base
 
 
 def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -242,7 +242,8 @@ def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
         except SlopeError as error:
             faults.append(str(error))
             continue
-        verify_base(run, manifest)  # an older checkpoint needs it too
+        if "base" in manifest:
+            verify_base(run, manifest)  # an older checkpoint needs it too
         return folder, manifest, faults
     if faults:
         raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")

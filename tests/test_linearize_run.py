@@ -15,7 +15,7 @@ from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli import checkpoint, compare, metrics, models, pretrained, runs, train
+from slope_cli import check, checkpoint, compare, durable, metrics, models, pretrained, runs, train
 from slope_cli import config as configs
 from slope_cli.linearize import base, plan
 from slope_cli.linearize.swap import added_state, linear_windows, using
@@ -274,6 +274,21 @@ def test_a_checkpoint_holds_only_what_is_trained(kind: str) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and f"model.{name}" not in maps | adapters]
     assert len(matrices) >= 10
     assert [written.count(matrix.detach().numpy().tobytes()) for matrix in matrices] == [1] * len(matrices)
+
+
+def test_a_check_hashes_each_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return durable.file_sha256(path)
+
+    run = linearized("sparse").run
+    monkeypatch.setattr(checkpoint, "file_sha256", counted)
+    assert not check.check(run)["faults"]
+    folders = checkpoint.folders(run)
+    files = {path for folder in (run / checkpoint.BASE, *folders) for path in folder.iterdir()}
+    assert sorted(hashed) == sorted(files - {folder / checkpoint.MANIFEST for folder in folders})
 
 
 def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
