@@ -430,14 +430,12 @@ def _step(
     if train.cuda_graph and not gpu:
         raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
     dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
-    transfers = stage.layers == "transfer"
     if config.method == "linearize" and gpu and dtype is not None:
         # Linearized attention computes in float32, of q, k and v that come in 16 bits. TF32 holds these exactly, and
         # features and states to 10 bits, as bf16's products would not.
-        torch.set_float32_matmul_precision("high" if transfers else "highest")
-    # With adapters only where it is asked for: on a GPU a compiled run's gradients have been seen to blow up.
-    compiled = gpu and (transfers or config.method != "linearize") if train.compile is None else train.compile
-    if transfers:
+        torch.set_float32_matmul_precision("high")
+    compiled = gpu if train.compile is None else train.compile
+    if stage.layers == "transfer":
         from slope_cli.linearize.step import TransferStep
 
         weights = {"mse_weight": config.linearize.mse_weight, "entropy_weight": config.linearize.entropy_weight}
