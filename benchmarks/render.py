@@ -157,19 +157,35 @@ def _metrics(found: dict[str, Any]) -> str:
 
 
 def _linearized(result: dict[str, Any]) -> str:
-    rows = ["| GPT-2 small | teacher | after the swap | transfer | adapters |", "|---|---|---|---|---|"]
+    columns = (
+        "GPT-2 small",
+        "window",
+        "tokens: teacher",
+        "linearizing",
+        "teacher",
+        "swap",
+        "transfer",
+        "adapters",
+        "gap",
+    )
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, run in result["runs"].items():
-        adapted = "not run to its end" if run["adapted"] is None else f"{run['adapted']:.2f}"
-        rows.append(f"| {name} | {run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f} | {adapted} |")
+        millions = f"{run['teacher_tokens'] / 1e6:.0f} M | {run['tokens'] / 1e6:.0f} M"
+        losses = f"{run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f}"
+        adapted, gap = "cut off", "–"
+        if run["adapted"] is not None:
+            adapted, gap = f"{run['adapted']:.2f}", f"{100 * (run['adapted'] / run['teacher'] - 1):+.1f} %"
+        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {adapted} | {gap} |")
     branches = result["runs"]["dense"]["branches"]
     places = [f"{at['first']}–{at['last']}" for at in branches["both"]["positions"]]
     rows += ["", f"| dense, by position | {' | '.join(places)} | all |", "|---|" + "---|" * (len(places) + 1)]
     for name, found in branches.items():
         values = " | ".join(f"{at['perplexity']:.2f}" for at in found["positions"])
         rows.append(f"| {name} | {values} | {found['perplexity']:.2f} |")
-    m, run = result["machine"], result["runs"]["dense"]
-    tokens = f"{run['transfer_tokens'] / 1e6:.1f} of {run['tokens'] / 1e6:.1f} million tokens transfer"
-    return "\n".join([*rows, "", f"{m['gpu']}, torch {m['torch']}; window {result['window']}; {tokens}; perplexity."])
+    m = result["machine"]
+    return "\n".join(
+        [*rows, "", f"{m['gpu']}, torch {m['torch']}; sequences of {result['length']:,} tokens; perplexity."]
+    )
 
 
 def _demo_linearized(r: dict[str, Any]) -> str:
