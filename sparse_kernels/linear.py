@@ -57,7 +57,9 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return self.scale * F.linear(F.linear(X, self.A), self.B)  # [B,I]·[R,I]^T -> [B,R];  [B,R]·[O,R]^T -> [B,O]
+        more = -self.rank % 16  # zeros: a side of 12, say, keeps a GPU's products from its tensor cores' fast paths
+        A_RI, B_OR = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more))
+        return F.linear(self.scale * F.linear(X, A_RI), B_OR)  # [B,I]·[R,I]^T -> [B,R];  [B,R]·[O,R]^T -> [B,O]
 
     def delta(self) -> Tensor:
         """The dense matrix this adapter adds to the layer's weight: (out, in)."""
