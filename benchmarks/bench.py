@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from slope_cli import doctor, models, runs, stages
+from slope_cli import doctor, models, runmodel, stages
 from slope_cli.accounting import account
 from slope_cli.benchmarks import generate, report
-from slope_cli.benchmarks.machine import machine
-from slope_cli.benchmarks.measure import Case, Row, case_config, cases, fastest, one_line
+from slope_cli.benchmarks.machine import machine, one_line
+from slope_cli.benchmarks.measure import Case, Row, case_config, cases, fastest
 from slope_cli.durable import atomic_file
 from slope_cli.errors import SlopeError, UsageError
 
@@ -165,7 +165,7 @@ class Bench:
         entries: list[Row] = []
         self._section("step", cases=entries)
         for case in self._chosen:
-            config = runs.model_config(case_config(case, "dense"))
+            config = runmodel.model_config(case_config(case, "dense"))
             entry = {**asdict(case), "blocks": config.num_hidden_layers, "rows": [], "summary": None, "not_run": ""}
             entries.append(entry)
             entry["not_run"] = self._rows(["step", case.name], lambda row, entry=entry: self._keep_step(entry, row))  # type: ignore[misc]
@@ -296,7 +296,7 @@ def memory_row(case: Case) -> Row:
     inference: 16-bit weights, sparse layers packed.
     """
     config = case_config(case, "slope")
-    model = models.build_model(runs.model_config(config), device="meta")
+    model = models.build_model(runmodel.model_config(config), device="meta")
     layers = stages.plan(config, model)
     counts = account(config, layers, model)
     assert layers is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from slope_cli import checkpoint, models, optim, runs, stages
+from slope_cli import checkpoint, models, optim, runmodel, stages
 from slope_cli import config as configs
 from slope_cli.benchmarks.machine import RESULTS, machine
 from slope_cli.config import Config
@@ -37,7 +37,7 @@ class Stepper:
     """A model that takes timed steps on one random batch."""
 
     def __init__(self, config: Config) -> None:
-        self.model, _ = runs.build(config, "cpu")
+        self.model, _ = runmodel.build(config, "cpu")
         self.optimizer = optim.build_optimizer(self.model, config)
         rows = models.vocab_size(self.model.config)
         shape = (config.train.micro_batch, config.train.seq_len)
@@ -81,7 +81,7 @@ def time_steps(name: str, sequences: int, tokens: int, rounds: int) -> dict[str,
 def checkpoint_bytes(name: str, method: str) -> int:
     """Bytes of a checkpoint of a model with AdamW's state, adapters not counted."""
     config = configs.load(name, [f"method={method}"])
-    model, _ = runs.build(config, "cpu")
+    model, _ = runmodel.build(config, "cpu")
     optimizer = optim.build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

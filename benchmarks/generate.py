@@ -24,16 +24,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from slope_cli import models, pretrained, runs
-from slope_cli.benchmarks.measure import one_line
+from slope_cli import models, pretrained, runmodel, runs
+from slope_cli.benchmarks.machine import one_line
 from slope_cli.durable import read_sealed
 from slope_cli.errors import UsageError
-from slope_cli.export import ADAPTER
 from slope_cli.linearize import base, plan, saved
 from slope_cli.linearize.cache import LinearWindowCache
-from slope_cli.linearize.settings import LinearizeSettings, settings_of
+from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import transfer_losses
+from slope_cli.modelfolder import ADAPTER
 
 Row = dict[str, Any]
 
@@ -92,11 +92,11 @@ def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:
     config = runs.open_config(folder)
     adapted = config.adapter_step is not None
     if config.method != "linearize":
-        return runs.model_config(config), LinearizeSettings(), _left_out(config.method != "dense", adapted)
+        return runmodel.model_config(config), LinearizeSettings(), _left_out(config.method != "dense", adapted)
     description = read_sealed(folder / base.BASE)
     shape = base.rebuild(description | {"sparse": {}, "adapters": {}}, "meta").config
     note = _left_out(bool(description["sparse"]), adapted or bool(description["adapters"]))
-    return shape, settings_of(config), note
+    return shape, config.linear_attention, note
 
 
 def _of_folder(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:

@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""What a result was measured on, and what it says of a failure."""
 
 import os
 import platform
@@ -26,6 +26,15 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+def one_line(error: BaseException) -> str:
+    """What a row says of a failure."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _processor() -> str:

@@ -28,9 +28,10 @@ import yaml
 from torch import Tensor
 
 import sparse_kernels
-from slope_cli import checkpoint, models, optim, runs, stages
+from slope_cli import checkpoint, models, optim, runmodel, stages
 from slope_cli import config as configs
 from slope_cli.accounting import account
+from slope_cli.benchmarks.machine import one_line
 from slope_cli.config import Config
 from slope_cli.step import Renewal, Step, Taken
 from sparse_kernels import copies, plans
@@ -128,8 +129,8 @@ class Runner:
 
 
 def build(config: Config, device: torch.device) -> Any:
-    """The run's model as runs.build makes it, but drawn on the device: on a CPU the largest would take minutes."""
-    shape = runs.model_config(config)
+    """The run's model as runmodel.build makes it, but drawn on the device: on a CPU the largest would take minutes."""
+    shape = runmodel.model_config(config)
     torch.manual_seed(config.train.seed)
     import transformers
 
@@ -176,13 +177,6 @@ def _free() -> None:
     copies.release()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def one_line(error: BaseException) -> str:
-    """What a row says of a failure."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +298,7 @@ def state_bytes(config: Config, device: torch.device) -> Row:
     optimizer.step()
     allocated = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
     tensors = [*checkpoint.state_tensors(model, optimizer).values(), *(p.grad for p in parameters)]
-    shapes = models.build_model(runs.model_config(config), device="meta")
+    shapes = models.build_model(runmodel.model_config(config), device="meta")
     counts = account(config, stages.plan(config, shapes), shapes)
     found = counts.dense_state_bytes if config.method == "dense" else counts.state_bytes
     return {

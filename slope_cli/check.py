@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slope_cli import checkpoint, data, metrics, runs
+from slope_cli import checkpoint, data, metrics, runmodel, runs
 from slope_cli.errors import SlopeError
 
 Found = TypeVar("Found")
@@ -65,7 +65,7 @@ def _load(run: Path, found: runs.Found | None) -> None:
     from sparse_kernels import masked_layers, sparse_layers
     from sparse_kernels.masks import is_nm
 
-    _, model, _, _ = runs.load_trained(run, found=found)
+    _, model, _, _ = runmodel.load(run, found=found)
     for name, masked in masked_layers(model):
         if not (masked.finished or is_nm(masked.mask, masked.n, masked.m)):
             raise SlopeError(f"{name}: the stored mask is not exactly {masked.n}:{masked.m}")

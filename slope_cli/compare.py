@@ -24,6 +24,7 @@ from slope_cli import (
     metrics,
     models,
     plots,
+    runmodel,
     runs,
     stages,
     variants,
@@ -321,7 +322,7 @@ def _sizes(run: Path) -> Row:
     config = runs.open_config(run)
     if config.method == "linearize":
         return _linearized_sizes(config, run)
-    model = models.build_model(runs.model_config(config), device="meta")
+    model = models.build_model(runmodel.model_config(config), device="meta")
     report = stages.plan(config, model)
     counted = account(config, report, model)
     adapters = counted.adapter_parameters
@@ -344,7 +345,7 @@ def _linearized_sizes(config: Config, run: Path) -> Row:
     """Of a run that linearizes: its shapes are those of what it began with, which the run's folder describes."""
     from sparse_kernels import sparse_layers
 
-    model, _ = runs.build(config, "cpu", run)
+    model, _ = runmodel.build(config, "cpu", run)
     stages.enter(model, config, stages.stage(config, 0), stages.stage(config, config.train.steps - 1))
     active = sum(p.numel() for p in model.parameters())
     sparse = [layer for _, layer in sparse_layers(model)]

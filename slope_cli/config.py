@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.errors import UsageError
-from slope_cli.linearize.settings import MAPS
+from slope_cli.linearize.settings import MAPS, LinearizeSettings
 
 # Keys that may change between two starts of one run: they do not touch what is computed.
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
@@ -355,6 +355,21 @@ class Config:
         if self.method != "slope" or not self.adapters.rank:
             return None
         return max(self.sparse_step, min(round(self.adapters.start * self.train.steps), self.train.steps - 1))
+
+    @property
+    def linear_attention(self) -> LinearizeSettings:
+        """The form of the linearized layers."""
+        chosen = self.linearize
+        return LinearizeSettings(
+            feature_map=chosen.map,
+            features=chosen.features,
+            window=chosen.window,
+            terrace=chosen.kind == "terrace",
+            mix=chosen.mix,
+            window_dropout=chosen.window_dropout,
+            keep_softmax=tuple(chosen.keep_softmax),
+            seed=self.train.seed,
+        )
 
 
 def recipe_names() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from slope_cli import config as configs
-from slope_cli import models, runs, stages
+from slope_cli import initial, models, runmodel, stages
 from slope_cli.accounting import Account, account, bytes_text
 from slope_cli.config import Config
 from sparse_kernels import LayerReport, Report
@@ -27,7 +27,7 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
         from slope_cli.linearize import plan
 
         return plan.describe(config)
-    model = models.build_model(runs.model_config(config), device="meta")
+    model = models.build_model(runmodel.model_config(config), device="meta")
     report = stages.plan(config, model)
     counts = account(config, report, model)
     comments = ["", *_layers(report), "", *_begins_with(config, model), *_numbers(config, counts)]
@@ -63,7 +63,7 @@ def _begins_with(config: Config, model: "PreTrainedModel") -> list[str]:
     """The line about model.init, if there is one."""
     if config.model.init is None:
         return []
-    lacks = runs.initial_state(config.model.init, model)
+    lacks = initial.state(config.model.init, model)
     return [f"{'begins with':28}{config.model.init}" + (f", which {lacks}: training needs it" if lacks else "")]
 
 

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope_cli import metrics, models, runs, stages
+from slope_cli import metrics, models, runmodel, stages
 from slope_cli.config import INIT, Config
 from slope_cli.durable import read_sealed
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.linearize.base import BASE
+from slope_cli.modelfolder import ADAPTER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from sparse_kernels import LowRankAdapter
 
-ADAPTER = "adapter"
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, relative to their largest magnitude, that reloading may make."""
 
@@ -42,7 +42,6 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     from transformers.utils import logging
 
     from slope_cli.linearize import saved
-    from slope_cli.linearize.settings import settings_of
     from slope_cli.linearize.swap import linear_windows, restore_attention
     from sparse_kernels import adapted_layers, adapters_of, densify, masked_layers, sparse_layers
 
@@ -50,7 +49,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         raise UsageError(f"{out}: is not an empty folder; choose another")
     out = out.resolve()
     logging.disable_progress_bar()  # a bar that is full at once, in the middle of a log
-    config, model, tokenizer, manifest = runs.load_trained(run)
+    config, model, tokenizer, manifest = runmodel.load(run)
     expected = _logits(model)
     adapters, linear = adapters_of(model), bool(linear_windows(model))
     conv1d = {name for name, layer in adapted_layers(model) if layer.conv1d}
@@ -64,7 +63,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         shutil.rmtree(unchecked, ignore_errors=True)
         unchecked.mkdir(parents=True)
         if linear:
-            saved.write(unchecked / saved.FOLDER, model, settings_of(config))
+            saved.write(unchecked / saved.FOLDER, model, config.linear_attention)
             restore_attention(model)
         model.save_pretrained(unchecked)
         tokenizer.save_pretrained(unchecked)

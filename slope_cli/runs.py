@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, who may use it, and the model that it holds.
+"""The folder of a run: what is in it, and who may use it.
 
 RUN/config.yaml          the resolved configuration
 RUN/environment.jsonl    a line for each start: versions, source, machine
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import slope_cli
 import sparse_kernels
-from slope_cli import checkpoint, durable, metrics, models, stages
+from slope_cli import checkpoint, durable, metrics
 from slope_cli import config as configs
 from slope_cli.config import Config
 from slope_cli.doctor import package_version
@@ -33,16 +33,11 @@ from slope_cli.errors import SlopeError, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-    from sparse_kernels import Report
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 Found = tuple[Path, dict[str, Any], list[str]]
 """A sound checkpoint, its manifest, and the faults of newer ones, as `checkpoint.latest` gives them."""
-SEED = "slope_seed"
-"""The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
 LOG_ENDINGS = (".log", ".out", ".err")
 """A batch system may have opened its log in the folder before the run begins."""
 
@@ -158,163 +153,6 @@ def _git_commit(package: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def model_config(config: Config) -> "PreTrainedConfig":
-    """transformers' config of a run's model; UsageError for sizes that do not fit."""
-    m = config.model
-    return models.model_config(m.name, overrides=m.overrides, seq_len=config.train.seq_len, dropout=m.dropout)
-
-
-def build(
-    config: Config, device: "torch.device | str", run: Path | None = None
-) -> "tuple[PreTrainedModel, Report | None]":
-    """The model of a run in the stage of its first step, for weights and masks from a checkpoint; and its report.
-
-    run: its folder, where the config is not all that the model is built from: in a run that linearizes.
-    """
-    if config.method == "linearize" and run is not None:
-        from slope_cli.linearize import base
-
-        return base.restart(config, run, device), None
-    return _build(config, device, None, None)
-
-
-def start(
-    config: Config, device: "torch.device | str", calibrate: stages.Calibrate
-) -> "tuple[PreTrainedModel, Report | None]":
-    """The model of a run as it is before its first step, and the report of its layers.
-
-    Raises:
-        UsageError: model.init is no run and no model, or of another shape.
-        SlopeError: it cannot be read.
-    """
-    from slope_cli import pretrained
-
-    initial = None
-    if config.model.init is not None:
-        folder = Path(config.model.init).expanduser()
-        with _named_init(folder):
-            pretrained.settings(folder)  # refuses what no run begins with
-            initial = pretrained.load(folder).model
-    return _build(config, device, initial, calibrate)
-
-
-@contextlib.contextmanager
-def _named_init(folder: Path) -> Iterator[None]:
-    """Let an error about model.init name it by its key."""
-    try:
-        yield
-    except SlopeError as error:
-        reason = str(error).removeprefix(str(folder)).removeprefix(":").strip()
-        raise type(error)(f"model.init={folder}: {reason}") from error
-
-
-def initial_state(init: str, model: "PreTrainedModel") -> str:
-    """What is known of a model.init without its weights: "" if it may be begun with, else what it still lacks.
-
-    Args:
-        model: the run's own, dense; it may lie on the meta device.
-
-    Raises:
-        UsageError, SlopeError: as `start`.
-    """
-    from slope_cli import pretrained
-
-    folder = Path(init).expanduser()
-    if not folder.exists():
-        return "is not there yet"
-    with _named_init(folder):
-        theirs = models.build_model(pretrained.settings(folder), device="meta")
-    _require_same_shapes(model, theirs, init)
-    return "has no checkpoint yet" if (folder / CONFIG).is_file() and not checkpoint.folders(folder) else ""
-
-
-def _build(
-    config: Config,
-    device: "torch.device | str",
-    initial: "PreTrainedModel | None",
-    calibrate: stages.Calibrate | None,
-) -> "tuple[PreTrainedModel, Report | None]":
-    from sparse_kernels import densify, sparse_layers
-
-    model = models.build_model(model_config(config), device=str(device), seed=config.train.seed)
-    report, now, first = stages.plan(config, model), stages.DENSE, stages.stage(config, 0)
-    if initial is not None:
-        found = dict(sparse_layers(initial))
-        if found and first.layers == "sparse":  # a sparse run goes on with the masks of a sparse one
-            had_adapters = any(layer.adapter is not None for layer in found.values())
-            now = stages.Stage("sparse", adapters=had_adapters and first.adapters)
-            stages.enter(model, config, stages.DENSE, now)
-        else:
-            densify(initial, adapters="merge")
-        _take_over(model, initial, config)
-    stages.enter(model, config, now, first, calibrate=calibrate)
-    return model, report
-
-
-def _take_over(model: "PreTrainedModel", initial: "PreTrainedModel", config: Config) -> None:
-    """Copy weights, masks and adapters of a model of the same shape."""
-    import torch
-
-    from sparse_kernels import sparse_layers
-
-    _require_same_shapes(model, initial, str(config.model.init))
-    model.load_state_dict(initial.state_dict())
-    theirs = dict(sparse_layers(initial))
-    for name, layer in sparse_layers(model):
-        if layer.adapter is not None and (adapter := theirs[name].adapter) is not None:
-            with torch.no_grad():  # B carries what the scales differ by, so that the model is the same function
-                layer.adapter.B.mul_(adapter.scale / layer.adapter.scale)
-
-
-def _require_same_shapes(model: "PreTrainedModel", initial: "PreTrainedModel", init: str) -> None:
-    """UsageError if two models hold other tensors."""
-    own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
-    if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
-        if all(".adapter." in name for name in wrong):
-            rule = "adapters.start=0 and its rank would keep them"
-            raise UsageError(f"model.init={init}: has other adapters than this run begins with; {rule}")
-        name = wrong[0]
-        shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
-        raise UsageError(f"model.init={init}: is another model: {shapes} ({len(wrong)} differ in all)")
-
-
-def load_trained(
-    run: Path, device: "torch.device | str" = "cpu", *, found: Found | None = None
-) -> "tuple[Config, PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]":
-    """A run's config, the model of its newest sound checkpoint, its tokenizer, and the checkpoint's manifest.
-
-    Args:
-        found: what `checkpoint.latest` said of this run, to hash nothing twice.
-
-    Raises:
-        UsageError: not the folder of a run.
-        SlopeError: it has no sound checkpoint, or its config or tokenizer is not the checkpoint's.
-    """
-    from slope_cli.tokenizer import load_tokenizer
-
-    config = open_config(run)
-    found = found or checkpoint.latest(run)
-    if found is None:
-        raise SlopeError(f"{run} has no checkpoint yet")
-    folder, manifest, faults = found
-    for fault in faults:
-        print(f"warning: {fault}; using {folder.name}", file=sys.stderr)
-    require_same_config(config, run, manifest)
-    if wrong := altered_tokenizer_files(run, manifest):
-        raise SlopeError(f"{wrong[0]} is missing or not what it was when {folder.name} was saved")
-    model, _ = build(config, device, run)
-    stages.enter(model, config, stages.stage(config, 0), stages.stage(config, manifest["step"] - 1))
-    checkpoint.restore(folder, model, None)
-    model.requires_grad_(True)  # what a run froze, it froze for itself alone
-    tokenizer = load_tokenizer(str((run / TOKENIZER).resolve()))
-    # A shape brings the published ids of its own tokenizer; what the model was trained with is another.
-    for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
-        settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if models.objective(model.config) == "masked":
-        setattr(model.config, SEED, config.train.seed)
-    return config, model.eval(), tokenizer, manifest
 
 
 def open_config(run: Path) -> Config:

@@ -132,7 +132,6 @@ def _enter_linearized(
     Raises:
         UsageError: the settings do not fit the model, or the adapters' rank does not fit a layer.
     """
-    from slope_cli.linearize.settings import settings_of
     from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
     from sparse_kernels import extend_adapters
     from sparse_kernels.adapters import check_room
@@ -145,7 +144,7 @@ def _enter_linearized(
             except ValueError as error:
                 raise UsageError(f"adapters.rank={a.rank:g}: {error}") from None
         model.requires_grad_(False)
-        linearize_attention(model, settings_of(config))
+        linearize_attention(model, config.linear_attention)
     if to.adapters and not was.adapters:
         for linear in linear_windows(model).values():
             linear.requires_grad_(config.linearize.adjust_maps)

@@ -16,12 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope_cli import checkpoint, data, launch, metrics, models, optim, plots, runs, stages
+from slope_cli import checkpoint, data, initial, launch, metrics, models, optim, plots, runmodel, runs, stages
 from slope_cli import config as configs
 from slope_cli.config import Config, TrainConfig
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.generate import continue_text, prompt_ids
-from slope_cli.linearize import base
 from slope_cli.models import Loss
 from slope_cli.step import Renewal, Step, Taken, eager
 from slope_cli.tokenizer import load_tokenizer, masking_ids, save_tokenizer
@@ -387,12 +386,12 @@ def _open_model(
 ) -> "tuple[PreTrainedModel, Report | None]":
     """The model of a run in the stage of its first step, with weights unless a checkpoint has them; and its report."""
     if checkpoint.folders(run):
-        return runs.build(config, device, run)
+        return runmodel.build(config, device, run)
     if config.method == "linearize":
-        return base.start(config, run, device, tokenizer), None
-    masked = models.objective(runs.model_config(config)) == "masked"
+        return initial.start_linearized(config, run, device, tokenizer), None
+    masked = models.objective(runmodel.model_config(config)) == "masked"
     feed = _calibration(config, blocks, masking_ids(tokenizer) if masked else None, device)
-    return runs.start(config, device, feed)
+    return initial.start(config, device, feed)
 
 
 def _no_report(model: "PreTrainedModel") -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slope_cli import config as configs
-from slope_cli import models, runs, stages
+from slope_cli import models, runmodel, stages
 from slope_cli.config import Config
 from slope_cli.errors import UsageError
 
@@ -122,7 +122,7 @@ def _written(recipe: str, overrides: Sequence[str], text: str) -> Variant:
 
 
 def _half_depth(dense: Config) -> Variant:
-    settings = runs.model_config(dense)
+    settings = runmodel.model_config(dense)
     layers: int = settings.num_hidden_layers
     if layers < 2:
         raise UsageError(f"half-depth: {dense.model.name} has one layer only")
@@ -136,7 +136,7 @@ def _same_active(dense: Config, sparse: Config) -> Variant:
 
     Heads keep their width, so there are fewer of them; the width inside the MLPs makes up for the rounding.
     """
-    settings = runs.model_config(dense)
+    settings = runmodel.model_config(dense)
     whole, pruned = linear_weights(settings), _pruned(sparse)
     heads, group = settings.num_attention_heads, _group(settings)
     each: int = settings.hidden_size // heads * group
@@ -152,7 +152,7 @@ def _same_active(dense: Config, sparse: Config) -> Variant:
         return _resized(dense, settings, **sizes, **{_ffn_field(settings): ffn})
 
     def weights(ffn: int) -> int:
-        return linear_weights(runs.model_config(sized(ffn)))
+        return linear_weights(runmodel.model_config(sized(ffn)))
 
     ffn = _ffn(settings)
     unit = 64 if ffn >= 1024 else 16
@@ -181,7 +181,7 @@ def linear_weights(settings: "PreTrainedConfig") -> int:
 
 def _pruned(config: Config) -> int:
     """Weights that the sparse layers of a run leave out."""
-    report = stages.plan(config, models.build_model(runs.model_config(config), device="meta"))
+    report = stages.plan(config, models.build_model(runmodel.model_config(config), device="meta"))
     assert report is not None
     sizes = ((layer.out_features * layer.in_features, layer) for layer in report.swapped)
     return sum(size - size * layer.n // layer.m for size, layer in sizes)

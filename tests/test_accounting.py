@@ -4,7 +4,7 @@ import pytest
 import torch
 from trained import defaults, small
 
-from slope_cli import checkpoint, models, optim, runs, stages
+from slope_cli import checkpoint, models, optim, runmodel, stages
 from slope_cli import config as configs
 from slope_cli.accounting import Account, account
 from slope_cli.config import Config
@@ -16,13 +16,13 @@ FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 
 
 def counted(config: Config) -> Account:
-    model = models.build_model(runs.model_config(config), device="meta")
+    model = models.build_model(runmodel.model_config(config), device="meta")
     return account(config, stages.plan(config, model), model)
 
 
 def stepped(config: Config) -> dict[str, torch.Tensor]:
     """All that a run keeps after a step with adapters, by the names of checkpoints."""
-    model, report = runs.build(config, "cpu")
+    model, report = runmodel.build(config, "cpu")
     optimizer = optim.build_optimizer(model, config)
     if report is not None and config.adapter_step is not None:
         adapters = add_adapters(model, config.adapters.rank)
@@ -108,7 +108,7 @@ def test_flops_of_llama_leave_out_the_lookup_and_those_of_bert_see_both_sides() 
 
 def test_the_counts_do_not_depend_on_the_device() -> None:
     config = configs.load(str(defaults()), small("opt-125m"))
-    model = models.build_model(runs.model_config(config))
+    model = models.build_model(runmodel.model_config(config))
     assert account(config, stages.plan(config, model), model) == counted(config)
 
 

@@ -10,7 +10,7 @@ import torch
 from trained import slope
 
 from slope_cli import config as configs
-from slope_cli import models, runs
+from slope_cli import models, runmodel
 from slope_cli.benchmarks import bench, measure, report
 from slope_cli.benchmarks.measure import Case, Variant
 from slope_cli.errors import SlopeError, UsageError
@@ -30,13 +30,13 @@ def quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", measure.cases().values(), ids=lambda case: case.name)
 def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> None:
     assert case.name in configs.recipe_names()
-    blocks = runs.model_config(measure.case_config(case, "dense")).num_hidden_layers
+    blocks = runmodel.model_config(measure.case_config(case, "dense")).num_hidden_layers
     assert 1 <= len(case.depths) <= 2
     assert sorted(set(case.depths)) == list(case.depths)
     assert case.depths[-1] <= blocks
     assert len(case.depths) == 2 or case.depths[0] == blocks
     config = measure.case_config(case, "slope", case.depths[0])
-    assert runs.model_config(config).num_hidden_layers == case.depths[0]
+    assert runmodel.model_config(config).num_hidden_layers == case.depths[0]
     assert config.train.accumulation == 1
     assert config.train.tokens_per_step == case.tokens
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trained import copied, prepared, slope, trained
 
-from slope_cli import checkpoint, runs
+from slope_cli import checkpoint, runmodel, runs
 from slope_cli.check import check
 from sparse_kernels import sparse_layers
 
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_does_not_hide_a_sound_one(tmp_path: Path) -> None:
 def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
     """Every hash is right, and still the layer is not 2:4: something wrote it so."""
     run = copied(trained(), tmp_path)
-    _, model, _, manifest = runs.load_trained(run)
+    _, model, _, manifest = runmodel.load(run)
     name, layer = next(iter(sparse_layers(model)))
     layer.positions[0, 0] ^= 1
     facts = {key: value for key, value in manifest.items() if key not in ("step", "files")}

@@ -17,7 +17,18 @@ import pytest
 import torch
 from trained import OVERRIDES, copied, defaults, prepared, scratch, small
 
-from slope_cli import checkpoint, compare, compare_table, compare_train, durable, launch, metrics, runs, variants
+from slope_cli import (
+    checkpoint,
+    compare,
+    compare_table,
+    compare_train,
+    durable,
+    launch,
+    metrics,
+    runmodel,
+    runs,
+    variants,
+)
 from slope_cli import config as configs
 from slope_cli.errors import UsageError
 from slope_cli.train import pretrain
@@ -172,7 +183,7 @@ def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, 
     run = tmp_path / method
     config = configs.load(str(defaults()), words(*more))
     pretrain(config, run)
-    model = runs.load_trained(run)[1]
+    model = runmodel.load(run)[1]
     masks = [module.mask for module in model.modules() if hasattr(module, "mask") and module.mask.dtype == torch.bool]
     dense = sum(parameter.numel() for parameter in model.parameters())
     left_out = sum(int((~mask).sum()) for mask in masks)
@@ -530,11 +541,11 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     heads = ("lm_head", "cls.predictions.decoder")
     sizes = [(x["out_features"] * x["in_features"], x["reason"]) for x in record["layers"] if x["name"] not in heads]
     kept = sum(size if reason else size // 2 for size, reason in sizes)
-    settings = runs.model_config(found.config)
+    settings = runmodel.model_config(found.config)
     assert variants.linear_weights(settings) / kept == pytest.approx(1, abs=0.02)
     assert f"{variants.linear_weights(settings) / kept:.4f} of the {kept:,}" in found.note
     assert settings.hidden_size % settings.num_attention_heads == 0
-    assert settings.hidden_size < runs.model_config(configs.load(str(defaults()), base)).hidden_size
+    assert settings.hidden_size < runmodel.model_config(configs.load(str(defaults()), base)).hidden_size
     assert found.config.method == "dense"
 
 

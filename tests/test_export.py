@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from trained import OVERRIDES, SENTENCES, copied, scratch, slope, trained
 from transformers import AutoTokenizer, PreTrainedModel
 
-from slope_cli import models, runs
-from slope_cli.export import ADAPTER, TOLERANCE, export
+from slope_cli import models, runmodel
+from slope_cli.export import TOLERANCE, export
+from slope_cli.modelfolder import ADAPTER
 from slope_cli.tokenizer import load_tokenizer
 from sparse_kernels import sparse_layers
 
@@ -63,7 +64,7 @@ def stored_weight(layer: nn.Module) -> Tensor:
 def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str) -> None:
     peft = pytest.importorskip("peft")
     out = exported(family)
-    _, run, _, _ = runs.load_trained(trained(family))
+    _, run, _, _ = runmodel.load(trained(family))
     loaded = auto(family).from_pretrained(out)
     layers = dict(sparse_layers(run))
     assert len(layers) >= 7
@@ -82,7 +83,7 @@ def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
     out = exported(family, "--merge")
-    _, run, _, _ = runs.load_trained(trained(family))
+    _, run, _, _ = runmodel.load(trained(family))
     assert not (out / ADAPTER).exists()
     assert close(auto(family).from_pretrained(out), run)
     assert "merged" in (out / "README.md").read_text()
@@ -100,7 +101,7 @@ def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
 def test_other_runs(more: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft")
     out = exported("gpt2-nano", *more)
-    _, run, _, _ = runs.load_trained(trained("gpt2-nano", *more))
+    _, run, _, _ = runmodel.load(trained("gpt2-nano", *more))
     loaded = auto("gpt2-nano").from_pretrained(out)
     if (out / ADAPTER).exists():
         config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
@@ -120,14 +121,14 @@ def test_each_layer_may_have_a_rank_of_its_own() -> None:
     config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) == {4}
     assert config["r"] == 8
-    _, run, _, _ = runs.load_trained(trained("llama3-8b", *more))
+    _, run, _, _ = runmodel.load(trained("llama3-8b", *more))
     assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / ADAPTER), run)
 
 
 def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    _, run, _, _ = runs.load_trained(trained())
+    _, run, _, _ = runmodel.load(trained())
     assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / ADAPTER), run)
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trained import texts, trained
 
-from slope_cli import finetune, glue, metrics, pairs, pretrained, squad
+from slope_cli import finetune, glue, metrics, modelfolder, pairs, pretrained, squad
 from slope_cli.data import MaskingIds
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.export import export
@@ -275,9 +275,9 @@ def test_patterns_are_found(n: int, m: int) -> None:
     from sparse_kernels.masks import nm_mask
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    assert pretrained.pattern(weight) is None
-    assert pretrained.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
-    assert pretrained.pattern(torch.zeros(32, 64)) is None
+    assert modelfolder.pattern(weight) is None
+    assert modelfolder.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
+    assert modelfolder.pattern(torch.zeros(32, 64)) is None
 
 
 def test_a_head_of_the_seed() -> None:

@@ -15,7 +15,7 @@ from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli import check, checkpoint, compare, durable, metrics, models, pretrained, runs, train
+from slope_cli import check, checkpoint, compare, durable, metrics, models, pretrained, runmodel, runs, train
 from slope_cli import config as configs
 from slope_cli.linearize import base, plan
 from slope_cli.linearize.swap import added_state, linear_windows, using
@@ -564,7 +564,7 @@ def test_a_changed_file_of_the_base_shows(tmp_path: Path) -> None:
 def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
     done = linearized(kind)
     record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    held = checkpoint.state_tensors(runs.load_trained(done.run)[1], None)
+    held = checkpoint.state_tensors(runmodel.load(done.run)[1], None)
     maps, adapters = ({name for name in held if part in name} for part in (".linear.", ".adapter."))
     if kind == "sparse":  # those of the MLPs are as they were
         adapters = {name for name in adapters if ".attn." in name}
@@ -623,7 +623,7 @@ def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path
 def test_a_comparison_counts_what_a_linearized_run_has(kind: str, tmp_path: Path) -> None:
     done = linearized(kind)
     found = compare.compare_runs([done.run], out=tmp_path)["variants"][0]
-    model = runs.load_trained(done.run)[1]
+    model = runmodel.load(done.run)[1]
     parameters = sum(p.numel() for p in model.parameters())
     layers = [layer for _, layer in sparse_layers(model)]
     places, kept = (sum(x) for x in ([n.weight.numel() for n in layers], [n.values.numel() for n in layers]))

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_run, die_in_save, finish, records, start, tiny, tiny_bert
 
 from slope_cli import config as configs
-from slope_cli import pretrained, runs, stages
+from slope_cli import pretrained, runmodel, runs, stages
 from slope_cli.check import check
 from slope_cli.config import Config
 from slope_cli.dryrun import describe
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, data: Path, tmp_path: Path)
         pretrain(config, run)
         assert_same_run(config, run, reference)
     assert check(reference)["faults"] == []
-    _, model, _, manifest = runs.load_trained(reference)
+    _, model, _, manifest = runmodel.load(reference)
     layers = plan_of(config)[-1].layers
     assert manifest["step"] == config.train.steps
     assert bool(dict(sparse_layers(model))) == (layers == "sparse")
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, data: Path, tmp_path: Path)
 
 
 def model_of(run: Path) -> torch.nn.Module:
-    return runs.load_trained(run)[1]
+    return runmodel.load(run)[1]
 
 
 def masked_of(run: Path) -> dict[str, MaskedLinear]:
@@ -99,7 +99,7 @@ def test_sr_ste_has_the_mask_of_its_weights_in_all_layers_and_trains_the_pruned_
 ) -> None:
     config = tiny(data, "method=sr_ste", "sparsity.renew_every=null")
     pretrain(config, tmp_path / "run")
-    first, report = runs.build(config, "cpu")
+    first, report = runmodel.build(config, "cpu")
     assert report is not None
     last = masked_of(tmp_path / "run")
     assert set(last) == {layer.name for layer in report.swapped}

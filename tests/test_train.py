@@ -14,7 +14,7 @@ from helpers import GOLDEN, final_state, finish, golden_losses, records, start, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli import checkpoint, metrics, models, runs, train
+from slope_cli import checkpoint, metrics, models, runmodel, runs, train
 from slope_cli import config as configs
 from slope_cli import data as datasets
 from slope_cli.config import Config
@@ -112,7 +112,7 @@ def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkey
 
 
 def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, finished: Path) -> None:
-    config, model, _, _ = runs.load_trained(finished)
+    config, model, _, _ = runmodel.load(finished)
     (file,) = datasets.open_dataset(data).val.values()
     blocks = datasets.Blocks([file], config.train.seq_len)
     chosen = [blocks[i * len(blocks) // 8] for i in range(8)]  # log.val_tokens = 8 · 32
@@ -463,7 +463,7 @@ def test_no_secret_of_the_environment_gets_into_the_folder(
 
 def test_the_start_says_what_it_trains_on_what(data: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(tiny(data), copy)
-    _, model, _, _ = runs.load_trained(copy)
+    _, model, _, _ = runmodel.load(copy)
     count = sum(p.numel() for p in model.parameters())
     expected = f"{copy}: on cpu in fp32, {count:,} trained parameters, 1,536 tokens in all"
     assert expected in capsys.readouterr().err.splitlines()
@@ -494,7 +494,7 @@ def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> Non
 
 
 def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
-    config, model, tokenizer, manifest = runs.load_trained(finished)
+    config, model, tokenizer, manifest = runmodel.load(finished)
     assert config == tiny(data)
     assert models.width(model.config) == 32
     assert (manifest["step"], manifest["adapters"]) == (12, True)

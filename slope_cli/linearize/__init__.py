@@ -9,7 +9,7 @@ cache.py      the layer of transformers' cache that holds one LinearWindow's mem
 swap.py       linearize_attention and its inverse; the attention function that transformers calls; branch and mode
 transfer.py   stage 1's losses, each layer's backward inside the forward pass
 step.py       an optimizer step of stage 1, each layer's gradient clipped by itself
-base.py       the model that a run linearizes: found, described in the run's folder, rebuilt
+base.py       the model that a run linearizes, as the run's folder describes it, and rebuilt
 plan.py       what `slope linearize` starts from, and its dry run
 saved.py      what linearizing added, as a folder of an export
 """

@@ -10,11 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from slope_cli import config as configs
-from slope_cli import models, pretrained, runs, stages
+from slope_cli import models, pretrained, runmodel, runs, stages
 from slope_cli.accounting import position_bytes
 from slope_cli.config import INIT, Config
 from slope_cli.errors import UsageError
-from slope_cli.linearize.base import ALREADY
+from slope_cli.initial import ALREADY
 
 if TYPE_CHECKING:
     from torch import nn
@@ -208,7 +208,7 @@ def remembered(model: "PreTrainedModel") -> tuple[int, int]:
 def _shape(config: Config) -> "PreTrainedConfig":
     """The config of the model to linearize, without its weights."""
     if config.model.name != INIT:
-        return runs.model_config(config)
+        return runmodel.model_config(config)
     if config.model.init is None:
         raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
     init = Path(config.model.init).expanduser()

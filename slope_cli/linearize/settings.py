@@ -2,12 +2,9 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from slope_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from slope_cli.config import Config
 
 Branch = Literal["both", "window", "linear"]
 BRANCHES: tuple[Branch, ...] = ("both", "window", "linear")
@@ -59,18 +56,3 @@ class LinearizeSettings:
             raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
         if self.terrace and not causal:
             raise UsageError("terrace: has no meaning in a two-sided model; leave it out")
-
-
-def settings_of(config: "Config") -> LinearizeSettings:
-    """The form of the linearized layers of a run."""
-    chosen = config.linearize
-    return LinearizeSettings(
-        feature_map=chosen.map,
-        features=chosen.features,
-        window=chosen.window,
-        terrace=chosen.kind == "terrace",
-        mix=chosen.mix,
-        window_dropout=chosen.window_dropout,
-        keep_softmax=tuple(chosen.keep_softmax),
-        seed=config.train.seed,
-    )

@@ -7,7 +7,7 @@ import torch
 from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_step
 
 from slope_cli import config as configs
-from slope_cli import models, optim, runs, stages
+from slope_cli import models, optim, runmodel, stages
 from slope_cli.step import Renewal, Taken
 from sparse_kernels import masked_layers
 
@@ -20,7 +20,7 @@ SIZES = ("model.overrides.n_embd=256", "model.overrides.n_layer=2", "train.steps
 
 def setup(*words: str, graphed: bool, compiled: bool = False) -> Setup:
     config = configs.load("gpt2-nano", [*SIZES, *words])
-    model, _ = runs.build(config, "cuda")
+    model, _ = runmodel.build(config, "cuda")
     optimizer: Any = optim.build_optimizer(model, config)
     return Setup(model, optimizer, new_step(model, optimizer, torch.bfloat16, graphed, compiled), config)
 
