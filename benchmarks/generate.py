@@ -26,13 +26,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from slope_cli import models, pretrained, runmodel, runs
 from slope_cli.benchmarks.machine import one_line
+from slope_cli.config import Config
 from slope_cli.durable import read_sealed
 from slope_cli.errors import UsageError
 from slope_cli.linearize import base, plan, saved
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.linearize.step import TransferStep
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
-from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.modelfolder import ADAPTER
 
 Row = dict[str, Any]
@@ -290,7 +291,8 @@ def rows(word: str, device: torch.device) -> Iterator[Row]:
         for length in LENGTHS:
             yield from ({**facts, **row} for row in speed_rows(model, batch, length))
     for length in TRANSFER_LENGTHS:
-        yield {**facts, **transfer_row(model, length)}
+        # Compiled on a GPU, as in `slope linearize`.
+        yield {**facts, **transfer_row(model, length, compiled=device.type == "cuda")}
 
 
 def speed_rows(model: Any, batch: int, length: int, part: str = "speed", sides: Sequence[str] = SIDES) -> Iterator[Row]:
@@ -370,19 +372,32 @@ def _stopped(model: Any, side: str, batch: int, length: int) -> str:
     return reason
 
 
-def transfer_row(model: Any, length: int) -> Row:
-    """The peak of one step of attention transfer of one sequence, above weights: what it needs for its work."""
-    row: Row = {"part": "transfer", "length": length}
+def transfer_row(model: Any, length: int, *, compiled: bool) -> Row:
+    """The peak of one step of attention transfer of one sequence, above weights and moments: what its work needs."""
+    row: Row = {"part": "transfer", "length": length, "compiled": compiled}
     on_gpu = model.device.type == "cuda"
     maps = [parameter for window in linear_windows(model).values() for parameter in window.parameters()]
     try:
         for parameter in maps:
             parameter.requires_grad_(True)
+        torch.compiler.reset()  # a run has one length: what was compiled for another is not its own
+        settings = Config()
+        step = TransferStep(
+            model,
+            torch.optim.AdamW(maps),
+            dtype=torch.bfloat16 if on_gpu else None,
+            clip=settings.optim.clip,
+            mse_weight=settings.linearize.mse_weight,
+            entropy_weight=settings.linearize.entropy_weight,
+            compiled=compiled,
+        )
+        batch = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=model.device)}
+        for _ in range(WARM_UP):
+            step([batch])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
-        ids_1T = torch.zeros(1, length, dtype=torch.long, device=model.device)
-        transfer_losses(model, {"input_ids": ids_1T})
+        step([batch])
         return row | {"peak_bytes": torch.cuda.max_memory_allocated() - held if on_gpu else None}
     except Exception as error:
         return row | {"error": one_line(error)}

@@ -134,14 +134,18 @@ def remembered(memory: Row, length: int) -> tuple[int, int]:
 
 
 def _transfer(entries: Sequence[Row]) -> Table:
-    columns = ("model", "tokens", "peak GiB", "KiB a token", "")
+    columns = ("model", "tokens", "step", "peak GiB", "KiB a token", "")
     rows = []
     for entry in entries:
         for row in (row for row in entry["rows"] if row["part"] == "transfer"):
             peak = row.get("peak_bytes")
             each = number(peak / row["length"] / 2**10 if peak else None, ",.0f")
-            rows.append([row["model"], f"{row['length']:,}", gib(peak), each, row["error"]])
-    note = "One sequence's forward pass with each layer's backward pass in it; the allocator's peak above the weights."
+            step = "compiled" if row.get("compiled") else "eager"  # older results do not say it
+            rows.append([row["model"], f"{row['length']:,}", step, gib(peak), each, row["error"]])
+    note = (
+        "One sequence's step, each layer's backward pass within the forward pass; the allocator's peak above what is "
+        "held between steps."
+    )
     return Table("Memory of attention transfer", columns, rows, note)
 
 

@@ -84,10 +84,27 @@ def test_both_modes_are_timed_at_every_length(name: str) -> None:
     remembered = [row["remembered_bytes"] for row in rows]
     assert remembered[0] < remembered[2]
     assert remembered[1] == remembered[3]
-    row = generate.transfer_row(model, 64)
+    row = generate.transfer_row(model, 64, compiled=False)
     assert (row.get("error", ""), row["peak_bytes"]) == ("", None)
     maps = [parameter for window in linear_windows(model).values() for parameter in window.parameters()]
+    assert not any(parameter.requires_grad for parameter in maps)
     assert all(parameter.grad is None for parameter in maps)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad")
+def test_a_step_of_transfer_is_compiled_where_users_have_it_compiled() -> None:
+    """As torch's own operators here: for each length its own code, as a run has, whose sequences are all of one."""
+    model = generate.build(tiny("llama3-8b", window=8), CPU)
+    counted = []
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        for length, compiled in ((64, False), (64, True), (96, True)):
+            torch._dynamo.utils.counters.clear()
+            row = generate.transfer_row(model, length, compiled=compiled)
+            assert (row.get("error", ""), row["compiled"]) == ("", compiled)
+            counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counted[0] == 0
+    assert counted[1] == counted[2] > 2
 
 
 def test_a_side_that_fails_costs_only_itself() -> None:
@@ -131,6 +148,7 @@ def test_all_rows_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = [("largest", "softmax"), ("largest", "linear")]
     speed = [("speed", side) for _ in range(2) for side in generate.SIDES]
     assert parts == [*largest, *three, *own, *speed, ("transfer", None), ("transfer", None)]
+    assert [row["compiled"] for row in rows[-2:]] == [False] * 2  # without a GPU
     found = report_generate.summary({"rows": rows}, 300)
     assert (found["softmax_batch"], found["batch"]) == (4, 4)
     assert found["linear_batch"] == pytest.approx(room / reckoned["linear_bytes"], rel=generate.CLOSE, abs=1)
@@ -236,7 +254,7 @@ def entry() -> dict[str, Any]:
         measured("speed", "linear", 512, tokens_per_s=6e2, **speed),
         measured("speed", "linear compiled", 512, batch=100) | {"error": "broken"},
         {"model": "tiny", "part": "transfer", "length": 1024, "error": "", "peak_bytes": 2**30},
-        {"model": "tiny", "part": "transfer", "length": 2048, "error": "out of memory"},
+        {"model": "tiny", "part": "transfer", "length": 2048, "error": "out of memory", "compiled": True},
     ]
     memory = generate.memory_row(tiny("llama3-8b", window=8))
     return {"memory": memory, "rows": rows, "not_run": "stopped after 9 s"}
@@ -264,6 +282,7 @@ def test_tables_and_pictures_of_decoding(tmp_path: Path) -> None:
     assert found[0].rows[0][-1] == "linear: RuntimeError: too many"
     assert found[0].rows[1][-1] == "stopped after 9 s"
     assert found[1].rows[0][-1] == "linear compiled: broken"
+    assert [row[2] for row in found[3].rows] == ["eager", "compiled"]  # earlier results do not say it
     report.write(result, tmp_path)
     assert "llama3-8b, linear" in (tmp_path / "speed.svg").read_text()
     assert "generate: gpu H." in (tmp_path / "bench.md").read_text()
