@@ -70,9 +70,9 @@ def _step(result: dict[str, Any]) -> str:
         rows.append(f"| {case['name']} | {best['depth']} of {case['blocks']} | {times} | {whole} | {paper} |")
     m, tokens = result["machine"], result["cases"][0]["tokens"]
     where = f"{m['gpu']}, torch {m['torch']}, cuSPARSELt {result['libraries']['cusparselt']}, {m['date']}"
-    return "\n".join(
-        [*rows, "", f"{where}; bf16, {tokens:,} tokens a step; dense is the fastest of three dense variants."]
-    )
+    notes = [f"; {case['name']}: {case['not_run']}" for case in result["cases"] if case["not_run"]]
+    how = f"bf16, {tokens:,} tokens a step; dense is the fastest of three dense variants{''.join(notes)}"
+    return "\n".join([*rows, "", f"{where}; {how}."])
 
 
 def _memory(result: dict[str, Any]) -> str:
@@ -244,6 +244,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels-h100": _gemm,
     "memory-h100": _memory,
     "step-h100": _step,
+    "step-h200": _step,
     "training-h100": _training,
     "generate-h200": _generation,
     "linearize-cpu": _small_llama,
