@@ -52,7 +52,7 @@ def copy_speed() -> float:
 
 
 def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]]:
-    """gather_kept, refresh, renew, and renew without copies (double_prune) for a (rows, columns) layer.
+    """gather_kept, refresh, renew, and renew of the masks alone, without copies, for a (rows, columns) layer.
 
     Values are float32, copies bfloat16.
     """
@@ -61,26 +61,24 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
     gradients = [torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda") for _ in sets]
 
     def gather() -> None:
-        for (_, positions, _, _, _), dense in zip(sets, gradients, strict=True):
+        for (_, positions, *_), dense in zip(sets, gradients, strict=True):
             cuda.gather_kept(dense, positions, torch.float32)
 
     def refresh() -> None:
-        for values, positions, positions_t, w, w_t in sets:
+        for values, positions, positions_t, w, w_t, _ in sets:
             cuda.launch(cuda.refresh(values, positions, positions_t, w=w, w_t=w_t))
 
-    def prune() -> None:
-        for values, positions, positions_t, _, _ in sets:
+    def renew_masks() -> None:
+        for values, positions, positions_t, *_ in sets:
             cuda.launch(cuda.renew(values, positions, positions_t))
 
-    metadata = torch.empty(size // 8, dtype=torch.uint8, device="cuda")
-
     def renew() -> None:
-        for values, positions, positions_t, w, w_t in sets:
+        for values, positions, positions_t, w, w_t, metadata in sets:
             cuda.launch(cuda.renew(values, positions, positions_t, w=w, w_t=w_t, metadata=metadata))
 
     # Bytes an entry of the dense matrix: dense 2, positions and metadata 1/8 each, values 4/2, packed copies 2/2 each.
-    kernels = {"gather_kept": (gather, 4.125), "refresh": (refresh, 4.25), "double_prune": (prune, 2.25)}
-    kernels["renew"] = (renew, 4.375)
+    kernels = {"gather_kept": (gather, 4.125), "refresh": (refresh, 4.25), "renew": (renew, 4.375)}
+    kernels["renew, masks alone"] = (renew_masks, 2.25)
     found = []
     for name, (run, bytes_each) in kernels.items():
         (ms,) = plans.graph_ms(run, calls=1)
@@ -90,14 +88,15 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
     return found
 
 
-def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """values, positions, positions_t, both copies, and the metadata of the second."""
     positions = plans.random_mask(rows, columns, torch.Generator("cuda"))
     values = torch.randn(rows, columns // 2, device="cuda")
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
     cuda.launch(cuda.renew(values, positions, positions_t))
     w = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device="cuda")
     w_t = torch.empty(columns, rows // 2, dtype=torch.bfloat16, device="cuda")
-    return values, positions, positions_t, w, w_t
+    return values, positions, positions_t, w, w_t, torch.empty(rows * columns // 8, dtype=torch.uint8, device="cuda")
 
 
 def host_us(run: Callable[[], Any], calls: int = 200) -> float:
@@ -206,11 +205,11 @@ def main() -> None:
         result["memory"] += memory_kernels(width, width, speed) + memory_kernels(4 * width, width, speed)
     for row in result["memory"]:
         shape = f"{row['rows']}x{row['columns']}"
-        print(f"{shape:>16} {row['kernel']:>12} {row['us']:8.1f} us {row['share_of_copy_speed']:5.2f} of copy speed")
+        print(f"{shape:>16} {row['kernel']:>18} {row['us']:8.1f} us {row['share_of_copy_speed']:5.2f} of copy speed")
     result["model_rewrites"] = model_rewrites(speed)
     for row in result["model_rewrites"]:
         times = f"{row['us']:.0f} us (floor {row['floor_us']:.0f}), host {row['host_us']:.0f} us"
-        print(f"refresh of {row['layers']} layers of width {row['width']}: {times}")
+        print(f"{row['kernel']} of {row['layers']} layers of width {row['width']}: {times}")
     result["products"] = []
     for width in arguments.widths:
         result["products"] += products(width, arguments.tokens, torch.bfloat16)

@@ -96,7 +96,7 @@ def linearize(
         from slope_cli.linearize import plan
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        config = configs.load(recipe, [*plan.words(init, recipe, None if dry_run else run), *(overrides or [])])
+        config = configs.load(recipe, [*plan.words(init, recipe, run), *(overrides or [])])
         for line in idle.without_effect(config, overrides or []):
             print(f"warning: {line}", file=sys.stderr)
         if dry_run:

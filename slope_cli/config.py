@@ -254,8 +254,7 @@ class TrainConfig:
     """Of the products: bf16 (autocast; weights and optimizer stay float32) or fp32; auto is bf16 on a GPU."""
     device: str = "auto"
     compile: bool | None = None
-    """Compile each transformer block and the loss, in attention transfer each layer's; null does so on a GPU, but not
-    for the adapters of method=linearize."""
+    """Compile each transformer block and the loss, in attention transfer each layer's; null does so on a GPU."""
     cuda_graph: bool | None = None
     """Replay each step from CUDA graphs; null does so on a GPU, but not with method=linearize."""
     seed: int = 1

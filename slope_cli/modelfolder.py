@@ -34,7 +34,13 @@ NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
 
 
 def load(folder: Path, device: torch.device | str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
-    """The model of a folder, in evaluation mode, and its tokenizer; errors as for `pretrained.load`."""
+    """The model of a folder, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UsageError: no model, one that predicts masked tokens but is no BERT's, without its head, or with a tokenizer
+            of more ids than it has.
+        SlopeError: files that cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForPreTraining
     from transformers.utils import logging
 

@@ -30,6 +30,10 @@ def build(
     """The model of a run in the stage of its first step, for weights and masks from a checkpoint; and its report.
 
     run: its folder, where the config is not all that the model is built from: in a run that linearizes.
+
+    Raises:
+        UsageError: sizes that do not fit.
+        SlopeError: the run's description of the model that it linearizes is missing or damaged.
     """
     if config.method == "linearize" and run is not None:
         model = base.rebuild(read_sealed(run / base.BASE), device)
@@ -50,7 +54,7 @@ def load(
 
     Raises:
         UsageError: not the folder of a run.
-        SlopeError: it has no sound checkpoint, or its config or tokenizer is not the checkpoint's.
+        SlopeError: it has no sound checkpoint, its config or tokenizer is not the checkpoint's, or as `build`.
     """
     config = runs.open_config(run)
     found = found or checkpoint.latest(run)

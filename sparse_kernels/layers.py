@@ -19,7 +19,9 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
 
 
 def _copies_of(layer: SparseLinear) -> list[Copies]:
-    return [found for dtype in ops.HALF if (found := copies.find(layer.positions, dtype))]
+    """Those that the kernels can write from the layer's values: of a model that was cast, not those of before."""
+    dtypes = ops.HALF if layer.values.dtype == torch.float32 else (layer.values.dtype,)
+    return [found for dtype in dtypes if (found := copies.find(layer.positions, dtype))]
 
 
 def _copies(model: nn.Module) -> Iterator[tuple[str, SparseLinear, Copies]]:

@@ -57,8 +57,10 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        more = -self.rank % 16  # zeros: a side of 12, say, keeps a GPU's products from its tensor cores' fast paths
-        A_RI, B_OR = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more))
+        A_RI: Tensor = self.A
+        B_OR: Tensor = self.B
+        if more := -self.rank % 16:  # a side of 12, say, keeps a GPU's products from the tensor cores' fast paths
+            A_RI, B_OR = F.pad(A_RI, (0, 0, 0, more)), F.pad(B_OR, (0, more))
         return F.linear(self.scale * F.linear(X, A_RI), B_OR)  # [B,I]·[R,I]^T -> [B,R];  [B,R]·[O,R]^T -> [B,O]
 
     def delta(self) -> Tensor:

@@ -14,6 +14,7 @@ from slope_cli import models, runmodel
 from slope_cli.benchmarks import bench, measure, report
 from slope_cli.benchmarks.measure import Case, Variant
 from slope_cli.errors import SlopeError, UsageError
+from sparse_kernels import sparse_layers
 
 TINY = Case("gpt2-nano", seq_len=32, tokens=64, depths=(1, 2), paper=None, target=None, aim=None)
 EAGER = tuple(variant for variant in measure.VARIANTS if not variant.compiled)
@@ -53,6 +54,16 @@ def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
         assert dense["ratio"] is None
         assert sparse["ratio"] == sparse["dense_ms"] / sparse["step_ms"]
     json.dumps(rows)
+
+
+def test_timed_steps_renew_the_masks_as_a_run_does() -> None:
+    runner = measure.Runner(TINY, 1, EAGER[1], CPU)
+    layers = [layer for _, layer in sparse_layers(runner.model)]
+    before = [layer.positions_t._version for layer in layers]
+    runner.seconds(2)
+    assert [layer.positions_t._version - version for layer, version in zip(layers, before, strict=True)] == [2] * len(
+        layers
+    )
 
 
 @pytest.mark.usefixtures("quick")

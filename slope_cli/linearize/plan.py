@@ -1,7 +1,6 @@
 """What `slope linearize` starts from, and what it would do: nothing is loaded, allocated or written here."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from slope_cli import checkpoint, models, pretrained, runmodel, runs, stages
 from slope_cli import config as configs
+from slope_cli import models, pretrained, runmodel, runs, stages
 from slope_cli.accounting import position_bytes
 from slope_cli.config import INIT, Config
-from slope_cli.durable import read_sealed
 from slope_cli.errors import UsageError
 from slope_cli.initial import ALREADY
-from slope_cli.linearize.base import BASE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,13 +34,13 @@ def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> lis
 
     Args:
         run: what is to be trained. If it is there and began with `init`, the words are those it began with, though
-            `init` may be gone, spelled otherwise, or renamed since: then a warning says so.
+            `init` may be gone, or spelled otherwise.
 
     Raises:
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    if run is not None and (run / runs.CONFIG).is_file() and _began_with(run, begun := runs.open_config(run), init):
+    if run is not None and (run / runs.CONFIG).is_file() and _began_with(begun := runs.open_config(run), init):
         return _words(str(begun.model.init), begun.data.path, {name: getattr(begun.train, name) for name in SIZES})
     if (init / runs.CONFIG).is_file():
         base = runs.open_config(init)
@@ -56,23 +53,10 @@ def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> lis
     return _words(str(init), path, sizes)
 
 
-def _began_with(run: Path, begun: Config, init: Path) -> bool:
-    """Whether a run began with `init`, as far as can be told: what it began with may have another name by now."""
+def _began_with(begun: Config, init: Path) -> bool:
     if begun.method != "linearize" or begun.model.init is None:
         return False
-    was = Path(begun.model.init).expanduser()
-    if was.resolve() == init.expanduser().resolve():
-        return True
-    if was.exists() or not checkpoint.folders(run) or not (run / BASE).is_file():
-        return False
-    then, now = read_sealed(run / BASE)["config"], pretrained.settings(init).to_dict()
-    if any(then.get(key) != now.get(key) for key in ("model_type", *models.FAMILIES[then["model_type"]].sizes)):
-        return False
-    print(
-        f"warning: {run}: began with {was}, which is gone; it goes on with its own copy, not with {init}",
-        file=sys.stderr,
-    )
-    return True
+    return Path(begun.model.init).expanduser().resolve() == init.expanduser().resolve()
 
 
 def _words(init: str, path: str | None, sizes: Mapping[str, int]) -> list[str]:

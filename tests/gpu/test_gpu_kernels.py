@@ -142,6 +142,21 @@ def test_layers_of_many_sizes_in_one_launch() -> None:
     for values, _, positions_t, row, _ in found:
         weight = torch.zeros(row.shape, device="cuda").masked_scatter_(row, values)
         assert torch.equal(positions_t, masks.pack_bits(masks.double_prune(weight, row, 2, 4).t()))
+    renewed = [(*copies_of(*layer[:3]), layer) for layer in found]
+    for values, *_ in found:
+        values.neg_().add_(torch.rand_like(values))
+    cuda.launch_all(
+        cuda.renew(*layer[:3], w=w, w_t=w_t, bias=bias, bias_copy=bias_copy, metadata=metadata)
+        for w, w_t, bias, bias_copy, metadata, layer in renewed
+    )
+    for w, w_t, bias, bias_copy, metadata, (values, positions, positions_t, _, _) in renewed:
+        alone = torch.empty_like(w), torch.empty_like(w_t)
+        cuda.launch(cuda.refresh(values, positions, positions_t, w=alone[0], w_t=alone[1]))
+        assert torch.equal(w, alone[0])
+        assert torch.equal(w_t, alone[1])
+        assert torch.equal(bias_copy, bias.bfloat16())
+        if metadata is not None:
+            assert torch.equal(metadata, metadata_of(positions_t))
     even = [(bits, torch.empty(bits.numel(), dtype=torch.uint8, device="cuda")) for bits in masks_with_fillers()]
     cuda.launch_all(cuda.metadata(bits, target) for bits, target in even)
     for bits, target in even:
@@ -149,6 +164,20 @@ def test_layers_of_many_sizes_in_one_launch() -> None:
         cuda.launch(cuda.metadata(bits, alone))
         assert torch.equal(target, alone)
         assert torch.equal(target, metadata_of(bits))
+
+
+def copies_of(
+    values: Tensor, positions: Tensor, positions_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Room for packed copies, a bias and room for its copy, and room for metadata if the sides have any."""
+    rows, columns = len(values), len(positions_t)
+    w, w_t = (
+        torch.empty(side, dtype=torch.bfloat16, device="cuda") for side in ((rows, columns // 2), (columns, rows // 2))
+    )
+    bias = torch.randn(rows, device="cuda")
+    size = 0 if columns % 64 or rows % 32 else rows * columns // 8
+    metadata = torch.empty(size, dtype=torch.uint8, device="cuda") if size else None
+    return w, w_t, bias, torch.empty_like(bias, dtype=torch.bfloat16), metadata
 
 
 def masks_with_fillers() -> list[Tensor]:

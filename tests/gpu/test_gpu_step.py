@@ -260,6 +260,26 @@ def test_renewed_masks_are_seen_by_the_next_replay(
     assert abs(taken[2][2].norm / taken[0][2].norm - 1) < gap / 2
 
 
+def assert_copies_are_fresh(model: nn.Module) -> None:
+    """Every copy has what a new one, made of the layer as it is, would have; metadata included."""
+    for _, layer, found in layers._copies(model):
+        weight = layers._weight(layer)
+        anew = copies.Copies(found.dtype)
+        for side, made in (("forward", anew._start_forward), ("backward", anew._start_backward)):
+            if getattr(found, side) is not None:
+                made(weight, SEQUENCES * LENGTH, *([layer.bias is not None] if side == "forward" else []))
+        anew.update(weight, layer.bias)
+        for ours, theirs in ((found.forward, anew.forward), (found.backward, anew.backward)):
+            if ours is not None and theirs is not None:
+                assert torch.equal(ours.target, theirs.target)
+                assert (ours.packed is None) == (theirs.packed is None)
+                if ours.packed is not None and theirs.packed is not None:
+                    size = ours.rows * ours.columns * 9 // 8  # values and metadata; what follows is padding
+                    assert torch.equal(ours.packed[:size], theirs.packed[:size])
+        if found.bias is not None and anew.bias is not None:
+            assert torch.equal(found.bias, anew.bias)
+
+
 @pytest.mark.parametrize("pattern", [(2, 4), (2, 8)])
 def test_masks_are_renewed_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> None:
     runs = [setup(graphed=graphed, pattern=pattern) for graphed in (False, True)]
@@ -271,6 +291,7 @@ def test_masks_are_renewed_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> 
             before = {name: layer.positions_t.clone() for name, layer in layers.sparse_layers(run.model)}
             versions = {name: layer.positions_t._version for name, layer in layers.sparse_layers(run.model)}
             record.append(run.take(batches("gpt2", 2, number), number, Renewal()))
+            assert_copies_are_fresh(run.model)
             for name, layer in layers.sparse_layers(run.model):
                 chosen = masks.double_prune(layer.weight.detach(), layer.row_mask(), *pattern)
                 assert torch.equal(layer.column_mask(), chosen)
