@@ -243,7 +243,9 @@ def _near_weights(
 def exp_below_max(scores: Tensor, mask: Tensor) -> Tensor:
     """exp(scores - their maximum over the mask's True along the last dimension), 0 where the mask is False."""
     scores = scores.masked_fill(~mask, -torch.inf)
-    highest = scores.amax(-1, keepdim=True)
+    # Not amax: Inductor's kernel for its gradient (torch 2.11 to 2.13, on a GPU) stores a row, sums it, and loads it
+    # again in other threads than stored it, with no barrier between. That of max is scattered by a kernel of its own.
+    highest = scores.max(-1, keepdim=True).values
     below: Tensor = scores - highest.masked_fill(highest == -torch.inf, 0.0)
     return below.exp()
 
