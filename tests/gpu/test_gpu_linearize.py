@@ -74,7 +74,7 @@ PATTERNS = [Pattern(64), Pattern(96), Pattern(128), Pattern(64, terrace=True), P
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_gradients_of_many_long_sequences(pattern: Pattern) -> None:
-    """Of q and k, which transfer has none of: a compiled maximum's gradient has been seen to race, by the band's width."""
+    """Of q and k, which transfer has none of: a compiled maximum's gradient once raced, by the width of a band."""
     generator = torch.Generator("cuda").manual_seed(3)
 
     def draw(*sides: int) -> Tensor:
