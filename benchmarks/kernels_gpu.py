@@ -70,11 +70,11 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
 
     def renew_masks() -> None:
         for values, positions, positions_t, *_ in sets:
-            cuda.launch(cuda.renew(values, positions, positions_t))
+            cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
 
     def renew() -> None:
         for values, positions, positions_t, w, w_t, metadata in sets:
-            cuda.launch(cuda.renew(values, positions, positions_t, w=w, w_t=w_t, metadata=metadata))
+            cuda.launch(cuda.refresh(values, positions, positions_t, renew=True, w=w, w_t=w_t, metadata=metadata))
 
     # Bytes an entry of the dense matrix: dense 2, positions and metadata 1/8 each, values 4/2, packed copies 2/2 each.
     kernels = {"gather_kept": (gather, 4.125), "refresh": (refresh, 4.25), "renew": (renew, 4.375)}
@@ -93,7 +93,7 @@ def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     positions = plans.random_mask(rows, columns, torch.Generator("cuda"))
     values = torch.randn(rows, columns // 2, device="cuda")
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
-    cuda.launch(cuda.renew(values, positions, positions_t))
+    cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
     w = torch.empty(rows, columns // 2, dtype=torch.bfloat16, device="cuda")
     w_t = torch.empty(columns, rows // 2, dtype=torch.bfloat16, device="cuda")
     return values, positions, positions_t, w, w_t, torch.empty(rows * columns // 8, dtype=torch.uint8, device="cuda")

@@ -9,7 +9,7 @@ change no version). What runs inside a captured CUDA graph is not seen: there, c
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,15 @@ class Weight(NamedTuple):
         return self.values.shape[0], self.positions_t.shape[0]
 
 
+class _Targets(TypedDict, total=False):
+    """What `cuda.refresh` has to write for a layer, by its words for it."""
+
+    w: Tensor
+    w_t: Tensor
+    bias: Tensor
+    bias_copy: Tensor
+
+
 class Copies:
     """The copies of one layer in one dtype, made when a product first wants them."""
 
@@ -218,18 +227,20 @@ class Copies:
         """The same with W^{R,C} chosen anew, into `weight.positions_t`."""
         backward = self.backward
         if backward is not None and backward.packed is not None and backward.metadata is None:
-            cuda.launch(cuda.renew(*weight))  # at once: the library makes the metadata of what is chosen
+            cuda.launch(cuda.refresh(*weight, renew=True))  # at once: the library makes the metadata of what is chosen
             return self.rewrite(weight, bias_O)
         works = [] if self.forward is None else self.forward.follow(weight.positions)
         metadata = None if backward is None else backward.metadata
-        works.append(cuda.renew(*weight, **self._targets(weight, bias_O), metadata=metadata))
+        works.append(cuda.refresh(*weight, renew=True, **self._targets(weight, bias_O), metadata=metadata))
         self.settle(weight)
         return works
 
-    def _targets(self, weight: Weight, bias_O: Tensor | None) -> dict[str, Tensor]:
-        """What `cuda.refresh` and `cuda.renew` have to write here, by their words for it."""
-        sides = {"w": self.forward, "w_t": self.backward}
-        targets = {name: side.target for name, side in sides.items() if side is not None}
+    def _targets(self, weight: Weight, bias_O: Tensor | None) -> _Targets:
+        targets: _Targets = {}
+        if self.forward is not None:
+            targets["w"] = self.forward.target
+        if self.backward is not None:
+            targets["w_t"] = self.backward.target
         bias_O = self._bias_to_convert(weight, bias_O)
         if bias_O is not None and self.bias is not None:
             targets |= {"bias": bias_O, "bias_copy": self.bias}

@@ -154,72 +154,42 @@ def refresh(
     positions: Tensor,
     positions_t: Tensor,
     *,
-    w: Tensor | None = None,
-    w_t: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_copy: Tensor | None = None,
-) -> Work:
-    """Write the 16-bit copies of W^R and of W^{R,C} transposed, in place, in one pass.
-
-    A packed matrix gets zeros in its filler slots (see kernels.cu for which slots those are); its metadata is not here
-    and not touched.
-
-    Args:
-        values_OK: (O, I/2), float32 or the dtype of the copies; read when the kernel runs, like the rest.
-        positions: uint8 (O, I/8).
-        positions_t: uint8 (I, O/8).
-        w: bfloat16 or float16, (O, I/2) packed or (O, I) dense, or None to leave it out.
-        w_t: the same for the transpose: (I, O/2) packed or (I, O) dense.
-        bias, bias_copy: (O,), converted in the same launch; `bias` has the dtype of `values_OK`.
-    """
-    return _rewrite("refresh", values_OK, positions, positions_t, bias, w, w_t, bias_copy, None)
-
-
-def renew(
-    values_OK: Tensor,
-    positions: Tensor,
-    positions_t: Tensor,
-    *,
+    renew: bool = False,
     w: Tensor | None = None,
     w_t: Tensor | None = None,
     bias: Tensor | None = None,
     bias_copy: Tensor | None = None,
     metadata: Tensor | None = None,
 ) -> Work:
-    """Choose W^{R,C} anew into `positions_t`, bit for bit as masks.double_prune does, then as `refresh`: in one pass.
+    """Write the 16-bit copies of W^R and of W^{R,C} transposed, in place, in one pass.
 
-    The version of `positions_t` counts up here, before the launch.
+    A packed matrix gets zeros in its filler slots (see kernels.cu for which slots those are); its metadata stays, but
+    for that of a `w_t` whose mask is renewed.
 
     Args:
-        positions_t: uint8 (I, O/8), overwritten.
-        metadata: that of a packed `w_t`, written as `metadata` below would, with the same sides and alignment.
+        values_OK: (O, I/2), float32 or the dtype of the copies; read when the kernel runs, like the rest.
+        positions: uint8 (O, I/8).
+        positions_t: uint8 (I, O/8).
+        renew: choose W^{R,C} anew first, into `positions_t`, bit for bit as masks.double_prune does. The version of
+            `positions_t` counts up here, before the launch.
+        w: bfloat16 or float16, (O, I/2) packed or (O, I) dense, or None to leave it out.
+        w_t: the same for the transpose: (I, O/2) packed or (I, O) dense.
+        bias, bias_copy: (O,), converted in the same launch; `bias` has the dtype of `values_OK`.
+        metadata: if renewed, that of a packed `w_t`, written as `metadata` below would, with its sides and alignment.
     """
-    torch.autograd.graph.increment_version(positions_t)
-    return _rewrite("renew", values_OK, positions, positions_t, bias, w, w_t, bias_copy, metadata)
-
-
-def _rewrite(
-    kernel: str,
-    values: Tensor,
-    positions: Tensor,
-    positions_t: Tensor,
-    bias: Tensor | None,
-    w: Tensor | None,
-    w_t: Tensor | None,
-    bias_copy: Tensor | None,
-    metadata: Tensor | None,
-) -> Work:
-    _check(values=values, positions=positions, positions_t=positions_t, w=w, w_t=w_t, bias=bias, metadata=metadata)
-    rows, columns = values.shape[0], values.shape[1] * 2
-    half = values.dtype if values.dtype != torch.float32 else torch.bfloat16
+    _check(values=values_OK, positions=positions, positions_t=positions_t, w=w, w_t=w_t, bias=bias, metadata=metadata)
+    rows, columns = values_OK.shape[0], values_OK.shape[1] * 2
+    half = values_OK.dtype if values_OK.dtype != torch.float32 else torch.bfloat16
     dtype = next((copy.dtype for copy in (w, w_t, bias_copy) if copy is not None), half)
     packed = w is not None and w.shape[1] != columns
     packed_t = w_t is not None and w_t.shape[1] != rows
-    addresses = map(_address, (values, positions, positions_t, bias, w, w_t, bias_copy, metadata))
+    if renew:
+        torch.autograd.graph.increment_version(positions_t)
+    addresses = map(_address, (values_OK, positions, positions_t, bias, w, w_t, bias_copy, metadata))
     blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
     numbers = (*addresses, rows, columns, int(packed), int(packed_t))
-    name = f"{kernel}_{_NAMES[values.dtype]}_{_NAMES[dtype]}"
-    return Work(name, values.device, blocks, _REFRESH_THREADS, numbers)
+    kernel = f"{'renew' if renew else 'refresh'}_{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}"
+    return Work(kernel, values_OK.device, blocks, _REFRESH_THREADS, numbers)
 
 
 def metadata(bits: Tensor, target: Tensor) -> Work:

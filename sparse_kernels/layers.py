@@ -53,7 +53,9 @@ def renew_column_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0)
         found = _copies_of(layer)
         if layer.kernel_prunes(kind):
             renewed.append(layer)
-            works += found[0].renew(_weight(layer), layer.bias) if found else [cuda.renew(*_weight(layer))]
+            works += (
+                found[0].renew(_weight(layer), layer.bias) if found else [cuda.refresh(*_weight(layer), renew=True)]
+            )
             found = found[1:]
         else:
             layer.renew_column_mask(kind, layer_seed(seed, name))

@@ -265,7 +265,7 @@ class SparseLinear(nn.Module):
             kind: "magnitude" of the present values, or "random" among the kept entries, from `seed`.
         """
         if self.kernel_prunes(kind):
-            cuda.launch(cuda.renew(self.values, self.positions, self.positions_t))
+            cuda.launch(cuda.refresh(self.values, self.positions, self.positions_t, renew=True))
         else:
             rows_OI = self.row_mask()
             column_mask_OI = masks.double_prune(self._scattered(), rows_OI, self.n, self.m, kind=kind, seed=seed)
@@ -273,7 +273,7 @@ class SparseLinear(nn.Module):
         self.renew_column_scale()
 
     def kernel_prunes(self, kind: str) -> bool:
-        """Whether `cuda.renew` is to choose W^{R,C}, on a GPU; else plain torch must."""
+        """Whether the kernel is to choose W^{R,C}, on a GPU; else plain torch must."""
         return kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values)
 
     @torch.no_grad()

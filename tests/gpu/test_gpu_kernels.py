@@ -100,7 +100,7 @@ def test_renew(rows: int, columns: int, dtype: torch.dtype, ties: bool) -> None:
     weight = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(row, values)
     expected = masks.pack_bits(masks.double_prune(weight, row, 2, 4).t())
     version = positions_t._version
-    cuda.launch(cuda.renew(values, positions, positions_t))
+    cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
     assert torch.equal(positions_t, expected)
     assert positions_t._version > version
     for half in HALVES[dtype]:
@@ -111,7 +111,7 @@ def test_renew(rows: int, columns: int, dtype: torch.dtype, ties: bool) -> None:
             if packed_t and columns % 64 == 0 and rows % 32 == 0:
                 metadata = torch.zeros(rows * columns // 8, dtype=torch.uint8, device="cuda")
             positions_t.zero_()
-            cuda.launch(cuda.renew(values, positions, positions_t, w=w, w_t=w_t, metadata=metadata))
+            cuda.launch(cuda.refresh(values, positions, positions_t, renew=True, w=w, w_t=w_t, metadata=metadata))
             assert torch.equal(positions_t, expected)
             refreshed = torch.empty_like(w), torch.empty_like(w_t)
             cuda.launch(cuda.refresh(values, positions, positions_t, w=refreshed[0], w_t=refreshed[1]))
@@ -138,7 +138,9 @@ def test_layers_of_many_sizes_in_one_launch() -> None:
     found = [layer(rows, columns, torch.float32) for rows, columns in SHAPES]
     for values, _, _, _, _ in found:
         values.neg_().add_(torch.rand_like(values))
-    cuda.launch_all(cuda.renew(values, positions, positions_t) for values, positions, positions_t, _, _ in found)
+    cuda.launch_all(
+        cuda.refresh(values, positions, positions_t, renew=True) for values, positions, positions_t, _, _ in found
+    )
     for values, _, positions_t, row, _ in found:
         weight = torch.zeros(row.shape, device="cuda").masked_scatter_(row, values)
         assert torch.equal(positions_t, masks.pack_bits(masks.double_prune(weight, row, 2, 4).t()))
@@ -146,7 +148,7 @@ def test_layers_of_many_sizes_in_one_launch() -> None:
     for values, *_ in found:
         values.neg_().add_(torch.rand_like(values))
     cuda.launch_all(
-        cuda.renew(*layer[:3], w=w, w_t=w_t, bias=bias, bias_copy=bias_copy, metadata=metadata)
+        cuda.refresh(*layer[:3], renew=True, w=w, w_t=w_t, bias=bias, bias_copy=bias_copy, metadata=metadata)
         for w, w_t, bias, bias_copy, metadata, layer in renewed
     )
     for w, w_t, bias, bias_copy, metadata, (values, positions, positions_t, _, _) in renewed:

@@ -31,7 +31,7 @@ def masked(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     values = torch.randn(columns, rows // 2, device="cuda")
     positions = positions_of(columns, rows)
     positions_t = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
-    cuda.launch(cuda.renew(values, positions, positions_t))
+    cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
     return values, positions, positions_t
 
 
