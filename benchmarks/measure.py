@@ -113,7 +113,7 @@ class Runner:
         if device.type == "cuda":
             sparse_kernels.prepare(self.model, case.tokens)  # now, so that its measuring is not in the peak
             torch.cuda.reset_peak_memory_stats()
-        self._every, self._steps = stages.renew_every(self.config, stages.stage(self.config, 0)), 0
+        self._stage, self._steps = stages.stage(self.config, 0), 0
         for _ in range(WARM_UP):
             self.loss = self._take().loss
         self.peak_bytes = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
@@ -123,8 +123,8 @@ class Runner:
         return _seconds(self._take, calls)
 
     def _take(self) -> Taken:
+        renews = stages.renews(self.config, self._stage, self._steps)
         self._steps += 1
-        renews = bool(self._every) and self._steps % self._every == 0
         return self._step([self._batch], Renewal() if renews else None)
 
 

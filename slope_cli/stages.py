@@ -61,6 +61,12 @@ def renew_every(config: Config, now: Stage) -> int:
     return usual if every is None or not usual else every
 
 
+def renews(config: Config, now: Stage, step: int) -> bool:
+    """Whether the masks are renewed at the end of a step, counted from 0."""
+    every = renew_every(config, now)
+    return every > 0 and (step + 1) % every == 0
+
+
 def plan(config: Config, model: "nn.Module") -> "Report | None":
     """Which layers of a run's model become sparse, changing nothing; None for a run that makes none sparse.
 

@@ -193,7 +193,7 @@ def _train_step(t: Trainer, step: int) -> "Taken | Transferred":
     torch.manual_seed(_mix(t.config.train.seed, step))
     try:
         batches = [_to_device(batch, t.device) for batch in t.batches(step)]
-        if isinstance(t.step, Step) and _due(step + 1, stages.renew_every(t.config, t.stage)):
+        if isinstance(t.step, Step) and stages.renews(t.config, t.stage, step):
             return t.step(batches, Renewal(t.config.sparsity.column_mask, _mix(t.config.train.seed, step + 1)))
         return t.step(batches)
     except SlopeError as error:

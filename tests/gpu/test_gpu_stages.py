@@ -33,8 +33,7 @@ def train(run: Setup, steps: int, *, graphed: bool) -> list[Taken]:
         if to != now:
             stages.enter(run.model, run.config, now, to, optimizer=run.optimizer)
             now, run = to, run._replace(step=new_step(run.model, run.optimizer, torch.bfloat16, graphed))
-        every = stages.renew_every(run.config, now)
-        renewal = Renewal() if every and (number + 1) % every == 0 else None
+        renewal = Renewal() if stages.renews(run.config, now, number) else None
         taken.append(run.take(batches("gpt2", 2, number), number, renewal))
     return taken
 
