@@ -74,7 +74,7 @@ def subject(word: str) -> Subject:
         config = models.model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
     elif word in models.SHAPES:
         config = models.model_config(word, dropout=0.0)
-    elif (folder / runs.CONFIG).is_file():
+    elif runs.is_run(folder):
         config, settings, note = _of_run(folder)
     elif (folder / "config.json").is_file():
         config, settings, note = _of_folder(folder)

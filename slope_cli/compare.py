@@ -152,23 +152,16 @@ def _earlier(path: Path) -> list[Row]:
 
 def _require_distinct(rows: Sequence[Row]) -> None:
     """UsageError if a run is there twice, or a name stands for two configurations."""
-    defaults = _portable(Config())
-    whole = [_completed(row["config"], defaults) for row in rows]
+    # A setting that the version which wrote a config did not have had its default then.
+    defaults = configs.flat(_portable(Config()))
+    whole = [defaults | configs.flat(row["config"]) for row in rows]
     seen: dict[tuple[Any, ...], Row] = {}
     for number, (row, config) in enumerate(zip(rows, whole, strict=True)):
         if config in whole[:number]:
             raise UsageError(f"{row['run']}: this run is there twice")
-        seedless = {**config, "train": {**config["train"], "seed": 0}}
+        seedless = {**config, "train.seed": 0}
         if seen.setdefault((row["variant"], row["lr"]), seedless) != seedless:
             raise UsageError(f"{row['run']}: {row['variant']} stands for two configurations; compare their folders")
-
-
-def _completed(config: Row, defaults: Row) -> Row:
-    """A config with the default of each setting that the version it was written by did not have."""
-    return defaults | {
-        key: _completed(value, defaults.get(key) or {}) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
@@ -211,7 +204,7 @@ def _fingerprint(config: Config, run: Path) -> str:
 
 def _finished(planned: Planned, run: Path, fingerprint: str) -> runs.Found | None:
     """The checkpoint of this very run's last step, if it is there; UsageError if the folder holds another run."""
-    if not (run / runs.CONFIG).is_file():
+    if not runs.is_run(run):
         return None
     config = runs.open_config(run)
     changed = configs.differences(config, planned.config)

@@ -66,7 +66,7 @@ def state(init: str, model: "PreTrainedModel") -> str:
     with _named_init(folder):
         theirs = models.build_model(pretrained.settings(folder), device="meta")
     _require_same_shapes(model, theirs, init)
-    return "has no checkpoint yet" if (folder / runs.CONFIG).is_file() and not checkpoint.folders(folder) else ""
+    return "has no checkpoint yet" if runs.is_run(folder) and not checkpoint.folders(folder) else ""
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Pretrained:
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
         SlopeError: no sound checkpoint, or files that cannot be loaded.
     """
-    if (folder / runs.CONFIG).is_file():
+    if runs.is_run(folder):
         config, model, tokenizer, manifest = runmodel.load(folder, device)
         return Pretrained(folder, model, tokenizer, config, manifest["step"])
     return Pretrained(folder, *modelfolder.load(folder, device), None, None)
@@ -53,7 +53,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Pretrained:
 
 def settings(folder: Path) -> "PreTrainedConfig":
     """transformers' config of what `load` would load, without its weights; raises what `load` does."""
-    if not (folder / runs.CONFIG).is_file():
+    if not runs.is_run(folder):
         return modelfolder.settings(folder)
     config = runs.open_config(folder)
     if config.method == "linearize":
@@ -63,6 +63,6 @@ def settings(folder: Path) -> "PreTrainedConfig":
 
 def linearized(folder: Path) -> bool:
     """Whether it is a run that linearizes, or such a run's export."""
-    if (folder / runs.CONFIG).is_file():
+    if runs.is_run(folder):
         return runs.open_config(folder).method == "linearize"
     return (folder / saved.FOLDER).is_dir()

@@ -56,7 +56,7 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
         foreign = sorted(p.name for p in run.iterdir() if p.name not in own and p.suffix not in LOG_ENDINGS)
     except OSError as error:
         raise UsageError(f"cannot make a run in {run}: {error.strerror}") from None
-    if foreign and not (run / CONFIG).is_file():
+    if foreign and not is_run(run):
         raise UsageError(f"{run} is not empty and holds no run (there is {foreign[0]}); choose another --out")
     if not os.access(run, os.W_OK):
         raise UsageError(f"{run}: cannot be written")
@@ -67,7 +67,7 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
 
 def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
     """Write the configuration of a new run, or compare it with the one that is there."""
-    if (run / CONFIG).is_file():
+    if is_run(run):
         if fresh:
             raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
         changed = configs.differences(configs.load(str(run / CONFIG)), config)
@@ -161,9 +161,14 @@ def open_config(run: Path) -> Config:
     return configs.load(str(run / CONFIG))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / CONFIG).is_file()
+
+
 def require_run(run: Path) -> None:
     """UsageError if a folder holds no run."""
-    if not (run / CONFIG).is_file():
+    if not is_run(run):
         raise UsageError(f"{run}: is not the folder of a run (no {CONFIG})")
 
 

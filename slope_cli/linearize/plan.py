@@ -40,9 +40,9 @@ def words(init: Path, recipe: str = "linearize", run: Path | None = None) -> lis
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    if run is not None and (run / runs.CONFIG).is_file() and _began_with(begun := runs.open_config(run), init):
+    if run is not None and runs.is_run(run) and _began_with(begun := runs.open_config(run), init):
         return _words(str(begun.model.init), begun.data.path, {name: getattr(begun.train, name) for name in SIZES})
-    if (init / runs.CONFIG).is_file():
+    if runs.is_run(init):
         base = runs.open_config(init)
         path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
     else:
@@ -162,7 +162,7 @@ def _size(module: "nn.Module") -> int:
 def _run(config: Config) -> Path | None:
     """The run that is linearized; None if it is a folder of transformers, or not said."""
     init = None if config.model.init is None else Path(config.model.init).expanduser()
-    return init if init is not None and (init / runs.CONFIG).is_file() else None
+    return init if init is not None and runs.is_run(init) else None
 
 
 def _sparse_layers(config: Config, model: "PreTrainedModel") -> "Sequence[LayerReport]":
