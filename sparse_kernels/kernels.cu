@@ -94,6 +94,22 @@ constexpr u64 SLOTS = slots_of_all();
 
 __device__ inline u32 slots_of(u32 nibble) { return u32(SLOTS >> (4 * nibble)) & 15; }
 
+// The library's metadata of a packed 16-bit matrix on sm_90, R·C/8 bytes; R a multiple of 64, C of 32. A group's nibble is the
+// places of its two slots, first | second << 2. Tiles of 16 rows and 32 columns hold, for each r of 8, the bytes of rows r (low
+// nibbles) and r + 8 (high), the groups in the order 0 4 1 5 2 6 3 7; 4 tiles downwards come first, then those to the right.
+// The order is nowhere documented: copies.py takes it only where it has seen the library write the same.
+//
+// One of the two words of an r; nibble_of(group, 0 for row r or 1 for r + 8): of the mask.
+template <class Mask> __device__ inline u32 metadata_word(u32 word, const Mask& nibble_of) {
+  u32 bytes = 0;
+#pragma unroll
+  for (u32 k = 0; k < 4; ++k) {
+    const u32 group = 2 * word + k / 2 + k % 2 * 4;
+    bytes |= (slots_of(nibble_of(group, 0)) | slots_of(nibble_of(group, 1)) << 4) << (8 * k);
+  }
+  return bytes;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // gather_kept: the entries of a dense (O, I) matrix at `positions`, as (O, I/2). One thread: 4 times 8 columns.
 
@@ -136,7 +152,7 @@ __device__ inline void gather_kept(const D* dense, const u8* positions, V* kept,
 //
 // renew: the same, and before it W^{R,C} is chosen anew: of the kept entries of every group along a column the two largest,
 // of equal ones the first, as masks.double_prune chooses them. Writes positions_t, and of a packed W^{R,C} the metadata in
-// the order that `metadata` (below) tells of, or no metadata where the pointer is null.
+// the order that `metadata_word` tells of, or no metadata where the pointer is null.
 
 constexpr int TILE_O = 64, TILE_I = 128, REFRESH_THREADS = 256;
 // Blocks on a multiprocessor, by which the compiler is to ration registers: it would take twice as many for renew.
@@ -303,14 +319,9 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
     const u32 word = threadIdx.x % 2, r = threadIdx.x / 2 % 8, band = threadIdx.x / 16 % 8, half = threadIdx.x / 128;
     const u32 column = 16 * band + r;
     if (!metadata || 32 * half >= height || column >= width) return;
-    u32 out = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const u32 g = 8 * half + 2 * word + k / 2 + k % 2 * 4;
-      out |= (slots_of(nibbles[g][column]) | slots_of(nibbles[g][column + 8]) << 4) << (8 * k);
-    }
     const u64 tiles = u64(i0 / 64 + band / 4) * (stride_t / 32) + o0 / 32 + half, at = tiles * 32 + band % 4 * 8 + r;
-    *reinterpret_cast<u32*>(metadata + at * 8 + 4 * word) = out;
+    *reinterpret_cast<u32*>(metadata + at * 8 + 4 * word) =
+        metadata_word(word, [&](u32 group, u32 lower) { return nibbles[8 * half + group][column + 8 * lower]; });
   }
 }
 
@@ -332,11 +343,7 @@ template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 by
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// metadata: bits of a mask (R, C/8) to the library's metadata of a packed 16-bit matrix on sm_90, R·C/8 bytes; R a multiple of
-// 64, C of 32. A group's nibble is the places of its two slots, first | second << 2. Tiles of 16 rows and 32 columns hold, for
-// each r of 8, the bytes of rows r (low nibbles) and r + 8 (high), the groups in the order 0 4 1 5 2 6 3 7; 4 tiles downwards
-// come first, then those to the right. The order is nowhere documented: copies.py takes it only where it has seen the library
-// write the same. A thread: 8 bytes.
+// metadata: bits of a mask (R, C/8) to the metadata that `metadata_word` tells of. A thread: 8 bytes.
 
 constexpr int METADATA_THREADS = 256;
 
@@ -354,14 +361,8 @@ __device__ inline void metadata(const Marks& layer) {
   const i64 r = tile / across * 64 + at % 32 / 8 * 16 + at % 8, c = tile % across * 32;
   const u32 low = *reinterpret_cast<const u32*>(bits + (r * columns + c) / 8);
   const u32 high = *reinterpret_cast<const u32*>(bits + ((r + 8) * columns + c) / 8);
-  u32 words[2] = {0, 0};
-#pragma unroll
-  for (int group = 0; group < 8; ++group) {
-    const u32 byte = slots_of(low >> (4 * group) & 15) | slots_of(high >> (4 * group) & 15) << 4;
-    const int place = 2 * (group % 4) + group / 4;
-    words[place / 4] |= byte << (8 * (place % 4));
-  }
-  *reinterpret_cast<uint2*>(out + at * 8) = make_uint2(words[0], words[1]);
+  const auto nibble_of = [&](u32 group, u32 lower) { return (lower ? high : low) >> (4 * group) & 15; };
+  *reinterpret_cast<uint2*>(out + at * 8) = make_uint2(metadata_word(0, nibble_of), metadata_word(1, nibble_of));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
