@@ -44,10 +44,11 @@ def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
         assert decoded(model, side, graphed=False) == expected
 
 
-def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should(compiled: bool) -> None:
     chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=64))
     model = generate.build(chosen, torch.device("cuda"))
     rows = list(generate.speed_rows(model, 4, 128))
     assert [(row.get("error", ""), row.get("graphed"), row.get("note")) for row in rows] == [("", True, "")] * 3
-    peaks = [generate.transfer_row(model, length)["peak_bytes"] for length in (1024, 4096)]
+    peaks = [generate.transfer_row(model, length, compiled=compiled)["peak_bytes"] for length in (1024, 4096)]
     assert peaks[1] < 4.5 * peaks[0]
