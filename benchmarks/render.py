@@ -175,16 +175,14 @@ def _linearized(result: dict[str, Any]) -> str:
     for name, run in result["runs"].items():
         millions = f"{run['teacher_tokens'] / 1e6:.0f} M | {run['tokens'] / 1e6:.0f} M"
         losses = f"{run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f}"
-        adapted, gap = "cut off", "–"
-        if run["adapted"] is not None:
-            adapted, gap = f"{run['adapted']:.2f}", f"{100 * (run['adapted'] / run['teacher'] - 1):+.1f} %"
-        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {adapted} | {gap} |")
-    branches = result["runs"]["dense"]["branches"]
-    places = [f"{at['first']}–{at['last']}" for at in branches["both"]["positions"]]
-    rows += ["", f"| dense, by position | {' | '.join(places)} | all |", "|---|" + "---|" * (len(places) + 1)]
-    for name, found in branches.items():
-        values = " | ".join(f"{at['perplexity']:.2f}" for at in found["positions"])
-        rows.append(f"| {name} | {values} | {found['perplexity']:.2f} |")
+        gap = f"{100 * (run['adapted'] / run['teacher'] - 1):+.1f} %"
+        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {run['adapted']:.2f} | {gap} |")
+    places = [f"{at['first']}–{at['last']}" for at in result["runs"]["dense"]["branches"]["both"]["positions"]]
+    rows += ["", f"| by position | branch | {' | '.join(places)} | all |", "|---|---|" + "---|" * (len(places) + 1)]
+    for name, run in result["runs"].items():
+        for branch, found in run["branches"].items():
+            values = " | ".join(f"{at['perplexity']:.2f}" for at in found["positions"])
+            rows.append(f"| {name} | {branch} | {values} | {found['perplexity']:.2f} |")
     m = result["machine"]
     return "\n".join(
         [*rows, "", f"{m['gpu']}, torch {m['torch']}; sequences of {result['length']:,} tokens; perplexity."]
@@ -247,9 +245,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels-h100": _gemm,
     "memory-h100": _memory,
     "step-h100": _step,
+    "step-h100-renewed": _step,
     "step-h200": _step,
     "training-h100": _training,
-    "generate-h200": _generation,
+    "generate-h100": _generation,
     "linearize-cpu": _small_llama,
     "linearize-demo": _demo_linearized,
     "linearize-gpt2-small": _linearized,

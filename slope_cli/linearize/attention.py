@@ -59,7 +59,7 @@ class Pattern:
         """
         distance = queries - keys
         if self.terrace:
-            # Not by the keys' blocks: Inductor makes floored quotients of negative numbers of them, of which every eighth
+            # Not by the blocks of keys: Inductor makes floored quotients of negative numbers of them, and every eighth
             # came out wrong (torch 2.11, H100).
             near = keys >= queries - queries.remainder(self.window) - self.window
         else:
