@@ -17,7 +17,7 @@ pieces, and single tokens, which are chunks of one.
 
 Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head (H = G·P), T queries, S keys
 (the remembered ones, then those of the queries), D head dimension, E = D + 1 (values and a column of ones),
-F features, N chunks, C queries in a chunk, K keys in its band.
+F features, N chunks, C queries in a chunk, K keys in its band, J of them from the first to the last that may be far.
 """
 
 from collections.abc import Callable
@@ -83,10 +83,11 @@ class Attended(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How T queries and S keys are cut: C, N, R, zeros to put before and after the keys, K.
+    """How T queries and S keys are cut: C, N, R, zeros to put before and after the keys, K, and J.
 
-    Band n is places n·C to n·C + K of the keys with these zeros, which are in whole chunks if N > 1. In a causal layer
-    K is a multiple of 8, for a GPU's sake: what that adds comes after the queries.
+    Band n is places n·C to n·C + K of the keys with these zeros, which are in whole chunks if N > 1. Its far keys are
+    among the first J, 0 if it has none. In a causal layer K and J are multiples of 8, for a GPU's sake: what that adds
+    to a band comes after the queries.
     """
 
     chunk: int
@@ -95,6 +96,7 @@ class _Layout(NamedTuple):
     left: int
     right: int
     band: int
+    far: int
 
 
 def attend(
@@ -141,16 +143,15 @@ def attend(
 
         q_BGNPCD = _chunked(q_BHTD, k_BGSD.shape[1], cut)
         near_BGNPCK = _near_weights(q_BGNPCD, k_BGSD, keep_BS, mix_H, near, scale, cut)
-        beyond = min(cut.reach + cut.chunk, S) - 1 > pattern.always_near
         scaled_BHTD = q_BHTD * (scale * D**0.5)
-        far_BGNPCK, far_BGNPCE, new_state_BGFE = _far(
-            scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far if beyond else None, cut, pattern
+        far_BGNPCJ, far_BGNPCE, new_state_BGFE = _far(
+            scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far[..., : cut.far], cut, pattern
         )
-        v_BGN1KE = _bands(v_BGSE, cut)[:, :, :, None]
-        if far_BGNPCK is not None and branch == "both" and dropped_BH is None:  # nothing asks what each of them adds
-            near_BGNPCK, far_BGNPCK = near_BGNPCK + far_BGNPCK, None
-        if far_BGNPCK is not None:
-            banded_BGNPCE = far_BGNPCK @ v_BGN1KE
+        v_BGN1KE = _bands(v_BGSE, cut, cut.band)[:, :, :, None]
+        if far_BGNPCJ is not None and branch == "both" and dropped_BH is None:  # nothing asks what each of them adds
+            near_BGNPCK, far_BGNPCJ = near_BGNPCK + F.pad(far_BGNPCJ, (0, cut.band - cut.far)), None
+        if far_BGNPCJ is not None:
+            banded_BGNPCE = far_BGNPCJ @ v_BGN1KE[..., : cut.far, :]
             far_BGNPCE = banded_BGNPCE if far_BGNPCE is None else far_BGNPCE + banded_BGNPCE
         dropped_BGNPCE = None if dropped_BH is None else dropped_BH.view(len(q_BHTD), k_BGSD.shape[1], 1, -1, 1, 1)
         y_BGNPCD = normalised(near_BGNPCK @ v_BGN1KE, far_BGNPCE, branch, dropped_BGNPCE)
@@ -200,7 +201,10 @@ def _layout(queries: int, keys: int, pattern: Pattern) -> _Layout:
     band = -(-(chunk + reach) // 8) * 8 if pattern.causal else chunk + 2 * reach
     places = band if chunks == 1 else chunk * (chunks - 1 + -(-band // chunk))
     left = reach - (keys - queries)
-    return _Layout(chunk, chunks, reach, left, places - left - keys, band)
+    far = 0
+    if min(chunk + reach, keys) - 1 > pattern.always_near:
+        far = -(-(chunk + reach - 1 - pattern.always_near) // 8) * 8 if pattern.causal else band
+    return _Layout(chunk, chunks, reach, left, places - left - keys, band, far)
 
 
 def _masks(cut: _Layout, pattern: Pattern, first_B: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -221,13 +225,16 @@ def _chunked(x_BHTD: Tensor, groups: int, cut: _Layout) -> Tensor:
     return x_BHTD.reshape(B, groups, -1, cut.chunks, cut.chunk, D).transpose(2, 3)
 
 
-def _bands(x_BGSD: Tensor, cut: _Layout) -> Tensor:
-    """(B, G, S, D) -> (B, G, N, K, D), each of chunks side by side: gradients come back by slices, not one by one."""
+def _bands(x_BGSD: Tensor, cut: _Layout, width: int) -> Tensor:
+    """(B, G, S, D) -> (B, G, N, width, D), the first places of each band.
+
+    Of chunks side by side: gradients come back by slices, not one by one.
+    """
     if cut.chunks == 1:
-        return x_BGSD[:, :, None]
+        return x_BGSD[:, :, None, :width]
     pieces_BGNCD = x_BGSD.unflatten(2, (-1, cut.chunk))
-    starts = range(0, cut.band, cut.chunk)
-    parts = [pieces_BGNCD[:, :, n : n + cut.chunks, : cut.band - start] for n, start in enumerate(starts)]
+    starts = range(0, width, cut.chunk)
+    parts = [pieces_BGNCD[:, :, n : n + cut.chunks, : width - start] for n, start in enumerate(starts)]
     return torch.cat(parts, dim=3)
 
 
@@ -235,8 +242,8 @@ def _near_weights(
     q_BGNPCD: Tensor, k_BGSD: Tensor, keep_BS: Tensor, mix_H: Tensor, near: Tensor, scale: float, cut: _Layout
 ) -> Tensor:
     """gamma · exp(s - c) of the near keys of each band, 0 for the others: (B, G, N, P, C, K)."""
-    scores_BGNPCK = scale * (q_BGNPCD @ _bands(k_BGSD, cut).mT[:, :, :, None])
-    keep_BGNPCK = _bands(keep_BS[:, None, :, None], cut).mT[:, :, :, None]
+    scores_BGNPCK = scale * (q_BGNPCD @ _bands(k_BGSD, cut, cut.band).mT[:, :, :, None])
+    keep_BGNPCK = _bands(keep_BS[:, None, :, None], cut, cut.band).mT[:, :, :, None]
     gamma = mix_H.to(q_BGNPCD.dtype).view(k_BGSD.shape[1], 1, -1, 1, 1)
     return gamma * exp_below_max(scores_BGNPCK, near & keep_BGNPCK)
 
@@ -257,22 +264,23 @@ def _far(
     v_BGSE: Tensor,
     state_BGFE: Tensor | None,
     maps: Maps,
-    far: Tensor | None,
+    far: Tensor,
     cut: _Layout,
     pattern: Pattern,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Far keys: weights of those in the bands (B, G, N, P, C, K), sums over the rest (B, G, N, P, C, E), the new state.
+    """Far keys: weights of those in the bands (B, G, N, P, C, J), sums over the rest (B, G, N, P, C, E), the new state.
 
     Each is None where there is none, the new state where there was none before. q is scaled as its map wants it.
-    far: the mask of the bands, None if they hold no far key.
+    far: the mask of the first J places of the bands.
     """
     T, stateful = q_BHTD.shape[2], state_BGFE is not None or cut.chunks > 1
-    weights_BGNPCK, sums_BGNPCE, new_state_BGFE = None, None, None
-    if far is not None or stateful:
-        phi_k_BGSF = maps.k(k_BGSD if far is not None else k_BGSD[:, :, : cut.chunks * cut.chunk])
+    weights_BGNPCJ, sums_BGNPCE, new_state_BGFE = None, None, None
+    if cut.far or stateful:
+        used = cut.chunk * (cut.chunks - 1 + -(-max(cut.far, 1) // cut.chunk))
+        phi_k_BGSF = maps.k(k_BGSD[:, :, :used])
         phi_q_BGNPCF = _chunked(maps.q(q_BHTD), k_BGSD.shape[1], cut)
-    if far is not None:
-        weights_BGNPCK = (phi_q_BGNPCF @ _bands(phi_k_BGSF, cut).mT[:, :, :, None]) * far
+    if cut.far:
+        weights_BGNPCJ = (phi_q_BGNPCF @ _bands(phi_k_BGSF, cut, cut.far).mT[:, :, :, None]) * far
     if stateful:
         states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
         if not pattern.causal:
@@ -280,7 +288,7 @@ def _far(
             after_BGNFE, _ = _states(phi_k_BGSF[:, :, used].flip(2), v_BGSE[:, :, used].flip(2), None, T, cut)
             states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
         sums_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
-    return weights_BGNPCK, sums_BGNPCE, new_state_BGFE if state_BGFE is not None else None
+    return weights_BGNPCJ, sums_BGNPCE, new_state_BGFE if state_BGFE is not None else None
 
 
 def _states(
