@@ -99,7 +99,7 @@ __device__ inline u32 slots_of(u32 nibble) { return u32(SLOTS >> (4 * nibble)) &
 // nibbles) and r + 8 (high), the groups in the order 0 4 1 5 2 6 3 7; 4 tiles downwards come first, then those to the right.
 // The order is nowhere documented: copies.py takes it only where it has seen the library write the same.
 //
-// One of the two words of an r; nibble_of(group, 0 for row r or 1 for r + 8): of the mask.
+// Word 0 or 1 of an r's two; nibble_of(group, lower): the mask's nibble in row r (lower = 0) or r + 8 (1).
 template <class Mask> __device__ inline u32 metadata_word(u32 word, const Mask& nibble_of) {
   u32 bytes = 0;
 #pragma unroll

@@ -17,7 +17,7 @@ pieces, and single tokens, which are chunks of one.
 
 Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head (H = G·P), T queries, S keys
 (the remembered ones, then those of the queries), D head dimension, E = D + 1 (values and a column of ones),
-F features, N chunks, C queries in a chunk, K keys in its band, J of them from the first to the last that may be far.
+F features, N chunks, C queries in a chunk, K keys in its band, of which the first J hold all that may be far.
 """
 
 from collections.abc import Callable
@@ -276,8 +276,8 @@ def _far(
     T, stateful = q_BHTD.shape[2], state_BGFE is not None or cut.chunks > 1
     weights_BGNPCJ, sums_BGNPCE, new_state_BGFE = None, None, None
     if cut.far or stateful:
-        used = cut.chunk * (cut.chunks - 1 + -(-max(cut.far, 1) // cut.chunk))
-        phi_k_BGSF = maps.k(k_BGSD[:, :, :used])
+        places = cut.chunk * (cut.chunks - 1 + -(-max(cut.far, 1) // cut.chunk))
+        phi_k_BGSF = maps.k(k_BGSD[:, :, :places])
         phi_q_BGNPCF = _chunked(maps.q(q_BHTD), k_BGSD.shape[1], cut)
     if cut.far:
         weights_BGNPCJ = (phi_q_BGNPCF @ _bands(phi_k_BGSF, cut, cut.far).mT[:, :, :, None]) * far
