@@ -56,6 +56,8 @@ VARIANTS: dict[str, list[str]] = {
     "4 columns, window dropout 0.25": ["linearize.features=4", "linearize.window_dropout=0.25"],
     "t2r": ["linearize.map=t2r"],
     "1,500 steps, 32 columns, maps trained on": LONG,
+    "1,500 steps, 32 columns, maps trained on, distilled": [*LONG, "linearize.distill=1"],
+    "1,500 steps, 64 columns, maps trained on, distilled": [*LONG, "linearize.features=64", "linearize.distill=1"],
     "window 64": ["linearize.window=64"],
     "window 64, 1,500 steps, 32 columns, maps trained on": ["linearize.window=64", *LONG],
     "window 32, 1,500 steps, 32 columns, maps trained on": ["linearize.window=32", *LONG],

@@ -200,6 +200,9 @@ class LinearizeConfig:
     """How often training drops the window of a head, so that the linear branch must carry it alone."""
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
     """The projections that get adapters."""
+    distill: float = 0.0
+    """The share of the adapters' loss that is the divergence from the softmax model's predictions, in place of the
+    cross-entropy of the text."""
 
     def __post_init__(self) -> None:
         _positive("linearize", self, "window", "transfer_lr", "mse_weight")
@@ -208,7 +211,7 @@ class LinearizeConfig:
         if self.features is not None:
             _positive("linearize", self, "features")
         _need(0 < self.mix < 1, "linearize.mix", self.mix, "must be above 0 and below 1")
-        _share("linearize", self, "transfer", "window_dropout")
+        _share("linearize", self, "transfer", "window_dropout", "distill")
         _not_negative("linearize", self, "entropy_weight")
         for target in self.targets:
             _one_of("linearize.targets", target, ("q", "k", "v", "o"))

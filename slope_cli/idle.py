@@ -18,7 +18,7 @@ _USED_BY = {
 }
 """The methods that look at a key of `sparsity`; all sparse ones at those that are not here."""
 _TRANSFER = ("linearize.transfer_lr", "linearize.mse_weight", "linearize.entropy_weight")
-_ADJUST = ("optim.lr", "linearize.targets", "linearize.adjust_maps")
+_ADJUST = ("optim.lr", "linearize.targets", "linearize.adjust_maps", "linearize.distill")
 """Keys of one stage of method=linearize."""
 
 

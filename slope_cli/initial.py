@@ -123,6 +123,17 @@ def start_linearized(
     return model
 
 
+def softmax_teacher(run: Path, model: "PreTrainedModel", device: torch.device | str) -> "PreTrainedModel":
+    """The model that a run linearizes, in evaluation mode and frozen. A tensor that `model` froze is one in both."""
+    teacher = base.rebuild(read_sealed(run / base.BASE), "cpu")  # so that the device never holds the model twice
+    checkpoint.restore(run / checkpoint.BASE, teacher, None)
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in teacher.state_dict(keep_vars=True).items():
+        if name in own and not own[name].requires_grad:
+            tensor.data = own[name].data
+    return teacher.to(device).requires_grad_(False).eval()
+
+
 def _keep(config: Config, run: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Write the model of model.init and its description to a run's folder; errors as for `start_linearized`."""
     found = _to_linearize(config)

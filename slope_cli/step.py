@@ -118,12 +118,16 @@ class Step:
         device = next(self.model.parameters()).device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
+    def loss(self, batch: Batch) -> models.Loss:
+        """What is optimised of one micro-batch, and its cross-entropy."""
+        return models.batch_loss(self.model, batch, self.objective, self.cross_entropy)
+
     def backward(self, batch: Batch, count: int) -> "Tensor":
         """Add the gradient of one of `count` micro-batches; its share of (loss, total), detached, on the device."""
         import torch
 
         with self.autocast():
-            loss = models.batch_loss(self.model, batch, self.objective, self.cross_entropy)
+            loss = self.loss(batch)
             total = loss.total / count
         torch.autograd.backward(total)
         return torch.stack([loss.token_loss / count, total.detach()])

@@ -43,6 +43,7 @@ class Trainer:
     """What the steps of a run share."""
 
     config: Config
+    run: Path
     dataset: "Dataset"
     blocks: "Blocks"
     masking: "MaskingIds | None"
@@ -274,7 +275,7 @@ def _enter(t: Trainer, to: stages.Stage, *, calibrate: bool) -> tuple[str, dict[
     feed = _calibration(t.config, t.blocks, t.masking, t.device) if calibrate else None
     stages.enter(t.model, t.config, t.stage, to, optimizer=t.optimizer, calibrate=feed)
     was, t.stage = t.stage, to
-    t.step = _step(t.config, t.model, to, t.optimizer, t.device)  # what was compiled and captured knows nothing of this
+    t.step = _step(t.config, t.run, t.model, to, t.optimizer, t.device)  # what was compiled knows nothing of this
     if to.layers != was.layers and to.layers != "adjust":
         return "layers", {"layers": to.layers, "adapters": to.adapters}, f"the layers are {to.layers} from here on"
     count = sum(p.numel() for p in t.model.parameters() if id(p) not in known)
@@ -366,6 +367,7 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
 
     trainer = Trainer(
         config=config,
+        run=run,
         dataset=dataset,
         blocks=blocks,
         masking=masking,
@@ -374,7 +376,7 @@ def _prepare(config: Config, run: Path, device: "torch.device") -> Trainer:
         model=model,
         stage=stages.stage(config, 0),
         optimizer=optimizer,
-        step=_step(config, model, stages.stage(config, 0), optimizer, device),
+        step=_step(config, run, model, stages.stage(config, 0), optimizer, device),
         batches=data.Ahead(batches, config.train.steps),
     )
     _check_evaluation(trainer)
@@ -417,6 +419,7 @@ def _start_line(t: Trainer, run: Path) -> str:
 
 def _step(
     config: Config,
+    run: Path,
     model: "PreTrainedModel",
     stage: stages.Stage,
     optimizer: "torch.optim.Optimizer",
@@ -439,15 +442,14 @@ def _step(
 
         weights = {"mse_weight": config.linearize.mse_weight, "entropy_weight": config.linearize.entropy_weight}
         return TransferStep(model, optimizer, dtype=dtype, clip=config.optim.clip, compiled=compiled, **weights)
-    return Step(
-        model,
-        optimizer,
-        models.objective(model.config),
-        dtype=dtype,
-        clip=config.optim.clip,
-        compiled=compiled,
-        graphed=gpu and config.method != "linearize" if train.cuda_graph is None else train.cuda_graph,
-    )
+    graphed = gpu and config.method != "linearize" if train.cuda_graph is None else train.cuda_graph
+    how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "graphed": graphed}
+    if stage.layers == "adjust" and (share := config.linearize.distill):
+        from slope_cli.linearize.step import DistillStep
+
+        teacher = initial.softmax_teacher(run, model, device)
+        return DistillStep(model, optimizer, models.objective(model.config), teacher=teacher, share=share, **how)
+    return Step(model, optimizer, models.objective(model.config), **how)
 
 
 def _check_evaluation(t: Trainer) -> None:

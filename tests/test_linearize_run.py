@@ -17,7 +17,9 @@ from trained import copied, prepared, scratch, slope, texts, trained
 
 from slope_cli import check, checkpoint, compare, durable, metrics, models, pretrained, runmodel, runs, train
 from slope_cli import config as configs
+from slope_cli.initial import softmax_teacher
 from slope_cli.linearize import base, plan
+from slope_cli.linearize.step import divergence
 from slope_cli.linearize.swap import added_state, linear_windows, using
 from slope_cli.train import pretrain
 from sparse_kernels import AdaptedLinear, adapters_of, sparse_layers
@@ -122,7 +124,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad")
 def test_a_compiled_run_learns_and_writes_the_same() -> None:
-    words = ("train.steps=6", "linearize.transfer=0.5", "log.val_every=2")
+    words = ("train.steps=6", "linearize.transfer=0.5", "linearize.distill=0.5", "log.val_every=2")
     eager = linearized("sparse", *words)
     torch._dynamo.utils.counters.clear()
     # Whole, as torch's own operators: Inductor's code has a test of its own.
@@ -189,6 +191,50 @@ def test_the_maps_may_be_trained_on_with_the_adapters() -> None:
     assert both.records("val")[0] == adjusted.records("val")[0]
 
 
+def test_a_divergence_is_of_the_positions_that_have_a_label() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_BTV, teacher_BTV = (2 * torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    labels_BT = torch.randint(7, (2, 5), generator=generator)
+    labels_BT[0, 1:3] = models.IGNORED_LABEL
+    log_p, log_q = (x[labels_BT >= 0].log_softmax(-1) for x in (teacher_BTV, logits_BTV))
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(divergence(logits_BTV, teacher_BTV, labels_BT), expected)
+    assert divergence(logits_BTV, logits_BTV, labels_BT) == 0
+    assert divergence(logits_BTV, teacher_BTV, torch.full_like(labels_BT, models.IGNORED_LABEL)) == 0
+
+
+def test_adapters_may_learn_from_the_softmax_model() -> None:
+    """Its predictions bring them nearer to it than the text does; the record's loss is the text's cross-entropy."""
+    words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
+    distances, losses = [], []
+    for done in (linearized("sparse", *words), linearized("sparse", *words, "linearize.distill=1")):
+        model, teacher = (pretrained.load(folder).model for folder in (done.run, done.base))
+        ids_T = pretrained.load(done.base).tokenizer(texts().read_text()).input_ids
+        ids_BT = torch.tensor(ids_T[:1024]).view(-1, 16)
+        with torch.no_grad():
+            student_BTV, teacher_BTV = (m(input_ids=ids_BT).logits for m in (model, teacher))
+        distances.append(divergence(student_BTV, teacher_BTV, ids_BT).item())
+        losses.append([record["loss"] for record in done.records("train")])
+    assert distances[1] < distances[0]
+    assert losses[1][0] == losses[0][0]  # before the first update
+
+
+def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() -> None:
+    done = linearized("sparse", "linearize.distill=1", "train.steps=10")
+    config, model, *_ = runmodel.load(done.run)
+    model.requires_grad_(False)
+    for adapter in adapters_of(model).values():
+        adapter.requires_grad_(True)
+    teacher, began = softmax_teacher(done.run, model, "cpu"), pretrained.load(done.base).model
+    ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
+    own = model.state_dict(keep_vars=True)
+    apart = {name for name, t in teacher.state_dict().items() if t.data_ptr() != own[name].data_ptr()}
+    assert apart
+    assert all(".adapter." in name for name in apart)
+    assert config.linearize.distill == 1
+
+
 def test_a_run_without_transfer_trains_adapters_alone() -> None:
     done = linearized("dense", "linearize.transfer=0", "train.steps=6")
     assert not done.records("transfer")
@@ -214,12 +260,14 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize(("step", "adjust_maps"), [(4, False), (8, False), (8, True)])
-def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust_maps: bool, tmp_path: Path) -> None:
+ADJUSTED = [(), ("linearize.adjust_maps=true",), ("linearize.distill=0.5",)]
+
+
+@pytest.mark.parametrize(("step", "adjust"), [(4, ADJUSTED[0]), *((8, words) for words in ADJUSTED)])
+def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust: tuple[str, ...], tmp_path: Path) -> None:
     """Killed while it saves: the first time in transfer, then with the adapters."""
     base = trained(*BASES["sparse"])
-    words = (*WORDS, "train.steps=10", "linearize.window_dropout=0.2", "log.save_every=2", "train.dtype=fp32")
-    words = (*words, f"linearize.adjust_maps={str(adjust_maps).lower()}")
+    words = (*WORDS, "train.steps=10", "linearize.window_dropout=0.2", "log.save_every=2", "train.dtype=fp32", *adjust)
     config = configs.load("linearize", [*plan.words(base), *words])
     whole, run = tmp_path / "whole", tmp_path / "run"
     pretrain(config, whole)

@@ -1,4 +1,8 @@
-"""One optimizer step of stage 1: every layer's maps learn from that layer's own loss alone."""
+"""One optimizer step. Of stage 1: every layer's maps learn from that layer's own loss alone. Of stage 2, where it has
+the softmax model for a teacher: adapters learn from what that predicts.
+
+Shape suffixes: B sequences, T positions, V vocabulary.
+"""
 
 import contextlib
 import math
@@ -9,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slope_cli import models
 from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
-from slope_cli.step import compile_blocks
+from slope_cli.step import Batch, Step, compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -109,6 +114,50 @@ class TransferStep:
         """Autocast as in a step."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype is not None)
+
+
+class DistillStep(Step):
+    """Takes steps that learn from a teacher: the loss is (1 - share) · cross-entropy + share · `divergence`."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, share: float, compiled: bool = False, **how: Any) -> None:
+        """
+        Args:
+            args, how: as `Step`.
+            teacher: a model of the same vocabulary, in evaluation mode.
+            share: between 0 and 1.
+        """
+        super().__init__(*args, compiled=compiled, **how)
+        self.teacher, self.share, self.divergence = teacher, share, divergence
+        if compiled:
+            self.divergence = torch.compile(divergence, dynamic=False)
+            compile_blocks(teacher)
+
+    def loss(self, batch: Batch) -> models.Loss:
+        """What is optimised of one micro-batch, and its cross-entropy."""
+        seen: list[Tensor] = []
+
+        def predict(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(logits_BTV)
+            return logits_BTV.new_zeros(()), labels_BT.new_zeros(())
+
+        def mixed(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+            entropy, targets = self.cross_entropy(logits_BTV, labels_BT)
+            seen.append(entropy.detach())
+            apart = self.divergence(logits_BTV, seen[0], labels_BT)
+            return (1 - self.share) * entropy + self.share * apart, targets
+
+        with torch.no_grad():
+            models.batch_loss(self.teacher, batch, self.objective, predict)
+        found = models.batch_loss(self.model, batch, self.objective, mixed)
+        return models.Loss(found.total, seen[1], found.targets)
+
+
+def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, the mean over positions that have a label, a float32 scalar."""
+    student_BTV, teacher_BTV = logits_BTV.float().log_softmax(-1), teacher_BTV.float().log_softmax(-1)
+    apart_BT = (teacher_BTV.exp() * (teacher_BTV - student_BTV)).sum(-1)
+    counted_BT = labels_BT != models.IGNORED_LABEL
+    return (apart_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
 
 
 def _norm(linear: torch.nn.Module) -> Tensor:

@@ -1,24 +1,31 @@
-"""Linearized attention compiled on a GPU, in bf16: the losses and gradients of the eager form.
+"""Linearized attention compiled on a GPU, in bf16: the losses and gradients of the eager form, and a whole run.
 
 Shape suffixes: B sequences, T positions.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slope_cli import models
+from slope_cli import config as configs
+from slope_cli import metrics, models, pretrained
+from slope_cli.initial import softmax_teacher
+from slope_cli.linearize import plan
 from slope_cli.linearize.attention import Pattern
 from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.linearize.window import LinearWindow
+from slope_cli.prepare import prepare
 from slope_cli.step import compile_blocks
-from sparse_kernels import extend_adapters
+from slope_cli.train import pretrain
+from sparse_kernels import adapters_of, extend_adapters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores"
@@ -147,3 +154,24 @@ def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str) -> N
     for layer, loss in losses.items():
         assert compiled_losses[layer].mse.item() == pytest.approx(loss.mse.item(), rel=0.02)
     assert max(distances(compiled_gradients, gradients).values()) < 0.1
+
+
+def test_a_run_learns_from_its_softmax_model_and_holds_it_once(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The {n}th of many short lines. " * 20}) + "\n" for n in range(100)))
+    prepare([str(text)], tmp_path / "data", tokenizer="bytes", val_fraction=0.1, workers=1, progress=False)
+    words = [f"data.path={tmp_path / 'data'}", "log.tensorboard=false", "log.sample_every=0", "log.val_tokens=2048"]
+    base, run = tmp_path / "base", tmp_path / "run"
+    pretrain(configs.load("gpt2-nano", [*words, "train.steps=20", "adapters.start=0.5"]), base)
+    more = ["train.steps=8", "linearize.transfer=0.5", "linearize.distill=0.5", "linearize.window=32"]
+    pretrain(configs.load("linearize", [*plan.words(base), *words, *more]), run)
+    assert len([record for record in metrics.read(run) if record["kind"] == "train"]) == 4
+    model, began = (pretrained.load(folder, "cuda").model for folder in (run, base))
+    for adapter in adapters_of(model.requires_grad_(False)).values():
+        adapter.requires_grad_(True)
+    teacher = softmax_teacher(run, model, torch.device("cuda"))
+    ids_BT = torch.randint(256, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    torch.testing.assert_close(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
+    own, theirs = model.state_dict(), teacher.state_dict()
+    held_once = {name for name, tensor in theirs.items() if tensor.data_ptr() == own[name].data_ptr()}
+    assert held_once == {name for name in theirs if ".adapter." not in name}
