@@ -20,6 +20,7 @@ from typing import Any
 from slope_cli import config as configs
 from slope_cli import launch, llama2c, metrics, pretrained
 from slope_cli.benchmarks.machine import RESULTS, machine
+from slope_cli.benchmarks.tables import over_teacher
 from slope_cli.evaluate import evaluate
 from slope_cli.linearize import plan
 from slope_cli.linearize.settings import BRANCHES
@@ -112,9 +113,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["variants"].items():
         transferred = "" if row["transferred"] is None else f"{row['transferred']:.3f}"
-        ratio = 100 * (row["adapted"] / row["teacher"] - 1)
         alone = " | ".join(f"{row['branches'][branch]:.2f}" for branch in ("window", "linear"))
-        cells = f"{row['swapped']:.3f} | {transferred} | {row['adapted']:.3f} | {ratio:+.1f} % | {alone}"
+        cells = f"{row['swapped']:.3f} | {transferred} | {row['adapted']:.3f} | {over_teacher(row)} | {alone}"
         rows.append(f"| {name} | {cells} |")
     teacher, m = next(iter(result["variants"].values()))["teacher"], result["machine"]
     return "\n".join(

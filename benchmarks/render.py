@@ -16,6 +16,7 @@ from slope_cli import compare_table
 from slope_cli.benchmarks import report_generate
 from slope_cli.benchmarks.machine import RESULTS
 from slope_cli.benchmarks.report import whole_model
+from slope_cli.benchmarks.tables import over_teacher
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -175,8 +176,8 @@ def _linearized(result: dict[str, Any]) -> str:
     for name, run in result["runs"].items():
         millions = f"{run['teacher_tokens'] / 1e6:.0f} M | {run['tokens'] / 1e6:.0f} M"
         losses = f"{run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f}"
-        gap = f"{100 * (run['adapted'] / run['teacher'] - 1):+.1f} %"
-        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {run['adapted']:.2f} | {gap} |")
+        adapted = f"{run['adapted']:.2f} | {over_teacher(run)}"
+        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {adapted} |")
     places = [f"{at['first']}–{at['last']}" for at in result["runs"]["dense"]["branches"]["both"]["positions"]]
     rows += ["", f"| by position | branch | {' | '.join(places)} | all |", "|---|---|" + "---|" * (len(places) + 1)]
     for name, run in result["runs"].items():
@@ -206,16 +207,16 @@ def _small_llama(r: dict[str, Any]) -> str:
     long = [(s, row) for s, row in found if s.get("train.steps") == str(longest)]
     rows = {int(s.get("linearize.window", 16)): row for s, row in long if "linearize.distill" not in s}
     parts = [
-        f"{row['adapted']:.2f} with a window of {window} ({100 * (row['adapted'] / row['teacher'] - 1):+.1f} %; the "
-        f"window alone {row['branches']['window']:.2f})"
+        f"{row['adapted']:.2f} with a window of {window} ({over_teacher(row)}; the window alone "
+        f"{row['branches']['window']:.2f})"
         for window, row in sorted(rows.items())
     ]
     distilled = next(row for s, row in long if "linearize.distill" in s)
-    gain = f"{distilled['adapted']:.2f} ({100 * (distilled['adapted'] / distilled['teacher'] - 1):+.1f} %)"
     return (
         f"A Llama of {r['parameters']:,} parameters, on stories of its own making and in 512 tokens, does look "
         f"farther: of {next(iter(rows.values()))['teacher']:.2f} it has, after {longest:,} steps, "
-        f"{', '.join(parts[:-1])} and {parts[-1]}; the first of these, with `linearize.distill=1`, {gain} "
+        f"{', '.join(parts[:-1])} and {parts[-1]}; the first of these, with `linearize.distill=1`, "
+        f"{distilled['adapted']:.2f} ({over_teacher(distilled)}) "
         "([more settings](benchmarks/results/linearize-cpu.md))."
     )
 

@@ -19,6 +19,11 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def over_teacher(row: Row) -> str:
+    """How far a linearized model's perplexity with its adapters is above its teacher's."""
+    return f"{100 * (row['adapted'] / row['teacher'] - 1):+.1f} %"
+
+
 def gib(count: float | None) -> str:
     """Bytes as GiB; empty for None."""
     return "" if count is None else f"{count / 2**30:.2f}"

@@ -117,21 +117,26 @@ def start_linearized(
     """
     _keep(config, run, tokenizer)
     # Built anew and read back: the memory of what was loaded is free by now, so it never holds the model twice.
-    model = base.rebuild(read_sealed(run / base.BASE), device)
-    checkpoint.restore(run / checkpoint.BASE, model, None)
+    model = _read_base(run, device)
     stages.enter(model, config, stages.DENSE, stages.stage(config, 0))
     return model
 
 
 def softmax_teacher(run: Path, model: "PreTrainedModel", device: torch.device | str) -> "PreTrainedModel":
     """The model that a run linearizes, in evaluation mode and frozen. A tensor that `model` froze is one in both."""
-    teacher = base.rebuild(read_sealed(run / base.BASE), "cpu")  # so that the device never holds the model twice
-    checkpoint.restore(run / checkpoint.BASE, teacher, None)
+    teacher = _read_base(run, "cpu")  # so that the device never holds the model twice
     own = model.state_dict(keep_vars=True)
     for name, tensor in teacher.state_dict(keep_vars=True).items():
         if name in own and not own[name].requires_grad:
             tensor.data = own[name].data
     return teacher.to(device).requires_grad_(False).eval()
+
+
+def _read_base(run: Path, device: torch.device | str) -> "PreTrainedModel":
+    """The model that a run linearizes, as `_keep` wrote it."""
+    model = base.rebuild(read_sealed(run / base.BASE), device)
+    checkpoint.restore(run / checkpoint.BASE, model, None)
+    return model
 
 
 def _keep(config: Config, run: Path, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -134,22 +134,23 @@ class DistillStep(Step):
 
     def loss(self, batch: Batch) -> models.Loss:
         """What is optimised of one micro-batch, and its cross-entropy."""
-        seen: list[Tensor] = []
+        predicted: list[Tensor] = []
+        entropies: list[Tensor] = []
 
         def predict(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-            seen.append(logits_BTV)
+            predicted.append(logits_BTV)
             return logits_BTV.new_zeros(()), labels_BT.new_zeros(())
 
         def mixed(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
             entropy, targets = self.cross_entropy(logits_BTV, labels_BT)
-            seen.append(entropy.detach())
-            apart = self.divergence(logits_BTV, seen[0], labels_BT)
+            entropies.append(entropy.detach())
+            apart = self.divergence(logits_BTV, predicted[0], labels_BT)
             return (1 - self.share) * entropy + self.share * apart, targets
 
         with torch.no_grad():
             models.batch_loss(self.teacher, batch, self.objective, predict)
         found = models.batch_loss(self.model, batch, self.objective, mixed)
-        return models.Loss(found.total, seen[1], found.targets)
+        return found._replace(token_loss=entropies[0])
 
 
 def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
