@@ -43,6 +43,8 @@ LARGE_INPUT = 1 << 30
 BATCH_TEXTS = 32
 SPLITS = ("train", "val")
 LINE_SECONDS = 10.0
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGUSR2)
+"""What a terminal and SLURM send to all of a process group."""
 Parts = dict[tuple[str, str], list[Path]]
 """The part files of each (split, source), in order."""
 
@@ -274,7 +276,8 @@ def _in_pool(chunks: Iterator[Chunk], work: Work, workers: int, report: Report) 
     running: set[Future[int]] = set()
     try:
         for chunk in chunks:
-            running.add(pool.submit(_run_in_worker, chunk))
+            with _held_back():
+                running.add(pool.submit(_run_in_worker, chunk))  # starts a worker, if there are too few
             if len(running) >= 2 * workers:  # bounds the memory: the reader waits for the workers
                 running = _collect(running, report)
         while running:
@@ -285,6 +288,19 @@ def _in_pool(chunks: Iterator[Chunk], work: Work, workers: int, report: Report) 
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Has signals wait that may reach the whole group: one would kill a worker that starts and cannot ignore it yet.
+
+    A worker begins with what is blocked here blocked.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(running: set[Future[int]], report: Report) -> set[Future[int]]:
@@ -379,7 +395,7 @@ _worker: Tokeniser | None = None
 
 def _start_worker(work: Work) -> None:
     global _worker
-    for number in (signal.SIGINT, signal.SIGUSR2):  # both may reach the whole group; the parent alone decides
+    for number in GROUP_SIGNALS:  # the parent alone decides
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker = Tokeniser(work)

@@ -380,6 +380,23 @@ if __name__ == "__main__":
 """
 
 
+def preparing(text: Path, out: Path, tokenizer: str, script: str, parts: int) -> subprocess.Popen[bytes]:
+    """A process, leader of a session, that is at work on a long text and has made as many parts."""
+    text.write_text("".join(f"the line {number}\n" for number in range(120_000)))
+    file = text.with_name("script.py")
+    file.write_text(script)
+    child = subprocess.Popen(
+        [sys.executable, str(file), str(text), str(out), tokenizer],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".parts/*.train.tok"))) < parts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return child
+
+
 def session_members(session: int) -> int:
     count = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -398,17 +415,7 @@ def test_stopped_in_the_middle_and_run_again(
     tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
 ) -> None:
     text, out = tmp_path / "x.txt", tmp_path / "out"
-    text.write_text("".join(f"the line {number}\n" for number in range(120_000)))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    child = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py"), str(text), str(out), bpe_folder],
-        env=os.environ | {"PYTHONPATH": ROOT},
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".parts/*.train.tok"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    child = preparing(text, out, bpe_folder, SCRIPT, parts=5)
     if sent == signal.SIGUSR2:
         os.killpg(child.pid, sent)  # as SLURM does: the workers get it, too
     else:
@@ -416,6 +423,7 @@ def test_stopped_in_the_middle_and_run_again(
     errors = child.communicate(timeout=60)[1].decode()
     assert child.returncode == code, errors
     assert not (out / "dataset.json").exists()
+    deadline = time.monotonic() + 60
     while session_members(child.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert session_members(child.pid) == 0
@@ -438,6 +446,31 @@ def test_stopped_in_the_middle_and_run_again(
     assert seen == [made]
     prepared([text], tmp_path / "whole", tokenizer=bpe_folder)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+# The first worker is in the middle of a write nearly always, the second is long in starting.
+SLOW_START = """
+import os
+import time
+if __name__ == "__mp_main__":
+    try:
+        os.close(os.open(os.path.dirname(__file__) + "/first", os.O_CREAT | os.O_EXCL))
+        os.replace = lambda *given, replace=os.replace: (time.sleep(0.2), replace(*given))
+    except FileExistsError:
+        time.sleep(4)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_the_group_spares_a_worker_that_starts(
+    tmp_path: Path, bpe_folder: str, sent: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    child = preparing(tmp_path / "x.txt", out, bpe_folder, SLOW_START + SCRIPT, parts=2)
+    os.killpg(child.pid, sent)
+    errors = child.communicate(timeout=60)[1].decode()
+    assert "run the same command again" in errors
+    assert not list(out.glob(".parts/.*.tmp"))
 
 
 def watching(function: Callable[..., object], note: Callable[[], object]) -> Callable[..., object]:
