@@ -164,6 +164,7 @@ def _linearized(result: dict[str, Any]) -> str:
     columns = (
         "GPT-2 small",
         "window",
+        "features",
         "tokens: teacher",
         "linearizing",
         "teacher",
@@ -173,17 +174,21 @@ def _linearized(result: dict[str, Any]) -> str:
         "gap",
     )
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, run in result["runs"].items():
+    for run in result["runs"]:
         millions = f"{run['teacher_tokens'] / 1e6:.0f} M | {run['tokens'] / 1e6:.0f} M"
         losses = f"{run['teacher']:.2f} | {run['swapped']:.0f} | {run['transferred']:.2f}"
         adapted = f"{run['adapted']:.2f} | {over_teacher(run)}"
-        rows.append(f"| {name} | {run['window']} | {millions} | {losses} | {adapted} |")
-    places = [f"{at['first']}–{at['last']}" for at in result["runs"]["dense"]["branches"]["both"]["positions"]]
-    rows += ["", f"| by position | branch | {' | '.join(places)} | all |", "|---|---|" + "---|" * (len(places) + 1)]
-    for name, run in result["runs"].items():
+        rows.append(f"| {run['model']} | {run['window']} | {run['features']} | {millions} | {losses} | {adapted} |")
+    places = [f"{at['first']}–{at['last']}" for at in result["runs"][0]["branches"]["both"]["positions"]]
+    rows += [
+        "",
+        f"| by position | window | branch | {' | '.join(places)} | all |",
+        "|---|---|---|" + "---|" * (len(places) + 1),
+    ]
+    for run in result["runs"]:
         for branch, found in run["branches"].items():
             values = " | ".join(f"{at['perplexity']:.2f}" for at in found["positions"])
-            rows.append(f"| {name} | {branch} | {values} | {found['perplexity']:.2f} |")
+            rows.append(f"| {run['model']} | {run['window']} | {branch} | {values} | {found['perplexity']:.2f} |")
     m = result["machine"]
     return "\n".join(
         [*rows, "", f"{m['gpu']}, torch {m['torch']}; sequences of {result['length']:,} tokens; perplexity."]
