@@ -391,10 +391,15 @@ def preparing(text: Path, out: Path, tokenizer: str, script: str, parts: int) ->
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".parts/*.train.tok"))) < parts and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(out.glob(".parts/*.train.tok"))) >= parts)
     return child
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def session_members(session: int) -> int:
@@ -423,9 +428,7 @@ def test_stopped_in_the_middle_and_run_again(
     errors = child.communicate(timeout=60)[1].decode()
     assert child.returncode == code, errors
     assert not (out / "dataset.json").exists()
-    deadline = time.monotonic() + 60
-    while session_members(child.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: session_members(child.pid) == 0)
     assert session_members(child.pid) == 0
     if sent != signal.SIGKILL:
         assert "run the same command again" in errors
