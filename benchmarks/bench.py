@@ -21,13 +21,16 @@ from typing import Any
 
 import torch
 
-from slope_cli import doctor, models, runmodel, stages
-from slope_cli.accounting import account
 from slope_cli.benchmarks import generate, report
 from slope_cli.benchmarks.machine import machine, one_line
 from slope_cli.benchmarks.measure import Case, Row, case_config, cases, fastest
-from slope_cli.durable import atomic_file
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.methods import phases
+from slope_cli.models.accounting import account
+from slope_cli.models.build import build_model, model_config, run_model_config
+from slope_cli.models.shapes import width
+from slope_cli.utils.environment import libraries
+from slope_cli.utils.files import atomic_file
 
 KINDS = ("all", "step", "gemm", "memory", "generate")
 Measure = Callable[[Sequence[str], float], Iterator[Row]]
@@ -120,7 +123,7 @@ class Bench:
         print(text, file=sys.stderr, flush=True)
 
     def _section(self, name: str, **content: Any) -> Row:
-        self.result[name] = {"machine": machine(), "libraries": doctor.libraries(), **content}
+        self.result[name] = {"machine": machine(), "libraries": libraries(), **content}
         return dict(self.result[name])
 
     def _write(self, name: str) -> None:
@@ -165,7 +168,7 @@ class Bench:
         entries: list[Row] = []
         self._section("step", cases=entries)
         for case in self._chosen:
-            config = runmodel.model_config(case_config(case, "dense"))
+            config = run_model_config(case_config(case, "dense"))
             entry = {**asdict(case), "blocks": config.num_hidden_layers, "rows": [], "summary": None, "not_run": ""}
             entries.append(entry)
             entry["not_run"] = self._rows(["step", case.name], lambda row, entry=entry: self._keep_step(entry, row))  # type: ignore[misc]
@@ -184,8 +187,7 @@ class Bench:
 
     def gemm(self) -> None:
         """The products of a block of every width among the cases."""
-        shapes = [models.model_config(case.name) for case in self._chosen]
-        widths = list(dict.fromkeys(str(models.width(shape)) for shape in shapes))
+        widths = list(dict.fromkeys(str(width(model_config(case.name))) for case in self._chosen))
         rows: list[Row] = []
         self._section("gemm", rows=rows, not_run="")
 
@@ -256,7 +258,7 @@ def measured(words: Sequence[str], seconds: float) -> Iterator[Row]:
         raise SlopeError(f"the measuring process ended with {how}")
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -296,8 +298,8 @@ def memory_row(case: Case) -> Row:
     inference: 16-bit weights, sparse layers packed.
     """
     config = case_config(case, "slope")
-    model = models.build_model(runmodel.model_config(config), device="meta")
-    layers = stages.plan(config, model)
+    model = build_model(run_model_config(config), device="meta")
+    layers = phases.plan(config, model)
     counts = account(config, layers, model)
     assert layers is not None
     pruned = sum(layer.out_features * layer.in_features for layer in layers.swapped)

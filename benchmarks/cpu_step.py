@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-from slope_cli import checkpoint, models, optim, runmodel, stages
-from slope_cli import config as configs
 from slope_cli.benchmarks.machine import RESULTS, machine
-from slope_cli.config import Config
+from slope_cli.checkpoint import run_model, store
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
+from slope_cli.methods import optim, phases
+from slope_cli.models import shapes
+from slope_cli.models.loss import batch_loss
 from sparse_kernels import renew_column_masks
 
 CASES = (  # model, sequences, tokens of each, rounds
@@ -37,16 +40,16 @@ class Stepper:
     """A model that takes timed steps on one random batch."""
 
     def __init__(self, config: Config) -> None:
-        self.model, _ = runmodel.build(config, "cpu")
+        self.model, _ = run_model.build(config, "cpu")
         self.optimizer = optim.build_optimizer(self.model, config)
-        rows = models.vocab_size(self.model.config)
+        rows = shapes.vocab_size(self.model.config)
         shape = (config.train.micro_batch, config.train.seq_len)
         self.batch = {name: torch.randint(rows, shape) for name in ("input_ids", "labels")}
 
     def step(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
-        torch.autograd.backward(models.batch_loss(self.model, self.batch, "causal").total)
+        torch.autograd.backward(batch_loss(self.model, self.batch, "causal").total)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -65,7 +68,7 @@ def time_steps(name: str, sequences: int, tokens: int, rounds: int) -> dict[str,
     for _ in range(2):
         dense.step(), sparse.step()
     pairs = [(dense.step(), sparse.step()) for _ in range(rounds)]
-    renewal = sparse.renewal() / stages.renew_every(configs.load(name), stages.Stage("sparse"))
+    renewal = sparse.renewal() / phases.renew_every(configs.load(name), phases.Stage("sparse"))
     dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {
         "model": name,
@@ -81,13 +84,13 @@ def time_steps(name: str, sequences: int, tokens: int, rounds: int) -> dict[str,
 def checkpoint_bytes(name: str, method: str) -> int:
     """Bytes of a checkpoint of a model with AdamW's state, adapters not counted."""
     config = configs.load(name, [f"method={method}"])
-    model, _ = runmodel.build(config, "cpu")
+    model, _ = run_model.build(config, "cpu")
     optimizer = optim.build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
-        saved = checkpoint.save(Path(folder), 1, checkpoint.state_tensors(model, optimizer), {}, keep=2)
+        saved = store.save(Path(folder), 1, store.state_tensors(model, optimizer), {}, keep=2)
         return sum(file.stat().st_size for file in saved.iterdir())
 
 

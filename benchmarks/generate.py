@@ -20,21 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from slope_cli import models, pretrained, runmodel, runs
 from slope_cli.benchmarks.machine import one_line
-from slope_cli.config import Config
-from slope_cli.durable import read_sealed
+from slope_cli.checkpoint import base_model, load, run_folder
+from slope_cli.checkpoint.hf_folder import ADAPTER
+from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
-from slope_cli.linearize import base, plan, saved
+from slope_cli.linearize import saved
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.settings import LinearizeSettings
-from slope_cli.linearize.step import TransferStep
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
-from slope_cli.modelfolder import ADAPTER
+from slope_cli.models import shapes
+from slope_cli.models.build import build_model, model_config, run_model_config
+from slope_cli.train import dry_run_linearize
+from slope_cli.train.linearize_steps import TransferStep
+from slope_cli.utils.files import read_sealed
 
 Row = dict[str, Any]
 
@@ -71,37 +75,37 @@ def subject(word: str) -> Subject:
     """
     folder, settings, note = Path(word), LinearizeSettings(), ""
     if word == SMALL:
-        config = models.model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
-    elif word in models.SHAPES:
-        config = models.model_config(word, dropout=0.0)
-    elif runs.is_run(folder):
+        config = model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
+    elif word in shapes.SHAPES:
+        config = model_config(word, dropout=0.0)
+    elif run_folder.is_run(folder):
         config, settings, note = _of_run(folder)
     elif (folder / "config.json").is_file():
         config, settings, note = _of_folder(folder)
     else:
-        raise UsageError(f"{word}: is no run and no model folder; shapes are {SMALL}, {', '.join(models.SHAPES)}")
-    if models.objective(config) != "causal":
+        raise UsageError(f"{word}: is no run and no model folder; shapes are {SMALL}, {', '.join(shapes.SHAPES)}")
+    if shapes.objective(config) != "causal":
         raise UsageError(f"{word}: predicts masked tokens and cannot decode; choose a causal model")
     config._attn_implementation = "sdpa"
     # Its weights are random anyway, so its positions may reach as far as the lengths here.
-    positions = models.FAMILIES[config.model_type].positions
-    setattr(config, positions, max(models.max_seq_len(config), *LENGTHS, *TRANSFER_LENGTHS))
+    positions = shapes.FAMILIES[config.model_type].positions
+    setattr(config, positions, max(shapes.max_seq_len(config), *LENGTHS, *TRANSFER_LENGTHS))
     return Subject(folder.resolve().name if folder.is_dir() else word, config, settings, note)
 
 
 def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:
-    config = runs.open_config(folder)
+    config = run_folder.open_config(folder)
     adapted = config.adapter_step is not None
     if config.method != "linearize":
-        return runmodel.model_config(config), LinearizeSettings(), _left_out(config.method != "dense", adapted)
-    description = read_sealed(folder / base.BASE)
-    shape = base.rebuild(description | {"sparse": {}, "adapters": {}}, "meta").config
+        return run_model_config(config), LinearizeSettings(), _left_out(config.method != "dense", adapted)
+    description = read_sealed(folder / base_model.BASE)
+    shape = base_model.rebuild(description | {"sparse": {}, "adapters": {}}, "meta").config
     note = _left_out(bool(description["sparse"]), adapted or bool(description["adapters"]))
     return shape, config.linear_attention, note
 
 
 def _of_folder(folder: Path) -> tuple[PreTrainedConfig, LinearizeSettings, str]:
-    config, maps = pretrained.settings(folder), folder / saved.FOLDER
+    config, maps = load.settings(folder), folder / saved.FOLDER
     note = _left_out(False, (folder / ADAPTER).is_dir())  # whether its weights are sparse, only they would say
     return config, saved.settings(maps) if maps.is_dir() else LinearizeSettings(), note
 
@@ -122,9 +126,9 @@ def memory_row(chosen: Subject) -> Row:
     each token. kept_bytes: of the layers that stay softmax attention, of each token. break_even: the length from which
     on the linearized layers remember less.
     """
-    model = models.build_model(chosen.config, device="meta")
+    model = build_model(chosen.config, device="meta")
     linearize_attention(model, chosen.settings)
-    linear, softmax = plan.remembered(model)
+    linear, softmax = dry_run_linearize.remembered(model)
     layers = chosen.config.num_hidden_layers
     each = softmax // len(linear_windows(model))
     row = {"model": chosen.name, "error": "", "note": chosen.note, "layers": layers}
@@ -164,9 +168,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
 
 def build(chosen: Subject, device: torch.device) -> Any:
     """The model, linearized, with random weights drawn on the device; 16-bit on a GPU, but for maps and mixes."""
-    import transformers
-
-    model_class = getattr(transformers, models.FAMILIES[chosen.config.model_type].model_class)
+    model_class = getattr(transformers, shapes.FAMILIES[chosen.config.model_type].model_class)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -214,7 +216,7 @@ class Decoder:
 
     def __init__(self, model: Any, side: str, batch: int, length: int, *, graphed: bool) -> None:
         self._model, self._side = model, side
-        self._limit = models.max_seq_len(model.config)
+        self._limit = shapes.max_seq_len(model.config)
         self._ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._positions_11 = torch.full((1, 1), min(length, self._limit - 1), device=model.device)
         self._cache = filled_cache(model, side, batch, length)

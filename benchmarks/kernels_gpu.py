@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import SparseLinear, copies, cuda, cusparselt, layers, masks, plans
+from sparse_kernels import SparseLinear, autotune, cuda, cusparselt, layers, masks, packed
+from sparse_kernels.matmul_plan import Shape, random_mask
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 2560, 4096, 5120, 7168, 9216)
 # Larger than the second-level cache of any card meant here.
@@ -31,11 +32,11 @@ def products(width: int, tokens: int, dtype: torch.dtype) -> list[dict[str, Any]
     rows = []
     for name, (out, inp) in sides.items():
         for kind, shape in (
-            ("forward", plans.Shape(out, inp, tokens, dtype, True)),
-            ("input_grad", plans.Shape(inp, out, tokens, dtype, False)),
+            ("forward", Shape(out, inp, tokens, dtype, True)),
+            ("input_grad", Shape(inp, out, tokens, dtype, False)),
         ):
             start = time.perf_counter()
-            choice, _ = plans.choose(shape, 0)
+            choice, _ = autotune.choose(shape, 0)
             seconds = time.perf_counter() - start
             rows.append({"width": width, "matrix": name, "product": kind, "rows": shape.rows, "columns": shape.columns})
             rows[-1] |= {"tokens": tokens, "choose_s": seconds, "sparse": choice.sparse, "reason": choice.reason}
@@ -47,7 +48,7 @@ def copy_speed() -> float:
     """Bytes a second of a large copy, read and written counted."""
     source = torch.randint(255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    (ms,) = plans.graph_ms(lambda: target.copy_(source), calls=5)
+    (ms,) = autotune.graph_ms(lambda: target.copy_(source), calls=5)
     return 2 * source.numel() / ms * 1e3
 
 
@@ -81,7 +82,7 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
     kernels["renew, masks alone"] = (renew_masks, 2.25)
     found = []
     for name, (run, bytes_each) in kernels.items():
-        (ms,) = plans.graph_ms(run, calls=1)
+        (ms,) = autotune.graph_ms(run, calls=1)
         floor_ms = len(sets) * size * bytes_each / speed * 1e3
         found.append({"kernel": name, "rows": rows, "columns": columns, "us": ms / len(sets) * 1e3})
         found[-1] |= {"floor_us": floor_ms / len(sets) * 1e3, "share_of_copy_speed": floor_ms / ms}
@@ -90,7 +91,7 @@ def memory_kernels(rows: int, columns: int, speed: float) -> list[dict[str, Any]
 
 def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """values, positions, positions_t, both copies, and the metadata of the second."""
-    positions = plans.random_mask(rows, columns, torch.Generator("cuda"))
+    positions = random_mask(rows, columns, torch.Generator("cuda"))
     values = torch.randn(rows, columns // 2, device="cuda")
     positions_t = torch.empty(columns, rows // 8, dtype=torch.uint8, device="cuda")
     cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
@@ -116,20 +117,24 @@ def host_us(run: Callable[[], Any], calls: int = 200) -> float:
 
 def host_costs() -> dict[str, float]:
     """Host microseconds of one call of each piece, on a matrix so small that the GPU keeps up."""
-    copies.set_backend("cusparselt")
+    packed.set_backend("cusparselt")
     layer = _sparse(512, 512)
     X = torch.randn(256, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     layer(X).sum().backward()
-    state = copies.copies_of(layer.positions, torch.bfloat16)
+    state = packed.copies_of(layer.positions, torch.bfloat16)
     assert state.forward is not None
-    plan = plans.planned(plans.Shape(512, 512, 256, torch.bfloat16, True), 0)
+    plan = autotune.planned(Shape(512, 512, 256, torch.bfloat16, True), 0)
     assert plan is not None
-    packed, x, dense = state.forward.packed, X.detach(), torch.randn(512, 512, dtype=torch.bfloat16, device="cuda")
-    assert packed is not None
+    packed_weight, x, dense = (
+        state.forward.packed,
+        X.detach(),
+        torch.randn(512, 512, dtype=torch.bfloat16, device="cuda"),
+    )
+    assert packed_weight is not None
     dW = torch.randn(512, 512, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         found = {
-            "plan.matmul": host_us(lambda: plan.matmul(packed, x, state.bias)),
+            "plan.matmul": host_us(lambda: plan.matmul(packed_weight, x, state.bias)),
             "SparseLinear.forward, no grad": host_us(lambda: layer(x)),
             "F.linear (dense)": host_us(lambda: F.linear(x, dense)),
             "gather_kept": host_us(lambda: cuda.gather_kept(dW, layer.positions, torch.float32)),
@@ -140,13 +145,13 @@ def host_costs() -> dict[str, float]:
     found["SparseLinear forward and backward"] = host_us(lambda: layer(X).backward(dY))
     linear = torch.nn.Linear(512, 512, device="cuda", dtype=torch.bfloat16)
     found["nn.Linear forward and backward"] = host_us(lambda: linear(X).backward(dY))
-    copies.set_backend("auto")
+    packed.set_backend("auto")
     return found
 
 
 def model_rewrites(speed: float) -> list[dict[str, Any]]:
     """One `refresh`, and one renewal of the masks, of all layers of a model of GPT-2's shape, every copy packed."""
-    copies.set_backend("cusparselt")
+    packed.set_backend("cusparselt")
     found = []
     for width, blocks in ((768, 12), (1024, 24), (2560, 4)):
         sides = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * blocks
@@ -156,11 +161,11 @@ def model_rewrites(speed: float) -> list[dict[str, Any]]:
         for work, bytes_each in ((layers.refresh, 4.25), (layers.renew_column_masks, 4.375)):
             rewrite = functools.partial(work, model)
             rewrite()
-            (ms,) = plans.graph_ms(rewrite, calls=1)
+            (ms,) = autotune.graph_ms(rewrite, calls=1)
             floor_us = sum(out * inp for out, inp in sides) * bytes_each / speed * 1e6
             found.append({"kernel": work.__name__, "width": width, "layers": len(sides), "us": ms * 1e3})
             found[-1] |= {"floor_us": floor_us, "host_us": host_us(rewrite, calls=20)}
-    copies.set_backend("auto")
+    packed.set_backend("auto")
     return found
 
 

@@ -17,15 +17,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slope_cli import config as configs
-from slope_cli import launch, llama2c, metrics, pretrained
+import torch
+
+from slope_cli.benchmarks import llama2c
 from slope_cli.benchmarks.machine import RESULTS, machine
 from slope_cli.benchmarks.tables import over_teacher
-from slope_cli.evaluate import evaluate
-from slope_cli.linearize import plan
+from slope_cli.checkpoint import load
+from slope_cli.config import load as configs
+from slope_cli.data.prepare import prepare
+from slope_cli.distributed.signals import StopFlag
+from slope_cli.evaluate.perplexity import evaluate
 from slope_cli.linearize.settings import BRANCHES
-from slope_cli.prepare import prepare
-from slope_cli.train import pretrain
+from slope_cli.report import metrics
+from slope_cli.train import dry_run_linearize
+from slope_cli.train.loop import pretrain
 
 BATCH, BATCHES = 128, 16
 LENGTH, WINDOW = 512, 16
@@ -67,9 +72,7 @@ VARIANTS: dict[str, list[str]] = {
 
 def write_stories(model_folder: Path, path: Path) -> None:
     """Sample whole stories from a model, a line of JSON each; each ends with the token that the next begins with."""
-    import torch
-
-    found = pretrained.load(model_folder)
+    found = load.load(model_folder)
     begin, model = found.tokenizer.bos_token_id, found.model
     model.generation_config.eos_token_id = None  # a story is followed by another, as in training
     torch.manual_seed(0)
@@ -151,13 +154,15 @@ def main() -> None:
     if not stories.is_file():
         write_stories(base, stories)
     dataset = prepare([str(stories)], work / "data", tokenizer=str(base), val_fraction=0.1, workers=1, progress=False)
-    result: dict[str, Any] = {"machine": machine(), "parameters": pretrained.load(base).model.num_parameters()}
+    result: dict[str, Any] = {"machine": machine(), "parameters": load.load(base).model.num_parameters()}
     result |= {"stories": stories.read_text().count("\n"), "tokens": sum(f.header.tokens for f in dataset.train)}
     result["variants"] = {}
     for name, words in VARIANTS.items():
         run = work / "runs" / re.sub(r"\W+", "-", name).strip("-")
-        config = configs.load("linearize", [*plan.words(base), f"data.path={work / 'data'}", *WORDS, *words])
-        with launch.StopFlag() as stop:
+        config = configs.load(
+            "linearize", [*dry_run_linearize.words(base), f"data.path={work / 'data'}", *WORDS, *words]
+        )
+        with StopFlag() as stop:
             pretrain(config, run, stop=stop)
         result["variants"][name] = {"words": words, **measure(run)}
         print(name, result["variants"][name], file=sys.stderr)

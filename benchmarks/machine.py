@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, for the head of a result file."""
-    import torch
-    import transformers
-
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
@@ -30,8 +30,6 @@ def machine() -> dict[str, Any]:
 
 def one_line(error: BaseException) -> str:
     """What a row says of a failure."""
-    import torch
-
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

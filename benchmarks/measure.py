@@ -24,17 +24,22 @@ from importlib import resources
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from torch import Tensor
 
 import sparse_kernels
-from slope_cli import checkpoint, models, optim, runmodel, stages
-from slope_cli import config as configs
-from slope_cli.accounting import account
 from slope_cli.benchmarks.machine import one_line
-from slope_cli.config import Config
-from slope_cli.step import Renewal, Step, Taken
-from sparse_kernels import copies, plans
+from slope_cli.checkpoint import store
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
+from slope_cli.methods import optim, phases
+from slope_cli.models import shapes
+from slope_cli.models.accounting import account
+from slope_cli.models.build import build_model, run_model_config
+from slope_cli.models.loss import IGNORED_LABEL
+from slope_cli.train.step import Renewal, Step, Taken
+from sparse_kernels import autotune, packed
 
 Row = dict[str, Any]
 
@@ -105,15 +110,15 @@ class Runner:
         held = _allocated(device)
         self.model = build(self.config, device)
         optimizer = optim.build_optimizer(self.model, self.config)
-        objective = models.objective(self.model.config)
+        objective = shapes.objective(self.model.config)
         how = {"compiled": variant.compiled, "graphed": variant.graphed}
         dtype = torch.bfloat16 if device.type == "cuda" else None
         self._step = Step(self.model, optimizer, objective, dtype=dtype, clip=self.config.optim.clip, **how)
-        self._batch = random_batch(self.config, models.vocab_size(self.model.config), objective, device)
+        self._batch = random_batch(self.config, shapes.vocab_size(self.model.config), objective, device)
         if device.type == "cuda":
             sparse_kernels.prepare(self.model, case.tokens)  # now, so that its measuring is not in the peak
             torch.cuda.reset_peak_memory_stats()
-        self._stage, self._steps = stages.stage(self.config, 0), 0
+        self._stage, self._steps = phases.stage(self.config, 0), 0
         for _ in range(WARM_UP):
             self.loss = self._take().loss
         self.peak_bytes = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
@@ -123,32 +128,30 @@ class Runner:
         return _seconds(self._take, calls)
 
     def _take(self) -> Taken:
-        renews = stages.renews(self.config, self._stage, self._steps)
+        renews = phases.renews(self.config, self._stage, self._steps)
         self._steps += 1
         return self._step([self._batch], Renewal() if renews else None)
 
 
 def build(config: Config, device: torch.device) -> Any:
     """The run's model as runmodel.build makes it, but drawn on the device: on a CPU the largest would take minutes."""
-    shape = runmodel.model_config(config)
+    shape = run_model_config(config)
     torch.manual_seed(config.train.seed)
-    import transformers
-
     with torch.device(device):
-        model = getattr(transformers, models.FAMILIES[shape.model_type].model_class)(shape).train()
+        model = getattr(transformers, shapes.FAMILIES[shape.model_type].model_class)(shape).train()
     if config.method == "slope":
         s = config.sparsity
         sparse_kernels.sparsify(model, n=s.n, m=s.m, mask=s.mask, seed=config.train.seed, skip=s.skip)
     return model
 
 
-def random_batch(config: Config, vocab: int, objective: models.Objective, device: torch.device) -> dict[str, Tensor]:
+def random_batch(config: Config, vocab: int, objective: shapes.Objective, device: torch.device) -> dict[str, Tensor]:
     """Random tokens; for "masked" with 15 % of them labelled, and BERT's two other inputs."""
     sides = config.train.micro_batch, config.train.seq_len
     batch = {name: torch.randint(vocab, sides, device=device) for name in ("input_ids", "labels")}
     if objective == "masked":
         unlabelled = torch.rand(sides, device=device) > 0.15
-        batch["labels"][unlabelled] = models.IGNORED_LABEL
+        batch["labels"][unlabelled] = IGNORED_LABEL
         batch["token_type_ids"] = torch.randint(2, sides, device=device)
         batch["next_sentence_label"] = torch.randint(2, sides[:1], device=device)
     return batch
@@ -174,7 +177,7 @@ def _seconds(work: Callable[[], object], calls: int) -> float:
 
 def _free() -> None:
     gc.collect()
-    copies.release()
+    packed.release()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -297,9 +300,9 @@ def state_bytes(config: Config, device: torch.device) -> Row:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     allocated = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
-    tensors = [*checkpoint.state_tensors(model, optimizer).values(), *(p.grad for p in parameters)]
-    shapes = models.build_model(runmodel.model_config(config), device="meta")
-    counts = account(config, stages.plan(config, shapes), shapes)
+    tensors = [*store.state_tensors(model, optimizer).values(), *(p.grad for p in parameters)]
+    shapes = build_model(run_model_config(config), device="meta")
+    counts = account(config, phases.plan(config, shapes), shapes)
     found = counts.dense_state_bytes if config.method == "dense" else counts.state_bytes
     return {
         "reckoned": sum(size for name, size in found.items() if not name.startswith("adapters")),
@@ -323,7 +326,7 @@ def gemm(widths: Sequence[int]) -> Iterator[Row]:
             except Exception as error:
                 yield {"width": width, "tokens": tokens, "error": one_line(error)}
             _free()
-        plans.forget()  # it searches only so many token counts for one matrix
+        autotune.forget()  # it searches only so many token counts for one matrix
     for width in widths:  # last, since a fault in it would end the process
         for matrix, (rows, columns) in sides(width).items():
             row: Row = {"width": width, "matrix": matrix, "product": "torch", "tokens": TOKENS, "error": ""}

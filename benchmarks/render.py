@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slope_cli import compare_table
 from slope_cli.benchmarks import report_generate
 from slope_cli.benchmarks.machine import RESULTS
 from slope_cli.benchmarks.report import whole_model
 from slope_cli.benchmarks.tables import over_teacher
+from slope_cli.compare import table
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -108,14 +108,14 @@ def _training(result: dict[str, Any]) -> str:
 
 def _quality(result: dict[str, Any]) -> str:
     """What each variant is, and its loss at its best rate."""
-    (settings,) = (table for table in compare_table.tables(result) if "settings" in table.columns)
+    (settings,) = (each for each in table.tables(result) if "settings" in each.columns)
     changed = dict(settings.rows)
     rates = "learning rate | " if result["rates"] else ""
     rows = [f"| variant | settings | {rates}validation loss | gap |", "|---|---|" + "---|" * (3 if rates else 2)]
     for v in sorted(result["variants"], key=lambda variant: float(variant["loss"]["mean"])):
         rate = f"{v['lr']:g} | " if rates else ""
-        gap = compare_table.spread(v["gap"], "+.3f") if v["variant"] != result["baseline"] else compare_table.NONE
-        loss = compare_table.spread(v["loss"], ".3f")
+        gap = table.spread(v["gap"], "+.3f") if v["variant"] != result["baseline"] else table.NONE
+        loss = table.spread(v["loss"], ".3f")
         rows.append(f"| {v['variant']} | {changed[v['variant']]} | {rate}{loss} | {gap} |")
     env = result["runs"][0]["environment"][0]
     tokens = f"{result['variants'][0]['tokens'] / 1e6:.0f} million tokens"

@@ -6,7 +6,7 @@ from typing import Any
 
 from slope_cli.benchmarks import report_generate
 from slope_cli.benchmarks.tables import Row, Table, gib, number
-from slope_cli.durable import atomic_file
+from slope_cli.utils.files import atomic_file
 
 _TORCH_NOTE = (
     "torch.sparse.to_sparse_semi_structured is no way to train: its product has no gradient for the packed weight, and "

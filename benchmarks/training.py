@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slope_cli import metrics
+from slope_cli.report import metrics
 
 WARM_UP = 10
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 import slope_cli
-from slope_cli import config as configs
-from slope_cli import idle
+from slope_cli.config import load as configs
+from slope_cli.config import schema, unused
+from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.launch import STOPPED, StopFlag
 
 # Without rich markup, Typer's own errors are plain lines, not boxes.
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
@@ -61,17 +61,17 @@ def pretrain(
     if "=" in recipe:  # `slope pretrain train.steps=10` means the default recipe
         recipe, words = "gpt2-nano", [recipe, *words]
     config = configs.load(recipe, words)
-    for line in idle.without_effect(config, words):
+    for line in unused.without_effect(config, words):
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
-        from slope_cli.dryrun import describe
+        from slope_cli.train.dry_run import describe
 
         _print(*describe(config), as_json)
         return
     # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     with StopFlag() as stop:  # before torch is imported, which takes seconds: a signal then is no less one to stop
-        from slope_cli.train import pretrain as train
+        from slope_cli.train.loop import pretrain as train
 
         summary = train(config, run, fresh=fresh, stop=stop)
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
@@ -93,16 +93,16 @@ def linearize(
     dense or sparse, stay as they are. Run the same command again to go on after a stop.
     """
     with StopFlag() as stop:
-        from slope_cli.linearize import plan
+        from slope_cli.train import dry_run_linearize
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        config = configs.load(recipe, [*plan.words(init, recipe, run), *(overrides or [])])
-        for line in idle.without_effect(config, overrides or []):
+        config = configs.load(recipe, [*dry_run_linearize.words(init, recipe, run), *(overrides or [])])
+        for line in unused.without_effect(config, overrides or []):
             print(f"warning: {line}", file=sys.stderr)
         if dry_run:
-            _print(*plan.describe(config), as_json)
+            _print(*dry_run_linearize.describe(config), as_json)
             return
-        from slope_cli.train import pretrain as train
+        from slope_cli.train.loop import pretrain as train
 
         summary = train(config, run, fresh=fresh, stop=stop)
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
@@ -138,7 +138,7 @@ def prepare(
 
     Run the same command again to go on after a stop.
     """
-    from slope_cli import prepare as preparing
+    from slope_cli.data import prepare as preparing
 
     dataset = preparing.prepare(
         inputs,
@@ -156,8 +156,8 @@ def prepare(
 @data_app.command("info")
 def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> None:
     """Show the sources of a prepared folder, and check every byte of it."""
-    from slope_cli import prepare as preparing
-    from slope_cli.data import open_dataset
+    from slope_cli.data import prepare as preparing
+    from slope_cli.data.dataset import open_dataset
 
     print(preparing.describe(open_dataset(folder)))
 
@@ -169,18 +169,18 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile linearized attention: for many tokens, on a GPU.")
     ] = False,
 ) -> None:
     """Let a trained model go on with a text."""
-    from slope_cli import pretrained
-    from slope_cli.generate import continue_text
-    from slope_cli.launch import pick_device
+    from slope_cli.checkpoint import load
+    from slope_cli.distributed.launch import pick_device
+    from slope_cli.inference.generate import continue_text
     from slope_cli.linearize.swap import linear_windows
 
-    found = pretrained.load(model, pick_device("auto"))
+    found = load.load(model, pick_device("auto"))
     if compiled and not linear_windows(found.model):
         raise UsageError(f"{model}: is not linearized, so nothing of it is compiled; leave out --compile")
     how = {"tokens": tokens, "top_k": top_k, "seed": seed}
@@ -201,7 +201,7 @@ def export(
 
     But of a linearized run slope alone loads the maps, and is what is checked; from_pretrained gives softmax attention.
     """
-    from slope_cli.export import export as write
+    from slope_cli.inference.export import export as write
 
     result = write(run, folder, merge=merge)
     text = f"{folder}: step {result['step']}, reloaded logits differ by {result['logits_difference']:.1e} of their size"
@@ -216,7 +216,7 @@ def convert_llama2c(
     as_json: AsJson = False,
 ) -> None:
     """Turn a model of llama2.c into a folder that transformers loads."""
-    from slope_cli.llama2c import convert
+    from slope_cli.benchmarks.llama2c import convert
 
     found = convert(model, tokenizer, out)
     text = f"{found['parameters']:,} parameters, {found['layers']} layers, {found['vocabulary']} ids"
@@ -248,7 +248,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Path of the picture; it is written as .png and .svg.")] = Path("loss"),
 ) -> None:
     """Draw the loss of one or several runs as PNG and SVG."""
-    from slope_cli.plots import draw_loss
+    from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):
         print(file)
@@ -257,7 +257,7 @@ def plot(
 @app.command()
 def check(run: Run, as_json: AsJson = False) -> None:
     """Verify a run: config, log, every byte of its checkpoints, and the sparse layers of the newest."""
-    from slope_cli.check import check as verify
+    from slope_cli.checkpoint.verify import check as verify
 
     result = verify(run)
     _print(result, result["lines"], as_json)
@@ -283,7 +283,7 @@ def bench(
 
     Without a GPU only the memory, from the shapes.
     """
-    from slope_cli.benchmarks import bench, report  # type: ignore[import-not-found]  # outside slope_cli in a checkout
+    from slope_cli.benchmarks import bench, report
 
     words = [*(models or ()), *(cases or ())]  # of which a folder's name may have commas of its own
     names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
@@ -316,8 +316,8 @@ def compare(
     Run the same command again to go on after a stop; finished runs are not trained again.
     """
     with StopFlag() as stop:
-        from slope_cli import compare as comparing
-        from slope_cli import compare_table
+        from slope_cli.compare import results as comparing
+        from slope_cli.compare import table
 
         if runs:
             result = comparing.compare_runs(list(map(Path, words)), out=out, allow_different=allow_different)
@@ -337,7 +337,7 @@ def compare(
     if as_json:
         _print(result, [], as_json)
     else:
-        compare_table.show(result)
+        table.show(result)
     if result["failed"]:
         raise SlopeError(f"{result['failed']} of {len(result['runs'])} runs failed; see the table")
 
@@ -370,7 +370,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on prepared text, and zero-shot tasks."""
-    from slope_cli import evaluate as evaluating
+    from slope_cli.evaluate import perplexity as evaluating
 
     result = evaluating.evaluate(
         folder,
@@ -398,11 +398,11 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
     batch: Annotated[int | None, typer.Option(min=1, help="Default 32, of SQuAD 24.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Default 128, of SQuAD 384.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=configs.MAX_SEED)] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train a BERT on a task of GLUE or on SQuAD v1.1, its sparse layers and adapters kept, and judge it on dev."""
-    from slope_cli import finetune as tuning
+    from slope_cli.finetune import train as tuning
 
     result = tuning.finetune(
         folder, task, data=data, out=out, epochs=epochs, lr=lr, batch=batch, seq_len=seq_len, seed=seed

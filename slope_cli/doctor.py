@@ -2,13 +2,12 @@
 
 import importlib
 import platform
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from slope_cli.utils.environment import cupy_version, driver, package_version
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
 _USED_BY = {
@@ -44,43 +43,6 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     width = max(len(finding.name) for finding in findings)
     lines = [f"{x.name:{width}}  {x.found}{x.fix and f'; {x.fix}'}" for x in findings]
     return {"training": not error, "findings": [asdict(finding) for finding in findings]}, lines
-
-
-def libraries() -> dict[str, str | None]:
-    """Driver, CuPy and cuSPARSELt of this machine, for the head of a result file; None for what is missing."""
-    from sparse_kernels import cusparselt
-
-    found = {"driver": driver(), "cupy": _cupy(), "cusparselt": None, "cusparselt_file": None}
-    try:
-        library = cusparselt.library()
-    except cusparselt.CuSparseLtError:
-        return found
-    file = library.path.rpartition("site-packages/")[2]  # where an environment lies is nobody's business
-    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver, or None without one."""
-    if not (program := shutil.which("nvidia-smi")):
-        return None
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.splitlines()[0].strip() if result.returncode == 0 and result.stdout.strip() else None
-
-
-def _cupy() -> str | None:
-    return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := package_version(name))), None)
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _packages() -> list[Finding]:
@@ -157,7 +119,7 @@ def _torch_fix() -> str:
 def _cupy_finding() -> Finding:
     from sparse_kernels import cuda
 
-    return Finding("cupy", _cupy() or "missing", cuda.missing(0))
+    return Finding("cupy", cupy_version() or "missing", cuda.missing(0))
 
 
 def _cusparselt_finding() -> Finding:
@@ -174,12 +136,13 @@ def self_test(width: int = 4096, tokens: int = 4096) -> Finding:
     """Run a 2:4 product in bf16, compare it with dense, and say how fast it is; then a layer, forward and backward."""
     import torch
 
-    from sparse_kernels import plans
+    from sparse_kernels import autotune
+    from sparse_kernels.matmul_plan import Shape
 
     name = "2:4 product"
-    shape = plans.Shape(width, width, tokens, torch.bfloat16, True)
+    shape = Shape(width, width, tokens, torch.bfloat16, True)
     try:
-        choice, plan = plans.choose(shape, 0)
+        choice, plan = autotune.choose(shape, 0)
     except RuntimeError as error:
         return Finding(name, "fails", " ".join(str(error).split()))
     if plan is None and choice.sparse_ms is None:

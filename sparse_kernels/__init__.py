@@ -30,10 +30,11 @@ from sparse_kernels.convert import (
     plan,
     sparsify,
 )
-from sparse_kernels.copies import set_backend
-from sparse_kernels.dynamic import MaskedLinear, decay_pruned, finish_dense, masked_layers
 from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, renew_masks, sparse_layers
-from sparse_kernels.linear import AdaptedLinear, LowRankAdapter, SparseLinear
+from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
+from sparse_kernels.masked_linear import MaskedLinear, decay_pruned, finish_dense, masked_layers
+from sparse_kernels.packed import set_backend
+from sparse_kernels.sparse_linear import SparseLinear
 
 __all__ = [
     "MLP",

@@ -11,7 +11,8 @@ from torch import nn
 
 from sparse_kernels.convert import adapter_rank, is_conv1d, stored_weight
 from sparse_kernels.layers import layer_seed
-from sparse_kernels.linear import AdaptedLinear, LowRankAdapter, SparseLinear
+from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
+from sparse_kernels.sparse_linear import SparseLinear
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear | AdaptedLinear]]:

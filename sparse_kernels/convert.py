@@ -8,11 +8,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sparse_kernels import masks
-from sparse_kernels.dynamic import MaskedLinear, masked_layers
 from sparse_kernels.layers import layer_seed, sparse_layers
-from sparse_kernels.linear import AdaptedLinear, LowRankAdapter, SparseLinear
+from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
+from sparse_kernels.masked_linear import MaskedLinear, masked_layers
+from sparse_kernels.sparse_linear import SparseLinear
 
 # What stays dense: "the classification heads and the first linear layer following the input" (section 4.4.2).
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|decoder|seq_relationship|classifier|score|qa_outputs)$")
@@ -459,8 +461,6 @@ def densify(model: nn.Module, *, adapters: str = "refuse") -> None:
 
 def _dense(layer: SparseLinear | MaskedLinear | AdaptedLinear, weight_OI: Tensor) -> nn.Module:
     if layer.conv1d:
-        from transformers.pytorch_utils import Conv1D
-
         dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
         dense.weight = nn.Parameter(weight_OI.t().contiguous())
     else:

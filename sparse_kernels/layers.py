@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparse_kernels import copies, cuda, ops, plans
-from sparse_kernels.copies import Copies, Weight
-from sparse_kernels.dynamic import masked_layers
-from sparse_kernels.linear import SparseLinear
+from sparse_kernels import autotune, cuda, ops, packed
+from sparse_kernels.masked_linear import masked_layers
+from sparse_kernels.packed import Copies, Weight
+from sparse_kernels.sparse_linear import SparseLinear
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
@@ -21,7 +21,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
 def _copies_of(layer: SparseLinear) -> list[Copies]:
     """Those that the kernels can write from the layer's values: of a model that was cast, not those of before."""
     dtypes = ops.HALF if layer.values.dtype == torch.float32 else (layer.values.dtype,)
-    return [found for dtype in dtypes if (found := copies.find(layer.positions, dtype))]
+    return [found for dtype in dtypes if (found := packed.find(layer.positions, dtype))]
 
 
 def _copies(model: nn.Module) -> Iterator[tuple[str, SparseLinear, Copies]]:
@@ -99,8 +99,8 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     """
     for _, layer in sparse_layers(model):
         probe = torch.empty(0, dtype=dtype, device=layer.values.device)
-        if (layer.n, layer.m) in ops.TWO_OF_FOUR and ops.fast(probe, layer.values) and tokens >= plans.FEWEST_TOKENS:
-            found = copies.copies_of(layer.positions, dtype)
+        if (layer.n, layer.m) in ops.TWO_OF_FOUR and ops.fast(probe, layer.values) and tokens >= autotune.FEWEST_TOKENS:
+            found = packed.copies_of(layer.positions, dtype)
             found.prepare(_weight(layer), layer.bias, tokens, backward=backward)
 
 
@@ -122,8 +122,8 @@ class LayerBackend:
 
     name: str
     dtype: torch.dtype
-    forward: plans.Choice | None
-    input_grad: plans.Choice | None
+    forward: autotune.Choice | None
+    input_grad: autotune.Choice | None
 
 
 def backends(model: nn.Module) -> list[LayerBackend]:

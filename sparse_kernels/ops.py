@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import copies, cuda, masks, reference
-from sparse_kernels.copies import Weight
+from sparse_kernels import cuda, masks, packed, reference
+from sparse_kernels.packed import Weight
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
 TWO_OF_FOUR = ((2, 4), (1, 2))
@@ -44,7 +44,7 @@ def fast(X: Tensor, values_OK: Tensor) -> bool:
 
 def fast_weight(values_OK: Tensor) -> bool:
     """Whether the kernels take a 2:4 weight at all: on CUDA, float32 or 16 bits, sides that are multiples of 16."""
-    if copies.backend() == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % 16:
+    if packed.backend() == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % 16:
         return False
     return values_OK.dtype in (torch.float32, *HALF) and _usable(values_OK.get_device())
 
@@ -62,11 +62,11 @@ def _scatter(weight: Weight, mask_OI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _linear_fast(X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
-    return copies.copies_of(positions, X_BI.dtype).linear(_aligned(X_BI), Weight(values, positions, positions_t), bias)
+    return packed.copies_of(positions, X_BI.dtype).linear(_aligned(X_BI), Weight(values, positions, positions_t), bias)
 
 
 def _input_grad_fast(dY_BO: Tensor, values: Tensor, positions: Tensor, positions_t: Tensor) -> Tensor:
-    return copies.copies_of(positions, dY_BO.dtype).input_grad(_aligned(dY_BO), Weight(values, positions, positions_t))
+    return packed.copies_of(positions, dY_BO.dtype).input_grad(_aligned(dY_BO), Weight(values, positions, positions_t))
 
 
 def _weight_grad_fast(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny, write_bert_data, write_data
 
-from slope_cli.train import pretrain
+from slope_cli.train.loop import pretrain
 
 
 @pytest.fixture

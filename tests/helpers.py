@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-from slope_cli import checkpoint, metrics, train
-from slope_cli import config as configs
-from slope_cli.config import Config
+from slope_cli.checkpoint import store
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
+from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError
-from slope_cli.prepare import prepare
+from slope_cli.report import metrics
+from slope_cli.train import loop
 
 GOLDEN = Path(__file__).parent / "golden" / "nano.json"
 _TEXT = "the a cat dog saw took small green house river and then but never morning light with under walked slowly"
@@ -34,7 +36,7 @@ WORDS = _TEXT.split()
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
-        "slope_cli.train",
+        "slope_cli.train.loop",
         "sparse_kernels",
         "transformers.models.gpt2.modeling_gpt2",
         "torch.distributed.checkpoint",
@@ -94,9 +96,9 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def final_state(config: Config, run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, weights and optimizer, through the program's own loading."""
-    trainer = train._prepare(config, run, torch.device("cpu"))
-    train._resume(trainer, run)
-    return {name: t.detach().clone() for name, t in checkpoint.state_tensors(trainer.model, trainer.optimizer).items()}
+    trainer = loop._prepare(config, run, torch.device("cpu"))
+    loop._resume(trainer, run)
+    return {name: t.detach().clone() for name, t in store.state_tensors(trainer.model, trainer.optimizer).items()}
 
 
 def assert_same_run(config: Config, run: Path, reference: Path) -> None:
@@ -138,7 +140,7 @@ def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None,
     if prepare_child is not None:
         prepare_child(*args)
     try:
-        train.pretrain(config, run)
+        loop.pretrain(config, run)
     except SlopeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
@@ -148,26 +150,26 @@ def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None,
 
 def die_in_save(step: int, operation: int) -> None:
     """Let this process kill itself before the n-th (from 1) operation on the disk while it saves the step."""
-    save = checkpoint.save
+    save = store.save
 
     def armed(run: Path, at: int, *args: Any, **kwargs: Any) -> Path:
         if at == step:
             _die_at(operation)
         return save(run, at, *args, **kwargs)
 
-    checkpoint.save = armed
+    store.save = armed
 
 
 def die_in_save_base(operation: int) -> None:
     """Let this process kill itself before the n-th operation on the disk while it writes a run's base, or end after."""
-    save_base = checkpoint.save_base
+    save_base = store.save_base
 
     def armed(*args: Any) -> None:
         _die_at(operation)
         save_base(*args)
         os._exit(0)
 
-    checkpoint.save_base = armed
+    store.save_base = armed
 
 
 def _die_at(operation: int) -> None:
@@ -196,7 +198,7 @@ def golden_losses(folder: Path) -> list[float]:
     Without dropout, which not every CPU draws alike.
     """
     config = tiny(write_data(folder), "train.steps=20", "model.dropout=0", "log.save_every=0")
-    train.pretrain(config, folder / "run")
+    loop.pretrain(config, folder / "run")
     return [record["loss"] for record in metrics.read(folder / "run") if record["kind"] == "train"]
 
 

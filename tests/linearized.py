@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope_cli import models
 from slope_cli.linearize.attention import Maps, Pattern
 from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention
+from slope_cli.models.build import build_model, model_config
 
 VOCABULARY = 96
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32}
@@ -29,8 +29,8 @@ FORMS = {"window": {"window": 5}, "terrace": {"window": 4, "terrace": True}}
 
 def tiny_model(name: str, **overrides: Any) -> Any:
     """A model of two layers in evaluation mode, its weights large enough that attention is far from even."""
-    config = models.model_config(name, overrides={**SHAPES[name], **overrides}, dropout=0.0)
-    model = models.build_model(config, seed=1)
+    config = model_config(name, overrides={**SHAPES[name], **overrides}, dropout=0.0)
+    model = build_model(config, seed=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

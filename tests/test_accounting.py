@@ -4,10 +4,12 @@ import pytest
 import torch
 from trained import defaults, small
 
-from slope_cli import checkpoint, models, optim, runmodel, stages
-from slope_cli import config as configs
-from slope_cli.accounting import Account, account
-from slope_cli.config import Config
+from slope_cli.checkpoint import run_model, store
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
+from slope_cli.methods import optim, phases
+from slope_cli.models.accounting import Account, account
+from slope_cli.models.build import build_model, run_model_config
 from sparse_kernels import add_adapters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,13 +18,13 @@ FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 
 
 def counted(config: Config) -> Account:
-    model = models.build_model(runmodel.model_config(config), device="meta")
-    return account(config, stages.plan(config, model), model)
+    model = build_model(run_model_config(config), device="meta")
+    return account(config, phases.plan(config, model), model)
 
 
 def stepped(config: Config) -> dict[str, torch.Tensor]:
     """All that a run keeps after a step with adapters, by the names of checkpoints."""
-    model, report = runmodel.build(config, "cpu")
+    model, report = run_model.build(config, "cpu")
     optimizer = optim.build_optimizer(model, config)
     if report is not None and config.adapter_step is not None:
         adapters = add_adapters(model, config.adapters.rank)
@@ -30,7 +32,7 @@ def stepped(config: Config) -> dict[str, torch.Tensor]:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return checkpoint.state_tensors(model, optimizer)
+    return store.state_tensors(model, optimizer)
 
 
 def size(tensors: dict[str, torch.Tensor]) -> int:
@@ -108,8 +110,8 @@ def test_flops_of_llama_leave_out_the_lookup_and_those_of_bert_see_both_sides() 
 
 def test_the_counts_do_not_depend_on_the_device() -> None:
     config = configs.load(str(defaults()), small("opt-125m"))
-    model = models.build_model(runmodel.model_config(config))
-    assert account(config, stages.plan(config, model), model) == counted(config)
+    model = build_model(run_model_config(config))
+    assert account(config, phases.plan(config, model), model) == counted(config)
 
 
 def test_a_published_model_has_its_published_size() -> None:

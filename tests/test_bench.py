@@ -9,11 +9,12 @@ import pytest
 import torch
 from trained import slope
 
-from slope_cli import config as configs
-from slope_cli import models, runmodel
 from slope_cli.benchmarks import bench, measure, report
 from slope_cli.benchmarks.measure import Case, Variant
+from slope_cli.config import load as configs
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.models.build import run_model_config
+from slope_cli.models.loss import IGNORED_LABEL, batch_loss
 from sparse_kernels import sparse_layers
 
 TINY = Case("gpt2-nano", seq_len=32, tokens=64, depths=(1, 2), paper=None, target=None, aim=None)
@@ -31,13 +32,13 @@ def quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", measure.cases().values(), ids=lambda case: case.name)
 def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> None:
     assert case.name in configs.recipe_names()
-    blocks = runmodel.model_config(measure.case_config(case, "dense")).num_hidden_layers
+    blocks = run_model_config(measure.case_config(case, "dense")).num_hidden_layers
     assert 1 <= len(case.depths) <= 2
     assert sorted(set(case.depths)) == list(case.depths)
     assert case.depths[-1] <= blocks
     assert len(case.depths) == 2 or case.depths[0] == blocks
     config = measure.case_config(case, "slope", case.depths[0])
-    assert runmodel.model_config(config).num_hidden_layers == case.depths[0]
+    assert run_model_config(config).num_hidden_layers == case.depths[0]
     assert config.train.accumulation == 1
     assert config.train.tokens_per_step == case.tokens
 
@@ -82,9 +83,9 @@ def test_a_masked_model_is_measured_on_its_own_objective() -> None:
     words = ["model.overrides={num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2}"]
     config = configs.load("bert-base", [*words, "train.micro_batch=2", "train.tokens_per_step=64", "train.seq_len=32"])
     batch = measure.random_batch(config, 100, "masked", CPU)
-    labelled = (batch["labels"] != models.IGNORED_LABEL).float().mean()
+    labelled = (batch["labels"] != IGNORED_LABEL).float().mean()
     assert 0 < labelled < 0.5
-    assert models.batch_loss(measure.build(config, CPU), batch, "masked").total.isfinite()
+    assert batch_loss(measure.build(config, CPU), batch, "masked").total.isfinite()
 
 
 @pytest.mark.parametrize("method", ["dense", "slope"])

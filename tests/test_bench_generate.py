@@ -13,15 +13,17 @@ from linearized import SHAPES, linearized, tiny_model, tokens
 from trained import slope
 from transformers.cache_utils import Cache
 
-from slope_cli import config as configs
-from slope_cli import models, runs
 from slope_cli.benchmarks import bench, generate, report, report_generate
 from slope_cli.benchmarks.generate import Decoder, FullLayer, Subject, subject
-from slope_cli.durable import write_sealed
+from slope_cli.checkpoint import base_model, run_folder
+from slope_cli.config import load as configs
 from slope_cli.errors import UsageError
-from slope_cli.linearize import base, saved
+from slope_cli.linearize import saved
 from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows
+from slope_cli.models import shapes
+from slope_cli.models.build import model_config
+from slope_cli.utils.files import write_sealed
 from sparse_kernels import sparsify
 
 CPU = torch.device("cpu")
@@ -35,7 +37,7 @@ def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny(name: str, **settings: Any) -> Subject:
-    return Subject(name, models.model_config(name, overrides=SHAPES[name]), LinearizeSettings(**settings))
+    return Subject(name, model_config(name, overrides=SHAPES[name]), LinearizeSettings(**settings))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -165,18 +167,18 @@ def test_runs_and_folders_bring_their_shape_and_settings(tmp_path: Path) -> None
     run = tmp_path / "run"
     run.mkdir()
     words = ["model.name=llama3-8b", "linearize.window=8"]
-    (run / runs.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
-    write_sealed(run / base.BASE, base.describe(tiny_model("llama3-8b")))
+    (run / run_folder.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
+    write_sealed(run / base_model.BASE, base_model.describe(tiny_model("llama3-8b")))
     found = subject(str(run))
     assert (found.settings.window, found.config.hidden_size) == (8, 32)
-    assert models.max_seq_len(found.config) == max(generate.LENGTHS)
+    assert shapes.max_seq_len(found.config) == max(generate.LENGTHS)
 
 
 def test_what_is_timed_without_is_said(tmp_path: Path) -> None:
     model = tiny_model("llama3-8b")
-    dense = base.describe(model)
+    dense = base_model.describe(model)
     sparsify(model)
-    sparse = base.describe(model)
+    sparse = base_model.describe(model)
     start = "timed as a dense model: its"
     for place, (description, transfer, note) in enumerate(
         (
@@ -189,8 +191,8 @@ def test_what_is_timed_without_is_said(tmp_path: Path) -> None:
         run = tmp_path / str(place)
         run.mkdir()
         words = ["model.name=llama3-8b", "linearize.window=8", f"linearize.transfer={transfer}"]
-        (run / runs.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
-        write_sealed(run / base.BASE, description)
+        (run / run_folder.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
+        write_sealed(run / base_model.BASE, description)
         memory = generate.memory_row(subject(str(run)))
         assert memory["note"] == note
         found = report_generate.tables([entry() | {"memory": memory}])

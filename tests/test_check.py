@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from trained import copied, prepared, slope, trained
 
-from slope_cli import checkpoint, runmodel, runs
-from slope_cli.check import check
+from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.checkpoint.verify import check
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,11 +78,11 @@ def test_a_damaged_checkpoint_does_not_hide_a_sound_one(tmp_path: Path) -> None:
 def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
     """Every hash is right, and still the layer is not 2:4: something wrote it so."""
     run = copied(trained(), tmp_path)
-    _, model, _, manifest = runmodel.load(run)
+    _, model, _, manifest = run_model.load(run)
     name, layer = next(iter(sparse_layers(model)))
     layer.positions[0, 0] ^= 1
     facts = {key: value for key, value in manifest.items() if key not in ("step", "files")}
-    checkpoint.save(run, 7, checkpoint.state_tensors(model, None), facts, keep=2)
+    store.save(run, 7, store.state_tensors(model, None), facts, keep=2)
     result = slope("check", run)
     assert result.code == 1
     assert f"{name}: the stored positions are not exactly 2:4" in result.err
@@ -90,9 +90,9 @@ def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
 
 def with_data(run: Path, path: Path | str) -> Path:
     """The run, with another data.path."""
-    config = runs.open_config(run)
+    config = run_folder.open_config(run)
     config.data.path = str(path)
-    runs.write_config(run, config)
+    run_folder.write_config(run, config)
     return run
 
 
@@ -156,15 +156,15 @@ def test_another_config_is_named(line: str, altered: str, said: str, tmp_path: P
 
 def test_free_keys_may_change(tmp_path: Path) -> None:
     run = copied(trained(), tmp_path)
-    config = runs.open_config(run)
+    config = run_folder.open_config(run)
     config.log.every, config.train.device = 3, "cpu"
-    runs.write_config(run, config)
+    run_folder.write_config(run, config)
     assert check(run)["faults"] == []
 
 
 def test_a_run_without_a_checkpoint_is_sound(tmp_path: Path) -> None:
     run = copied(trained(), tmp_path)
-    for folder in checkpoint.folders(run):
+    for folder in store.folders(run):
         folder.rename(tmp_path / folder.name)
     assert check(run)["faults"] == []
 

@@ -14,9 +14,10 @@ from helpers import assert_same_run, final_state, finish, full_disk, printed, st
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 
-from slope_cli import checkpoint, metrics
+from slope_cli.checkpoint import store
 from slope_cli.errors import SlopeError
-from slope_cli.train import pretrain
+from slope_cli.report import metrics
+from slope_cli.train.loop import pretrain
 from sparse_kernels import add_adapters, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,11 +40,11 @@ def trained_model(seed: int = 0, *, adapters: bool = True) -> tuple[nn.Module, t
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
-    return checkpoint.state_tensors(*trained_model(seed))
+    return store.state_tensors(*trained_model(seed))
 
 
 def save(run: Path, *steps: int, keep: int = 5) -> list[Path]:
-    return [checkpoint.save(run, step, tensors(step), {"note": step}, keep=keep) for step in steps]
+    return [store.save(run, step, tensors(step), {"note": step}, keep=keep) for step in steps]
 
 
 def flip(path: Path, where: float = 0.5) -> None:
@@ -61,12 +62,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_restored_model_and_optimizer_are_equal_bit_for_bit_and_go_on_alike(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    folder = checkpoint.save(tmp_path, 1, checkpoint.state_tensors(model, optimizer), {}, keep=2)
+    folder = store.save(tmp_path, 1, store.state_tensors(model, optimizer), {}, keep=2)
     other, fresh = trained_model(seed=1)
     fresh.state.clear()
-    checkpoint.restore(folder, other, fresh)
+    store.restore(folder, other, fresh)
     for _ in range(2):
-        ours, theirs = checkpoint.state_tensors(other, fresh), checkpoint.state_tensors(model, optimizer)
+        ours, theirs = store.state_tensors(other, fresh), store.state_tensors(model, optimizer)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         for net, stepper in ((model, optimizer), (other, fresh)):
@@ -85,9 +86,9 @@ def test_every_tensor_is_there_once() -> None:
 
 def test_the_model_alone_can_be_restored(tmp_path: Path) -> None:
     model, optimizer = trained_model()
-    folder = checkpoint.save(tmp_path, 1, checkpoint.state_tensors(model, optimizer), {}, keep=2)
+    folder = store.save(tmp_path, 1, store.state_tensors(model, optimizer), {}, keep=2)
     other, _ = trained_model(seed=1)
-    checkpoint.restore(folder, other, None)
+    store.restore(folder, other, None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -96,20 +97,20 @@ def test_another_model_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     model, optimizer = trained_model(adapters=False)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(SlopeError, match=r"step-00000001 is of another model: .* tensors differ, the first is"):
-        checkpoint.restore(folder, model, optimizer)
+        store.restore(folder, model, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 4, keep=2)
-    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-00000004", "step-00000003"]
+    assert [folder.name for folder in store.folders(tmp_path)] == ["step-00000004", "step-00000003"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_an_existing_step_is_never_written_to(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 1)
     before = content(folder)
-    assert checkpoint.save(tmp_path, 1, tensors(9), {"note": 9}, keep=2) == folder
+    assert store.save(tmp_path, 1, tensors(9), {"note": 9}, keep=2) == folder
     assert content(folder) == before
 
 
@@ -118,15 +119,15 @@ def test_leftovers_are_no_checkpoints_and_are_cleaned_up(tmp_path: Path) -> None
     parent = tmp_path / "checkpoints"
     for name in (".tmp-step-00000002", ".dead-step-00000000", "step-notes", "damaged-0-step-00000007"):
         (parent / name).mkdir()
-    found = checkpoint.latest(tmp_path)
+    found = store.latest(tmp_path)
     assert found is not None
     assert (found[0].name, found[1]["note"], found[2]) == ("step-00000001", 1, [])
-    checkpoint.clean(tmp_path)
+    store.clean(tmp_path)
     assert sorted(p.name for p in parent.iterdir()) == ["damaged-0-step-00000007", "step-00000001", "step-notes"]
 
 
 def test_no_checkpoint_at_all_is_no_fault(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert store.latest(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------- damage
@@ -147,13 +148,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", store.MANIFEST])
 def test_any_damage_to_any_file_is_named_and_the_previous_one_taken(tmp_path: Path, name: str, damage: str) -> None:
     old, new = save(tmp_path, 1, 2)
     DAMAGE[damage](new / name)
     with pytest.raises(SlopeError, match=f"step-00000002/{name}"):
-        checkpoint.verify(new)
-    found = checkpoint.latest(tmp_path)
+        store.verify(new)
+    found = store.latest(tmp_path)
     assert found is not None
     folder, manifest, faults = found
     assert (folder, manifest["step"], len(faults)) == (old, 1, 1)
@@ -162,31 +163,31 @@ def test_any_damage_to_any_file_is_named_and_the_previous_one_taken(tmp_path: Pa
 
 def test_a_checkpoint_has_no_other_files_than_those_damaged_above(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 1)
-    assert sorted(content(folder)) == [".metadata", "__0_0.distcp", checkpoint.MANIFEST]
+    assert sorted(content(folder)) == [".metadata", "__0_0.distcp", store.MANIFEST]
 
 
 def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 1)
-    path = folder / checkpoint.MANIFEST
+    path = folder / store.MANIFEST
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(SlopeError, match="damaged"):
-            checkpoint.verify(folder)
+            store.verify(folder)
 
 
 def test_a_checkpoint_under_another_number_is_not_taken(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 1)
     folder.rename(folder.with_name("step-00000005"))
     with pytest.raises(SlopeError, match="step-00000005 holds the checkpoint of step 1"):
-        checkpoint.latest(tmp_path)
+        store.latest(tmp_path)
 
 
 def test_when_none_is_sound_each_is_named(tmp_path: Path) -> None:
     for folder in save(tmp_path, 1, 2):
         flip(folder / "__0_0.distcp")
     with pytest.raises(SlopeError, match=r"no checkpoint of .* is sound: .*step-00000002.*; .*step-00000001"):
-        checkpoint.latest(tmp_path)
+        store.latest(tmp_path)
 
 
 def test_damaged_ones_are_set_aside_time_after_time(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_damaged_ones_are_set_aside_time_after_time(tmp_path: Path) -> None:
         (new,) = save(tmp_path, 2)
         flip(new / ".metadata")
         before = content(new)
-        checkpoint.set_aside_newer(tmp_path, 1)
+        store.set_aside_newer(tmp_path, 1)
         assert before in [content(path) for path in (tmp_path / "checkpoints").glob("damaged-*")]
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["damaged-0-step-00000002", "damaged-1-step-00000002", "step-00000001"]
@@ -220,7 +221,7 @@ def test_a_run_with_no_sound_checkpoint_stops_and_overwrites_nothing(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    for folder in checkpoint.folders(run):
+    for folder in store.folders(run):
         flip(folder / ".metadata")
     before = content(run)
     with pytest.raises(SlopeError, match=r"no checkpoint of .* is sound"):
@@ -245,7 +246,7 @@ def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_save_is_not_tried_where_the_space_is_short(tmp_path: Path) -> None:
     huge = {"model.x": torch.empty(1, dtype=torch.uint8).expand(1 << 60)}
     with pytest.raises(SlopeError, match=r"cannot be written to .* GB free, .* GB needed"):
-        checkpoint.save(tmp_path, 1, huge, {}, keep=2)
+        store.save(tmp_path, 1, huge, {}, keep=2)
 
 
 def test_a_second_ctrl_c_in_the_middle_of_a_save_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,14 +256,14 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save_interrupts(tmp_path: Path, monk
     model_tensors = tensors()
     monkeypatch.setattr(filesystem.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 1, model_tensors, {}, keep=2)
-    assert checkpoint.latest(tmp_path) is None
+        store.save(tmp_path, 1, model_tensors, {}, keep=2)
+    assert store.latest(tmp_path) is None
 
 
 def fill_disk_during_save(step: int) -> None:
     """In a child: while it saves the step, no file can grow beyond 20 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    save = checkpoint.save
+    save = store.save
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(run: Path, at: int, *args: Any, **kwargs: Any) -> Path:
@@ -272,14 +273,14 @@ def fill_disk_during_save(step: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    checkpoint.save = limited
+    store.save = limited
 
 
 def test_when_a_periodic_save_fails_training_goes_on(data: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert finish(start(tiny(data), run, fill_disk_during_save, 8)) == 0
     assert "warning: the checkpoint of step 8 cannot be written" in printed(run)
-    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000012", "step-00000004"]
+    assert [folder.name for folder in store.folders(run)] == ["step-00000012", "step-00000004"]
     assert_same_run(tiny(data), run, finished)
 
 
@@ -289,7 +290,7 @@ def test_when_the_last_save_fails_the_run_fails_and_can_be_done_again(
     run = tmp_path / "run"
     assert finish(start(tiny(data), run, fill_disk_during_save, 12)) == 1
     assert printed(run).splitlines()[-1].startswith("error: the checkpoint of step 12 cannot be written")
-    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000008", "step-00000004"]
+    assert [folder.name for folder in store.folders(run)] == ["step-00000008", "step-00000004"]
     pretrain(tiny(data), run)
     assert_same_run(tiny(data), run, finished)
 

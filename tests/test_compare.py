@@ -17,21 +17,15 @@ import pytest
 import torch
 from trained import OVERRIDES, copied, defaults, prepared, scratch, small
 
-from slope_cli import (
-    checkpoint,
-    compare,
-    compare_table,
-    compare_train,
-    durable,
-    launch,
-    metrics,
-    runmodel,
-    runs,
-    variants,
-)
-from slope_cli import config as configs
+from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.compare import processes, results, table, variants
+from slope_cli.config import load as configs
+from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
-from slope_cli.train import pretrain
+from slope_cli.models.build import run_model_config
+from slope_cli.report import metrics
+from slope_cli.train.loop import pretrain
+from slope_cli.utils.files import file_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +38,7 @@ def words(*more: str) -> list[str]:
 
 def compared(out: Path, *more: str, **options: Any) -> dict[str, Any]:
     """`compare` of the tiny recipe."""
-    return compare.compare(str(defaults()), words(*more), out=out, **options)
+    return results.compare(str(defaults()), words(*more), out=out, **options)
 
 
 def train_here(
@@ -83,22 +77,22 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_mean_and_standard_error_are_numpys() -> None:
     values = [3.1, 2.9, 3.4, 3.0]
-    found = compare.mean_and_error(values)
+    found = results.mean_and_error(values)
     assert found["mean"] == pytest.approx(np.mean(values))
     assert found["stderr"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(4))
     assert found["n"] == 4
-    assert compare.mean_and_error([2.0]) == {"mean": 2.0, "stderr": None, "n": 1}
-    assert compare.mean_and_error([]) == {"mean": None, "stderr": None, "n": 0}
+    assert results.mean_and_error([2.0]) == {"mean": 2.0, "stderr": None, "n": 1}
+    assert results.mean_and_error([]) == {"mean": None, "stderr": None, "n": 0}
 
 
 def test_differences_are_paired_by_seed() -> None:
     ours, theirs = {1: 3.5, 2: 4.0, 4: 9.0}, {2: 3.8, 1: 3.4, 3: 1.0}
     differences = np.array([3.5 - 3.4, 4.0 - 3.8])
-    found = compare.paired(ours, theirs)
+    found = results.paired(ours, theirs)
     assert found["seeds"] == [1, 2]
     assert found["mean"] == pytest.approx(differences.mean())
     assert found["stderr"] == pytest.approx(differences.std(ddof=1) / np.sqrt(2))
-    assert compare.paired({1: 1.0}, {2: 1.0})["n"] == 0
+    assert results.paired({1: 1.0}, {2: 1.0})["n"] == 0
 
 
 def rate(
@@ -109,25 +103,25 @@ def rate(
 
 
 def test_the_best_rate_is_marked_at_the_edge_only() -> None:
-    inside = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, 3.5)])
+    inside = results.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, 3.5)])
     assert (inside["lr"], inside["lr_at_edge"]) == (2e-3, False)
     for losses, best in (((3.0, 3.2, 3.5), 1e-3), ((4.0, 3.2, 3.1), 4e-3)):
-        found = compare.best_rate([rate(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
+        found = results.best_rate([rate(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
         assert (found["lr"], found["lr_at_edge"]) == (best, True)
     # The highest rate diverged: it was tried, so the one below it is no edge. A rate that lost a seed is not compared.
-    found = compare.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, [], [1]), rate(3e-3, 1.0, [1], [2])])
+    found = results.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, [], [1]), rate(3e-3, 1.0, [1], [2])])
     assert (found["lr"], found["lr_at_edge"]) == (2e-3, False)
-    assert not compare.best_rate([rate(1e-3, None, [], [1]), rate(2e-3, None, [], [1])])["lr_at_edge"]
+    assert not results.best_rate([rate(1e-3, None, [], [1]), rate(2e-3, None, [], [1])])["lr_at_edge"]
 
 
 def test_rates_are_judged_by_the_seeds_they_share() -> None:
     """Seed 2, a bad one, was only trained at the higher rate."""
-    found = compare.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, **{"1": 2.9, "2": 4.0})])
+    found = results.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, **{"1": 2.9, "2": 4.0})])
     assert found["lr"] == 2e-3
-    found = compare.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, [2], **{"2": 2.9})])
+    found = results.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, [2], **{"2": 2.9})])
     assert found["lr"] == 2e-3
     lost = [rate(1e-3, None, [1], [2], **{"1": 3.0}), rate(2e-3, None, [1], [2], **{"1": 2.0})]
-    assert compare.best_rate(lost)["lr"] == 2e-3
+    assert results.best_rate(lost)["lr"] == 2e-3
 
 
 # ---------------------------------------------------------------------------------------------- whole results
@@ -162,7 +156,7 @@ def test_parameters_and_bytes_are_those_of_the_checkpoint() -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     for each in result()["variants"]:
-        folder = checkpoint.folders(finished() / f"{each['variant']}-s1")[0]
+        folder = store.folders(finished() / f"{each['variant']}-s1")[0]
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         sizes = {name: int(np.prod(entry.size)) for name, entry in saved.items() if hasattr(entry, "size")}
         moments = sum(size for name, size in sizes.items() if name.endswith("exp_avg"))
@@ -183,12 +177,12 @@ def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, 
     run = tmp_path / method
     config = configs.load(str(defaults()), words(*more))
     pretrain(config, run)
-    model = runmodel.load(run)[1]
+    model = run_model.load(run)[1]
     masks = [module.mask for module in model.modules() if hasattr(module, "mask") and module.mask.dtype == torch.bool]
     dense = sum(parameter.numel() for parameter in model.parameters())
     left_out = sum(int((~mask).sum()) for mask in masks)
     assert bool(left_out) == pruned
-    sizes = compare.compare_runs([run], out=tmp_path / "out")["variants"][0]
+    sizes = results.compare_runs([run], out=tmp_path / "out")["variants"][0]
     assert sizes["parameters"] == {"all": dense, "trained": dense, "active": dense - left_out}
     assert sizes["inference_bytes"] == 2 * (dense - left_out) + sum(mask.numel() // 8 for mask in masks if pruned)
 
@@ -221,16 +215,16 @@ def test_results_name_nothing_of_the_machine() -> None:
     assert {"torch", "slope", "python", "gpu"} <= environment.keys()
     assert not {"host", "command", "slurm_job", "time"} & environment.keys()
     assert (
-        compare._without_folders("/a/b c: /home/me/x.json: gone, 1/2 of runs/y") == "b c: x.json: gone, 1/2 of runs/y"
+        results._without_folders("/a/b c: /home/me/x.json: gone, 1/2 of runs/y") == "b c: x.json: gone, 1/2 of runs/y"
     )
 
 
 def test_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    compare_table.show(result())
+    table.show(result())
     assert capsys.readouterr().out == (finished() / "compare.md").read_text()
     for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "200"), ("TERM", "xterm")):
         monkeypatch.setenv(name, value)
-    compare_table.show(result())
+    table.show(result())
     drawn = capsys.readouterr().out
     assert "│" in drawn or "┃" in drawn
     assert "gap to dense" in drawn
@@ -240,7 +234,7 @@ def test_sources_have_columns_where_there_are_several() -> None:
     found = result()
     spread = {"mean": 1.0, "stderr": None, "n": 1}
     rows = [{**each, "by_source": {"a": spread, "b": spread}} for each in found["variants"]]
-    (quality, *_) = compare_table.tables({**found, "variants": rows})
+    (quality, *_) = table.tables({**found, "variants": rows})
     assert quality.columns[-2:] == ["a", "b"]
     assert quality.rows[0][-1] == "1.0000 (1)"
 
@@ -265,17 +259,17 @@ def test_each_checkpoint_is_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def counted(path: Path) -> str:
         hashed.append(path)
-        return durable.file_sha256(path)
+        return file_sha256(path)
 
     result()
-    monkeypatch.setattr(checkpoint, "file_sha256", counted)
+    monkeypatch.setattr(store, "file_sha256", counted)
     names = ("dense-s1", "dense-s2", "slope-s1", "slope-s2")
-    files = [path for name in names for path in checkpoint.folders(finished() / name)[0].iterdir()]
+    written = [path for name in names for path in store.folders(finished() / name)[0].iterdir()]
     compared(copied(finished(), tmp_path), methods=["dense", "slope"], seeds=[1, 2])
-    assert len(hashed) == len(files) - len(names)  # all but the manifests
+    assert len(hashed) == len(written) - len(names)  # all but the manifests
     hashed.clear()
-    compare.compare_runs([finished() / name for name in names], out=tmp_path / "again")
-    assert len(hashed) == len(files) - len(names)
+    results.compare_runs([finished() / name for name in names], out=tmp_path / "again")
+    assert len(hashed) == len(written) - len(names)
 
 
 def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
@@ -283,7 +277,7 @@ def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None
     (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
     run = tmp_path / "slope-s1"
     pretrain(configs.load(str(defaults()), words("log.save_every=3")), run)
-    checkpoint_of_6 = checkpoint.folders(run)[0]
+    checkpoint_of_6 = store.folders(run)[0]
     for path in checkpoint_of_6.iterdir():
         path.unlink()
     checkpoint_of_6.rmdir()
@@ -306,7 +300,7 @@ def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None
 
 def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
     (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
-    child = compare_train.Child(planned, tmp_path, 1)
+    child = processes.Child(planned, tmp_path, 1)
     child.process.kill()
     assert child.error(child.process.wait()) == "killed by SIGKILL"
     child.log.write_text("Traceback\n  one\nValueError: two\n\n")
@@ -321,9 +315,10 @@ def test_a_signal_stops_every_run_with_75_and_the_same_command_goes_on(tmp_path:
     program = f"""
 import sys
 from pathlib import Path
-from slope_cli import cli, compare
+from slope_cli import cli
+from slope_cli.compare.results import compare
 def run():
-    compare.compare(*{arguments!r}, out=Path({str(out)!r}), methods=["dense"], seeds=[1, 2])
+    compare(*{arguments!r}, out=Path({str(out)!r}), methods=["dense"], seeds=[1, 2])
 cli.app = lambda prog_name: run()
 cli.main()
 """
@@ -339,16 +334,16 @@ cli.main()
     assert process.returncode == 75, err
     last = "stopped by SIGTERM: 0 of 2 runs are finished; run the same command to go on"
     assert err.splitlines()[-1] == last
-    assert checkpoint.latest(out / "dense-s1") is not None
+    assert store.latest(out / "dense-s1") is not None
     assert not (out / "dense-s2").exists()
     assert not (out / "compare.json").exists()
 
 
 def test_a_stopped_comparison_shows_what_is_finished(tmp_path: Path) -> None:
     out = copied(finished(), tmp_path)
-    with launch.StopFlag() as stop:
+    with StopFlag() as stop:
         stop.name = "SIGTERM"
-        with pytest.raises(launch.Stopped, match="2 of 3 runs are finished"):
+        with pytest.raises(Stopped, match="2 of 3 runs are finished"):
             compared(out, methods=["dense"], seeds=[1, 2, 9], stop=stop)
     assert json.loads((out / "compare.json").read_text())["variants"][0]["seeds"] == [1, 2]
 
@@ -356,48 +351,48 @@ def test_a_stopped_comparison_shows_what_is_finished(tmp_path: Path) -> None:
 def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
     """As when the runs lay on a machine that is gone."""
     one, two = (
-        compare.compare_runs([finished() / f"dense-s{seed}", finished() / f"slope-s{seed}"], out=tmp_path / str(seed))
+        results.compare_runs([finished() / f"dense-s{seed}", finished() / f"slope-s{seed}"], out=tmp_path / str(seed))
         for seed in (1, 2)
     )
     files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
-    found = compare.compare_runs([*files], out=tmp_path / "both")
+    found = results.compare_runs([*files], out=tmp_path / "both")
     whole = compared(finished(), methods=["dense", "slope"], seeds=[1, 2])
     assert found["variants"] == whole["variants"]
     assert [row["run"] for row in found["runs"]] == [row["run"] for row in (*one["runs"], *two["runs"])]
     for row in (altered := json.loads(files[1].read_text()))["runs"]:
         row["lr"] = 0.01
     (tmp_path / "rated.json").write_text(json.dumps(altered))
-    mixed = compare.compare_runs([files[0], tmp_path / "rated.json"], out=tmp_path / "mixed")
+    mixed = results.compare_runs([files[0], tmp_path / "rated.json"], out=tmp_path / "mixed")
     assert {(rate["variant"], rate["lr"]) for rate in mixed["rates"]} == {
         (name, lr) for name in ("dense", "slope") for lr in (None, 0.01)
     }
     assert "| dense | – |" in (tmp_path / "mixed" / "compare.md").read_text()
     with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
-        compare.compare_runs([files[0], files[0]], out=tmp_path / "twice")
+        results.compare_runs([files[0], files[0]], out=tmp_path / "twice")
     with pytest.raises(UsageError, match=r"setup.cfg.json: is not a result of slope compare"):
-        compare.compare_runs([tmp_path / "setup.cfg.json"], out=tmp_path / "none")
+        results.compare_runs([tmp_path / "setup.cfg.json"], out=tmp_path / "none")
     altered = json.loads(files[1].read_text())
     altered["runs"][0]["config"]["optim"]["lr"] = 1.0
     files[1].write_text(json.dumps(altered))
     with pytest.raises(UsageError, match="dense-s2: dense stands for two configurations"):
-        compare.compare_runs([*files], out=tmp_path / "altered")
+        results.compare_runs([*files], out=tmp_path / "altered")
 
 
 def test_a_run_and_a_comparison_that_has_it_are_one(tmp_path: Path) -> None:
-    compare.compare_runs([finished() / "dense-s1"], out=tmp_path)
+    results.compare_runs([finished() / "dense-s1"], out=tmp_path)
     with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
-        compare.compare_runs([tmp_path / "compare.json", finished() / "dense-s1"], out=tmp_path / "twice")
+        results.compare_runs([tmp_path / "compare.json", finished() / "dense-s1"], out=tmp_path / "twice")
 
 
 def test_results_of_a_version_with_fewer_settings_are_of_the_same_variant(tmp_path: Path) -> None:
     for seed in (1, 2):
-        compare.compare_runs([finished() / f"dense-s{seed}"], out=tmp_path / str(seed))
+        results.compare_runs([finished() / f"dense-s{seed}"], out=tmp_path / str(seed))
     files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
     older = json.loads(files[0].read_text())
     for row in older["runs"]:
         del row["config"]["linearize"], row["config"]["sparsity"]["column_rescale"]
     files[0].write_text(json.dumps(older))
-    (found,) = compare.compare_runs(files, out=tmp_path / "both")["variants"]
+    (found,) = results.compare_runs(files, out=tmp_path / "both")["variants"]
     assert found["seeds"] == [1, 2]
 
 
@@ -428,20 +423,20 @@ def test_budgets_and_data_must_be_the_same_before_anything_is_trained(tmp_path: 
 
 def test_what_differs_in_many_runs_is_said_once() -> None:
     terms = {"a": {"tokens": 1, "data": "x"}, "b": {"tokens": 2, "data": "x"}, "c": {"tokens": 2, "data": "y"}}
-    assert compare._require_alike(terms, True) == [
+    assert results._require_alike(terms, True) == [
         "a and b, c differ in tokens: 1 and 2",
         "a and c differ in data: x and y",
     ]
 
 
 def test_a_key_that_an_older_version_did_not_have_is_no_setting_of_a_variant(tmp_path: Path) -> None:
-    found = compare.compare_runs([finished() / name for name in ("dense-s1", "slope-s1")], out=tmp_path)
+    found = results.compare_runs([finished() / name for name in ("dense-s1", "slope-s1")], out=tmp_path)
     dense, slope = sorted(found["runs"], key=lambda run: str(run["variant"]))
     del dense["config"]["linearize"]
     slope["config"]["linearize"]["window"] = 17
     dense["config"]["model"]["overrides"] = {}  # what a variant overrides is a setting all the same
-    (table,) = (table for table in compare_table.tables(found) if "settings" in table.columns)
-    settings = dict(table.rows)["slope"]
+    (settings_table,) = (each for each in table.tables(found) if "settings" in each.columns)
+    settings = dict(settings_table.rows)["slope"]
     assert "method=slope" in settings
     assert "model.overrides.n_layer=" in settings
     assert re.findall(r"linearize\S*", settings) == ["linearize.window=17"]
@@ -449,7 +444,7 @@ def test_a_key_that_an_older_version_did_not_have_is_no_setting_of_a_variant(tmp
 
 def test_runs_that_are_there_are_compared_by_their_configs(tmp_path: Path) -> None:
     folders = [finished() / name for name in ("slope-s1", "dense-s2", "slope-s2")]
-    found = compare.compare_runs(folders, out=tmp_path)
+    found = results.compare_runs(folders, out=tmp_path)
     slope, dense = found["variants"]
     assert (slope["variant"], slope["seeds"], dense["variant"], dense["seeds"]) == ("slope", [1, 2], "dense", [2])
     assert found["baseline"] == "slope"
@@ -460,35 +455,35 @@ def test_runs_that_are_there_are_compared_by_their_configs(tmp_path: Path) -> No
 
 def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Path) -> None:
     run, other = finished() / "dense-s1", copied(finished() / "slope-s1", tmp_path)
-    config = (other / runs.CONFIG).read_text()
-    manifest = checkpoint.folders(other)[0] / checkpoint.MANIFEST
+    config = (other / run_folder.CONFIG).read_text()
+    manifest = store.folders(other)[0] / store.MANIFEST
     sound = manifest.read_text()
-    (other / runs.CONFIG).write_text(config.replace("val_tokens: 128", "val_tokens: 64"))
+    (other / run_folder.CONFIG).write_text(config.replace("val_tokens: 128", "val_tokens: 64"))
     with pytest.raises(UsageError, match=r"dense-s1 and copy differ in validation: .* and 64 tokens"):
-        compare.compare_runs([run, other], out=tmp_path / "out")
+        results.compare_runs([run, other], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    found = compare.compare_runs([run, other], out=tmp_path / "out", allow_different=True)
+    found = results.compare_runs([run, other], out=tmp_path / "out", allow_different=True)
     assert "NOT ALIKE: dense-s1 and copy differ in validation" in (tmp_path / "out" / "compare.md").read_text()
     assert len(found["different"]) == 1
-    (other / runs.CONFIG).write_text(config)
-    content = checkpoint.read_sealed(manifest)
-    checkpoint.write_sealed(manifest, {**content, "data": "f" * 64})
+    (other / run_folder.CONFIG).write_text(config)
+    content = store.read_sealed(manifest)
+    store.write_sealed(manifest, {**content, "data": "f" * 64})
     with pytest.raises(UsageError, match="dense-s1 and copy differ in data: "):
-        compare.compare_runs([run, other], out=tmp_path / "out")
+        results.compare_runs([run, other], out=tmp_path / "out")
     manifest.write_text(sound)
     with pytest.raises(UsageError, match="a run of the same config and seed is there already"):
-        compare.compare_runs([finished() / "slope-s1", other], out=tmp_path / "out")
+        results.compare_runs([finished() / "slope-s1", other], out=tmp_path / "out")
 
 
 def test_unfinished_and_strange_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the folder of a run"):
-        compare.compare_runs([tmp_path], out=tmp_path / "out")
+        results.compare_runs([tmp_path], out=tmp_path / "out")
     with pytest.raises(UsageError, match="needs the folder of one run"):
-        compare.compare_runs([], out=tmp_path)
+        results.compare_runs([], out=tmp_path)
     run = copied(finished() / "dense-s1", tmp_path)
-    (run / runs.CONFIG).write_text((run / runs.CONFIG).read_text().replace("steps: 6", "steps: 8"))
+    (run / run_folder.CONFIG).write_text((run / run_folder.CONFIG).read_text().replace("steps: 6", "steps: 8"))
     with pytest.raises(UsageError, match="is unfinished, step 6 of 8"):
-        compare.compare_runs([run], out=tmp_path / "out")
+        results.compare_runs([run], out=tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------- learning rates
@@ -533,7 +528,7 @@ def test_ready_made_names() -> None:
 @pytest.mark.parametrize("model", ["gpt2-nano", "gpt2-small", "opt-350m", "llama3-8b", "bert-base"])
 def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     """Counted anew here: layers of the shape, half of those that are pruned."""
-    from slope_cli.dryrun import describe
+    from slope_cli.train.dry_run import describe
 
     base = [f"model.name={model}"]
     (found,) = variants.variants(str(defaults()), base, ["same-active"], [])
@@ -541,11 +536,11 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     heads = ("lm_head", "cls.predictions.decoder")
     sizes = [(x["out_features"] * x["in_features"], x["reason"]) for x in record["layers"] if x["name"] not in heads]
     kept = sum(size if reason else size // 2 for size, reason in sizes)
-    settings = runmodel.model_config(found.config)
+    settings = run_model_config(found.config)
     assert variants.linear_weights(settings) / kept == pytest.approx(1, abs=0.02)
     assert f"{variants.linear_weights(settings) / kept:.4f} of the {kept:,}" in found.note
     assert settings.hidden_size % settings.num_attention_heads == 0
-    assert settings.hidden_size < runmodel.model_config(configs.load(str(defaults()), base)).hidden_size
+    assert settings.hidden_size < run_model_config(configs.load(str(defaults()), base)).hidden_size
     assert found.config.method == "dense"
 
 

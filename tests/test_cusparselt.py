@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_kernels import cusparselt, plans
+from sparse_kernels import autotune, cusparselt
 from sparse_kernels.cusparselt import CuSparseLtError
+from sparse_kernels.matmul_plan import Shape
 
 
 @pytest.fixture
@@ -98,16 +99,16 @@ def test_structures_are_aligned_and_apart() -> None:
     assert all(b - a >= 512 for a, b in itertools.pairwise(starts))
 
 
-def shape(**changes: int) -> plans.Shape:
+def shape(**changes: int) -> Shape:
     sides = {"rows": 768, "columns": 768, "tokens": 8192, **changes}
-    return plans.Shape(**sides, dtype=torch.bfloat16, bias=True)
+    return Shape(**sides, dtype=torch.bfloat16, bias=True)
 
 
 def test_shapes_that_are_not_searched() -> None:
-    assert plans.refusal(shape()) == ""
-    assert "multiples" in plans.refusal(shape(tokens=8193))
-    assert "below 512" in plans.refusal(shape(columns=256))
-    assert "fewer than 256 tokens" in plans.refusal(shape(tokens=64))
+    assert autotune.refusal(shape()) == ""
+    assert "multiples" in autotune.refusal(shape(tokens=8193))
+    assert "below 512" in autotune.refusal(shape(columns=256))
+    assert "fewer than 256 tokens" in autotune.refusal(shape(tokens=64))
 
 
 @pytest.mark.parametrize(
@@ -116,17 +117,17 @@ def test_shapes_that_are_not_searched() -> None:
 )
 def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = plans.cache_file()
+    file = autotune.cache_file()
     file.parent.mkdir()
     file.write_text(content)
-    plans._warn_once.cache_clear()
+    autotune._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plans.json is not a readable file of plans") as caught:
-        assert plans._entries() == {}
+        assert autotune._entries() == {}
     assert len(caught) == 1
-    choice = plans.Choice(True, "1.40 times the speed of dense", 1.0, 1.4, {"config_id": 17})
-    plans._remember("gpu | shape", choice)
-    assert plans._entries() == {"gpu | shape": choice}
-    plans._remember("gpu | other", choice)
+    choice = autotune.Choice(True, "1.40 times the speed of dense", 1.0, 1.4, {"config_id": 17})
+    autotune._remember("gpu | shape", choice)
+    assert autotune._entries() == {"gpu | shape": choice}
+    autotune._remember("gpu | other", choice)
     assert set(json.loads(file.read_text())["plans"]) == {"gpu | shape", "gpu | other"}
     assert [entry.name for entry in file.parent.iterdir()] == ["plans.json"]
 
@@ -134,7 +135,7 @@ def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypa
 def test_unwritable_cache_folder_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    plans._warn_once.cache_clear()
+    autotune._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning) as caught:
-        plans._remember("key", plans.Choice(False, "slower"))
+        autotune._remember("key", autotune.Choice(False, "slower"))
     assert any("cannot be kept" in str(warning.message) for warning in caught)

@@ -15,26 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slope_cli
-from slope_cli.data import (
+from slope_cli.data.batches import (
     Ahead,
     Batch,
     Blocks,
-    Dataset,
     MaskingIds,
-    TokenFile,
     bigram_loss,
     causal_batch,
     masked_batch,
-    open_dataset,
     sample_indices,
     sample_numbers,
     shuffled,
     val_batches,
-    write_manifest,
-    write_token_file,
 )
+from slope_cli.data.dataset import Dataset, open_dataset, write_manifest
+from slope_cli.data.token_file import HEADER_BYTES, TokenFile, Tokens, write_token_file
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.tokenfile import HEADER_BYTES, Tokens
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
 SPECIAL = MaskingIds(cls=1, sep=2, mask=3, pad=0, vocab_size=100, never_mask=(0, 1, 2, 3, 4))
@@ -124,7 +120,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     code = f"""
 import resource, numpy as np
 from pathlib import Path
-from slope_cli.data import write_token_file
+from slope_cli.data.token_file import write_token_file
 from slope_cli.errors import SlopeError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 ids = (np.zeros(1000, np.int64) for _ in range(100))
@@ -139,11 +135,6 @@ except SlopeError as error:
     assert len(done.stdout.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["x.tok"]
     assert TokenFile.open(path).header == old.header
-
-
-def test_data_needs_no_torch() -> None:
-    code = "import sys, slope_cli.data; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": ROOT}, check=True)
 
 
 # -------------------------------------------------------------------------------------------------- data sets

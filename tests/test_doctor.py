@@ -9,6 +9,7 @@ import torch
 from trained import slope
 
 from slope_cli import doctor
+from slope_cli.utils.environment import driver, libraries
 from sparse_kernels import cusparselt
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
@@ -43,7 +44,7 @@ def test_the_driver_is_what_nvidia_smi_says(
     text: str, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", program(tmp_path, text))
-    assert doctor.driver() == version
+    assert driver() == version
 
 
 @no_gpu
@@ -60,7 +61,7 @@ def test_a_missing_library_says_which_file(tmp_path: Path, monkeypatch: pytest.M
     finding = doctor._cusparselt_finding()
     assert finding.found == "missing"
     assert str(tmp_path / "none.so") in finding.fix
-    assert doctor.libraries()["cusparselt"] is None
+    assert libraries()["cusparselt"] is None
 
 
 def test_a_failure_is_one_line() -> None:

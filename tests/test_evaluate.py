@@ -5,9 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,15 +17,18 @@ import torch
 from trained import SENTENCES, copied, defaults, prepared, scratch, slope, small, texts, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from slope_cli import config as configs
-from slope_cli import data, metrics, models, tasks
+from slope_cli.checkpoint.load import Pretrained, load
+from slope_cli.config import load as configs
+from slope_cli.data.dataset import TokenFile, open_dataset
+from slope_cli.data.prepare import prepare
+from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.evaluate import evaluate, lines
-from slope_cli.prepare import prepare
-from slope_cli.pretrained import Pretrained, load
-from slope_cli.tasks import LAYOUTS
-from slope_cli.tokenizer import load_tokenizer
-from slope_cli.train import pretrain
+from slope_cli.evaluate import lm_tasks
+from slope_cli.evaluate.lm_tasks import LAYOUTS
+from slope_cli.evaluate.perplexity import evaluate, lines
+from slope_cli.models import shapes
+from slope_cli.report import metrics
+from slope_cli.train.loop import pretrain
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,10 +106,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
-def requests(loaded: tasks.Loaded) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
+def requests(loaded: lm_tasks.Loaded) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
     """Every request of every leaf: row, choice, (context, continuation)."""
     found = {}
-    with tasks.quiet():
+    with lm_tasks.quiet():
         for name, leaf in loaded.leaves.items():
             leaf.build_all_requests(rank=0, world_size=1)
             found[name] = [(i.doc_id, i.idx, i.args) for i in leaf.instances]
@@ -128,11 +129,11 @@ def test_the_loss_is_that_of_the_last_validation(model: str) -> None:
     assert found["perplexity"] == pytest.approx(last["perplexity"], rel=1e-6)
     assert found["sources"]["text"]["loss"] == pytest.approx(last["by_source"]["text"], rel=1e-6)
     assert (found["blocks"], found["seq_len"], result["step"]) == (4, 32, 6)
-    assert result["objective"] == models.SHAPES[model].objective
+    assert result["objective"] == shapes.SHAPES[model].objective
     assert ("bits_per_byte" in found) == (model != "bert-base")
 
 
-def block_losses(subject: Pretrained, file: data.TokenFile, length: int) -> np.ndarray:
+def block_losses(subject: Pretrained, file: TokenFile, length: int) -> np.ndarray:
     """Nats of every predicted token, (blocks, length), by another road than the program's."""
     found = []
     for start in range(0, (file.header.tokens - 1) // length * length, length):
@@ -158,7 +159,7 @@ def two_sources() -> Path:
 
 
 def test_loss_error_and_bytes_are_those_worked_by_hand() -> None:
-    run, dataset = trained(), data.open_dataset(two_sources())
+    run, dataset = trained(), open_dataset(two_sources())
     subject = load(run)
     found = evaluate(run, data_folder=two_sources())["perplexity"]
     nats, count, variance, size = 0.0, 0, 0.0, 0.0
@@ -191,10 +192,10 @@ def test_the_batch_does_not_matter_and_one_block_has_no_error() -> None:
 
 
 def test_the_loss_by_position_is_that_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, dataset = trained(), data.open_dataset(two_sources())
+    run, dataset = trained(), open_dataset(two_sources())
     subject = load(run)
     by_source = {source: block_losses(subject, file, 48) for source, file in dataset.val.items()}
-    monkeypatch.setattr("slope_cli.evaluate.NARROWEST", 8)
+    monkeypatch.setattr("slope_cli.evaluate.perplexity.NARROWEST", 8)
     result = evaluate(run, data_folder=two_sources(), seq_len=48)
     found = result["perplexity"]
     for losses, row in [(by_source[name], found["sources"][name]) for name in by_source] + [
@@ -230,7 +231,7 @@ def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> Non
     assert found["perplexity"] == pytest.approx(272, rel=1e-5)
     assert found["stderr"] == pytest.approx(0, abs=1e-6)
     assert found["seq_len"] == 64
-    file = data.open_dataset(prepared()).val["text"].header  # a byte a token, but for the ends of documents
+    file = open_dataset(prepared()).val["text"].header  # a byte a token, but for the ends of documents
     assert file.tokens > file.text_bytes > 0
     assert found["bits_per_byte"] == pytest.approx(math.log2(272) * file.tokens / file.text_bytes, rel=1e-6)
 
@@ -274,7 +275,7 @@ def test_an_exported_masked_model_predicts_the_tokens_that_its_run_does(tmp_path
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("task", LAYOUTS)
 def test_a_local_task_asks_what_lm_evals_own_asks(task: str) -> None:
-    (local,), (own,) = tasks.load([task], task_data()), tasks.load([task], None)
+    (local,), (own,) = lm_tasks.load([task], task_data()), lm_tasks.load([task], None)
     ours, theirs = requests(local), requests(own)
     if task == "mmlu":
         assert set(ours) == {"mmlu_anatomy", "mmlu_philosophy", "mmlu_astronomy"}
@@ -300,7 +301,7 @@ def test_the_scores_are_those_of_lm_evals_own_program() -> None:
     from_hub = evaluate(run, perplexity=False, task_names=names)["tasks"]
     subject = load(run)
     places = [Path(lm_eval.__file__).parent / "tasks" / LAYOUTS[name].where for name in names]
-    with tasks.quiet():
+    with lm_tasks.quiet():
         lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer)
         manager = TaskManager(include_defaults=False, include_path=sorted(set(places)))
         theirs = lm_eval.evaluate(lm, manager.load(names))["results"]
@@ -379,15 +380,15 @@ def test_prompts_beyond_the_positions_are_counted_and_choices_beyond_them_refuse
 @NEEDS_LM_EVAL
 def test_compressed_rows_and_the_split_that_lm_eval_would_take(tmp_path: Path) -> None:
     write(tmp_path, "openbookqa", rows_of("openbookqa", 5), "validation")
-    (loaded,) = tasks.load(["openbookqa"], tmp_path)
+    (loaded,) = lm_tasks.load(["openbookqa"], tmp_path)
     assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("validation", 4 + 3 + 5 + 4 + 3)
     path = tmp_path / "openbookqa" / "test.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(row("openbookqa", 0)) + "\n\n").encode()))
-    (loaded,) = tasks.load(["openbookqa"], tmp_path)
+    (loaded,) = lm_tasks.load(["openbookqa"], tmp_path)
     assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("test", 4)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UsageError, match=r"test\.jsonl\.gz: cannot be read"):
-        tasks.load(["openbookqa"], tmp_path)
+        lm_tasks.load(["openbookqa"], tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- report and files
@@ -421,25 +422,14 @@ def test_only_the_file_has_the_result_and_it_names_no_path(
 def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
     subject = load(trained())
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    from slope_cli.evaluate import _harness
+    from slope_cli.evaluate.perplexity import _harness
 
-    (task,) = tasks.load(["piqa"], task_data())
-    tasks.score(_harness(subject, 4), task)
+    (task,) = lm_tasks.load(["piqa"], task_data())
+    lm_tasks.score(_harness(subject, 4), task)
     after = subject.model.state_dict()
     assert list(sparse_layers(subject.model))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    ("module", "heavy"),
-    [("tasks", {"torch", "numpy", "lm_eval"}), ("evaluate", {"transformers", "lm_eval", "datasets"})],
-)
-def test_importing_it_imports_nothing_heavy(module: str, heavy: set[str]) -> None:
-    code = f"import sys, slope_cli.{module}; print(*{heavy} & set(sys.modules))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -469,35 +459,35 @@ def test_a_row_that_does_not_fit_is_named(task: str, change: dict[str, Any], fau
     changed = {key: value for key, value in (rows[1] | change).items() if value is not None}
     path = write(tmp_path, task, [rows[0], changed, rows[2]])
     with pytest.raises(UsageError, match=f"^{path} line 2: {fault}"):
-        tasks.load([task], tmp_path)
+        lm_tasks.load([task], tmp_path)
 
 
 @NEEDS_LM_EVAL
 def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such folder"):
-        tasks.load(["piqa"], tmp_path / "nowhere")
+        lm_tasks.load(["piqa"], tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"there is no .*arc_easy/test\.jsonl or validation\.jsonl"):
-        tasks.load(["arc_easy"], tmp_path)
+        lm_tasks.load(["arc_easy"], tmp_path)
     path = write(tmp_path, "piqa", rows_of("piqa", 2))
     path.write_text(path.read_text() + "{'not': 'JSON'}\n")
     with pytest.raises(UsageError, match=r"piqa/validation\.jsonl line 3: is not JSON$"):
-        tasks.load(["piqa"], tmp_path)
+        lm_tasks.load(["piqa"], tmp_path)
     path.write_text("[1, 2]\n")
     with pytest.raises(UsageError, match=r"line 1: has no field goal$"):
-        tasks.load(["piqa"], tmp_path)
+        lm_tasks.load(["piqa"], tmp_path)
     path.write_text("\n")
     with pytest.raises(UsageError, match=r"validation\.jsonl: holds no rows$"):
-        tasks.load(["piqa"], tmp_path)
+        lm_tasks.load(["piqa"], tmp_path)
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(UsageError, match=r"validation\.jsonl: cannot be read"):
-        tasks.load(["piqa"], tmp_path)
+        lm_tasks.load(["piqa"], tmp_path)
 
 
 def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"^--tasks helaswag: unknown task; did you mean hellaswag\?$"):
         evaluate(trained(), task_names=["helaswag"])
     with pytest.raises(UsageError, match=r"^--tasks glue: unknown task; .*known are hellaswag, piqa"):
-        tasks.check_names(["glue"])
+        lm_tasks.check_names(["glue"])
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"pip install slope-cli\[eval\]$"):
         evaluate(trained(), task_names=["piqa"], task_data=task_data())

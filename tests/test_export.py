@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from trained import OVERRIDES, SENTENCES, copied, scratch, slope, trained
 from transformers import AutoTokenizer, PreTrainedModel
 
-from slope_cli import models, runmodel
-from slope_cli.export import TOLERANCE, export
-from slope_cli.modelfolder import ADAPTER
-from slope_cli.tokenizer import load_tokenizer
+from slope_cli.checkpoint import run_model
+from slope_cli.checkpoint.hf_folder import ADAPTER
+from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.inference.export import TOLERANCE, export
+from slope_cli.models import shapes
 from sparse_kernels import sparse_layers
 
 # PEFT asks transformers a question that has a new name there.
@@ -50,7 +51,7 @@ def logits(model: nn.Module, vocab: int) -> Tensor:
 
 def close(loaded: nn.Module, run: PreTrainedModel) -> bool:
     """Whether two models give the same logits, for other tokens than the export's own comparison."""
-    vocab = models.vocab_size(run.config)
+    vocab = shapes.vocab_size(run.config)
     expected = logits(run, vocab)
     return bool((logits(loaded, vocab) - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
@@ -64,7 +65,7 @@ def stored_weight(layer: nn.Module) -> Tensor:
 def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str) -> None:
     peft = pytest.importorskip("peft")
     out = exported(family)
-    _, run, _, _ = runmodel.load(trained(family))
+    _, run, _, _ = run_model.load(trained(family))
     loaded = auto(family).from_pretrained(out)
     layers = dict(sparse_layers(run))
     assert len(layers) >= 7
@@ -83,7 +84,7 @@ def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
     out = exported(family, "--merge")
-    _, run, _, _ = runmodel.load(trained(family))
+    _, run, _, _ = run_model.load(trained(family))
     assert not (out / ADAPTER).exists()
     assert close(auto(family).from_pretrained(out), run)
     assert "merged" in (out / "README.md").read_text()
@@ -101,7 +102,7 @@ def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
 def test_other_runs(more: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft")
     out = exported("gpt2-nano", *more)
-    _, run, _, _ = runmodel.load(trained("gpt2-nano", *more))
+    _, run, _, _ = run_model.load(trained("gpt2-nano", *more))
     loaded = auto("gpt2-nano").from_pretrained(out)
     if (out / ADAPTER).exists():
         config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
@@ -121,14 +122,14 @@ def test_each_layer_may_have_a_rank_of_its_own() -> None:
     config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) == {4}
     assert config["r"] == 8
-    _, run, _, _ = runmodel.load(trained("llama3-8b", *more))
+    _, run, _, _ = run_model.load(trained("llama3-8b", *more))
     assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / ADAPTER), run)
 
 
 def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    _, run, _, _ = runmodel.load(trained())
+    _, run, _, _ = run_model.load(trained())
     assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / ADAPTER), run)
 
 

@@ -15,12 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trained import texts, trained
 
-from slope_cli import finetune, glue, metrics, modelfolder, pairs, pretrained, squad
-from slope_cli.data import MaskingIds
+from slope_cli.checkpoint import hf_folder, load
+from slope_cli.data.batches import MaskingIds
+from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.export import export
-from slope_cli.finetune import Settings
-from slope_cli.tokenizer import load_tokenizer
+from slope_cli.finetune import examples, glue, squad, train
+from slope_cli.finetune.train import Settings
+from slope_cli.inference.export import export
+from slope_cli.report import metrics
 from sparse_kernels import sparse_layers
 
 LETTERS = "abcdefghijklm"
@@ -103,13 +105,13 @@ def losses(out: Path) -> list[float]:
 def test_a_marker_word_is_learnt(task: str, data: Path, tmp_path: Path) -> None:
     """All kinds of tasks on rows that were not trained on; at chance they would be 0, 0.5, 0.0."""
     out = tmp_path / "out"
-    result = finetune.finetune(bert(), task.lower(), data=data, out=out, epochs=12, **QUICK)
+    result = train.finetune(bert(), task.lower(), data=data, out=out, epochs=12, **QUICK)
     for name, value in result["metric"].items():
         assert value > 0.8, name
     before, after = np.mean(losses(out)[:5]), np.mean(losses(out)[-5:])
     assert after < before / 2
     assert result["train_loss"] < before / 2
-    assert result["sparse_layers"] == len(list(sparse_layers(pretrained.load(bert()).model.bert))) - (task == "SQuAD")
+    assert result["sparse_layers"] == len(list(sparse_layers(load.load(bert()).model.bert))) - (task == "SQuAD")
     assert result == json.loads((out / "result.json").read_text())
     assert (result["n_train"], result["n"]) == (160, 24 if task == "SQuAD" else 48)
     assert len((out / "predictions.jsonl").read_text().splitlines()) == result["n"]
@@ -117,26 +119,24 @@ def test_a_marker_word_is_learnt(task: str, data: Path, tmp_path: Path) -> None:
     counted = (
         "240 steps) of 160 training questions, on 24" if task == "SQuAD" else "120 steps) of 160 training rows, on 48"
     )
-    assert finetune.lines(result)[0] == f"{task} after 12 epochs ({counted} of dev:"
+    assert train.lines(result)[0] == f"{task} after 12 epochs ({counted} of dev:"
 
 
 def test_a_dense_run_learns_too(data: Path, tmp_path: Path) -> None:
-    result = finetune.finetune(
-        trained("bert-base", "method=dense"), "SST-2", data=data, out=tmp_path, epochs=12, **QUICK
-    )
+    result = train.finetune(trained("bert-base", "method=dense"), "SST-2", data=data, out=tmp_path, epochs=12, **QUICK)
     assert result["metric"]["accuracy"] > 0.8
     assert result["sparse_layers"] == 0
 
 
 def test_masks_stay_and_values_and_adapters_are_trained(data: Path, tmp_path: Path) -> None:
-    found = pretrained.load(bert())
+    found = load.load(bert())
     encoder = found.model.bert
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     s = Settings("SST-2", 1, 1e-3, 16, 32, 1)
-    job = glue.job("SST-2", finetune._load_rows("SST-2", data)[0], found.tokenizer, SPECIAL, s.seq_len)
-    model = finetune.build(found.model, "SST-2", job.outputs, s.seed)
+    job = glue.job("SST-2", train._load_rows("SST-2", data)[0], found.tokenizer, SPECIAL, s.seq_len)
+    model = train.build(found.model, "SST-2", job.outputs, s.seed)
     assert model.bert is encoder
-    finetune._train(model, job.train, s, 0, tmp_path)
+    train._train(model, job.train, s, 0, tmp_path)
     after = encoder.state_dict()
     masks = [name for name in before if "positions" in name.rpartition(".")[2] and "embeddings" not in name]
     assert len(masks) == 2 * len(list(sparse_layers(encoder)))
@@ -148,45 +148,45 @@ def test_masks_stay_and_values_and_adapters_are_trained(data: Path, tmp_path: Pa
 
 
 def test_the_same_seed_gives_the_same_numbers(data: Path, tmp_path: Path) -> None:
-    results = [finetune.finetune(bert(), "RTE", data=data, out=tmp_path / name, epochs=1, **QUICK) for name in "ab"]
+    results = [train.finetune(bert(), "RTE", data=data, out=tmp_path / name, epochs=1, **QUICK) for name in "ab"]
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [result.pop("seconds") >= 0 for result in results] == [True, True]
     assert results[0] == results[1]
-    finetune.finetune(bert(), "RTE", data=data, out=tmp_path / "c", epochs=1, seed=2, **QUICK)
+    train.finetune(bert(), "RTE", data=data, out=tmp_path / "c", epochs=1, seed=2, **QUICK)
     assert losses(tmp_path / "c") != losses(tmp_path / "a")
 
 
 def test_padding_changes_nothing(data: Path) -> None:
     """On a GPU all inputs are padded to --seq-len, on a CPU to the longest of the batch."""
     for task, prepare in (("MRPC", glue.job), ("SQuAD", squad.job)):
-        found = pretrained.load(bert())
-        rows: Any = finetune._load_rows(task, data)[0]
+        found = load.load(bert())
+        rows: Any = train._load_rows(task, data)[0]
         job = prepare(*(("MRPC",) if task == "MRPC" else ()), rows, found.tokenizer, SPECIAL, 48)  # type: ignore[operator]
-        model = finetune.build(found.model, task, job.outputs, 1).eval()
+        model = train.build(found.model, task, job.outputs, 1).eval()
         results = []
         for length in (None, 64):
-            batch = pairs.batch(job.dev[:8], 0, length)
+            batch = examples.batch(job.dev[:8], 0, length)
             inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
             targets = torch.tensor([example.targets for example in job.dev[:8]])
             with torch.no_grad():
-                results.append(finetune.loss_of(finetune._logits(model, inputs), targets))
+                results.append(train.loss_of(train._logits(model, inputs), targets))
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 def test_losses_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [0.0, np.log(3.0)]])
     expected = (np.log(2) + np.log(4 / 3)) / 2
-    assert finetune.loss_of(logits, torch.tensor([[0.0], [1.0]])).item() == pytest.approx(expected)
+    assert train.loss_of(logits, torch.tensor([[0.0], [1.0]])).item() == pytest.approx(expected)
     scores = torch.tensor([[1.0], [4.0]])
-    assert finetune.loss_of(scores, torch.tensor([[3.0], [3.0]])).item() == pytest.approx((4 + 1) / 2)
+    assert train.loss_of(scores, torch.tensor([[3.0], [3.0]])).item() == pytest.approx((4 + 1) / 2)
     spans = torch.zeros(1, 2, 8)
-    assert finetune.loss_of(spans, torch.tensor([[3.0, 5.0]])).item() == pytest.approx(np.log(8))
+    assert train.loss_of(spans, torch.tensor([[3.0, 5.0]])).item() == pytest.approx(np.log(8))
 
 
 @unhurried
 @given(count=st.integers(1, 40), epochs=st.integers(1, 3), batch=st.integers(1, 50))
 def test_every_row_is_seen_once_an_epoch(count: int, epochs: int, batch: int) -> None:
-    batches = list(finetune.order(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
+    batches = list(train.order(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
     rows = np.concatenate(batches)
     assert all(sorted(rows[e * count : (e + 1) * count]) == list(range(count)) for e in range(epochs))
     assert {len(part) for part in batches[:-1]} <= {batch}
@@ -198,7 +198,7 @@ def test_every_row_is_seen_once_an_epoch(count: int, epochs: int, batch: int) ->
 def test_a_finished_one_is_returned_and_another_refused(data: Path, tmp_path: Path) -> None:
     def again(**changes: Any) -> dict[str, Any]:
         settings = {"data": data, "out": tmp_path / "out", "epochs": 1, **QUICK}
-        return finetune.finetune(bert(), "SST-2", **(settings | changes))
+        return train.finetune(bert(), "SST-2", **(settings | changes))
 
     first = again()
     written = (tmp_path / "out" / "metrics.jsonl").stat().st_mtime_ns
@@ -224,21 +224,21 @@ def test_a_finished_one_is_returned_and_another_refused(data: Path, tmp_path: Pa
 
 def test_a_loss_that_is_not_finite_leaves_no_result(data: Path, tmp_path: Path) -> None:
     with pytest.raises(SlopeError, match="not finite; lower --lr"):
-        finetune.finetune(bert(), "STS-B", data=data, out=tmp_path, epochs=1, **(QUICK | {"lr": 1e25}))
+        train.finetune(bert(), "STS-B", data=data, out=tmp_path, epochs=1, **(QUICK | {"lr": 1e25}))
     assert not (tmp_path / "result.json").exists()
 
 
 def test_the_default_folder_is_inside_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "exported"
     export(bert(), run)
-    finetune.finetune(run, "sst2", data=data, epochs=1, seed=4, **QUICK)
+    train.finetune(run, "sst2", data=data, epochs=1, seed=4, **QUICK)
     assert (run / "finetune" / "SST-2-4" / "result.json").is_file()
 
 
 def test_another_folder_is_left_alone(data: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"something else .*thesis\.tex"):
-        finetune.finetune(bert(), "SST-2", data=data, out=tmp_path, **QUICK)
+        train.finetune(bert(), "SST-2", data=data, out=tmp_path, **QUICK)
 
 
 # ------------------------------------------------------------------------------------------- what is fine-tuned
@@ -247,7 +247,7 @@ def test_another_folder_is_left_alone(data: Path, tmp_path: Path) -> None:
 def test_an_export_is_the_run_again(tmp_path: Path) -> None:
     """Layers with N:M zeros are sparse again, with their masks, and the adapters are there."""
     export(bert(), tmp_path / "out")
-    run, exported = pretrained.load(bert()), pretrained.load(tmp_path / "out")
+    run, exported = load.load(bert()), load.load(tmp_path / "out")
     ours, theirs = dict(sparse_layers(run.model)), dict(sparse_layers(exported.model))
     assert ours.keys() == theirs.keys()
     for name, layer in ours.items():
@@ -267,7 +267,7 @@ def test_merged_and_dense_exports_stay_dense(tmp_path: Path) -> None:
     export(bert(), tmp_path / "merged", merge=True)
     export(trained("bert-base", "method=dense"), tmp_path / "dense")
     for name in ("merged", "dense"):
-        assert not list(sparse_layers(pretrained.load(tmp_path / name).model))
+        assert not list(sparse_layers(load.load(tmp_path / name).model))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 8), (4, 8)])
@@ -275,16 +275,16 @@ def test_patterns_are_found(n: int, m: int) -> None:
     from sparse_kernels.masks import nm_mask
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    assert modelfolder.pattern(weight) is None
-    assert modelfolder.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
-    assert modelfolder.pattern(torch.zeros(32, 64)) is None
+    assert hf_folder.pattern(weight) is None
+    assert hf_folder.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
+    assert hf_folder.pattern(torch.zeros(32, 64)) is None
 
 
 def test_a_head_of_the_seed() -> None:
-    heads = [finetune.build(pretrained.load(bert()).model, "RTE", 2, seed).classifier for seed in (1, 1, 2)]
+    heads = [train.build(load.load(bert()).model, "RTE", 2, seed).classifier for seed in (1, 1, 2)]
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
-    assert finetune.build(pretrained.load(bert()).model, "SQuAD", 2, 1).bert.pooler is None
+    assert train.build(load.load(bert()).model, "SQuAD", 2, 1).bert.pooler is None
 
 
 # ------------------------------------------------------------------------------------------- faults in one line
@@ -317,7 +317,7 @@ def test_faults_of_tsv_files(fault: str, data: Path, tmp_path: Path) -> None:
     _write(tmp_path, "train.tsv", (data / task / "train.tsv").read_bytes())
     _write(tmp_path, "dev.tsv", content)
     with pytest.raises(UsageError, match=message) as caught:
-        finetune.finetune(bert(), task, data=tmp_path, out=tmp_path / "out", **QUICK)
+        train.finetune(bert(), task, data=tmp_path, out=tmp_path / "out", **QUICK)
     assert "\n" not in str(caught.value)
 
 
@@ -344,7 +344,7 @@ def test_faults_of_squad_files(fault: str, data: Path, tmp_path: Path) -> None:
     _write(tmp_path, "train-v1.1.json", (data / "train-v1.1.json").read_bytes())
     _write(tmp_path, "dev-v1.1.json", content)
     with pytest.raises(UsageError, match=message):
-        finetune.finetune(bert(), "SQuAD", data=tmp_path, out=tmp_path / "out", **QUICK)
+        train.finetune(bert(), "SQuAD", data=tmp_path, out=tmp_path / "out", **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_faults_of_squad_files(fault: str, data: Path, tmp_path: Path) -> None:
 def test_faults_of_the_command(changes: dict[str, Any], message: str, data: Path, tmp_path: Path) -> None:
     given = {"folder": bert(), "task": "SST-2", "data": data, "out": tmp_path / "out", **QUICK, **changes}
     with pytest.raises(UsageError, match=message) as caught:
-        finetune.finetune(given.pop("folder"), given.pop("task"), **given)
+        train.finetune(given.pop("folder"), given.pop("task"), **given)
     assert "\n" not in str(caught.value)
 
 
@@ -375,7 +375,7 @@ def test_causal_models_are_refused(data: Path, tmp_path: Path) -> None:
     export(trained(), tmp_path / "exported")
     for folder in (trained(), tmp_path / "exported"):
         with pytest.raises(UsageError, match="holds a gpt2 model; only BERT"):
-            finetune.finetune(folder, "SST-2", data=data, out=tmp_path / "out", **QUICK)
+            train.finetune(folder, "SST-2", data=data, out=tmp_path / "out", **QUICK)
 
 
 def _as_gpt2_words(folder: Path) -> None:
@@ -415,7 +415,7 @@ def test_damaged_exports(damage: Callable[[Path], Any], message: str, data: Path
     export(bert(), tmp_path / "exported")
     damage(tmp_path / "exported")
     with pytest.raises(SlopeError, match=message) as caught:
-        finetune.finetune(tmp_path / "exported", "SST-2", data=data, out=tmp_path / "out", **QUICK)
+        train.finetune(tmp_path / "exported", "SST-2", data=data, out=tmp_path / "out", **QUICK)
     assert "\n" not in str(caught.value)
 
 
@@ -431,7 +431,7 @@ def test_quotation_marks_are_characters(tmp_path: Path) -> None:
 
 
 def test_files_may_lie_in_the_folder_of_the_task_or_be_given_directly(data: Path) -> None:
-    assert finetune._load_rows("RTE", data)[0] == finetune._load_rows("RTE", data / "RTE")[0]
+    assert train._load_rows("RTE", data)[0] == train._load_rows("RTE", data / "RTE")[0]
 
 
 def test_rows_of_the_hub() -> None:
@@ -461,17 +461,19 @@ def test_the_longer_text_is_cut(first: int, second: int, room: int) -> None:
     expected = one[:], two[:]
     while len(expected[0]) + len(expected[1]) > room:
         expected[len(expected[1]) >= len(expected[0])].pop()
-    left = pairs.cut(one, two, room)
+    left = examples.cut(one, two, room)
     assert left[1] is not None
     assert (len(left[0]), len(left[1])) == tuple(map(len, expected))
     assert left == expected
-    assert pairs.cut(one, None, room) == (one[:room], None)
+    assert examples.cut(one, None, room) == (one[:room], None)
 
 
 def test_the_two_texts_of_an_input() -> None:
-    assert pairs.join([7, 8], [9], SPECIAL, (1.0,)) == ([2, 7, 8, 3, 9, 3], [0, 0, 0, 0, 1, 1], (1.0,))
-    assert pairs.join([7], None, SPECIAL, (0.0,))[:2] == ([2, 7, 3], [0, 0, 0])
-    batch = pairs.batch([pairs.join([7], None, SPECIAL, (0.0,)), pairs.join([7, 8], None, SPECIAL, (0.0,))], 0, 5)
+    assert examples.join([7, 8], [9], SPECIAL, (1.0,)) == ([2, 7, 8, 3, 9, 3], [0, 0, 0, 0, 1, 1], (1.0,))
+    assert examples.join([7], None, SPECIAL, (0.0,))[:2] == ([2, 7, 3], [0, 0, 0])
+    batch = examples.batch(
+        [examples.join([7], None, SPECIAL, (0.0,)), examples.join([7, 8], None, SPECIAL, (0.0,))], 0, 5
+    )
     assert batch["input_ids"].tolist() == [[2, 7, 3, 0, 0], [2, 7, 8, 3, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
 
@@ -549,7 +551,7 @@ def test_windows_of_a_long_context() -> None:
 
 
 def test_the_best_span_is_in_order_short_and_in_the_context() -> None:
-    window = squad.Window(0, pairs.join([9] * 2, [9] * 50, SPECIAL, (0.0, 0.0)), 4, [(i, i + 1) for i in range(50)])
+    window = squad.Window(0, examples.join([9] * 2, [9] * 50, SPECIAL, (0.0, 0.0)), 4, [(i, i + 1) for i in range(50)])
     starts, ends = np.zeros(60, np.float32), np.zeros(60, np.float32)
     starts[[0, 2, 4 + 10]] = 50, 50, 5  # [CLS] and the question are no answer
     ends[[4 + 3, 4 + 10 + 30, 4 + 10 + 29, 58]] = 7, 9, 4, 50
@@ -602,7 +604,7 @@ def test_measures_by_hand() -> None:
     judged = glue.judge("MRPC", predicted, labels)
     assert judged["majority"] == pytest.approx(0.6)
     assert judged["stderr"] == {"accuracy": pytest.approx(np.sqrt(0.6 * 0.4 / 4))}
-    assert finetune.lines(
+    assert train.lines(
         {
             "settings": {"task": "STS-B", "epochs": 1},
             "steps": 2,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from trained import copied, slope, trained
 
-from slope_cli import runmodel
+from slope_cli.checkpoint import run_model
 from slope_cli.errors import UsageError
-from slope_cli.generate import continue_text
+from slope_cli.inference.generate import continue_text
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +31,7 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("model", ["gpt2-nano", "opt-125m", "llama3-8b"])
 def test_without_temperature_the_likeliest_token_each_time(model: str) -> None:
-    _, net, tokenizer, _ = runmodel.load(trained(model))
+    _, net, tokenizer, _ = run_model.load(trained(model))
     ids = tokenizer("The wind ", return_tensors="pt").input_ids
     for _ in range(8):
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_one_likely_token_is_greedy_too() -> None:
 
 def tokens_added(prompt: str, tokens: int) -> int:
     """How many tokens the model adds when nothing but their number ends it."""
-    _, net, tokenizer, _ = runmodel.load(trained())
+    _, net, tokenizer, _ = run_model.load(trained())
     lengths: list[int] = []
     generate = net.generate
     tokenizer.eos_token = None
@@ -75,7 +75,7 @@ def test_it_stops_where_the_positions_end() -> None:
 
 def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
     """OPT's shape says that id 2 ends a text, in bytes an unprintable character; the run's tokenizer says 256."""
-    _, net, tokenizer, _ = runmodel.load(trained("opt-125m"))
+    _, net, tokenizer, _ = run_model.load(trained("opt-125m"))
     assert net.generation_config.eos_token_id == net.config.eos_token_id == tokenizer.eos_token_id == 256
     for end, expected in [(256, "The "), (2, "The " + "\x02" * 5)]:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
 
 
 def test_adapters_take_part() -> None:
-    _, net, tokenizer, _ = runmodel.load(trained())
+    _, net, tokenizer, _ = run_model.load(trained())
     with_adapters = continue_text(net, tokenizer, "The ", tokens=30, temperature=0)
     assert generated("The ", "--temperature", "0", "--tokens", "30") == with_adapters + "\n"
     ids = tokenizer("The ", return_tensors="pt").input_ids
@@ -104,7 +104,7 @@ def test_a_run_that_stopped_before_its_adapters(tmp_path: Path) -> None:
     run = copied(whole, tmp_path)
     newest = sorted(run.glob("checkpoints/step-*"))[-1]
     newest.rename(tmp_path / "aside")
-    _, net, _, manifest = runmodel.load(run)
+    _, net, _, manifest = run_model.load(run)
     assert (manifest["step"], manifest["adapters"]) == (4, False)
     assert all(layer.adapter is None for _, layer in sparse_layers(net))
     assert generated("The ", run=run).startswith("The ")
@@ -112,7 +112,7 @@ def test_a_run_that_stopped_before_its_adapters(tmp_path: Path) -> None:
 
 
 def test_the_model_stays_in_its_mode() -> None:
-    _, net, tokenizer, _ = runmodel.load(trained())
+    _, net, tokenizer, _ = run_model.load(trained())
     for training in (True, False):
         net.train(training)
         continue_text(net, tokenizer, "The ", tokens=2)
@@ -134,6 +134,6 @@ def test_a_prompt_that_cannot_be_continued(prompt: str, message: str) -> None:
 def test_a_masked_model_does_not_continue_text() -> None:
     message = "error: BertForPreTraining: predicts masked tokens and cannot continue text; use a causal model\n"
     assert slope("generate", trained("bert-base"), "the") == (2, "", message)
-    _, net, tokenizer, _ = runmodel.load(trained("bert-base"))
+    _, net, tokenizer, _ = run_model.load(trained("bert-base"))
     with pytest.raises(UsageError, match="masked"):
         continue_text(net, tokenizer, "the", tokens=1)

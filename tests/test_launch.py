@@ -6,14 +6,15 @@ import signal
 import pytest
 import torch
 
-from slope_cli import launch
+from slope_cli.distributed.launch import pick_device, require_one_process
+from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import UsageError
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_first_signal_only_sets_the_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with launch.StopFlag() as stop:
+    with StopFlag() as stop:
         assert stop.name == ""
         os.kill(os.getpid(), number)
         assert stop.name == number.name
@@ -21,11 +22,11 @@ def test_a_first_signal_only_sets_the_flag(number: signal.Signals) -> None:
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
-    with launch.StopFlag():
+    with StopFlag():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with launch.StopFlag() as stop:
+    with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name
@@ -51,18 +52,18 @@ def test_one_of_several_processes_is_refused(
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     if named is None:
-        launch.require_one_process()
+        require_one_process()
     else:
         with pytest.raises(UsageError, match=named):
-            launch.require_one_process()
+            require_one_process()
 
 
 def test_a_device_that_is_not_there_is_one_line() -> None:
-    assert launch.pick_device("cpu") == torch.device("cpu")
-    assert launch.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99", "cpux"):
         with pytest.raises(UsageError, match=f"train.device={name}: [^\n]+$"):
-            launch.pick_device(name)
+            pick_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -85,8 +86,8 @@ def test_gpus_that_torch_does_not_find_are_a_warning(
         monkeypatch.delenv(key, raising=False)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    assert launch.pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cpu")
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {named}, but torch finds no GPU; using the CPU") if named else said == ""
-    assert launch.pick_device("cpu") == torch.device("cpu")
+    assert pick_device("cpu") == torch.device("cpu")
     assert capsys.readouterr().err == ""

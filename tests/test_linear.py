@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_kernels import SparseLinear, masks
-from sparse_kernels.linear import LowRankAdapter
+from sparse_kernels.lora import LowRankAdapter
 
 PATTERNS = [(2, 4), (1, 2), (2, 8)]
 

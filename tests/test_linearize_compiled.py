@@ -11,10 +11,10 @@ import torch
 from linearized import left_padded, linearized, tokens
 from torch import Tensor
 
-from slope_cli.linearize.step import TransferStep
 from slope_cli.linearize.swap import linear_windows, projections, using
 from slope_cli.linearize.transfer import transfer_losses
-from slope_cli.step import Step, eager
+from slope_cli.train.linearize_steps import TransferStep
+from slope_cli.train.step import Step, eager
 from sparse_kernels import extend_adapters
 
 # What torch's compiler warns of is its own business.

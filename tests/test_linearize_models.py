@@ -21,7 +21,6 @@ from linearized import (
 )
 from torch import Tensor
 
-from slope_cli import models
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.settings import LinearizeSettings
@@ -34,6 +33,8 @@ from slope_cli.linearize.swap import (
     restore_attention,
     using,
 )
+from slope_cli.models import shapes
+from slope_cli.models.loss import batch_loss
 from sparse_kernels import sparsify
 
 TOLERANCE = 2e-4
@@ -254,13 +255,13 @@ def test_copies_and_other_attention_implementations_stay_linearized() -> None:
 def test_the_pretraining_loss_is_that_of_the_linearized_model(name: str) -> None:
     """`batch_loss` switches the attention implementation to one without masks."""
     model, ids_BT = tiny_model(name), tokens(30)
-    batch, objective = {"input_ids": ids_BT, "labels": ids_BT}, models.objective(model.config)
-    original = models.batch_loss(model, batch, objective).token_loss
+    batch, objective = {"input_ids": ids_BT, "labels": ids_BT}, shapes.objective(model.config)
+    original = batch_loss(model, batch, objective).token_loss
     linearize_attention(model, LinearizeSettings(window=4))
     found = logits(model, ids_BT)
     expected = torch.nn.functional.cross_entropy(found.flatten(0, 1), ids_BT.flatten())
     assert abs(expected - original) > 1e-3
-    loss = models.batch_loss(model, batch, objective)
+    loss = batch_loss(model, batch, objective)
     close(loss.token_loss, expected, 1e-5)
     loss.total.backward()
     assert all(p.grad is not None for linear in linear_windows(model).values() for p in linear.parameters())

@@ -15,13 +15,18 @@ from linearized import linearized as tiny_linearized
 from linearized import tokens
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli import check, checkpoint, compare, durable, metrics, models, pretrained, runmodel, runs, train
-from slope_cli import config as configs
-from slope_cli.initial import softmax_teacher
-from slope_cli.linearize import base, plan
-from slope_cli.linearize.step import divergence
+from slope_cli.checkpoint import base_model, load, run_folder, run_model, store, verify
+from slope_cli.compare import results
+from slope_cli.config import load as configs
 from slope_cli.linearize.swap import added_state, linear_windows, using
-from slope_cli.train import pretrain
+from slope_cli.models.build import build_model, model_config
+from slope_cli.models.loss import IGNORED_LABEL
+from slope_cli.report import metrics
+from slope_cli.train import dry_run_linearize, loop
+from slope_cli.train.init import softmax_teacher
+from slope_cli.train.linearize_steps import divergence
+from slope_cli.train.loop import pretrain
+from slope_cli.utils.files import file_sha256
 from sparse_kernels import AdaptedLinear, adapters_of, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +152,7 @@ def test_a_compiled_run_learns_and_writes_the_same() -> None:
 @pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "opt", "bert"])
 def test_weights_and_masks_are_bit_identical(kind: str) -> None:
     done = linearized(kind)
-    before, after = (pretrained.load(folder).model.state_dict() for folder in (done.base, done.run))
+    before, after = (load.load(folder).model.state_dict() for folder in (done.base, done.run))
     own = {name for name in after if ".linear." not in name and ".adapter." not in name}
     assert own == {name for name in before if ".adapter." not in name}
     for name in own:
@@ -157,12 +162,12 @@ def test_weights_and_masks_are_bit_identical(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sparse", "bert"])
 def test_a_loaded_model_can_be_trained_further(kind: str) -> None:
     """What the run froze, it froze for itself: fine-tuning, say, trains a model whole."""
-    assert all(p.requires_grad for p in pretrained.load(linearized(kind).run).model.parameters())
+    assert all(p.requires_grad for p in load.load(linearized(kind).run).model.parameters())
 
 
 def test_adapters_stand_beside_those_of_a_sparse_model() -> None:
     done = linearized("sparse")
-    base, model = (pretrained.load(folder).model for folder in (done.base, done.run))
+    base, model = (load.load(folder).model for folder in (done.base, done.run))
     ranks = {name: adapter.rank for name, adapter in adapters_of(model).items()}
     before = {name: adapter.rank for name, adapter in adapters_of(base).items()}
     assert {name.split(".", 3)[3] for name in before} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
@@ -176,8 +181,8 @@ def test_adapters_stand_beside_those_of_a_sparse_model() -> None:
 def test_the_maps_are_trained_in_transfer_alone() -> None:
     transferred = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
     adjusted = linearized("dense", "linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
-    one, other = (added_state(pretrained.load(x.run).model) for x in (transferred, adjusted))
-    assert not adapters_of(pretrained.load(transferred.run).model)
+    one, other = (added_state(load.load(x.run).model) for x in (transferred, adjusted))
+    assert not adapters_of(load.load(transferred.run).model)
     # The warm-up and the schedule are shares of the transfer, which in both is 20 steps.
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -186,7 +191,7 @@ def test_the_maps_are_trained_in_transfer_alone() -> None:
 def test_the_maps_may_be_trained_on_with_the_adapters() -> None:
     words = ("linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
     adjusted, both = linearized("dense", *words), linearized("dense", *words, "linearize.adjust_maps=true")
-    one, other = (added_state(pretrained.load(x.run).model) for x in (adjusted, both))
+    one, other = (added_state(load.load(x.run).model) for x in (adjusted, both))
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert both.records("val")[0] == adjusted.records("val")[0]
 
@@ -195,12 +200,12 @@ def test_a_divergence_is_of_the_positions_that_have_a_label() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BTV, teacher_BTV = (2 * torch.randn(2, 5, 7, generator=generator) for _ in range(2))
     labels_BT = torch.randint(7, (2, 5), generator=generator)
-    labels_BT[0, 1:3] = models.IGNORED_LABEL
+    labels_BT[0, 1:3] = IGNORED_LABEL
     log_p, log_q = (x[labels_BT >= 0].log_softmax(-1) for x in (teacher_BTV, logits_BTV))
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     torch.testing.assert_close(divergence(logits_BTV, teacher_BTV, labels_BT), expected)
     assert divergence(logits_BTV, logits_BTV, labels_BT) == 0
-    assert divergence(logits_BTV, teacher_BTV, torch.full_like(labels_BT, models.IGNORED_LABEL)) == 0
+    assert divergence(logits_BTV, teacher_BTV, torch.full_like(labels_BT, IGNORED_LABEL)) == 0
 
 
 def test_adapters_may_learn_from_the_softmax_model() -> None:
@@ -208,8 +213,8 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
     words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
     distances, losses = [], []
     for done in (linearized("sparse", *words), linearized("sparse", *words, "linearize.distill=1")):
-        model, teacher = (pretrained.load(folder).model for folder in (done.run, done.base))
-        ids_T = pretrained.load(done.base).tokenizer(texts().read_text()).input_ids
+        model, teacher = (load.load(folder).model for folder in (done.run, done.base))
+        ids_T = load.load(done.base).tokenizer(texts().read_text()).input_ids
         ids_BT = torch.tensor(ids_T[:1024]).view(-1, 16)
         with torch.no_grad():
             student_BTV, teacher_BTV = (m(input_ids=ids_BT).logits for m in (model, teacher))
@@ -221,11 +226,11 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
 
 def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() -> None:
     done = linearized("sparse", "linearize.distill=1", "train.steps=10")
-    config, model, *_ = runmodel.load(done.run)
+    config, model, *_ = run_model.load(done.run)
     model.requires_grad_(False)
     for adapter in adapters_of(model).values():
         adapter.requires_grad_(True)
-    teacher, began = softmax_teacher(done.run, model, "cpu"), pretrained.load(done.base).model
+    teacher, began = softmax_teacher(done.run, model, "cpu"), load.load(done.base).model
     ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
     own = model.state_dict(keep_vars=True)
@@ -238,20 +243,20 @@ def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() ->
 def test_a_run_without_transfer_trains_adapters_alone() -> None:
     done = linearized("dense", "linearize.transfer=0", "train.steps=6")
     assert not done.records("transfer")
-    model = pretrained.load(done.run).model
+    model = load.load(done.run).model
     assert all(adapter.B.any() for adapter in adapters_of(model).values())
 
 
 def test_layers_may_keep_softmax() -> None:
     done = linearized("llama", "linearize.keep_softmax=[0]", "train.steps=6")
-    model = pretrained.load(done.run).model
+    model = load.load(done.run).model
     assert list(linear_windows(model)) == ["model.layers.1.self_attn"]
     assert "1 attention layers become linear" in done.err
 
 
 def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
     done = linearized("masked", "train.steps=6")
-    model = pretrained.load(done.run).model
+    model = load.load(done.run).model
     found = list(sparse_layers(model))
     assert found
     assert all((layer.n, layer.m) == (2, 4) for _, layer in found)
@@ -268,7 +273,7 @@ def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust: tuple[str, ...], tm
     """Killed while it saves: the first time in transfer, then with the adapters."""
     base = trained(*BASES["sparse"])
     words = (*WORDS, "train.steps=10", "linearize.window_dropout=0.2", "log.save_every=2", "train.dtype=fp32", *adjust)
-    config = configs.load("linearize", [*plan.words(base), *words])
+    config = configs.load("linearize", [*dry_run_linearize.words(base), *words])
     whole, run = tmp_path / "whole", tmp_path / "run"
     pretrain(config, whole)
     assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
@@ -301,18 +306,18 @@ def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
 
 def names_of(folder: Path) -> set[str]:
     """The tensors in a checkpoint or a base."""
-    return set(checkpoint._saved_shapes(folder))
+    return set(store._saved_shapes(folder))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_checkpoint_holds_only_what_is_trained(kind: str) -> None:
     """In transfer the maps, then the adapters too: those of a sparse model's q, k, v and o with the new beside them."""
     done = linearized(kind, "log.save_every=30")
-    adjusted, transferred = checkpoint.folders(done.run)
-    model = pretrained.load(done.run).model
+    adjusted, transferred = store.folders(done.run)
+    model = load.load(done.run).model
     maps = {f"model.{name}" for name in added_state(model)}
     adapters = {f"model.{name}" for name in model.state_dict() if ".adapter." in name and ".attn." in name}
-    assert names_of(done.run / checkpoint.BASE) == set(checkpoint.state_tensors(pretrained.load(done.base).model, None))
+    assert names_of(done.run / store.BASE) == set(store.state_tensors(load.load(done.base).model, None))
     for folder, expected in ((transferred, maps), (adjusted, maps | adapters)):
         names = names_of(folder)
         assert {name for name in names if name.startswith("model.")} == expected
@@ -329,19 +334,19 @@ def test_a_check_hashes_each_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(path: Path) -> str:
         hashed.append(path)
-        return durable.file_sha256(path)
+        return file_sha256(path)
 
     run = linearized("sparse").run
-    monkeypatch.setattr(checkpoint, "file_sha256", counted)
-    assert not check.check(run)["faults"]
-    folders = checkpoint.folders(run)
-    files = {path for folder in (run / checkpoint.BASE, *folders) for path in folder.iterdir()}
-    assert sorted(hashed) == sorted(files - {folder / checkpoint.MANIFEST for folder in folders})
+    monkeypatch.setattr(store, "file_sha256", counted)
+    assert not verify.check(run)["faults"]
+    folders = store.folders(run)
+    written = {path for folder in (run / store.BASE, *folders) for path in folder.iterdir()}
+    assert sorted(hashed) == sorted(written - {folder / store.MANIFEST for folder in folders})
 
 
 def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
     """Killed before each operation on the disk in turn, each time on top of what the one before left."""
-    config = configs.load("linearize", [*plan.words(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
+    config = configs.load("linearize", [*dry_run_linearize.words(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
     run, whole, left = tmp_path / "run", tmp_path / "whole", set()
     for operation in range(1, 100):
         if finish(start(config, run, die_in_save_base, operation)) == 0:
@@ -355,14 +360,14 @@ def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
     assert not list(run.glob(".*base*"))
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", store.MANIFEST])
 def test_a_damaged_base_is_one_line_that_names_it(name: str, tmp_path: Path) -> None:
     run = copied(linearized("sparse").run, tmp_path)
-    path = run / checkpoint.BASE / name
+    path = run / store.BASE / name
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
-    other = linearized("dense").run / checkpoint.BASE / name
+    other = linearized("dense").run / store.BASE / name
     for damaged in (bytes(flipped), content[:-1], other.read_bytes(), None):
         path.unlink()
         if damaged is not None:
@@ -378,26 +383,26 @@ def test_a_damaged_base_is_one_line_that_names_it(name: str, tmp_path: Path) -> 
     path.write_bytes(content)
     assert slope("check", run).code == 0
     shutil.rmtree(path.parent)
-    assert slope("eval", run).err == f"error: {path.with_name(checkpoint.MANIFEST)}: missing\n"
+    assert slope("eval", run).err == f"error: {path.with_name(store.MANIFEST)}: missing\n"
 
 
 def test_a_run_whose_checkpoints_hold_everything_goes_on(tmp_path: Path) -> None:
     words = [*WORDS, "train.steps=8", "log.save_every=4", "train.dtype=fp32"]
-    config = configs.load("linearize", [*plan.words(trained(*BASES["sparse"])), *words])
+    config = configs.load("linearize", [*dry_run_linearize.words(trained(*BASES["sparse"])), *words])
     whole = tmp_path / "whole"
     pretrain(config, whole)
     run = copied(whole, tmp_path)
-    last, half = checkpoint.folders(run)
+    last, half = store.folders(run)
     shutil.rmtree(last)
-    trainer = train._prepare(config, run, torch.device("cpu"))
-    train._resume(trainer, run)
-    facts = {key: value for key, value in checkpoint.verify(half).items() if key not in ("step", "files", "base")}
-    for folder in (half, run / checkpoint.BASE):
+    trainer = loop._prepare(config, run, torch.device("cpu"))
+    loop._resume(trainer, run)
+    facts = {key: value for key, value in store.verify(half).items() if key not in ("step", "files", "base")}
+    for folder in (half, run / store.BASE):
         shutil.rmtree(folder)
-    checkpoint.save(run, 4, checkpoint.state_tensors(trainer.model, trainer.optimizer), facts, keep=2)
+    store.save(run, 4, store.state_tensors(trainer.model, trainer.optimizer), facts, keep=2)
     assert slope("eval", run).code == 0
     pretrain(config, run)
-    assert not (run / checkpoint.BASE).exists()
+    assert not (run / store.BASE).exists()
     assert_same_run(config, run, whole)
 
 
@@ -416,7 +421,7 @@ def test_branches() -> None:
 
 
 def test_generating_goes_through_the_cache() -> None:
-    model, tokenizer = pretrained.load(linearized("sparse").run)[1:3]
+    model, tokenizer = load.load(linearized("sparse").run)[1:3]
     ids_1T = tokenizer("The weights ", return_tensors="pt").input_ids
     how = {"attention_mask": torch.ones_like(ids_1T), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached, uncached = (model.generate(ids_1T, use_cache=use, **how) for use in (True, False))
@@ -429,7 +434,7 @@ def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
     done = linearized(kind)
     result = slope("export", done.run, tmp_path / "out", *(["--merge"] if merge else []))
     assert result.code == 0, result.err
-    model, back = pretrained.load(done.run).model, pretrained.load(tmp_path / "out").model
+    model, back = load.load(done.run).model, load.load(tmp_path / "out").model
     ids_BT = torch.randint(5, 30, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(back(ids_BT)[0], model(ids_BT)[0], rtol=1e-4, atol=1e-4)
@@ -446,7 +451,7 @@ def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: p
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: slope-cli\ntags: [slope, linearized]\n---\n")
     assert "- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps\n" in card
-    train = runs.open_config(done.run).train
+    train = run_folder.open_config(done.run).train
     assert f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps)\n" in card
     assert "- Architecture: llama with vocab_size 272, hidden_size 32, num_hidden_layers 2, " in card
     monkeypatch.chdir(tmp_path / "out")
@@ -463,18 +468,18 @@ def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
     words = [*WORDS, f"data.path={prepared()}", "train.steps=6"]
     result = slope("linearize", folder, *words, "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    one, other = (dict(sparse_layers(pretrained.load(x).model)) for x in (base, tmp_path / "run"))
+    one, other = (dict(sparse_layers(load.load(x).model)) for x in (base, tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].values, other[name].values) for name in one)
 
 
 def test_a_head_that_only_the_config_ties_keeps_its_bias() -> None:
     """Of BERT: the bias of its head is tied whether or not the weight is."""
-    model = models.build_model(models.model_config("bert-base", overrides=SMALL_BERT))
+    model = build_model(model_config("bert-base", overrides=SMALL_BERT))
     model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.randn_like(model.cls.predictions.decoder.weight))
-    rebuilt = base.rebuild(base.describe(model), "cpu")
-    assert checkpoint.state_tensors(rebuilt, None).keys() == checkpoint.state_tensors(model, None).keys()
-    assert base.describe(rebuilt) == base.describe(model)
+    rebuilt = base_model.rebuild(base_model.describe(model), "cpu")
+    assert store.state_tensors(rebuilt, None).keys() == store.state_tensors(model, None).keys()
+    assert base_model.describe(rebuilt) == base_model.describe(model)
 
 
 def test_weights_that_only_the_config_ties_stay_two(tmp_path: Path) -> None:
@@ -485,7 +490,7 @@ def test_weights_that_only_the_config_ties_stay_two(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     result = slope("linearize", folder, *WORDS, f"data.path={prepared()}", "train.steps=2", "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    one, other = (pretrained.load(path).model for path in (folder, tmp_path / "run"))
+    one, other = (load.load(path).model for path in (folder, tmp_path / "run"))
     assert not torch.equal(other.lm_head.weight, other.model.embed_tokens.weight)
     assert torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert torch.equal(one.model.embed_tokens.weight, other.model.embed_tokens.weight)
@@ -524,7 +529,7 @@ def test_a_rank_that_does_not_fit_is_refused_before_the_transfer(kind: str, rank
     line = fault(f"adapters.rank={rank}", "--out", tmp_path / "run", base=trained(*BASES[kind]))
     assert line.startswith(f"adapters.rank={rank}: transformer.h.")
     assert "a side of only 32" in line
-    assert not any((tmp_path / "run" / name).exists() for name in ("metrics.jsonl", checkpoint.BASE))
+    assert not any((tmp_path / "run" / name).exists() for name in ("metrics.jsonl", store.BASE))
 
 
 def test_bad_bases(tmp_path: Path) -> None:
@@ -612,7 +617,7 @@ def test_a_changed_file_of_the_base_shows(tmp_path: Path) -> None:
 def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
     done = linearized(kind)
     record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    held = checkpoint.state_tensors(runmodel.load(done.run)[1], None)
+    held = store.state_tensors(run_model.load(done.run)[1], None)
     maps, adapters = ({name for name in held if part in name} for part in (".linear.", ".adapter."))
     if kind == "sparse":  # those of the MLPs are as they were
         adapters = {name for name in adapters if ".attn." in name}
@@ -621,7 +626,7 @@ def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
     assert record["adapter_parameters"] == sum(held[name].numel() for name in adapters)
     assert record["frozen_parameters"] == sum(tensor.numel() for tensor in frozen if tensor.is_floating_point())
     assert record["frozen_bytes"] == sum(tensor.nbytes for tensor in frozen)
-    assert runs.open_config(done.run).adapter_step == 36
+    assert run_folder.open_config(done.run).adapter_step == 36
 
 
 def test_a_dry_run_says_what_it_does_not_know(tmp_path: Path) -> None:
@@ -641,13 +646,13 @@ def test_what_a_sequence_takes_is_what_a_filled_cache_holds(name: str, kind: str
     with torch.no_grad():
         layers = model(tokens(40, rows=1), use_cache=True).past_key_values.layers
     softmax = layers[1].keys.nbytes + layers[1].values.nbytes
-    assert plan.remembered(model) == (layers[0].nbytes(), softmax // 40)
+    assert dry_run_linearize.remembered(model) == (layers[0].nbytes(), softmax // 40)
 
 
 def test_a_dry_run_counts_what_a_cache_holds() -> None:
     done = linearized("dense")
     record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    model = pretrained.load(done.run).model.to(torch.bfloat16)
+    model = load.load(done.run).model.to(torch.bfloat16)
     with torch.no_grad():
         layers = model(torch.ones(1, 20, dtype=torch.long), use_cache=True).past_key_values.layers
     assert record["state_bytes"] == sum(layer.nbytes() for layer in layers)
@@ -655,7 +660,7 @@ def test_a_dry_run_counts_what_a_cache_holds() -> None:
 
 def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path) -> None:
     base = trained(*BASES["sparse"])
-    had = runs.open_config(base).train
+    had = run_folder.open_config(base).train
     recipe = tmp_path / "own.yaml"
     for said, sizes in (
         ("{}", [had.seq_len, had.micro_batch, had.seq_len * had.micro_batch]),
@@ -663,15 +668,15 @@ def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path
         ("{seq_len: 32, micro_batch: 2, tokens_per_step: 256}", [32, 2, 256]),
     ):
         recipe.write_text(f"method: linearize\nlinearize: {{window: 8}}\ntrain: {said}\n")
-        train = configs.load(str(recipe), plan.words(base, str(recipe))).train
+        train = configs.load(str(recipe), dry_run_linearize.words(base, str(recipe))).train
         assert [train.seq_len, train.micro_batch, train.tokens_per_step] == sizes
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_comparison_counts_what_a_linearized_run_has(kind: str, tmp_path: Path) -> None:
     done = linearized(kind)
-    found = compare.compare_runs([done.run], out=tmp_path)["variants"][0]
-    model = runmodel.load(done.run)[1]
+    found = results.compare_runs([done.run], out=tmp_path)["variants"][0]
+    model = run_model.load(done.run)[1]
     parameters = sum(p.numel() for p in model.parameters())
     layers = [layer for _, layer in sparse_layers(model)]
     places, kept = (sum(x) for x in ([n.weight.numel() for n in layers], [n.values.numel() for n in layers]))

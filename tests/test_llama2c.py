@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from slope_cli.benchmarks.llama2c import Header, convert, read_tokenizer
+from slope_cli.checkpoint.load import load
+from slope_cli.data.prepare import prepare
+from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.generate import continue_text
-from slope_cli.llama2c import Header, convert, read_tokenizer
-from slope_cli.prepare import prepare
-from slope_cli.pretrained import load
-from slope_cli.tokenizer import load_tokenizer
+from slope_cli.inference.generate import continue_text
 
 Array = NDArray[np.float32]
 

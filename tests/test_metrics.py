@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from helpers import full_disk
 
-from slope_cli import metrics
 from slope_cli.errors import SlopeError
-from slope_cli.metrics import MetricsLog, Progress
+from slope_cli.report import metrics
+from slope_cli.report.metrics import MetricsLog
+from slope_cli.report.progress import Progress
 
 TRAIN = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.0}
 

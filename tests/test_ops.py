@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparse_kernels import SparseLinear, copies, layers, masks, ops, reference
+from sparse_kernels import SparseLinear, layers, masks, ops, packed, reference
 
 
 def make(out: int, inp: int, *, bias: bool = True) -> SparseLinear:
@@ -69,9 +69,9 @@ def test_compiled_layer_has_no_graph_break_and_equals_eager() -> None:
 
 def test_backend_names() -> None:
     with pytest.raises(ValueError, match="backend must be"):
-        copies.set_backend("cutlass")  # type: ignore[arg-type]
-    copies.set_backend("reference")
-    copies.set_backend("auto")
+        packed.set_backend("cutlass")  # type: ignore[arg-type]
+    packed.set_backend("reference")
+    packed.set_backend("auto")
 
 
 def test_nothing_to_refresh_or_report_without_a_gpu() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slope_cli import optim
-from slope_cli.config import OptimConfig
+from slope_cli.config.schema import OptimConfig
+from slope_cli.methods import optim
 
 
 def rates(steps: int, warmup: float, **settings: float | str) -> list[float]:
@@ -123,10 +123,10 @@ def test_a_step_of_lamb_by_hand() -> None:
 
 
 def test_adapters_of_the_first_step_have_their_own_group(data: Path) -> None:
-    from slope_cli import runmodel
+    from slope_cli.checkpoint import run_model
 
     config = tiny(data, "adapters.start=0", "adapters.weight_decay=0.2")
-    model, _ = runmodel.build(config, "cpu")
+    model, _ = run_model.build(config, "cpu")
     optimizer = optim.build_optimizer(model, config)
     phases = {id(p): group["phase"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: phases[id(p)] == "adapters" for name, p in model.named_parameters()} == {

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from trained import slope, trained
 
-from slope_cli import plots
+from slope_cli.report import plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import slope_cli
-from slope_cli import documents, prepare
-from slope_cli.data import Dataset, open_dataset
-from slope_cli.documents import HubInput, cut, find_inputs, hub_texts, read_passages, source_name
+from slope_cli.data import prepare, sources
+from slope_cli.data.dataset import Dataset, open_dataset
+from slope_cli.data.prepare import Tokeniser, Work, describe, is_held_out, summary
+from slope_cli.data.sources import HubInput, cut, find_inputs, hub_texts, read_passages, source_name
+from slope_cli.data.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.prepare import Tokeniser, Work, describe, is_held_out, summary
-from slope_cli.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
 TEXTS = ["One é.\n", "Two\r\n\ttwo.", "Three 三 three 🦙", f"a {END_OF_TEXT} b"]
@@ -132,7 +132,7 @@ def test_a_folder_its_sources_and_names(tmp_path: Path) -> None:
     assert bytes(everything[0].tokens[::2].astype(np.uint8)) == b"bdac"
 
 
-def sources(folder: Path) -> set[str]:
+def sources_of(folder: Path) -> set[str]:
     return {item.source for item in find_inputs([str(folder)], split="train", config_name=None)}
 
 
@@ -150,17 +150,17 @@ def test_a_folder_of_short_texts_can_be_trained_on(tmp_path: Path) -> None:
 def test_when_a_folder_is_one_source(tmp_path: Path) -> None:
     for number in range(16):
         (tmp_path / f"{'abcdefghijklmnop'[number]}.jsonl.xz").write_bytes(lzma.compress(lines(["x"])))
-    assert sources(tmp_path) == set("abcdefghijklmnop")
+    assert sources_of(tmp_path) == set("abcdefghijklmnop")
     (tmp_path / "q.txt").write_text("x")
-    assert sources(tmp_path) == {re.sub(r"[^\w.-]", "-", tmp_path.name)}
+    assert sources_of(tmp_path) == {re.sub(r"[^\w.-]", "-", tmp_path.name)}
     few = tmp_path / "few"
     few.mkdir()
-    (few / "a.txt").write_text("a" * documents.SHORT_PASSAGE_CHARS)
-    assert sources(few) == {"a"}
+    (few / "a.txt").write_text("a" * sources.SHORT_PASSAGE_CHARS)
+    assert sources_of(few) == {"a"}
     (few / "b.md").write_text("b")
-    assert sources(few) == {"few"}
-    (few / "a.txt").write_text("a" * (documents.SHORT_PASSAGE_CHARS + 1))
-    assert sources(few) == {"a", "b"}
+    assert sources_of(few) == {"few"}
+    (few / "a.txt").write_text("a" * (sources.SHORT_PASSAGE_CHARS + 1))
+    assert sources_of(few) == {"a", "b"}
 
 
 def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
 def test_cut_loses_nothing_and_keeps_the_limit(words: list[str], pieces: int, before: int) -> None:
     text = "".join(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "SHORT_PASSAGE_CHARS", 8)
-        patch.setattr(documents, "PASSAGE_CHARS", 16)
-        patch.setattr(documents, "SHORT_UNTIL_CHARS", 40)
+        patch.setattr(sources, "SHORT_PASSAGE_CHARS", 8)
+        patch.setattr(sources, "PASSAGE_CHARS", 16)
+        patch.setattr(sources, "SHORT_UNTIL_CHARS", 40)
         passages = list(cut([text], before))
         in_pieces = list(cut((text[at : at + pieces] for at in range(0, len(text), pieces)), before))
     assert passages == in_pieces
@@ -195,9 +195,9 @@ def test_passages_are_short_at_the_beginning_of_a_source(tmp_path: Path) -> None
     items = find_inputs([f"s={tmp_path / 'x.txt'}"], split="train", config_name=None)
     for before in (0, 300_000):
         sizes = [len(passage.text) for passage in read_passages(items[0], "text", before)]
-        short = (documents.SHORT_UNTIL_CHARS - before) // documents.SHORT_PASSAGE_CHARS + (before > 0)
-        assert sizes[:short] == [documents.SHORT_PASSAGE_CHARS] * short
-        assert set(sizes[short:-1]) == {documents.PASSAGE_CHARS}
+        short = (sources.SHORT_UNTIL_CHARS - before) // sources.SHORT_PASSAGE_CHARS + (before > 0)
+        assert sizes[:short] == [sources.SHORT_PASSAGE_CHARS] * short
+        assert set(sizes[short:-1]) == {sources.PASSAGE_CHARS}
 
 
 def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.
         list(hub_texts(item, "body"))
     with pytest.raises(UsageError, match="not to be had as a Hugging Face data set"):
         list(hub_texts(HubInput("hub", str(tmp_path / "hub"), None, "nosplit"), "text"))
-    monkeypatch.setattr(documents, "_hub_input", lambda *given: item)
+    monkeypatch.setattr(sources, "_hub_input", lambda *given: item)
     dataset = prepared(["some/dataset"], tmp_path / "out", val_fraction=0)
     assert decoded(dataset) == TEXTS
     assert dataset.plan["inputs"] == [
@@ -248,7 +248,7 @@ def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
 
 
 def test_passages_of_a_long_document_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "SHORT_PASSAGE_CHARS", 4)
+    monkeypatch.setattr(sources, "SHORT_PASSAGE_CHARS", 4)
     (tmp_path / "x.txt").write_text("".join(f"{number}ab\n" for number in range(8)))
     dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.2)
     # What was on both sides of a passage that is taken out does not become one text.
@@ -366,7 +366,7 @@ SCRIPT = """
 import sys
 import time
 from pathlib import Path
-from slope_cli import prepare
+from slope_cli.data import prepare
 
 def slowly(*given, read=prepare.read_passages):
     for number, passage in enumerate(read(*given)):
@@ -490,7 +490,7 @@ def test_a_full_disk_leaves_a_restartable_folder(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from slope_cli.prepare import prepare
+from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

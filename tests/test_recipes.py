@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from trained import slope
 
-from slope_cli import config as configs
+from slope_cli.config import load as configs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,7 @@ RECIPES = configs.recipe_names()
 
 
 def test_every_shape_has_a_recipe() -> None:
-    from slope_cli.models import SHAPES
+    from slope_cli.models.shapes import SHAPES
 
     assert {configs.load(name).model.name for name in RECIPES} == set(SHAPES)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from helpers import assert_same_run, die_in_save, finish, printed, records, start, tiny, tiny_bert
 
-from slope_cli import checkpoint, metrics, train
-from slope_cli.config import Config
+from slope_cli.checkpoint import store
+from slope_cli.config.schema import Config
+from slope_cli.distributed.signals import Stopped
 from slope_cli.errors import UsageError
-from slope_cli.launch import Stopped
-from slope_cli.train import pretrain
+from slope_cli.report import metrics
+from slope_cli.train import loop
+from slope_cli.train.loop import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,25 +35,25 @@ def wait_for_steps(run: Path, count: int) -> None:
 
 def stop_after(step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """In this process: the signal comes in the middle of a step (from 1)."""
-    take = train._train_step
+    take = loop._train_step
 
-    def signalled(t: train.Trainer, at: int) -> object:
+    def signalled(t: loop.Trainer, at: int) -> object:
         if at + 1 == step:
             os.kill(os.getpid(), number)
         return take(t, at)
 
-    train._train_step = signalled  # type: ignore[assignment]
+    loop._train_step = signalled  # type: ignore[assignment]
 
 
 def slow_steps(seconds: float) -> None:
     """In this process: a step takes so much longer."""
-    take = train._train_step
+    take = loop._train_step
 
-    def slow(t: train.Trainer, at: int) -> object:
+    def slow(t: loop.Trainer, at: int) -> object:
         time.sleep(seconds)
         return take(t, at)
 
-    train._train_step = slow  # type: ignore[assignment]
+    loop._train_step = slow  # type: ignore[assignment]
 
 
 # --------------------------------------------------------------------------------------------------- killed
@@ -64,7 +66,7 @@ def test_killed_at_random_moments(data: Path, finished: Path, tmp_path: Path) ->
     kills = 0
     while kills < 10:
         child = start(config, run, slow_steps, 0.1)
-        if not checkpoint.folders(run):
+        if not store.folders(run):
             wait_for_steps(run, 1)
         child.join(0.2 + moments.random() * 0.3)
         if child.exitcode is not None:
@@ -88,7 +90,7 @@ def test_killed_at_every_operation_of_a_save(data: Path, finished: Path, tmp_pat
         shutil.copytree(before, run)
         if finish(start(config, run, die_in_save, 12, operation)) == 0:
             break
-        found = checkpoint.latest(run)
+        found = store.latest(run)
         assert found is not None
         assert found[2] == []
         assert found[1]["step"] in (8, 12)
@@ -117,7 +119,7 @@ def test_killed_after_a_save_before_at_and_after_the_adapter_switch_and_the_rene
     """Killed between a save and the next one: what was done in between is done again, and is in the log once."""
     run, config = tmp_path / "run", tiny(data, f"log.save_every={every}")
     assert finish(start(config, run, die_in_save, 2 * every if every < 6 else 12, 1)) == -signal.SIGKILL
-    assert [folder.name for folder in checkpoint.folders(run)][:1] == [f"step-{every:08d}"]
+    assert [folder.name for folder in store.folders(run)][:1] == [f"step-{every:08d}"]
     pretrain(config, run)
     assert_same_run(config, run, finished)
     assert [record["step"] for record in records(run) if record["kind"] == "adapters"] == [7]
@@ -164,7 +166,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint(
         said[-1]
         == f"error: stopped by {number.name} after step {step}, checkpoint saved; run the same command to go on"
     )
-    assert checkpoint.folders(run)[0].name == f"step-{step:08d}"
+    assert store.folders(run)[0].name == f"step-{step:08d}"
     pretrain(config, run)
     assert_same_run(config, run, finished)
 
@@ -177,20 +179,20 @@ def test_a_signal_in_the_last_step_is_too_late(data: Path, finished: Path, tmp_p
 
 def stop_in_save(step: int) -> None:
     """In this process: the signal comes while a periodic checkpoint is saved."""
-    save = checkpoint.save
+    save = store.save
 
     def signalled(run: Path, at: int, *args: object, **kwargs: object) -> Path:
         if at == step:
             os.kill(os.getpid(), signal.SIGUSR2)
         return save(run, at, *args, **kwargs)  # type: ignore[arg-type]
 
-    checkpoint.save = signalled  # type: ignore[assignment]
+    store.save = signalled  # type: ignore[assignment]
 
 
 def test_a_signal_during_a_save_stops_after_the_next_step(data: Path, finished: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tiny(data)
     assert finish(start(config, run, stop_in_save, 4)) == 75
-    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000005", "step-00000004"]
+    assert [folder.name for folder in store.folders(run)] == ["step-00000005", "step-00000004"]
     pretrain(config, run)
     assert_same_run(config, run, finished)
 
@@ -198,16 +200,16 @@ def test_a_signal_during_a_save_stops_after_the_next_step(data: Path, finished: 
 def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = train._prepare
+    prepare = loop._prepare
 
-    def signalled(config: Config, run: Path, device: object) -> train.Trainer:
+    def signalled(config: Config, run: Path, device: object) -> loop.Trainer:
         os.kill(os.getpid(), signal.SIGTERM)
         return prepare(config, run, device)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "_prepare", signalled)
+    monkeypatch.setattr(loop, "_prepare", signalled)
     with pytest.raises(Stopped, match="after step 1, checkpoint saved"):
         pretrain(tiny(data), tmp_path / "run")
-    assert checkpoint.latest(tmp_path / "run") is not None
+    assert store.latest(tmp_path / "run") is not None
 
 
 def test_the_command_line_stops_with_75_goes_on_and_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
@@ -236,13 +238,13 @@ main()
 
     code, out, err = run_until(1, signal.SIGTERM)
     assert (code, out) == (75, "")
-    (done,) = checkpoint.folders(run)
+    (done,) = store.folders(run)
     assert err.splitlines()[-1].startswith(f"stopped by SIGTERM after step {int(done.name[-8:])}, checkpoint saved")
     code, out, err = run_until(int(done.name[-8:]) + 1, signal.SIGINT, signal.SIGINT)
     assert f"going on from {done}" in err
     assert (code, out) not in ((0, ""), (75, ""))
     assert "Traceback" not in err
-    assert checkpoint.folders(run) == [done]
+    assert store.folders(run) == [done]
 
 
 def test_a_signal_while_torch_is_imported_stops_the_run_too(data: Path, tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ main()
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75, done.stderr
     assert done.stderr.splitlines()[-1].startswith("stopped by SIGUSR2 after step 1, checkpoint saved")
-    assert [folder.name for folder in checkpoint.folders(run)] == ["step-00000001"]
+    assert [folder.name for folder in store.folders(run)] == ["step-00000001"]
 
 
 # ------------------------------------------------------------------------------------------ whose folder it is

@@ -8,15 +8,16 @@ import pytest
 import torch
 from helpers import assert_same_run, die_in_save, finish, records, start, tiny, tiny_bert
 
-from slope_cli import config as configs
-from slope_cli import pretrained, runmodel, runs, stages
-from slope_cli.check import check
-from slope_cli.config import Config
-from slope_cli.dryrun import describe
+from slope_cli.checkpoint import load, run_folder, run_model
+from slope_cli.checkpoint.verify import check
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.export import export
-from slope_cli.stages import DENSE, Stage, stage
-from slope_cli.train import pretrain
+from slope_cli.inference.export import export
+from slope_cli.methods import phases
+from slope_cli.methods.phases import DENSE, Stage, stage
+from slope_cli.train.dry_run import describe
+from slope_cli.train.loop import pretrain
 from sparse_kernels import MaskedLinear, masked_layers, masks, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +56,7 @@ def test_the_stage_is_a_function_of_config_and_step() -> None:
 def test_masks_are_renewed_as_their_method_wants() -> None:
     def every(*words: str) -> list[int]:
         config = configs.load("gpt2-nano", ["train.steps=4", *words])
-        return [stages.renew_every(config, now) for now in plan_of(config)]
+        return [phases.renew_every(config, now) for now in plan_of(config)]
 
     assert every() == [1] * 4
     assert every("sparsity.renew_every=7", "sparsity.start=0.5", "sparsity.before=sr_ste") == [1, 1, 7, 7]
@@ -77,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, data: Path, tmp_path: Path)
         pretrain(config, run)
         assert_same_run(config, run, reference)
     assert check(reference)["faults"] == []
-    _, model, _, manifest = runmodel.load(reference)
+    _, model, _, manifest = run_model.load(reference)
     layers = plan_of(config)[-1].layers
     assert manifest["step"] == config.train.steps
     assert bool(dict(sparse_layers(model))) == (layers == "sparse")
@@ -87,7 +88,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, data: Path, tmp_path: Path)
 
 
 def model_of(run: Path) -> torch.nn.Module:
-    return runmodel.load(run)[1]
+    return run_model.load(run)[1]
 
 
 def masked_of(run: Path) -> dict[str, MaskedLinear]:
@@ -99,7 +100,7 @@ def test_sr_ste_has_the_mask_of_its_weights_in_all_layers_and_trains_the_pruned_
 ) -> None:
     config = tiny(data, "method=sr_ste", "sparsity.renew_every=null")
     pretrain(config, tmp_path / "run")
-    first, report = runmodel.build(config, "cpu")
+    first, report = run_model.build(config, "cpu")
     assert report is not None
     last = masked_of(tmp_path / "run")
     assert set(last) == {layer.name for layer in report.swapped}
@@ -157,7 +158,7 @@ def test_a_run_begins_with_the_weights_and_masks_of_another(data: Path, tmp_path
         assert layer.adapter is not None
     exported = tmp_path / "exported"
     export(first, exported)
-    for name, layer in sparse_layers(pretrained.load(exported).model):
+    for name, layer in sparse_layers(load.load(exported).model):
         assert (layer.n, layer.m) == (2, 4)
         assert torch.equal(layer.positions, theirs[name].positions)
     for source in (first, exported):
@@ -188,7 +189,7 @@ def test_what_cannot_be_begun_with_is_one_clear_line(data: Path, finished: Path,
     for wrong in (tmp_path / "absent", tmp_path):
         assert refused(f"model.init={wrong}").startswith(f"model.init={wrong}: is neither a run")
     (empty := tmp_path / "empty").mkdir()
-    shutil.copy(finished / runs.CONFIG, empty)
+    shutil.copy(finished / run_folder.CONFIG, empty)
     assert refused(f"model.init={empty}") == f"model.init={empty}: has no checkpoint yet"
     assert refused("method=fst", "sparsity.skip=[mlp]").endswith(
         "(4 x is in no MLP; 4 x matches skip pattern 'mlp'; 1 x output head)"
@@ -220,7 +221,7 @@ def test_a_dry_run_says_what_is_wrong_with_what_it_would_begin_with(data: Path, 
     # It may be a run that is yet to be made.
     assert re.search(rf"# begins with +{tmp_path}/later, which is not there yet", shown(f"model.init={tmp_path}/later"))
     (empty := tmp_path / "empty").mkdir()
-    shutil.copy(finished / runs.CONFIG, empty)
+    shutil.copy(finished / run_folder.CONFIG, empty)
     assert re.search(rf"# begins with +{empty}, which has no checkpoint yet", shown(f"model.init={empty}"))
 
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import slope_cli
-from slope_cli.errors import UsageError
-from slope_cli.tokenizer import (
+from slope_cli.data.tokenizer import (
     END_OF_TEXT,
     byte_characters,
     load_tokenizer,
@@ -23,6 +22,7 @@ from slope_cli.tokenizer import (
     separator_id,
     vocabulary_size,
 )
+from slope_cli.errors import UsageError
 
 BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]
 
@@ -121,7 +121,7 @@ def test_gpt2_folder_without_end_of_text(tmp_path: Path) -> None:
 
 
 def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
-    code = "import sys; from slope_cli.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
+    code = "import sys; from slope_cli.data.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     env["PYTHONPATH"] = str(Path(slope_cli.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -14,15 +14,21 @@ from helpers import GOLDEN, final_state, finish, golden_losses, records, start, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli import checkpoint, metrics, models, runmodel, runs, train
-from slope_cli import config as configs
-from slope_cli import data as datasets
-from slope_cli.config import Config
+from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.config import load as configs
+from slope_cli.config.schema import Config
+from slope_cli.data.batches import Blocks
+from slope_cli.data.dataset import MANIFEST, open_dataset
+from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.prepare import prepare
-from slope_cli.stages import Stage
-from slope_cli.step import Batch, Step, Taken
-from slope_cli.train import Trainer, pretrain
+from slope_cli.methods.phases import Stage
+from slope_cli.models import shapes
+from slope_cli.models.loss import batch_loss
+from slope_cli.report import metrics
+from slope_cli.train import loop
+from slope_cli.train.loop import Trainer, pretrain
+from slope_cli.train.step import Batch, Step, Taken
+from slope_cli.utils.environment import _git_commit, source_version
 from sparse_kernels import renew_column_masks, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,16 +39,16 @@ LAYER = "transformer.h.1.mlp.c_fc"
 
 def trainer(config: Config, run: Path, steps: int = 0) -> Trainer:
     """A run after so many steps, without its folder."""
-    t = train._prepare(config, run, CPU)
+    t = loop._prepare(config, run, CPU)
     t.model.train()
     for step in range(steps):
-        train.optim.set_learning_rates(t.optimizer, step, config)
-        train._train_step(t, step)
+        loop.optim.set_learning_rates(t.optimizer, step, config)
+        loop._train_step(t, step)
     return t
 
 
 def state(t: Trainer) -> dict[str, Tensor]:
-    tensors = checkpoint.state_tensors(t.model, t.optimizer)
+    tensors = store.state_tensors(t.model, t.optimizer)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -68,13 +74,13 @@ def test_accumulation_is_the_same_update_as_one_big_micro_batch(data: Path, tmp_
     for name in (name for name in ours if name.endswith("exp_avg")):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-8)
     for step in range(1, 4):
-        assert train._train_step(whole, step) == pytest.approx(train._train_step(parts, step), rel=1e-3)
+        assert loop._train_step(whole, step) == pytest.approx(loop._train_step(parts, step), rel=1e-3)
 
 
 @pytest.mark.parametrize("clip", [0, 0.01, 1000])
 def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(data: Path, tmp_path: Path, clip: float) -> None:
     t = trainer(tiny(data, f"optim.clip={clip}"), tmp_path)
-    norm = train._train_step(t, 0).norm
+    norm = loop._train_step(t, 0).norm
     mean = [s["exp_avg"] / 0.1 for s in t.optimizer.state.values()]  # after one step, a tenth of the gradient
     used = torch.stack([g.norm() for g in mean]).norm().item()
     assert norm > 0.1
@@ -87,9 +93,9 @@ def test_a_step_is_a_function_of_its_number(data: Path, tmp_path: Path) -> None:
     for step in range(3):
         torch.manual_seed(step * 7)
         torch.rand(step + 1)
-        assert train._train_step(first, step) == train._train_step(second, step)
+        assert loop._train_step(first, step) == loop._train_step(second, step)
     assert_equal(state(first), state(second))
-    assert len({train._mix(seed, step) for seed in range(30) for step in range(30)}) == 900
+    assert len({loop._mix(seed, step) for seed in range(30) for step in range(30)}) == 900
 
 
 def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +118,9 @@ def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkey
 
 
 def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, finished: Path) -> None:
-    config, model, _, _ = runmodel.load(finished)
-    (file,) = datasets.open_dataset(data).val.values()
-    blocks = datasets.Blocks([file], config.train.seq_len)
+    config, model, _, _ = run_model.load(finished)
+    (file,) = open_dataset(data).val.values()
+    blocks = Blocks([file], config.train.seq_len)
     chosen = [blocks[i * len(blocks) // 8] for i in range(8)]  # log.val_tokens = 8 · 32
     ids = torch.stack([torch.from_numpy(block) for block in chosen])
     with torch.no_grad():
@@ -132,8 +138,8 @@ def test_fifty_steps_with_renewals_keep_positions_and_weights_together(data: Pat
     rows = {name: layer.row_mask().clone() for name, layer in layers.items()}
     columns = {name: layer.column_mask().clone() for name, layer in layers.items()}
     for step in range(50):
-        train._train_step(t, step)
-        if train._due(step + 1, 10):
+        loop._train_step(t, step)
+        if loop._due(step + 1, 10):
             renew_column_masks(t.model)
     for name, layer in layers.items():
         layer.validate()
@@ -154,9 +160,9 @@ def test_masks_are_renewed_in_a_run_when_they_are_due(data: Path, tmp_path: Path
     words = ("log.save_every=1", "log.keep=9", "train.steps=7", "adapters.rank=0")
     pretrain(tiny(data, *words), tmp_path / "run")
     at = {}
-    for folder in checkpoint.folders(tmp_path / "run"):
-        t = train._prepare(tiny(data, *words), tmp_path / "run", CPU)
-        checkpoint.restore(folder, t.model, t.optimizer)
+    for folder in store.folders(tmp_path / "run"):
+        t = loop._prepare(tiny(data, *words), tmp_path / "run", CPU)
+        store.restore(folder, t.model, t.optimizer)
         at[int(folder.name[-8:])] = {name: layer.positions_t for name, layer in sparse_layers(t.model)}
     changed = [step for step in range(2, 8) if not torch.equal(at[step - 1][LAYER], at[step][LAYER])]
     assert changed == [3, 6]
@@ -185,9 +191,9 @@ def test_a_bert_logs_the_loss_that_validation_measures_and_what_was_optimised(be
     """With two micro-batches: both are means over them."""
     config = tiny_bert(bert_data, "model.dropout=0", "train.steps=1")
     t = trainer(config, tmp_path)
-    batches = [train._to_device(batch, CPU) for batch in t.batches(0)]
+    batches = [loop._to_device(batch, CPU) for batch in t.batches(0)]
     with torch.no_grad():
-        losses = [models.batch_loss(t.model, batch, "masked") for batch in batches]
+        losses = [batch_loss(t.model, batch, "masked") for batch in batches]
     pretrain(config, tmp_path / "run")
     (record,) = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert record["loss"] == pytest.approx(sum(loss.token_loss.item() for loss in losses) / 2, rel=1e-5)
@@ -212,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path:
         t.model.get_submodule(LAYER).bias[3] = math.inf
     before = state(t)
     with pytest.raises(SlopeError, match=f"^step 3: the loss is not finite, first in the output of {LAYER}; nothing"):
-        train._train_step(t, 2)
+        loop._train_step(t, 2)
     assert_equal(state(t), before)
 
 
@@ -227,14 +233,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     with pytest.raises(
         SlopeError, match=rf"^step 3: the gradient of {LAYER}.values is not finite \(1 in all\); nothing"
     ):
-        train._train_step(t, 2)
+        loop._train_step(t, 2)
     assert_equal(state(t), before)
 
 
 def test_a_run_that_blows_up_keeps_its_last_checkpoint(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, take = tmp_path / "run", train._train_step
+    run, take = tmp_path / "run", loop._train_step
 
     def poison(t: Trainer, step: int) -> Taken:
         if step == 5:
@@ -242,12 +248,12 @@ def test_a_run_that_blows_up_keeps_its_last_checkpoint(
         return take(t, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train_step", poison)
+        patch.setattr(loop, "_train_step", poison)
         with pytest.raises(
             SlopeError, match=r"^step 6: the loss is not finite, first in the output of transformer.ln_f"
         ):
             pretrain(tiny(data), run)
-    found = checkpoint.latest(run)
+    found = store.latest(run)
     assert found is not None
     assert (found[1]["step"], found[2]) == (4, [])
     pretrain(tiny(data), run)
@@ -259,18 +265,18 @@ def test_a_run_that_blows_up_keeps_its_last_checkpoint(
 
 def test_adapters_join_without_a_jump_with_fresh_state_and_leave_the_rest_alone(data: Path, tmp_path: Path) -> None:
     t = trainer(tiny(data), tmp_path, steps=6)
-    before, loss = state(t), train._validate(t)
-    kind, facts, _ = train._enter(t, Stage("sparse", adapters=True), calibrate=False)
+    before, loss = state(t), loop._validate(t)
+    kind, facts, _ = loop._enter(t, Stage("sparse", adapters=True), calibrate=False)
     after = state(t)
     added = {name for name in after if name not in before}
     assert added == {f"model.{name}.adapter.{side}" for name, _ in sparse_layers(t.model) for side in "AB"}
     assert (kind, facts) == ("adapters", {"parameters": sum(after[name].numel() for name in added)})
     assert_equal({name: after[name] for name in before}, before)
-    assert train._validate(t) == loss
+    assert loop._validate(t) == loss
     assert all(not after[name].any() for name in added if name.endswith("B"))
-    train.optim.set_learning_rates(t.optimizer, 6, t.config)
+    loop.optim.set_learning_rates(t.optimizer, 6, t.config)
     assert t.optimizer.param_groups[-1]["lr"] == pytest.approx(2e-3 / 2)  # the first of two steps of their warm-up
-    train._train_step(t, 6)
+    loop._train_step(t, 6)
     counts = {name: t.optimizer.state[p]["step"].item() for name, p in t.model.named_parameters()}
     assert {count for name, count in counts.items() if "adapter" in name} == {1}
     assert {count for name, count in counts.items() if "adapter" not in name} == {7}
@@ -306,7 +312,7 @@ def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path:
     with pytest.raises(UsageError, match="training tokens are fewer than one sequence"):
         pretrain(tiny(data, "train.seq_len=65536", "train.tokens_per_step=131072"), run)
     assert pretrain(tiny(data, "train.steps=1"), run)["step"] == 1
-    assert runs.open_config(run).train.steps == 1
+    assert run_folder.open_config(run).train.steps == 1
 
 
 def test_a_failure_in_the_first_step_does_not_bar_another_config(
@@ -319,12 +325,12 @@ def test_a_failure_in_the_first_step_does_not_bar_another_config(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train_step", fail)
+        patch.setattr(loop, "_train_step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             pretrain(tiny(data), run)
     assert records(run) == []
     assert pretrain(tiny(data, "train.micro_batch=1", "train.steps=1"), run)["step"] == 1
-    assert runs.open_config(run).train.micro_batch == 1
+    assert run_folder.open_config(run).train.micro_batch == 1
 
 
 def test_a_first_step_bars_another_config_even_without_a_checkpoint(data: Path, copy: Path) -> None:
@@ -337,15 +343,15 @@ def test_free_keys_that_change_are_written_down(data: Path, copy: Path, tmp_path
     shutil.copytree(data, tmp_path / "moved")
     config = tiny(tmp_path / "moved", "log.every=3", "train.device=auto")
     pretrain(config, copy)
-    assert runs.open_config(copy) == config
+    assert run_folder.open_config(copy) == config
     with pytest.raises(UsageError):
         pretrain(tiny(write_data(tmp_path / "other", seed=1)), copy)
-    assert runs.open_config(copy) == config
+    assert run_folder.open_config(copy) == config
 
 
 def test_a_config_altered_behind_a_runs_back_is_refused(data: Path, copy: Path) -> None:
     config = tiny(data, "optim.lr=0.1")
-    (copy / runs.CONFIG).write_text(configs.dump(config))
+    (copy / run_folder.CONFIG).write_text(configs.dump(config))
     with pytest.raises(SlopeError, match=r"config.yaml was altered after step 12 \(optim.lr: 0.005 -> 0.1\)"):
         pretrain(config, copy)
 
@@ -440,9 +446,9 @@ def test_a_run_on_the_text_in_the_package(tmp_path: Path) -> None:
     assert summary["by_source"].keys() == {"austen"}
     assert 2 < summary["bigram_loss"] < 3
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
-    made = (tmp_path / "run" / "data" / datasets.MANIFEST).stat().st_mtime_ns
+    made = (tmp_path / "run" / "data" / MANIFEST).stat().st_mtime_ns
     assert pretrain(tiny("embedded", "train.steps=2"), tmp_path / "run")["loss"] == summary["loss"]
-    assert (tmp_path / "run" / "data" / datasets.MANIFEST).stat().st_mtime_ns == made
+    assert (tmp_path / "run" / "data" / MANIFEST).stat().st_mtime_ns == made
 
 
 def test_no_secret_of_the_environment_gets_into_the_folder(
@@ -463,7 +469,7 @@ def test_no_secret_of_the_environment_gets_into_the_folder(
 
 def test_the_start_says_what_it_trains_on_what(data: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(tiny(data), copy)
-    _, model, _, _ = runmodel.load(copy)
+    _, model, _, _ = run_model.load(copy)
     count = sum(p.numel() for p in model.parameters())
     expected = f"{copy}: on cpu in fp32, {count:,} trained parameters, 1,536 tokens in all"
     assert expected in capsys.readouterr().err.splitlines()
@@ -476,9 +482,9 @@ def test_the_commit_of_a_project_around_the_program_is_not_taken_for_its_own(tmp
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=theirs"]):
         subprocess.run([*git, *words], check=True)
-    assert runs._git_commit(package) is None
+    assert _git_commit(package) is None
     subprocess.run([*git, "add", "."], check=True)
-    assert runs._git_commit(package) is not None
+    assert _git_commit(package) is not None
 
 
 def test_a_finished_run_opens_no_tensorboard_file(data: Path, copy: Path) -> None:
@@ -494,9 +500,9 @@ def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> Non
 
 
 def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
-    config, model, tokenizer, manifest = runmodel.load(finished)
+    config, model, tokenizer, manifest = run_model.load(finished)
     assert config == tiny(data)
-    assert models.width(model.config) == 32
+    assert shapes.width(model.config) == 32
     assert (manifest["step"], manifest["adapters"]) == (12, True)
-    assert manifest["source"] == runs.source_version()
+    assert manifest["source"] == source_version()
     assert tokenizer.decode(tokenizer("two words").input_ids) == "two words"

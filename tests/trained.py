@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from slope_cli import cli
-from slope_cli.prepare import prepare
+from slope_cli.data.prepare import prepare
 
 SENTENCES = (
     "It is a truth universally acknowledged that a small model knows little.",

@@ -99,7 +99,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         self.tokens_B = (read.first + new).clamp(min=0)
         self.seen += new
 
-    def ring(self) -> "Ring":
+    def ring(self) -> Ring:
         """What decoding changes in place: the tensors themselves."""
         assert self.keys is not None
         assert self.values is not None

@@ -3,23 +3,19 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
 from slope_cli.linearize.settings import LinearizeSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from slope_cli.linearize.swap import added_state, linearize_attention, load_added_state
 
 FOLDER = "linearize"
 
 
-def write(folder: Path, model: "PreTrainedModel", settings: LinearizeSettings) -> None:
+def write(folder: Path, model: PreTrainedModel, settings: LinearizeSettings) -> None:
     """Write the maps and mix factors of a linearized model, and the settings that it was linearized with."""
-    from safetensors.torch import save_file
-
-    from slope_cli.linearize.swap import added_state
-
     folder.mkdir()
     (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in added_state(model).items()}
@@ -36,15 +32,11 @@ def settings(folder: Path) -> LinearizeSettings:
         raise UsageError(f"{file}: is not of this version ({error})") from None
 
 
-def read(folder: Path, model: "PreTrainedModel") -> None:
+def read(folder: Path, model: PreTrainedModel) -> None:
     """Linearize the model that `write` had, in place.
 
     Raises:
         UsageError: settings of another version, or of another base model.
     """
-    from safetensors.torch import load_file
-
-    from slope_cli.linearize.swap import linearize_attention, load_added_state
-
     linearize_attention(model, settings(folder))
     load_added_state(model, load_file(folder / "maps.safetensors"))

@@ -21,11 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from slope_cli import models
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.settings import BRANCHES, Branch, LinearizeSettings
 from slope_cli.linearize.window import LinearWindow, Mode
+from slope_cli.models import shapes
 
 NAME = "slope_linear"
 """The attention implementation's name in transformers' registries."""
@@ -52,7 +52,7 @@ def linearize_attention(model: PreTrainedModel, settings: LinearizeSettings) -> 
     Raises:
         UsageError: a family that is not supported, a model that is linearized already, settings that do not fit.
     """
-    causal = models.objective(model.config) == "causal"
+    causal = shapes.objective(model.config) == "causal"
     modules = _attention_modules(model)
     if any(isinstance(getattr(module, "linear", None), LinearWindow) for _, module in modules):
         raise UsageError("the model is linearized already")

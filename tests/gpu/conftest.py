@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_kernels import copies, cuda, plans
+from sparse_kernels import autotune, cuda, packed
 
 HERE = Path(__file__).parent
 
@@ -24,6 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Auto backend, no warnings given yet, and a cache folder that all GPU tests of this run share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    plans._warn_once.cache_clear()
+    autotune._warn_once.cache_clear()
     yield
-    copies.set_backend("auto")
+    packed.set_backend("auto")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from slope_cli import models
 from slope_cli.benchmarks import generate
 from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.models.build import model_config
 
 # What Inductor imports when it compiles for the first time.
 pytestmark = pytest.mark.filterwarnings(
@@ -34,7 +34,7 @@ def decoded(model: Any, side: str, *, graphed: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize("side", generate.SIDES)
 def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
-    chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=8))
+    chosen = generate.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=8))
     torch.manual_seed(1)
     model = generate.build(chosen, torch.device("cuda")).float()
     expected = decoded(model, side.removesuffix(" compiled"), graphed=False)
@@ -46,7 +46,7 @@ def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should(compiled: bool) -> None:
-    chosen = generate.Subject("tiny", models.model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=64))
+    chosen = generate.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeSettings(window=64))
     model = generate.build(chosen, torch.device("cuda"))
     rows = list(generate.speed_rows(model, 4, 128))
     assert [(row.get("error", ""), row.get("graphed"), row.get("note")) for row in rows] == [("", True, "")] * 3

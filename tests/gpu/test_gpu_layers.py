@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import SparseLinear, copies, cuda, cusparselt, layers, masks, ops
+from sparse_kernels import SparseLinear, cuda, cusparselt, layers, masks, ops, packed
 
-BACKENDS: list[copies.Backend] = ["auto", "cusparselt", "dense", "reference"]
+BACKENDS: list[packed.Backend] = ["auto", "cusparselt", "dense", "reference"]
 
 
 def make(out: int, inp: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseLinear:
@@ -18,9 +18,9 @@ def make(out: int, inp: int, *, bias: bool = True, seed: int = 0, dtype: torch.d
     return SparseLinear(weight, bias_O, masks.row_mask(weight, 2, 4), 2, 4).to("cuda", dtype)
 
 
-def use(backend: copies.Backend) -> None:
+def use(backend: packed.Backend) -> None:
     try:
-        copies.set_backend(backend)
+        packed.set_backend(backend)
     except cusparselt.CuSparseLtError as error:
         pytest.skip(str(error))
 
@@ -41,7 +41,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     ],
 )
 def test_three_products(
-    backend: copies.Backend, out: int, inp: int, tokens: tuple[int, ...], half: torch.dtype
+    backend: packed.Backend, out: int, inp: int, tokens: tuple[int, ...], half: torch.dtype
 ) -> None:
     use(backend)
     for dtype, bias in ((torch.float32, True), (half, True), (torch.float32, False)):
@@ -65,7 +65,7 @@ def test_three_products(
 
 
 @pytest.mark.parametrize("backend", ["cusparselt", "dense"])
-def test_packed_copies_say_what_values_and_positions_say_after_many_steps(backend: copies.Backend) -> None:
+def test_packed_copies_say_what_values_and_positions_say_after_many_steps(backend: packed.Backend) -> None:
     use(backend)
     model = nn.Sequential(make(512, 768), nn.GELU(), make(768, 512, seed=1))
     twin = copy.deepcopy(model)
@@ -95,13 +95,13 @@ def test_packed_copies_say_what_values_and_positions_say_after_many_steps(backen
     for layer, row in zip((model[0], model[2]), layers.backends(model), strict=True):
         assert row.forward is not None
         assert row.input_grad is not None
-        found = copies.copies_of(layer.positions, torch.bfloat16)
+        found = packed.copies_of(layer.positions, torch.bfloat16)
         assert found.forward is not None
         assert found.backward is not None
         W = layer.weight.detach().bfloat16()
         WRC_t = layer.weight_backward.detach().bfloat16().t().contiguous()
-        packed = backend == "cusparselt" and row.forward.sparse
-        assert torch.equal(found.forward.target, layer.values.bfloat16() if packed else W)
+        is_packed = backend == "cusparselt" and row.forward.sparse
+        assert torch.equal(found.forward.target, layer.values.bfloat16() if is_packed else W)
         if row.input_grad.sparse:
             slots = cuda.mark(layer.positions_t, torch.bfloat16).bool()
             assert torch.equal(found.backward.target, WRC_t[slots].view(layer.in_features, -1))
@@ -149,7 +149,7 @@ def test_one_launch_refreshes_a_model_of_many_shapes() -> None:
     model = nn.Sequential(make(512, 768), make(528, 512, seed=1), make(1040, 528, seed=2, bias=False), make(16, 1040))
     with torch.autocast("cuda", torch.bfloat16):
         model(torch.randn(256, 768, device="cuda", requires_grad=True)).sum().backward()
-    found = [copies.copies_of(layer.positions, torch.bfloat16) for layer in model]
+    found = [packed.copies_of(layer.positions, torch.bfloat16) for layer in model]
     assert sum(side.packed is None for one in found for side in (one.forward, one.backward)) >= 2
     before = [[side.target.clone() for side in (one.forward, one.backward)] for one in found]
     for one in found:
@@ -181,10 +181,10 @@ def test_copies_go_with_their_layer() -> None:
     use("dense")
     layer = make(512, 512)
     layer(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
-    assert len(copies._COPIES) == 1
+    assert len(packed._COPIES) == 1
     del layer
-    copies.release()
-    assert not copies._COPIES
+    packed.release()
+    assert not packed._COPIES
 
 
 def test_registrations() -> None:
@@ -197,7 +197,7 @@ def test_registrations() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The CUDA Graph is empty")  # Inductor's own
 @pytest.mark.parametrize("backend", ["cusparselt", "dense"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compile(backend: copies.Backend, mode: str) -> None:
+def test_compile(backend: packed.Backend, mode: str) -> None:
     use(backend)
     model = nn.Sequential(make(512, 768), nn.GELU(), make(768, 512, seed=1))
     twin = copy.deepcopy(model)
@@ -279,5 +279,5 @@ def test_cuda_graph_with_weights_refreshed_in_place(whole: bool) -> None:
     assert losses == pytest.approx(expected[2:], rel=1e-3)
     for layer, row in zip((model[0], model[2]), layers.backends(model), strict=True):
         assert row.forward is not None
-        target = copies.copies_of(layer.positions, torch.bfloat16).forward.target
+        target = packed.copies_of(layer.positions, torch.bfloat16).forward.target
         assert torch.equal(target, (layer.values if row.forward.sparse else layer.weight).bfloat16())

@@ -13,18 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from slope_cli import config as configs
-from slope_cli import metrics, models, pretrained
-from slope_cli.initial import softmax_teacher
-from slope_cli.linearize import plan
+from slope_cli.checkpoint import load
+from slope_cli.config import load as configs
+from slope_cli.data.prepare import prepare
 from slope_cli.linearize.attention import Pattern
 from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.linearize.window import LinearWindow
-from slope_cli.prepare import prepare
-from slope_cli.step import compile_blocks
-from slope_cli.train import pretrain
+from slope_cli.models.build import build_model, model_config
+from slope_cli.models.loss import batch_loss
+from slope_cli.report import metrics
+from slope_cli.train import dry_run_linearize
+from slope_cli.train.init import softmax_teacher
+from slope_cli.train.loop import pretrain
+from slope_cli.train.step import compile_blocks
 from sparse_kernels import adapters_of, extend_adapters
 
 pytestmark = pytest.mark.filterwarnings(
@@ -58,7 +61,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 def linearized(name: str) -> Any:
     """A model whose attention looks at few keys, and whose maps are no longer what they started as."""
     torch.manual_seed(1)
-    model = models.build_model(models.model_config(name, overrides=SHAPES[name], dropout=0.0), device="cuda")
+    model = build_model(model_config(name, overrides=SHAPES[name], dropout=0.0), device="cuda")
     linearize_attention(model, LinearizeSettings(window=64, features=64))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -110,7 +113,7 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
 
 def adapter_gradients(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
-        loss = models.batch_loss(model, batch(), "causal").total
+        loss = batch_loss(model, batch(), "causal").total
     torch.autograd.backward(loss)
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -164,9 +167,9 @@ def test_a_run_learns_from_its_softmax_model_and_holds_it_once(tmp_path: Path) -
     base, run = tmp_path / "base", tmp_path / "run"
     pretrain(configs.load("gpt2-nano", [*words, "train.steps=20", "adapters.start=0.5"]), base)
     more = ["train.steps=8", "linearize.transfer=0.5", "linearize.distill=0.5", "linearize.window=32"]
-    pretrain(configs.load("linearize", [*plan.words(base), *words, *more]), run)
+    pretrain(configs.load("linearize", [*dry_run_linearize.words(base), *words, *more]), run)
     assert len([record for record in metrics.read(run) if record["kind"] == "train"]) == 4
-    model, began = (pretrained.load(folder, "cuda").model for folder in (run, base))
+    model, began = (load.load(folder, "cuda").model for folder in (run, base))
     for adapter in adapters_of(model.requires_grad_(False)).values():
         adapter.requires_grad_(True)
     teacher = softmax_teacher(run, model, torch.device("cuda"))

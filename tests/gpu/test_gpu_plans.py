@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import cuda, cusparselt, masks, plans
+from sparse_kernels import autotune, cuda, cusparselt, masks
+from sparse_kernels.matmul_plan import Plan, Shape, compress, packed_metadata, packed_values, writes_metadata
 
 try:
     cusparselt.library()
@@ -38,9 +39,9 @@ def masked(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 def operands(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """W^{R,C}-like A with fillers: packed by mark and refreshed, dense, and X."""
     values, positions, positions_t = masked(rows, columns)
-    packed = plans.compress(cuda.mark(positions_t, dtype))
+    packed = compress(cuda.mark(positions_t, dtype))
     dense = torch.empty(rows, columns, dtype=dtype, device="cuda")
-    target = plans.packed_values(packed, rows, columns, dtype)
+    target = packed_values(packed, rows, columns, dtype)
     cuda.launch(cuda.refresh(values, positions, positions_t, w_t=target))
     cuda.launch(cuda.refresh(values, positions, positions_t, w_t=dense))
     return packed, dense, torch.randn(tokens, columns, dtype=dtype, device="cuda")
@@ -58,9 +59,9 @@ def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, co
     mask = masks.unpack_bits(positions, columns)
     numbers = (torch.arange(1, rows * columns // 2 + 1, device="cuda") % 255 + 1).to(dtype).view(rows, -1)
     dense = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(mask, numbers)
-    packed = plans.compress(dense)
-    assert torch.equal(plans.packed_values(packed, rows, columns, dtype), numbers)
-    marked = plans.compress(cuda.mark(positions, dtype))
+    packed = compress(dense)
+    assert torch.equal(packed_values(packed, rows, columns, dtype), numbers)
+    marked = compress(cuda.mark(positions, dtype))
     start = rows * columns
     size = start + rows * columns // 8
     assert torch.equal(marked[start:size], packed[start:size])
@@ -71,10 +72,10 @@ def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, co
 def test_metadata_is_written_as_the_library_writes_it(rows: int, columns: int, dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the order is that of compute capability 9.0")
-    assert plans.writes_metadata(rows, columns, dtype, 0)
-    assert not plans.writes_metadata(rows + 16, columns, dtype, 0)
+    assert writes_metadata(rows, columns, dtype, 0)
+    assert not writes_metadata(rows + 16, columns, dtype, 0)
     _, _, positions_t = masked(rows, columns)
-    expected = plans.packed_metadata(plans.compress(cuda.mark(positions_t, dtype)), rows, columns)
+    expected = packed_metadata(compress(cuda.mark(positions_t, dtype)), rows, columns)
     found = torch.empty_like(expected)
     cuda.launch(cuda.metadata(positions_t, found))
     assert torch.equal(found, expected)
@@ -88,7 +89,7 @@ def test_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, searc
     metadata = packed[rows * columns :].clone()
     biases = [None, *torch.randn(2, rows, dtype=dtype, device="cuda")]
     for with_bias in (False, True):
-        plan = plans.Plan(plans.Shape(rows, columns, tokens, dtype, with_bias), 0)
+        plan = Plan(Shape(rows, columns, tokens, dtype, with_bias), 0)
         if search:
             found = plan.search(packed, X, biases[1] if with_bias else None)
             assert 0 <= found["config_id"] <= found["config_max_id"]
@@ -100,7 +101,7 @@ def test_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, searc
 @pytest.mark.parametrize("side", [768, 4096])
 def test_float16_is_tried_in_another_process_first(side: int) -> None:
     """Its search kills the process on some shapes; here it must at most come out as dense."""
-    choice, plan = plans.choose(plans.Shape(side, side, side, torch.float16, False), 0)
+    choice, plan = autotune.choose(Shape(side, side, side, torch.float16, False), 0)
     print(side, choice)  # for the log: which of them the library can do depends on its version
     torch.cuda.synchronize()
     if plan is not None:
@@ -110,7 +111,7 @@ def test_float16_is_tried_in_another_process_first(side: int) -> None:
 
 def test_runs_on_torch_s_current_stream_and_in_graphs() -> None:
     packed, dense, X = operands(1024, 1024, 512, torch.bfloat16)
-    plan = plans.Plan(plans.Shape(1024, 1024, 512, torch.bfloat16, False), 0)
+    plan = Plan(Shape(1024, 1024, 512, torch.bfloat16, False), 0)
     plan.search(packed, X)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -130,61 +131,61 @@ def test_runs_on_torch_s_current_stream_and_in_graphs() -> None:
 
 def test_refused_shape_is_one_line() -> None:
     with pytest.raises(cusparselt.CuSparseLtError, match="failed with status") as caught:
-        plans.Plan(plans.Shape(20, 20, 20, torch.bfloat16, False), 0)
+        Plan(Shape(20, 20, 20, torch.bfloat16, False), 0)
     assert "\n" not in str(caught.value)
 
 
 def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = plans.Shape(4096, 4096, 4096, torch.bfloat16, True)
-    plans.forget()
-    choice, plan = plans.choose(shape, 0)
+    shape = Shape(4096, 4096, 4096, torch.bfloat16, True)
+    autotune.forget()
+    choice, plan = autotune.choose(shape, 0)
     assert plan is not None, choice.reason
     assert choice.sparse_ms is not None
     assert choice.dense_ms is not None
     assert choice.sparse == (choice.sparse_ms < choice.dense_ms)
-    (key, entry), *others = json.loads(plans.cache_file().read_text())["plans"].items()
+    (key, entry), *others = json.loads(autotune.cache_file().read_text())["plans"].items()
     assert not others
     assert torch.cuda.get_device_name(0) in key
     assert "cuSPARSELt " in key
     assert "4096x4096x4096" in key
     assert "bfloat16" in key
     # A dense winner is read without a search; a plan is made when one is wanted all the same.
-    file = plans.cache_file()
+    file = autotune.cache_file()
     file.write_text(file.read_text().replace('"sparse": true', '"sparse": false'))
-    plans.forget()
-    again, plan = plans.choose(shape, 0)
+    autotune.forget()
+    again, plan = autotune.choose(shape, 0)
     assert not again.sparse
     assert plan is None
-    assert plans.planned(shape, 0) is not None
+    assert autotune.planned(shape, 0) is not None
     file.write_text(file.read_text().replace('"sparse": false', '"sparse": true'))
-    plans.forget()
-    again, plan = plans.choose(shape, 0)
+    autotune.forget()
+    again, plan = autotune.choose(shape, 0)
     assert plan is not None
     assert (again.sparse, again.sparse_ms, again.dense_ms) == (True, choice.sparse_ms, choice.dense_ms)
     # Another card's entry is not ours.
     content = json.loads(file.read_text())
     content["plans"] = {key.replace(torch.cuda.get_device_name(0), "NVIDIA Other"): {**entry, "sparse_ms": 1e-9}}
     file.write_text(json.dumps(content))
-    plans.forget()
-    assert plans.choose(shape, 0)[0].sparse_ms != 1e-9
+    autotune.forget()
+    assert autotune.choose(shape, 0)[0].sparse_ms != 1e-9
     assert len(json.loads(file.read_text())["plans"]) == 2
-    plans.forget()
+    autotune.forget()
 
 
 def test_the_run_s_random_numbers_are_not_drawn_on() -> None:
-    plans.forget()
+    autotune.forget()
     before = torch.cuda.get_rng_state()
-    plans.choose(plans.Shape(512, 512, 256, torch.bfloat16, False), 0)
+    autotune.choose(Shape(512, 512, 256, torch.bfloat16, False), 0)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
 def test_a_new_shape_inside_a_capture_is_refused() -> None:
-    shape = plans.Shape(512, 640, 256, torch.bfloat16, False)
+    shape = Shape(512, 640, 256, torch.bfloat16, False)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
         with pytest.raises(RuntimeError, match="run one step before capturing"):
-            plans.choose(shape, 0)
+            autotune.choose(shape, 0)
 
 
 def test_missing_library_falls_back_to_dense_with_one_line(tmp_path: Path) -> None:

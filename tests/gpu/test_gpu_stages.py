@@ -6,9 +6,11 @@ import pytest
 import torch
 from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_step
 
-from slope_cli import config as configs
-from slope_cli import models, optim, runmodel, stages
-from slope_cli.step import Renewal, Taken
+from slope_cli.checkpoint import run_model
+from slope_cli.config import load as configs
+from slope_cli.methods import optim, phases
+from slope_cli.models import shapes
+from slope_cli.train.step import Renewal, Taken
 from sparse_kernels import masked_layers
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,20 +22,20 @@ SIZES = ("model.overrides.n_embd=256", "model.overrides.n_layer=2", "train.steps
 
 def setup(*words: str, graphed: bool, compiled: bool = False) -> Setup:
     config = configs.load("gpt2-nano", [*SIZES, *words])
-    model, _ = runmodel.build(config, "cuda")
+    model, _ = run_model.build(config, "cuda")
     optimizer: Any = optim.build_optimizer(model, config)
     return Setup(model, optimizer, new_step(model, optimizer, torch.bfloat16, graphed, compiled), config)
 
 
 def train(run: Setup, steps: int, *, graphed: bool) -> list[Taken]:
     """Steps as slope_cli.train takes them, renewals and changes of stage included."""
-    taken, now = [], stages.stage(run.config, 0)
+    taken, now = [], phases.stage(run.config, 0)
     for number in range(steps):
-        to = stages.stage(run.config, number)
+        to = phases.stage(run.config, number)
         if to != now:
-            stages.enter(run.model, run.config, now, to, optimizer=run.optimizer)
+            phases.enter(run.model, run.config, now, to, optimizer=run.optimizer)
             now, run = to, run._replace(step=new_step(run.model, run.optimizer, torch.bfloat16, graphed))
-        renewal = Renewal() if stages.renews(run.config, now, number) else None
+        renewal = Renewal() if phases.renews(run.config, now, number) else None
         taken.append(run.take(batches("gpt2", 2, number), number, renewal))
     return taken
 
@@ -87,4 +89,4 @@ def test_compiled_blocks_with_masked_layers_train(method: str) -> None:
     taken = {fast: train(one, 6, graphed=fast) for fast, one in ones.items()}
     rel = 5e-3 if method == "sr_ste" else 5e-2  # fst's draws differ
     assert [t.loss for t in taken[True]] == pytest.approx([t.loss for t in taken[False]], rel=rel)
-    assert models.objective(ones[True].model.config) == "causal"
+    assert shapes.objective(ones[True].model.config) == "causal"

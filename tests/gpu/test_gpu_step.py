@@ -14,21 +14,27 @@ import pytest
 import torch
 from torch import nn
 
-from slope_cli import checkpoint, models, optim
-from slope_cli import config as configs
+from slope_cli.checkpoint import store
+from slope_cli.config import load as configs
+from slope_cli.config import schema
 from slope_cli.errors import SlopeError
-from slope_cli.step import Renewal, Step, Taken
+from slope_cli.methods import optim
+from slope_cli.models import shapes
+from slope_cli.models.build import build_model, model_config
+from slope_cli.models.loss import IGNORED_LABEL
+from slope_cli.train.step import Renewal, Step, Taken
 from sparse_kernels import (
     add_adapters,
-    copies,
+    autotune,
     layers,
     mask_layers,
     masked_layers,
     masks,
-    plans,
+    packed,
     renew_column_masks,
     sparsify,
 )
+from sparse_kernels.matmul_plan import Plan, Shape
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -61,7 +67,7 @@ class Setup(NamedTuple):
     model: Any
     optimizer: torch.optim.AdamW
     step: Step
-    config: configs.Config
+    config: schema.Config
 
     def take(self, batches: Sequence[Batch], number: int = 0, renewal: Renewal | None = None) -> Taken:
         optim.set_learning_rates(self.optimizer, number, self.config)
@@ -69,8 +75,7 @@ class Setup(NamedTuple):
 
     def state(self) -> dict[str, torch.Tensor]:
         return {
-            name: tensor.detach().clone()
-            for name, tensor in checkpoint.state_tensors(self.model, self.optimizer).items()
+            name: tensor.detach().clone() for name, tensor in store.state_tensors(self.model, self.optimizer).items()
         }
 
 
@@ -86,7 +91,7 @@ def setup(
     name, overrides = SIZES[family]
     words = [f"method={method}", "optim.lr=2e-3", "optim.warmup=2", "train.steps=20", "adapters.start=0.2"]
     config = configs.load("gpt2-nano", words)
-    model = models.build_model(models.model_config(name, overrides=overrides, dropout=0.0), device="cuda")
+    model = build_model(model_config(name, overrides=overrides, dropout=0.0), device="cuda")
     if method == "slope":
         sparsify(model, n=pattern[0], m=pattern[1])
     optimizer = optim.build_optimizer(model, config)
@@ -94,7 +99,7 @@ def setup(
 
 
 def new_step(model: Any, optimizer: Any, dtype: torch.dtype | None, graphed: bool, compiled: bool = False) -> Step:
-    objective = models.objective(model.config)
+    objective = shapes.objective(model.config)
     return Step(model, optimizer, objective, dtype=dtype, clip=1.0, compiled=compiled, graphed=graphed)
 
 
@@ -108,7 +113,7 @@ def batches(family: str, count: int, seed: int) -> list[Batch]:
     for _ in range(count):
         batch = {name: draw(272, SEQUENCES, LENGTH) for name in ("input_ids", "labels")}
         if family == "bert":
-            batch["labels"][draw(100, SEQUENCES, LENGTH) > 15] = models.IGNORED_LABEL
+            batch["labels"][draw(100, SEQUENCES, LENGTH) > 15] = IGNORED_LABEL
             batch["token_type_ids"] = draw(2, SEQUENCES, LENGTH)
             batch["next_sentence_label"] = draw(2, SEQUENCES)
         found.append(batch)
@@ -236,9 +241,9 @@ GRAPHED += [((2, 4), backend, torch.bfloat16, True) for backend in ("auto", "ref
 
 @pytest.mark.parametrize(("pattern", "backend", "dtype", "compiled"), GRAPHED, ids=str)
 def test_renewed_masks_are_seen_by_the_next_replay(
-    pattern: tuple[int, int], backend: copies.Backend, dtype: torch.dtype | None, compiled: bool
+    pattern: tuple[int, int], backend: packed.Backend, dtype: torch.dtype | None, compiled: bool
 ) -> None:
-    copies.set_backend(backend)
+    packed.set_backend(backend)
     eager, without = (setup(graphed=False, pattern=pattern, dtype=dtype) for _ in range(2))
     runs = [eager, without, setup(graphed=True, compiled=compiled, pattern=pattern, dtype=dtype)]
     taken: list[list[Taken]] = [[] for _ in runs]
@@ -264,7 +269,7 @@ def assert_copies_are_fresh(model: nn.Module) -> None:
     """Every copy has what a new one, made of the layer as it is, would have; metadata included."""
     for _, layer, found in layers._copies(model):
         weight = layers._weight(layer)
-        anew = copies.Copies(found.dtype)
+        anew = packed.Copies(found.dtype)
         for side, made in (("forward", anew._start_forward), ("backward", anew._start_backward)):
             if getattr(found, side) is not None:
                 made(weight, SEQUENCES * LENGTH, *([layer.bias is not None] if side == "forward" else []))
@@ -374,7 +379,7 @@ except SlopeError as error:
 
 
 def text_data(folder: Path) -> Path:
-    from slope_cli.prepare import prepare
+    from slope_cli.data.prepare import prepare
 
     rng, words = random.Random(0), ["the", "a", "cat", "dog", "saw", "took", "small", "green", "house", "river"]
     text = folder / "text.jsonl"
@@ -409,9 +414,9 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = checkpoint.latest(run)
+    found = store.latest(run)
     assert found is not None
-    sizes = checkpoint._saved_shapes(found[0])
+    sizes = store._saved_shapes(found[0])
     reader = FileSystemReader(str(found[0]))
     metadata = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(shape, dtype=metadata[name].properties.dtype) for name, shape in sizes.items()}
@@ -453,11 +458,11 @@ def test_a_stopped_run_resumes_bit_for_bit(kind: str, resumed: Path) -> None:
 
 def test_two_searches_give_one_result() -> None:
     """A resumed run searches anew: whatever algorithm is found, the product has the same bits."""
-    shape = plans.Shape(1536, 512, 512, torch.bfloat16, True)
-    packed, _, X, bias = plans._operands(shape, 0)
+    shape = Shape(1536, 512, 512, torch.bfloat16, True)
+    packed, _, X, bias = autotune._operands(shape, 0)
     found: list[tuple[dict[str, int], torch.Tensor]] = []
     for _ in range(8):
-        plan = plans.Plan(shape, 0)
+        plan = Plan(shape, 0)
         algorithm = plan.search(packed, X, bias)
         found.append((algorithm, plan.matmul(packed, X, bias)))
     assert all(torch.equal(Y, found[0][1]) for _, Y in found), [algorithm for algorithm, _ in found]

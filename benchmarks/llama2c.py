@@ -1,0 +1,300 @@
+"""Llama models in the format of llama2.c, one file of weights and one of pieces, as a folder that transformers loads.
+
+The model file (its version 0) is seven int32, then float32 arrays without names, each kind for all layers at once.
+The tokenizer file is one int32, the length of the longest piece, then for each id a float32 score, an int32 length
+and that many bytes; ids 0 to 2 are unknown, beginning and end of text, and 3 to 258 are the single bytes.
+
+Shape suffixes: L layers, O out features, I in features.
+"""
+
+import math
+import os
+import shutil
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from slope_cli.data.tokenizer import save_tokenizer
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.models.build import build_model
+
+Float32 = NDArray[np.float32]
+
+HEADER = struct.Struct("<7i")
+PIECE = struct.Struct("<fi")
+VERSIONED = int.from_bytes(b"24ka", "little")
+"""What later versions of the format begin with, where this one has the width."""
+ROTARY_TABLES = "rotary tables"
+SPECIAL = ("<unk>", "<s>", "</s>")
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+class Header(NamedTuple):
+    """The seven numbers that a model file begins with; a negative vocab_size says that the head is not tied."""
+
+    dim: int
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    seq_len: int
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.vocab_size > 0
+
+    @property
+    def rows(self) -> int:
+        """Ids in the vocabulary."""
+        return abs(self.vocab_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.dim // self.n_heads
+
+
+class Piece(NamedTuple):
+    """A token's text, and how early pairs that make it are merged: the highest score first."""
+
+    text: str
+    score: float
+
+
+def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]:
+    """Write a llama2.c model and its tokenizer to the folder `out`, which appears when all of it is written.
+
+    LlamaForCausalLM and AutoTokenizer load the folder. The logits are those of llama2.c, float32. Text gets the ids
+    that llama2.c gives it, with `<s>` before it unless `add_special_tokens=False`; only `<unk>`, `<s>` and `</s>`
+    written out in a text are the special ids here, and plain text there. `<s>` ends a text, too: in llama2.c's training
+    it stands between texts, its sampling stops there, and `</s>` is never seen.
+
+    Returns:
+        What was written: the folder, and the model's parameters, layers, vocabulary and positions as numbers.
+
+    Raises:
+        UsageError: `out` is not empty, or a file is missing, of another format, of a wrong length, or of another
+            vocabulary than the other one.
+        SlopeError: the folder cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not an empty folder; choose another")
+    out = out.resolve()
+    logging.disable_progress_bar()  # a bar that is full at once
+    header = _read_header(model_file)
+    tokenizer = read_tokenizer(tokenizer_file)
+    if len(tokenizer) != header.rows:
+        raise UsageError(
+            f"{tokenizer_file}: has {len(tokenizer)} pieces, and {model_file} a vocabulary of {header.rows}; "
+            "give the tokenizer that the model was trained with"
+        )
+    tokenizer.model_max_length = header.seq_len
+    model = build_model(_config(header))
+    model.load_state_dict(_read_weights(model_file, header))
+    # A sibling, so that the last step is a rename; what a killed conversion left in it goes.
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(unfinished)
+        save_tokenizer(tokenizer, unfinished)
+        os.rename(unfinished, out)
+    except (OSError, SafetensorError) as error:  # the second, for one, on a full disk
+        raise SlopeError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return {
+        "folder": str(out),
+        "parameters": model.num_parameters(),
+        "layers": header.n_layers,
+        "vocabulary": header.rows,
+        "positions": header.seq_len,
+    }
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a llama2.c file, with the ids of llama2.c for any text; its special tokens are SPECIAL.
+
+    Pieces keep their spaces: with the usual ▁ in their place, a ▁ in a text would be taken for one.
+
+    Raises:
+        UsageError: the file is missing, of another format or not whole.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    unknown, begin, end = SPECIAL
+    pieces = _read_pieces(path)
+    vocabulary = {piece.text: token_id for token_id, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(pieces), unk_token=unknown, byte_fallback=True))
+    core.normalizer = normalizers.Prepend(" ")
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, vocabulary[begin])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token=unknown,
+        bos_token=begin,
+        eos_token=begin,  # see `convert`
+        extra_special_tokens=[end],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _read_header(path: Path) -> Header:
+    """The header of a model file, whose length must be what the header asks for."""
+    try:
+        with open(path, "rb") as file:
+            start, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(start) < HEADER.size:
+        raise UsageError(f"{path}: is no llama2.c model: it is shorter than a header")
+    header = Header._make(HEADER.unpack(start))
+    if header.dim == VERSIONED:
+        raise UsageError(f"{path}: is of a later version of llama2.c's format; export the model as version 0, float32")
+    _check_header(path, header)
+    expected = HEADER.size + 4 * sum(math.prod(shape) for shape in _layout(header).values())
+    if size != expected:
+        raise UsageError(f"{path}: has {size} bytes, and its header asks for {expected}; is it whole, and float32?")
+    return header
+
+
+def _check_header(path: Path, header: Header) -> None:
+    if min(*header._replace(vocab_size=header.rows)) < 1:
+        raise UsageError(f"{path}: is no llama2.c model: its header holds {tuple(header)}")
+    if header.dim % header.n_heads or header.head_dim % 2 or header.n_heads % header.n_kv_heads:
+        raise UsageError(
+            f"{path}: is no llama2.c model: its header has width {header.dim}, {header.n_heads} heads "
+            f"and {header.n_kv_heads} key-value heads, which do not fit together"
+        )
+
+
+def _layout(header: Header) -> dict[str, tuple[int, ...]]:
+    """transformers' names, and the shapes, of a model file's arrays in their order; {} stands for each layer."""
+    L, D, F, KV = header.n_layers, header.dim, header.hidden_dim, header.n_kv_heads * header.head_dim
+    layout: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (header.rows, D),
+        "model.layers.{}.input_layernorm.weight": (L, D),
+        "model.layers.{}.self_attn.q_proj.weight": (L, D, D),
+        "model.layers.{}.self_attn.k_proj.weight": (L, KV, D),
+        "model.layers.{}.self_attn.v_proj.weight": (L, KV, D),
+        "model.layers.{}.self_attn.o_proj.weight": (L, D, D),
+        "model.layers.{}.post_attention_layernorm.weight": (L, D),
+        "model.layers.{}.mlp.gate_proj.weight": (L, F, D),
+        "model.layers.{}.mlp.down_proj.weight": (L, D, F),
+        "model.layers.{}.mlp.up_proj.weight": (L, F, D),
+        "model.norm.weight": (D,),
+        ROTARY_TABLES: (2, header.seq_len, header.head_dim // 2),
+    }
+    return layout if header.tied else {**layout, "lm_head.weight": (header.rows, D)}
+
+
+def _read_weights(path: Path, header: Header) -> dict[str, Tensor]:
+    """The state dict of transformers' LlamaForCausalLM, float32."""
+    numbers = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
+    weights: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in _layout(header).items():
+        array = numbers[start : start + math.prod(shape)].reshape(shape)
+        start += array.size
+        if name == ROTARY_TABLES:  # sines and cosines of the base that `_config` names; newer llama2.c computes them
+            continue
+        if not np.isfinite(array).all():
+            raise UsageError(f"{path}: holds weights that are no finite numbers; it is damaged")
+        if "q_proj" in name or "k_proj" in name:
+            array = _pairs_to_halves(array, header.head_dim)
+        whole = torch.from_numpy(np.array(array, dtype=np.float32))
+        weights |= {name.format(layer): part for layer, part in enumerate(whole)} if "{}" in name else {name: whole}
+    if header.tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return weights
+
+
+def _pairs_to_halves(array_LOI: Float32, head_dim: int) -> Float32:
+    """Rows of queries or keys, reordered within each head.
+
+    Rotary positions turn features 2i and 2i + 1 together in llama2.c, i and i + head_dim / 2 in transformers.
+    """
+    layers, rows, columns = array_LOI.shape
+    pairs = array_LOI.reshape(layers, rows // head_dim, head_dim // 2, 2, columns)
+    return pairs.swapaxes(2, 3).reshape(layers, rows, columns)
+
+
+def _config(header: Header) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=header.rows,
+        hidden_size=header.dim,
+        intermediate_size=header.hidden_dim,
+        num_hidden_layers=header.n_layers,
+        num_attention_heads=header.n_heads,
+        num_key_value_heads=header.n_kv_heads,
+        max_position_embeddings=header.seq_len,
+        tie_word_embeddings=header.tied,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("<s>"),
+    )
+
+
+def _read_pieces(path: Path) -> list[Piece]:
+    """The pieces of a tokenizer file by id; the first three under the names that transformers' users expect."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) < 4:
+        raise UsageError(f"{path}: is no llama2.c tokenizer: it is shorter than a header")
+    longest = int.from_bytes(content[:4], "little", signed=True)
+    pieces: list[Piece] = []
+    at = 4
+    while at < len(content):
+        piece, at = _read_piece(path, content, at, longest, number=len(pieces))
+        pieces.append(piece)
+    if [piece.text for piece in pieces[len(SPECIAL) : len(SPECIAL) + len(BYTES)]] != BYTES:
+        raise UsageError(f"{path}: is no llama2.c tokenizer: ids 3 to 258 are not the single bytes, <0x00> to <0xFF>")
+    pieces[: len(SPECIAL)] = [Piece(name, 0.0) for name in SPECIAL]
+    twice = [text for text, count in Counter(piece.text for piece in pieces).items() if count > 1]
+    if twice:
+        raise UsageError(f"{path}: has the piece {twice[0]!r} more than once; every piece must have one id")
+    return pieces
+
+
+def _read_piece(path: Path, content: bytes, at: int, longest: int, *, number: int) -> tuple[Piece, int]:
+    """The piece that begins at a byte of the file, and where the next one does."""
+    start = at + PIECE.size
+    score, length = PIECE.unpack(content[at:start]) if start <= len(content) else (0.0, 0)
+    if not 0 <= length <= longest or not math.isfinite(score):
+        raise UsageError(f"{path}: is no llama2.c tokenizer: piece {number} has length {length} and score {score}")
+    if start + length > len(content):
+        raise UsageError(f"{path}: ends within piece {number}; it is not whole")
+    try:
+        return Piece(content[start : start + length].decode(), score), start + length
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is no llama2.c tokenizer: piece {number} is not UTF-8") from None
+
+
+def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, those that make the one of the highest score first.
+
+    llama2.c merges by that score alone. With scores as training gives them, all different and none above those of a
+    piece's parts, the order of pairs that make the same piece does not matter.
+    """
+    texts = {piece.text for piece in pieces[len(SPECIAL) :]}
+    merges: list[tuple[str, str]] = []
+    for text, _ in sorted(pieces[len(SPECIAL) :], key=lambda piece: -piece.score):
+        pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        merges += [(left, right) for left, right in pairs if left in texts and right in texts]
+    return merges

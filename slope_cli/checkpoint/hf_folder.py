@@ -1,0 +1,139 @@
+"""A folder that transformers reads: an export of a run, or any other causal model's or BERT's.
+
+Shape suffixes: O out features, I in features, R adapter rank.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from slope_cli.checkpoint import run_folder
+from slope_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.linearize import saved
+from slope_cli.models import shapes
+from sparse_kernels import extend_adapters, plan, sparsify
+
+ADAPTER = "adapter"
+"""The folder of an export's adapters, a LoRA of PEFT."""
+SEED = "slope_seed"
+"""The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
+GROUPS = (2, 4, 8, 16)
+"""The M of the N:M patterns that are looked for in a folder's weights."""
+MASKED = "bert"
+"""The one kind of model here that predicts masked tokens."""
+NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
+
+
+def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model of a folder, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UsageError: no model, one that predicts masked tokens but is no BERT's, without its head, or with a tokenizer
+            of more ids than it has.
+        SlopeError: files that cannot be loaded.
+    """
+    config = settings(folder)
+    logging.disable_progress_bar()
+    with _named(folder):
+        kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        with torch.random.fork_rng(devices=[]):  # transformers draws what is missing
+            torch.default_generator.manual_seed(0)
+            model, loading = kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        # What predicts the next sentence may be missing.
+        if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
+            raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
+        find_sparse_layers(model)
+        if (folder / ADAPTER).is_dir():
+            _join_adapters(model, folder / ADAPTER)
+        if (folder / saved.FOLDER).is_dir():
+            saved.read(folder / saved.FOLDER, model)
+    tokenizer = load_tokenizer(str(folder.resolve()))
+    ids, rows = vocabulary_size(tokenizer), shapes.vocab_size(model.config)
+    if ids > rows:
+        raise UsageError(f"{folder}: its tokenizer has {ids} ids, and the model a vocabulary of only {rows}")
+    return model.to(device).eval(), tokenizer
+
+
+def settings(folder: Path) -> PreTrainedConfig:
+    """transformers' config of a folder's model, without its weights; errors as for `load`."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: is neither a run (no {run_folder.CONFIG}) nor a model folder (no config.json)")
+    with _named(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.model_type != MASKED and any("MaskedLM" in name for name in config.architectures or ()):
+            raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
+        return config
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn whatever a folder's files make transformers raise into one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SlopeError(f"{folder}: cannot be loaded as a model ({reason})") from error
+
+
+def find_sparse_layers(model: PreTrainedModel) -> None:
+    """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
+    try:
+        linear = plan(model).swapped
+    except ValueError:  # too small for any
+        return
+    weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
+    patterns = {name: pattern(stored.t() if transposed else stored) for name, (stored, transposed) in weights.items()}
+    sparsify_as(model, {name: found for name, found in patterns.items() if found is not None})
+
+
+def sparsify_as(model: PreTrainedModel, patterns: Mapping[str, tuple[int, int]]) -> None:
+    """Make exactly these layers sparse, in place, each with its own (N, M)."""
+    for n, m in sorted(set(patterns.values())):
+        others = [layer.name for layer in plan(model).layers if patterns.get(layer.name) != (n, m)]
+        sparsify(model, n=n, m=m, skip=[f"^{re.escape(name)}$" for name in others])
+
+
+def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
+    """The sparsest N:M pattern along the rows that a weight (out, in) fits, of those the smallest M; None if dense."""
+    most = {}
+    for m in (m for m in GROUPS if weight_OI.shape[0] % m == weight_OI.shape[1] % m == 0):
+        most[m] = int((weight_OI.unflatten(1, (-1, m)) != 0).sum(-1).max())
+    fits = [(n / m, m, n) for m, n in most.items() if 0 < n < m]
+    return (min(fits)[2], min(fits)[1]) if fits else None
+
+
+def _join_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Give layers the adapters of an export's LoRA folder."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in config["target_modules"]:
+        A_RI, B_OR = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        try:
+            adapter = extend_adapters(model, [name], len(A_RI), alpha=alpha)[name]
+        except (AttributeError, ValueError) as error:
+            raise UsageError(f"{folder}: has an adapter for {name}: {error}") from None
+        with torch.no_grad():
+            adapter.A.copy_(A_RI)
+            adapter.B.copy_(B_OR)

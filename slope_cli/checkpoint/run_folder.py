@@ -1,0 +1,128 @@
+"""The folder of a run: what is in it, and who may use it.
+
+RUN/config.yaml          the resolved configuration
+RUN/environment.jsonl    a line for each start: versions, source, machine
+RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
+RUN/checkpoints/step-*   see slope_cli.checkpoint
+RUN/tokenizer/           for generate and export
+RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains
+RUN/data/                the embedded text as tokens, in a run that trains on it
+RUN/loss.png, loss.svg   drawn at the end
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slope_cli.checkpoint import store
+from slope_cli.config import load as configs
+from slope_cli.config import schema
+from slope_cli.config.schema import Config
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.report import metrics
+from slope_cli.utils import files
+from slope_cli.utils.environment import source_version
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+Found = tuple[Path, dict[str, Any], list[str]]
+"""A sound checkpoint, its manifest, and the faults of newer ones, as `checkpoint.latest` gives them."""
+LOG_ENDINGS = (".log", ".out", ".err")
+"""A batch system may have opened its log in the folder before the run begins."""
+
+
+@contextlib.contextmanager
+def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
+    """Hold the folder of a new run, or of this very run, for this process.
+
+    Raises:
+        UsageError: it holds something else, a run of another configuration, any run if `fresh`, cannot be written,
+            or another process holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        own = (".lock", f".{CONFIG}.tmp")
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in own and p.suffix not in LOG_ENDINGS)
+    except OSError as error:
+        raise UsageError(f"cannot make a run in {run}: {error.strerror}") from None
+    if foreign and not is_run(run):
+        raise UsageError(f"{run} is not empty and holds no run (there is {foreign[0]}); choose another --out")
+    if not os.access(run, os.W_OK):
+        raise UsageError(f"{run}: cannot be written")
+    with files.held_folder(run):
+        _settle_config(run, config, fresh=fresh)
+        yield
+
+
+def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
+    """Write the configuration of a new run, or compare it with the one that is there."""
+    if is_run(run):
+        if fresh:
+            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
+        changed = configs.differences(configs.load(str(run / CONFIG)), config)
+        # Before its first step a run may still change: a start that failed on a wrong size must not bar the right one.
+        if changed and _has_begun(run):
+            raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
+        if not changed:
+            return
+    write_config(run, config)
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether a run has finished a step."""
+    logged = metrics.read(run) if (run / metrics.JSONL).is_file() else []
+    return bool(store.folders(run)) or any(record["kind"] in metrics.STEPS for record in logged)
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Let RUN/config.yaml hold this configuration, whose free keys may differ from those of an earlier start."""
+    text, path = configs.dump(config).encode(), run / CONFIG
+    if not path.is_file() or path.read_bytes() != text:
+        with files.atomic_file(path) as file:
+            file.write(text)
+
+
+def open_config(run: Path) -> Config:
+    """The configuration of an existing run; UsageError if the folder holds none."""
+    require_run(run)
+    return configs.load(str(run / CONFIG))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / CONFIG).is_file()
+
+
+def require_run(run: Path) -> None:
+    """UsageError if a folder holds no run."""
+    if not is_run(run):
+        raise UsageError(f"{run}: is not the folder of a run (no {CONFIG})")
+
+
+def data_folder(config: Config, run: Path) -> Path:
+    """Where the tokens of a run lie: the embedded text's inside its own folder."""
+    return run / "data" if config.data.path == schema.EMBEDDED else Path(config.data.path).expanduser()
+
+
+def facts(config: Config, run: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the files beside it, and of the program that saved it."""
+    paths = sorted(path for path in (run / TOKENIZER).iterdir() if path.is_file())
+    tokenizer = {path.name: files.file_sha256(path) for path in paths}
+    return {"config": configs.fixed(config), "tokenizer": tokenizer, "source": source_version()}
+
+
+def require_same_config(config: Config, run: Path, manifest: Mapping[str, Any]) -> None:
+    """SlopeError naming the keys in which a configuration is not the one that a checkpoint was saved under."""
+    then = configs.fixed(Config()) | manifest["config"]  # a key that a later version brought had its default then
+    if changed := configs.changes(then, configs.fixed(config)):
+        raise SlopeError(
+            f"{run / CONFIG} was altered after step {manifest['step']} ({'; '.join(changed)}); set it back"
+        )
+
+
+def altered_tokenizer_files(run: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The tokenizer's files that are missing or not those that a checkpoint was saved beside."""
+    saved = {run / TOKENIZER / name: sha256 for name, sha256 in manifest["tokenizer"].items()}
+    return [path for path, sha256 in saved.items() if not path.is_file() or files.file_sha256(path) != sha256]

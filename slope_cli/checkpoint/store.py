@@ -1,0 +1,260 @@
+"""Checkpoints that are whole or absent, and never loaded damaged.
+
+RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's files and manifest.json with the SHA-256 of each.
+It is written under a temporary name, hashed, given its manifest last, synced to disk and renamed; so a folder named
+step-* is complete, and a flipped byte anywhere in it shows as a wrong hash.
+
+A run that trains little beside a large frozen model writes that model once, in the same way, to RUN/base/. Its
+checkpoints leave out what is there and has no gradient, name the base they were saved beside, and are read with it.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as write
+
+from slope_cli.errors import SlopeError
+from slope_cli.methods.optim import MOMENTS, init_state
+from slope_cli.utils.files import file_sha256, read_sealed, sync_folder, write_sealed
+
+MANIFEST = "manifest.json"
+BASE = "base"
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All that a checkpoint holds, as live tensors by name: parameters, buffers, and the optimizer's state.
+
+    A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order; LAMB's
+    update depends on none.
+    """
+    named = model.state_dict(keep_vars=True)
+    first_name = {id(tensor): name for name, tensor in reversed(named.items())}
+    tensors = {f"model.{name}": tensor for name, tensor in named.items() if first_name[id(tensor)] == name}
+    if optimizer is not None:
+        states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+        for name, state in states.items():
+            tensors |= {f"optim.{name}.{key}": state[key] for key in MOMENTS}
+        if counts := [state["step"] for state in states.values() if "step" in state]:
+            tensors["optim.step"] = torch.stack([count.float().cpu() for count in counts])
+    return tensors
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Read a verified checkpoint into a model, and an optimizer with the same parameters, in place.
+
+    What the checkpoint does not hold is read from the base that it was saved beside.
+
+    Args:
+        folder: of a checkpoint, or a run's base.
+
+    Raises:
+        SlopeError: its tensors are not those of this model, or it cannot be read.
+    """
+    base = folder.parents[1] / BASE if "base" in read_sealed(folder / MANIFEST) else None
+    saved = _saved_shapes(folder)
+    held = saved if base is None else _saved_shapes(base) | saved
+    if optimizer is not None:
+        init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
+    tensors = state_tensors(model, optimizer)
+    expected = {name: tuple(t.shape) for name, t in tensors.items()}
+    kept = {name: shape for name, shape in held.items() if optimizer is not None or name.startswith("model.")}
+    if kept != expected:
+        wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
+        raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+    try:
+        with _single_process():
+            load({name: tensors[name] for name in tensors if name in saved}, checkpoint_id=folder, no_dist=True)
+            if base is not None:
+                rest = {name: tensors[name] for name in tensors if name not in saved}
+                load(rest, checkpoint_id=base, no_dist=True)
+    except CheckpointException as error:
+        raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
+    if optimizer is not None:
+        states = (optimizer.state[p] for p in model.parameters() if p in optimizer.state)
+        counts = [state["step"] for state in states if "step" in state]
+        for count, saved_count in zip(counts, tensors.get("optim.step", torch.empty(0)), strict=True):
+            count.copy_(saved_count)
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it saves from one process; here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def save(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+    beside_base: bool = False,
+) -> Path:
+    """Write a checkpoint, then drop all but the newest `keep`.
+
+    Args:
+        step: finished steps; a checkpoint of that step that is there already is left as it is.
+        facts: goes into the manifest as it is (JSON).
+        beside_base: leave out the tensors without gradient that the run's base holds, if it has one: a run made before
+            there were any goes on without.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        SlopeError: it could not be written (a full disk, say); what was there before is untouched.
+    """
+    final, base = run / "checkpoints" / f"step-{step:08d}", run / BASE
+    if final.exists():
+        return final
+    if beside_base and base.is_dir():
+        frozen = read_sealed(base / MANIFEST)["tensors"]
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or name not in frozen}
+        facts = {**facts, "base": file_sha256(base / MANIFEST)}
+    _write(final, f"the checkpoint of step {step}", tensors, {"step": step, **facts})
+    with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
+        for old in folders(run)[keep:]:
+            dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
+            os.rename(old, dead)
+            shutil.rmtree(dead)
+    return final
+
+
+def save_base(run: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the model that a run without checkpoints begins with, in place of one that an earlier start left.
+
+    Raises:
+        SlopeError: it could not be written (a full disk, say).
+    """
+    shutil.rmtree(run / BASE, ignore_errors=True)
+    _write(run / BASE, "the model that the run begins with", tensors, {"tensors": sorted(tensors)})
+
+
+def _write(final: Path, what: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and their manifest to a folder that appears when it is whole; what: for the error."""
+    parent, temporary = final.parent, final.with_name(f".tmp-{final.name}")
+    need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
+    try:
+        parent.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (free := shutil.disk_usage(parent).free) < need:
+            raise OSError(f"{free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
+        with _single_process():
+            write(dict(tensors), checkpoint_id=temporary, no_dist=True)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
+        write_sealed(temporary / MANIFEST, {"files": files, **facts})
+        os.rename(temporary, final)
+        sync_folder(parent)
+    except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SlopeError(f"{what} cannot be written to {parent}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error's text; a Ctrl-C that torch has wrapped like any error goes on its way."""
+    for wrapped, _ in getattr(error, "failures", {}).values():
+        if isinstance(wrapped, KeyboardInterrupt | SystemExit):
+            raise wrapped from None
+    return str(error).strip().splitlines()[-1]
+
+
+def clean(run: Path) -> None:
+    """Remove what an interrupted save or prune left behind."""
+    for leftover in (*run.glob(f".tmp-{BASE}"), *run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.dead-*")):
+        shutil.rmtree(leftover)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hash every file of a checkpoint, but for the run's base, and compare with its manifest, which is returned.
+
+    Raises:
+        SlopeError: naming the first file that is missing, of another size, or altered.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    if manifest["step"] != _step(folder):
+        raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
+    _verify_files(folder, manifest)
+    return manifest
+
+
+def verify_base(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash the base that a checkpoint with this manifest was saved beside; returns and raises as `verify`."""
+    path = run / BASE / MANIFEST
+    base = read_sealed(path)
+    if file_sha256(path) != manifest["base"]:
+        raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
+    _verify_files(path.parent, base)
+    return base
+
+
+def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    present = {p.name for p in folder.iterdir()} - {MANIFEST}
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if name not in present:
+            raise SlopeError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise SlopeError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
+        if file_sha256(path) != entry["sha256"]:
+            raise SlopeError(f"{path} is damaged: its checksum does not fit")
+
+
+def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest checkpoint that verifies, with its manifest and the faults of newer ones that do not.
+
+    Returns:
+        (folder, manifest, faults), or None where no checkpoint was ever saved.
+
+    Raises:
+        SlopeError: there are checkpoints, and every one is damaged, or the base that the newest sound one needs is.
+    """
+    faults: list[str] = []
+    for folder in folders(run):
+        try:
+            manifest = verify(folder)
+        except SlopeError as error:
+            faults.append(str(error))
+            continue
+        if "base" in manifest:
+            verify_base(run, manifest)  # an older checkpoint needs it too
+        return folder, manifest, faults
+    if faults:
+        raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
+    return None
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Rename the damaged checkpoints beyond `step`, so that training can save under their names again."""
+    for folder in folders(run):
+        if _step(folder) > step:
+            names = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count())
+            folder.rename(next(path for path in names if not path.exists()))
+
+
+def folders(run: Path) -> list[Path]:
+    """Every step-* folder of a run, newest first."""
+    found = (folder for folder in run.glob("checkpoints/step-*") if folder.name.removeprefix("step-").isdigit())
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])

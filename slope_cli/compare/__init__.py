@@ -1,0 +1,1 @@
+"""`slope compare`: variants of a recipe trained and set side by side."""

@@ -1,0 +1,129 @@
+"""The processes of `slope compare`: each run that is not finished is trained by a `slope pretrain` of its own.
+
+OUT/configs/<run>.yaml   its resolved config
+OUT/<run>.log            what its process says
+OUT/starts.jsonl         a line for each start: how many runs were at work then
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import slope_cli
+from slope_cli.compare.variants import Planned
+from slope_cli.config import load as configs
+from slope_cli.distributed.signals import STOPPED, StopFlag, Stopped
+from slope_cli.utils.files import atomic_file
+
+POLL = 0.1
+"""Seconds between two looks at the processes."""
+
+
+class Child:
+    """A process that trains one run."""
+
+    def __init__(self, run: Planned, out: Path, jobs: int) -> None:
+        config, self.run, self.log = out / "configs" / f"{run.name}.yaml", run, out / f"{run.name}.log"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(config) as file:
+            file.write(configs.dump(run.config).encode())
+        with (out / "starts.jsonl").open("a") as starts:
+            starts.write(json.dumps({"run": run.name, "jobs": jobs}) + "\n")
+        self._said_before = self.log.stat().st_size if self.log.is_file() else 0
+        # This very program, not one that happens to lie in the working directory.
+        path = os.pathsep.join(filter(None, (str(Path(slope_cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+        # Processes that each take all cores wait for one another most of the time.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+        command = [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()", "pretrain", str(config)]
+        command += ["--out", str(out / run.name)]
+        with self.log.open("ab") as log:
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                command,
+                env={**threads, **os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def error(self, code: int) -> str:
+        """Why the process failed, in one line."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        with self.log.open("rb") as file:
+            file.seek(self._said_before)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+
+
+def train(
+    planned: Sequence[Planned], out: Path, jobs: int, finished: Callable[[Planned], bool], stop: StopFlag | None
+) -> dict[str, str]:
+    """Train what is not finished, `jobs` runs at a time; returns the error of each run that failed, by its name.
+
+    Raises:
+        Stopped: a signal asked this process or one of the runs for it.
+    """
+    waiting = [run for run in planned if not finished(run)]
+    done, errors = len(planned) - len(waiting), dict[str, str]()
+    running: list[Child] = []
+    if done:
+        _say(f"{done} of {len(planned)} runs are finished already")
+    with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
+        try:
+            while (waiting or running) and not stop.name:
+                while waiting and len(running) < jobs:
+                    running.append(Child(waiting.pop(0), out, min(jobs, len(waiting) + len(running) + 1)))
+                    _say(f"{running[-1].run.name}: training; its log is {running[-1].log}")
+                time.sleep(POLL)
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
+                    done += _ended(child, errors, stop)
+            if stop.name:
+                done += _stop_all(running)
+            if done + len(errors) < len(planned):
+                text = f"{done} of {len(planned)} runs are finished; run the same command to go on"
+                raise Stopped(f"stopped by {stop.name}: {text}")
+        finally:
+            for child in running:
+                child.process.kill()
+                child.process.wait()
+    return errors
+
+
+def _ended(child: Child, errors: dict[str, str], stop: StopFlag) -> bool:
+    """Say how a process ended; returns whether it is done. One that was told to stop stops all."""
+    code, name = child.process.wait(), child.run.name
+    if code == STOPPED:
+        stop.name = stop.name or f"a signal to {name}"
+    elif code:
+        errors[name] = child.error(code)
+        _say(f"{name}: failed: {errors[name]}")
+    else:
+        _say(f"{name}: finished")
+    return code == 0
+
+
+def _stop_all(running: list[Child]) -> int:
+    """Ask all to save and stop, and wait for them; returns how many came to their end instead."""
+    for child in running:
+        child.process.terminate()
+    codes = [child.process.wait() for child in running]
+    running.clear()
+    return codes.count(0)
+
+
+def most_at_once(planned: Sequence[Planned], out: Path) -> int:
+    """The largest number of runs that were ever at work together when one of these was."""
+    path, names = out / "starts.jsonl", {run.name for run in planned}
+    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return max((start["jobs"] for start in starts if start["run"] in names), default=1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

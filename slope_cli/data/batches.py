@@ -1,0 +1,289 @@
+"""Batches that are a pure function of (seed, step, micro-step, rank).
+
+Shape letters: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slope_cli.data.dataset import NO_VALIDATION
+from slope_cli.data.token_file import TokenFile
+from slope_cli.errors import UsageError
+
+Batch = dict[str, NDArray[np.int64]]
+IGNORED = -100
+FEISTEL_ROUNDS = 6
+BIGRAM_CHUNK = 1 << 22
+
+
+# ----------------------------------------------------------------------------------------- blocks and their order
+
+
+class Blocks:
+    """All tokens of some files as one stream, read in blocks that overlap by one token.
+
+    Block i is tokens[i·T : i·T + T + 1], so that every token is a target exactly once an epoch, except the first one
+    and the last (tokens - 1) mod T, which never are.
+    """
+
+    def __init__(self, files: Sequence[TokenFile], seq_len: int) -> None:
+        self.seq_len = seq_len
+        self._files = [file for file in files if file.header.tokens]
+        self._ends = np.cumsum([file.header.tokens for file in self._files], dtype=np.int64)
+        self.tokens = int(self._ends[-1]) if self._files else 0
+
+    def __len__(self) -> int:
+        return max(self.tokens - 1, 0) // self.seq_len
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Block `index`, (T+1,) int64; IndexError outside 0 … len-1."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.seq_len
+        stop = start + self.seq_len + 1
+        block, filled = np.empty(self.seq_len + 1, np.int64), 0
+        at = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < len(block):
+            end = int(self._ends[at])
+            first = end - self._files[at].header.tokens
+            piece = self._files[at].tokens[start + filled - first : stop - first]
+            block[filled : filled + len(piece)] = piece
+            filled, at = filled + len(piece), at + 1
+        return block
+
+
+@overload
+def shuffled(index: int, length: int, key: tuple[int, ...]) -> int: ...
+@overload
+def shuffled(index: NDArray[np.int64], length: int, key: tuple[int, ...]) -> NDArray[np.int64]: ...
+def shuffled(index: int | NDArray[np.int64], length: int, key: tuple[int, ...]) -> int | NDArray[np.int64]:
+    """Where a keyed bijection of range(length) sends index (an int, or int64 of any shape); needs no memory.
+
+    A balanced Feistel network over the smallest even number of bits; what falls outside the range goes round again.
+    """
+    given = np.asarray(index)
+    if length < 1 or (given.size and (given.min() < 0 or given.max() >= length)):
+        raise ValueError(f"index outside range({length})")
+    half = max(1, ((length - 1).bit_length() + 1) // 2)
+    state = hashlib.blake2b(repr(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    keys = np.frombuffer(state, "<u8")
+    value = _feistel(given.reshape(-1).astype(np.uint64), half, keys)
+    while (outside := value >= length).any():
+        value[outside] = _feistel(value[outside], half, keys)
+    result = value.astype(np.int64).reshape(given.shape)
+    return int(result) if isinstance(index, int) else result
+
+
+def _feistel(value: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = value >> shift, value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: every input bit reaches every output bit (array products wrap, as they must)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def sample_numbers(
+    step: int, micro: int, rank: int, *, world: int, micro_batch: int, accumulation: int
+) -> NDArray[np.int64]:
+    """The numbers, since the start of the run, of the samples of one micro-batch on one rank: (micro_batch,) int64."""
+    first = ((step * accumulation + micro) * world + rank) * micro_batch
+    return np.arange(first, first + micro_batch, dtype=np.int64)
+
+
+def sample_indices(
+    step: int, micro: int, rank: int, *, world: int, micro_batch: int, accumulation: int, seed: int, length: int
+) -> NDArray[np.int64]:
+    """The blocks of one micro-batch on one rank: (micro_batch,) int64 in range(length).
+
+    Every block comes once an epoch, in an order of its own for each epoch. The samples of a step are the same set for
+    any world size as long as world * micro_batch * accumulation is. UsageError if there is no block at all.
+    """
+    if length < 1:
+        raise UsageError("the training text is shorter than one sequence: lower train.seq_len or prepare more text")
+    numbers = sample_numbers(step, micro, rank, world=world, micro_batch=micro_batch, accumulation=accumulation)
+    epochs, places = np.divmod(numbers, length)
+    indices = np.empty_like(numbers)
+    for epoch in np.unique(epochs):
+        indices[epochs == epoch] = shuffled(places[epochs == epoch], length, (seed, int(epoch)))
+    return indices
+
+
+# --------------------------------------------------------------------------------------------------- batches
+
+
+def causal_batch(blocks: Blocks, indices: Iterable[int] | NDArray[np.int64]) -> Batch:
+    """Next-token prediction: input_ids and labels, both (B, T) int64; labels[b, t] is the token after input_ids[b, t].
+
+    The labels are shifted already: do not give them to a model that shifts them itself.
+    """
+    rows_BT1 = np.stack([blocks[int(index)] for index in indices])
+    return {"input_ids": rows_BT1[:, :-1].copy(), "labels": rows_BT1[:, 1:].copy()}
+
+
+@dataclass(frozen=True)
+class MaskingIds:
+    """The special ids of a BERT tokenizer; `never_mask` are all ids that are neither predicted nor drawn."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    vocab_size: int
+    never_mask: tuple[int, ...]
+
+
+def masked_batch(
+    blocks: Blocks,
+    indices: Iterable[int] | NDArray[np.int64],
+    *,
+    special: MaskingIds,
+    seed: int,
+    sample_numbers: Iterable[int] | NDArray[np.int64],
+) -> Batch:
+    """BERT's objective: input_ids, token_type_ids, labels (B, T) int64, next_sentence_label (B,) int64.
+
+    A sample is [CLS] A [SEP] B [SEP]. A and B are spans of running text, cut at a random token, not sentences. In half
+    of the samples B is a span of another random block (label 1); else it follows A (label 0). Of the tokens that are
+    not special, 15 % are predicted: 80 % of these read [MASK], 10 % a random token, 10 % stay; labels are -100
+    elsewhere. A sample depends on (seed, its number) only. UsageError if T < 5.
+    """
+    if blocks.seq_len < 5:
+        raise UsageError(f"train.seq_len {blocks.seq_len} is too short for the masked objective: [CLS] A [SEP] B [SEP]")
+    never = np.array(special.never_mask, np.int64)
+    drawable = np.setdiff1d(np.arange(special.vocab_size), never)
+    rows: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": [], "labels": [], "next_sentence_label": []}
+    for index, number in zip(indices, sample_numbers, strict=True):
+        rng = np.random.default_rng((seed, int(number)))
+        ids_T, types_T, is_random = _segment_pair(blocks, int(index), special, rng)
+        rows["labels"].append(_mask_in_place(ids_T, never, drawable, special.mask, rng))
+        rows["input_ids"].append(ids_T)
+        rows["token_type_ids"].append(types_T)
+        rows["next_sentence_label"].append(is_random)
+    return {name: np.asarray(values, np.int64) for name, values in rows.items()}
+
+
+def _segment_pair(
+    blocks: Blocks, index: int, special: MaskingIds, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    room = blocks.seq_len - 3
+    start = int(rng.integers(0, 5))  # a block has 4 tokens more than a sample takes: let none be left out for ever
+    text = blocks[index][start : start + room]
+    split = int(rng.integers(1, room))
+    first, second = text[:split], text[split:]
+    is_random = int(len(blocks) > 1 and rng.random() < 0.5)
+    if is_random:
+        other = blocks[(index + int(rng.integers(1, len(blocks)))) % len(blocks)]
+        at = int(rng.integers(0, len(other) - len(second) + 1))
+        second = other[at : at + len(second)]
+    ids_T = np.concatenate(([special.cls], first, [special.sep], second, [special.sep]))
+    return ids_T, (np.arange(len(ids_T)) >= split + 2).astype(np.int64), is_random
+
+
+def _mask_in_place(
+    ids_T: NDArray[np.int64],
+    never: NDArray[np.int64],
+    drawable: NDArray[np.int64],
+    mask_id: int,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    labels_T = np.full_like(ids_T, IGNORED)
+    candidates = np.flatnonzero(~np.isin(ids_T, never))
+    if len(candidates) == 0:
+        return labels_T
+    chosen = rng.choice(candidates, max(1, round(0.15 * len(candidates))), replace=False)
+    labels_T[chosen] = ids_T[chosen]
+    fate = rng.random(len(chosen))
+    ids_T[chosen[fate < 0.8]] = mask_id
+    replaced = chosen[(fate >= 0.8) & (fate < 0.9)]
+    ids_T[replaced] = rng.choice(drawable, len(replaced))
+    return labels_T
+
+
+class Ahead:
+    """What `make` gives for each step's number; the next step's is made in a thread while this one is taken.
+
+    BERT's masking takes the host as long as the GPU half a step.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], steps: int) -> None:
+        """`make` may be called for the numbers below `steps`, of which it is a pure function."""
+        self._make, self._steps, self._thread = make, steps, ThreadPoolExecutor(1, "batches")
+        self._next: tuple[int, Future[list[Batch]] | None] = -1, None
+
+    def __call__(self, step: int) -> list[Batch]:
+        """The batches of a step; any order will do, one after another is fast."""
+        number, ready = self._next
+        if ready is None or number != step:
+            ready = self._thread.submit(self._make, step)
+        if step + 1 < self._steps:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return ready.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def val_batches(
+    file: TokenFile, *, seq_len: int, tokens: int, micro_batch: int, masking: MaskingIds | None = None, seed: int = 0
+) -> Iterator[Batch]:
+    """The same evenly spaced blocks of a validation file each time: at most `tokens` tokens, but at least one block.
+
+    Causal batches, or masked ones where `masking` is given. The last batch may be smaller. A file shorter than one
+    block gives one shorter block; one too short for any block (2 tokens, or 6 when masked) gives nothing.
+    """
+    blocks = Blocks([file], max(1, min(seq_len, file.header.tokens - 1)))
+    count = min(len(blocks), max(1, tokens // blocks.seq_len))
+    if masking is not None and blocks.seq_len < 5:
+        return
+    numbers = np.arange(count, dtype=np.int64)
+    indices = numbers * len(blocks) // max(count, 1)
+    for at in range(0, count, micro_batch):
+        part = slice(at, at + micro_batch)
+        if masking is None:
+            yield causal_batch(blocks, indices[part])
+        else:
+            yield masked_batch(blocks, indices[part], special=masking, seed=seed, sample_numbers=numbers[part])
+
+
+# ----------------------------------------------------------------------------------------------- a yardstick
+
+
+def bigram_loss(train: Sequence[TokenFile], val: Sequence[TokenFile], vocab_size: int) -> float:
+    """Nats per token, on `val`, of a bigram model counted on `train` with 0.1 added to each count.
+
+    What a model must beat to have learnt more than pairs. Memory is vocab_size² counts: meant for up to 4096 ids.
+    UsageError if `val` has no pair of tokens.
+    """
+    seen = _pair_counts(train, vocab_size) + 0.1
+    held = _pair_counts(val, vocab_size)
+    if held.sum() == 0:
+        raise UsageError(
+            f"no validation text to compare with: prepare the data with --val-fraction above 0; {NO_VALIDATION}"
+        )
+    surprise = np.log(seen.sum(axis=1, keepdims=True)) - np.log(seen)
+    return float((held * surprise).sum() / held.sum())
+
+
+def _pair_counts(files: Sequence[TokenFile], vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size * vocab_size, np.int64)
+    for file in files:
+        for start in range(0, max(file.header.tokens - 1, 0), BIGRAM_CHUNK):
+            ids = file.tokens[start : start + BIGRAM_CHUNK + 1].astype(np.int64)
+            counts += np.bincount(ids[:-1] * vocab_size + ids[1:], minlength=len(counts))
+    return counts.reshape(vocab_size, vocab_size)

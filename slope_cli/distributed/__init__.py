@@ -1,0 +1,1 @@
+"""How a process is launched and stopped."""

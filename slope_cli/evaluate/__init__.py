@@ -1,0 +1,1 @@
+"""`slope eval`: perplexity and zero-shot tasks."""

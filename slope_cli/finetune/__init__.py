@@ -1,0 +1,1 @@
+"""`slope finetune`: BERT on GLUE and SQuAD v1.1."""

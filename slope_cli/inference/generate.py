@@ -1,0 +1,65 @@
+"""Text from a trained causal model."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from slope_cli.data.tokenizer import begin_id
+from slope_cli.errors import UsageError
+from slope_cli.linearize.swap import using
+from slope_cli.models import shapes
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The ids of a prompt as text begins in training: after the beginning of text, if the tokenizer puts one there.
+
+    No end of text follows, whatever the tokenizer puts there: the text is to go on.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    begin = begin_id(tokenizer)
+    return ids if begin is None else [begin, *ids]
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    compiled: bool = False,
+) -> str:
+    """The prompt and what the model makes of it, sampled; with temperature 0 the likeliest token each time.
+
+    Args:
+        tokens: how many to add at most; fewer where the model's positions end.
+        compiled: compile what linearized attention does with a token; pays for many tokens, or texts, on a GPU.
+
+    Raises:
+        UsageError: an empty prompt where texts begin with no token of their own, one that fills the model's positions,
+            or a model that cannot continue text.
+    """
+    if shapes.objective(model.config) == "masked":
+        raise UsageError(f"{type(model).__name__}: predicts masked tokens and cannot continue text; use a causal model")
+    ids_1T = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
+    length, positions = ids_1T.shape[1], shapes.max_seq_len(model.config)
+    if length == 0:
+        raise UsageError("prompt: is empty; give some text to go on with")
+    if length >= positions:
+        raise UsageError(f"prompt: has {length} tokens and the model only {positions} positions; shorten it")
+    training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    with torch.no_grad(), using(model, compiled=compiled):
+        out_1T = model.generate(
+            input_ids=ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            max_new_tokens=min(tokens, positions - length),
+            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    model.train(training)
+    return str(tokenizer.decode(out_1T[0], skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""What a method trains in each step of a run."""

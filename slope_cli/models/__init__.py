@@ -1,0 +1,1 @@
+"""The supported model shapes, their losses and their sizes."""

@@ -1,0 +1,244 @@
+"""The model shapes: published configurations, the models transformers builds from them, and their pretraining loss.
+
+Every model is one of transformers' own classes, so that `save_pretrained`, `generate` and lm-eval work on what was
+trained. The linear layers in them are transformers' `Conv1D` in GPT-2 (weight (in, out)) and `nn.Linear` elsewhere.
+
+Shape suffixes: B sequences, T positions, V vocabulary.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from slope_cli.errors import UsageError
+
+FamilyName = Literal["gpt2", "opt", "bert", "llama", "mistral"]
+Objective = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the shapes of one architecture share: transformers' class names, and how it spells its settings."""
+
+    config_class: str
+    model_class: str
+    sizes: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    positions: str
+    activation: str
+    # A learned position table is a parameter that can be made longer; rotary positions are not trained, so a longer
+    # sequence needs another rope, which is the user's decision.
+    learned_positions: bool
+    objective: Objective = "causal"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One named model: its family, and the keyword arguments of the transformers config."""
+
+    family: FamilyName
+    config: Mapping[str, Any]
+
+    @property
+    def objective(self) -> Objective:
+        """What the shape is pretrained on."""
+        return FAMILIES[self.family].objective
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_LLAMA_SIZES = (*_SIZES, "intermediate_size", "num_key_value_heads", "head_dim")
+
+FAMILIES: dict[FamilyName, Family] = {
+    "gpt2": Family(
+        config_class="GPT2Config",
+        model_class="GPT2LMHeadModel",
+        sizes=("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+        dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        positions="n_positions",
+        activation="activation_function",
+        learned_positions=True,
+    ),
+    "opt": Family(
+        config_class="OPTConfig",
+        model_class="OPTForCausalLM",
+        sizes=(*_SIZES, "ffn_dim", "word_embed_proj_dim"),
+        dropouts=("dropout", "attention_dropout"),
+        positions="max_position_embeddings",
+        activation="activation_function",
+        learned_positions=True,
+    ),
+    "bert": Family(
+        config_class="BertConfig",
+        model_class="BertForPreTraining",
+        sizes=(*_SIZES, "intermediate_size", "type_vocab_size"),
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        positions="max_position_embeddings",
+        activation="hidden_act",
+        learned_positions=True,
+        objective="masked",
+    ),
+    "llama": Family(
+        config_class="LlamaConfig",
+        model_class="LlamaForCausalLM",
+        sizes=_LLAMA_SIZES,
+        dropouts=("attention_dropout",),
+        positions="max_position_embeddings",
+        activation="hidden_act",
+        learned_positions=False,
+    ),
+    "mistral": Family(
+        config_class="MistralConfig",
+        model_class="MistralForCausalLM",
+        sizes=(*_LLAMA_SIZES, "sliding_window"),
+        dropouts=("attention_dropout",),
+        positions="max_position_embeddings",
+        activation="hidden_act",
+        learned_positions=False,
+    ),
+}
+
+
+def _gpt2(width: int, layers: int, heads: int, **more: Any) -> Shape:
+    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers, "n_head": heads}
+    return Shape("gpt2", {**sizes, **more})
+
+
+def _opt(width: int, layers: int, heads: int, **more: Any) -> Shape:
+    sizes = {
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    # The published pad_token_id 1 makes the embedding drop that row's gradient. Token files hold no padding, and in
+    # any other tokenizer than OPT's own id 1 is a real token (GPT-2's is the quotation mark).
+    return Shape("opt", {**sizes, "pad_token_id": None, **more})
+
+
+def _bert(width: int, layers: int, heads: int) -> Shape:
+    sizes = {
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return Shape("bert", sizes)
+
+
+# The decoder that Llama 3 8B and Mistral 7B have in common.
+_GROUPED_4096 = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+_GROUPED_8192 = {
+    **_GROUPED_4096,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+_LLAMA3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+SHAPES: dict[str, Shape] = {
+    # Bytes and one end-of-text id, 257 in all, padded to a multiple of 16.
+    "gpt2-nano": _gpt2(
+        128,
+        4,
+        4,
+        vocab_size=272,
+        n_positions=256,
+        bos_token_id=256,
+        eos_token_id=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
+    "gpt2-small": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    "opt-125m": _opt(768, 12, 12),
+    # The odd one of its family: norms after the residual sum, embeddings of width 512 projected up and down.
+    "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-2.7b": _opt(2560, 32, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
+    "opt-66b": _opt(9216, 64, 72),
+    "bert-base": _bert(768, 12, 12),
+    "bert-large": _bert(1024, 24, 16),
+    "llama3-8b": Shape("llama", {**_GROUPED_4096, **_LLAMA3}),
+    "llama3-70b": Shape("llama", {**_GROUPED_8192, **_LLAMA3}),
+    "mistral-7b": Shape(
+        "mistral",
+        {
+            **_GROUPED_4096,
+            "vocab_size": 32768,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_window": None,
+        },
+    ),
+}
+
+
+def objective(config: PreTrainedConfig) -> Objective:
+    """What models of this config are pretrained on; UsageError if it is of none of the families here."""
+    return family_of(config).objective
+
+
+def vocab_size(config: PreTrainedConfig) -> int:
+    """Rows of the embedding table: token ids run from 0 up to, not including, this."""
+    return int(config.vocab_size)
+
+
+def max_seq_len(config: PreTrainedConfig) -> int:
+    """The longest sequence the positions hold."""
+    return int(config.max_position_embeddings)
+
+
+def width(config: PreTrainedConfig) -> int:
+    """Features of the residual stream."""
+    return int(config.hidden_size)
+
+
+def shape_of(name: str) -> Shape:
+    if name not in SHAPES:
+        raise UsageError(f"unknown model {name!r}{_suggestion(name, SHAPES)}")
+    return SHAPES[name]
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    if config.model_type not in FAMILIES:
+        raise UsageError(f"model type {config.model_type!r} is not supported; it must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(names)}"

@@ -1,0 +1,165 @@
+"""One optimizer step. Of stage 1: every layer's maps learn from that layer's own loss alone. Of stage 2, where it has
+the softmax model for a teacher: adapters learn from what that predicts.
+
+Shape suffixes: B sequences, T positions, V vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slope_cli.errors import SlopeError
+from slope_cli.linearize.swap import linear_windows
+from slope_cli.linearize.transfer import transfer_losses
+from slope_cli.models.loss import IGNORED_LABEL, Loss, batch_loss
+from slope_cli.train.step import Batch, Step, compile_blocks
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Transferred(NamedTuple):
+    """What a step had before its update: means over its micro-batches, and the norm of the gradient before clipping.
+
+    mse: the squared error of attention's output, the mean over layers. total: what was optimised, likewise. layers: the
+    squared error of each, by the attention module's name.
+    """
+
+    mse: float
+    total: float
+    norm: float
+    layers: dict[str, float]
+
+
+class TransferStep:
+    """Takes the steps of attention transfer.
+
+    The layers' losses share no gradient, so one optimizer over all maps is as many optimizers as there are layers, if
+    only each layer's gradient is clipped by itself: one layer that is far off must not slow the others down. The
+    learning rate follows the run's schedule down to its end, where LoLCATs' code watches validation and keeps the best
+    state: no state is chosen here, so a run has one course, and the last state is the one that it was made for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        dtype: torch.dtype | None,
+        clip: float,
+        mse_weight: float,
+        entropy_weight: float,
+        compiled: bool = False,
+    ) -> None:
+        """
+        Args:
+            dtype: of autocast's products, or None for none.
+            clip: largest norm of a layer's gradient, 0 for no clipping.
+            mse_weight, entropy_weight: see `transfer_losses`.
+            compiled: compile each layer's loss, and each transformer block before and after it.
+        """
+        self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
+        self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
+        if compiled:
+            compile_blocks(model)
+
+    def __call__(self, batches: Sequence[Mapping[str, Tensor]]) -> Transferred:
+        """Take one step.
+
+        Args:
+            batches: a micro-batch each, tensors on the model's device; labels are not looked at.
+
+        Raises:
+            SlopeError: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
+        """
+        sums: Any = 0
+        for batch in batches:
+            sums = sums + self._backward(batch, 1 / len(batches))
+        layers = linear_windows(self.model)
+        norms_L = torch.stack([_norm(linear) for linear in layers.values()])
+        # The one time that the host waits in a step.
+        table = torch.cat([sums, norms_L[None].to(sums)]).tolist()
+        for name, *values in zip(layers, *table, strict=True):
+            if not all(map(math.isfinite, values)):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise SlopeError(f"the loss or gradient of {name} is not finite; nothing was updated")
+        if self.clip:
+            for linear, norm in zip(layers.values(), norms_L, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(linear.parameters(), self.clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        totals, errors, norms = table
+        by_layer = dict(zip(layers, errors, strict=True))
+        return Transferred(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
+
+    def _backward(self, batch: Mapping[str, Tensor], scale: float) -> Tensor:
+        """Add one micro-batch's gradients; its share of (total, mse) of each layer, (2, layers)."""
+        inputs = {key: batch[key] for key in INPUTS if key in batch}
+        with self.autocast():
+            losses = transfer_losses(
+                self.model,
+                inputs,
+                mse_weight=self.mse_weight,
+                entropy_weight=self.entropy_weight,
+                scale=scale,
+                compiled=self.compiled,
+            )
+        return scale * torch.stack([torch.stack([loss.total, loss.mse]) for loss in losses.values()], dim=1)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as in a step."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype is not None)
+
+
+class DistillStep(Step):
+    """Takes steps that learn from a teacher: the loss is (1 - share) · cross-entropy + share · `divergence`."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, share: float, compiled: bool = False, **how: Any) -> None:
+        """
+        Args:
+            args, how: as `Step`.
+            teacher: a model of the same vocabulary, in evaluation mode.
+            share: between 0 and 1.
+        """
+        super().__init__(*args, compiled=compiled, **how)
+        self.teacher, self.share, self.divergence = teacher, share, divergence
+        if compiled:
+            self.divergence = torch.compile(divergence, dynamic=False)
+            compile_blocks(teacher)
+
+    def loss(self, batch: Batch) -> Loss:
+        """What is optimised of one micro-batch, and its cross-entropy."""
+        predicted: list[Tensor] = []
+        entropies: list[Tensor] = []
+
+        def predict(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+            predicted.append(logits_BTV)
+            return logits_BTV.new_zeros(()), labels_BT.new_zeros(())
+
+        def mixed(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+            entropy, targets = self.cross_entropy(logits_BTV, labels_BT)
+            entropies.append(entropy.detach())
+            apart = self.divergence(logits_BTV, predicted[0], labels_BT)
+            return (1 - self.share) * entropy + self.share * apart, targets
+
+        with torch.no_grad():
+            batch_loss(self.teacher, batch, self.objective, predict)
+        found = batch_loss(self.model, batch, self.objective, mixed)
+        return found._replace(token_loss=entropies[0])
+
+
+def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, the mean over positions that have a label, a float32 scalar."""
+    student_BTV, teacher_BTV = logits_BTV.float().log_softmax(-1), teacher_BTV.float().log_softmax(-1)
+    apart_BT = (teacher_BTV.exp() * (teacher_BTV - student_BTV)).sum(-1)
+    counted_BT = labels_BT != IGNORED_LABEL
+    return (apart_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
+
+
+def _norm(linear: torch.nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in linear.parameters() if p.grad is not None])

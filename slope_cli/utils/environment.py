@@ -1,0 +1,130 @@
+"""What this process runs on: versions, source, libraries and machine."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import slope_cli
+from slope_cli.utils import files
+
+if TYPE_CHECKING:
+    import torch
+
+
+def note_environment(run: Path, device: "torch.device") -> None:
+    """Append what this start runs on to environment.jsonl: no secrets, of the environment only SLURM's job number."""
+    import torch
+
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "omegaconf",
+        "safetensors",
+        "cupy-cuda12x",
+        "cupy-cuda13x",
+    )
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    facts = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "slope": slope_cli.__version__,
+        "source": source_version(),
+        "python": platform.python_version(),
+        **{name: found for name in packages if (found := package_version(name))},
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "device": str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    path = run / "environment.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+    except OSError as error:
+        raise files.write_error(path, error) from error
+
+
+@functools.cache
+def source_version() -> dict[str, str | None]:
+    """A hash over the program's own source files, and the git commit where they lie in a checkout."""
+    package = Path(slope_cli.__file__).parent
+    return {"sha256": source_hash(package.parent), "git": _git_commit(package)}
+
+
+def source_hash(root: Path) -> str:
+    """16 hex digits over the names and bytes of the sources of slope_cli and sparse_kernels below `root`.
+
+    Recipes and benchmarks do not count: a wheel has them inside slope_cli, a checkout beside it.
+    """
+    files = [*root.glob("slope_cli/**/*.py"), *root.glob("sparse_kernels/*.py"), *root.glob("sparse_kernels/*.cu")]
+    named = {file.relative_to(root).as_posix(): file for file in files}
+    digest = hashlib.sha256()
+    for name in sorted(named):
+        if not name.startswith(("slope_cli/benchmarks/", "slope_cli/recipes/")):
+            digest.update(f"{name}\0".encode() + named[name].read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _git_commit(package: Path) -> str | None:
+    """The commit that a folder of this program is checked out at; None if git does not know its files."""
+    git = ["git", "-C", str(package)]
+    try:
+        # An environment inside another project's checkout lies in a repository that is not this program's.
+        known = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=10)
+        if known.returncode:
+            return None
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def libraries() -> dict[str, str | None]:
+    """Driver, CuPy and cuSPARSELt of this machine, for the head of a result file; None for what is missing."""
+    from sparse_kernels import cusparselt
+
+    found = {"driver": driver(), "cupy": cupy_version(), "cusparselt": None, "cusparselt_file": None}
+    try:
+        library = cusparselt.library()
+    except cusparselt.CuSparseLtError:
+        return found
+    file = library.path.rpartition("site-packages/")[2]  # where an environment lies is nobody's business
+    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, or None without one."""
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.splitlines()[0].strip() if result.returncode == 0 and result.stdout.strip() else None
+
+
+def cupy_version() -> str | None:
+    return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := package_version(name))), None)
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,301 @@
+"""cuSPARSELt plans: one product of a packed 2:4 matrix, searched, checked and timed against dense, once a shape.
+
+    Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
+
+The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
+transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
+the input gradient A = W^{R,C} transposed (R = in features, X = dY).
+
+A packed matrix is [values (R, C/2), row-major | metadata]. The metadata is made once a mask, by compressing the matrix
+of `cuda.mark`; the values are then rewritten in place by `cuda.refresh`. `choose` never trusts this layout: what it
+accepts has given the dense product's numbers.
+"""
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_kernels import cuda, cusparselt
+from sparse_kernels.cusparselt import CuSparseLtError
+from sparse_kernels.matmul_plan import Plan, Shape, compress, packed_values, random_mask
+
+# Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
+SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
+# Searches of further token counts for one matrix, after which dense is used: a run with ever new batch shapes must not
+# search for ever.
+_MOST_TOKEN_COUNTS = 8
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a product runs sparse, why, and what was measured (milliseconds of one product; None: not measured)."""
+
+    sparse: bool
+    reason: str
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+    algorithm: dict[str, int] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+_CHOSEN: dict[tuple[Shape, int], tuple[Choice, Plan | None]] = {}
+
+
+def choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+    """Sparse or dense for this product on this device, decided once: in this process, and on disk for the next.
+
+    The file keeps the decision and the times, so that dense winners cost the next process nothing. A sparse winner is
+    searched and checked again (on an H100 0.05 s for small matrices, 3 s for the largest), because an algorithm that
+    was set by its number has crashed the library.
+
+    Returns:
+        the choice, and a plan wherever one passed its check (also where dense is faster).
+
+    Raises:
+        RuntimeError: a new shape is met while a CUDA graph is being captured.
+    """
+    key = shape, device_index
+    if key not in _CHOSEN:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"run one step before capturing a CUDA graph: {shape} has not been measured yet")
+        _CHOSEN[key] = _choose(shape, device_index)
+    return _CHOSEN[key]
+
+
+def planned(shape: Shape, device_index: int) -> Plan | None:
+    """A plan wherever there can be one, also where dense was faster: for a matrix that is packed already."""
+    choice, plan = choose(shape, device_index)
+    if plan is None and choice.sparse_ms is not None:  # the file said dense, so no plan was made
+        _, plan = _measure(shape, device_index, choice)
+        _CHOSEN[shape, device_index] = choice, plan
+    return plan
+
+
+def forget() -> None:
+    """Drop what this process has chosen; the file stays."""
+    _CHOSEN.clear()
+
+
+def _choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+    if reason := refusal(shape):
+        return Choice(False, reason), None
+    sides = shape.rows, shape.columns
+    searched = [known for (known, _), (choice, _) in _CHOSEN.items() if choice.sparse_ms is not None]
+    if sum((known.rows, known.columns) == sides for known in searched) >= _MOST_TOKEN_COUNTS:
+        return Choice(False, "too many different token counts to search them all"), None
+    try:
+        handle = cusparselt.handle(device_index)
+    except CuSparseLtError as error:
+        _warn_once(str(error))
+        return Choice(False, str(error)), None
+    key = _key(shape, device_index, handle.library.version)
+    known = _entries().get(key)
+    if known is not None and not known.sparse:
+        return known, None
+    choice = known
+    if choice is None and shape.dtype == torch.float16:
+        choice = _tried(shape, device_index)
+    plan = None
+    if choice is None or choice.sparse:
+        choice, plan = _measure(shape, device_index, choice)
+    if choice != known:
+        _remember(key, choice)
+    return choice, plan
+
+
+def refusal(shape: Shape) -> str:
+    """Why a shape is not worth a search; empty if it is."""
+    if shape.tokens % 8 or shape.rows % 16 or shape.columns % 16:
+        return "sides are not multiples of 16 and tokens not of 8"
+    if min(shape.rows, shape.columns) < SMALLEST_SIDE:
+        return f"a side is below {SMALLEST_SIDE}"
+    if shape.tokens < FEWEST_TOKENS:
+        return f"fewer than {FEWEST_TOKENS} tokens"
+    return ""
+
+
+_TRIAL = "from sparse_kernels import plans; plans.trial()"
+
+
+def _tried(shape: Shape, device_index: int) -> Choice:
+    """What `_measure` finds in a process of its own.
+
+    For float16, because some of its algorithms are illegal instructions on some shapes (cuSPARSELt 0.8.0, H100), and
+    the first of those ends a process's use of the GPU.
+    """
+    request = json.dumps([shape.rows, shape.columns, shape.tokens, shape.bias, device_index])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _TRIAL, request]
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if result.returncode == 0:
+            return Choice(**json.loads(result.stdout.splitlines()[-1]))
+        said = next((line for line in result.stderr.splitlines() if "Error" in line), f"exit {result.returncode}")
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
+        said = str(error)
+    return Choice(False, f"failed in a trial process: {said}")
+
+
+def trial() -> None:
+    """The body of that process: measure the shape that the command line gives, and print the choice as JSON."""
+    rows, columns, tokens, bias, device_index = json.loads(sys.argv[1])
+    choice, _ = _measure(Shape(rows, columns, tokens, torch.float16, bias), device_index, None)
+    torch.cuda.synchronize()
+    print(json.dumps(asdict(choice)))
+
+
+def _measure(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+    """Search, check and time on random operands; of a shape whose times are known, search and check."""
+    with torch.no_grad(), torch.cuda.device(device_index):
+        return _measure_here(shape, device_index, known)
+
+
+def _measure_here(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+    packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
+    try:
+        plan = Plan(shape, device_index)
+        algorithm = plan.search(packed, X_BC, bias_R)
+    except CuSparseLtError as error:
+        return Choice(False, str(error)), None
+    if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
+        return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
+    if known is not None:
+        return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
+    sparse_ms, dense_ms = graph_ms(
+        lambda: plan.matmul(packed, X_BC, bias_R), lambda: F.linear(X_BC, dense_RC, bias_R), calls=_calls(shape)
+    )
+    wins = sparse_ms < dense_ms
+    reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
+    return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
+
+
+def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A random 2:4 matrix, packed as a layer's is (mark, then values in place) and dense, and random X and bias."""
+    device = torch.device("cuda", device_index)
+    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
+
+    def normal(*sides: int) -> Tensor:
+        return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
+
+    positions = random_mask(shape.rows, shape.columns, generator)
+    packed = compress(cuda.mark(positions, shape.dtype))
+    dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
+    values = normal(shape.rows, shape.columns // 2)
+    unused = positions.view(shape.columns // 8, shape.rows)
+    for w in (packed_values(packed, shape.rows, shape.columns, shape.dtype), dense_RC):
+        cuda.launch(cuda.refresh(values, positions, unused, w=w))
+    return packed, dense_RC, normal(shape.tokens, shape.columns), normal(shape.rows) if shape.bias else None
+
+
+def _agrees(plan: Plan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
+    """Twice, because an algorithm has been seen to be wrong only now and then; with a bias, from two addresses."""
+    for bias in (bias_R, None if bias_R is None else bias_R.flip(0)):
+        expected = F.linear(X_BC, dense_RC, bias)
+        scale = torch.linalg.vector_norm(expected, dtype=torch.float32) / expected.numel() ** 0.5
+        error = (plan.matmul(packed, X_BC, bias) - expected).abs_()
+        # Of values that reach 6 times the scale, two roundings to 8 bits are at most 0.05 apart.
+        if not (error.max() < 0.1 * scale and error.mean(dtype=torch.float32) < 0.01 * scale):
+            return False
+    return True
+
+
+def _calls(shape: Shape) -> int:
+    """Products for about a millisecond of work at 600 TFLOP/s."""
+    return max(1, min(20, round(0.6e12 / (2 * shape.rows * shape.columns * shape.tokens))))
+
+
+def graph_ms(*products: Callable[[], Any], calls: int = 10, rounds: int = 9) -> list[float]:
+    """Median milliseconds of one call of each product, replayed from CUDA graphs in alternating rounds.
+
+    From graphs, so that what the host costs, which a graph or a long queue hides, decides nothing.
+    """
+    graphs = [_capture(product, calls) for product in products]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(rounds):
+        for graph, record in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            record.append(start.elapsed_time(end) / calls)
+    return [statistics.median(record[rounds // 4 :]) for record in times]
+
+
+def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        product()
+        graph.capture_begin(capture_error_mode="thread_local")
+        for _ in range(calls):
+            product()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file of choices
+
+
+def cache_file() -> Path:
+    """Where choices are kept: plans.json in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope" / "plans.json"
+
+
+def _key(shape: Shape, device_index: int, version: tuple[int, ...]) -> str:
+    gpu = torch.cuda.get_device_name(device_index)
+    library = "cuSPARSELt " + ".".join(map(str, version))
+    sides = f"{shape.rows}x{shape.columns}x{shape.tokens}{' bias' if shape.bias else ''}"
+    return " | ".join((gpu, library, f"torch {torch.__version__}", str(shape.dtype).removeprefix("torch."), sides))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _entries() -> dict[str, Choice]:
+    """What the file holds; nothing, with a warning, if it is not ours or damaged."""
+    file = cache_file()
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return {key: Choice(**entry) for key, entry in content["plans"].items() if isinstance(entry["sparse"], bool)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _warn_once(f"{file} is not a readable file of plans ({error}): its shapes are measured again")
+        return {}
+
+
+def _remember(key: str, choice: Choice) -> None:
+    """Add one entry; written beside the file and renamed, so that a reader never meets half of it."""
+    file = cache_file()
+    plans = {name: asdict(known) for name, known in {**_entries(), key: choice}.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump({"format": _FORMAT, "plans": plans}, stream, indent=1, sort_keys=True)
+        os.replace(name, file)
+    except OSError as error:
+        _warn_once(f"choices of kernels cannot be kept in {file}: {error}")

@@ -1,0 +1,192 @@
+"""PLACEHOLDER"""
+
+import ctypes
+import functools
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_kernels import cuda, cusparselt
+from sparse_kernels.cusparselt import AlgorithmAttribute, MatmulAttribute, Structure
+
+_DTYPES = {torch.bfloat16: cusparselt.DataType.BFLOAT16, torch.float16: cusparselt.DataType.FLOAT16}
+_ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
+_ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One product: A is (rows, columns), X is (tokens, columns)."""
+
+    rows: int
+    columns: int
+    tokens: int
+    dtype: torch.dtype
+    bias: bool
+
+
+class Plan:
+    """A plan of the library with all that it points to, for one shape on one device.
+
+    Raises:
+        CuSparseLtError: no library, or it refuses the shape.
+    """
+
+    def __init__(self, shape: Shape, device_index: int) -> None:
+        self.shape, self._index = shape, device_index
+        self._handle = cusparselt.handle(device_index)
+        self._library = self._handle.library
+        self._lock = threading.Lock()  # the bias pointer is part of the plan: setting it and running are one act
+        self._bias_at, self._streams = 0, (ctypes.c_void_p * 1)()
+        self._a = structured(shape.rows, shape.columns, shape.dtype, self._handle)
+        self._x, self._y, self._product, self._algorithm, self._plan = (Structure() for _ in range(5))
+        call, at, kind = self._library.call, self._handle.address, _DTYPES[shape.dtype]
+        for matrix, rows in ((self._x, shape.columns), (self._y, shape.rows)):
+            column = cusparselt.Order.COLUMN
+            call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, kind, column)
+        operands = (self._a.address, self._x.address, self._y.address, self._y.address)
+        keep, float32 = cusparselt.Operation.NON_TRANSPOSE, cusparselt.Compute.FLOAT32
+        call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, float32)
+        if shape.bias:
+            self._point_at_bias(torch.zeros(shape.rows, dtype=shape.dtype, device=f"cuda:{device_index}"))
+        default = cusparselt.ALGORITHM_DEFAULT
+        call("MatmulAlgSelectionInit", at, self._algorithm.address, self._product.address, default)
+        call("MatmulPlanInit", at, self._plan.address, self._product.address, self._algorithm.address)
+        structures = (self._a, self._x, self._y, self._product, self._algorithm, self._plan)
+        weakref.finalize(self, _destroy, self._library, structures).atexit = False
+        self.workspace_bytes = self._workspace()
+
+    def matmul(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> Tensor:
+        """Y = X · A^T + bias on torch's current stream.
+
+        Args:
+            packed: what `compress` returned for A.
+            X_BC: (tokens, columns), contiguous, 16-byte aligned.
+            bias_R: (rows,) of X's dtype; as the plan's shape says, there or not.
+
+        Returns:
+            (tokens, rows).
+        """
+        Y_BR = X_BC.new_empty(self.shape.tokens, self.shape.rows)
+        self._run("Matmul", packed, X_BC, bias_R, Y_BR)
+        return Y_BR
+
+    def search(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> dict[str, int]:
+        """Time the library's algorithms on these operands, keep the fastest, and return its attributes."""
+        self._run("MatmulSearch", packed, X_BC, bias_R, X_BC.new_empty(self.shape.tokens, self.shape.rows))
+        self.workspace_bytes = self._workspace()
+        found, value = {}, ctypes.c_int()
+        for attribute in AlgorithmAttribute:
+            arguments = (attribute, ctypes.addressof(value), ctypes.sizeof(value))
+            self._library.call("MatmulAlgGetAttribute", self._handle.address, self._algorithm.address, *arguments)
+            found[attribute.name.lower()] = value.value
+        return found
+
+    def _workspace(self) -> int:
+        return self._library.size("MatmulGetWorkspace", self._handle.address, self._plan.address)
+
+    def _point_at_bias(self, bias_R: Tensor) -> None:
+        pointer = ctypes.c_void_p(bias_R.data_ptr())
+        arguments = (MatmulAttribute.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
+        self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
+        self._bias_at = bias_R.data_ptr()
+
+    def _run(self, name: str, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None, Y_BR: Tensor) -> None:
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._index):
+                return self._run(name, packed, X_BC, bias_R, Y_BR)
+        # Torch's allocator hands the workspace out anew each time: safe on every stream and inside a captured graph.
+        size = self.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=X_BC.device) if size else None
+        at_workspace = None if workspace is None else workspace.data_ptr()
+        at, plan, y = self._handle.address, self._plan.address, Y_BR.data_ptr()
+        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), _ZERO_AT, y, y, at_workspace, self._streams, 1)
+        with self._lock:
+            if bias_R is not None and bias_R.data_ptr() != self._bias_at:
+                self._point_at_bias(bias_R)
+            self._streams[0] = cuda.raw_stream(self._index)
+            status = self._library.functions[name](at, plan, *operands)
+        if status:
+            self._library.fail(name, status)
+
+
+def _destroy(library: cusparselt.Library, structures: tuple[Structure, ...]) -> None:
+    *matrices, _, algorithm, plan = structures
+    library.functions["MatmulPlanDestroy"](plan.address)
+    library.functions["MatmulAlgSelectionDestroy"](algorithm.address)
+    for matrix in matrices:
+        library.functions["MatDescriptorDestroy"](matrix.address)
+
+
+def structured(rows: int, columns: int, dtype: torch.dtype, handle: cusparselt.Handle) -> Structure:
+    """The library's descriptor of a 2:4 matrix (rows, columns), row-major."""
+    matrix = Structure()
+    arguments = (rows, columns, columns, 16, _DTYPES[dtype], cusparselt.Order.ROW, cusparselt.SPARSITY_50_PERCENT)
+    handle.library.call("StructuredDescriptorInit", handle.address, matrix.address, *arguments)
+    return matrix
+
+
+def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
+    """Pack a 2:4 matrix, into `packed` if it is given.
+
+    Args:
+        dense_RC: (R, C), bfloat16 or float16; it decides by its non-zeros where the slots are.
+
+    Returns:
+        uint8, [values | metadata].
+    """
+    rows, columns = dense_RC.shape
+    handle = cusparselt.handle(dense_RC.device.index)
+    matrix = structured(rows, columns, dense_RC.dtype, handle)
+    try:
+        size, buffer_size = handle.library.sizes("SpMMACompressedSize2", handle.address, matrix.address)
+        if packed is None:
+            packed = torch.empty(size, dtype=torch.uint8, device=dense_RC.device)
+        buffer = torch.empty(buffer_size, dtype=torch.uint8, device=dense_RC.device)
+        pointers = (dense_RC.data_ptr(), packed.data_ptr(), buffer.data_ptr())
+        with torch.cuda.device(dense_RC.device):
+            stream = cuda.raw_stream(dense_RC.device.index)
+            keep = cusparselt.Operation.NON_TRANSPOSE
+            handle.library.call("SpMMACompress2", handle.address, matrix.address, 1, keep, *pointers, stream)
+    finally:
+        handle.library.functions["MatDescriptorDestroy"](matrix.address)
+    return packed
+
+
+@functools.cache
+def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> bool:
+    """Whether `cuda.metadata` writes a matrix's metadata as the library does: tried on a random mask.
+
+    The library says nowhere in what order it keeps them, and for odd sides, another card or another version it may be
+    another one. Then a new mask is to be packed anew.
+    """
+    if rows % 64 or columns % 32:
+        return False
+    device = torch.device("cuda", device_index)
+    bits = random_mask(rows, columns, torch.Generator(device).manual_seed(0))
+    theirs = packed_metadata(compress(cuda.mark(bits, dtype)), rows, columns)
+    ours = torch.empty_like(theirs)
+    cuda.launch(cuda.metadata(bits, ours))
+    return torch.equal(ours, theirs)
+
+
+def packed_metadata(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The metadata of a packed matrix, (rows·columns/8,) bytes: a view."""
+    start = rows * columns  # the values come first: two bytes for every second entry
+    return packed[start : start + rows * columns // 8]
+
+
+def random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The bits of a random 2:4 mask: uint8 (rows, columns/8), on the device of the generator."""
+    pairs = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=generator.device)
+    sides = (2, rows, columns // 8)
+    low, high = pairs[torch.randint(6, sides, device=generator.device, generator=generator)].unbind()
+    return low | high << 4
+
+
+def packed_values(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The values of a packed matrix, (rows, columns/2): a view."""
+    return packed[: rows * columns].view(dtype).view(rows, columns // 2)
