@@ -29,7 +29,7 @@ from slope_cli.methods import phases
 from slope_cli.models.accounting import account
 from slope_cli.models.build import build_model, model_config, run_model_config
 from slope_cli.models.shapes import width
-from slope_cli.utils.environment import libraries
+from slope_cli.utils.environment import gpu_libraries
 from slope_cli.utils.files import atomic_file
 
 KINDS = ("all", "step", "gemm", "memory", "generate")
@@ -123,7 +123,7 @@ class Bench:
         print(text, file=sys.stderr, flush=True)
 
     def _section(self, name: str, **content: Any) -> Row:
-        self.result[name] = {"machine": machine(), "libraries": libraries(), **content}
+        self.result[name] = {"machine": machine(), "libraries": gpu_libraries(), **content}
         return dict(self.result[name])
 
     def _write(self, name: str) -> None:

@@ -9,7 +9,6 @@ Shape suffixes: L layers, O out features, I in features.
 
 import math
 import os
-import shutil
 import struct
 from collections import Counter
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.utils import logging
 from slope_cli.data.tokenizer import save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.build import build_model
+from slope_cli.utils.files import atomic_folder
 
 Float32 = NDArray[np.float32]
 
@@ -102,18 +102,12 @@ def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]
     tokenizer.model_max_length = header.seq_len
     model = build_model(_config(header))
     model.load_state_dict(_read_weights(model_file, header))
-    # A sibling, so that the last step is a rename; what a killed conversion left in it goes.
-    unfinished = out.with_name(f".{out.name}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
-        save_tokenizer(tokenizer, unfinished)
-        os.rename(unfinished, out)
-    except (OSError, SafetensorError) as error:  # the second, for one, on a full disk
-        raise SlopeError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with atomic_folder(out) as folder:
+            model.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
+    except SafetensorError as error:  # on a full disk, for one
+        raise SlopeError(f"{out}: cannot be written: {error}") from None
     return {
         "folder": str(out),
         "parameters": model.num_parameters(),

@@ -1,4 +1,7 @@
-"""The two errors a user sees as one line; anything else is a defect and keeps its traceback."""
+"""The two errors that a user sees as one line, and how they are worded; anything else keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class SlopeError(Exception):
@@ -11,3 +14,17 @@ class UsageError(SlopeError):
     """A wrong command line, config or input: one clear line that says what to set, exit code 2."""
 
     exit_code = 2
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a word that is none of the known ones: the nearest of them, or all where none is near."""
+    names = list(known)
+    lowered = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(word.lower(), lowered, n=3)
+    return f"did you mean {' or '.join(lowered[name] for name in near)}?" if near else f"known are {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none. Other libraries' errors share no base class."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(": ") if lines else type(error).__name__

@@ -237,7 +237,7 @@ def test_a_run_with_no_sound_checkpoint_stops_and_overwrites_nothing(
 def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = content(tmp_path)
-    with full_disk(20_000), pytest.raises(SlopeError, match=r"^the checkpoint of step 2 cannot be written to [^\n]*$"):
+    with full_disk(20_000), pytest.raises(SlopeError, match=r"^the checkpoint of step 2 cannot be written: [^\n]*$"):
         save(tmp_path, 2)
     assert content(tmp_path) == before
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
@@ -245,7 +245,7 @@ def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_a_save_is_not_tried_where_the_space_is_short(tmp_path: Path) -> None:
     huge = {"model.x": torch.empty(1, dtype=torch.uint8).expand(1 << 60)}
-    with pytest.raises(SlopeError, match=r"cannot be written to .* GB free, .* GB needed"):
+    with pytest.raises(SlopeError, match=r"cannot be written: .* GB free, .* GB needed"):
         store.save(tmp_path, 1, huge, {}, keep=2)
 
 

@@ -9,7 +9,7 @@ import torch
 from trained import slope
 
 from slope_cli import doctor
-from slope_cli.utils.environment import driver, libraries
+from slope_cli.utils.environment import driver, gpu_libraries
 from sparse_kernels import cusparselt
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
@@ -61,7 +61,7 @@ def test_a_missing_library_says_which_file(tmp_path: Path, monkeypatch: pytest.M
     finding = doctor._cusparselt_finding()
     assert finding.found == "missing"
     assert str(tmp_path / "none.so") in finding.fix
-    assert libraries()["cusparselt"] is None
+    assert gpu_libraries()["cusparselt"] is None
 
 
 def test_a_failure_is_one_line() -> None:

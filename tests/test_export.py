@@ -216,7 +216,7 @@ def test_what_was_altered_between_save_and_reload_is_refused(
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(alter_then_reload))
     result = slope("export", trained(), tmp_path / "out")
     assert (result.code, result.out) == (1, "")
-    assert result.err.startswith(f"error: {tmp_path / 'out'}: not written, as the logits of what was saved differ")
+    assert result.err.startswith(f"error: {tmp_path / 'out'}: not written: the logits of what was saved differ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,13 +229,17 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     result = slope("export", trained(), tmp_path / "out")
-    assert result == (1, "", f"error: {tmp_path / 'out'}: cannot be written: No space left on device\n")
+    assert result == (
+        1,
+        "",
+        f"error: {tmp_path / 'out'}: cannot be written, the disk (or quota) is full: No space left on device\n",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_export_left_is_taken_away(tmp_path: Path) -> None:
-    (tmp_path / ".out.unchecked").mkdir()
-    (tmp_path / ".out.unchecked" / "half").write_text("")
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "half").write_text("")
     assert export(trained(), tmp_path / "out")["step"] == 6
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -262,10 +262,10 @@ def test_only_an_empty_folder_is_written_to(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is not an empty folder"):
             convert(model, tokenizer, out)
     (tmp_path / "out").mkdir()
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "old").touch()  # as a killed conversion leaves it
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "old").touch()  # as a killed conversion leaves it
     convert(model, tokenizer, tmp_path / "out")
-    assert not (tmp_path / ".out.unfinished").exists()
+    assert not (tmp_path / ".tmp-out").exists()
     assert not (tmp_path / "out" / "old").exists()
 
 

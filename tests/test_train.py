@@ -365,7 +365,7 @@ def test_fresh_refuses_a_run_that_is_there(data: Path, copy: Path, tmp_path: Pat
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(UsageError, match=r"is not empty and holds no run \(there is thesis.tex\)"):
+    with pytest.raises(UsageError, match=r"is not empty and holds no run \(it contains thesis.tex\)"):
         pretrain(tiny(data), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["thesis.tex"]
 
@@ -381,7 +381,7 @@ def test_the_log_of_a_batch_system_may_lie_in_the_folder(data: Path, tmp_path: P
 def test_a_folder_that_cannot_be_made_is_one_line(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for run in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/slope")):
-        with pytest.raises(UsageError, match=f"^cannot make a run in {run}: [^\n]+$"):
+        with pytest.raises(UsageError, match=f"^{run}: cannot be made or read: [^\n]+$"):
             pretrain(tiny(data), run)
 
 

@@ -11,7 +11,6 @@ RUN/loss.png, loss.svg   drawn at the end
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,17 +40,11 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
         UsageError: it holds something else, a run of another configuration, any run if `fresh`, cannot be written,
             or another process holds it.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        own = (".lock", f".{CONFIG}.tmp")
-        foreign = sorted(p.name for p in run.iterdir() if p.name not in own and p.suffix not in LOG_ENDINGS)
-    except OSError as error:
-        raise UsageError(f"cannot make a run in {run}: {error.strerror}") from None
-    if foreign and not is_run(run):
-        raise UsageError(f"{run} is not empty and holds no run (there is {foreign[0]}); choose another --out")
-    if not os.access(run, os.W_OK):
-        raise UsageError(f"{run}: cannot be written")
-    with files.held_folder(run):
+
+    def may_hold(path: Path) -> bool:
+        return path.name == f".{CONFIG}.tmp" or path.suffix in LOG_ENDINGS or is_run(run)
+
+    with files.claimed_folder(run, "run", may_hold):
         _settle_config(run, config, fresh=fresh)
         yield
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import MOMENTS, init_state
-from slope_cli.utils.files import file_sha256, read_sealed, sync_folder, write_sealed
+from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 BASE = "base"
@@ -151,22 +151,17 @@ def save_base(run: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write(final: Path, what: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and their manifest to a folder that appears when it is whole; what: for the error."""
-    parent, temporary = final.parent, final.with_name(f".tmp-{final.name}")
     need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
     try:
-        parent.mkdir(exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if (free := shutil.disk_usage(parent).free) < need:
-            raise OSError(f"{free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
-        with _single_process():
-            write(dict(tensors), checkpoint_id=temporary, no_dist=True)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-        write_sealed(temporary / MANIFEST, {"files": files, **facts})
-        os.rename(temporary, final)
-        sync_folder(parent)
-    except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise SlopeError(f"{what} cannot be written to {parent}: {_reason(error)}") from None
+        with atomic_folder(final) as temporary:
+            if (free := shutil.disk_usage(temporary).free) < need:
+                raise SlopeError(f"{final.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
+            with _single_process():
+                write(dict(tensors), checkpoint_id=temporary, no_dist=True)
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
+            write_sealed(temporary / MANIFEST, {"files": files, **facts})
+    except (SlopeError, OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
+        raise SlopeError(f"{what} cannot be written: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from slope_cli.config.load import flat
 from slope_cli.config.schema import Config
-from slope_cli.report.progress import clock
-from slope_cli.report.tables import bytes_text
+from slope_cli.report.tables import bytes_text, clock
 
 Row = dict[str, Any]
 NONE = "–"

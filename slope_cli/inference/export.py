@@ -1,8 +1,6 @@
 """A trained run as a folder that transformers and PEFT load, checked before it is called done."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,14 @@ from slope_cli.checkpoint import run_model
 from slope_cli.checkpoint.base_model import BASE
 from slope_cli.checkpoint.hf_folder import ADAPTER
 from slope_cli.config.schema import INIT, Config
+from slope_cli.data.tokenizer import save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.linearize import saved
 from slope_cli.linearize.swap import linear_windows, restore_attention
 from slope_cli.methods import phases
 from slope_cli.models import shapes
 from slope_cli.report import metrics
-from slope_cli.utils.files import read_sealed
+from slope_cli.utils.files import atomic_folder, read_sealed
 from sparse_kernels import LowRankAdapter, adapted_layers, adapters_of, densify, masked_layers, sparse_layers
 
 TOLERANCE = 2e-4
@@ -57,34 +56,27 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     densify(model, adapters="merge" if merge else "drop")
     pattern = " and ".join(patterns)
     card = _model_card(run, config, model, manifest, adapters, merged=merge, pattern=pattern, linear=linear)
-    # A sibling, so that the last step is a rename; what a killed export left in it goes.
-    unchecked = out.with_name(f".{out.name}.unchecked")
     try:
-        shutil.rmtree(unchecked, ignore_errors=True)
-        unchecked.mkdir(parents=True)
-        if linear:
-            saved.write(unchecked / saved.FOLDER, model, config.linear_attention)
-            restore_attention(model)
-        model.save_pretrained(unchecked)
-        tokenizer.save_pretrained(unchecked)
-        if adapters and not merge:
-            _write_adapter(unchecked / ADAPTER, adapters, conv1d, model, base=out)
-        (unchecked / "README.md").write_text(card, encoding="utf-8")
-        reloaded = type(model).from_pretrained(unchecked)
-        if adapters and not merge:
-            _merge_adapter(reloaded, unchecked / ADAPTER)
-        if linear:
-            saved.read(unchecked / saved.FOLDER, reloaded)
-        difference = _difference(_logits(reloaded), expected)
-        if not difference <= TOLERANCE:
-            raise SlopeError(
-                f"{out}: not written, as the logits of what was saved differ by {difference:.1e} of their size"
-            )
-        os.rename(unchecked, out)
-    except (OSError, SafetensorError) as error:  # the second, for one, on a full disk
-        raise SlopeError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
+        with atomic_folder(out) as folder:
+            if linear:
+                saved.write(folder / saved.FOLDER, model, config.linear_attention)
+                restore_attention(model)
+            model.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
+            if adapters and not merge:
+                _write_adapter(folder / ADAPTER, adapters, conv1d, model, base=out)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            reloaded = type(model).from_pretrained(folder)
+            if adapters and not merge:
+                _merge_adapter(reloaded, folder / ADAPTER)
+            if linear:
+                saved.read(folder / saved.FOLDER, reloaded)
+            difference = _difference(_logits(reloaded), expected)
+            if not difference <= TOLERANCE:
+                reason = f"the logits of what was saved differ by {difference:.1e} of their size"
+                raise SlopeError(f"{out}: not written: {reason}")
+    except SafetensorError as error:  # on a full disk, for one
+        raise SlopeError(f"{out}: cannot be written: {error}") from None
     return {"folder": str(out), "step": manifest["step"], "logits_difference": difference}
 
 

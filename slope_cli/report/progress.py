@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from slope_cli.report.tables import clock
+
 
 class Progress:
     """A live bar on a terminal; in a file, a plain line every few steps and for each event."""
@@ -55,9 +57,3 @@ def _bar(console: Any) -> Any:
         progress.TimeRemainingColumn(),
     )
     return progress.Progress(*columns, console=console)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

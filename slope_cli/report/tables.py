@@ -1,10 +1,77 @@
-"""Numbers as text."""
+"""Tables on a terminal and in Markdown, and numbers as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NONE = "–"
+"""The cell of a value that does not exist."""
 
 
-def bytes_text(count: float) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are text.
+
+    left: the columns, beside the first, whose cells are words and not numbers.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    left: Sequence[str] = ()
+
+
+def rows_in_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A header and rows in Markdown."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def document(title: str, tables: Sequence[Table], *, above: Sequence[str] = (), below: Sequence[str] = ()) -> str:
+    """Tables in Markdown with lines of text above and below them."""
+    parts = [f"# {title}", *above]
+    for table in tables:
+        parts += [f"## {table.title}", *filter(None, [table.note]), rows_in_markdown(table.columns, table.rows)]
+    return "\n\n".join([*parts, *filter(None, ["\n".join(f"* {line}" for line in below)])]) + "\n"
+
+
+def show(title: str, tables: Sequence[Table], *, below: Sequence[str] = ()) -> None:
+    """Print tables and the lines below them to standard output: drawn on a terminal, in Markdown elsewhere."""
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    console = Console()
+    if not console.is_terminal:
+        print(document(title, tables, below=below), end="")
+        return
+    for table in tables:
+        drawn = Drawn(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
+        for number, column in enumerate(table.columns):
+            drawn.add_column(column, justify="left" if number == 0 or column in table.left else "right")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn, markup=False)
+    for line in below:
+        console.print(line, markup=False, highlight=False)
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number in a cell."""
+    return NONE if value is None else format(value, form)
+
+
+def bytes_text(count: float | None) -> str:
     """Bytes in the unit that suits them."""
+    if count is None:
+        return NONE
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

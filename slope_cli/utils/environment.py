@@ -1,4 +1,4 @@
-"""What this process runs on: versions, source, libraries and machine."""
+"""What this process runs on: versions, source, hardware."""
 
 import functools
 import hashlib
@@ -11,51 +11,67 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import slope_cli
 from slope_cli.utils import files
 
-if TYPE_CHECKING:
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "omegaconf",
+    "safetensors",
+    "lm_eval",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the head of a result: nothing that is private to the user or the machine."""
     import torch
 
-
-def note_environment(run: Path, device: "torch.device") -> None:
-    """Append what this start runs on to environment.jsonl: no secrets, of the environment only SLURM's job number."""
-    import torch
-
-    packages = (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "numpy",
-        "omegaconf",
-        "safetensors",
-        "cupy-cuda12x",
-        "cupy-cuda13x",
-    )
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    facts = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+    return {
+        "date": time.strftime("%Y-%m-%d"),
         "slope": slope_cli.__version__,
         "source": source_version(),
         "python": platform.python_version(),
-        **{name: found for name in packages if (found := package_version(name))},
-        "cuda": torch.version.cuda,
-        "gpu": gpu,
-        "device": str(device),
+        **{name: found for name in PACKAGES if (found := package_version(name))},
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "host": platform.node(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def note_environment(run: Path, device: object) -> None:
+    """Append what this start runs on to environment.jsonl; of the environment's variables only SLURM's job number.
+
+    Raises:
+        SlopeError, UsageError: as `files.write_error`.
+    """
+    own: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host": platform.node()}
+    own |= {"device": str(device), "slurm_job": os.environ.get("SLURM_JOB_ID")}
     path = run / "environment.jsonl"
     try:
         with path.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+            file.write(json.dumps(own | environment()) + "\n")
     except OSError as error:
         raise files.write_error(path, error) from error
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- the source
 
 
 @functools.cache
@@ -70,8 +86,8 @@ def source_hash(root: Path) -> str:
 
     Recipes and benchmarks do not count: a wheel has them inside slope_cli, a checkout beside it.
     """
-    files = [*root.glob("slope_cli/**/*.py"), *root.glob("sparse_kernels/*.py"), *root.glob("sparse_kernels/*.cu")]
-    named = {file.relative_to(root).as_posix(): file for file in files}
+    sources = [*root.glob("slope_cli/**/*.py"), *root.glob("sparse_kernels/*.py"), *root.glob("sparse_kernels/*.cu")]
+    named = {file.relative_to(root).as_posix(): file for file in sources}
     digest = hashlib.sha256()
     for name in sorted(named):
         if not name.startswith(("slope_cli/benchmarks/", "slope_cli/recipes/")):
@@ -93,8 +109,23 @@ def _git_commit(package: Path) -> str | None:
         return None
 
 
-def libraries() -> dict[str, str | None]:
-    """Driver, CuPy and cuSPARSELt of this machine, for the head of a result file; None for what is missing."""
+# ----------------------------------------------------------------------------------------------------- the hardware
+
+
+def _processor() -> str:
+    """The model's name, with the matrix instructions that decide its speed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.processor())} ({', '.join(flags)})"
+
+
+def gpu_libraries() -> dict[str, str | None]:
+    """Driver, CuPy and cuSPARSELt of this machine, for the head of a result; None for what is missing."""
     from sparse_kernels import cusparselt
 
     found = {"driver": driver(), "cupy": cupy_version(), "cusparselt": None, "cusparselt_file": None}
@@ -102,7 +133,7 @@ def libraries() -> dict[str, str | None]:
         library = cusparselt.library()
     except cusparselt.CuSparseLtError:
         return found
-    file = library.path.rpartition("site-packages/")[2]  # where an environment lies is nobody's business
+    file = library.path.rpartition("site-packages/")[2]  # do not leak local paths
     return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
 
 
@@ -119,12 +150,5 @@ def driver() -> str | None:
 
 
 def cupy_version() -> str | None:
+    """The version of CuPy, whichever of its packages is installed, or None."""
     return next((v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := package_version(name))), None)
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

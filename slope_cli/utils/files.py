@@ -1,4 +1,4 @@
-"""Files that are whole or absent, carry their own checksum, and folders that one process holds."""
+"""Files and folders that are whole or absent, JSON that carries its checksum, folders that one process holds."""
 
 import contextlib
 import errno
@@ -6,11 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from slope_cli.errors import SlopeError, UsageError
+
+LOCK = ".lock"
+"""The file in a folder whose lock says that a process is at work in it."""
 
 
 @contextlib.contextmanager
@@ -27,13 +31,40 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when all of it is written and on the disk.
+
+    Yields the folder to write to, a sibling called .tmp-NAME, which replaces an empty folder at `path` at the end.
+
+    Raises:
+        SlopeError: the disk is full.
+        UsageError: the parent folder cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_error(path: Path, error: OSError) -> Exception:
@@ -45,9 +76,9 @@ def write_error(path: Path, error: OSError) -> Exception:
     return error
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk: a rename is only safe after this."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's list of names, to the disk. A rename is only safe after both."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -97,7 +128,7 @@ def held_folder(folder: Path) -> Iterator[None]:
     UsageError if another process holds it, or it cannot be written.
     """
     try:
-        lock = open(folder / ".lock", "wb")  # noqa: SIM115 - held by the with statement below
+        lock = open(folder / LOCK, "wb")  # noqa: SIM115 - held by the with statement below
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror}") from error
     with lock:
@@ -107,4 +138,28 @@ def held_folder(folder: Path) -> Iterator[None]:
             raise UsageError(f"{folder}: another process is at work in it") from error
         except OSError:
             pass  # a file system without locks: to start only one process in a folder is then up to the user
+        yield
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) -> Iterator[None]:
+    """Make a folder, or take up one of the same purpose, and hold it for this process.
+
+    Args:
+        what: the purpose, for errors: "run", say.
+        may_hold: whether an entry that the folder already contains is of this purpose.
+
+    Raises:
+        UsageError: it contains something else, cannot be made or written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not may_hold(path))
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made or read: {error.strerror}") from None
+    if foreign:
+        raise UsageError(
+            f"{folder}: is not empty and holds no {what} (it contains {foreign[0]}); choose another folder"
+        )
+    with held_folder(folder):
         yield
