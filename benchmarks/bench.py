@@ -1,12 +1,13 @@
 """The program behind `slope bench`: training steps, single products and memory, sparse against dense; and decoding,
 linearized attention against softmax attention.
 
-Everything that touches the GPU runs in processes of its own (measure.py), a case each, so that a crash, a hang or a
+Everything that touches the GPU runs in processes of its own (measure.py), one case each, so that a crash, a hang or a
 full memory costs one case. Results are written to the output folder after every row: memory.json, step.json, gemm.json
-and generate.json, each with the hardware and versions it was measured on, bench.md, and speed.png and .svg.
+and generate.json, bench.md, and speed.png and .svg.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -14,44 +15,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from slope_cli.benchmarks import generate, report
-from slope_cli.benchmarks.machine import machine, one_line
-from slope_cli.benchmarks.measure import Case, Row, case_config, cases, fastest
-from slope_cli.errors import SlopeError, UsageError
-from slope_cli.methods import phases
-from slope_cli.models.accounting import account
+from slope_cli.errors import SlopeError, UsageError, did_you_mean
+from slope_cli.methods.accounting import account
 from slope_cli.models.build import build_model, model_config, run_model_config
 from slope_cli.models.shapes import width
-from slope_cli.utils.environment import gpu_libraries
-from slope_cli.utils.files import atomic_file
+from slope_cli.utils.typed_json import from_json
+from sparse_kernels.formats import BF16
+
+from . import generate, records, report, write_json
+from .measure import case_config, fastest
+from .records import AllocatorRow, Bytes, Case, CaseResult, DecodeRow, GemmRow, Speedup, StepRow, StepSummary
 
 KINDS = ("all", "step", "gemm", "memory", "generate")
-Measure = Callable[[Sequence[str], float], Iterator[Row]]
+Row = TypeVar("Row", StepRow, AllocatorRow, GemmRow, DecodeRow)
 
-_LONGEST = 1800.0
-"""Seconds of one case without a budget: beyond them it hangs."""
+LONGEST = 1800.0
+"""Seconds that one case may take without a budget; a case that takes more hangs."""
 
 
-def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: float | None = None) -> Row:
+def run(
+    what: str, names: Sequence[str] = (), out: Path | None = None, budget: float | None = None
+) -> records.BenchResults:
     """Measure, and write the results.
 
     Args:
-        what: one of KINDS; without a GPU only the memory is reckoned, that of decoding for "generate", else that of
-            training.
-        names: of cases, or for "generate" of what `generate.subject` takes; none for all of them. "all" of named cases
+        what: one of KINDS. Without a GPU memory alone is estimated: that of decoding for "generate", else of training.
+        names: cases, or for "generate" any words that `generate.subject` takes; by default all. "all" of named cases
             has no decoding.
         out: the folder; by default a new one in the current folder.
-        budget: seconds after which what is still to do is listed as not run.
-
-    Returns:
-        "folder", and a section for each part, as in the files.
+        budget: seconds, after which the remaining measurements are listed as not run.
 
     Raises:
         UsageError: an unknown word or case, or a folder that cannot be written.
@@ -59,9 +58,9 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
     if what not in KINDS:
         raise UsageError(f"{what}: choose one of {', '.join(KINDS)}")
     chosen = choose([] if what == "generate" else names)
-    words = names if names and what == "generate" else generate.DEFAULT
-    for word in words:
-        generate.subject(word)  # what is wrong with it is to be said now
+    subjects = names if names and what == "generate" else generate.DEFAULT
+    for word in subjects:
+        generate.subject(word)  # refuse a wrong one now
     gpu = torch.cuda.is_available()
     folder = out or _new_folder(gpu)
     try:
@@ -70,7 +69,7 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
         raise UsageError(f"--out {folder}: {error.strerror}") from None
     bench = Bench(folder, chosen, budget)
     if not gpu and what != "generate":
-        bench.say("no GPU here: training steps and products cannot be measured; memory is reckoned from the shapes")
+        bench.say("no GPU here: training steps and products cannot be measured; memory is estimated from the shapes")
         what = "memory"
     if what in ("all", "memory"):
         bench.memory()
@@ -79,167 +78,129 @@ def run(what: str, names: Sequence[str] = (), out: Path | None = None, budget: f
     if what in ("all", "gemm"):
         bench.gemm()
     if what in ("all", "memory") and gpu:
-        bench.state()
+        bench.allocator()
     if what == "generate" or (what == "all" and not names):
-        bench.generate(words, gpu)
-    report.write(bench.result, folder)
-    return {"folder": str(folder), **bench.result}
+        bench.generate(subjects, gpu)
+    report.write(bench.results, folder)
+    return bench.results
 
 
 def choose(names: Sequence[str]) -> list[Case]:
     """The cases of these names, in the order of cases.yaml; all for no names; UsageError for an unknown one."""
-    known = cases()
+    known = records.cases()
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{unknown[0]}: no case of this name; known are {', '.join(known)}")
+        raise UsageError(f"{unknown[0]}: no case of this name; {did_you_mean(unknown[0], known)}")
     return [case for name, case in known.items() if not names or name in names]
 
 
 def _new_folder(gpu: bool) -> Path:
-    """bench-<gpu>-<date> in the current folder, with a number if it is there already."""
+    """bench-<gpu>-<date> in the current folder, with a number if it exists already."""
     where = torch.cuda.get_device_name().lower().replace(" ", "-") if gpu else "cpu"
     name = f"bench-{where}-{time.strftime('%Y-%m-%d')}"
-    folder, number = Path(name), 1
-    while folder.exists():
-        number += 1
-        folder = Path(f"{name}-{number}")
-    return folder
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in map(Path, names) if not folder.exists())
 
 
 class Bench:
-    """What the parts share: the cases, the time left, and the results so far."""
+    """The parts of a bench, which share the cases, the time that is left, and the results so far."""
 
     def __init__(self, folder: Path, chosen: Sequence[Case], budget: float | None) -> None:
-        self.result: Row = {}
+        self.results = records.BenchResults(folder=str(folder))
         self._folder, self._chosen = folder, chosen
         self._end = None if budget is None else time.monotonic() + budget
-        self._measure: Measure = measured
-
-    def left(self) -> float:
-        """Seconds that the next case may take."""
-        return _LONGEST if self._end is None else self._end - time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line of the log."""
+        """Log a line."""
         print(text, file=sys.stderr, flush=True)
 
-    def _section(self, name: str, **content: Any) -> Row:
-        self.result[name] = {"machine": machine(), "libraries": gpu_libraries(), **content}
-        return dict(self.result[name])
-
-    def _write(self, name: str) -> None:
-        with atomic_file(self._folder / f"{name}.json") as file:
-            file.write((json.dumps(self.result[name], indent=1) + "\n").encode())
-
-    def _rows(self, words: Sequence[str], keep: Callable[[Row], None]) -> str:
-        """Hand every measured row to `keep`; returns why not all were measured, or nothing."""
-        if self.left() <= 0:
-            return "not run: the budget was spent"
-        try:
-            for row in self._measure(words, self.left()):
-                keep(row)
-        except SlopeError as error:
-            return str(error)
-        return ""
-
     def memory(self) -> None:
-        """Bytes of every whole model, reckoned from its shapes."""
-        rows: list[Row] = []
-        self._section("memory", cases=rows, allocator=[], not_run="")
-        for case in self._chosen:
-            try:
-                rows.append(memory_row(case))
-            except Exception as error:
-                rows.append({"case": case.name, "error": one_line(error)})
+        """Estimate the bytes of every whole model from its shapes."""
+        self.results.memory = records.MemoryResults(cases=[memory_row(case) for case in self._chosen])
         self._write("memory")
 
-    def state(self) -> None:
-        """Beside it, what the GPU's allocator says of models that are cut to fit."""
-        section = self.result["memory"]
-
-        def keep(row: Row) -> None:
-            section["allocator"].append(row)
-            self._write("memory")
-
-        section["not_run"] = self._rows(["state", *(case.name for case in self._chosen)], keep)
-        self._write("memory")
+    def allocator(self) -> None:
+        """Measure the training state of models that are cut to fit."""
+        memory, words = self.results.memory, ["state", *(case.name for case in self._chosen)]
+        assert memory is not None
+        for row in self._rows(AllocatorRow, words, "memory", memory):
+            memory.allocator.append(row)
 
     def steps(self) -> None:
-        """Whole training steps of every case."""
-        entries: list[Row] = []
-        self._section("step", cases=entries)
+        """Measure whole training steps of every case."""
+        self.results.step = records.StepResults()
         for case in self._chosen:
-            config = run_model_config(case_config(case, "dense"))
-            entry = {**asdict(case), "blocks": config.num_hidden_layers, "rows": [], "summary": None, "not_run": ""}
-            entries.append(entry)
-            entry["not_run"] = self._rows(["step", case.name], lambda row, entry=entry: self._keep_step(entry, row))  # type: ignore[misc]
-            if entry["not_run"]:
-                self.say(f"{case.name}: {entry['not_run']}")
-            self._write("step")
-            report.write(self.result, self._folder)
-
-    def _keep_step(self, entry: Row, row: Row) -> None:
-        entry["rows"].append(row)
-        entry["summary"] = summary(entry)
-        ratio = "" if row["ratio"] is None else f", {row['ratio']:.3f} times the best dense speed"
-        text = row["error"] or f"{row['step_ms']:.2f} ms{ratio}"
-        self.say(f"{row['case']}, {row['depth']} blocks, {row['variant']}: {text}")
-        self._write("step")
+            blocks = run_model_config(case_config(case, "dense")).num_hidden_layers
+            entry = CaseResult(**vars(case), blocks=blocks)
+            self.results.step.cases.append(entry)
+            for row in self._rows(StepRow, ["step", case.name], "step", entry):
+                entry.rows.append(row)
+                entry.summary = summary(entry)
+                ratio = "" if row.ratio is None else f", {row.ratio:.3f} times the best dense speed"
+                text = row.error or f"{row.step_ms:.2f} ms{ratio}"
+                self.say(f"{row.case}, {row.depth} blocks, {row.variant}: {text}")
+            if entry.not_run:
+                self.say(f"{case.name}: {entry.not_run}")
+            report.write(self.results, self._folder)
 
     def gemm(self) -> None:
-        """The products of a block of every width among the cases."""
-        widths = list(dict.fromkeys(str(width(model_config(case.name))) for case in self._chosen))
-        rows: list[Row] = []
-        self._section("gemm", rows=rows, not_run="")
+        """Measure the products of a block of every width among the cases."""
+        self.results.gemm = results = records.GemmResults()
+        widths = dict.fromkeys(str(width(model_config(case.name))) for case in self._chosen)
+        for row in self._rows(GemmRow, ["gemm", *widths], "gemm", results):
+            results.rows.append(row)
+        self.say("; ".join(filter(None, (f"products: {len(results.rows)} measured", results.not_run))))
 
-        def keep(row: Row) -> None:
-            rows.append(row)
-            self._write("gemm")
-
-        self.result["gemm"]["not_run"] = reason = self._rows(["gemm", *widths], keep)
-        self.say(f"products: {len(rows)} measured{reason and f'; {reason}'}")
-        self._write("gemm")
-
-    def generate(self, words: Sequence[str], gpu: bool) -> None:
-        """Decoding by linearized and by softmax attention: bytes from the shapes, all else on the GPU."""
-        entries: list[Row] = []
-        self._section("generate", models=entries)
+    def generate(self, subjects: Sequence[str], gpu: bool) -> None:
+        """Estimate the memory of decoding of subjects (see `generate.subject`), and measure the rest on a GPU."""
+        self.results.generate = records.GenerateResults()
         if not gpu:
-            self.say("no GPU here: decoding cannot be timed; what it remembers is reckoned from the shapes")
-        for word in words:
-            entry: Row = {
-                "memory": generate.memory_row(generate.subject(word)),
-                "rows": [],
-                "not_run": "not run: no GPU",
-            }
-            entries.append(entry)
-            if gpu:
-                entry["not_run"] = self._rows(
-                    ["generate", word], lambda row, entry=entry: self._keep_decoding(entry, row)
-                )  # type: ignore[misc]
-                self.say(f"{word}: {len(entry['rows'])} measured{entry['not_run'] and '; ' + entry['not_run']}")
+            self.say("no GPU here: decoding cannot be timed; its memory is estimated from the shapes")
+        for word in subjects:
+            entry = records.ModelResult(memory=generate.memory_row(generate.subject(word)), not_run="not run: no GPU")
+            self.results.generate.models.append(entry)
             self._write("generate")
-            report.write(self.result, self._folder)
+            for row in self._rows(DecodeRow, ["generate", word], "generate", entry) if gpu else ():
+                entry.rows.append(row)
+                where = " ".join(str(value) for value in (row.part, row.side, row.batch, row.length) if value)
+                speed = row.tokens_per_s and f"{row.tokens_per_s:,.0f} tokens/s"
+                self.say(": ".join(filter(None, (f"{row.model}, {where}", speed or row.error))))
+            if gpu:
+                self.say("; ".join(filter(None, (f"{word}: {len(entry.rows)} measured", entry.not_run))))
+            report.write(self.results, self._folder)
 
-    def _keep_decoding(self, entry: Row, row: Row) -> None:
-        entry["rows"].append(row)
-        where = " ".join(str(row[key]) for key in ("part", "side", "batch", "length") if key in row)
-        speed = f": {row['tokens_per_s']:,.0f} tokens a second" if "tokens_per_s" in row else ""
-        self.say(f"{row['model']}, {where}{speed or (row['error'] and ': ' + row['error'])}")
-        self._write("generate")
+    def _rows(self, kind: type[Row], words: Sequence[str], part: str, results: records.Incomplete) -> Iterator[Row]:
+        """Measure in a process of its own, note in the results why rows are missing, and write the part's file."""
+        left = LONGEST if self._end is None else self._end - time.monotonic()
+        results.not_run = "" if left > 0 else "not run: the budget was spent"
+        try:
+            for row in measured(words, left) if left > 0 else ():
+                yield from_json(kind, row)
+                self._write(part)  # with the row, which the caller has added
+        except SlopeError as error:
+            results.not_run = str(error)
+        self._write(part)
+
+    def _write(self, part: str) -> None:
+        write_json(self._folder / f"{part}.json", asdict(getattr(self.results, part)))
 
 
-def measured(words: Sequence[str], seconds: float) -> Iterator[Row]:
+def measured(words: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
     """The rows that measure.py prints in a process of its own.
 
     Raises:
-        SlopeError: it failed, or did not end in time; what it had printed was yielded.
+        SlopeError: it failed, or did not end in time; the rows that it had printed were yielded.
     """
     command = [sys.executable, "-m", "slope_cli.benchmarks.measure", *words]
     # A group of its own: torch's compile workers must go with it, or they would hold the pipe open.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), _kill(process)))
+
+        def stop() -> None:
+            late.set()
+            _kill(process)
+
+        timer = threading.Timer(seconds, stop)
         timer.start()
         try:
             for line in process.stdout:
@@ -263,62 +224,49 @@ def _kill(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def summary(entry: Row) -> Row | None:
-    """The fastest sparse variant of a case against the fastest dense one in the same rounds; None if one is missing.
+def summary(entry: CaseResult) -> StepSummary | None:
+    """Compare the fastest variants of a case in the same rounds; None if one is missing.
 
-    ratio: of the model as it was timed. A case timed at two depths has the milliseconds of a block, too, and
-    extrapolated_*: the timed step plus the blocks that the whole model has more. Not where one depth was timed in
-    alternating rounds and the other was not: their difference is no block's.
+    A block is not compared if one depth was timed in alternating rounds and the other was not: their difference would
+    not be a block's time.
     """
-    by_depth = [[row for row in entry["rows"] if row["depth"] == depth] for depth in sorted(entry["depths"])]
-    sparse = [fastest(rows, "slope") for rows in by_depth]
-    last = sparse[-1]
-    if last is None or last["dense_ms"] is None:
+    by_depth = [[row for row in entry.rows if row.depth == depth] for depth in sorted(entry.depths)]
+    first, last = fastest(by_depth[0], dense=False), fastest(by_depth[-1], dense=False)
+    if not last or not last.step_ms or not last.dense_ms:
         return None
-    dense = fastest(by_depth[-1], "dense")
-    found: Row = {"depth": last["depth"], "dense": dense and dense["variant"], "sparse": last["variant"]}
-    found |= {"dense_ms": last["dense_ms"], "sparse_ms": last["step_ms"], "ratio": last["ratio"]}
-    first = sparse[0]
-    if len(sparse) < 2 or first is None or first["dense_ms"] is None or first["alternated"] != last["alternated"]:
+    dense = fastest(by_depth[-1], dense=True)
+    timed = Speedup.of(last.dense_ms, last.step_ms)
+    found = StepSummary(last.depth, dense.variant if dense else None, last.variant, timed)
+    if not first or first is last or first.alternated != last.alternated or not first.step_ms or not first.dense_ms:
         return found
-    more = entry["blocks"] - last["depth"]
-    for side, key in (("dense", "dense_ms"), ("sparse", "step_ms")):
-        block = (last[key] - first[key]) / (last["depth"] - first["depth"])
-        found |= {f"{side}_block_ms": block, f"extrapolated_{side}_ms": last[key] + more * block}
-    found["block_ratio"] = found["dense_block_ms"] / found["sparse_block_ms"]
-    found["extrapolated_ratio"] = found["extrapolated_dense_ms"] / found["extrapolated_sparse_ms"]
-    return found
+    blocks, more = last.depth - first.depth, entry.blocks - last.depth
+    block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
+    whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
+    return replace(found, block=block, whole=whole)
 
 
-def memory_row(case: Case) -> Row:
-    """Bytes of training state and of inference weights of a whole model, sparse and dense; nothing is allocated.
-
-    state: float32 weights, gradients and AdamW moments, and the positions' bits. copies: what the products read in 16
-    bits: of a dense layer its cast, of a sparse one values and metadata of both W^R and W^{R,C} (9/16 of dense each).
-    inference: 16-bit weights, sparse layers packed.
-    """
+def memory_row(case: Case) -> records.MemoryRow:
+    """The bytes of a whole model, sparse and dense; nothing is allocated."""
     config = case_config(case, "slope")
     model = build_model(run_model_config(config), device="meta")
-    layers = phases.plan(config, model)
-    counts = account(config, layers, model)
-    assert layers is not None
-    pruned = sum(layer.out_features * layer.in_features for layer in layers.swapped)
-    kept_dense = sum(layer.out_features * layer.in_features for layer in layers.skipped)
-    adapters = counts.state_bytes["adapters with their state"]
-    state, dense_state = sum(counts.state_bytes.values()) - adapters, sum(counts.dense_state_bytes.values())
-    copies, dense_copies = pruned * 2 * 9 // 8 + kept_dense * 2, (pruned + kept_dense) * 2
-    inference, dense_inference = (counts.dense_parameters - pruned) * 2 + pruned * 9 // 8, counts.dense_parameters * 2
-    return {
-        "case": case.name,
-        "error": "",
-        "parameters": counts.dense_parameters,
-        "in_sparse_layers": pruned,
-        "dense": {"state": dense_state, "copies": dense_copies, "inference": dense_inference},
-        "sparse": {"state": state, "copies": copies, "inference": inference},
-        "adapters": {"state": adapters, "inference": counts.adapter_parameters * 2},
-        "state_ratio": state / dense_state,
-        "state_ratio_with_adapters": (state + adapters) / dense_state,
-        "state_and_copies_ratio": (state + copies) / (dense_state + dense_copies),
-        "inference_ratio": inference / dense_inference,
-        "inference_ratio_with_adapters": (inference + counts.adapter_parameters * 2) / dense_inference,
-    }
+    counts = account(model, config)
+    sparse_weights = counts.pruned_layer_weights
+    packed = BF16.packed_bytes(1, sparse_weights)
+    adapters = Bytes(counts.state_bytes["adapters with their state"], counts.adapter_parameters * 2)
+    dense = Bytes(sum(counts.dense_state_bytes.values()), counts.dense_parameters * 2, counts.linear_weights * 2)
+    inference = dense.inference - sparse_weights * 2 + packed
+    state = sum(counts.state_bytes.values()) - adapters.state
+    sparse = Bytes(state, inference, copies=dense.copies - sparse_weights * 2 + 2 * packed)  # for two products
+    return records.MemoryRow(
+        case=case.name,
+        parameters=counts.dense_parameters,
+        in_sparse_layers=sparse_weights,
+        dense=dense,
+        sparse=sparse,
+        adapters=adapters,
+        state_ratio=sparse.state / dense.state,
+        state_ratio_with_adapters=(sparse.state + adapters.state) / dense.state,
+        state_and_copies_ratio=(sparse.state + sparse.copies) / (dense.state + dense.copies),
+        inference_ratio=sparse.inference / dense.inference,
+        inference_ratio_with_adapters=(sparse.inference + adapters.inference) / dense.inference,
+    )

@@ -10,7 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from slope_cli.benchmarks.machine import RESULTS, machine
+from slope_cli.utils.environment import environment
+
+from . import RESULTS, write_json
 
 
 def main() -> None:
@@ -25,8 +27,8 @@ def main() -> None:
         )
         seconds = time.perf_counter() - started
         config = (Path(folder) / "runs/gpt2-nano/config.yaml").read_text()
-    result = {"machine": machine(), "seconds": seconds, "config": config, **json.loads(done.stdout)}
-    (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(done.stdout)
+    write_json(RESULTS / "demo.json", {"machine": environment(), "seconds": seconds, "config": config, **result})
     print(f"{seconds:.1f} s, validation loss {result['loss']:.4f}, bigram {result['bigram_loss']:.4f}")
 
 

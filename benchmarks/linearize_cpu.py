@@ -1,80 +1,70 @@
-"""What linearizing costs in perplexity, and what each branch carries: a llama2.c model on text of its own making.
+"""The cost of linearizing in perplexity, and the share of each branch: a llama2.c model on text that it wrote itself.
 
     python -m slope_cli.benchmarks.linearize_cpu MODEL.bin TOKENIZER.bin WORK
 
-Converts the model into the folder WORK, lets it write stories, and linearizes it on them in each way of VARIANTS; what
-is in WORK already is not made again. Writes benchmarks/results/linearize-cpu.json and .md.
+Converts the model into the folder WORK, samples stories from it, and linearizes it on them in each way of VARIANTS;
+finished parts in WORK are used again. Writes benchmarks/results/linearize-cpu.json and .md.
 
 The stories are drawn from the model itself at temperature 1, so they are distillation data: their perplexity says how
-near the linearized model comes to its teacher, not how well either knows stories that people wrote. Those that did not
-end within the model's positions are left out.
+close the linearized model comes to its teacher, not how well either knows stories that people wrote. Stories that did
+not end within the model's positions are left out.
 """
 
 import itertools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slope_cli.benchmarks import llama2c
-from slope_cli.benchmarks.machine import RESULTS, machine
-from slope_cli.benchmarks.tables import over_teacher
-from slope_cli.checkpoint import load
+from slope_cli.checkpoint.load import load_model
 from slope_cli.config import load as configs
 from slope_cli.data.prepare import prepare
 from slope_cli.distributed.signals import StopFlag
-from slope_cli.evaluate.perplexity import evaluate
-from slope_cli.linearize.settings import BRANCHES
+from slope_cli.evaluate.evaluate import evaluate
+from slope_cli.linearize.attention import BRANCHES
 from slope_cli.report import metrics
-from slope_cli.train import dry_run_linearize
+from slope_cli.report.tables import Table, document, number
+from slope_cli.train.init import linearize_overrides
 from slope_cli.train.loop import pretrain
+from slope_cli.utils.environment import environment
+
+from . import RESULTS, llama2c, write_json
 
 BATCH, BATCHES = 128, 16
 LENGTH, WINDOW = 512, 16
-WORDS = [
-    f"train.seq_len={LENGTH}",
-    f"linearize.window={WINDOW}",
-    "train.micro_batch=4",
-    "train.tokens_per_step=2048",
-    "train.steps=600",
-    "linearize.transfer=0.6",
-    "log.sample_every=0",
-    "log.val_tokens=65536",
-    "log.save_every=0",
-    "log.tensorboard=false",
-    "log.sample_prompt='Once upon a time'",
-]
-LONG = [
-    "linearize.features=32",
-    "linearize.adjust_maps=true",
-    "linearize.transfer=0.5",
-    "optim.lr=3e-3",
-    "train.steps=1500",
-]
-VARIANTS: dict[str, list[str]] = {
-    "the recipe's settings": [],
-    "32 columns, 70 % transfer": ["linearize.features=32", "linearize.transfer=0.7"],
-    "maps trained on": ["linearize.adjust_maps=true", "linearize.transfer=0.4", "optim.lr=3e-3"],
-    "4 columns": ["linearize.features=4"],
-    "4 columns, window dropout 0.25": ["linearize.features=4", "linearize.window_dropout=0.25"],
-    "t2r": ["linearize.map=t2r"],
+WORDS = (
+    f"train.seq_len={LENGTH} train.micro_batch=4 train.tokens_per_step=2048 train.steps=600 linearize.transfer=0.6 "
+    f"linearize.window={WINDOW} log.sample_every=0 log.save_every=0 log.val_tokens=65536 log.tensorboard=false "
+    "log.sample_prompt='Once upon a time'"
+)
+LONG = "linearize.features=32 linearize.adjust_maps=true linearize.transfer=0.5 optim.lr=3e-3 train.steps=1500"
+VARIANTS = {
+    "the recipe's settings": "",
+    "32 columns, 70 % transfer": "linearize.features=32 linearize.transfer=0.7",
+    "maps trained on": "linearize.adjust_maps=true linearize.transfer=0.4 optim.lr=3e-3",
+    "4 columns": "linearize.features=4",
+    "4 columns, window dropout 0.25": "linearize.features=4 linearize.window_dropout=0.25",
+    "t2r": "linearize.feature_map=t2r",
     "1,500 steps, 32 columns, maps trained on": LONG,
-    "1,500 steps, 32 columns, maps trained on, distilled": [*LONG, "linearize.distill=1"],
-    "1,500 steps, 64 columns, maps trained on, distilled": [*LONG, "linearize.features=64", "linearize.distill=1"],
-    "window 64": ["linearize.window=64"],
-    "window 64, 1,500 steps, 32 columns, maps trained on": ["linearize.window=64", *LONG],
-    "window 32, 1,500 steps, 32 columns, maps trained on": ["linearize.window=32", *LONG],
+    "1,500 steps, 32 columns, maps trained on, distilled": f"{LONG} linearize.distill=1",
+    "1,500 steps, 64 columns, maps trained on, distilled": f"{LONG} linearize.features=64 linearize.distill=1",
+    "window 64": "linearize.window=64",
+    "window 64, 1,500 steps, 32 columns, maps trained on": f"linearize.window=64 {LONG}",
+    "window 32, 1,500 steps, 32 columns, maps trained on": f"linearize.window=32 {LONG}",
 }
+"""Overrides on top of WORDS, by the name of the variant."""
 
 
 def write_stories(model_folder: Path, path: Path) -> None:
-    """Sample whole stories from a model, a line of JSON each; each ends with the token that the next begins with."""
-    found = load.load(model_folder)
+    """Sample whole stories from a model into a file of JSON lines."""
+    found = load_model(model_folder)
     begin, model = found.tokenizer.bos_token_id, found.model
-    model.generation_config.eos_token_id = None  # a story is followed by another, as in training
+    # In the model's training the token that ends a story begins the next one.
+    model.generation_config.eos_token_id = None
     torch.manual_seed(0)
     stories = []
     for _ in range(BATCHES):
@@ -96,54 +86,44 @@ def write_stories(model_folder: Path, path: Path) -> None:
 def measure(run: Path) -> dict[str, Any]:
     """The perplexities of a finished run, and of its branches alone."""
     records = metrics.read(run)
-    of = {
-        kind: [r for r in records if r["kind"] == kind] for kind in ("teacher", "swapped", "val", "train", "transfer")
-    }
-    found = {kind: of[kind][0]["perplexity"] for kind in ("teacher", "swapped")}
-    found["transferred"] = of["val"][0]["perplexity"] if of["transfer"] else None
-    found["adapted"] = of["val"][-1]["perplexity"]
-    branches = {name: evaluate(run, branch=name, tokens=65536)["perplexity"]["perplexity"] for name in BRANCHES}
+    kinds = ("teacher", "swapped", "val", "train", "transfer")
+    of = {kind: [record for record in records if record["kind"] == kind] for kind in kinds}
     steps = [*of["transfer"], *of["train"]]
     seconds = sum(record["tokens"] / record["step"] / record["tokens_per_s"] for record in steps)
-    return {**found, "branches": branches, "seconds": round(seconds, 1), "tokens": steps[-1]["tokens"]}
+    return {
+        "teacher": of["teacher"][0]["perplexity"],
+        "swapped": of["swapped"][0]["perplexity"],
+        "transferred": of["val"][0]["perplexity"] if of["transfer"] else None,
+        "adapted": of["val"][-1]["perplexity"],
+        "branches": {name: evaluate(run, branch=name, tokens=65536)["perplexity"]["perplexity"] for name in BRANCHES},
+        "seconds": round(seconds, 1),
+        "tokens": steps[-1]["tokens"],
+    }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+def over_teacher(row: dict[str, Any]) -> str:
+    """How far a linearized model's perplexity is above its teacher's."""
+    return f"{100 * (row['adapted'] / row['teacher'] - 1):+.1f} %"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The perplexities of all variants."""
     rows = [
-        "| | after the swap | transfer | adapters | to the teacher | window alone | linear alone |",
-        "|---|---|---|---|---|---|---|",
+        [name, *(number(row[key], ".3f") for key in ("swapped", "transferred", "adapted")), over_teacher(row)]
+        + [number(row["branches"][branch]) for branch in ("window", "linear")]
+        for name, row in result["variants"].items()
     ]
-    for name, row in result["variants"].items():
-        transferred = "" if row["transferred"] is None else f"{row['transferred']:.3f}"
-        alone = " | ".join(f"{row['branches'][branch]:.2f}" for branch in ("window", "linear"))
-        cells = f"{row['swapped']:.3f} | {transferred} | {row['adapted']:.3f} | {over_teacher(row)} | {alone}"
-        rows.append(f"| {name} | {cells} |")
-    teacher, m = next(iter(result["variants"].values()))["teacher"], result["machine"]
-    return "\n".join(
-        [
-            f"# A llama2.c model of {result['parameters']:,} parameters, linearized",
-            "",
-            f"Perplexity on held-out text that the model itself wrote, in blocks of {LENGTH} tokens with a window of "
-            f"{WINDOW} where no other is named; the model with softmax attention has {teacher:.3f}.",
-            "",
-            *rows,
-            "",
-            f"{m['processor']}, {m['threads']} thread, torch {m['torch']}, {m['date']}; "
-            "`python -m slope_cli.benchmarks.linearize_cpu`.",
-            "",
-        ]
+    note = (
+        f"A llama2.c model of {result['parameters']:,} parameters on held-out stories that it wrote itself, in blocks "
+        f"of {LENGTH} tokens with a window of {WINDOW} unless another is named; with softmax attention it has "
+        f"{next(iter(result['variants'].values()))['teacher']:.3f}."
     )
-
-
-def write(result: dict[str, Any]) -> None:
-    """Put the result, and the table of it, where results are."""
-    (RESULTS / "linearize-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "linearize-cpu.md").write_text(table(result))
+    columns = ("variant", "swap", "transfer", "adapters", "gap", "window alone", "linear alone")
+    return Table("Perplexity", columns, rows, note)
 
 
 def main() -> None:
-    """Do all of it."""
+    """Measure, and write the result with its table."""
     if len(sys.argv) < 4:
         raise SystemExit(__doc__)
     model_file, tokenizer_file, work = map(Path, sys.argv[1:4])
@@ -154,19 +134,22 @@ def main() -> None:
     if not stories.is_file():
         write_stories(base, stories)
     dataset = prepare([str(stories)], work / "data", tokenizer=str(base), val_fraction=0.1, workers=1, progress=False)
-    result: dict[str, Any] = {"machine": machine(), "parameters": load.load(base).model.num_parameters()}
+    result: dict[str, Any] = {"machine": environment(), "parameters": load_model(base).model.num_parameters()}
     result |= {"stories": stories.read_text().count("\n"), "tokens": sum(f.header.tokens for f in dataset.train)}
     result["variants"] = {}
-    for name, words in VARIANTS.items():
+    for name, text in VARIANTS.items():
+        words = text.split()
         run = work / "runs" / re.sub(r"\W+", "-", name).strip("-")
-        config = configs.load(
-            "linearize", [*dry_run_linearize.words(base), f"data.path={work / 'data'}", *WORDS, *words]
-        )
+        all_words = [*linearize_overrides(base), f"data.path={work / 'data'}", *shlex.split(WORDS), *words]
         with StopFlag() as stop:
-            pretrain(config, run, stop=stop)
+            pretrain(configs.load("linearize", all_words), run, stop=stop)
         result["variants"][name] = {"words": words, **measure(run)}
         print(name, result["variants"][name], file=sys.stderr)
-    write(result)
+    write_json(RESULTS / "linearize-cpu.json", result)
+    m = result["machine"]
+    where = f"{m['processor']}, {m['threads']} thread, torch {m['torch']}, {m['date']}"
+    text = document("A llama2.c model, linearized", [table(result)], below=[where])
+    (RESULTS / "linearize-cpu.md").write_text(text)
 
 
 if __name__ == "__main__":

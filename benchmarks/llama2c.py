@@ -1,8 +1,8 @@
-"""Llama models in the format of llama2.c, one file of weights and one of pieces, as a folder that transformers loads.
+"""Llama models in the format of llama2.c, converted into a folder that transformers loads.
 
-The model file (its version 0) is seven int32, then float32 arrays without names, each kind for all layers at once.
-The tokenizer file is one int32, the length of the longest piece, then for each id a float32 score, an int32 length
-and that many bytes; ids 0 to 2 are unknown, beginning and end of text, and 3 to 258 are the single bytes.
+The model file (version 0) is seven int32, then float32 arrays without names, each kind for all layers at once. The
+tokenizer file is one int32, the length of the longest piece, then for each id a float32 score, an int32 length and that
+many bytes; ids 0 to 2 are unknown, beginning and end of text, and 3 to 258 are the single bytes.
 
 Shape suffixes: L layers, O out features, I in features.
 """
@@ -32,14 +32,14 @@ Float32 = NDArray[np.float32]
 HEADER = struct.Struct("<7i")
 PIECE = struct.Struct("<fi")
 VERSIONED = int.from_bytes(b"24ka", "little")
-"""What later versions of the format begin with, where this one has the width."""
+"""The first four bytes of later versions of the format, where this one has the width."""
 ROTARY_TABLES = "rotary tables"
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class Header(NamedTuple):
-    """The seven numbers that a model file begins with; a negative vocab_size says that the head is not tied."""
+    """The first seven numbers of a model file; a negative vocab_size says that the head is not tied."""
 
     dim: int
     hidden_dim: int
@@ -66,38 +66,38 @@ class Header(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A token's text, and how early pairs that make it are merged: the highest score first."""
+    """A token's text, and its score: pairs that make the piece of the highest score are merged first."""
 
     text: str
     score: float
 
 
 def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]:
-    """Write a llama2.c model and its tokenizer to the folder `out`, which appears when all of it is written.
+    """Write a llama2.c model and its tokenizer to the folder `out`, which appears when it is complete.
 
-    LlamaForCausalLM and AutoTokenizer load the folder. The logits are those of llama2.c, float32. Text gets the ids
-    that llama2.c gives it, with `<s>` before it unless `add_special_tokens=False`; only `<unk>`, `<s>` and `</s>`
-    written out in a text are the special ids here, and plain text there. `<s>` ends a text, too: in llama2.c's training
-    it stands between texts, its sampling stops there, and `</s>` is never seen.
+    LlamaForCausalLM and AutoTokenizer load the folder. The float32 logits are those of llama2.c, and so are the ids of
+    a text, with `<s>` before it unless `add_special_tokens=False`; but `<unk>`, `<s>` and `</s>` in a text are special
+    ids here and plain text there. `<s>` also ends a text: in llama2.c's training it stands between texts, its sampling
+    stops there, and `</s>` never occurs.
 
     Returns:
-        What was written: the folder, and the model's parameters, layers, vocabulary and positions as numbers.
+        The folder, and the numbers of parameters, layers, ids in the vocabulary, and positions.
 
     Raises:
-        UsageError: `out` is not empty, or a file is missing, of another format, of a wrong length, or of another
-            vocabulary than the other one.
+        UsageError: `out` is not empty; a file is missing, of another format or of a wrong length; or the vocabularies
+            of the two files differ.
         SlopeError: the folder cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not an empty folder; choose another")
     out = out.resolve()
-    logging.disable_progress_bar()  # a bar that is full at once
+    logging.disable_progress_bar()  # it would be full at once
     header = _read_header(model_file)
     tokenizer = read_tokenizer(tokenizer_file)
     if len(tokenizer) != header.rows:
         raise UsageError(
             f"{tokenizer_file}: has {len(tokenizer)} pieces, and {model_file} a vocabulary of {header.rows}; "
-            "give the tokenizer that the model was trained with"
+            "give the model's own tokenizer"
         )
     tokenizer.model_max_length = header.seq_len
     model = build_model(_config(header))
@@ -106,7 +106,7 @@ def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]
         with atomic_folder(out) as folder:
             model.save_pretrained(folder)
             save_tokenizer(tokenizer, folder)
-    except SafetensorError as error:  # on a full disk, for one
+    except SafetensorError as error:  # a full disk, for example
         raise SlopeError(f"{out}: cannot be written: {error}") from None
     return {
         "folder": str(out),
@@ -118,12 +118,12 @@ def convert(model_file: Path, tokenizer_file: Path, out: Path) -> dict[str, Any]
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a llama2.c file, with the ids of llama2.c for any text; its special tokens are SPECIAL.
+    """The tokenizer of a llama2.c file, with llama2.c's ids for any text; its special tokens are SPECIAL.
 
-    Pieces keep their spaces: with the usual ▁ in their place, a ▁ in a text would be taken for one.
+    Pieces keep their spaces. With the usual ▁ instead, a ▁ in a text would become a space.
 
     Raises:
-        UsageError: the file is missing, of another format or not whole.
+        UsageError: the file is missing, of another format or incomplete.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
@@ -147,36 +147,30 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_header(path: Path) -> Header:
-    """The header of a model file, whose length must be what the header asks for."""
+    """The header of a model file; UsageError if the file's length does not fit it."""
     try:
         with open(path, "rb") as file:
             start, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     if len(start) < HEADER.size:
-        raise UsageError(f"{path}: is no llama2.c model: it is shorter than a header")
+        raise UsageError(f"{path}: not a llama2.c model: it is shorter than a header")
     header = Header._make(HEADER.unpack(start))
     if header.dim == VERSIONED:
-        raise UsageError(f"{path}: is of a later version of llama2.c's format; export the model as version 0, float32")
-    _check_header(path, header)
+        raise UsageError(f"{path}: a later version of llama2.c's format; export the model as version 0, float32")
+    if min(*header._replace(vocab_size=header.rows)) < 1:
+        raise UsageError(f"{path}: not a llama2.c model: its header holds {tuple(header)}")
+    if header.dim % header.n_heads or header.head_dim % 2 or header.n_heads % header.n_kv_heads:
+        sizes = f"width {header.dim}, {header.n_heads} heads and {header.n_kv_heads} key-value heads"
+        raise UsageError(f"{path}: not a llama2.c model: {sizes} do not fit together")
     expected = HEADER.size + 4 * sum(math.prod(shape) for shape in _layout(header).values())
     if size != expected:
-        raise UsageError(f"{path}: has {size} bytes, and its header asks for {expected}; is it whole, and float32?")
+        raise UsageError(f"{path}: has {size} bytes, its header asks for {expected}; is it complete, and float32?")
     return header
 
 
-def _check_header(path: Path, header: Header) -> None:
-    if min(*header._replace(vocab_size=header.rows)) < 1:
-        raise UsageError(f"{path}: is no llama2.c model: its header holds {tuple(header)}")
-    if header.dim % header.n_heads or header.head_dim % 2 or header.n_heads % header.n_kv_heads:
-        raise UsageError(
-            f"{path}: is no llama2.c model: its header has width {header.dim}, {header.n_heads} heads "
-            f"and {header.n_kv_heads} key-value heads, which do not fit together"
-        )
-
-
 def _layout(header: Header) -> dict[str, tuple[int, ...]]:
-    """transformers' names, and the shapes, of a model file's arrays in their order; {} stands for each layer."""
+    """transformers' names and the shapes of a model file's arrays, in order; {} stands for each layer."""
     L, D, F, KV = header.n_layers, header.dim, header.hidden_dim, header.n_kv_heads * header.head_dim
     layout: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (header.rows, D),
@@ -203,10 +197,10 @@ def _read_weights(path: Path, header: Header) -> dict[str, Tensor]:
     for name, shape in _layout(header).items():
         array = numbers[start : start + math.prod(shape)].reshape(shape)
         start += array.size
-        if name == ROTARY_TABLES:  # sines and cosines of the base that `_config` names; newer llama2.c computes them
+        if name == ROTARY_TABLES:  # for the base in `_config`; newer versions of llama2.c compute them
             continue
         if not np.isfinite(array).all():
-            raise UsageError(f"{path}: holds weights that are no finite numbers; it is damaged")
+            raise UsageError(f"{path}: damaged: some weights are not finite numbers")
         if "q_proj" in name or "k_proj" in name:
             array = _pairs_to_halves(array, header.head_dim)
         whole = torch.from_numpy(np.array(array, dtype=np.float32))
@@ -219,7 +213,7 @@ def _read_weights(path: Path, header: Header) -> dict[str, Tensor]:
 def _pairs_to_halves(array_LOI: Float32, head_dim: int) -> Float32:
     """Rows of queries or keys, reordered within each head.
 
-    Rotary positions turn features 2i and 2i + 1 together in llama2.c, i and i + head_dim / 2 in transformers.
+    Rotary positions rotate features 2i and 2i + 1 together in llama2.c, i and i + head_dim / 2 in transformers.
     """
     layers, rows, columns = array_LOI.shape
     pairs = array_LOI.reshape(layers, rows // head_dim, head_dim // 2, 2, columns)
@@ -244,13 +238,13 @@ def _config(header: Header) -> LlamaConfig:
 
 
 def _read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a tokenizer file by id; the first three under the names that transformers' users expect."""
+    """The pieces of a tokenizer file by id, the first three under their usual names in transformers."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) < 4:
-        raise UsageError(f"{path}: is no llama2.c tokenizer: it is shorter than a header")
+        raise UsageError(f"{path}: not a llama2.c tokenizer: it is shorter than a header")
     longest = int.from_bytes(content[:4], "little", signed=True)
     pieces: list[Piece] = []
     at = 4
@@ -258,33 +252,32 @@ def _read_pieces(path: Path) -> list[Piece]:
         piece, at = _read_piece(path, content, at, longest, number=len(pieces))
         pieces.append(piece)
     if [piece.text for piece in pieces[len(SPECIAL) : len(SPECIAL) + len(BYTES)]] != BYTES:
-        raise UsageError(f"{path}: is no llama2.c tokenizer: ids 3 to 258 are not the single bytes, <0x00> to <0xFF>")
+        raise UsageError(f"{path}: not a llama2.c tokenizer: ids 3 to 258 are not the single bytes, <0x00> to <0xFF>")
     pieces[: len(SPECIAL)] = [Piece(name, 0.0) for name in SPECIAL]
-    twice = [text for text, count in Counter(piece.text for piece in pieces).items() if count > 1]
-    if twice:
+    if twice := [text for text, count in Counter(piece.text for piece in pieces).items() if count > 1]:
         raise UsageError(f"{path}: has the piece {twice[0]!r} more than once; every piece must have one id")
     return pieces
 
 
 def _read_piece(path: Path, content: bytes, at: int, longest: int, *, number: int) -> tuple[Piece, int]:
-    """The piece that begins at a byte of the file, and where the next one does."""
+    """The piece at a byte of the file, and the first byte of the next one."""
     start = at + PIECE.size
     score, length = PIECE.unpack(content[at:start]) if start <= len(content) else (0.0, 0)
     if not 0 <= length <= longest or not math.isfinite(score):
-        raise UsageError(f"{path}: is no llama2.c tokenizer: piece {number} has length {length} and score {score}")
+        raise UsageError(f"{path}: not a llama2.c tokenizer: piece {number} has length {length} and score {score}")
     if start + length > len(content):
-        raise UsageError(f"{path}: ends within piece {number}; it is not whole")
+        raise UsageError(f"{path}: incomplete: it ends within piece {number}")
     try:
         return Piece(content[start : start + length].decode(), score), start + length
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: is no llama2.c tokenizer: piece {number} is not UTF-8") from None
+        raise UsageError(f"{path}: not a llama2.c tokenizer: piece {number} is not UTF-8") from None
 
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, those that make the one of the highest score first.
+    """Every pair of pieces that makes a piece, by falling score of that piece, by which alone llama2.c merges.
 
-    llama2.c merges by that score alone. With scores as training gives them, all different and none above those of a
-    piece's parts, the order of pairs that make the same piece does not matter.
+    Scores from training are all different, and none is above those of a piece's parts: then the order of pairs that
+    make the same piece does not matter.
     """
     texts = {piece.text for piece in pieces[len(SPECIAL) :]}
     merges: list[tuple[str, str]] = []

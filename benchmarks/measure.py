@@ -1,72 +1,65 @@
-"""What `slope bench` measures on the GPU: whole training steps, the bytes of their state, single products, decoding.
+"""The measurements of `slope bench` on the GPU: training steps, the bytes of their state, single products, decoding.
 
     python -m slope_cli.benchmarks.measure step opt-2.7b
     python -m slope_cli.benchmarks.measure state opt-2.7b gpt2-small
     python -m slope_cli.benchmarks.measure gemm 2560 4096
     python -m slope_cli.benchmarks.measure generate llama-small
 
-One JSON object a line on standard output, as soon as it is known. The bench runs this as a process of its own, so that
-a crash of the GPU or a hang costs it one case.
+Each row is printed as a line of JSON as soon as it is known. `slope bench` runs this as a process of its own, so that
+a crash or a hang of the GPU costs it one case.
 """
 
-import gc
 import json
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import transformers
-import yaml
 from torch import Tensor
 
 import sparse_kernels
-from slope_cli.benchmarks.machine import one_line
 from slope_cli.checkpoint import store
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
-from slope_cli.methods import optim, phases
+from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.methods import optim, phases_of
+from slope_cli.methods.accounting import account
+from slope_cli.methods.apply import apply
 from slope_cli.models import shapes
-from slope_cli.models.accounting import account
 from slope_cli.models.build import build_model, run_model_config
-from slope_cli.models.loss import IGNORED_LABEL
-from slope_cli.train.step import Renewal, Step, Taken
-from sparse_kernels import autotune, packed
+from slope_cli.train.cuda_graphs import GraphedStep
+from slope_cli.train.step import MaskUpdate, Step, StepOutput
 
-Row = dict[str, Any]
+from . import generate
+from .gemm import gemm
+from .records import AllocatorRow, Case, DecodeRow, GemmRow, OfMethod, StepRow, cases
+from .timing import Peak, Timing, free, one_line, random_model
 
-WARM_UP, ROUNDS, ROUND_SECONDS = 4, 7, 0.2
-HEAT_SECONDS = 3.0
-"""Of steps before they are timed: a cold GPU runs a few per cent faster, until its power limit lowers the clock."""
-TOKENS, MORE_TOKENS = 8192, (1024, 2048, 4096, 16384)
+STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.2, most_calls=20, heat_seconds=3.0)
 
 
 @dataclass(frozen=True)
-class Case:
-    """An entry of cases.yaml."""
+class Variant(OfMethod):
+    """A way to train."""
 
     name: str
-    seq_len: int
-    tokens: int
-    depths: tuple[int, ...]
-    paper: float | None
-    target: float | None
-    aim: float | None
+    method: str
+    compiled: bool = False
+    graphed: bool = False
 
 
-def cases() -> dict[str, Case]:
-    """All cases by name, the most important first."""
-    text = (resources.files("slope_cli.benchmarks") / "cases.yaml").read_text()
-    entries = yaml.safe_load(text).items()
-    return {name: Case(name=name, **{**entry, "depths": tuple(entry["depths"])}) for name, entry in entries}
+VARIANTS = (
+    Variant("dense compiled + graph", "dense", compiled=True, graphed=True),
+    Variant("dense compiled", "dense", compiled=True),
+    Variant("dense eager", "dense"),
+    Variant("sparse compiled + graph", "slope", compiled=True, graphed=True),
+    Variant("sparse eager", "slope"),
+)
 
 
 def case_config(case: Case, method: str, depth: int | None = None) -> Config:
@@ -78,192 +71,126 @@ def case_config(case: Case, method: str, depth: int | None = None) -> Config:
     return configs.load(case.name, words)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to train."""
-
-    name: str
-    method: str
-    compiled: bool
-    graphed: bool
-
-
-VARIANTS = (
-    Variant("dense compiled + graph", "dense", True, True),
-    Variant("dense compiled", "dense", True, False),
-    Variant("dense eager", "dense", False, False),
-    Variant("sparse compiled + graph", "slope", True, True),
-    Variant("sparse eager", "slope", False, False),
-)
-
-
 class Runner:
-    """A model that takes timed steps on one random batch.
+    """A model that takes training steps on one random batch, with the mask updates of a run.
 
     Attributes:
-        peak_bytes: the allocator's peak in its first steps, without what others hold; None on a CPU.
+        peak_bytes: the allocator's peak in the first steps, above what was held before; None on a CPU.
+        loss: of the last of these steps.
     """
 
-    def __init__(self, case: Case, depth: int, variant: Variant, device: torch.device) -> None:
-        self.variant = variant
-        self.config = case_config(case, variant.method, depth)
-        held = _allocated(device)
-        self.model = build(self.config, device)
-        optimizer = optim.build_optimizer(self.model, self.config)
-        objective = shapes.objective(self.model.config)
-        how = {"compiled": variant.compiled, "graphed": variant.graphed}
+    def __init__(self, config: Config, variant: Variant, device: torch.device, timing: Timing = STEP_TIMING) -> None:
+        peak = Peak(device)
+        self.model = build(config, device)
+        self.variant, self._phase, self._steps = variant, phases_of(config).at(0), 0
+        optimizer = optim.build_optimizer(self.model, config, phases_of(config))
         dtype = torch.bfloat16 if device.type == "cuda" else None
-        self._step = Step(self.model, optimizer, objective, dtype=dtype, clip=self.config.optim.clip, **how)
-        self._batch = random_batch(self.config, shapes.vocab_size(self.model.config), objective, device)
+        step = Step(self.model, optimizer, dtype=dtype, clip=config.optim.clip, compiled=variant.compiled)
+        self._step = GraphedStep(step) if variant.graphed else step
+        objective = shapes.objective(self.model.config)
+        self._batch = random_batch(config, shapes.vocab_size(self.model.config), objective, device)
         if device.type == "cuda":
-            sparse_kernels.prepare(self.model, case.tokens)  # now, so that its measuring is not in the peak
-            torch.cuda.reset_peak_memory_stats()
-        self._stage, self._steps = phases.stage(self.config, 0), 0
-        for _ in range(WARM_UP):
-            self.loss = self._take().loss
-        self.peak_bytes = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
+            sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # now: its measuring is not in the peak
+            peak.restart()
+        for _ in range(timing.warm_up):
+            self.loss = self.step().loss
+        self.peak_bytes = peak.above_start()
 
-    def seconds(self, calls: int) -> float:
-        """Seconds of one of so many steps, mask renewals among them as in a run."""
-        return _seconds(self._take, calls)
-
-    def _take(self) -> Taken:
-        renews = phases.renews(self.config, self._stage, self._steps)
+    def step(self) -> StepOutput:
+        """Take one step."""
+        update = MaskUpdate() if self._phase.updates_masks(self._steps) else None
         self._steps += 1
-        return self._step([self._batch], Renewal() if renews else None)
+        return self._step([self._batch], update)
 
 
 def build(config: Config, device: torch.device) -> Any:
-    """The run's model as runmodel.build makes it, but drawn on the device: on a CPU the largest would take minutes."""
-    shape = run_model_config(config)
+    """The model of a run's first step, its weights drawn on the device."""
     torch.manual_seed(config.train.seed)
-    with torch.device(device):
-        model = getattr(transformers, shapes.FAMILIES[shape.model_type].model_class)(shape).train()
-    if config.method == "slope":
-        s = config.sparsity
-        sparse_kernels.sparsify(model, n=s.n, m=s.m, mask=s.mask, seed=config.train.seed, skip=s.skip)
+    model = random_model(run_model_config(config), device).train()
+    apply(model, config, phases_of(config).at(0))
     return model
 
 
 def random_batch(config: Config, vocab: int, objective: shapes.Objective, device: torch.device) -> dict[str, Tensor]:
     """Random tokens; for "masked" with 15 % of them labelled, and BERT's two other inputs."""
-    sides = config.train.micro_batch, config.train.seq_len
-    batch = {name: torch.randint(vocab, sides, device=device) for name in ("input_ids", "labels")}
+    size = config.train.micro_batch, config.train.seq_len
+    batch = {name: torch.randint(vocab, size, device=device) for name in ("input_ids", "labels")}
     if objective == "masked":
-        unlabelled = torch.rand(sides, device=device) > 0.15
+        unlabelled = torch.rand(size, device=device) > 0.15
         batch["labels"][unlabelled] = IGNORED_LABEL
-        batch["token_type_ids"] = torch.randint(2, sides, device=device)
-        batch["next_sentence_label"] = torch.randint(2, sides[:1], device=device)
+        batch["token_type_ids"] = torch.randint(2, size, device=device)
+        batch["next_sentence_label"] = torch.randint(2, size[:1], device=device)
     return batch
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _seconds(work: Callable[[], object], calls: int) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    for _ in range(calls):
-        work()
-    _synchronize()
-    return (time.perf_counter() - started) / calls
-
-
-def _free() -> None:
-    gc.collect()
-    packed.release()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
-def step(case: Case, device: torch.device, variants: Sequence[Variant] = VARIANTS) -> Iterator[Row]:
-    """Rows of all variants at the larger depth, then of the fastest dense and sparse one at the smaller."""
+def step(
+    case: Case, device: torch.device, variants: Sequence[Variant] = VARIANTS, timing: Timing = STEP_TIMING
+) -> Iterator[StepRow]:
+    """Rows of all variants at the largest depth, then of the fastest dense and sparse one at the smaller depth."""
     *smaller, largest = case.depths
     rows = []
-    for row in depth_rows(case, largest, variants, device):
+    for row in depth_rows(case, largest, variants, device, timing):
         rows.append(row)
         yield row
+    best = {row.variant for row in (fastest(rows, dense=True), fastest(rows, dense=False)) if row}
     for depth in smaller:
-        best = [fastest(rows, "dense"), fastest(rows, "slope")]
-        chosen = [variant for variant in variants if variant.name in {row["variant"] for row in best if row}]
-        yield from depth_rows(case, depth, chosen, device)
+        yield from depth_rows(case, depth, [variant for variant in variants if variant.name in best], device, timing)
 
 
-def fastest(rows: Sequence[Row], method: str) -> Row | None:
-    """The row of the fastest variant of a method, or None if none ran."""
-    ran = [row for row in rows if row["method"] == method and not row["error"]]
-    return min(ran, key=lambda row: float(row["step_ms"])) if ran else None
+def fastest(rows: Sequence[StepRow], *, dense: bool) -> StepRow | None:
+    """The row of the fastest dense variant, or of the fastest sparse one; None if none ran."""
+    ran = [(row.step_ms, row) for row in rows if row.dense == dense and row.step_ms is not None]
+    return min(ran, key=lambda pair: pair[0])[1] if ran else None
 
 
-def depth_rows(case: Case, depth: int, variants: Sequence[Variant], device: torch.device) -> Iterator[Row]:
+def depth_rows(
+    case: Case, depth: int, variants: Sequence[Variant], device: torch.device, timing: Timing = STEP_TIMING
+) -> Iterator[StepRow]:
     """Time variants in their order, each in alternating rounds with the fastest dense one before it.
 
-    Where the two do not fit into memory together, that variant and those after it are timed alone: "alternated" is
-    false, and they are compared with the time that the dense one has when it is made and timed anew, just before.
+    Where the two do not fit into memory together, that variant and the following ones are timed alone: "alternated" is
+    false, and the dense variant they are compared with is built and timed again just before.
     """
+
+    def attempt(variant: Variant) -> tuple[Runner | None, StepRow]:
+        row = StepRow(
+            case=case.name, depth=depth, variant=variant.name, method=variant.method, alternated=best is not None
+        )
+        started = time.perf_counter()
+        try:
+            runner = Runner(case_config(case, variant.method, depth), variant, device, timing)
+            ms, *dense_ms = (1e3 * s for s in timing.medians(runner.step, *([best.step] if best else [])))
+            row = replace(row, step_ms=ms, dense_ms=dense_ms[0] if dense_ms else None, peak_bytes=runner.peak_bytes)
+            row = replace(row, loss=runner.loss, seconds=time.perf_counter() - started)
+            return runner, replace(row, backends=backends(runner.model))
+        except Exception as error:  # the other variants are measured all the same
+            return None, replace(row, error=one_line(error))
+
     best: Runner | None = None
     best_ms, together = 0.0, True
     for variant in variants:
-        runner, row = _attempt(case, depth, variant, device, best)
-        if best is not None and re.search("out of memory|captur", row["error"]):
+        runner, row = attempt(variant)
+        if best is not None and re.search("out of memory|captur", row.error):
             again, best, together = best.variant, None, False
-            _free()
-            best_ms = _attempt(case, depth, again, device, None)[1]["step_ms"] or best_ms
-            _free()
-            runner, row = _attempt(case, depth, variant, device, None)
-        if not row["error"]:
-            dense_ms = row["dense_ms"] or best_ms
-            row |= {"dense_ms": dense_ms or None, "ratio": dense_ms / row["step_ms"] if dense_ms else None}
-            if variant.method == "dense" and (not dense_ms or row["step_ms"] < dense_ms):
-                best, best_ms = runner if together else None, row["step_ms"]
+            free()
+            best_ms = attempt(again)[1].step_ms or best_ms
+            free()
+            runner, row = attempt(variant)
+        if (step_ms := row.step_ms) is not None:
+            dense_ms = row.dense_ms or best_ms
+            row = replace(row, dense_ms=dense_ms or None, ratio=dense_ms / step_ms if dense_ms else None)
+            if variant.dense and (not dense_ms or step_ms < dense_ms):
+                best, best_ms = runner if together else None, step_ms
         runner = None
-        _free()
+        free()
         yield row
-    del best
+    best = None
     torch._dynamo.reset()
-    _free()
+    free()
 
 
-def _attempt(
-    case: Case, depth: int, variant: Variant, device: torch.device, best: Runner | None
-) -> tuple[Runner | None, Row]:
-    started = time.perf_counter()
-    row: Row = {"case": case.name, "depth": depth, "variant": variant.name, "method": variant.method, "error": ""}
-    row |= {"alternated": best is not None, "step_ms": None, "dense_ms": None, "ratio": None}
-    try:
-        runner = Runner(case, depth, variant, device)
-        ms, *dense_ms = alternate([runner] if best is None else [runner, best])
-        row |= {"step_ms": ms, "dense_ms": dense_ms[0] if dense_ms else None}
-        row |= {"peak_bytes": runner.peak_bytes, "loss": runner.loss, "seconds": time.perf_counter() - started}
-        return runner, row | {"backends": backends(runner.model)}
-    except Exception as error:  # whatever it is, the other variants go on
-        return None, row | {"error": one_line(error)}
-
-
-def alternate(runners: Sequence[Runner]) -> list[float]:
-    """Median milliseconds of a step of each, in alternating rounds, on a GPU that is warm from the same steps."""
-    _synchronize()
-    end = time.monotonic() + (HEAT_SECONDS if torch.cuda.is_available() else 0.0)
-    while time.monotonic() < end:
-        for runner in runners:
-            runner.seconds(1)
-    calls = [max(1, min(20, round(ROUND_SECONDS / runner.seconds(1)))) for runner in runners]
-    rounds = [[runner.seconds(n) for runner, n in zip(runners, calls, strict=True)] for _ in range(ROUNDS)]
-    return [statistics.median(column) * 1e3 for column in zip(*rounds, strict=True)]
-
-
-def backends(model: torch.nn.Module) -> dict[str, Row]:
-    """How the two sparse products of each layer ran, blocks that are alike as one."""
+def backends(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """How the two sparse products of each layer ran, the same layer of all blocks as one."""
     found = {}
     for layer in sparse_kernels.backends(model):
         choices = {"forward": layer.forward, "input_grad": layer.input_grad}
@@ -272,107 +199,53 @@ def backends(model: torch.nn.Module) -> dict[str, Row]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State
-
-
-def state(case: Case, device: torch.device) -> Iterator[Row]:
-    """Bytes of weights, gradients, optimizer and positions at the smaller depth: reckoned, counted, and allocated."""
+def state(case: Case, device: torch.device) -> Iterator[AllocatorRow]:
+    """The training state of the dense and the sparse model at the smallest depth."""
     for method in ("dense", "slope"):
-        row: Row = {"case": case.name, "method": method, "depth": case.depths[0], "error": ""}
+        row = AllocatorRow(case=case.name, method=method, depth=case.depths[0])
         try:
-            yield row | state_bytes(case_config(case, method, case.depths[0]), device)
+            yield measure_state(row, case_config(case, method, case.depths[0]), device)
         except Exception as error:
-            yield row | {"error": one_line(error)}
-        _free()
+            yield replace(row, error=one_line(error))
+        free()
 
 
-def state_bytes(config: Config, device: torch.device) -> Row:
-    """reckoned: by slope_cli.accounting; counted: over live tensors; allocated: the allocator's peak, None on a CPU."""
-    held = _allocated(device)
+def measure_state(row: AllocatorRow, config: Config, device: torch.device) -> AllocatorRow:
+    """A row with the sizes of a run's weights, gradients, optimizer state and masks."""
+    peak = Peak(device)
     model = build(config, device)
-    optimizer = optim.build_optimizer(model, config)
-    _free()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    optimizer = optim.build_optimizer(model, config, phases_of(config))
+    free()
+    peak.restart()
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    allocated = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else None
+    allocated = peak.above_start()
     tensors = [*store.state_tensors(model, optimizer).values(), *(p.grad for p in parameters)]
-    shapes = build_model(run_model_config(config), device="meta")
-    counts = account(config, phases.plan(config, shapes), shapes)
-    found = counts.dense_state_bytes if config.method == "dense" else counts.state_bytes
-    return {
-        "reckoned": sum(size for name, size in found.items() if not name.startswith("adapters")),
-        "counted": sum(tensor.nbytes for tensor in tensors if tensor is not None),
-        "allocated": allocated,
-    }
+    counted = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    parts = account(build_model(run_model_config(config), device="meta"), config).state_bytes
+    estimated = sum(size for name, size in parts.items() if not name.startswith("adapters"))
+    return replace(row, estimated=estimated, counted=counted, allocated=allocated)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
-
-
-def gemm(widths: Sequence[int]) -> Iterator[Row]:
-    """The products of a block of each width, first for 8,192 tokens; last, torch's own 2:4 product beside them."""
-    from slope_cli.benchmarks.kernels_gpu import products
-
-    for tokens in (TOKENS, *MORE_TOKENS):
-        for width in widths:
-            try:
-                yield from ({"error": "", **row} for row in products(width, tokens, torch.bfloat16))
-            except Exception as error:
-                yield {"width": width, "tokens": tokens, "error": one_line(error)}
-            _free()
-        autotune.forget()  # it searches only so many token counts for one matrix
-    for width in widths:  # last, since a fault in it would end the process
-        for matrix, (rows, columns) in sides(width).items():
-            row: Row = {"width": width, "matrix": matrix, "product": "torch", "tokens": TOKENS, "error": ""}
-            try:
-                yield row | {"torch_ms": torch_semi_structured_ms(rows, columns, TOKENS)}
-            except Exception as error:
-                yield row | {"error": one_line(error)}
-
-
-def sides(width: int) -> dict[str, tuple[int, int]]:
-    """(out, in) of the four matrices of a block."""
-    return {"qkv": (3 * width, width), "proj": (width, width), "up": (4 * width, width), "down": (width, 4 * width)}
-
-
-def torch_semi_structured_ms(rows: int, columns: int, tokens: int) -> float:
-    """Milliseconds of a forward product by torch.sparse.to_sparse_semi_structured, called eagerly, as it must be."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-    pattern = torch.tensor([1, 1, 0, 0], **options).repeat(rows, columns // 4)
-    X, bias = torch.randn(tokens, columns, **options), torch.randn(rows, **options)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch calls it a prototype
-        W = torch.sparse.to_sparse_semi_structured(torch.randn(rows, columns, **options) * pattern)
-        torch.nn.functional.linear(X, W, bias)
-        return statistics.median(_seconds(lambda: torch.nn.functional.linear(X, W, bias), 10) for _ in range(5)) * 1e3
-
-
-def main(words: Sequence[str]) -> None:
-    """Measure what the words say, on the GPU, and print rows."""
-    kind, *names = words
+def main(kind: str, *names: str) -> None:
+    """Measure on the GPU, and print rows."""
     device = torch.device("cuda", torch.cuda.current_device())
-    # Every variant is another compilation of the same code of a block.
+    # Every variant compiles the code of a block again.
     torch._dynamo.config.recompile_limit = 64
+    measures: dict[str, Callable[[], Iterator[StepRow | AllocatorRow | GemmRow | DecodeRow]]] = {
+        "step": lambda: (row for name in names for row in step(cases()[name], device)),
+        "state": lambda: (row for name in names for row in state(cases()[name], device)),
+        "gemm": lambda: gemm([int(name) for name in names]),
+        "generate": lambda: (row for name in names for row in generate.rows(name, device)),
+    }
     with tempfile.TemporaryDirectory() as folder:
         if kind == "gemm":
             os.environ["XDG_CACHE_HOME"] = folder  # the times of an earlier process are no measurement
-            rows: Iterator[Row] = gemm([int(name) for name in names])
-        elif kind == "generate":
-            from slope_cli.benchmarks import generate
-
-            rows = (row for name in names for row in generate.rows(name, device))
-        else:
-            measure = {"step": step, "state": state}[kind]
-            rows = (row for name in names for row in measure(cases()[name], device))
-        for row in rows:
-            print(json.dumps(row), flush=True)
+        for row in measures[kind]():
+            print(json.dumps(asdict(row)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

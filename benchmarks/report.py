@@ -1,268 +1,316 @@
-"""Results of `slope bench` as tables, in a terminal and in Markdown, and as a picture."""
+"""Results of `slope bench` as tables, on a terminal and in Markdown, and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slope_cli.benchmarks import report_generate
-from slope_cli.benchmarks.tables import Row, Table, gib, number
+from slope_cli.report import tables as printing
+from slope_cli.report.plots import picture
+from slope_cli.report.tables import NONE, Table, bytes_text, number
 from slope_cli.utils.files import atomic_file
 
+from . import records
+from .records import BenchResults, CaseResult, DecodeRow, GemmResults, GemmRow, MemoryResults, MemoryRow, ModelResult
+
+TITLE = "slope bench"
+REMARKS = "remarks"
+SPEED_TARGET, BATCH_TARGET, TARGET_LENGTH = 2.0, 8.0, 4096
+"""Targets from TARGET_LENGTH tokens on: tokens/s at the largest batch that both sides hold, and the largest batch, over
+softmax's."""
+SHOWN_LENGTHS = (4096, 16384)
+SPEED_COLUMNS = ("softmax tokens/s", "linear tokens/s", "compiled tokens/s", "speed-up")
+_FACTS = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
 _TORCH_NOTE = (
     "torch.sparse.to_sparse_semi_structured is no way to train: its product has no gradient for the packed weight, and "
     "no optimizer can write it. Its forward product alone is among the single products."
 )
 
 
-def tables(result: Row) -> list[Table]:
-    """The tables of the sections that are there; those that speak of whole models first."""
+def tables(results: BenchResults) -> list[Table]:
+    """The tables of the existing parts, those of whole models first."""
     found = []
-    if step := result.get("step"):
-        found += [_steps(step["cases"]), _variants(step["cases"])]
-    if gemm := result.get("gemm"):
-        found += [_break_even(gemm["rows"]), _products(gemm)]
-    if memory := result.get("memory"):
-        found.append(_memory(memory["cases"]))
-        if memory["allocator"]:
-            found.append(_allocator(memory))
-    if decoding := result.get("generate"):
-        found += report_generate.tables(decoding["models"])
+    if step := results.step:
+        found += [steps(step.cases), _variants(step.cases)]
+    if gemm := results.gemm:
+        found += [_break_even(gemm.rows), _products(gemm)]
+    if memory := results.memory:
+        found += [whole_models(memory.cases), _allocator(memory)]
+    if decoding := results.generate:
+        models = decoding.models
+        found += [largest_batches(models), _speed(models), _remembered(models), _transfer(models)]
     return [table for table in found if table.rows]
 
 
-def _steps(cases: Sequence[Row]) -> Table:
-    timed_columns = ("model", "blocks timed", "dense ms", "sparse ms", "speed-up")
-    block_columns = ("a block: dense ms", "sparse ms", "speed-up")
+def steps(cases: Sequence[CaseResult]) -> Table:
+    """The training step of each case."""
+    columns = ["model", "blocks timed", "dense ms", "sparse ms", "speed-up", "block: dense ms", "block: sparse ms"]
+    columns += ["block: speed-up", "whole model", "paper (A100)", "target", REMARKS]
     rows = []
     for case in cases:
-        s = case["summary"] or {}
-        timed = f"{s['depth']} of {case['blocks']}" if s else f"none of {case['blocks']}"
-        cells = [case["name"], timed, *(number(s.get(key)) for key in ("dense_ms", "sparse_ms"))]
-        cells.append(number(s.get("ratio"), ".3f"))
-        cells += [number(s.get(key)) for key in ("dense_block_ms", "sparse_block_ms")]
-        cells.append(number(s.get("block_ratio"), ".3f"))
-        cells += [whole_model(case), number(case["paper"]), number(case["target"]), case["not_run"]]
-        rows.append(cells)
+        s = case.summary
+        cells = [case.name, f"{s.depth if s else 'none'} of {case.blocks}"]
+        for part in (s.timed if s else None, s.block if s else None):
+            times = [number(part.dense_ms), number(part.sparse_ms), number(part.ratio, ".3f")] if part else [NONE] * 3
+            cells += times
+        rows.append([*cells, whole_model(case), number(case.paper), number(case.target), case.not_run])
     note = (
-        "Forward, backward, clipping, fused AdamW, and the mask renewals; speed-ups are over the "
-        f"fastest dense variant, timed in the same rounds. {_TORCH_NOTE}"
+        "Forward, backward, clipping, fused AdamW, and the mask updates; speed-ups are over the fastest dense variant, "
+        f"timed in the same rounds. {_TORCH_NOTE}"
     )
-    columns = (*timed_columns, *block_columns, "whole model", "paper, A100", "target", "")
-    return Table("Training steps", columns, rows, note)
+    return Table("Training steps", columns, rows, note, left=[REMARKS])
 
 
-def whole_model(case: Row) -> str:
-    """The speed-up of the whole model, measured or extrapolated; empty if it is neither."""
-    s = case["summary"] or {}
-    if "extrapolated_ratio" in s:
-        return f"{s['extrapolated_ratio']:.3f} extrapolated"
-    return f"{s['ratio']:.3f} measured" if s.get("depth") == case["blocks"] else ""
+def whole_model(case: CaseResult) -> str:
+    """The speed-up of the whole model, measured or extrapolated; a dash if it is neither."""
+    s = case.summary
+    if s and s.whole:
+        return f"{s.whole.ratio:.3f} extrapolated"
+    return f"{s.timed.ratio:.3f} measured" if s and s.depth == case.blocks else NONE
 
 
-def _variants(cases: Sequence[Row]) -> Table:
-    columns = ("model", "blocks", "variant", "step ms", "fastest dense ms", "speed-up", "peak GiB", "")
+def _variants(cases: Sequence[CaseResult]) -> Table:
+    columns = ("model", "blocks", "variant", "step ms", "fastest dense ms", "speed-up", "peak memory", REMARKS)
     rows = []
-    for row in (row for case in cases for row in case["rows"]):
-        alone = "" if row["alternated"] or row["ratio"] is None else "timed alone: no room for both"
-        cells = [row["case"], str(row["depth"]), row["variant"], number(row["step_ms"]), number(row["dense_ms"])]
-        rows.append([*cells, number(row["ratio"], ".3f"), gib(row.get("peak_bytes")), row["error"] or alone])
-    return Table("Every variant", columns, rows, "Peak: the allocator's, of one variant, its training state included.")
+    for row in (row for case in cases for row in case.rows):
+        alone = "" if row.alternated or row.ratio is None else "timed alone: no room for both"
+        cells = [row.case, str(row.depth), row.variant, number(row.step_ms), number(row.dense_ms)]
+        rows.append([*cells, number(row.ratio, ".3f"), bytes_text(row.peak_bytes), row.error or alone])
+    note = "Peak: the allocator's, of one variant, its training state included."
+    return Table("Every variant", columns, rows, note, left=["variant", REMARKS])
 
 
-def break_even(rows: Sequence[Row]) -> dict[tuple[int, int], float]:
-    """(width, tokens) to the time of dense over that of sparse, of all products of a block together."""
+def break_even(rows: Sequence[GemmRow]) -> dict[tuple[int, int], float]:
+    """Time of dense over that of sparse by (width, tokens), of all products of a block together."""
     sums: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        if row.get("sparse_ms") is not None:
-            total = sums.setdefault((row["width"], row["tokens"]), [0.0, 0.0])
-            total[0] += row["dense_ms"]
-            total[1] += row["sparse_ms"]
+        if row.sparse_ms is not None and row.dense_ms is not None:
+            total = sums.setdefault((row.width, row.tokens), [0.0, 0.0])
+            total[0] += row.dense_ms
+            total[1] += row.sparse_ms
     return {key: dense / sparse for key, (dense, sparse) in sums.items()}
 
 
-def _break_even(rows: Sequence[Row]) -> Table:
+def _break_even(rows: Sequence[GemmRow]) -> Table:
     found = break_even(rows)
     widths, counts = (sorted({key[side] for key in found}) for side in (0, 1))
     columns = ("width", *(f"{count:,} tokens" for count in counts))
     lines = [[str(width), *(number(found.get((width, count)), ".3f") for count in counts)] for width in widths]
     note = (
         "Time of dense over that of sparse, forward products and input gradients of the four matrices together, "
-        "without what surrounds them; below 1 sparse is slower. Training takes the faster one for each product."
+        "without the work around them; below 1 sparse is slower. Training takes the faster one for each product."
     )
     return Table("Break-even of the products", columns, lines, note)
 
 
-def _products(gemm: Row) -> Table:
-    columns = (
-        "width",
-        "matrix",
-        "product",
-        "tokens",
-        "dense ms",
-        "sparse ms",
-        "speed-up",
-        "algorithm",
-        "torch's ms",
-        "",
-    )
-    torch_ms = {(r["width"], r["matrix"]): r.get("torch_ms") for r in gemm["rows"] if r.get("product") == "torch"}
+def _products(gemm: GemmResults) -> Table:
+    columns = ("width", "matrix", "product", "tokens", "dense ms", "sparse ms", "speed-up", "algorithm", "torch's ms")
+    torch_ms = {(row.width, row.matrix, row.tokens): row.torch_ms for row in gemm.rows if row.product == "torch"}
     rows = []
-    for row in gemm["rows"]:
-        if row.get("product") == "torch" and not row["error"]:
-            continue
-        cells = [str(row[key]) if key in row else "" for key in ("width", "matrix", "product", "tokens")]
-        sparse, dense = row.get("sparse_ms"), row.get("dense_ms")
-        cells += [number(dense, ".3f"), number(sparse, ".3f"), number(dense / sparse if sparse else None)]
-        forward = row.get("product") == "forward" and row["tokens"] == 8192
-        cells += [str(row.get("algorithm", {}).get("config_id", ""))]
-        cells += [number(torch_ms.get((row["width"], row["matrix"])) if forward else None, ".3f")]
-        rows.append([*cells, row["error"] or ("" if sparse else row.get("reason", ""))])
+    for row in (row for row in gemm.rows if row.product != "torch" or row.error):
+        speed_up = row.dense_ms / row.sparse_ms if row.dense_ms and row.sparse_ms else None
+        theirs = torch_ms.get((row.width, row.matrix, row.tokens)) if row.product == "forward" else None
+        cells = [str(row.width), row.matrix, row.product, str(row.tokens), number(row.dense_ms, ".3f")]
+        cells += [number(row.sparse_ms, ".3f"), number(speed_up), str(row.algorithm.get("config_id", ""))]
+        rows.append([*cells, number(theirs, ".3f"), row.error or ("" if row.sparse_ms else row.reason)])
     note = "dense and sparse: bf16, from CUDA graphs. torch's: to_sparse_semi_structured, forward only, called eagerly."
-    return Table("Single products", columns, rows, " ".join(filter(None, (note, gemm["not_run"]))))
+    note = " ".join(filter(None, (note, gemm.not_run)))
+    return Table("Single products", (*columns, REMARKS), rows, note, left=["matrix", "product", REMARKS])
 
 
-def _memory(cases: Sequence[Row]) -> Table:
-    columns: tuple[str, ...] = (
-        "model",
-        "parameters",
-        "state: dense GiB",
-        "sparse GiB",
-        "ratio",
-        "with adapters",
-        "with 16-bit copies",
-    )
-    columns += ("inference weights: dense GiB", "sparse GiB", "ratio", "with adapters")
+def whole_models(cases: Sequence[MemoryRow]) -> Table:
+    """The estimated memory of each case."""
+    columns = ["model", "parameters", "state: dense", "state: sparse", "state: ratio", "state: with adapters"]
+    columns += ["state: with 16-bit copies", "inference: dense", "inference: sparse", "inference: ratio"]
+    columns += ["inference: with adapters"]
     rows = []
     for row in cases:
-        if row["error"]:
-            rows.append([row["case"], row["error"], *[""] * 9])
-            continue
-        dense, sparse = row["dense"], row["sparse"]
-        cells = [row["case"], f"{row['parameters']:,}", gib(dense["state"]), gib(sparse["state"])]
-        ratios = ("state_ratio", "state_ratio_with_adapters", "state_and_copies_ratio")
-        cells += [f"{row[key]:.3f}" for key in ratios]
-        cells += [gib(dense["inference"]), gib(sparse["inference"])]
-        rows.append([*cells, f"{row['inference_ratio']:.3f}", f"{row['inference_ratio_with_adapters']:.3f}"])
+        cells = [row.case, f"{row.parameters:,}", bytes_text(row.dense.state), bytes_text(row.sparse.state)]
+        cells += [f"{r:.3f}" for r in (row.state_ratio, row.state_ratio_with_adapters, row.state_and_copies_ratio)]
+        cells += [bytes_text(row.dense.inference), bytes_text(row.sparse.inference)]
+        rows.append([*cells, f"{row.inference_ratio:.3f}", f"{row.inference_ratio_with_adapters:.3f}"])
     note = (
-        "Reckoned from shapes, embeddings and heads as they are. State: float32 weights, gradients, AdamW moments, and "
-        "the bits of the masks. Copies: what the products read in 16 bits (dense: the casts; sparse: values and "
+        "Estimated from shapes, embeddings and heads included. State: float32 weights, gradients, AdamW moments, and "
+        "the bits of the masks. Copies: the 16-bit operands of the products (dense: the casts; sparse: values and "
         "metadata of both weights). Inference: 16-bit weights, 9/16 of dense in a sparse layer."
     )
     return Table("Memory of whole models", columns, rows, note)
 
 
-def _allocator(memory: Row) -> Table:
-    columns = ("model", "blocks", "method", "reckoned GiB", "counted GiB", "allocated GiB", "allocated / reckoned", "")
+def _allocator(memory: MemoryResults) -> Table:
+    columns = ("model", "blocks", "method", "estimated", "counted", "allocated", "allocated / estimated", REMARKS)
     rows = []
-    for row in memory["allocator"]:
-        sizes = [row.get(key) for key in ("reckoned", "counted", "allocated")]
-        share = number(sizes[2] / sizes[0] if sizes[0] and sizes[2] else None, ".4f")
-        rows.append([row["case"], str(row["depth"]), row["method"], *map(gib, sizes), share, row["error"]])
+    for row in memory.allocator:
+        share = row.allocated / row.estimated if row.allocated and row.estimated else None
+        sizes = map(bytes_text, (row.estimated, row.counted, row.allocated))
+        rows.append([row.case, str(row.depth), row.method, *sizes, number(share, ".4f"), row.error])
     note = "counted: bytes of the live tensors; allocated: the allocator's peak in the optimizer's first step."
-    return Table("Training state on the GPU", columns, rows, " ".join(filter(None, (note, memory["not_run"]))))
+    note = " ".join(filter(None, (note, memory.not_run)))
+    return Table("Training state on the GPU", columns, rows, note, left=["method", REMARKS])
 
 
-def _heads(result: Row) -> list[str]:
-    """What each section was measured on, a line each for those that are alike."""
+def _fastest(rows: Sequence[DecodeRow], side: str) -> float | None:
+    """Tokens per second of softmax, or of the faster of linear and linear compiled."""
+    return max((row.tokens_per_s for row in rows if row.side.startswith(side) and row.tokens_per_s), default=None)
+
+
+def _speeds(rows: Sequence[DecodeRow]) -> list[str]:
+    """The cells of SPEED_COLUMNS."""
+    by_side = {row.side: row.tokens_per_s for row in rows}
+    softmax, linear = _fastest(rows, "softmax"), _fastest(rows, "linear")
+    cells = [number(by_side.get(side), ",.0f") for side in ("softmax", "linear", "linear compiled")]
+    return [*cells, number(linear / softmax if softmax and linear else None)]
+
+
+def largest_batches(entries: Sequence[ModelResult]) -> Table:
+    """The largest batches of each model, and its speeds there."""
+    columns = ["model", "tokens", "largest batch: softmax", "largest batch: linear", "ratio", "target: ratio", "batch"]
+    columns += [*SPEED_COLUMNS, "target: speed-up", "linear at its largest, tokens/s", REMARKS]
+    rows = []
+    for entry in entries:
+        name = entry.memory.model
+        for length in _lengths(entry, "largest", "both", "own"):
+            here = [row for row in entry.rows if row.length == length and row.part in ("largest", "both", "own")]
+            sound = {part: [row for row in here if row.part == part and not row.error] for part in ("both", "own")}
+            batches = {row.side: row.batch for row in here if row.part == "largest" and not row.error}
+            softmax, linear = batches.get("softmax"), batches.get("linear")
+            targets = [number(x if length >= TARGET_LENGTH else None, "g") for x in (BATCH_TARGET, SPEED_TARGET)]
+            cells = [name, f"{length:,}", number(softmax, ","), number(linear, ",")]
+            cells += [number(linear / softmax if softmax and linear is not None else None), targets[0]]
+            cells += [number(next((row.batch for row in sound["both"]), None), ","), *_speeds(sound["both"])]
+            own = number(_fastest(sound["own"], "linear"), ",.0f")
+            rows.append([*cells, targets[1], own, _remarks(entry, here)])
+        if entry.not_run:
+            rows.append([name, *[""] * (len(columns) - 2), entry.not_run])
+    note = (
+        "Greedy decoding of one model with random weights, dense and 16-bit, in its two modes, in one loop; speed-up: "
+        "of the faster of eager and compiled. Softmax: torch's fused attention over a preallocated cache that is full "
+        "at this length. Largest batch: the largest whose steps run, to within 3 %, its prompts not counted."
+    )
+    return Table("Decoding at the largest batches", columns, rows, note, left=[REMARKS])
+
+
+def _speed(entries: Sequence[ModelResult]) -> Table:
+    columns = ("model", "batch", "tokens", *SPEED_COLUMNS, "remembered: softmax", "remembered: linear", REMARKS)
+    rows = []
+    for entry in entries:
+        by_point: dict[tuple[int, int], list[DecodeRow]] = {}
+        for row in entry.rows:
+            if row.part == "speed" and row.batch is not None and row.length is not None:
+                by_point.setdefault((row.batch, row.length), []).append(row)
+        for (batch, length), alike in sorted(by_point.items()):
+            sizes = {row.side: row.remembered_bytes for row in alike}
+            cells = [entry.memory.model, f"{batch:,}", f"{length:,}", *_speeds(alike)]
+            cells += [bytes_text(sizes.get(side)) for side in ("softmax", "linear")]
+            rows.append([*cells, _remarks(entry, alike)])
+    note = "As above; replayed from CUDA graphs unless a remark says otherwise."
+    return Table("Decoding by length", columns, rows, note, left=[REMARKS])
+
+
+def _remarks(entry: ModelResult, rows: Sequence[DecodeRow]) -> str:
+    """The parts of the model that are not in its numbers, and what went wrong in these rows."""
+    found = [(row.side, row.error or row.note or row.limit) for row in rows if row.side]
+    faults = [f"{side}: {text}" for side, text in found if text not in ("", "out of memory")]
+    return "; ".join(filter(None, (entry.memory.note, *faults)))
+
+
+def _remembered(entries: Sequence[ModelResult]) -> Table:
+    columns = ["model", "linear layers", "window", "softmax bytes a token", "linear bytes at any length", "break-even"]
+    columns += [*(f"softmax / linear at {length:,}" for length in SHOWN_LENGTHS), REMARKS]
+    rows = []
+    for m in (entry.memory for entry in entries):
+        ratios = (softmax / linear for softmax, linear in map(m.remembered, SHOWN_LENGTHS))
+        cells = [m.model, f"{m.linear_layers} of {m.layers}", f"{m.window}{' terrace' * (m.kind == 'terrace')}"]
+        cells += [f"{m.softmax_bytes:,}", f"{m.linear_bytes:,}", f"{m.break_even:,} tokens"]
+        rows.append([*cells, *(number(ratio, ".1f") for ratio in ratios), m.note])
+    note = (
+        "Estimated from shapes, for one sequence: 16-bit keys and values, of linearized layers those of the window and "
+        "a float32 state. Ratios are of all layers, break-even is of the linearized ones."
+    )
+    return Table("Memory of a sequence", columns, rows, note, left=[REMARKS])
+
+
+def _transfer(entries: Sequence[ModelResult]) -> Table:
+    columns = ("model", "tokens", "step", "peak memory", "memory a token", REMARKS)
+    rows = []
+    for row in (row for entry in entries for row in entry.rows if row.part == "transfer"):
+        each = row.peak_bytes / row.length if row.peak_bytes and row.length else None
+        step = "compiled" if row.compiled else "eager"
+        sizes = bytes_text(row.peak_bytes), bytes_text(each)
+        rows.append([row.model, number(row.length, ","), step, *sizes, row.error])
+    note = (
+        "One sequence's step, each layer's backward pass within the forward pass; the allocator's peak above what is "
+        "held between steps."
+    )
+    return Table("Memory of attention transfer", columns, rows, note, left=["step", REMARKS])
+
+
+def _lengths(entry: ModelResult, *parts: str) -> list[int]:
+    return sorted({row.length for row in entry.rows if row.part in parts and row.length is not None})
+
+
+def _heads(results: BenchResults) -> list[str]:
+    """The machine and versions of each part, in a line for all parts alike."""
     found: dict[str, list[str]] = {}
-    for name in ("step", "gemm", "memory", "generate"):
-        if section := result.get(name):
-            facts = {**section["machine"], **section["libraries"]}
-            shown = (
-                "gpu",
-                "processor",
-                "driver",
-                "cuda",
-                "torch",
-                "transformers",
-                "cupy",
-                "cusparselt",
-                "python",
-                "date",
-            )
-            text = ", ".join(f"{key} {facts[key]}" for key in shown if facts.get(key))
+    for name, part in vars(results).items():
+        if isinstance(part, records.Results):
+            facts = {**part.machine, **part.libraries}
+            text = ", ".join(f"{key} {facts[key]}" for key in _FACTS if facts.get(key))
             found.setdefault(text, []).append(name)
     return [f"{', '.join(names)}: {text}." for text, names in found.items()]
 
 
-def markdown(result: Row) -> str:
+def markdown(results: BenchResults) -> str:
     """All tables, with hardware and versions at the head."""
-    lines = ["# slope bench", "", *_heads(result)]
-    for table in tables(result):
-        lines += ["", f"## {table.title}", "", *([table.note, ""] if table.note else [])]
-        lines.append(f"| {' | '.join(table.columns)} |")
-        lines.append("|" + "---|" * len(table.columns))
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows]
-    return "\n".join(lines) + "\n"
+    return printing.document(TITLE, tables(results), above=_heads(results))
 
 
-def show(result: Row) -> None:
+def show(results: BenchResults) -> None:
     """Print all tables to standard output."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # into a file: nothing is to be cut
-    for table in tables(result):
-        drawn = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-        for place, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if place == 0 or not column else "right")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    console.print(f"written to {result['folder']}", markup=False, highlight=False)
+    printing.show(TITLE, tables(results), below=[f"written to {results.folder}"])
 
 
-def write(result: Row, folder: Path) -> None:
-    """Write bench.md, and speed.png and speed.svg where there is something to draw."""
+def write(results: BenchResults, folder: Path) -> None:
+    """Write bench.md, and speed.png and speed.svg if there is something to draw."""
     with atomic_file(folder / "bench.md") as file:
-        file.write(markdown(result).encode())
-    draw(result, folder / "speed")
+        file.write(markdown(results).encode())
+    draw(results, folder / "speed")
 
 
-def draw(result: Row, out: Path) -> list[Path]:
-    """Speed-ups of whole models beside the paper's and the targets, of products over width, and decoding by length.
-
-    Returns the files written.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    cases = [case for case in result.get("step", {}).get("cases", ()) if case["summary"]]
-    products = break_even(result.get("gemm", {}).get("rows", ()))
-    decoding = result.get("generate", {}).get("models", ())
-    panels = [*(panel for panel in (cases, products) if panel), *([decoding] * report_generate.panels(decoding))]
+def draw(results: BenchResults, out: Path) -> list[Path]:
+    """Draw the speed-ups of whole models and of products, and decoding by length; returns the files written."""
+    panels: list[Callable[[Any], None]] = []
+    if results.step and (cases := [case for case in results.step.cases if case.summary]):
+        panels.append(partial(_draw_steps, cases=cases))
+    if results.gemm and (products := break_even(results.gemm.rows)):
+        panels.append(partial(_draw_products, products=products))
+    if results.generate:
+        models = results.generate.models
+        panels += [partial(_draw_remembered, entries=models)] if models else []
+        measured = any(row.part == "speed" for entry in models for row in entry.rows)
+        panels += [partial(_draw_speed, entries=models)] if measured else []
     if not panels:
         return []
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
-        figure = Figure(figsize=(7.5 * len(panels), 4.5), layout="constrained")
-        axes = iter(figure.subplots(1, len(panels), squeeze=False)[0])
-        if cases:
-            _draw_steps(next(axes), cases)
-        if products:
-            _draw_products(next(axes), products)
-        report_generate.draw(list(axes), decoding)
-        files = [out.with_name(f"{out.name}.{ending}") for ending in ("png", "svg")]
-        for file in files:
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    with picture(out, panels=len(panels)) as (all_axes, files):
+        for axes, panel in zip(all_axes, panels, strict=True):
+            panel(axes)
+            axes.grid(alpha=0.3)
+            axes.legend()
     return files
 
 
-def _draw_steps(axes: Any, cases: Sequence[Row]) -> None:
+def _draw_steps(axes: Any, cases: Sequence[CaseResult]) -> None:
     places = range(len(cases))
-    whole = [case["summary"].get("extrapolated_ratio", case["summary"]["ratio"]) for case in cases]
-    # Bars from 1: their length is what is gained.
-    axes.bar(places, [ratio - 1 for ratio in whole], bottom=1, color="C0", width=0.6, label="this program")
+    shown = [(case.name, case.summary.whole, case.summary.timed) for case in cases if case.summary]
+    gains = [(whole or timed).ratio - 1 for _, whole, timed in shown]
+    # Bars from 1: their length is the gain.
+    axes.bar(places, gains, bottom=1, color="C0", width=0.6, label="this program")
     for key, marker, label in (("paper", "D", "paper (A100)"), ("target", "_", "target")):
-        known = [(place, case[key]) for place, case in zip(places, cases, strict=True) if case[key] is not None]
+        known = [(place, getattr(case, key)) for place, case in enumerate(cases) if getattr(case, key) is not None]
         axes.scatter([x for x, _ in known], [y for _, y in known], marker=marker, s=60, color="0.2", label=label)
     axes.axhline(1, color="0.4", linewidth=0.8)
-    names = [f"{case['name']}{'*' if 'extrapolated_ratio' in case['summary'] else ''}" for case in cases]
-    axes.set_xticks(places, names, rotation=30, ha="right")
-    axes.set(title="Training step over the best dense one (* extrapolated)", ylabel="speed-up")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.set_xticks(places, [f"{name}{'*' if whole else ''}" for name, whole, _ in shown], rotation=30, ha="right")
+    axes.set(title="Training step against the best dense one (* extrapolated)", ylabel="speed-up")
 
 
 def _draw_products(axes: Any, products: dict[tuple[int, int], float]) -> None:
@@ -270,6 +318,25 @@ def _draw_products(axes: Any, products: dict[tuple[int, int], float]) -> None:
         points = sorted((width, ratio) for (width, tokens), ratio in products.items() if tokens == count)
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=f"{count:,} tokens")
     axes.axhline(1, color="0.4", linewidth=0.8)
-    axes.set(title="Sparse products of a block over dense ones", xlabel="width", ylabel="speed-up")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set(title="Sparse products of a block against dense ones", xlabel="width", ylabel="speed-up")
+
+
+def _draw_remembered(axes: Any, entries: Sequence[ModelResult]) -> None:
+    lengths = [2**power for power in range(5, 15)]
+    for place, m in enumerate(entry.memory for entry in entries):
+        for index, (style, side) in enumerate((("--", "softmax"), ("-", "linear"))):
+            sizes = [m.remembered(length)[index] / 2**20 for length in lengths]
+            axes.plot(lengths, sizes, style, color=f"C{place}", label=f"{m.model}, {side}")
+    axes.set(title="Memory of a sequence", xlabel="tokens", ylabel="MiB", xscale="log", yscale="log")
+
+
+def _draw_speed(axes: Any, entries: Sequence[ModelResult]) -> None:
+    for place, entry in enumerate(entries):
+        rows = [row for row in entry.rows if row.part == "speed" and not row.error]
+        batch, lengths = max((row.batch for row in rows if row.batch), default=0), _lengths(entry, "speed")
+        for style, side in (("--", "softmax"), ("-", "linear")):
+            points = {n: _fastest([r for r in rows if (r.batch, r.length) == (batch, n)], side) for n in lengths}
+            known = [(length, speed) for length, speed in points.items() if speed is not None]
+            label = f"{entry.memory.model}, {side}, batch {batch}"
+            axes.plot([x for x, _ in known], [y for _, y in known], style, marker="o", color=f"C{place}", label=label)
+    axes.set(title="Decoding", xlabel="tokens before", ylabel="tokens/s", xscale="log", yscale="log")

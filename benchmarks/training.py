@@ -1,8 +1,9 @@
-"""Compare real runs of `slope pretrain` by their own metrics: tokens a second, peak memory, and losses step by step.
+"""Real runs of `slope pretrain`, compared by their own metrics: tokens/s, peak memory, and losses step by step.
 
     python -m slope_cli.benchmarks.training OUT RUN RUN...
 
-Writes OUT.json and OUT.png. Losses are compared with the first run's; speed is the median after the first ten steps.
+Writes OUT.json, OUT.png and OUT.svg. Losses are compared with the first run's; speed is the median after the first ten
+steps.
 """
 
 import json
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.report import metrics
+from slope_cli.report.plots import picture
+
+from . import write_json
 
 WARM_UP = 10
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """One run: what it ran on, its speed and memory, which products its layers took, its losses."""
+    """One run: its environment, speed and memory, the products that its layers took, its losses."""
     records = metrics.read(run)
     train = [record for record in records if record["kind"] == "train"]
     products = [record for record in records if record["kind"] == "products"]
@@ -35,38 +39,29 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def _draw(runs: list[dict[str, Any]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (losses, differences) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for number, run in enumerate(runs):
-        steps = range(1, len(run["losses"]) + 1)
-        label = f"{run['run']}: {run['tokens_per_s']:,.0f} tokens/s, peak {run['peak_bytes'] / 2**30:.1f} GiB"
-        losses.plot(steps, run["losses"], color=f"C{number}", label=label, linewidth=1.2)
-        if number:
-            pairs = zip(run["losses"], runs[0]["losses"], strict=False)
-            difference = [a - b for a, b in pairs]
-            name = f"{run['run']} minus {runs[0]['run']}"
-            differences.plot(range(1, len(difference) + 1), difference, color=f"C{number}", label=name, linewidth=1.2)
-    losses.set(ylabel="loss (nats per token)")
-    differences.set(xlabel="step", ylabel="difference of losses")
-    differences.set_yscale("symlog", linthresh=0.01)
-    losses.legend(frameon=False)
-    differences.legend(frameon=False, loc="lower right", ncols=2)
-    for axes in (losses, differences):
-        axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    first = runs[0]
+    with picture(out, panels=2) as ((losses, differences), _):
+        for number, run in enumerate(runs):
+            how: dict[str, Any] = {"color": f"C{number}", "linewidth": 1.2}
+            losses.plot(range(1, len(run["losses"]) + 1), run["losses"], label=run["run"], **how)
+            if number:
+                difference = [a - b for a, b in zip(run["losses"], first["losses"], strict=False)]
+                name = f"{run['run']} minus {first['run']}"
+                differences.plot(range(1, len(difference) + 1), difference, label=name, **how)
+        losses.set(xlabel="step", ylabel="loss (nats per token)")
+        differences.set(xlabel="step", ylabel="difference of losses")
+        differences.set_yscale("symlog", linthresh=0.01)
+        for axes in (losses, differences):
+            axes.legend(frameon=False)
+            axes.grid(alpha=0.3)
 
 
 def main() -> None:
-    """Write OUT.json and OUT.png."""
-    out, *folders = (Path(word) for word in sys.argv[1:])
+    """Write the files."""
+    out, *folders = map(Path, sys.argv[1:])
     runs = [summary(folder) for folder in folders]
-    out.with_suffix(".json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    _draw(runs, out.with_suffix(".png"))
+    write_json(out.with_suffix(".json"), {"runs": runs})
+    _draw(runs, out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The command line. Each command reads its words and calls one function; nothing heavy is imported before that.
 
 Results go to standard output, the log to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or config,
-75 stopped on a signal with a checkpoint saved.
+75 stopped by a signal, with a checkpoint or finished parts saved: the same command resumes.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 
 import slope_cli
 from slope_cli.config import load as configs
-from slope_cli.config import schema, unused
+from slope_cli.config import schema
 from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError
 
@@ -48,21 +49,19 @@ def pretrain(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained; needs no GPU, no data.")
+        bool, typer.Option("--dry-run", help="Show what would be trained; needs no GPU and no data.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that is there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model; run the same command again to go on after a stop.
+    """Train a model. To resume after a stop, run the same command again.
 
-    Without any argument: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
+    Without arguments: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
     """
     words = list(overrides or [])
-    if "=" in recipe:  # `slope pretrain train.steps=10` means the default recipe
+    if "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10` means the default recipe
         recipe, words = "gpt2-nano", [recipe, *words]
-    config = configs.load(recipe, words)
-    for line in unused.without_effect(config, words):
-        print(f"warning: {line}", file=sys.stderr)
+    config = _load_config(recipe, words)
     if dry_run:
         from slope_cli.train.dry_run import describe
 
@@ -83,29 +82,39 @@ def linearize(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
     out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; loads no weights.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that is there.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, without loading weights.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a trained model's attention into window softmax plus linear attention with a state of fixed size.
 
-    Each layer first learns its own softmax attention's output, then low-rank adapters are trained on text; weights,
-    dense or sparse, stay as they are. Run the same command again to go on after a stop.
+    Each layer first learns its own softmax attention's output; then low-rank adapters are trained on text. Weights,
+    dense or sparse, stay as they are. To resume after a stop, run the same command again.
     """
     with StopFlag() as stop:
-        from slope_cli.train import dry_run_linearize
+        from slope_cli.train.init import linearize_overrides
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        config = configs.load(recipe, [*dry_run_linearize.words(init, recipe, run), *(overrides or [])])
-        for line in unused.without_effect(config, overrides or []):
-            print(f"warning: {line}", file=sys.stderr)
+        config = _load_config(recipe, overrides or [], linearize_overrides(init, recipe, run))
         if dry_run:
-            _print(*dry_run_linearize.describe(config), as_json)
+            from slope_cli.train.dry_run import describe
+
+            _print(*describe(config), as_json)
             return
         from slope_cli.train.loop import pretrain as train
 
         summary = train(config, run, fresh=fresh, stop=stop)
     _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
+
+
+def _load_config(recipe: str, words: list[str], before: Sequence[str] = ()) -> schema.Config:
+    """The configuration of a recipe, of words that follow from the command, and of those that the user gave."""
+    config = configs.load(recipe, [*before, *words])
+    for line in configs.without_effect(config, words):
+        print(f"warning: {line}", file=sys.stderr)
+    return config
 
 
 def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
@@ -125,20 +134,25 @@ def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
 
 @data_app.command("prepare")
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, NAME=PATH, or a Hugging Face data set's name.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Files, folders, NAME=PATH, or the name of a Hugging Face data set.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
-    text_key: Annotated[str, typer.Option(help="The field of JSONL and parquet rows that holds the text.")] = "text",
-    val_fraction: Annotated[float, typer.Option(help="The share of each source's passages held out.")] = 0.01,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
-    split: Annotated[str, typer.Option(help="The split of a Hugging Face data set.")] = "train",
-    config_name: Annotated[str | None, typer.Option("--config", help="Its configuration.")] = None,
+    text_key: Annotated[str, typer.Option(help="Field of JSONL and parquet rows that holds the text.")] = "text",
+    val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
+    config_name: Annotated[
+        str | None, typer.Option("--config", help="Configuration of a Hugging Face data set.")
+    ] = None,
 ) -> None:
     """Turn text, JSONL, parquet (.gz .xz .zst), folders of these, or a Hugging Face data set into token files.
 
-    Run the same command again to go on after a stop.
+    Run the same command again to resume after a stop.
     """
     from slope_cli.data import prepare as preparing
+    from slope_cli.data.dataset import show
 
     dataset = preparing.prepare(
         inputs,
@@ -150,41 +164,40 @@ def prepare(
         split=split,
         config_name=config_name,
     )
-    print(preparing.describe(dataset))
+    show(dataset)
 
 
 @data_app.command("info")
 def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> None:
-    """Show the sources of a prepared folder, and check every byte of it."""
-    from slope_cli.data import prepare as preparing
-    from slope_cli.data.dataset import open_dataset
+    """Show the sources of a prepared folder and check every byte of it."""
+    from slope_cli.data.dataset import open_dataset, show
 
-    print(preparing.describe(open_dataset(folder)))
+    show(open_dataset(folder))
 
 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on with.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile linearized attention: for many tokens, on a GPU.")
+        bool, typer.Option("--compile", help="Compile linearized attention; pays for many tokens on a GPU.")
     ] = False,
 ) -> None:
-    """Let a trained model go on with a text."""
-    from slope_cli.checkpoint import load
+    """Generate text from a trained model."""
+    from slope_cli.checkpoint.load import load_model
     from slope_cli.distributed.launch import pick_device
     from slope_cli.inference.generate import continue_text
     from slope_cli.linearize.swap import linear_windows
 
-    found = load.load(model, pick_device("auto"))
+    found = load_model(model, pick_device("auto"))
     if compiled and not linear_windows(found.model):
-        raise UsageError(f"{model}: is not linearized, so nothing of it is compiled; leave out --compile")
-    how = {"tokens": tokens, "top_k": top_k, "seed": seed}
-    text = continue_text(found.model, found.tokenizer, prompt, temperature=temperature, compiled=compiled, **how)
+        raise UsageError(f"{model}: is not linearized, so there is nothing to compile; leave out --compile")
+    how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    text = continue_text(found.model, found.tokenizer, prompt, compiled=compiled, **how)
     print(text)
 
 
@@ -193,13 +206,14 @@ def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapters to the weights, which become dense.")
+        bool, typer.Option("--merge", help="Merge the adapters into the weights, which become dense.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers' from_pretrained loads, adapters beside it for PEFT, and check its logits.
+    """Write a folder that transformers' from_pretrained loads, with adapters for PEFT, and check its logits.
 
-    But of a linearized run slope alone loads the maps, and is what is checked; from_pretrained gives softmax attention.
+    For a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain
+    softmax attention.
     """
     from slope_cli.inference.export import export as write
 
@@ -210,12 +224,12 @@ def export(
 
 @app.command("convert-llama2c")
 def convert_llama2c(
-    model: Annotated[Path, typer.Argument(help="A checkpoint of llama2.c, version 0.")],
+    model: Annotated[Path, typer.Argument(help="A llama2.c checkpoint, version 0.")],
     tokenizer: Annotated[Path, typer.Argument(help="Its tokenizer's .bin file.")],
     out: Annotated[Path, typer.Option(help="An empty or new folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Turn a model of llama2.c into a folder that transformers loads."""
+    """Convert a llama2.c model into a folder that transformers loads."""
     from slope_cli.benchmarks.llama2c import convert
 
     found = convert(model, tokenizer, out)
@@ -226,7 +240,7 @@ def convert_llama2c(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
-    copy: Annotated[Path | None, typer.Option(help="Write it to a file instead.")] = None,
+    copy: Annotated[Path | None, typer.Option(help="Write it to this new file instead.")] = None,
 ) -> None:
     """List the recipes, or print one."""
     if name is None:
@@ -237,17 +251,27 @@ def recipes(
     if copy is None:
         print(text, end="")
     elif copy.exists():
-        raise UsageError(f"{copy}: is there already; choose another file")
+        raise UsageError(f"{copy}: already exists; choose another file")
     else:
         copy.write_text(text)
 
 
 @app.command()
+def config(
+    key: Annotated[str | None, typer.Argument(help="A key, such as optim.lr, or a section.")] = None,
+) -> None:
+    """Explain the configuration: all sections, the keys of one, or one key."""
+    from slope_cli.config.reference import explain
+
+    print("\n".join(explain(key)))
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Path of the picture; it is written as .png and .svg.")] = Path("loss"),
+    out: Annotated[Path, typer.Option(help="Path of the picture, without its ending.")] = Path("loss"),
 ) -> None:
-    """Draw the loss of one or several runs as PNG and SVG."""
+    """Draw the loss of one or more runs as PNG and SVG."""
     from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):
@@ -256,7 +280,7 @@ def plot(
 
 @app.command()
 def check(run: Run, as_json: AsJson = False) -> None:
-    """Verify a run: config, log, every byte of its checkpoints, and the sparse layers of the newest."""
+    """Verify a run: config, log, every byte of its checkpoints, and the sparse layers of the newest one."""
     from slope_cli.checkpoint.verify import check as verify
 
     result = verify(run)
@@ -270,26 +294,26 @@ def bench(
     what: Annotated[str, typer.Argument(help="step, gemm, memory, generate, or all.")] = "all",
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="The same as --cases; for generate also runs and model folders."),
+        typer.Argument(metavar="[MODEL]...", help="Models, as --cases; for generate also runs and model folders."),
     ] = None,
-    cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or with commas; default all.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of the results; default bench-GPU-DATE.")] = None,
+    cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
     budget: Annotated[
-        float | None, typer.Option(min=1, help="Seconds; what is left then is listed as not run.")
+        float | None, typer.Option(min=1, help="Seconds; what is left over is listed as not run.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure training steps, products and memory, sparse against dense, and decoding, linearized against softmax.
+    """Benchmark training steps, products and memory, sparse against dense, and decoding, linearized against softmax.
 
-    Without a GPU only the memory, from the shapes.
+    Without a GPU: only the memory, from the shapes.
     """
     from slope_cli.benchmarks import bench, report
 
-    words = [*(models or ()), *(cases or ())]  # of which a folder's name may have commas of its own
+    words = [*(models or ()), *(cases or ())]  # a folder's name may contain commas
     names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
     result = bench.run(what, names, out, budget)
     if as_json:
-        _print(result, [], as_json)
+        _print(result.to_json(), [], as_json)
     else:
         report.show(result)
 
@@ -299,21 +323,21 @@ def compare(
     words: Annotated[
         list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")
     ],
-    runs: Annotated[bool, typer.Option("--runs", help="Compare these runs, or compare.json files.")] = False,
-    methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; with commas.")] = "",
-    variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; repeat for more.")] = None,
-    seeds: Annotated[str, typer.Option(help="Numbers with commas.")] = "1",
-    lrs: Annotated[str, typer.Option(help="Learning rates to try, with commas; each variant shows its best.")] = "",
-    out: Annotated[Path, typer.Option(help="The folder of the runs and the result.")] = Path("compare"),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
+    methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; comma-separated.")] = "",
+    variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; may be repeated.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "1",
+    lrs: Annotated[str, typer.Option(help="Comma-separated learning rates; each variant shows its best.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the result.")] = Path("compare"),
+    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs.")] = 1,
     allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Compare runs of other data or budgets, too.")
+        bool, typer.Option("--allow-different", help="Also compare runs with different data or budgets.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train variants of a recipe on the same data and set them side by side.
+    """Train variants of a recipe on the same data and compare them.
 
-    Run the same command again to go on after a stop; finished runs are not trained again.
+    To resume after a stop, run the same command again; finished runs are not trained again.
     """
     with StopFlag() as stop:
         from slope_cli.compare import results as comparing
@@ -335,42 +359,42 @@ def compare(
                 stop=stop,
             )
     if as_json:
-        _print(result, [], as_json)
+        _print(asdict(result), [], as_json)
     else:
         table.show(result)
-    if result["failed"]:
-        raise SlopeError(f"{result['failed']} of {len(result['runs'])} runs failed; see the table")
+    if failed := len(result.failures):
+        raise SlopeError(f"{failed} of {failed + len(result.runs)} runs failed; see the table")
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(word) for word in text.split(",") if word]
     except ValueError:
-        raise UsageError(f"{option} {text}: give numbers with commas between them") from None
+        raise UsageError(f"{option} {text}: give comma-separated numbers") from None
 
 
 @app.command("eval")
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
-    data: Annotated[Path | None, typer.Option(help="Prepared data; default the run's own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data; default: the run's own.")] = None,
     perplexity: Annotated[bool, typer.Option(help="Measure the loss on validation text.")] = True,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each source at most; default all.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a block; default the run's.")] = None,
-    tasks: Annotated[str, typer.Option(help="hellaswag, piqa, arc_easy, … with commas; scored by lm-eval.")] = "",
-    task_data: Annotated[Path | None, typer.Option(help="TASK/SPLIT.jsonl[.gz] in it; default the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task at most.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each source; default: all.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a block; default: the run's.")] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated: hellaswag, piqa, arc_easy, …; scored by lm-eval.")] = "",
+    task_data: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.jsonl[.gz]; default: the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum rows of each task (MMLU: of each subject).")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
     branch: Annotated[
-        str | None, typer.Option(help="Of a linearized model: both, window or linear; what the others add is left out.")
+        str | None, typer.Option(help="For a linearized model: both, window or linear; only this branch is active.")
     ] = None,
     positions: Annotated[
-        bool, typer.Option("--positions", help="Show the loss by position in a block, too; the JSON always has it.")
+        bool, typer.Option("--positions", help="Also show the loss by position in a block; the JSON always has it.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the result there, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on prepared text, and zero-shot tasks."""
-    from slope_cli.evaluate import perplexity as evaluating
+    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval."""
+    from slope_cli.evaluate import evaluate as evaluating
 
     result = evaluating.evaluate(
         folder,
@@ -385,34 +409,34 @@ def evaluate(
         branch=branch,
         out=out,
     )
-    _print(result, evaluating.lines(result, positions=positions), as_json)
+    _print(result, evaluating.report_lines(result, positions=positions), as_json)
 
 
 @app.command()
 def finetune(
     folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A BERT run, or an exported one.")],
     task: Annotated[str, typer.Argument(help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
-    data: Annotated[Path | None, typer.Option(help="The folder of the official files; default the hub.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default RUN/finetune/TASK-SEED.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default 3, of CoLA 5, of SQuAD 2.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the official files; default: the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
-    batch: Annotated[int | None, typer.Option(min=1, help="Default 32, of SQuAD 24.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Default 128, of SQuAD 384.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Default: 32 (SQuAD 24).")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384).")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Train a BERT on a task of GLUE or on SQuAD v1.1, its sparse layers and adapters kept, and judge it on dev."""
+    """Fine-tune a BERT on a GLUE task or on SQuAD v1.1 and evaluate it on dev; masks stay fixed."""
     from slope_cli.finetune import train as tuning
 
     result = tuning.finetune(
         folder, task, data=data, out=out, epochs=epochs, lr=lr, batch=batch, seq_len=seq_len, seed=seed
     )
-    _print(result, tuning.lines(result), as_json)
+    _print(result, tuning.report_lines(result), as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is here, what is missing, and what to install."""
+    """Check this machine: what is installed, what is missing, and how to fix it."""
     from slope_cli.doctor import examine
 
     result, lines = examine()

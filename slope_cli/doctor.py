@@ -18,6 +18,8 @@ _USED_BY = {
     "zstandard": "slope data prepare of .zst files",
 }
 
+GPU_STEP = "a step on the GPU"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -32,12 +34,14 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     """Look at everything that training uses.
 
     Returns:
-        a record for JSON, whose "training" says whether a training step works here, and the same as lines.
+        a record for JSON, whose "training" says whether a step works on the device that training would take, and the
+        same as lines.
     """
     findings = [Finding("python", platform.python_version()), *_packages()]
     error = _failure(lambda: train_a_step("cpu"))
     if not error:
         findings += _gpu()
+        error = next((finding.fix for finding in findings if finding.name == GPU_STEP), "")
     fix = f"training cannot work: {error}" if error else ""
     findings.append(Finding("a training step", "fails" if error else "works", fix))
     width = max(len(finding.name) for finding in findings)
@@ -95,7 +99,7 @@ def _gpu() -> list[Finding]:
     size = f"{card.total_memory / 2**30:.0f} GiB"
     found.append(Finding("GPU", f"{card.name}, {size}, compute capability {card.major}.{card.minor}"))
     if error := _failure(lambda: train_a_step("cuda")):
-        found.append(Finding("a step on the GPU", "fails", error))
+        found.append(Finding(GPU_STEP, "fails", error))
     libraries = [_cupy_finding(), _cusparselt_finding()]
     return [*found, *libraries, *([] if any(finding.fix for finding in libraries) else [self_test()])]
 
@@ -137,10 +141,10 @@ def self_test(width: int = 4096, tokens: int = 4096) -> Finding:
     import torch
 
     from sparse_kernels import autotune
-    from sparse_kernels.matmul_plan import Shape
+    from sparse_kernels.matmul_plan import MatmulShape
 
     name = "2:4 product"
-    shape = Shape(width, width, tokens, torch.bfloat16, True)
+    shape = MatmulShape(width, width, tokens, torch.bfloat16, True)
     try:
         choice, plan = autotune.choose(shape, 0)
     except RuntimeError as error:

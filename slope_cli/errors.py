@@ -21,6 +21,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(word.lower(), lowered, n=3)
+    # Others than the nearest only if they are about as near.
+    ratios = [difflib.SequenceMatcher(None, word.lower(), name).ratio() for name in near]
+    near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
     return f"did you mean {' or '.join(lowered[name] for name in near)}?" if near else f"known are {', '.join(names)}"
 
 

@@ -1,66 +1,89 @@
 """Double-pruned N:M sparse linear layers with low-rank adapters, for any PyTorch model and any training loop.
 
-    from sparse_kernels import sparsify
+    from sparse_kernels import sparsify, update_masks
     report = sparsify(model)            # nn.Linear and Conv1D layers become SparseLinear, in place
-    ... train as usual: torch.optim.AdamW(model.parameters()), clip_grad_norm_, DDP, state_dict ...
+    for batch in batches:               # train as usual: torch.optim.AdamW(model.parameters()), clip_grad_norm_, ...
+        ...
+        optimizer.step()
+        update_masks(model)             # W^{R,C} follows the new weights
 
 The three products of a layer (SLoPe, arXiv 2405.16325, equations 4.4-4.6), B tokens:
 
-    forward      Y[B,out] = X[B,in] · W^R[out,in]^T + bias        W^R: N:M along in, fixed positions
+    forward      Y[B,out] = X[B,in] · W^R[out,in]^T + bias        W^R: N:M along in, its mask is fixed
     input grad   dX[B,in] = dY[B,out] · W^{R,C}[out,in]           W^{R,C}: W^R pruned again, N:M along out
     weight grad  dV[out,in·N/M] = gather(dY[B,out]^T · X[B,in])   dense product, read at the kept positions
-    adapter      Y += scale · (X · A^T) · B^T                     A[r,in], B[out,r]
+    adapter      Y += scaling · (X · A^T) · B^T                   A[r,in], B[out,r]
 
-The only trainable weight is `values` (out, in·N/M), an ordinary dense parameter: optimizers, clipping, DDP,
-FSDP and checkpoints need nothing special.
+The only trainable weight is `values` (out, in·N/M), an ordinary parameter: optimizers, clipping and checkpoints need
+nothing special. Several processes are not supported yet: under DDP and FSDP the masks of ranks may come apart.
 
 What it is compared with, SR-STE, FST and Wanda, trains dense weights under a mask: `mask_layers` makes MaskedLinear
-layers, `renew_masks` and `decay_pruned` belong into the loop, and `sparsify` can go on from there.
+layers, `update_masks` and `decay_pruned` belong into the loop, and `sparsify` can continue from there.
 """
 
-from sparse_kernels.adapters import adapted_layers, adapters_of, extend_adapters
-from sparse_kernels.convert import (
-    MLP,
-    LayerReport,
-    Report,
-    add_adapters,
-    densify,
-    input_norms,
-    mask_layers,
-    plan,
-    sparsify,
+from typing import Any
+
+from sparse_kernels import deprecated
+from sparse_kernels.adapters import adapted_layers, adapter_rank, adapters_of, add_adapters, check_adapters
+from sparse_kernels.convert import input_norms, mask_layers, sparsify, to_dense
+from sparse_kernels.layers import (
+    backends,
+    check_backend,
+    dense_weights,
+    mask_buffers,
+    prepare,
+    refresh,
+    set_backend,
+    sparse_layers,
+    update_backward_masks,
+    update_masks,
+    using_backend,
 )
-from sparse_kernels.layers import backends, prepare, refresh, renew_column_masks, renew_masks, sparse_layers
 from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
-from sparse_kernels.masked_linear import MaskedLinear, decay_pruned, finish_dense, masked_layers
-from sparse_kernels.packed import set_backend
+from sparse_kernels.masked_linear import MaskedLinear, decay_pruned, masked_layers, remove_masks
+from sparse_kernels.packed import Backend
+from sparse_kernels.selection import MLP, LayerReport, ModelReport, select_layers
 from sparse_kernels.sparse_linear import SparseLinear
 
 __all__ = [
     "MLP",
     "AdaptedLinear",
+    "Backend",
     "LayerReport",
     "LowRankAdapter",
     "MaskedLinear",
-    "Report",
+    "ModelReport",
     "SparseLinear",
     "adapted_layers",
+    "adapter_rank",
     "adapters_of",
     "add_adapters",
     "backends",
+    "check_adapters",
+    "check_backend",
     "decay_pruned",
-    "densify",
-    "extend_adapters",
-    "finish_dense",
+    "dense_weights",
     "input_norms",
+    "mask_buffers",
     "mask_layers",
     "masked_layers",
-    "plan",
     "prepare",
     "refresh",
-    "renew_column_masks",
-    "renew_masks",
+    "remove_masks",
+    "select_layers",
     "set_backend",
     "sparse_layers",
     "sparsify",
+    "to_dense",
+    "update_backward_masks",
+    "update_masks",
+    "using_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    if name not in deprecated.FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    deprecated.warn(name, deprecated.FUNCTIONS[name])
+    return globals()[deprecated.FUNCTIONS[name]]

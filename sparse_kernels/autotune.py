@@ -1,16 +1,7 @@
-"""cuSPARSELt plans: one product of a packed 2:4 matrix, searched, checked and timed against dense, once a shape.
+"""Which kernel runs a product: searched, checked and timed against dense once for each shape, and kept on disk."""
 
-    Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
-
-The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
-transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
-the input gradient A = W^{R,C} transposed (R = in features, X = dY).
-
-A packed matrix is [values (R, C/2), row-major | metadata]. The metadata is made once a mask, by compressing the matrix
-of `cuda.mark`; the values are then rewritten in place by `cuda.refresh`. `choose` never trusts this layout: what it
-accepts has given the dense product's numbers.
-"""
-
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -19,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +21,8 @@ from torch import Tensor
 
 from sparse_kernels import cuda, cusparselt
 from sparse_kernels.cusparselt import CuSparseLtError
-from sparse_kernels.matmul_plan import Plan, Shape, compress, packed_values, random_mask
+from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
+from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random_mask
 
 # Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
 SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
@@ -54,10 +46,10 @@ class Choice:
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing
 
-_CHOSEN: dict[tuple[Shape, int], tuple[Choice, Plan | None]] = {}
+_CHOSEN: dict[tuple[MatmulShape, int], tuple[Choice, MatmulPlan | None]] = {}
 
 
-def choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+def choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan | None]:
     """Sparse or dense for this product on this device, decided once: in this process, and on disk for the next.
 
     The file keeps the decision and the times, so that dense winners cost the next process nothing. A sparse winner is
@@ -78,7 +70,7 @@ def choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
     return _CHOSEN[key]
 
 
-def planned(shape: Shape, device_index: int) -> Plan | None:
+def plan_for(shape: MatmulShape, device_index: int) -> MatmulPlan | None:
     """A plan wherever there can be one, also where dense was faster: for a matrix that is packed already."""
     choice, plan = choose(shape, device_index)
     if plan is None and choice.sparse_ms is not None:  # the file said dense, so no plan was made
@@ -92,7 +84,7 @@ def forget() -> None:
     _CHOSEN.clear()
 
 
-def _choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
+def _choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan | None]:
     if reason := refusal(shape):
         return Choice(False, reason), None
     sides = shape.rows, shape.columns
@@ -119,9 +111,9 @@ def _choose(shape: Shape, device_index: int) -> tuple[Choice, Plan | None]:
     return choice, plan
 
 
-def refusal(shape: Shape) -> str:
+def refusal(shape: MatmulShape) -> str:
     """Why a shape is not worth a search; empty if it is."""
-    if shape.tokens % 8 or shape.rows % 16 or shape.columns % 16:
+    if shape.tokens % 8 or shape.rows % SIDE_MULTIPLE or shape.columns % SIDE_MULTIPLE:
         return "sides are not multiples of 16 and tokens not of 8"
     if min(shape.rows, shape.columns) < SMALLEST_SIDE:
         return f"a side is below {SMALLEST_SIDE}"
@@ -130,10 +122,10 @@ def refusal(shape: Shape) -> str:
     return ""
 
 
-_TRIAL = "from sparse_kernels import plans; plans.trial()"
+_TRIAL = "from sparse_kernels import autotune; autotune.trial()"
 
 
-def _tried(shape: Shape, device_index: int) -> Choice:
+def _tried(shape: MatmulShape, device_index: int) -> Choice:
     """What `_measure` finds in a process of its own.
 
     For float16, because some of its algorithms are illegal instructions on some shapes (cuSPARSELt 0.8.0, H100), and
@@ -155,21 +147,21 @@ def _tried(shape: Shape, device_index: int) -> Choice:
 def trial() -> None:
     """The body of that process: measure the shape that the command line gives, and print the choice as JSON."""
     rows, columns, tokens, bias, device_index = json.loads(sys.argv[1])
-    choice, _ = _measure(Shape(rows, columns, tokens, torch.float16, bias), device_index, None)
+    choice, _ = _measure(MatmulShape(rows, columns, tokens, torch.float16, bias), device_index, None)
     torch.cuda.synchronize()
     print(json.dumps(asdict(choice)))
 
 
-def _measure(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tuple[Choice, MatmulPlan | None]:
     """Search, check and time on random operands; of a shape whose times are known, search and check."""
     with torch.no_grad(), torch.cuda.device(device_index):
         return _measure_here(shape, device_index, known)
 
 
-def _measure_here(shape: Shape, device_index: int, known: Choice | None) -> tuple[Choice, Plan | None]:
+def _measure_here(shape: MatmulShape, device_index: int, known: Choice | None) -> tuple[Choice, MatmulPlan | None]:
     packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
     try:
-        plan = Plan(shape, device_index)
+        plan = MatmulPlan(shape, device_index)
         algorithm = plan.search(packed, X_BC, bias_R)
     except CuSparseLtError as error:
         return Choice(False, str(error)), None
@@ -185,25 +177,25 @@ def _measure_here(shape: Shape, device_index: int, known: Choice | None) -> tupl
     return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
 
 
-def _operands(shape: Shape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A random 2:4 matrix, packed as a layer's is (mark, then values in place) and dense, and random X and bias."""
+def _operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A random 2:4 matrix, packed as a layer's (slot markers, then values in place) and dense; random X and bias."""
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
 
     def normal(*sides: int) -> Tensor:
         return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
 
-    positions = random_mask(shape.rows, shape.columns, generator)
-    packed = compress(cuda.mark(positions, shape.dtype))
+    row_bits = random_mask(shape.rows, shape.columns, generator)
+    packed = compress(cuda.slot_markers(row_bits, shape.dtype))
     dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
     values = normal(shape.rows, shape.columns // 2)
-    unused = positions.view(shape.columns // 8, shape.rows)
-    for w in (packed_values(packed, shape.rows, shape.columns, shape.dtype), dense_RC):
-        cuda.launch(cuda.refresh(values, positions, unused, w=w))
+    unused = row_bits.view(shape.columns // 8, shape.rows)
+    for w in (FORMATS[shape.dtype].values(packed, shape.rows, shape.columns), dense_RC):
+        cuda.launch(cuda.refresh(values, row_bits, unused, w=w))
     return packed, dense_RC, normal(shape.tokens, shape.columns), normal(shape.rows) if shape.bias else None
 
 
-def _agrees(plan: Plan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
+def _agrees(plan: MatmulPlan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
     """Twice, because an algorithm has been seen to be wrong only now and then; with a bias, from two addresses."""
     for bias in (bias_R, None if bias_R is None else bias_R.flip(0)):
         expected = F.linear(X_BC, dense_RC, bias)
@@ -215,7 +207,7 @@ def _agrees(plan: Plan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: 
     return True
 
 
-def _calls(shape: Shape) -> int:
+def _calls(shape: MatmulShape) -> int:
     """Products for about a millisecond of work at 600 TFLOP/s."""
     return max(1, min(20, round(0.6e12 / (2 * shape.rows * shape.columns * shape.tokens))))
 
@@ -260,7 +252,7 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope" / "plans.json"
 
 
-def _key(shape: Shape, device_index: int, version: tuple[int, ...]) -> str:
+def _key(shape: MatmulShape, device_index: int, version: tuple[int, ...]) -> str:
     gpu = torch.cuda.get_device_name(device_index)
     library = "cuSPARSELt " + ".".join(map(str, version))
     sides = f"{shape.rows}x{shape.columns}x{shape.tokens}{' bias' if shape.bias else ''}"
@@ -288,14 +280,24 @@ def _entries() -> dict[str, Choice]:
 
 
 def _remember(key: str, choice: Choice) -> None:
-    """Add one entry; written beside the file and renamed, so that a reader never meets half of it."""
+    """Add one entry, as one of several processes may; a reader never meets half a file."""
     file = cache_file()
-    plans = {name: asdict(known) for name, known in {**_entries(), key: choice}.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump({"format": _FORMAT, "plans": plans}, stream, indent=1, sort_keys=True)
-        os.replace(name, file)
+        with _locked(file.with_suffix(".lock")):
+            plans = {name: asdict(known) for name, known in {**_entries(), key: choice}.items()}
+            descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump({"format": _FORMAT, "plans": plans}, stream, indent=1, sort_keys=True)
+            os.replace(name, file)
     except OSError as error:
         _warn_once(f"choices of kernels cannot be kept in {file}: {error}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes, where the file system has any."""
+    with open(path, "a") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

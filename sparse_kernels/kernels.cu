@@ -2,13 +2,13 @@
 // without any header, so 16-bit floats are their bits with two conversions each. Needs compute capability 8.0.
 //
 // Names: O rows (out features), I columns (in features), both multiples of 16; a group is 4 neighbours that share a nibble.
-//   values       (O, I/2)  kept entries of W^R, row by row in column order: two for each group along a row
-//   positions    (O, I/8)  bits of W^R's mask, lowest bit first: a nibble for each group, with exactly two bits set
-//   positions_t  (I, O/8)  bits of W^{R,C}'s mask, transposed: a nibble for each group along a column, 0 to 2 bits set
+//   values         (O, I/2)  kept entries of W^R, row by row in column order: two for each group along a row
+//   row_bits       (O, I/8)  bits of W^R's mask, lowest bit first: a nibble for each group, with exactly two bits set
+//   backward_bits  (I, O/8)  bits of W^{R,C}'s mask, transposed: a nibble for each group along a column, 0 to 2 bits set
 //
 // The filler rule. A packed matrix has exactly two slots for each group, so a group of W^{R,C} that keeps fewer than two
 // entries gets fillers: its lowest free places, as many as are missing. Slots are in order of place; a filler's slot holds
-// zero. `mark` writes the rule as a matrix, from which the library makes the metadata.
+// zero. `slot_markers` writes the rule as a matrix, from which the library makes the metadata.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -97,7 +97,7 @@ __device__ inline u32 slots_of(u32 nibble) { return u32(SLOTS >> (4 * nibble)) &
 // The library's metadata of a packed 16-bit matrix on sm_90, R·C/8 bytes; R a multiple of 64, C of 32. A group's nibble is the
 // places of its two slots, first | second << 2. Tiles of 16 rows and 32 columns hold, for each r of 8, the bytes of rows r (low
 // nibbles) and r + 8 (high), the groups in the order 0 4 1 5 2 6 3 7; 4 tiles downwards come first, then those to the right.
-// The order is nowhere documented: copies.py takes it only where it has seen the library write the same.
+// The order is nowhere documented: matmul_plan.py relies on it only where it has seen the library write the same.
 //
 // Word 0 or 1 of an r's two; nibble_of(group, lower): the mask's nibble in row r (lower = 0) or r + 8 (1).
 template <class Mask> __device__ inline u32 metadata_word(u32 word, const Mask& nibble_of) {
@@ -111,12 +111,12 @@ template <class Mask> __device__ inline u32 metadata_word(u32 word, const Mask& 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// gather_kept: the entries of a dense (O, I) matrix at `positions`, as (O, I/2). One thread: 4 times 8 columns.
+// gather_kept: the entries of a dense (O, I) matrix at `row_bits`, as (O, I/2). One thread: 4 times 8 columns.
 
 constexpr int GATHER_THREADS = 256, GATHER_UNROLL = 4;
 
 template <class D, class V>
-__device__ inline void gather_kept(const D* dense, const u8* positions, V* kept, i64 bytes) {
+__device__ inline void gather_kept(const D* dense, const u8* row_bits, V* kept, i64 bytes) {
   const i64 start = i64(blockIdx.x) * (GATHER_THREADS * GATHER_UNROLL) + threadIdx.x;
   Pack<D, 8> chunk[GATHER_UNROLL];
   u32 bits[GATHER_UNROLL];
@@ -125,7 +125,7 @@ __device__ inline void gather_kept(const D* dense, const u8* positions, V* kept,
     const i64 at = start + u * GATHER_THREADS;
     if (at < bytes) {
       chunk[u] = load<Pack<D, 8>>(dense + at * 8);
-      bits[u] = positions[at];
+      bits[u] = row_bits[at];
     }
   }
 #pragma unroll
@@ -145,28 +145,28 @@ __device__ inline void gather_kept(const D* dense, const u8* positions, V* kept,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// refresh: values to the copies that the products read: W^R (O, I/2 packed or I dense) and W^{R,C} transposed (I, O/2 packed
+// refresh: values to what the products read: W^R (O, I/2 packed or I dense) and W^{R,C} transposed (I, O/2 packed
 // or O dense). A block takes a tile of 64 rows and 128 columns, a thread 4 rows and 8 columns of it; it writes the tile of
 // W^R while it reads, keeps it dense in shared memory, and reads it there by columns to write W^{R,C}. A null pointer leaves
-// that copy out.
+// that one out.
 //
-// renew: the same, and before it W^{R,C} is chosen anew: of the kept entries of every group along a column the two largest,
-// of equal ones the first, as masks.double_prune chooses them. Writes positions_t, and of a packed W^{R,C} the metadata in
+// update: the same, and before it W^{R,C} is chosen again: of the kept entries of every group along a column the two largest,
+// of equal ones the first, as masks.double_prune chooses them. Writes backward_bits, and of a packed W^{R,C} the metadata in
 // the order that `metadata_word` tells of, or no metadata where the pointer is null.
 
 constexpr int TILE_O = 64, TILE_I = 128, REFRESH_THREADS = 256;
-// Blocks on a multiprocessor, by which the compiler is to ration registers: it would take twice as many for renew.
-constexpr int refresh_BLOCKS = 6, renew_BLOCKS = 4;
+// Blocks on a multiprocessor, by which the compiler is to ration registers: it would take twice as many for update.
+constexpr int refresh_BLOCKS = 6, update_BLOCKS = 4;
 
-// One layer as `refresh` and `renew` take it; cuda.py writes these as rows of 64-bit numbers.
+// One layer as `refresh` and `update` take it; cuda.py writes these as rows of 64-bit numbers.
 template <class V, class T> struct Layer {
   const V* values;
-  const u8* positions;
-  u8* positions_t;
+  const u8* row_bits;
+  u8* backward_bits;
   const V* bias;
   T* w;
   T* w_t;
-  T* bias_copy;
+  T* bias_out;
   u8* metadata;  // of a packed w_t: rows a multiple of 32, columns of 64
   i64 rows, columns, packed, packed_t;
 };
@@ -223,8 +223,8 @@ template <class V> __device__ inline u64 prune(const Pack<V, 4>* kept, const u32
   return bytes[0] | u64(bytes[1]) << 32;
 }
 
-template <bool RENEW, class V, class T> __device__ inline void refresh(const Layer<V, T>& layer) {
-  const auto [values, positions, positions_t, bias, w, w_t, bias_copy, metadata, rows, columns, packed, packed_t] = layer;
+template <bool UPDATE, class V, class T> __device__ inline void refresh(const Layer<V, T>& layer) {
+  const auto [values, row_bits, backward_bits, bias, w, w_t, bias_out, metadata, rows, columns, packed, packed_t] = layer;
   const u32 across = (u32(columns) + TILE_I - 1) / TILE_I;
   const u32 o0 = blockIdx.x / across * TILE_O, i0 = blockIdx.x % across * TILE_I;
   if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
@@ -235,7 +235,7 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
   // Chunks of 8 columns (16 bytes) are swizzled by the row's block of 16, so that neither phase meets a bank conflict.
   __shared__ Pack<T, 8> tile[TILE_O][TILE_I / 8];
   // [group of 4 rows][column]: a nibble a byte, and rows that far apart that neighbours of the second phase differ in bank.
-  alignas(8) __shared__ u8 nibbles[RENEW ? TILE_O / 4 : 1][TILE_I + 8];
+  alignas(8) __shared__ u8 nibbles[UPDATE ? TILE_O / 4 : 1][TILE_I + 8];
   // The second phase's item: 16 rows of one column. Four neighbouring threads write 64 neighbouring bytes.
   constexpr int BLOCKS = TILE_O / 16, ITEMS = TILE_I * BLOCKS / REFRESH_THREADS;
   const u32 group = threadIdx.x / (TILE_I / 8), chunk = threadIdx.x % (TILE_I / 8);
@@ -247,16 +247,16 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
     for (int r = 0; r < 4; ++r) {
       const u32 at = (4 * group + r) * stride + 8 * chunk;
       kept[r] = load<Pack<V, 4>>(values + corner / 2 + at / 2);
-      bits[r] = positions[corner / 8 + at / 8];
+      bits[r] = row_bits[corner / 8 + at / 8];
     }
   }
-  if constexpr (!RENEW) {
+  if constexpr (!UPDATE) {
 #pragma unroll
     for (int u = 0; u < ITEMS; ++u) {  // read here, so that the second phase waits for no memory
       const u32 item = u * REFRESH_THREADS + threadIdx.x, block = item % BLOCKS, column = item / BLOCKS;
       const u32 at = column * stride_t + 16 * block;
       if (w_t && 16 * block < height && column < width)
-        all_bits_t[u] = *reinterpret_cast<const u16*>(positions_t + corner_t / 8 + at / 8);
+        all_bits_t[u] = *reinterpret_cast<const u16*>(backward_bits + corner_t / 8 + at / 8);
     }
   }
   if (inside) {
@@ -273,11 +273,11 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
       if (w && !packed) store(w + corner + at, wide);
       tile[row][chunk ^ (row / 16)] = wide;
     }
-    if constexpr (RENEW) *reinterpret_cast<u64*>(&nibbles[group][8 * chunk]) = prune(kept, bits);
+    if constexpr (UPDATE) *reinterpret_cast<u64*>(&nibbles[group][8 * chunk]) = prune(kept, bits);
   }
-  if (bias_copy && i0 == 0 && threadIdx.x < TILE_O && threadIdx.x < height)
-    bias_copy[o0 + threadIdx.x] = from_float<T>(to_float(bias[o0 + threadIdx.x]));
-  if (!RENEW && !w_t) return;
+  if (bias_out && i0 == 0 && threadIdx.x < TILE_O && threadIdx.x < height)
+    bias_out[o0 + threadIdx.x] = from_float<T>(to_float(bias[o0 + threadIdx.x]));
+  if (!UPDATE && !w_t) return;
   __syncthreads();
 
 #pragma unroll
@@ -285,11 +285,11 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
     const u32 item = u * REFRESH_THREADS + threadIdx.x, block = item % BLOCKS, column = item / BLOCKS;
     const u32 at = column * stride_t + 16 * block;
     if (16 * block >= height || column >= width) continue;
-    if constexpr (RENEW) {
+    if constexpr (UPDATE) {
       all_bits_t[u] = 0;
 #pragma unroll
       for (int g = 0; g < 4; ++g) all_bits_t[u] |= u32(nibbles[4 * block + g][column]) << (4 * g);
-      *reinterpret_cast<u16*>(positions_t + corner_t / 8 + at / 8) = u16(all_bits_t[u]);
+      *reinterpret_cast<u16*>(backward_bits + corner_t / 8 + at / 8) = u16(all_bits_t[u]);
     }
     if (!w_t) continue;
     const u32 bits_t = all_bits_t[u];
@@ -314,7 +314,7 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
       }
     }
   }
-  if constexpr (RENEW) {
+  if constexpr (UPDATE) {
     // A thread: 4 of the 8 bytes of an item of `metadata`, for a matrix of `columns` rows and `rows` columns.
     const u32 word = threadIdx.x % 2, r = threadIdx.x / 2 % 8, band = threadIdx.x / 16 % 8, half = threadIdx.x / 128;
     const u32 column = 16 * band + r;
@@ -326,12 +326,12 @@ template <bool RENEW, class V, class T> __device__ inline void refresh(const Lay
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// mark: bits of a mask to a dense matrix of ones in the two slots of every group and zeros elsewhere. A thread: 8 places.
+// slot_markers: bits of a mask to a dense matrix, ones in the two slots of every group and zeros elsewhere. A thread: 8 places.
 
-constexpr int MARK_THREADS = 256;
+constexpr int MARKER_THREADS = 256;
 
-template <class T> __device__ inline void mark(const u8* bits, T* marked, i64 bytes) {
-  const i64 at = i64(blockIdx.x) * MARK_THREADS + threadIdx.x;
+template <class T> __device__ inline void slot_markers(const u8* bits, T* marked, i64 bytes) {
+  const i64 at = i64(blockIdx.x) * MARKER_THREADS + threadIdx.x;
   if (at >= bytes) return;
   Pack<T, 8> out;
 #pragma unroll
@@ -366,30 +366,30 @@ __device__ inline void metadata(const Marks& layer) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<copy>, renew_<values>_<copy>, mark_<copy>, metadata; with
-// _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed> and
+// metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
-      gather_kept_##D##_##V(const D* dense, const u8* positions, V* kept, i64 bytes) {                                      \
-    gather_kept(dense, positions, kept, bytes);                                                                             \
+      gather_kept_##D##_##V(const D* dense, const u8* row_bits, V* kept, i64 bytes) {                                       \
+    gather_kept(dense, row_bits, kept, bytes);                                                                              \
   }
-#define REFRESH(NAME, RENEW, V, T)                                                                                          \
+#define REFRESH(NAME, UPDATE, V, T)                                                                                         \
   extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
-      NAME##_##V##_##T(const V* values, const u8* positions, u8* positions_t, const V* bias, T* w, T* w_t, T* bias_copy,    \
+      NAME##_##V##_##T(const V* values, const u8* row_bits, u8* backward_bits, const V* bias, T* w, T* w_t, T* bias_out,    \
                        u8* metadata, i64 rows, i64 columns, i64 packed, i64 packed_t) {                                     \
-    const Layer<V, T> layer{values, positions, positions_t, bias,    w,      w_t,                                           \
-                            bias_copy, metadata, rows,      columns, packed, packed_t};                                     \
-    refresh<RENEW>(layer);                                                                                                  \
+    const Layer<V, T> layer{values, row_bits, backward_bits, bias,    w,      w_t,                                          \
+                            bias_out, metadata, rows,      columns, packed, packed_t};                                      \
+    refresh<UPDATE>(layer);                                                                                                 \
   }                                                                                                                         \
   extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
       NAME##_##V##_##T##_all(const Layer<V, T>* layers) {                                                                   \
-    refresh<RENEW>(layers[blockIdx.y]);                                                                                     \
+    refresh<UPDATE>(layers[blockIdx.y]);                                                                                    \
   }
-#define BOTH(V, T) REFRESH(refresh, false, V, T) REFRESH(renew, true, V, T)
-#define MARK(T)                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(MARK_THREADS) mark_##T(const u8* bits, T* marked, i64 bytes) {               \
-    mark(bits, marked, bytes);                                                                                              \
+#define BOTH(V, T) REFRESH(refresh, false, V, T) REFRESH(update, true, V, T)
+#define MARKERS(T)                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(MARKER_THREADS) slot_markers_##T(const u8* bits, T* marked, i64 bytes) {     \
+    slot_markers(bits, marked, bytes);                                                                                      \
   }
 
 GATHER(bf16, float)
@@ -401,8 +401,8 @@ BOTH(float, bf16)
 BOTH(float, fp16)
 BOTH(bf16, bf16)
 BOTH(fp16, fp16)
-MARK(bf16)
-MARK(fp16)
+MARKERS(bf16)
+MARKERS(fp16)
 
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
     metadata(const u8* bits, u8* out, i64 rows, i64 columns) {

@@ -1,15 +1,18 @@
-"""The sparse layers of a whole model: finding them, renewing their masks, and the copies that a GPU's products read."""
+"""The sparse layers of a whole model: finding them, updating their masks, and their packed weights on a GPU."""
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparse_kernels import autotune, cuda, ops, packed
+from sparse_kernels import autotune, cuda, cusparselt, ops
+from sparse_kernels.deprecated import renamed_arguments
+from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
-from sparse_kernels.packed import Copies, Weight
+from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers
 from sparse_kernels.sparse_linear import SparseLinear
 
 
@@ -18,71 +21,141 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
-def _copies_of(layer: SparseLinear) -> list[Copies]:
-    """Those that the kernels can write from the layer's values: of a model that was cast, not those of before."""
-    dtypes = ops.HALF if layer.values.dtype == torch.float32 else (layer.values.dtype,)
-    return [found for dtype in dtypes if (found := packed.find(layer.positions, dtype))]
-
-
-def _copies(model: nn.Module) -> Iterator[tuple[str, SparseLinear, Copies]]:
-    """(name, layer, copies) of every sparse layer that has some, one for each of their dtypes."""
-    return ((name, layer, found) for name, layer in sparse_layers(model) for found in _copies_of(layer))
-
-
-def _weight(layer: SparseLinear) -> Weight:
-    return Weight(layer.values, layer.positions, layer.positions_t)
-
-
 def layer_seed(seed: int, name: str) -> int:
     """A seed of its own for each layer of a model, the same in every process."""
     return seed ^ zlib.crc32(name.encode())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
 @torch.no_grad()
-def renew_column_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0) -> None:
-    """Choose W^{R,C} of every sparse layer anew; W^R's positions stay. The copies that are there follow at once.
+def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int = 0) -> None:
+    """Choose W^{R,C} of every sparse layer again; W^R's masks stay. Packed weights follow at once.
 
     Args:
         kind: "magnitude" of the present values, or "random" among the kept entries.
-        seed: of the random choice; give another at each renewal.
+        seed: of the random choice; give another at each update.
     """
-    renewed: list[SparseLinear] = []
-    works: list[cuda.Work] = []
-    stale: list[tuple[SparseLinear, Copies]] = []
+    chosen: list[SparseLinear] = []
+    launches: list[cuda.KernelLaunch] = []
+    stale: list[tuple[SparseLinear, PackedLayer]] = []
     for name, layer in sparse_layers(model):
-        found = _copies_of(layer)
-        if layer.kernel_prunes(kind):
-            renewed.append(layer)
-            works += (
-                found[0].renew(_weight(layer), layer.bias) if found else [cuda.refresh(*_weight(layer), renew=True)]
-            )
-            found = found[1:]
+        packed = _packed_layers(layer)
+        if layer.kernel_chooses(kind):
+            chosen.append(layer)
+            weight = _weight(layer)
+            alone = [cuda.refresh(*weight[:3], update_mask=True)]
+            launches += packed[0].update_mask(weight) if packed else alone
+            packed = packed[1:]
         else:
-            layer.renew_column_mask(kind, layer_seed(seed, name))
-        stale += [(layer, copies) for copies in found]
-    cuda.launch_all(works)
-    cuda.launch_all(work for layer, copies in stale for work in copies.rewrite(_weight(layer), layer.bias))
-    for layer in renewed:
-        layer.renew_column_scale()
+            layer.update_backward_mask(kind, layer_seed(seed, name))
+        stale += [(layer, other) for other in packed]
+    cuda.launch_all(launches)
+    cuda.launch_all(launch for layer, packed in stale for launch in packed.refresh(_weight(layer)))
+    for layer in chosen:
+        layer.update_backward_scale()
 
 
-def renew_masks(model: nn.Module, *, columns: str = "magnitude", seed: int = 0) -> None:
-    """Choose anew what may change while training: W^{R,C} of sparse layers, and the masks of masked ones.
+@renamed_arguments
+def update_masks(model: nn.Module, *, backward: str = "magnitude", seed: int = 0) -> None:
+    """Choose again what may change in training: W^{R,C} of sparse layers, and the masks of masked ones.
 
     Args:
-        columns, seed: kind and seed for `renew_column_masks`; masked layers go by their present magnitudes.
+        backward, seed: kind and seed for `update_backward_masks`; masked layers go by their present magnitudes.
     """
-    renew_column_masks(model, columns, seed)
+    update_backward_masks(model, backward, seed)
     for _, layer in masked_layers(model):
-        layer.renew_mask()
+        layer.update_mask()
 
 
-def masks_written(model: nn.Module) -> None:
-    """Say that a replayed CUDA graph has renewed the masks and refreshed the copies, as no version counter has seen."""
-    masks = [layer.positions_t for _, layer in sparse_layers(model)] + [layer.mask for _, layer in masked_layers(model)]
-    torch.autograd.graph.increment_version(masks)
-    for _, layer, found in _copies(model):
-        found.settle(_weight(layer))
+def mask_buffers(model: nn.Module) -> list[Tensor]:
+    """Every buffer that `update_masks` writes."""
+    own = [layer.backward_mask_bits for _, layer in sparse_layers(model)]
+    return [*own, *(layer.mask for _, layer in masked_layers(model))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the products are computed
+
+
+def set_backend(model: nn.Module, backend: Backend) -> None:
+    """Choose how the 2:4 layers of a model are computed on a GPU.
+
+    Args:
+        backend: "auto" takes for each product what was measured to be faster; "cusparselt" and "dense" take that one
+            wherever it is possible; "reference" is plain torch, as on a CPU.
+
+    Raises:
+        ValueError, CuSparseLtError: as `check_backend`.
+    """
+    check_backend(backend)
+    for _, layer in sparse_layers(model):
+        layer.backend = backend
+
+
+def check_backend(backend: str) -> None:
+    """Whether a GPU of this machine can be used with this backend.
+
+    Raises:
+        ValueError: an unknown backend.
+        CuSparseLtError: "cusparselt", and the library is missing or too old.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "cusparselt":
+        cusparselt.library()
+
+
+@contextlib.contextmanager
+def using_backend(model: nn.Module, backend: Backend) -> Iterator[None]:
+    """Within it the 2:4 layers of a model are computed in this way, but for those that stay on "reference"."""
+    layers = [layer for _, layer in sparse_layers(model) if layer.backend != "reference"]
+    before = [layer.backend for layer in layers]
+    try:
+        for layer in layers:
+            layer.backend = backend
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.backend = old
+
+
+@contextlib.contextmanager
+def dense_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within it, and without gradients, sparse layers multiply by dense copies of their W^R, made once, here.
+
+    For decoding: of one token, or a few, a product takes far less time than making the dense weight for it. The weights
+    must not change within it.
+
+    Args:
+        dtype: of the products: the autocast dtype under autocast.
+    """
+    layers = [layer for _, layer in sparse_layers(model)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.dense_weight = layer.scattered(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.dense_weight = None
+
+
+def _weight(layer: SparseLinear) -> LayerWeight:
+    return LayerWeight(layer.values, layer.row_mask_bits, layer.backward_mask_bits, layer.bias)
+
+
+def _packed_layers(layer: SparseLinear) -> list[PackedLayer]:
+    """Those that the kernels can write from the layer's values: of a model that was cast, not those from before."""
+    writable = FORMATS if layer.values.dtype == torch.float32 else (layer.values.dtype,)
+    return [packed for packed in packed_layers(layer.row_mask_bits) if packed.format.dtype in writable]
+
+
+def _all_packed(model: nn.Module) -> Iterator[tuple[str, SparseLinear, PackedLayer]]:
+    """(name, layer, packed weights), for each format that a layer has run in."""
+    return ((name, layer, packed) for name, layer in sparse_layers(model) for packed in _packed_layers(layer))
 
 
 @torch.no_grad()
@@ -99,21 +172,22 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     """
     for _, layer in sparse_layers(model):
         probe = torch.empty(0, dtype=dtype, device=layer.values.device)
-        if (layer.n, layer.m) in ops.TWO_OF_FOUR and ops.fast(probe, layer.values) and tokens >= autotune.FEWEST_TOKENS:
-            found = packed.copies_of(layer.positions, dtype)
-            found.prepare(_weight(layer), layer.bias, tokens, backward=backward)
+        two_of_four = (layer.n, layer.m) in ops.TWO_OF_FOUR
+        if two_of_four and ops.fast(probe, layer.values, layer.backend) and tokens >= autotune.FEWEST_TOKENS:
+            packed = packed_layer(layer.row_mask_bits, dtype, layer.backend)
+            packed.prepare(_weight(layer), tokens, backward=backward)
 
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """Rewrite the 16-bit copies of every sparse layer from its `values` and positions, in place, in a launch or two.
+    """Rewrite the packed weights of every sparse layer from its values and masks, in place, in a launch or two.
 
-    Needed after the optimizer's step where the products are replayed from a CUDA graph, which cannot see that the
-    copies are stale, unless a renewal of the column masks follows, which does this too; may be captured in a graph
-    itself, after the step, if the copies are fresh then or it is replayed before the next eager product. Elsewhere the
-    layers do this on their own.
+    Needed after the optimizer's step where the products are replayed from a CUDA graph, which cannot see that packed
+    weights are stale, unless an update of the backward masks follows, which does this too. It may itself be captured,
+    after the step, if the packed weights are fresh then or the graph is replayed before the next eager product.
+    Elsewhere the layers do this on their own.
     """
-    cuda.launch_all(work for _, layer, found in _copies(model) for work in found.rewrite(_weight(layer), layer.bias))
+    cuda.launch_all(launch for _, layer, packed in _all_packed(model) for launch in packed.refresh(_weight(layer)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +203,7 @@ class LayerBackend:
 def backends(model: nn.Module) -> list[LayerBackend]:
     """What was chosen for every sparse layer that has run on a GPU in 16 bits, in the model's order."""
     rows = []
-    for name, _, found in _copies(model):
-        sides = (found.forward, found.backward)
-        rows.append(LayerBackend(name, found.dtype, *(None if side is None else side.choice for side in sides)))
+    for name, _, packed in _all_packed(model):
+        sides = (None if matrix is None else matrix.choice for matrix in (packed.forward, packed.backward))
+        rows.append(LayerBackend(name, packed.format.dtype, *sides))
     return rows

@@ -5,7 +5,7 @@
     weight grad  dW[out,in] = dY[B,out]^T · X[B,in], straight through to pruned entries too; of mvue(dY) if asked for
 
 Trained and stored dense: it saves neither time nor memory, and is what a sparse layer's quality is compared with.
-SR-STE (arXiv 2102.04010) renews the mask by magnitude in every step, FST (arXiv 2404.01847) now and then, transposable;
+SR-STE (arXiv 2102.04010) updates the mask by magnitude in every step, FST (2404.01847) now and then, transposable;
 both pull pruned weights towards zero (`decay_pruned`). Wanda (arXiv 2306.11695) chooses it once, by weights and inputs.
 
 Shape suffixes: B tokens, O out features, I in features.
@@ -71,12 +71,12 @@ class MaskedLinear(nn.Module):
     Attributes:
         weight: parameter (out, in), with the pruned entries, which are trained too.
         bias: parameter (out,) or None.
-        mask: bool buffer (out, in); see `renew_mask` and `finish_dense`.
+        mask: bool buffer (out, in); see `update_mask` and `remove_mask`.
         transposable: the mask is N:M along both sides.
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
         straight_through: pruned entries have a gradient, too; without one they stay as they are.
-        finished: the mask is lifted for good.
-        conv1d: the layer came from transformers' Conv1D, and `densify` makes it one again.
+        unmasked: the mask was removed.
+        conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """
 
     weight: nn.Parameter
@@ -106,7 +106,7 @@ class MaskedLinear(nn.Module):
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.straight_through, self.finished = straight_through, False
+        self.straight_through, self.unmasked = straight_through, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
@@ -130,18 +130,18 @@ class MaskedLinear(nn.Module):
         return _masked(self.weight, self.mask)
 
     @torch.no_grad()
-    def renew_mask(self) -> None:
-        """Choose the mask anew from the present magnitudes, in place; nothing once it is lifted."""
-        if not self.finished:
+    def update_mask(self) -> None:
+        """Choose the mask again from the present magnitudes, in place; does nothing once the mask is removed."""
+        if not self.unmasked:
             self.mask.copy_(self._choose(self.weight.abs()))
 
-    def finish_dense(self) -> None:
-        """Lift the mask for good, in place, and take exact gradients: from now on an ordinary linear layer.
+    def remove_mask(self) -> None:
+        """Remove the mask for good, in place, and compute exact gradients: from now on an ordinary linear layer.
 
-        Of this a checkpoint keeps the mask alone: where one is read, call this too.
+        A checkpoint keeps only the mask of this: call it again where one is read.
         """
         self.mask.fill_(True)
-        self.finished, self.mvue = True, False
+        self.unmasked, self.mvue = True, False
 
     def _choose(self, score_OI: Tensor) -> Tensor:
         choose = masks.transposable_mask if self.transposable else masks.nm_mask
@@ -149,7 +149,7 @@ class MaskedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sides = f"in_features={self.in_features}, out_features={self.out_features}"
-        also = "".join(f", {name}" for name in ("transposable", "mvue", "finished") if getattr(self, name))
+        also = "".join(f", {name}" for name in ("transposable", "mvue", "unmasked") if getattr(self, name))
         return f"{sides}, bias={self.bias is not None}, {self.n}:{self.m}{also}"
 
 
@@ -158,10 +158,10 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, MaskedLinear))
 
 
-def finish_dense(model: nn.Module) -> None:
-    """Lift the mask of every MaskedLinear for good; see `MaskedLinear.finish_dense`."""
+def remove_masks(model: nn.Module) -> None:
+    """Remove the mask of every MaskedLinear for good; see `MaskedLinear.remove_mask`."""
     for _, layer in masked_layers(model):
-        layer.finish_dense()
+        layer.remove_mask()
 
 
 @torch.no_grad()

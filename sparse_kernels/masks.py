@@ -219,7 +219,12 @@ def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tupl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Storing masks
+# Storing masks, and what they keep
+
+
+def scatter(values_OK: Tensor, mask_OI: Tensor) -> Tensor:
+    """Kept entries, row by row in column order, as the dense matrix with its zeros: (O, K), bool (O, I) -> (O, I)."""
+    return torch.zeros_like(mask_OI, dtype=values_OK.dtype).masked_scatter_(mask_OI, values_OK)
 
 
 def pack_bits(mask_RC: Tensor) -> Tensor:

@@ -1,4 +1,15 @@
-"""PLACEHOLDER"""
+"""One product of a packed 2:4 matrix by cuSPARSELt: its plan, and packing a matrix for it.
+
+    Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
+
+The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
+transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
+the input gradient A = W^{R,C} transposed (R = in features, X = dY).
+
+The metadata of a packed matrix (see formats.py) is made once for a mask, by compressing the matrix of
+`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `autotune.choose` never trusts this
+layout: what it accepts has given the dense product's numbers.
+"""
 
 import ctypes
 import functools
@@ -11,14 +22,14 @@ from torch import Tensor
 
 from sparse_kernels import cuda, cusparselt
 from sparse_kernels.cusparselt import AlgorithmAttribute, MatmulAttribute, Structure
+from sparse_kernels.formats import FORMATS
 
-_DTYPES = {torch.bfloat16: cusparselt.DataType.BFLOAT16, torch.float16: cusparselt.DataType.FLOAT16}
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 _ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatmulShape:
     """One product: A is (rows, columns), X is (tokens, columns)."""
 
     rows: int
@@ -28,14 +39,14 @@ class Shape:
     bias: bool
 
 
-class Plan:
+class MatmulPlan:
     """A plan of the library with all that it points to, for one shape on one device.
 
     Raises:
         CuSparseLtError: no library, or it refuses the shape.
     """
 
-    def __init__(self, shape: Shape, device_index: int) -> None:
+    def __init__(self, shape: MatmulShape, device_index: int) -> None:
         self.shape, self._index = shape, device_index
         self._handle = cusparselt.handle(device_index)
         self._library = self._handle.library
@@ -43,7 +54,7 @@ class Plan:
         self._bias_at, self._streams = 0, (ctypes.c_void_p * 1)()
         self._a = structured(shape.rows, shape.columns, shape.dtype, self._handle)
         self._x, self._y, self._product, self._algorithm, self._plan = (Structure() for _ in range(5))
-        call, at, kind = self._library.call, self._handle.address, _DTYPES[shape.dtype]
+        call, at, kind = self._library.call, self._handle.address, FORMATS[shape.dtype].data_type
         for matrix, rows in ((self._x, shape.columns), (self._y, shape.rows)):
             column = cusparselt.Order.COLUMN
             call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, kind, column)
@@ -124,7 +135,15 @@ def _destroy(library: cusparselt.Library, structures: tuple[Structure, ...]) -> 
 def structured(rows: int, columns: int, dtype: torch.dtype, handle: cusparselt.Handle) -> Structure:
     """The library's descriptor of a 2:4 matrix (rows, columns), row-major."""
     matrix = Structure()
-    arguments = (rows, columns, columns, 16, _DTYPES[dtype], cusparselt.Order.ROW, cusparselt.SPARSITY_50_PERCENT)
+    arguments = (
+        rows,
+        columns,
+        columns,
+        16,
+        FORMATS[dtype].data_type,
+        cusparselt.Order.ROW,
+        cusparselt.SPARSITY_50_PERCENT,
+    )
     handle.library.call("StructuredDescriptorInit", handle.address, matrix.address, *arguments)
     return matrix
 
@@ -167,16 +186,10 @@ def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: i
         return False
     device = torch.device("cuda", device_index)
     bits = random_mask(rows, columns, torch.Generator(device).manual_seed(0))
-    theirs = packed_metadata(compress(cuda.mark(bits, dtype)), rows, columns)
+    theirs = FORMATS[dtype].metadata(compress(cuda.slot_markers(bits, dtype)), rows, columns)
     ours = torch.empty_like(theirs)
     cuda.launch(cuda.metadata(bits, ours))
     return torch.equal(ours, theirs)
-
-
-def packed_metadata(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """The metadata of a packed matrix, (rows·columns/8,) bytes: a view."""
-    start = rows * columns  # the values come first: two bytes for every second entry
-    return packed[start : start + rows * columns // 8]
 
 
 def random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -185,8 +198,3 @@ def random_mask(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     sides = (2, rows, columns // 8)
     low, high = pairs[torch.randint(6, sides, device=generator.device, generator=generator)].unbind()
     return low | high << 4
-
-
-def packed_values(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The values of a packed matrix, (rows, columns/2): a view."""
-    return packed[: rows * columns].view(dtype).view(rows, columns // 2)

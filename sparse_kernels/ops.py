@@ -1,33 +1,30 @@
 """The products of a 2:4 layer on a GPU as torch custom ops.
 
-    linear(X, values, bias, positions, positions_t) -> Y        forward, by the copy of W^R
-    input_grad(dY, values, positions, positions_t) -> dX        by the copy of W^{R,C} transposed
-    weight_grad(dY, X, values, positions) -> dV                 dense product, then gather_kept
+    linear(X, values, bias, bits..., backend) -> Y             forward, by the packed W^R
+    input_grad(dY, values, bits..., backend, exact) -> dX      by the packed W^{R,C}; exact: by W^R, of frozen values
+    weight_grad(dY, X, values, bits..., backend) -> dV         dense product, then gather_kept
 
-The copies are those of copies.py. The ops are functions of their arguments alone: on a CPU or in another dtype they
-give the same by plain torch. Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a row.
+The packed weights are those of packed.py. The ops are functions of their arguments alone: on a CPU or in another dtype
+they give the same by plain torch. Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a
+row. row_bits is uint8 (O, I/8), W^R's mask; backward_bits uint8 (I, O/8), W^{R,C}'s mask, transposed.
 """
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels import cuda, masks, packed, reference
-from sparse_kernels.packed import Weight
+from sparse_kernels import cuda, masks, reference
+from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
+from sparse_kernels.packed import Backend, LayerWeight, PackedLayer, packed_layer
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
 TWO_OF_FOUR = ((2, 4), (1, 2))
-HALF = (torch.bfloat16, torch.float16)
-
-
-# The ops, registered as slope::<name> for torch.compile, which sees them as opaque. In eager mode the fast bodies are
-# called directly: the dispatcher would double their cost on the host.
 
 
 @functools.cache
@@ -37,16 +34,17 @@ def _usable(device_index: int) -> bool:
     return not reason
 
 
-def fast(X: Tensor, values_OK: Tensor) -> bool:
-    """Whether the kernels take this input and 2:4 weight: X in bfloat16 or float16, values in float32 or the same."""
-    return X.dtype in HALF and values_OK.dtype in (X.dtype, torch.float32) and X.is_cuda and fast_weight(values_OK)
+def fast(X: Tensor, values_OK: Tensor, backend: str) -> bool:
+    """Whether the kernels take this input and 2:4 weight: X in a format's dtype, values in float32 or the same."""
+    supported = X.dtype in FORMATS and values_OK.dtype in (X.dtype, torch.float32) and X.is_cuda
+    return supported and fast_weight(values_OK, backend)
 
 
-def fast_weight(values_OK: Tensor) -> bool:
+def fast_weight(values_OK: Tensor, backend: str) -> bool:
     """Whether the kernels take a 2:4 weight at all: on CUDA, float32 or 16 bits, sides that are multiples of 16."""
-    if packed.backend() == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % 16:
+    if backend == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % SIDE_MULTIPLE:
         return False
-    return values_OK.dtype in (torch.float32, *HALF) and _usable(values_OK.get_device())
+    return values_OK.dtype in (torch.float32, *FORMATS) and _usable(values_OK.get_device())
 
 
 def _aligned(X: Tensor) -> Tensor:
@@ -54,52 +52,61 @@ def _aligned(X: Tensor) -> Tensor:
     return X.clone() if X.data_ptr() % 16 else X
 
 
-def _scatter(weight: Weight, mask_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """(O, I): the values where `mask_OI` keeps them too, by plain torch."""
-    row_mask_OI = masks.unpack_bits(weight.positions, weight.sides[1])
-    dense_OI = torch.zeros_like(row_mask_OI, dtype=weight.values.dtype).masked_scatter_(row_mask_OI, weight.values)
-    return (dense_OI * mask_OI).to(dtype)
+def _packed(X: Tensor, row_bits: Tensor, backend: str) -> PackedLayer:
+    return packed_layer(row_bits, X.dtype, cast(Backend, backend))
 
 
-def _linear_fast(X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
-    return packed.copies_of(positions, X_BI.dtype).linear(_aligned(X_BI), Weight(values, positions, positions_t), bias)
+# ---------------------------------------------------------------------------------------------------------------------
+# By the kernels. In eager mode these are called directly: the dispatcher would double their cost on the host.
 
 
-def _input_grad_fast(dY_BO: Tensor, values: Tensor, positions: Tensor, positions_t: Tensor) -> Tensor:
-    return packed.copies_of(positions, dY_BO.dtype).input_grad(_aligned(dY_BO), Weight(values, positions, positions_t))
+def _linear_fast(
+    X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
+) -> Tensor:
+    weight = LayerWeight(values, row_bits, backward_bits, bias)
+    return _packed(X_BI, row_bits, backend).linear(_aligned(X_BI), weight)
 
 
-def _weight_grad_fast(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    return cuda.gather_kept(dY_BO.t() @ X_BI, positions, values.dtype)  # [O,B] · [B,I] -> [O,I] -> [O,K]
+def _input_grad_fast(
+    dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool
+) -> Tensor:
+    packed, weight = _packed(dY_BO, row_bits, backend), LayerWeight(values, row_bits, backward_bits)
+    return packed.exact_input_grad(dY_BO, weight) if exact else packed.input_grad(_aligned(dY_BO), weight)
 
 
-def _linear(X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
-    if fast(X_BI, values):
-        return _linear_fast(X_BI, values, bias, positions, positions_t)
-    weight = Weight(values, positions, positions_t)
-    W_OI = _scatter(weight, masks.unpack_bits(positions, weight.sides[1]), X_BI.dtype)
-    return F.linear(X_BI, W_OI, None if bias is None else bias.to(X_BI.dtype))
+def _weight_grad_fast(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
+    return cuda.gather_kept(dY_BO.t() @ X_BI, row_bits, values.dtype)  # [O,B] · [B,I] -> [O,I] -> [O,K]
 
 
-def _input_grad(dY_BO: Tensor, values: Tensor, positions: Tensor, positions_t: Tensor) -> Tensor:
-    if fast(dY_BO, values):
-        return _input_grad_fast(dY_BO, values, positions, positions_t)
-    weight = Weight(values, positions, positions_t)
-    return dY_BO @ _scatter(weight, masks.unpack_bits(positions_t, weight.sides[0]).t(), dY_BO.dtype)
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops, registered as slope::<name> for torch.compile, which sees them as opaque
 
 
-def _exact_input_grad(dY_BO: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    row_mask_OI = masks.unpack_bits(positions, values.shape[1] * 2)
-    return dY_BO @ torch.zeros_like(row_mask_OI, dtype=values.dtype).masked_scatter_(row_mask_OI, values).to(
-        dY_BO.dtype
-    )
+def _linear(
+    X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
+) -> Tensor:
+    if fast(X_BI, values, backend):
+        return _linear_fast(X_BI, values, bias, row_bits, backward_bits, backend)
+    W_OI = masks.scatter(values, masks.unpack_bits(row_bits, X_BI.shape[1])).to(X_BI.dtype)
+    return F.linear(X_BI, W_OI, None if bias is None else bias.to(X_BI.dtype))  # [B,I] · [O,I]^T -> [B,O]
 
 
-def _weight_grad(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    if fast(X_BI, values):
-        return _weight_grad_fast(dY_BO, X_BI, values, positions)
-    dW_OI = dY_BO.t() @ X_BI
-    index_OK = reference.kept_columns(masks.unpack_bits(positions, dW_OI.shape[1]), 2, 4)  # 1:2 too is 2 of 4
+def _input_grad(
+    dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool
+) -> Tensor:
+    if fast(dY_BO, values, backend):
+        return _input_grad_fast(dY_BO, values, row_bits, backward_bits, backend, exact)
+    W_OI = masks.scatter(values, masks.unpack_bits(row_bits, backward_bits.shape[0]))
+    if not exact:
+        W_OI = W_OI * masks.unpack_bits(backward_bits, values.shape[0]).t()
+    return dY_BO @ W_OI.to(dY_BO.dtype)  # [B,O] · [O,I] -> [B,I]
+
+
+def _weight_grad(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
+    if fast(X_BI, values, backend):
+        return _weight_grad_fast(dY_BO, X_BI, values, row_bits, backend)
+    dW_OI = dY_BO.t() @ X_BI  # [O,B] · [B,I] -> [O,I]
+    index_OK = reference.kept_columns(masks.unpack_bits(row_bits, dW_OI.shape[1]), 2, 4)  # 1:2 too is 2 of 4
     return reference.gather_kept(dW_OI, index_OK).to(values.dtype)
 
 
@@ -109,40 +116,42 @@ weight_grad_op = torch.library.custom_op("slope::weight_grad", _weight_grad, mut
 
 
 @linear_op.register_fake
-def _(X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
+def _(
+    X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
+) -> Tensor:
     return X_BI.new_empty(X_BI.shape[0], values.shape[0])
 
 
 @input_grad_op.register_fake
-def _(dY_BO: Tensor, values: Tensor, positions: Tensor, positions_t: Tensor) -> Tensor:
-    return dY_BO.new_empty(dY_BO.shape[0], positions_t.shape[0])
+def _(dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool) -> Tensor:
+    return dY_BO.new_empty(dY_BO.shape[0], backward_bits.shape[0])
 
 
 @weight_grad_op.register_fake
-def _(dY_BO: Tensor, X_BI: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+def _(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
     return torch.empty_like(values)
 
 
-def _save(ctx: Any, X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> None:
-    ctx.save_for_backward(X_BI, values, positions, positions_t)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _save(
+    ctx: Any, X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
+) -> None:
+    ctx.save_for_backward(X_BI, values, row_bits, backward_bits)
+    ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
 
 
 def _gradients(
     ctx: Any, dY_BO: Tensor, input_grad: Callable[..., Tensor], weight_grad: Callable[..., Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-    X_BI, values, positions, positions_t = ctx.saved_tensors
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    X_BI, values, row_bits, backward_bits = ctx.saved_tensors
+    needs_X, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dX = dV = db = None
-    if ctx.needs_input_grad[0]:
-        frozen = not ctx.needs_input_grad[1]
-        dX = (
-            _exact_input_grad(dY_BO, values, positions) if frozen else input_grad(dY_BO, values, positions, positions_t)
-        )
-    if ctx.needs_input_grad[1]:
-        dV = weight_grad(dY_BO, X_BI, values, positions)
-    if ctx.needs_input_grad[2]:
+    if needs_X:
+        dX = input_grad(dY_BO, values, row_bits, backward_bits, ctx.backend, not needs_values)
+    if needs_values:
+        dV = weight_grad(dY_BO, X_BI, values, row_bits, ctx.backend)
+    if needs_bias:
         db = dY_BO.sum(0, dtype=ctx.bias_dtype)
-    return dX, dV, db, None, None
+    return dX, dV, db, None, None, None
 
 
 linear_op.register_autograd(
@@ -153,27 +162,28 @@ linear_op.register_autograd(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, X_BI: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor
-    ) -> Tensor:
-        _save(ctx, X_BI, values, bias, positions, positions_t)
-        return _linear_fast(X_BI, values, bias, positions, positions_t)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, *inputs)
+        return _linear_fast(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dY_BO, _input_grad_fast, _weight_grad_fast)
 
 
-def linear(X: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, positions_t: Tensor) -> Tensor:
+def linear(
+    X: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: Backend = "auto"
+) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C}; through W^R if values are frozen.
 
     Args:
         X: (..., I); decides the dtype of the three products. On CUDA and not compiled: what `fast` takes.
         values: (O, K), the kept entries of W^R in column order.
         bias: (O,) or None.
-        positions: uint8 (O, I/8), the bits of W^R's mask.
-        positions_t: uint8 (I, O/8), the bits of W^{R,C}'s mask, transposed.
+        row_bits: uint8 (O, I/8), W^R's mask.
+        backward_bits: uint8 (I, O/8), W^{R,C}'s mask, transposed.
+        backend: see `sparse_kernels.set_backend`.
 
     Returns:
         (..., O), the dtype of X.
@@ -182,5 +192,5 @@ def linear(X: Tensor, values: Tensor, bias: Tensor | None, positions: Tensor, po
     run: Callable[..., Tensor] = linear_op
     if X.is_cuda and not torch.compiler.is_compiling():
         run = _Linear.apply if torch.is_grad_enabled() else _linear_fast
-    Y_BO = run(X_BI, values, bias, positions, positions_t)
+    Y_BO = run(X_BI, values, bias, row_bits, backward_bits, backend)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], values.shape[0])

@@ -1,9 +1,17 @@
-"""The 16-bit copies of a 2:4 layer's weight that its products on a GPU read, and the backend that decides their form.
+"""The packed 16-bit weights that a 2:4 layer's products on a GPU read: derived from `values` and masks, never saved.
 
-The copies are derived from `values` and the positions, kept beside the layer, never saved. Each is packed for
-cuSPARSELt where `plans.choose` finds that faster, else dense for cuBLAS. They are rewritten in place when they are
-stale: when a tensor they come from was written (its version), or any optimizer has stepped (torch's fused optimizers
-change no version). What runs inside a captured CUDA graph is not seen: there, call `refresh(model)` after the step.
+    PackedWeight   one 2:4 matrix in one format, packed for cuSPARSELt or dense for cuBLAS, as measured; `matmul(X)`
+    PackedLayer    a layer's two (W^R and W^{R,C} transposed) and its 16-bit bias; `refresh` rewrites them in place
+
+A PackedLayer belongs to its layer: it hangs on the storage of the layer's row mask, which is made, moved and freed with
+the layer. A custom op in a compiled graph gets tensors and no layer; it finds its PackedLayer there too, whatever
+Python object it is handed over that storage.
+
+It is stale when a tensor that it comes from was written or replaced, or any optimizer has stepped (torch's fused
+optimizers count no versions): `LayerWeight.stamps` says so, in one place. Whoever replays a CUDA graph counts the
+versions of the tensors that the graph writes (torch.autograd.graph.increment_version).
+
+Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a row; R rows, C columns of a matrix.
 """
 
 import functools
@@ -14,45 +22,124 @@ from typing import Literal, NamedTuple, TypedDict, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_kernels import autotune, cuda, cusparselt
-from sparse_kernels.matmul_plan import Plan, Shape, compress, packed_metadata, packed_values, writes_metadata
+from sparse_kernels import autotune, cuda
+from sparse_kernels.autotune import Choice
+from sparse_kernels.formats import FORMATS, PackedFormat
+from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
-_backend: Backend = "auto"
-
-
-def set_backend(backend: Backend) -> None:
-    """Say how 2:4 layers are computed on a GPU from now on, in the whole process.
-
-    Args:
-        backend: "auto" takes for each product what was measured to be faster; "cusparselt" and "dense" take that one
-            wherever it can be had; "reference" is plain torch, as on a CPU.
-
-    Raises:
-        ValueError: another word.
-        CuSparseLtError: "cusparselt" and the library is missing or too old.
-    """
-    global _backend
-    if backend not in ("auto", "cusparselt", "dense", "reference"):
-        raise ValueError(f"backend must be 'auto', 'cusparselt', 'dense' or 'reference', got {backend!r}")
-    if backend == "cusparselt":
-        cusparselt.library()
-    _backend = backend
-    _COPIES.clear()
-
-
-def backend() -> Backend:
-    """What `set_backend` said last; "auto" at first."""
-    return _backend
-
+BACKENDS: tuple[Backend, ...] = ("auto", "cusparselt", "dense", "reference")
 
 T = TypeVar("T")
 
 
-def _apart(make: Callable[[], T]) -> T:
+# ---------------------------------------------------------------------------------------------------------------------
+# Freshness
+
+
+class Stamp(NamedTuple):
+    """A tensor as it was: another one once it is written or replaced."""
+
+    address: int
+    version: int
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """The stamp of a tensor now. Inference tensors count no versions; they are not written outside inference mode."""
+    return Stamp(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+
+
+class Derived(NamedTuple):
+    """A tensor that was computed from a buffer, and the buffer's stamp then."""
+
+    tensor: Tensor
+    stamp: Stamp
+
+    @classmethod
+    def of(cls, tensor: Tensor, buffer: Tensor) -> "Derived":
+        return cls(tensor, stamp(buffer))
+
+    def is_of(self, buffer: Tensor) -> bool:
+        """Whether the buffer is still as it was."""
+        return self.stamp == stamp(buffer)
+
+
+_steps = 0  # of all optimizers in this process
+
+
+@functools.cache
+def _count_steps() -> None:
+    def count(*_: object) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One matrix
+
+
+class PackedWeight:
+    """A 2:4 matrix A (R, C) in the form that `choice` says, rewritten in place.
+
+    Attributes:
+        target: what `cuda.refresh` writes: (R, C/2), the values of the packed matrix, or (R, C) dense.
+        metadata: the packed matrix's metadata where the kernels can write it, else None.
+    """
+
+    def __init__(self, mask_bits: Tensor, columns: int, form: PackedFormat, choice: Choice) -> None:
+        self.rows, self.columns, self.format, self.choice = mask_bits.shape[0], columns, form, choice
+        self.metadata: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._plans: dict[tuple[int, bool], MatmulPlan | None] = {}
+        self._mask = stamp(mask_bits)
+        if choice.sparse:
+            self._packed = compress(cuda.slot_markers(mask_bits, form.dtype))
+            if writes_metadata(self.rows, columns, form.dtype, mask_bits.get_device()):
+                self.metadata = form.metadata(self._packed, self.rows, columns)
+            self.target = form.values(self._packed, self.rows, columns)
+        else:
+            self.target = torch.empty(self.rows, columns, dtype=form.dtype, device=mask_bits.device)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the matrix is packed for cuSPARSELt."""
+        return self._packed is not None
+
+    def matmul(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
+        """X · A^T + bias, (B, R); None where there is no plan for so many tokens."""
+        if self._packed is None:
+            return F.linear(X_BC, self.target, bias_R)  # [B,C] · [R,C]^T -> [B,R]
+        plan = self.plan(X_BC.shape[0], bias_R is not None)
+        return None if plan is None else plan.matmul(self._packed, X_BC, bias_R)
+
+    def plan(self, tokens: int, bias: bool) -> MatmulPlan | None:
+        """The library's plan for so many tokens, made at the first call; None where there can be none."""
+        key = tokens, bias
+        if self._packed is not None and key not in self._plans:
+            shape = MatmulShape(self.rows, self.columns, tokens, self.format.dtype, bias)
+            self._plans[key] = _outside_graphs(lambda: autotune.plan_for(shape, self.target.get_device()))
+        return self._plans.get(key)
+
+    def update_metadata(self, mask_bits: Tensor) -> list[cuda.KernelLaunch]:
+        """Write the metadata again if the mask has changed: by launches that the caller must do, or at once."""
+        if self._packed is None or self._mask == stamp(mask_bits):
+            return []
+        self.mask_is(mask_bits)
+        if self.metadata is not None:
+            return [cuda.metadata(mask_bits, self.metadata)]
+        compress(cuda.slot_markers(mask_bits, self.format.dtype), self._packed)
+        return []
+
+    def mask_is(self, mask_bits: Tensor) -> None:
+        """Note that the metadata is, or is about to be, that of this mask as it is now."""
+        self._mask = stamp(mask_bits)
+
+
+def _outside_graphs(make: Callable[[], T]) -> T:
     """Run what measures, or allocates for good, in a thread of its own.
 
     Inductor's CUDA graphs claim whatever the calling thread allocates in their first run, and let nothing outlive it.
@@ -64,7 +151,6 @@ def _apart(make: Callable[[], T]) -> T:
         raise RuntimeError(
             "run one step before capturing a CUDA graph, or prepare(model, tokens): a sparse layer is new to this input"
         )
-
     device = torch.cuda.current_device()
 
     def run() -> T:
@@ -78,247 +164,202 @@ def _apart(make: Callable[[], T]) -> T:
         return thread.submit(run).result()
 
 
-class Operand:
-    """One copy: W^R (rows = out features), or W^{R,C} transposed (rows = in features)."""
-
-    def __init__(self, bits: Tensor, columns: int, dtype: torch.dtype, choice: autotune.Choice) -> None:
-        self.rows, self.columns, self.dtype, self.choice = bits.shape[0], columns, dtype, choice
-        self.packed: Tensor | None = None
-        self._plans: dict[tuple[int, bool], Plan | None] = {}
-        self.metadata: Tensor | None = None  # where the kernels may write it
-        self.settle(bits)
-        if choice.sparse:
-            self.packed = compress(cuda.mark(bits, dtype))
-            if writes_metadata(self.rows, columns, dtype, bits.get_device()):
-                self.metadata = packed_metadata(self.packed, self.rows, columns)
-            self.target = packed_values(self.packed, self.rows, columns, dtype)
-        else:
-            self.target = torch.empty(self.rows, columns, dtype=dtype, device=bits.device)
-
-    def settle(self, bits: Tensor) -> None:
-        """The metadata is of the mask as it is now: by what is being launched, or by a CUDA graph that was replayed."""
-        self._marked = bits.data_ptr(), _version(bits)
-
-    def follow(self, bits: Tensor) -> list[cuda.Work]:
-        """Make the metadata anew if the mask has changed, in place: by what the caller must launch, or at once.
-
-        The values are to be rewritten then.
-        """
-        if self.packed is None or self._marked == (bits.data_ptr(), _version(bits)):
-            return []
-        self.settle(bits)
-        if self.metadata is None:
-            compress(cuda.mark(bits, self.dtype), self.packed)
-            return []
-        return [cuda.metadata(bits, self.metadata)]
-
-    def product(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
-        """X · A^T + bias, or None where a packed copy has no plan for so many tokens."""
-        if self.packed is None:
-            return F.linear(X_BC, self.target, bias_R)
-        plan = self.plan(X_BC.shape[0], bias_R is not None)
-        return None if plan is None else plan.matmul(self.packed, X_BC, bias_R)
-
-    def plan(self, tokens: int, bias: bool) -> Plan | None:
-        """The plan of a packed copy for so many tokens; made at the first call, and None where there can be none."""
-        key = tokens, bias
-        if key not in self._plans:
-            shape = Shape(self.rows, self.columns, tokens, self.dtype, bias)
-            self._plans[key] = _apart(lambda: autotune.planned(shape, self.target.get_device()))
-        return self._plans[key]
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer
 
 
-class Weight(NamedTuple):
-    """What a layer saves of its weight: values (O, K), positions (O, I/8), positions_t (I, O/8)."""
+class LayerWeight(NamedTuple):
+    """The tensors that a layer's packed weights come from.
+
+    values (O, K), row_mask_bits (O, I/8), backward_mask_bits (I, O/8), bias (O,) or None.
+    """
 
     values: Tensor
-    positions: Tensor
-    positions_t: Tensor
+    row_mask_bits: Tensor
+    backward_mask_bits: Tensor
+    bias: Tensor | None = None
 
     @property
     def sides(self) -> tuple[int, int]:
-        return self.values.shape[0], self.positions_t.shape[0]
+        """(O, I)."""
+        return self.values.shape[0], self.backward_mask_bits.shape[0]
+
+    def stamps(self) -> tuple[object, ...]:
+        """The optimizer steps so far and the stamp of each tensor, the bias last."""
+        return _steps, *(stamp(tensor) for tensor in self if tensor is not None)
 
 
 class _Targets(TypedDict, total=False):
-    """What `cuda.refresh` has to write for a layer, by its words for it."""
+    """What `cuda.refresh` is to write for a layer, by its parameters' names."""
 
     w: Tensor
     w_t: Tensor
     bias: Tensor
-    bias_copy: Tensor
+    bias_out: Tensor
 
 
-class Copies:
-    """The copies of one layer in one dtype, made when a product first wants them."""
+class PackedLayer:
+    """The packed weights of one layer in one format, each made when a product first needs it.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.forward: Operand | None = None
-        self.backward: Operand | None = None
-        self.bias: Tensor | None = None
-        self._weight_stamp: object = None
-        self._bias_stamp: object = None
+    Attributes:
+        forward: of W^R.
+        backward: of W^{R,C} transposed.
+    """
 
-    def linear(self, X_BI: Tensor, weight: Weight, bias_O: Tensor | None) -> Tensor:
+    def __init__(self, form: PackedFormat, backend: Backend) -> None:
+        self.format, self.backend = form, backend
+        self.forward: PackedWeight | None = None
+        self.backward: PackedWeight | None = None
+        self._bias: Tensor | None = None
+        self._dense: Tensor | None = None
+        self._stamps: tuple[object, ...] = ()
+        self._dense_of: Stamp | None = None
+
+    # -------------------------------------------------------------------------------------------------- products
+
+    def linear(self, X_BI: Tensor, weight: LayerWeight) -> Tensor:
+        """X · W^R^T + bias, (B, O)."""
         if self.forward is None and X_BI.shape[0] >= autotune.FEWEST_TOKENS:
-            self._start_forward(weight, X_BI.shape[0], bias_O is not None)
-        self.update(weight, bias_O)
-        bias = bias_O if bias_O is None or bias_O.dtype == self.dtype else self.bias
-        Y_BO = None if self.forward is None else self.forward.product(X_BI, bias)
-        if Y_BO is None:  # too few tokens, or a count that has no plan: a dense copy for this once
-            dense_OI = torch.empty(weight.sides, dtype=self.dtype, device=X_BI.device)
-            cuda.launch(cuda.refresh(*weight, w=dense_OI))
-            Y_BO = F.linear(X_BI, dense_OI, bias)
+            self._make_forward(weight, X_BI.shape[0])
+        self._refresh_if_stale(weight)
+        bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.dtype else self._bias
+        Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O)
+        if Y_BO is None:  # too few tokens, or a count without a plan: a dense matrix for this once
+            dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=X_BI.device)
+            cuda.launch(cuda.refresh(*weight[:3], w=dense_OI))
+            Y_BO = F.linear(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         return Y_BO
 
-    def input_grad(self, dY_BO: Tensor, weight: Weight) -> Tensor:
+    def input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
+        """dY · W^{R,C}, (B, I)."""
         if self.backward is None and dY_BO.shape[0] >= autotune.FEWEST_TOKENS:
-            self._start_backward(weight, dY_BO.shape[0])
-        self.update(weight)
-        dX_BI = None if self.backward is None else self.backward.product(dY_BO, None)
+            self._make_backward(weight, dY_BO.shape[0])
+        self._refresh_if_stale(weight)
+        dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None)
         if dX_BI is None:
-            dense_IO = torch.empty(weight.sides[::-1], dtype=self.dtype, device=dY_BO.device)
-            cuda.launch(cuda.refresh(*weight, w_t=dense_IO))
-            dX_BI = F.linear(dY_BO, dense_IO)
+            dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=dY_BO.device)
+            cuda.launch(cuda.refresh(*weight[:3], w_t=dense_IO))
+            dX_BI = F.linear(dY_BO, dense_IO)  # [B,O] · [I,O]^T -> [B,I]
         return dX_BI
 
-    def prepare(self, weight: Weight, bias_O: Tensor | None, tokens: int, *, backward: bool) -> None:
-        """Make everything that products of so many tokens will want."""
+    def exact_input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
+        """dY · W^R, (B, I), by a dense copy that is kept: for frozen layers, whose values do not change."""
+        return dY_BO @ self.dense(weight)  # [B,O] · [O,I] -> [B,I]
+
+    def dense(self, weight: LayerWeight) -> Tensor:
+        """W^R of a frozen layer as a dense matrix (O, I), kept while the values, which no optimizer writes, are."""
+        if self._dense is None:
+            device, dtype = weight.values.device, self.format.dtype
+            self._dense = _outside_graphs(lambda: torch.empty(weight.sides, dtype=dtype, device=device))
+        if self._dense_of != (now := stamp(weight.values)):
+            cuda.launch(cuda.refresh(*weight[:3], w=self._dense))
+            self._dense_of = now
+        return self._dense
+
+    # ------------------------------------------------------------------------------------------------- freshness
+
+    def prepare(self, weight: LayerWeight, tokens: int, *, backward: bool) -> None:
+        """Make everything that products of so many tokens will need."""
         if self.forward is None:
-            self._start_forward(weight, tokens, bias_O is not None)
+            self._make_forward(weight, tokens)
         if self.backward is None and backward:
-            self._start_backward(weight, tokens)
-        for side, bias in ((self.forward, bias_O is not None), (self.backward, False)):
-            if side is not None and side.packed is not None:
-                side.plan(tokens, bias)
-        self.update(weight, bias_O)
+            self._make_backward(weight, tokens)
+        for matrix, bias in ((self.forward, weight.bias is not None), (self.backward, False)):
+            if matrix is not None:
+                matrix.plan(tokens, bias)
+        self._refresh_if_stale(weight)
 
-    def _start_forward(self, weight: Weight, tokens: int, bias: bool) -> None:
-        rows, columns = weight.sides
-        shape = Shape(rows, columns, tokens, self.dtype, bias)
-        self.forward = self._start(weight.positions, shape)
+    def refresh(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
+        """The launches, for the caller to do, that write everything from the present tensors."""
+        launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
+        launches += [] if self.backward is None else self.backward.update_metadata(weight.backward_mask_bits)
+        self._stamps = weight.stamps()
+        targets = self._targets(weight)
+        return [*launches, cuda.refresh(*weight[:3], **targets)] if targets else launches
 
-    def _start_backward(self, weight: Weight, tokens: int) -> None:
-        rows, columns = weight.sides
-        self.backward = self._start(weight.positions_t, Shape(columns, rows, tokens, self.dtype, False))
-
-    def _start(self, bits: Tensor, shape: Shape) -> Operand:
-        self._weight_stamp = None  # the new copy holds nothing yet
-        device_index = bits.get_device()
-        return _apart(lambda: Operand(bits, shape.columns, self.dtype, _choice(shape, device_index)))
-
-    def update(self, weight: Weight, bias_O: Tensor | None = None) -> None:
-        """Rewrite what is stale."""
-        stamp = _stamp(*weight)
-        bias_stamp = None if bias_O is None or bias_O.dtype == self.dtype else _stamp(bias_O)
-        if stamp == self._weight_stamp and (bias_stamp is None or bias_stamp == self._bias_stamp):
-            return
-        for work in self.rewrite(weight, bias_O):
-            cuda.launch(work)
-
-    def rewrite(self, weight: Weight, bias_O: Tensor | None) -> list[cuda.Work]:
-        """Everything that is there, as work that the caller must launch."""
-        works = [] if self.forward is None else self.forward.follow(weight.positions)
-        works += [] if self.backward is None else self.backward.follow(weight.positions_t)
-        self._weight_stamp = _stamp(*weight)
-        targets = self._targets(weight, bias_O)
-        return [*works, cuda.refresh(*weight, **targets)] if targets else works
-
-    def renew(self, weight: Weight, bias_O: Tensor | None) -> list[cuda.Work]:
-        """The same with W^{R,C} chosen anew, into `weight.positions_t`."""
+    def update_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
+        """The same with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`."""
         backward = self.backward
-        if backward is not None and backward.packed is not None and backward.metadata is None:
-            cuda.launch(cuda.refresh(*weight, renew=True))  # at once: the library makes the metadata of what is chosen
-            return self.rewrite(weight, bias_O)
-        works = [] if self.forward is None else self.forward.follow(weight.positions)
+        if backward is not None and backward.packed and backward.metadata is None:
+            # The library makes the metadata of the mask, so the mask must be there.
+            cuda.launch(cuda.refresh(*weight[:3], update_mask=True))
+            return self.refresh(weight)
+        launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
         metadata = None if backward is None else backward.metadata
-        works.append(cuda.refresh(*weight, renew=True, **self._targets(weight, bias_O), metadata=metadata))
-        self.settle(weight)
-        return works
+        launches.append(cuda.refresh(*weight[:3], update_mask=True, **self._targets(weight), metadata=metadata))
+        if backward is not None:
+            backward.mask_is(weight.backward_mask_bits)
+        self._stamps = weight.stamps()
+        return launches
 
-    def _targets(self, weight: Weight, bias_O: Tensor | None) -> _Targets:
+    def _refresh_if_stale(self, weight: LayerWeight) -> None:
+        stamps = weight.stamps()
+        if self._stamps[: len(stamps)] != stamps:  # a backward pass knows no bias
+            for launch in self.refresh(weight):
+                cuda.launch(launch)
+
+    def _targets(self, weight: LayerWeight) -> _Targets:
         targets: _Targets = {}
         if self.forward is not None:
             targets["w"] = self.forward.target
         if self.backward is not None:
             targets["w_t"] = self.backward.target
-        bias_O = self._bias_to_convert(weight, bias_O)
-        if bias_O is not None and self.bias is not None:
-            targets |= {"bias": bias_O, "bias_copy": self.bias}
+        if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.dtype:
+            if self._bias is None:
+                self._bias = _outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
+            if bias_O.dtype == weight.values.dtype:  # the kernel converts a bias of the values' dtype
+                targets |= {"bias": bias_O, "bias_out": self._bias}
+            else:
+                self._bias.copy_(bias_O)
         return targets
 
-    def settle(self, weight: Weight) -> None:
-        """All is as `rewrite` and its launches leave it: a CUDA graph that was replayed holds these."""
-        for side, bits in ((self.forward, weight.positions), (self.backward, weight.positions_t)):
-            if side is not None:
-                side.settle(bits)
-        self._weight_stamp = _stamp(*weight)
+    def _make_forward(self, weight: LayerWeight, tokens: int) -> None:
+        rows, columns = weight.sides
+        shape = MatmulShape(rows, columns, tokens, self.format.dtype, weight.bias is not None)
+        self.forward = self._make(weight.row_mask_bits, shape)
 
-    def _bias_to_convert(self, weight: Weight, bias_O: Tensor | None) -> Tensor | None:
-        """The bias if the kernel shall convert it, which it can if it is of the weight's dtype."""
-        if bias_O is None or bias_O.dtype == self.dtype:
-            return None
-        if self.bias is None:
-            self.bias = _apart(lambda: torch.empty_like(bias_O, dtype=self.dtype))
-        self._bias_stamp = _stamp(bias_O)
-        if bias_O.dtype == weight.values.dtype:
-            return bias_O
-        self.bias.copy_(bias_O)
-        return None
+    def _make_backward(self, weight: LayerWeight, tokens: int) -> None:
+        columns, rows = weight.sides
+        shape = MatmulShape(rows, columns, tokens, self.format.dtype, bias=False)
+        self.backward = self._make(weight.backward_mask_bits, shape)
+
+    def _make(self, mask_bits: Tensor, shape: MatmulShape) -> PackedWeight:
+        self._stamps = ()  # the new matrix holds nothing yet
+        device_index = mask_bits.get_device()
+        return _outside_graphs(
+            lambda: PackedWeight(mask_bits, shape.columns, self.format, _choice(shape, device_index, self.backend))
+        )
 
 
-# By the address of `positions`, not by the tensor: a compiled graph may hand in another object over the same memory.
-# The storage says whether that memory is still the same.
-_COPIES: dict[tuple[int, torch.dtype], tuple[StorageWeakRef, Copies]] = {}
-_steps = 0  # of all optimizers in this process
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    def count(*_: object) -> None:
-        global _steps
-        _steps += 1
-
-    register_optimizer_step_post_hook(count)
-
-
-def find(positions: Tensor, dtype: torch.dtype) -> Copies | None:
-    """The copies of the layer with these positions, if there are any."""
-    entry = _COPIES.get((positions.data_ptr(), dtype))
-    return None if entry is None or entry[0].expired() else entry[1]
-
-
-def copies_of(positions: Tensor, dtype: torch.dtype) -> Copies:
-    """The copies of the layer with these positions, empty at the first call."""
-    copies = find(positions, dtype)
-    if copies is None:
-        _watch_optimizers()
-        release()
-        copies = Copies(dtype)
-        _COPIES[positions.data_ptr(), dtype] = StorageWeakRef(positions.untyped_storage()), copies
-    return copies
-
-
-def release() -> None:
-    """Free the copies of layers that are gone; done also whenever a new layer is met."""
-    for key in [key for key, (storage, _) in _COPIES.items() if storage.expired()]:
-        del _COPIES[key]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """Another one when a tensor was written or replaced."""
-    return _steps, *map(Tensor.data_ptr, tensors), *map(_version, tensors)
-
-
-def _choice(shape: Shape, device_index: int) -> autotune.Choice:
-    if _backend == "dense":
-        return autotune.Choice(False, "backend=dense")
+def _choice(shape: MatmulShape, device_index: int, backend: Backend) -> Choice:
+    if backend == "dense":
+        return Choice(False, "backend=dense")
     choice, _ = autotune.choose(shape, device_index)
-    if _backend == "cusparselt" and not choice.sparse and autotune.planned(shape, device_index):
-        return autotune.Choice(True, "backend=cusparselt", choice.sparse_ms, choice.dense_ms, choice.algorithm)
+    if backend == "cusparselt" and not choice.sparse and autotune.plan_for(shape, device_index):
+        return Choice(True, "backend=cusparselt", choice.sparse_ms, choice.dense_ms, choice.algorithm)
     return choice
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ownership
+
+
+def _owned(row_mask_bits: Tensor) -> dict[torch.dtype, PackedLayer]:
+    """A layer's PackedLayers by dtype: an attribute of the storage of its row mask."""
+    owned: dict[torch.dtype, PackedLayer] = row_mask_bits.untyped_storage().__dict__.setdefault("packed_layers", {})
+    return owned
+
+
+def packed_layer(row_mask_bits: Tensor, dtype: torch.dtype, backend: Backend) -> PackedLayer:
+    """The packed weights of the layer with this row mask, empty at the first call."""
+    owned = _owned(row_mask_bits)
+    found = owned.get(dtype)
+    if found is None or found.backend != backend:
+        _count_steps()
+        found = owned[dtype] = PackedLayer(FORMATS[dtype], backend)
+    return found
+
+
+def packed_layers(row_mask_bits: Tensor) -> list[PackedLayer]:
+    """All packed weights of the layer with this row mask."""
+    return list(_owned(row_mask_bits).values())

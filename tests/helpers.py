@@ -96,8 +96,8 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def final_state(config: Config, run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, weights and optimizer, through the program's own loading."""
-    trainer = loop._prepare(config, run, torch.device("cpu"))
-    loop._resume(trainer, run)
+    trainer = loop.Trainer(config, run, torch.device("cpu"))
+    trainer.batches.close()
     return {name: t.detach().clone() for name, t in store.state_tensors(trainer.model, trainer.optimizer).items()}
 
 
@@ -193,7 +193,7 @@ def _die_at(operation: int) -> None:
 
 
 def golden_losses(folder: Path) -> list[float]:
-    """The losses of 20 steps of the tiny run, with renewals and adapters.
+    """The losses of 20 steps of the tiny run, with mask updates and adapters.
 
     Without dropout, which not every CPU draws alike.
     """

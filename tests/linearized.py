@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.linearize.attention import Maps, Pattern
-from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention
 from slope_cli.models.build import build_model, model_config
 
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {**_COMMON, "num_attention_heads": 4, "intermediate_size": 48},
 }
 CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b", "mistral-7b")
-FORMS = {"window": {"window": 5}, "terrace": {"window": 4, "terrace": True}}
+FORMS = {"window": {"window": 5}, "terrace": {"window": 4, "kind": "terrace"}}
 
 
 def tiny_model(name: str, **overrides: Any) -> Any:
@@ -42,7 +42,7 @@ def tiny_model(name: str, **overrides: Any) -> Any:
 def linearized(name: str, **settings: Any) -> Any:
     """A tiny linearized model with random maps and mix factors."""
     model = tiny_model(name)
-    linearize_attention(model, LinearizeSettings(**settings))
+    linearize_attention(model, LinearizeConfig(**settings))
     randomize(model)
     return model
 

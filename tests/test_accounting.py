@@ -1,16 +1,21 @@
-"""What a dry run counts is what a run holds: against the tensors of real models, and against counts by hand."""
+"""Counts of a dry run are those of a run: against the tensors of real models, and against counts by hand."""
+
+from collections.abc import Iterable
 
 import pytest
 import torch
 from trained import defaults, small
+from transformers import PreTrainedModel
 
-from slope_cli.checkpoint import run_model, store
+from slope_cli.checkpoint import store
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
-from slope_cli.methods import optim, phases
-from slope_cli.models.accounting import Account, account
+from slope_cli.linearize.swap import linear_windows
+from slope_cli.methods import optim, phases_of
+from slope_cli.methods.accounting import Account, account, attention_memory, count
+from slope_cli.methods.apply import apply
 from slope_cli.models.build import build_model, run_model_config
-from sparse_kernels import add_adapters
+from sparse_kernels import adapters_of, mask_layers, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,65 +23,100 @@ FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 
 
 def counted(config: Config) -> Account:
-    model = build_model(run_model_config(config), device="meta")
-    return account(config, phases.plan(config, model), model)
+    return account(build_model(run_model_config(config), device="meta"), config)
 
 
-def stepped(config: Config) -> dict[str, torch.Tensor]:
-    """All that a run keeps after a step with adapters, by the names of checkpoints."""
-    model, report = run_model.build(config, "cpu")
-    optimizer = optim.build_optimizer(model, config)
-    if report is not None and config.adapter_step is not None:
-        adapters = add_adapters(model, config.adapters.rank)
-        optim.add_adapter_group(optimizer, [p for a in adapters.values() for p in a.parameters()], config)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return store.state_tensors(model, optimizer)
+def trained(config: Config) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A model after a step in each of its phases, and all that a run keeps of it, by the names of checkpoints."""
+    phases, model = phases_of(config), build_model(run_model_config(config))
+    was, *later = phases.distinct
+    apply(model, config, was)
+    optimizer = optim.build_optimizer(model, config, phases)
+    for phase in (None, *later):
+        if phase is not None:
+            apply(model, config, phase, was=was, optimizer=optimizer)
+            was = phase
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+    return model, store.state_tensors(model, optimizer)
 
 
-def size(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "more",
-    [
-        (),
-        ("method=dense",),
-        ("adapters.rank=0",),
-        ("adapters.rank=0.2", "sparsity.n=1", "sparsity.m=2"),
-        # Sides that are no multiples of 8: their positions are padded to whole bytes.
-        ("sparsity.n=1", "sparsity.m=3", "model.overrides.{ffn}=60"),
-    ],
-)
+def by_part(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """The tensors of a checkpoint by what they belong to; the moments of adapters and maps belong to these."""
+    maps = {id(p) for window in linear_windows(model).values() for p in window.parameters()}
+    in_maps = [name for name, p in model.named_parameters() if id(p) in maps]
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("weights", "moments", "masks", "adapters", "maps")}
+    for name, tensor in tensors.items():
+        if name == "optim.step":
+            continue
+        kind, _, rest = name.partition(".")
+        if rest.endswith((".row_mask_bits", ".backward_mask_bits", ".mask")):
+            part = "masks"
+        elif ".adapter." in rest:
+            part = "adapters"
+        elif rest.startswith(tuple(in_maps)):
+            part = "maps"
+        else:
+            part = "weights" if kind == "model" else "moments"
+        parts[part].append(tensor)
+    return parts
+
+
+SPARSE = [
+    (),
+    ("method=dense",),
+    ("adapters.rank=0",),
+    ("adapters.rank=0.2", "sparsity.n=1", "sparsity.m=2"),
+    # Sides that are no multiples of 8: their masks are padded to whole bytes.
+    ("sparsity.n=1", "sparsity.m=3", "model.overrides.{ffn}=60"),
+    ("method=sr_ste",),
+    ("method=fst", "fst.dense_finish=0.4"),
+    ("method=wanda", "sparsity.start=0.5"),
+]
+LINEAR = [
+    ("method=linearize", "linearize.window=8"),
+    ("method=linearize", "linearize.window=8", "linearize.transfer=1"),
+    ("method=linearize", "linearize.window=8", "linearize.keep_softmax=[0]", "linearize.targets=[q, v]"),
+]
+
+
+CASES = [(family, more) for family in FAMILIES for more in (*SPARSE, *LINEAR)]
+CASES = [case for case in CASES if case[0] != "bert-base" or case[1] not in LINEAR]  # which sees both sides
+
+
+@pytest.mark.parametrize(("family", "more"), CASES)
 def test_parameters_and_bytes_are_those_of_the_tensors(family: str, more: tuple[str, ...]) -> None:
     ffn = {"gpt2-nano": "n_inner", "opt-125m": "ffn_dim"}.get(family, "intermediate_size")
     words = [word.format(ffn=ffn) for word in more]
     if "sparsity.m=3" in words:
         words.append(f"model.overrides.{'n_embd' if family == 'gpt2-nano' else 'hidden_size'}=36")
     config = configs.load(str(defaults()), [*small(family), *words])
-    counts, tensors = counted(config), stepped(config)
-    adapters = {name: t for name, t in tensors.items() if ".adapter." in name}
-    positions = {name: t for name, t in tensors.items() if ".positions" in name}
-    weights = {name: t for name, t in tensors.items() if name.startswith("model.")}
-    weights = {name: t for name, t in weights.items() if name not in adapters and name not in positions}
-    moments = {name: t for name, t in tensors.items() if name.endswith((".exp_avg", ".exp_avg_sq"))}
-    moments = {name: t for name, t in moments.items() if name not in adapters}
-    assert sum(t.numel() for t in weights.values()) == counts.trained_parameters
-    assert counts.state_bytes == {
-        "weights (float32)": size(weights),
-        "gradients (float32)": size(weights),
-        "AdamW moments": size(moments),
-        "positions": size(positions),
-        # In a checkpoint each has its two moments; in memory also its gradient.
-        "adapters with their state": size(adapters) * 4 // 3,
+    counts, (model, tensors) = counted(config), trained(config)
+    parts = by_part(model, tensors)
+    bytes_of = {part: size(found) for part, found in parts.items()}
+    linear = config.method == "linearize"
+    # Weights, adapters and maps have two moments in a checkpoint, and in memory a gradient.
+    expected = {
+        "weights (float32)": 0 if linear else bytes_of["weights"],
+        "gradients (float32)": 0 if linear else bytes_of["weights"],
+        "AdamW moments": bytes_of["moments"],
+        "masks": bytes_of["masks"],
+        "adapters with their state": bytes_of["adapters"] * 4 // 3,
+        "maps with their state": bytes_of["maps"] * 4 // 3,
     }
-    assert size(tensors) == size(weights) + size(moments) + size(positions) + size(adapters) + size(
-        {"step": tensors["optim.step"]}
-    )
-    assert sum(t.numel() for name, t in adapters.items() if name.startswith("model.")) == counts.adapter_parameters
+    assert counts.state_bytes == expected | ({"frozen (float32)": bytes_of["weights"]} if linear else {})
+    assert sum(bytes_of.values()) + size([tensors["optim.step"]]) == size(tensors.values())
+    numbers = {part: sum(t.numel() for t in found) for part, found in parts.items()}
+    assert numbers["weights"] == (counts.frozen_parameters if linear else counts.trained_parameters)
+    assert numbers["adapters"] // 3 == counts.adapter_parameters == counts.all_adapter_parameters
+    assert numbers["maps"] // 3 == counts.map_parameters
+    assert counts.trained_parameters == (0 if linear else numbers["weights"])
+    assert counts.pretrained_adapter_parameters == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,10 +150,78 @@ def test_flops_of_llama_leave_out_the_lookup_and_those_of_bert_see_both_sides() 
 
 def test_the_counts_do_not_depend_on_the_device() -> None:
     config = configs.load(str(defaults()), small("opt-125m"))
-    model = build_model(run_model_config(config))
-    assert account(config, phases.plan(config, model), model) == counted(config)
+    assert account(build_model(run_model_config(config)), config) == counted(config)
 
 
 def test_a_published_model_has_its_published_size() -> None:
     published = configs.load("gpt2-small", ["model.overrides.vocab_size=50257"])
     assert counted(published).dense_parameters == 124_439_808
+
+
+def test_the_weights_of_sparse_and_masked_layers_are_counted_with_and_without_what_is_pruned() -> None:
+    words = small("gpt2-nano")
+    whole = 2 * (32 * 96 + 32 * 32 + 32 * 128 + 128 * 32) - 32 * 96  # the first block's c_attn stays dense
+    sparse = counted(configs.load(str(defaults()), words))
+    masked = counted(configs.load(str(defaults()), [*words, "method=sr_ste"]))
+    dense = counted(configs.load(str(defaults()), [*words, "method=dense"]))
+    assert sparse.pruned_layer_weights == masked.pruned_layer_weights == whole
+    assert (dense.pruned_layer_weights, dense.derived_bytes, masked.derived_bytes) == (0, {}, {})
+    assert sparse.active_parameters == masked.active_parameters == dense.active_parameters - whole // 2
+    assert masked.trained_parameters == dense.trained_parameters
+    assert sparse.linear_weights == masked.linear_weights == dense.linear_weights
+    # 16 bits for each kept value and 2 for its place among four, for both products.
+    assert sparse.derived_bytes["on a GPU, packed"] == 2 * (whole // 2 * 18 // 8)
+    assert sparse.inference_bytes == 2 * (sparse.active_parameters + sparse.adapter_parameters) + whole // 8
+    assert dense.inference_bytes == 2 * dense.dense_parameters
+    unmasked = counted(configs.load(str(defaults()), [*words, "method=fst", "fst.dense_finish=0.4"]))
+    assert (unmasked.pruned_layer_weights, unmasked.active_parameters) == (0, dense.dense_parameters)
+
+
+def test_a_model_is_counted_as_it_is() -> None:
+    config = run_model_config(configs.load(str(defaults()), small("opt-125m")))
+    dense, sparse, masked = (build_model(config, device="meta") for _ in range(3))
+    sparsify(sparse)
+    mask_layers(masked)
+    counts = [count(model) for model in (dense, sparse, masked)]
+    assert [x.linear for x in counts] == [counts[0].linear] * 3
+    assert counts[1].weights == counts[2].active == counts[0].weights - counts[1].sparse // 2
+    assert counts[1].stored_sparse == counts[1].sparse // 2
+    assert (counts[0].mask_bytes, counts[1].mask_bytes, counts[2].mask_bytes) == (
+        0,
+        counts[1].sparse // 4,  # two bits a weight
+        counts[2].pruned_layers,  # a byte
+    )
+    sparse.requires_grad_(False)
+    assert count(sparse).trained == 0
+
+
+def test_a_run_that_linearizes_counts_the_adapters_that_it_begins_with() -> None:
+    words = small("llama3-8b")
+    base = configs.load(str(defaults()), words)
+    config = configs.load(str(defaults()), [*words, "method=linearize", "linearize.window=8"])
+    model = build_model(run_model_config(config), device="meta")
+    apply(model, base, phases_of(base).end)
+    own = sum(p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters())
+    attention = [a for name, a in adapters_of(model).items() if "self_attn" in name]
+    counts = account(model, config)
+    new = counted(config).adapter_parameters
+    assert counts.pretrained_adapter_parameters == sum(p.numel() for a in attention for p in a.parameters())
+    assert counts.adapter_parameters == new + counts.pretrained_adapter_parameters
+    assert counts.all_adapter_parameters == new + own
+    assert counts.frozen_parameters - (own - counts.pretrained_adapter_parameters) == (
+        counts.dense_parameters - counts.pruned_layer_weights // 2
+    )
+    assert counts.dense_flops_per_token is counts.real_flops_per_token is counts.activation_bytes is None
+
+
+def test_attention_memory_against_a_count_by_hand() -> None:
+    config = configs.load(str(defaults()), [*small("llama3-8b"), "method=linearize", "linearize.window=8"])
+    model = build_model(run_model_config(config), device="meta")
+    apply(model, config, phases_of(config).end)
+    memory = attention_memory(model)
+    assert (memory.layers, memory.linear_layers) == (2, 2)
+    # A group of keys and values of 16 dimensions in each of two layers, in 16 bits.
+    assert memory.cache_bytes_per_token == 2 * 2 * 2 * 16
+    assert memory.state_bytes > 8 * memory.cache_bytes_per_token  # the window alone
+    first = memory.break_even
+    assert (first - 1) * memory.cache_bytes_per_token < memory.state_bytes <= first * memory.cache_bytes_per_token

@@ -1,35 +1,44 @@
-"""slope bench: its cases, what it measures (here on a CPU), what it reckons, and what it writes."""
+"""slope bench: its cases, its measurements (here on a CPU), its estimates, and its files."""
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from trained import slope
 
-from slope_cli.benchmarks import bench, measure, report
-from slope_cli.benchmarks.measure import Case, Variant
+from slope_cli.benchmarks import bench, gemm, measure, records, report
+from slope_cli.benchmarks.measure import Variant
+from slope_cli.benchmarks.records import (
+    AllocatorRow,
+    BenchResults,
+    Case,
+    CaseResult,
+    GemmResults,
+    GemmRow,
+    MemoryResults,
+    StepResults,
+    StepRow,
+)
+from slope_cli.benchmarks.timing import Timing
 from slope_cli.config import load as configs
+from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.build import run_model_config
-from slope_cli.models.loss import IGNORED_LABEL, batch_loss
+from slope_cli.models.loss import forward, loss_fn
+from slope_cli.utils.typed_json import from_json
 from sparse_kernels import sparse_layers
 
-TINY = Case("gpt2-nano", seq_len=32, tokens=64, depths=(1, 2), paper=None, target=None, aim=None)
+TINY = Case(name="gpt2-nano", seq_len=32, tokens=64, depths=(1, 2))
+QUICK = Timing(warm_up=1, rounds=2)
 EAGER = tuple(variant for variant in measure.VARIANTS if not variant.compiled)
 CPU = torch.device("cpu")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
 
 
-@pytest.fixture
-def quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WARM_UP": 1, "ROUNDS": 2, "ROUND_SECONDS": 0.0}.items():
-        monkeypatch.setattr(measure, name, value)
-
-
-@pytest.mark.parametrize("case", measure.cases().values(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", records.cases().values(), ids=lambda case: case.name)
 def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> None:
     assert case.name in configs.recipe_names()
     blocks = run_model_config(measure.case_config(case, "dense")).num_hidden_layers
@@ -43,83 +52,119 @@ def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> Non
     assert config.train.tokens_per_step == case.tokens
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("one_thread")
 def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
-    rows = list(measure.step(TINY, CPU, EAGER))
-    assert [(row["depth"], row["variant"]) for row in rows] == [
+    rows = list(measure.step(TINY, CPU, EAGER, QUICK))
+    assert [(row.depth, row.variant) for row in rows] == [
         (depth, name) for depth in (2, 1) for name in ("dense eager", "sparse eager")
     ]
     for dense, sparse in (rows[:2], rows[2:]):
-        assert (dense["error"], sparse["error"]) == ("", "")
-        assert (dense["alternated"], sparse["alternated"]) == (False, True)
-        assert dense["ratio"] is None
-        assert sparse["ratio"] == sparse["dense_ms"] / sparse["step_ms"]
-    json.dumps(rows)
+        assert (dense.error, sparse.error) == ("", "")
+        assert (dense.alternated, sparse.alternated) == (False, True)
+        assert dense.ratio is None
+        assert sparse.dense_ms is not None
+        assert sparse.step_ms is not None
+        assert sparse.ratio == sparse.dense_ms / sparse.step_ms
+    json.dumps([asdict(row) for row in rows])
 
 
-def test_timed_steps_renew_the_masks_as_a_run_does() -> None:
-    runner = measure.Runner(TINY, 1, EAGER[1], CPU)
+def test_timed_steps_update_the_masks_as_a_run_does() -> None:
+    runner = measure.Runner(measure.case_config(TINY, "slope", 1), EAGER[1], CPU, QUICK)
     layers = [layer for _, layer in sparse_layers(runner.model)]
-    before = [layer.positions_t._version for layer in layers]
-    runner.seconds(2)
-    assert [layer.positions_t._version - version for layer, version in zip(layers, before, strict=True)] == [2] * len(
-        layers
+    before = [layer.backward_mask_bits._version for layer in layers]
+    for _ in range(2):
+        runner.step()
+    assert [layer.backward_mask_bits._version - v for layer, v in zip(layers, before, strict=True)] == [2] * len(layers)
+
+
+def test_work_is_warmed_up_and_timed_in_alternating_rounds() -> None:
+    calls: list[str] = []
+
+    def work(name: str) -> None:
+        calls.append(name)
+
+    slow, fast = Timing(warm_up=0, rounds=3, round_seconds=1e9, most_calls=2).medians(
+        lambda: [work("a"), torch.randn(1 << 20).sort()], lambda: work("b")
     )
+    assert calls == ["a", "b", *["a", "a", "b", "b"] * 3]
+    assert 0 < fast < slow
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("one_thread")
 def test_a_variant_that_fails_costs_only_itself() -> None:
-    variants = (EAGER[0], Variant("broken", "slope", compiled=False, graphed=True), EAGER[1])
-    rows = list(measure.depth_rows(TINY, 1, variants, CPU))
-    assert [bool(row["error"]) for row in rows] == [False, True, False]
-    assert rows[1]["step_ms"] is None
-    assert rows[2]["alternated"]
-    assert measure.fastest(rows, "slope") == rows[2]
-    assert measure.fastest(rows[1:2], "slope") is None
+    variants = (EAGER[0], Variant("broken", "slope", graphed=True), EAGER[1])
+    rows = list(measure.depth_rows(TINY, 1, variants, CPU, QUICK))
+    assert [bool(row.error) for row in rows] == [False, True, False]
+    assert rows[1].step_ms is None
+    assert rows[2].alternated
+    assert measure.fastest(rows, dense=False) == rows[2]
+    assert measure.fastest(rows[1:2], dense=False) is None
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("one_thread")
 def test_a_masked_model_is_measured_on_its_own_objective() -> None:
     words = ["model.overrides={num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2}"]
     config = configs.load("bert-base", [*words, "train.micro_batch=2", "train.tokens_per_step=64", "train.seq_len=32"])
     batch = measure.random_batch(config, 100, "masked", CPU)
     labelled = (batch["labels"] != IGNORED_LABEL).float().mean()
     assert 0 < labelled < 0.5
-    assert batch_loss(measure.build(config, CPU), batch, "masked").total.isfinite()
+    loss = loss_fn(forward(measure.build(config, CPU), batch), batch)
+    assert loss.sentence_loss is not None
+    assert (loss.token_loss + loss.sentence_loss).isfinite()
+
+
+def live_state(method: str, depth: int | None) -> AllocatorRow:
+    row = AllocatorRow(case=TINY.name, method=method, depth=depth or TINY.depths[-1])
+    return measure.measure_state(row, measure.case_config(TINY, method, depth), CPU)
 
 
 @pytest.mark.parametrize("method", ["dense", "slope"])
-def test_reckoned_state_is_what_the_live_tensors_hold(method: str) -> None:
-    found = measure.state_bytes(measure.case_config(TINY, method, 1), CPU)
+def test_estimated_state_is_that_of_the_live_tensors(method: str) -> None:
+    found = live_state(method, 1)
+    assert found.counted is not None
+    assert found.estimated is not None
     steps = 4 * 32  # AdamW counts its steps with four bytes for each parameter tensor
-    assert 0 <= found["counted"] - found["reckoned"] <= steps
-    assert found["allocated"] is None
+    assert 0 <= found.counted - found.estimated <= steps
+    assert found.allocated is None
 
 
-def test_reckoned_memory_of_a_whole_model() -> None:
+def test_estimated_memory_of_a_whole_model() -> None:
     row = bench.memory_row(TINY)
-    assert row["sparse"]["state"] == measure.state_bytes(measure.case_config(TINY, "slope"), CPU)["reckoned"]
-    assert row["dense"]["state"] == 16 * row["parameters"]
-    pruned, rest = row["in_sparse_layers"], row["parameters"] - row["in_sparse_layers"]
-    assert row["sparse"]["inference"] == 2 * rest + pruned * 9 / 8
-    assert row["state_ratio"] < row["state_ratio_with_adapters"] < 1
+    assert row.sparse.state == live_state("slope", None).estimated
+    assert row.dense.state == 16 * row.parameters
+    pruned, rest = row.in_sparse_layers, row.parameters - row.in_sparse_layers
+    assert row.sparse.inference == 2 * rest + pruned * 9 / 8
+    assert row.sparse.copies == row.dense.copies + pruned / 4  # twice 9/16 of two bytes
+    assert row.state_ratio < row.state_ratio_with_adapters < 1
 
 
 def test_opt_13b_is_within_the_memory_aimed_at() -> None:
-    row = bench.memory_row(measure.cases()["opt-13b"])
-    assert row["state_ratio"] <= 0.60
-    assert row["inference_ratio"] <= 0.58
+    row = bench.memory_row(records.cases()["opt-13b"])
+    assert row.state_ratio <= 0.60
+    assert row.inference_ratio <= 0.58
 
 
-def step_row(depth: int, method: str, ms: float, dense_ms: float | None = None, error: str = "") -> dict[str, Any]:
-    row = {"case": "opt", "depth": depth, "variant": f"{method} eager", "method": method, "error": error}
-    ratio = None if dense_ms is None else dense_ms / ms
-    return row | {"step_ms": ms, "dense_ms": dense_ms, "ratio": ratio, "alternated": True, "peak_bytes": 2**30}
+def step_row(depth: int, method: str, ms: float | None, dense_ms: float | None = None, error: str = "") -> StepRow:
+    return StepRow(
+        case="opt",
+        depth=depth,
+        variant=f"{method} eager",
+        method=method,
+        alternated=True,
+        error=error,
+        step_ms=ms,
+        dense_ms=dense_ms,
+        ratio=dense_ms / ms if dense_ms and ms else None,
+        peak_bytes=2**30,
+    )
 
 
-def entry(*rows: dict[str, Any], depths: tuple[int, ...] = (2, 4)) -> dict[str, Any]:
-    case = {"name": "opt", "paper": 1.2, "target": 1.3, "depths": depths, "blocks": 10, "not_run": "", "rows": rows}
-    return {**case, "summary": bench.summary({**case})}
+def entry(*rows: StepRow, depths: tuple[int, ...] = (2, 4)) -> CaseResult:
+    case = CaseResult(
+        name="opt", seq_len=8, tokens=64, depths=depths, paper=1.2, target=1.3, blocks=10, rows=list(rows)
+    )
+    case.summary = bench.summary(case)
+    return case
 
 
 FULL = entry(
@@ -128,10 +173,13 @@ FULL = entry(
 
 
 def test_whole_models_are_extrapolated_from_two_depths() -> None:
-    found = FULL["summary"]
-    assert (found["depth"], found["dense_ms"], found["sparse_ms"], found["ratio"]) == (4, 50, 40, 1.25)
-    assert (found["dense_block_ms"], found["sparse_block_ms"]) == (10, 7)
-    assert (found["extrapolated_dense_ms"], found["extrapolated_sparse_ms"]) == (110, 82)
+    assert (found := FULL.summary) is not None
+    assert (found.depth, found.dense, found.sparse) == (4, "dense eager", "slope eager")
+    assert (found.timed, found.block, found.whole) == (
+        records.Speedup(50, 40, 1.25),
+        records.Speedup(10, 7, 10 / 7),
+        records.Speedup(110, 82, 110 / 82),
+    )
     assert report.whole_model(FULL) == "1.341 extrapolated"
 
 
@@ -141,23 +189,25 @@ def test_a_whole_model_that_was_timed_is_not_extrapolated() -> None:
 
 
 def test_without_a_second_depth_or_a_dense_step_nothing_is_extrapolated() -> None:
-    part = entry(step_row(4, "dense", 49), step_row(4, "slope", 40, 50), step_row(2, "slope", 1, error="out of memory"))
-    assert part["summary"]["ratio"] == 1.25
-    assert report.whole_model(part) == ""
-    assert entry(step_row(4, "slope", 40))["summary"] is None
-    assert entry()["summary"] is None
+    failed = step_row(2, "slope", None, error="out of memory")
+    part = entry(step_row(4, "dense", 49), step_row(4, "slope", 40, 50), failed)
+    assert part.summary is not None
+    assert part.summary.timed.ratio == 1.25
+    assert report.whole_model(part) == "–"
+    assert entry(step_row(4, "slope", 40)).summary is None
+    assert entry().summary is None
 
 
 @no_gpu
 def test_products_that_cannot_be_measured_have_a_row_with_the_reason() -> None:
-    rows = list(measure.gemm([64]))
-    assert [row["tokens"] for row in rows] == [measure.TOKENS, *measure.MORE_TOKENS, *[measure.TOKENS] * 4]
-    assert [row["product"] for row in rows if "product" in row] == ["torch"] * 4
-    assert all(row["error"] for row in rows)
+    rows = list(gemm.gemm([64]))
+    assert [row.tokens for row in rows] == [gemm.TOKENS, *gemm.MORE_TOKENS, *[gemm.TOKENS] * 4]
+    assert [row.product for row in rows if row.product] == ["torch"] * 4
+    assert all(row.error for row in rows)
     assert report.break_even(rows) == {}
 
 
-def test_a_failing_process_is_one_line_and_what_it_printed_is_kept() -> None:
+def test_a_failing_process_is_one_line() -> None:
     with pytest.raises(SlopeError, match="ended with exit code 1"):
         list(bench.measured(["step", "no-such-case"], 100))
     with pytest.raises(SlopeError, match="stopped after 0 s"):
@@ -177,7 +227,7 @@ def test_a_spent_budget_lists_what_was_not_run(tmp_path: Path, capsys: pytest.Ca
 
 
 @no_gpu
-def test_without_a_gpu_the_command_reckons_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_command_estimates_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = slope("bench", "--cases", "gpt2-small,bert-large", "--json")
     assert done.code == 0
@@ -196,46 +246,63 @@ def test_without_a_gpu_the_command_reckons_memory(tmp_path: Path, monkeypatch: p
 def test_wrong_words_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="speed: choose one of all, step, gemm, memory"):
         bench.run("speed")
-    with pytest.raises(UsageError, match="gpt5: no case of this name; known are opt-"):
-        bench.run("all", ["gpt5"])
+    with pytest.raises(UsageError, match="gpt5-small: no case of this name; did you mean gpt2-small"):
+        bench.run("all", ["gpt5-small"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--out "):
         bench.run("memory", ["gpt2-small"], tmp_path / "file")
 
 
-def product(width: int, tokens: int, dense: float, sparse: float, name: str = "forward") -> dict[str, Any]:
-    row = {"width": width, "tokens": tokens, "matrix": "up", "product": name, "reason": "", "error": ""}
-    return row | {"dense_ms": dense, "sparse_ms": sparse, "algorithm": {"config_id": 17}}
+def product(width: int, tokens: int, dense: float, sparse: float, name: str = "forward") -> GemmRow:
+    times = {"dense_ms": dense, "sparse_ms": sparse}
+    return GemmRow(width=width, tokens=tokens, matrix="up", product=name, algorithm={"config_id": 17}, **times)
 
 
-RESULT: dict[str, Any] = {
-    "step": {"machine": {"gpu": "H", "torch": "2"}, "libraries": {"driver": "5"}, "cases": [FULL, entry()]},
-    "gemm": {
-        "machine": {"gpu": "H", "torch": "2"},
-        "libraries": {"driver": "5"},
-        "not_run": "stopped after 9 s",
-        "rows": [
-            product(768, 8192, 1.0, 2.0),
-            product(768, 8192, 3.0, 2.0, "input_grad"),
-            product(768, 1024, 1.0, 4.0),
-            {"width": 768, "matrix": "up", "product": "torch", "tokens": 8192, "error": "", "torch_ms": 1.5},
-            {"width": 1024, "tokens": 8192, "error": "out of memory"},
-        ],
-    },
-}
+HERE = {"machine": {"gpu": "H", "torch": "2"}, "libraries": {"driver": "5"}}
+GEMM = GemmResults(
+    **HERE,
+    not_run="stopped after 9 s",
+    rows=[
+        product(768, 8192, 1.0, 2.0),
+        product(768, 8192, 3.0, 2.0, "input_grad"),
+        product(768, 1024, 1.0, 4.0),
+        GemmRow(width=768, matrix="up", product="torch", tokens=8192, torch_ms=1.5),
+        GemmRow(width=1024, tokens=8192, error="out of memory"),
+    ],
+)
+RESULT = BenchResults(step=StepResults(**HERE, cases=[FULL, entry()]), gemm=GEMM)
 
 
 def test_break_even_sums_the_products_of_a_block() -> None:
-    assert report.break_even(RESULT["gemm"]["rows"]) == {(768, 8192): 1.0, (768, 1024): 0.25}
+    assert report.break_even(GEMM.rows) == {(768, 8192): 1.0, (768, 1024): 0.25}
 
 
 def test_every_row_of_every_table_has_its_columns() -> None:
-    memory = {**RESULT["gemm"], "cases": [bench.memory_row(TINY), {"case": "opt", "error": "broken"}]}
-    state = {"case": "opt", "method": "dense", "depth": 2, "reckoned": 100, "counted": 100, "allocated": 101}
-    memory |= {"allocator": [{**state, "error": ""}, {**state, "allocated": None, "error": "broken"}]}
-    found = report.tables({**RESULT, "memory": memory})
-    assert len(found) == 6
+    state = [
+        AllocatorRow(case="opt", method="dense", depth=2, estimated=100, counted=100, allocated=101),
+        AllocatorRow(case="opt", method="dense", depth=2, error="broken"),
+    ]
+    memory = MemoryResults(**HERE, cases=[bench.memory_row(TINY)], allocator=state)
+    found = report.tables(replace(RESULT, memory=memory))
+    assert [table.title for table in found] == [
+        "Training steps",
+        "Every variant",
+        "Break-even of the products",
+        "Single products",
+        "Memory of whole models",
+        "Training state on the GPU",
+    ]
     assert all(len(row) == len(table.columns) for table in found for row in table.rows)
+    assert all(len(set(table.columns)) == len(table.columns) for table in found)
+    (torchs,) = [row[table.columns.index("torch's ms")] for table in found[3:4] for row in table.rows[:1]]
+    assert torchs == "1.500"
+
+
+@pytest.mark.parametrize("part", ["step", "gemm", "memory"])
+def test_results_are_read_back_from_their_files(part: str) -> None:
+    memory = MemoryResults(**HERE, cases=[bench.memory_row(TINY)])
+    results = getattr(replace(RESULT, memory=memory), part)
+    assert from_json(type(results), json.loads(json.dumps(asdict(results)))) == results
 
 
 def test_the_report_is_written_as_markdown_and_pictures(tmp_path: Path) -> None:
@@ -247,4 +314,4 @@ def test_the_report_is_written_as_markdown_and_pictures(tmp_path: Path) -> None:
     assert "to_sparse_semi_structured" in text
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert "paper (A100)" in (tmp_path / "speed.svg").read_text()
-    assert report.draw({}, tmp_path / "none") == []
+    assert report.draw(BenchResults(), tmp_path / "none") == []

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from trained import copied, prepared, slope, trained
 
-from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint.load import load_model
 from slope_cli.checkpoint.verify import check
 from sparse_kernels import sparse_layers
 
@@ -75,17 +76,18 @@ def test_a_damaged_checkpoint_does_not_hide_a_sound_one(tmp_path: Path) -> None:
     assert sum("FAULT" in line for line in lines) == 1
 
 
-def test_a_checkpoint_whose_positions_break_their_rule(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_masks_break_their_rule(tmp_path: Path) -> None:
     """Every hash is right, and still the layer is not 2:4: something wrote it so."""
     run = copied(trained(), tmp_path)
-    _, model, _, manifest = run_model.load(run)
+    _, model, _, _, manifest, _ = load_model(run)
+    assert manifest is not None
     name, layer = next(iter(sparse_layers(model)))
-    layer.positions[0, 0] ^= 1
-    facts = {key: value for key, value in manifest.items() if key not in ("step", "files")}
-    store.save(run, 7, store.state_tensors(model, None), facts, keep=2)
+    layer.row_mask_bits[0, 0] ^= 1
+    metadata = {key: value for key, value in manifest.items() if key not in ("step", "files")}
+    store.save(run, 7, store.state_tensors(model, None), metadata, keep=2)
     result = slope("check", run)
     assert result.code == 1
-    assert f"{name}: the stored positions are not exactly 2:4" in result.err
+    assert f"{name}: the stored row mask is not exactly 2:4" in result.err
 
 
 def with_data(run: Path, path: Path | str) -> Path:
@@ -141,7 +143,7 @@ def test_another_tokenizer_is_named(damage: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("line", "altered", "said"),
     [
-        ("  lr: 0.01\n", "  lr: 0.5\n", "optim.lr: 0.01 -> 0.5"),
+        ("  name: adamw\n", "  name: lamb\n", "optim.name: adamw -> lamb"),
         ("    n_layer: 2\n", "    n_layer: 2\n    n_inner: 64\n", "model.overrides.n_inner: None -> 64"),
     ],
 )

@@ -80,7 +80,7 @@ def test_every_tensor_is_there_once() -> None:
     names = set(tensors())
     assert "model.0.weight" in names
     assert "model.3.weight" not in names  # tied to it
-    assert {"model.2.values", "model.2.positions", "model.2.positions_t", "model.2.adapter.A"} <= names
+    assert {"model.2.values", "model.2.row_mask_bits", "model.2.backward_mask_bits", "model.2.adapter.lora_A"} <= names
     assert {"optim.2.values.exp_avg", "optim.2.values.exp_avg_sq", "optim.step"} <= names
 
 
@@ -202,7 +202,7 @@ def test_damaged_ones_are_set_aside_time_after_time(tmp_path: Path) -> None:
     assert names == ["damaged-0-step-00000002", "damaged-1-step-00000002", "step-00000001"]
 
 
-def test_a_run_warns_goes_on_from_the_previous_one_and_saves_under_the_number_again(
+def test_a_run_warns_resumes_from_the_previous_one_and_saves_under_the_number_again(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_a_run_warns_goes_on_from_the_previous_one_and_saves_under_the_number_ag
     pretrain(tiny(data), run)
     err = capsys.readouterr().err
     assert "warning: " in err
-    assert "step-00000012/__0_0.distcp is damaged: its checksum does not fit; going on from step-00000008" in err
+    assert "step-00000012/__0_0.distcp is damaged: its checksum does not fit; resuming from step-00000008" in err
     assert (run / "checkpoints" / "damaged-0-step-00000012").is_dir()
     assert_same_run(tiny(data), run, finished)
 

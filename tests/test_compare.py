@@ -2,30 +2,34 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from trained import OVERRIDES, copied, defaults, prepared, scratch, small
 
-from slope_cli.checkpoint import run_folder, run_model, store
-from slope_cli.compare import processes, results, table, variants
+from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint.load import load_model
+from slope_cli.compare import processes, results, rows, summary, table, variants
+from slope_cli.compare.summary import Comparison, Curve, Spread, Summary
 from slope_cli.config import load as configs
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
+from slope_cli.methods import phases_of
 from slope_cli.models.build import run_model_config
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.files import file_sha256
+from slope_cli.utils.typed_json import from_json
+from sparse_kernels import masked_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +40,7 @@ def words(*more: str) -> list[str]:
     return [*small("gpt2-nano"), f"data.path={prepared()}", CURVE, *more]
 
 
-def compared(out: Path, *more: str, **options: Any) -> dict[str, Any]:
+def compared(out: Path, *more: str, **options: Any) -> Comparison:
     """`compare` of the tiny recipe."""
     return results.compare(str(defaults()), words(*more), out=out, **options)
 
@@ -46,7 +50,7 @@ def train_here(
 ) -> None:
     """Train in this process what `compare` with the same arguments would train in others, where it then finds it."""
     found = variants.variants(str(defaults()), words(), methods, extra)
-    for run in variants.plan(found, seeds, lrs):
+    for run in variants.planned_runs(found, seeds, lrs):
         pretrain(run.config, out / run.name)
 
 
@@ -59,8 +63,13 @@ def finished() -> Path:
 
 
 @cache
-def result() -> dict[str, Any]:
+def result() -> Comparison:
     return compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])
+
+
+def in_json(result: Comparison) -> Any:
+    """As compare.json has it."""
+    return json.loads(json.dumps(asdict(result)))
 
 
 def last_loss(run: Path) -> float:
@@ -77,51 +86,52 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_mean_and_standard_error_are_numpys() -> None:
     values = [3.1, 2.9, 3.4, 3.0]
-    found = results.mean_and_error(values)
-    assert found["mean"] == pytest.approx(np.mean(values))
-    assert found["stderr"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(4))
-    assert found["n"] == 4
-    assert results.mean_and_error([2.0]) == {"mean": 2.0, "stderr": None, "n": 1}
-    assert results.mean_and_error([]) == {"mean": None, "stderr": None, "n": 0}
+    found = summary.mean_and_error(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.stderr == pytest.approx(np.std(values, ddof=1) / np.sqrt(4))
+    assert found.n == 4
+    assert summary.mean_and_error([2.0]) == Spread(2.0, None, 1)
+    assert summary.mean_and_error([]) == Spread(None, None, 0)
 
 
 def test_differences_are_paired_by_seed() -> None:
     ours, theirs = {1: 3.5, 2: 4.0, 4: 9.0}, {2: 3.8, 1: 3.4, 3: 1.0}
     differences = np.array([3.5 - 3.4, 4.0 - 3.8])
-    found = results.paired(ours, theirs)
-    assert found["seeds"] == [1, 2]
-    assert found["mean"] == pytest.approx(differences.mean())
-    assert found["stderr"] == pytest.approx(differences.std(ddof=1) / np.sqrt(2))
-    assert results.paired({1: 1.0}, {2: 1.0})["n"] == 0
+    found = summary.paired(ours, theirs)
+    assert found.seeds == [1, 2]
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.stderr == pytest.approx(differences.std(ddof=1) / np.sqrt(2))
+    assert summary.paired({1: 1.0}, {2: 1.0}).n == 0
 
 
-def rate(
-    lr: float, loss: float | None, seeds: Sequence[int] = (1, 2), failed: Sequence[int] = (), **by_seed: float
-) -> dict[str, Any]:
-    losses = by_seed or {str(seed): loss for seed in seeds}
-    return {"lr": lr, "seeds": list(seeds), "failed_seeds": list(failed), "by_seed": losses}
+def rate(lr: float, by_seed: Mapping[int, float], failed: Sequence[int] = ()) -> Summary:
+    """A variant at one learning rate, with the losses of its seeds."""
+    nothing: dict[str, Any] = dict.fromkeys(("tokens", "tokens_per_s", "train_seconds", "peak_memory"))
+    none = Spread(None, None, 0)
+    nothing |= {"loss": none, "perplexity": none, "by_source": {}, "curve": Curve([], [], [], [])}
+    return Summary("dense", lr, [*by_seed], [*failed], by_seed=dict(by_seed), **nothing)
 
 
 def test_the_best_rate_is_marked_at_the_edge_only() -> None:
-    inside = results.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, 3.5)])
-    assert (inside["lr"], inside["lr_at_edge"]) == (2e-3, False)
+    def both(lr: float, loss: float) -> Summary:
+        return rate(lr, {1: loss, 2: loss})
+
+    inside = summary.best_rate([both(1e-3, 4.0), both(2e-3, 3.0), both(4e-3, 3.5)])
+    assert (inside.lr, inside.lr_at_edge) == (2e-3, False)
     for losses, best in (((3.0, 3.2, 3.5), 1e-3), ((4.0, 3.2, 3.1), 4e-3)):
-        found = results.best_rate([rate(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
-        assert (found["lr"], found["lr_at_edge"]) == (best, True)
+        found = summary.best_rate([both(lr, loss) for lr, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)])
+        assert (found.lr, found.lr_at_edge) == (best, True)
     # The highest rate diverged: it was tried, so the one below it is no edge. A rate that lost a seed is not compared.
-    found = results.best_rate([rate(1e-3, 4.0), rate(2e-3, 3.0), rate(4e-3, None, [], [1]), rate(3e-3, 1.0, [1], [2])])
-    assert (found["lr"], found["lr_at_edge"]) == (2e-3, False)
-    assert not results.best_rate([rate(1e-3, None, [], [1]), rate(2e-3, None, [], [1])])["lr_at_edge"]
+    found = summary.best_rate([both(1e-3, 4.0), both(2e-3, 3.0), rate(4e-3, {}, [1]), rate(3e-3, {1: 1.0}, [2])])
+    assert (found.lr, found.lr_at_edge) == (2e-3, False)
+    assert not summary.best_rate([rate(1e-3, {}, [1]), rate(2e-3, {}, [1])]).lr_at_edge
 
 
 def test_rates_are_judged_by_the_seeds_they_share() -> None:
     """Seed 2, a bad one, was only trained at the higher rate."""
-    found = results.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, **{"1": 2.9, "2": 4.0})])
-    assert found["lr"] == 2e-3
-    found = results.best_rate([rate(1e-3, None, [1], **{"1": 3.0}), rate(2e-3, None, [2], **{"2": 2.9})])
-    assert found["lr"] == 2e-3
-    lost = [rate(1e-3, None, [1], [2], **{"1": 3.0}), rate(2e-3, None, [1], [2], **{"1": 2.0})]
-    assert results.best_rate(lost)["lr"] == 2e-3
+    assert summary.best_rate([rate(1e-3, {1: 3.0}), rate(2e-3, {1: 2.9, 2: 4.0})]).lr == 2e-3
+    assert summary.best_rate([rate(1e-3, {1: 3.0}), rate(2e-3, {2: 2.9})]).lr == 2e-3
+    assert summary.best_rate([rate(1e-3, {1: 3.0}, [2]), rate(2e-3, {1: 2.0}, [2])]).lr == 2e-3
 
 
 # ---------------------------------------------------------------------------------------------- whole results
@@ -129,45 +139,47 @@ def test_rates_are_judged_by_the_seeds_they_share() -> None:
 
 def test_every_number_is_the_runs_own() -> None:
     out, found = finished(), result()
-    dense, slope = found["variants"]
-    assert [each["variant"] for each in found["variants"]] == ["dense", "slope"]
+    dense, slope = found.variants
+    assert [each.variant for each in found.variants] == ["dense", "slope"]
     for each in (dense, slope):
-        losses = [last_loss(out / f"{each['variant']}-s{seed}") for seed in (1, 2, 3)]
-        assert each["loss"]["mean"] == pytest.approx(np.mean(losses))
-        assert each["loss"]["stderr"] == pytest.approx(np.std(losses, ddof=1) / np.sqrt(3))
-        assert each["curve"]["tokens"] == [128, 256, 384]
-        assert each["curve"]["mean"][-1] == pytest.approx(np.mean(losses))
-        assert (each["curve"]["low"][-1], each["curve"]["high"][-1]) == (min(losses), max(losses))
-        assert each["tokens"] == 384
-        assert each["peak_memory"] is None
+        losses = [last_loss(out / f"{each.variant}-s{seed}") for seed in (1, 2, 3)]
+        assert each.loss.mean == pytest.approx(np.mean(losses))
+        assert each.loss.stderr == pytest.approx(np.std(losses, ddof=1) / np.sqrt(3))
+        assert each.by_seed == dict(zip((1, 2, 3), losses, strict=True))
+        assert each.curve.tokens == [128, 256, 384]
+        assert each.curve.mean[-1] == pytest.approx(np.mean(losses))
+        assert (each.curve.low[-1], each.curve.high[-1]) == (min(losses), max(losses))
+        assert each.tokens == 384
+        assert each.peak_memory is None
     pairs = [last_loss(out / f"slope-s{s}") - last_loss(out / f"dense-s{s}") for s in (1, 2, 3)]
-    assert slope["gap"]["mean"] == pytest.approx(np.mean(pairs))
-    assert slope["gap"]["stderr"] == pytest.approx(np.std(pairs, ddof=1) / np.sqrt(3))
+    assert slope.gap is not None
+    assert slope.gap.mean == pytest.approx(np.mean(pairs))
+    assert slope.gap.stderr == pytest.approx(np.std(pairs, ddof=1) / np.sqrt(3))
     train = [r for r in metrics.read(out / "dense-s1") if r["kind"] == "train"]
-    run = found["runs"][0]
-    assert run["tokens_per_s"] == pytest.approx(
-        np.median([r["tokens_per_s"] for r in train])
-    )  # a tenth of 6 is 0 steps
-    assert run["train_seconds"] == pytest.approx(sum(64 / r["tokens_per_s"] for r in train))
-    assert (found["failed"], found["different"], found["rates"]) == (0, [], [])
+    run = found.runs[0]
+    assert run.tokens_per_s == pytest.approx(np.median([r["tokens_per_s"] for r in train]))  # a tenth of 6 is 0 steps
+    assert run.train_seconds == pytest.approx(sum(64 / r["tokens_per_s"] for r in train))
+    assert (found.failures, found.different, found.rates) == ([], [], [])
 
 
 def test_parameters_and_bytes_are_those_of_the_checkpoint() -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    for each in result()["variants"]:
-        folder = store.folders(finished() / f"{each['variant']}-s1")[0]
+    counted = {}
+    for each in result().variants:
+        folder = store.folders(finished() / f"{each.variant}-s1")[0]
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         sizes = {name: int(np.prod(entry.size)) for name, entry in saved.items() if hasattr(entry, "size")}
         moments = sum(size for name, size in sizes.items() if name.endswith("exp_avg"))
-        masks = sum(size for name, size in sizes.items() if "positions" in name)
-        assert each["parameters"]["trained"] == each["parameters"]["active"] == moments
-        assert each["training_bytes"] == 16 * moments + masks
-        rows = sum(size for name, size in sizes.items() if name.endswith("positions"))
-        assert each["inference_bytes"] == 2 * moments + rows
-    dense, slope = (each["parameters"] for each in result()["variants"])
-    assert dense["all"] == dense["trained"] < slope["all"]
-    assert slope["active"] < dense["active"]
+        masks = sum(size for name, size in sizes.items() if "mask_bits" in name)
+        assert each.parameters is not None
+        assert each.parameters.trained == each.parameters.active == moments
+        assert each.training_bytes == 16 * moments + masks
+        row_masks = sum(size for name, size in sizes.items() if name.endswith("row_mask_bits"))
+        assert each.inference_bytes == 2 * moments + row_masks
+        counted[each.variant] = each.parameters
+    assert counted["dense"].all == counted["dense"].trained < counted["slope"].all
+    assert counted["slope"].active < counted["dense"].active
 
 
 @pytest.mark.parametrize(("method", "pruned"), [("sr_ste", True), ("fst", False), ("wanda", True)])
@@ -177,22 +189,24 @@ def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, 
     run = tmp_path / method
     config = configs.load(str(defaults()), words(*more))
     pretrain(config, run)
-    model = run_model.load(run)[1]
-    masks = [module.mask for module in model.modules() if hasattr(module, "mask") and module.mask.dtype == torch.bool]
+    model = load_model(run).model
+    masks = [layer.mask for _, layer in masked_layers(model) if not layer.unmasked]
     dense = sum(parameter.numel() for parameter in model.parameters())
     left_out = sum(int((~mask).sum()) for mask in masks)
     assert bool(left_out) == pruned
-    sizes = results.compare_runs([run], out=tmp_path / "out")["variants"][0]
-    assert sizes["parameters"] == {"all": dense, "trained": dense, "active": dense - left_out}
-    assert sizes["inference_bytes"] == 2 * (dense - left_out) + sum(mask.numel() // 8 for mask in masks if pruned)
+    (found,) = results.compare_runs([run], out=tmp_path / "out").variants
+    assert found.parameters == rows.Parameters(all=dense, trained=dense, active=dense - left_out)
+    assert found.inference_bytes == 2 * (dense - left_out) + sum(mask.numel() // 8 for mask in masks if pruned)
 
 
 def test_files_tables_and_picture() -> None:
     out, found = finished(), result()
-    assert json.loads((out / "compare.json").read_text()) == found
+    written = json.loads((out / "compare.json").read_text())
+    assert written == in_json(found)
+    assert from_json(Comparison, written) == found
     text = (out / "compare.md").read_text()
-    mean, error = found["variants"][1]["gap"]["mean"], found["variants"][1]["gap"]["stderr"]
-    assert f"{mean:+.4f} ± {error:.4f} (3)" in text
+    assert (gap := found.variants[1].gap) is not None
+    assert f"{gap.mean:+.4f} ± {gap.stderr:.4f} (3)" in text
     for part in ("# dense against slope", "| variant | validation loss | perplexity | gap to dense |", "## Cost"):
         assert part in text
     assert "Failed" not in text
@@ -211,12 +225,11 @@ def test_results_name_nothing_of_the_machine() -> None:
         text = (finished() / name).read_text()
         assert str(scratch()) not in text
         assert f'"{platform.node()}"' not in text
-    environment = result()["runs"][0]["environment"][0]
+    environment = result().runs[0].environment[0]
     assert {"torch", "slope", "python", "gpu"} <= environment.keys()
     assert not {"host", "command", "slurm_job", "time"} & environment.keys()
-    assert (
-        results._without_folders("/a/b c: /home/me/x.json: gone, 1/2 of runs/y") == "b c: x.json: gone, 1/2 of runs/y"
-    )
+    text = "/a/b c: /home/me/x.json: gone, 1/2 of runs/y"
+    assert rows.without_folders(text) == "b c: x.json: gone, 1/2 of runs/y"
 
 
 def test_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +244,9 @@ def test_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_sources_have_columns_where_there_are_several() -> None:
-    found = result()
-    spread = {"mean": 1.0, "stderr": None, "n": 1}
-    rows = [{**each, "by_source": {"a": spread, "b": spread}} for each in found["variants"]]
-    (quality, *_) = table.tables({**found, "variants": rows})
+    found, spread = result(), Spread(1.0, None, 1)
+    several = [replace(each, by_source={"a": spread, "b": spread}) for each in found.variants]
+    (quality, *_) = table.tables(replace(found, variants=several))
     assert quality.columns[-2:] == ["a", "b"]
     assert quality.rows[0][-1] == "1.0000 (1)"
 
@@ -249,7 +261,7 @@ def test_a_second_call_trains_nothing() -> None:
     again = compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])
     assert (again, stamps(finished())) == (result(), before)
     fewer = compared(finished(), methods=["slope"], seeds=[2])
-    assert fewer["variants"][0]["loss"] == {"mean": last_loss(finished() / "slope-s2"), "stderr": None, "n": 1}
+    assert fewer.variants[0].loss == Spread(last_loss(finished() / "slope-s2"), None, 1)
     assert stamps(finished()) == before
     compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])  # what the other tests look at
 
@@ -272,9 +284,9 @@ def test_each_checkpoint_is_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len(hashed) == len(written) - len(names)
 
 
-def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
     """In processes of their own: slope-s1 was killed after step 3 of 6; `wide` cannot be built."""
-    (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    (planned,) = variants.planned_runs(variants.variants(str(defaults()), words(), ["slope"], []), [1])
     run = tmp_path / "slope-s1"
     pretrain(configs.load(str(defaults()), words("log.save_every=3")), run)
     checkpoint_of_6 = store.folders(run)[0]
@@ -284,22 +296,21 @@ def test_a_killed_run_goes_on_and_a_failing_one_is_a_row(tmp_path: Path) -> None
     first = stamps(tmp_path)
     wide = "wide: method=dense model.overrides.n_head=3"
     found = compared(tmp_path, methods=["slope"], extra=[wide], jobs=2)
-    assert "going on from" in (tmp_path / f"{planned.name}.log").read_text()
+    assert "resuming from" in (tmp_path / f"{planned.name}.log").read_text()
     assert first.items() <= stamps(tmp_path).items()
     assert last_loss(run) == last_loss(finished() / "slope-s1")
-    assert found["failed"] == 1
-    assert [each["failed_seeds"] for each in found["variants"]] == [[], [1]]
-    (failed,) = [row for row in found["runs"] if row["error"]]
-    assert failed["run"] == "wide-s1"
-    assert failed["error"] == "model gpt2-nano: 3 attention heads do not divide the width 32"
+    assert [each.failed_seeds for each in found.variants] == [[], [1]]
+    (failed,) = found.failures
+    assert failed.run == "wide-s1"
+    assert failed.error == "model gpt2-nano: 3 attention heads do not divide the width 32"
     text = (tmp_path / "compare.md").read_text()
-    assert f"| wide-s1 | {failed['error']} |" in text
+    assert f"| wide-s1 | {failed.error} |" in text
     assert "| wide | – | – | – |" in text
     assert "up to 2 runs at a time shared the machine" in text
 
 
 def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
-    (planned,) = variants.plan(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    (planned,) = variants.planned_runs(variants.variants(str(defaults()), words(), ["slope"], []), [1])
     child = processes.Child(planned, tmp_path, 1)
     child.process.kill()
     assert child.error(child.process.wait()) == "killed by SIGKILL"
@@ -309,7 +320,7 @@ def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
     assert child.error(3) == "exit code 3"
 
 
-def test_a_signal_stops_every_run_with_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_stops_every_run_with_75_and_the_same_command_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = (str(defaults()), words("train.steps=100000", "log.val_every=0"))
     program = f"""
@@ -332,7 +343,7 @@ cli.main()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    last = "stopped by SIGTERM: 0 of 2 runs are finished; run the same command to go on"
+    last = "stopped by SIGTERM: 0 of 2 runs are finished; run the same command to resume"
     assert err.splitlines()[-1] == last
     assert store.latest(out / "dense-s1") is not None
     assert not (out / "dense-s2").exists()
@@ -357,20 +368,18 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
     files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
     found = results.compare_runs([*files], out=tmp_path / "both")
     whole = compared(finished(), methods=["dense", "slope"], seeds=[1, 2])
-    assert found["variants"] == whole["variants"]
-    assert [row["run"] for row in found["runs"]] == [row["run"] for row in (*one["runs"], *two["runs"])]
+    assert found.variants == whole.variants
+    assert [run.run for run in found.runs] == [run.run for run in (*one.runs, *two.runs)]
     for row in (altered := json.loads(files[1].read_text()))["runs"]:
         row["lr"] = 0.01
     (tmp_path / "rated.json").write_text(json.dumps(altered))
     mixed = results.compare_runs([files[0], tmp_path / "rated.json"], out=tmp_path / "mixed")
-    assert {(rate["variant"], rate["lr"]) for rate in mixed["rates"]} == {
+    assert {(rate.variant, rate.lr) for rate in mixed.rates} == {
         (name, lr) for name in ("dense", "slope") for lr in (None, 0.01)
     }
     assert "| dense | – |" in (tmp_path / "mixed" / "compare.md").read_text()
-    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+    with pytest.raises(UsageError, match="dense-s1: duplicate run"):
         results.compare_runs([files[0], files[0]], out=tmp_path / "twice")
-    with pytest.raises(UsageError, match=r"setup.cfg.json: is not a result of slope compare"):
-        results.compare_runs([tmp_path / "setup.cfg.json"], out=tmp_path / "none")
     altered = json.loads(files[1].read_text())
     altered["runs"][0]["config"]["optim"]["lr"] = 1.0
     files[1].write_text(json.dumps(altered))
@@ -378,22 +387,64 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
         results.compare_runs([*files], out=tmp_path / "altered")
 
 
+def test_a_result_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Version 0.1.0 had failed runs among the others, and keys that are gone."""
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / "quality-gpt2-small.json"
+    older = json.loads(path.read_text())
+    older["runs"].append({"run": "wide-s1", "variant": "wide", "lr": None, "seed": 1, "error": "killed"})
+    (tmp_path / "compare.json").write_text(json.dumps(older))
+    found = results.compare_runs([tmp_path / "compare.json"], out=tmp_path / "again", allow_different=True)
+    assert [run.run for run in found.runs] == [run["run"] for run in older["runs"][:-1]]
+    assert len(found.variants) == 8
+    for new, old in zip(found.variants, older["variants"], strict=True):
+        assert {key: value for key, value in json.loads(json.dumps(asdict(new))).items() if old[key] != value} == {}
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"runs": [1]}', '{"runs": [{"run": "dense-s1"}]}'])
+def test_what_is_no_comparison_is_refused(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=r"other\.json: is not a result of slope compare"):
+        results.compare_runs([path], out=tmp_path / "none")
+
+
 def test_a_run_and_a_comparison_that_has_it_are_one(tmp_path: Path) -> None:
     results.compare_runs([finished() / "dense-s1"], out=tmp_path)
-    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+    with pytest.raises(UsageError, match="dense-s1: duplicate run"):
         results.compare_runs([tmp_path / "compare.json", finished() / "dense-s1"], out=tmp_path / "twice")
 
 
-def test_results_of_a_version_with_fewer_settings_are_of_the_same_variant(tmp_path: Path) -> None:
+def as_in_0_1(config: dict[str, Any]) -> None:
+    """Write the config of a run of method=slope as version 0.1 did, which had fewer keys at first."""
+    own, sparsity = config.pop("slope"), config["sparsity"]
+    sparsity |= {"renew_every": own["mask_update_interval"], "column_mask": own["backward_mask"]}
+    sparsity |= {key: own[key] for key in ("before", "rescale", "decay")}
+    sparsity |= {"blocks": sparsity.pop("pattern_overrides"), "skip": sparsity.pop("exclude_modules")}
+    del sparsity["target_modules"], config["optim"]["power"]
+    config["adapters"]["lr"] = config["train"]["cuda_graph"] = config["train"]["compile"] = None
+    config["train"]["dtype"] = config["train"].pop("precision")
+    config["linearize"] = {"map": "hedgehog", "window": 64}
+
+
+def test_results_of_a_version_with_other_keys_are_of_the_same_variant(tmp_path: Path) -> None:
     for seed in (1, 2):
-        results.compare_runs([finished() / f"dense-s{seed}"], out=tmp_path / str(seed))
+        results.compare_runs([finished() / f"slope-s{seed}"], out=tmp_path / str(seed))
     files = [tmp_path / str(seed) / "compare.json" for seed in (1, 2)]
     older = json.loads(files[0].read_text())
     for row in older["runs"]:
-        del row["config"]["linearize"], row["config"]["sparsity"]["column_rescale"]
+        as_in_0_1(row["config"])
     files[0].write_text(json.dumps(older))
-    (found,) = results.compare_runs(files, out=tmp_path / "both")["variants"]
-    assert found["seeds"] == [1, 2]
+    (found,) = results.compare_runs(files, out=tmp_path / "both").variants
+    assert found.seeds == [1, 2]
+    older["runs"][0]["config"]["sparsity"]["renew_every"] = 3
+    files[0].write_text(json.dumps(older))
+    with pytest.raises(UsageError, match="slope stands for two configurations"):
+        results.compare_runs(files, out=tmp_path / "two")
+    older["runs"][0]["config"]["sparsity"] = {"renew_evry": 3}
+    files[0].write_text(json.dumps(older))
+    with pytest.raises(UsageError, match=r"slope-s1: sparsity\.renew_evry: unknown key"):
+        results.compare_runs(files, out=tmp_path / "unknown")
 
 
 # ------------------------------------------------------------------------------------ what cannot be compared
@@ -410,7 +461,7 @@ def test_runs_of_another_config_data_or_validation_are_not_taken_over(tmp_path: 
 
 
 def test_budgets_and_data_must_be_the_same_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="dense-s1 and short-s1 differ in tokens: 384 and 192; with --allow-different"):
+    with pytest.raises(UsageError, match="dense-s1 and short-s1 differ in tokens: 384 and 192; add --allow-different"):
         compared(tmp_path, methods=["dense"], extra=["short: method=dense train.steps=3"])
     with pytest.raises(UsageError, match="differ in validation: 128 tokens of each source in sequences of 32 and"):
         compared(tmp_path, methods=["dense"], extra=["other: log.val_tokens=64"])
@@ -422,34 +473,66 @@ def test_budgets_and_data_must_be_the_same_before_anything_is_trained(tmp_path: 
 
 
 def test_what_differs_in_many_runs_is_said_once() -> None:
-    terms = {"a": {"tokens": 1, "data": "x"}, "b": {"tokens": 2, "data": "x"}, "c": {"tokens": 2, "data": "y"}}
-    assert results._require_alike(terms, True) == [
+    terms: dict[str, rows.Terms] = {
+        "a": {"tokens": 1, "data": "x"},
+        "b": {"tokens": 2, "data": "x"},
+        "c": {"tokens": 2, "data": "y"},
+    }
+    assert rows.require_alike(terms, True) == [
         "a and b, c differ in tokens: 1 and 2",
         "a and c differ in data: x and y",
     ]
 
 
-def test_a_key_that_an_older_version_did_not_have_is_no_setting_of_a_variant(tmp_path: Path) -> None:
+def test_settings_of_an_older_version_have_their_names_of_today(tmp_path: Path) -> None:
     found = results.compare_runs([finished() / name for name in ("dense-s1", "slope-s1")], out=tmp_path)
-    dense, slope = sorted(found["runs"], key=lambda run: str(run["variant"]))
-    del dense["config"]["linearize"]
-    slope["config"]["linearize"]["window"] = 17
+    altered = in_json(found)
+    dense, slope = sorted(altered["runs"], key=lambda run: str(run["variant"]))
+    as_in_0_1(slope["config"])
+    slope["config"]["optim"]["power"] = 0.7
     dense["config"]["model"]["overrides"] = {}  # what a variant overrides is a setting all the same
-    (settings_table,) = (each for each in table.tables(found) if "settings" in each.columns)
-    settings = dict(settings_table.rows)["slope"]
-    assert "method=slope" in settings
-    assert "model.overrides.n_layer=" in settings
-    assert re.findall(r"linearize\S*", settings) == ["linearize.window=17"]
+    for absent in ("power", "eps"):  # which the baseline's version did not have
+        del dense["config"]["optim"][absent]
+    settings = dict(table.settings(from_json(Comparison, altered)).rows)["slope"].split()
+    assert {"method=slope", "slope.mask_update_interval=2", "model.overrides.n_layer=2"} <= set(settings)
+    assert [word for word in settings if word.startswith("optim")] == ["optim.power=0.7"]
+    assert not [word for word in settings if word.startswith(("sparsity", "linearize"))]
 
 
-def test_runs_that_are_there_are_compared_by_their_configs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ("method=fst", "method=fst"),
+        ("method=wanda sparsity.start=0.5", "method=wanda sparsity.start=0.5"),
+        ("method=fst sparsity.target_modules=[attn]", "method=fst sparsity.target_modules=['attn']"),
+        (
+            "method=slope adapters.rank=0 optim.lr=0.02",
+            "adapters.rank=0.0 adapters.start=0.5 adapters.warmup=1.0 optim.lr=0.02",
+        ),
+        ("method=slope optim.lr=0.02", "adapters.rank=4.0 adapters.start=0.5 adapters.warmup=1.0 optim.lr=0.02"),
+        ("method=slope adapters.lr=0.02", "adapters.start=0.5 adapters.lr=0.02 adapters.warmup=1.0"),
+    ],
+)
+def test_what_follows_from_other_settings_is_not_shown(more: str, shown: str) -> None:
+    (dense, *_) = result().runs
+    other = replace(dense, variant="other", config=rows.portable(configs.load(str(defaults()), words(*more.split()))))
+    settings = table.settings(replace(result(), runs=[dense, other], variants=result().variants[:1]))
+    assert settings.rows == []
+    both = [result().variants[0], replace(result().variants[1], variant="other")]
+    settings = table.settings(replace(result(), runs=[dense, other], variants=both))
+    assert settings.rows[0] == ["dense", "–"]
+    assert settings.rows[1][1].endswith(shown)
+
+
+def test_existing_runs_are_compared_by_their_configs(tmp_path: Path) -> None:
     folders = [finished() / name for name in ("slope-s1", "dense-s2", "slope-s2")]
     found = results.compare_runs(folders, out=tmp_path)
-    slope, dense = found["variants"]
-    assert (slope["variant"], slope["seeds"], dense["variant"], dense["seeds"]) == ("slope", [1, 2], "dense", [2])
-    assert found["baseline"] == "slope"
-    assert dense["gap"]["mean"] == pytest.approx(last_loss(folders[1]) - last_loss(folders[2]))
-    assert dense["gap"]["seeds"] == [2]
+    slope, dense = found.variants
+    assert (slope.variant, slope.seeds, dense.variant, dense.seeds) == ("slope", [1, 2], "dense", [2])
+    assert found.baseline == "slope"
+    assert dense.gap is not None
+    assert dense.gap.mean == pytest.approx(last_loss(folders[1]) - last_loss(folders[2]))
+    assert dense.gap.seeds == [2]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"compare.{e}" for e in ("json", "md", "png", "svg")]
 
 
@@ -464,14 +547,14 @@ def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Pa
     assert not (tmp_path / "out").exists()
     found = results.compare_runs([run, other], out=tmp_path / "out", allow_different=True)
     assert "NOT ALIKE: dense-s1 and copy differ in validation" in (tmp_path / "out" / "compare.md").read_text()
-    assert len(found["different"]) == 1
+    assert len(found.different) == 1
     (other / run_folder.CONFIG).write_text(config)
     content = store.read_sealed(manifest)
     store.write_sealed(manifest, {**content, "data": "f" * 64})
     with pytest.raises(UsageError, match="dense-s1 and copy differ in data: "):
         results.compare_runs([run, other], out=tmp_path / "out")
     manifest.write_text(sound)
-    with pytest.raises(UsageError, match="a run of the same config and seed is there already"):
+    with pytest.raises(UsageError, match="copy: duplicate run, of the config and seed of slope-s1"):
         results.compare_runs([finished() / "slope-s1", other], out=tmp_path / "out")
 
 
@@ -494,16 +577,37 @@ def test_each_variant_is_shown_at_its_own_best_rate(tmp_path: Path) -> None:
     train_here(tmp_path, ["dense"], [1], lrs=lrs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense-lr0.01-s1", "dense-lr1e-05-s1", "dense-lr5.0-s1"]
     found = compared(tmp_path, methods=["dense"], lrs=lrs)
-    (best,) = found["variants"]
-    assert (best["lr"], best["lr_at_edge"]) == (1e-2, False)
-    assert [row["lr"] for row in found["rates"]] == lrs
+    (best,) = found.variants
+    assert (best.lr, best.lr_at_edge) == (1e-2, False)
+    assert [row.lr for row in found.rates] == lrs
     assert "(edge)" not in (tmp_path / "compare.md").read_text()
-    (edge,) = compared(tmp_path, methods=["dense"], lrs=lrs[:2])["variants"]
-    assert (edge["lr"], edge["lr_at_edge"]) == (1e-2, True)
+    (edge,) = compared(tmp_path, methods=["dense"], lrs=lrs[:2]).variants
+    assert (edge.lr, edge.lr_at_edge) == (1e-2, True)
     text = (tmp_path / "compare.md").read_text()
     assert "| dense | 0.01 (edge) |" in text
     assert "| dense | 1e-05 |" in text
     assert "a better one may lie beyond" in text
+
+
+@pytest.mark.parametrize("place", ["recipe", "override", "variant", ""])
+def test_adapters_learn_at_each_rate_unless_they_have_their_own(place: str, tmp_path: Path) -> None:
+    recipe, own = tmp_path / "recipe.yaml", "adapters.lr=0.03"
+    recipe.write_text("adapters: {lr: 0.03}\n" if place == "recipe" else "optim: {lr: 0.03}\n")
+    text = f"wide: model.overrides.n_embd=64 {own if place == 'variant' else ''}"
+    overrides = [own] if place == "override" else []
+    found = variants.variants(str(recipe), overrides, ["slope", "same-active"], [text])
+    planned = {run.name: run.config for run in variants.planned_runs(found, [1], [1e-3, 0.02])}
+    for name in ("slope", "wide"):
+        for lr in (1e-3, 0.02):
+            config = planned[f"{name}-lr{lr}-s1"]
+            fixed = bool(place) and (place != "variant" or name == "wide")
+            assert (config.optim.lr, config.adapters.lr) == (lr, 0.03 if fixed else lr)
+            (adapters,) = [p.rates["adapters"] for p in phases_of(config) if p.adapters]
+            assert adapters.peak == config.adapters.lr
+    assert planned["same-active-lr0.02-s1"].model == found[1].config.model  # which the rate leaves as it is
+    assert planned["wide-lr0.02-s1"].model.overrides == {"n_embd": 64}
+    without = {run.name: run.config for run in variants.planned_runs(found, [1])}
+    assert without["slope-s1"].adapters.lr == (0.03 if place != "variant" else without["slope-s1"].optim.lr)
 
 
 # --------------------------------------------------------------------------------------------------- variants
@@ -516,7 +620,7 @@ def found_for(*methods: str, model: str = "gpt2-nano", extra: Sequence[str] = ()
 def test_ready_made_names() -> None:
     half, none = found_for("half-depth", "slope-r0")
     assert half.config.model.overrides == {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
-    assert (half.config.method, none.config.method, none.config.adapter_step) == ("dense", "slope", None)
+    assert (half.config.method, none.config.method, none.config.adapters.rank) == ("dense", "slope", 0)
     (bert,) = found_for("half-depth", model="bert-base")
     assert bert.config.model.overrides["num_hidden_layers"] == 1
     (llama,) = variants.variants("llama3-8b", ["model.overrides.num_hidden_layers=7"], ["half-depth"], [])
@@ -527,7 +631,7 @@ def test_ready_made_names() -> None:
 
 @pytest.mark.parametrize("model", ["gpt2-nano", "gpt2-small", "opt-350m", "llama3-8b", "bert-base"])
 def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
-    """Counted anew here: layers of the shape, half of those that are pruned."""
+    """Counted here from the layers of the shape, half of the weights of those that are pruned."""
     from slope_cli.train.dry_run import describe
 
     base = [f"model.name={model}"]
@@ -548,7 +652,7 @@ def test_names_overrides_and_their_order() -> None:
     found = found_for("slope", extra=["wide: model.overrides.n_embd=64 log.sample_prompt='a b'", "low: optim.lr=1e-4"])
     assert [variant.name for variant in found] == ["slope", "wide", "low"]
     assert found[1].config.log.sample_prompt == "a b"
-    planned = variants.plan(found, [3, 1], [1e-3])
+    planned = variants.planned_runs(found, [3, 1], [1e-3])
     assert [run.name for run in planned][:3] == ["slope-lr0.001-s3", "slope-lr0.001-s1", "wide-lr0.001-s3"]
     assert (planned[0].config.train.seed, planned[0].config.optim.lr) == (3, 1e-3)
     assert configs.load(str(_written(planned[0]))) == planned[0].config
@@ -556,7 +660,7 @@ def test_names_overrides_and_their_order() -> None:
     assert found[2].config.model == found[0].config.model
 
 
-def _written(planned: variants.Planned) -> Path:
+def _written(planned: variants.PlannedRun) -> Path:
     path = scratch() / "planned.yaml"
     path.write_text(configs.dump(planned.config))
     return path
@@ -568,13 +672,13 @@ def _written(planned: variants.Planned) -> Path:
         (
             [],
             ["x: method=linearize linearize.window=8"],
-            "x: slope linearize begins with a trained model; give finished runs to --runs",
+            "x: slope linearize needs a trained model; compare finished runs with --runs",
         ),
         (["sloppy"], [], r"method=sloppy: choose one of .*; or half-depth, same-active, slope-r0"),
         ([], [], "nothing to compare"),
-        (["dense", "dense"], [], "dense: this variant is there twice"),
-        ([], ["no colon"], "--variant 'no colon': say 'NAME: KEY=VALUE"),
-        ([], ["../x: optim.lr=1"], "--variant '../x: optim.lr=1': say"),
+        (["dense", "dense"], [], "dense: duplicate variant"),
+        ([], ["no colon"], "--variant 'no colon': write 'NAME: KEY=VALUE"),
+        ([], ["../x: optim.lr=1"], "--variant '../x: optim.lr=1': write"),
         ([], ["x: optim.weight_decai=1"], "did you mean optim.weight_decay"),
         ([], ["x: optim.lr='1"], "No closing quotation"),
     ],
@@ -587,7 +691,7 @@ def test_wrong_variants(methods: list[str], extra: list[str], said: str) -> None
 def test_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--seeds: needs one number"):
         compared(tmp_path, methods=["dense"], seeds=[])
-    with pytest.raises(UsageError, match="dense-s1: this run is there twice"):
+    with pytest.raises(UsageError, match="dense-s1: duplicate run"):
         compared(tmp_path, methods=["dense"], seeds=[1, 1])
     with pytest.raises(UsageError, match=r"train.seed=-1: must be 0 or more"):
         compared(tmp_path, methods=["dense"], seeds=[-1])

@@ -1,4 +1,4 @@
-"""sparsify, add_adapters and densify on the four families of models, and on somebody's own."""
+"""sparsify, mask_layers, add_adapters and to_dense on the four families of models, and on a user's own."""
 
 import copy
 from functools import partial
@@ -13,17 +13,17 @@ from sparse_kernels import (
     MaskedLinear,
     SparseLinear,
     add_adapters,
-    densify,
-    finish_dense,
     input_norms,
     mask_layers,
     masked_layers,
     masks,
-    plan,
-    renew_column_masks,
-    renew_masks,
+    remove_masks,
+    select_layers,
     sparse_layers,
     sparsify,
+    to_dense,
+    update_backward_masks,
+    update_masks,
 )
 
 
@@ -80,7 +80,7 @@ def test_families(family: str) -> None:
     without = [n for n, p in model.named_parameters() if n.endswith("values") and p.grad is None]
     assert without == (["bert.pooler.dense.values"] if family == "bert" else [])  # it feeds the other head
     back = copy.deepcopy(model)
-    densify(back)
+    to_dense(back)
     assert [type(m) for m in back.modules()] == [type(m) for m in dense.modules()]
     assert back.state_dict().keys() == dense.state_dict().keys()
     torch.testing.assert_close(run(back), run(dense))
@@ -92,33 +92,33 @@ def test_adapters_start_as_nothing_and_merge_exactly() -> None:
     before = run(model)
     adapters = add_adapters(model, 0.1, alpha=6.0, seed=1)
     assert set(adapters) == {name for name, _ in sparse_layers(model)}
-    assert all(a.rank == 3 and a.scale == 2.0 for a in adapters.values())  # 10 % of 32
+    assert all(a.rank == 3 and a.scaling == 2.0 for a in adapters.values())  # 10 % of 32
     torch.testing.assert_close(run(model), before, rtol=0, atol=0)
     for adapter in adapters.values():
-        nn.init.normal_(adapter.B)
+        nn.init.normal_(adapter.lora_B)
     with_adapters = run(model)
     assert not torch.allclose(with_adapters, before)
     merged, dropped = copy.deepcopy(model), copy.deepcopy(model)
-    densify(merged, adapters="merge")
+    to_dense(merged, adapters="merge")
     torch.testing.assert_close(run(merged), with_adapters, atol=1e-5, rtol=1e-4)
-    densify(dropped, adapters="drop")
+    to_dense(dropped, adapters="drop")
     torch.testing.assert_close(run(dropped), before)
     with pytest.raises(ValueError, match="say adapters='merge'"):
-        densify(model)
+        to_dense(model)
     with pytest.raises(ValueError, match="has an adapter already"):
         add_adapters(model, 4)
 
 
-def test_renewal_changes_only_the_column_choice() -> None:
+def test_an_update_changes_only_the_backward_mask() -> None:
     model = tiny("opt")
     sparsify(model)
     layer = next(layer for _, layer in sparse_layers(model))
-    rows, columns = layer.positions.clone(), layer.positions_t.clone()
+    rows, backward = layer.row_mask_bits.clone(), layer.backward_mask_bits.clone()
     with torch.no_grad():
         layer.values.normal_()
-    renew_column_masks(model)
-    assert torch.equal(layer.positions, rows)
-    assert not torch.equal(layer.positions_t, columns)
+    update_backward_masks(model)
+    assert torch.equal(layer.row_mask_bits, rows)
+    assert not torch.equal(layer.backward_mask_bits, backward)
     layer.validate()
 
 
@@ -127,7 +127,7 @@ def test_masks_differ_between_layers_and_repeat_with_the_seed() -> None:
     sparsify(a, mask="random", seed=1)
     sparsify(b, mask="random", seed=1)
     sparsify(c, mask="random", seed=2)
-    bits = [{name: layer.positions for name, layer in sparse_layers(m)} for m in (a, b, c)]
+    bits = [{name: layer.row_mask_bits for name, layer in sparse_layers(m)} for m in (a, b, c)]
     assert all(torch.equal(bits[0][k], bits[1][k]) for k in bits[0])
     assert not any(torch.equal(bits[0][k], bits[2][k]) for k in bits[0])
     blocks = [v for k, v in bits[0].items() if k.endswith("c_fc")]
@@ -147,7 +147,7 @@ class Mine(nn.Module):
 
 def test_own_model_reports_every_reason() -> None:
     model = Mine()
-    report = sparsify(model, skip=[])
+    report = sparsify(model, exclude_modules=[])
     assert {x.name: x.reason for x in report.layers} == {
         "inp": "first layer after the input",
         "mid": "",
@@ -161,14 +161,14 @@ def test_own_model_reports_every_reason() -> None:
 
 def test_patterns_with_large_groups_ask_for_their_multiple() -> None:
     model = nn.Sequential(nn.Linear(16, 48), nn.Linear(48, 48), nn.Linear(48, 64), nn.Linear(64, 64))
-    report = plan(model, n=16, m=32)
+    report = select_layers(model, n=16, m=32)
     assert [x.name for x in report.swapped] == ["3"]
 
 
-def test_plan_changes_nothing_and_needs_no_memory() -> None:
+def test_selecting_layers_changes_nothing_and_needs_no_memory() -> None:
     with torch.device("meta"):
         model = tiny("llama")
-    report = plan(model)
+    report = select_layers(model)
     assert len(report.swapped) == 2 * 7 - 3
     assert not list(sparse_layers(model))
 
@@ -176,8 +176,8 @@ def test_plan_changes_nothing_and_needs_no_memory() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="no linear layer of Sequential can be made sparse"):
         sparsify(nn.Sequential(nn.Linear(16, 16)))
-    with pytest.raises(ValueError, match="skip pattern 'mpl' matches no linear layer"):
-        sparsify(tiny("gpt2"), skip=["mpl"])
+    with pytest.raises(ValueError, match="exclude_modules: 'mpl' matches no linear layer"):
+        sparsify(tiny("gpt2"), exclude_modules=["mpl"])
     with pytest.raises(ValueError, match="0 < n < m"):
         sparsify(tiny("gpt2"), n=4, m=4)
     with pytest.raises(ValueError, match="no sparse layer"):
@@ -187,16 +187,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="positive whole number or a share"):
         add_adapters(model, 2.5)
     with pytest.raises(ValueError, match="adapters must be"):
-        densify(model, adapters="keep")
+        to_dense(model, adapters="keep")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Patterns by block, and which layers
+# Patterns of blocks, and which layers
 
 
-def test_blocks_have_their_own_patterns() -> None:
+def test_pattern_overrides_give_blocks_their_own_patterns() -> None:
     model = tiny("bert")
-    report = sparsify(model, blocks=[(1, 1, 2, 8)])
+    report = sparsify(model, pattern_overrides=[(1, 1, 2, 8)])
     patterns = {name: (layer.n, layer.m) for name, layer in sparse_layers(model)}
     assert {(x.n, x.m) for x in report.swapped if ".layer.1." in x.name} == {(2, 8)}
     assert all(patterns[name] == (2, 8) if ".layer.1." in name else patterns[name] == (2, 4) for name in patterns)
@@ -209,14 +209,14 @@ def test_blocks_have_their_own_patterns() -> None:
     assert str(report).startswith(f"{len(patterns)} of {len(report.layers)} linear layers are sparse (5 2:4, 6 2:8)")
 
 
-def test_blocks_of_a_bare_module_list() -> None:
+def test_pattern_overrides_of_a_bare_module_list() -> None:
     model = nn.ModuleList([nn.Linear(32, 32) for _ in range(12)])
-    report = plan(model, blocks=[(2, 3, 1, 2), (10, 11, 4, 8)])
+    report = select_layers(model, pattern_overrides=[(2, 3, 1, 2), (10, 11, 4, 8)])
     assert [(x.n, x.m) for x in report.layers] == [(2, 4)] * 2 + [(1, 2)] * 2 + [(2, 4)] * 6 + [(4, 8)] * 2
 
 
 @pytest.mark.parametrize(
-    ("blocks", "message"),
+    ("overrides", "message"),
     [
         ([(0, 2, 2, 8)], "blocks 0-2: GPT2LMHeadModel has blocks 0 to 1"),
         ([(1, 0, 2, 8)], "blocks 1-0"),
@@ -225,11 +225,11 @@ def test_blocks_of_a_bare_module_list() -> None:
         ([(0, 0, 8, 8)], "0 < n < m, got 8:8"),
     ],
 )
-def test_bad_blocks(blocks: list[tuple[int, int, int, int]], message: str) -> None:
+def test_bad_pattern_overrides_are_refused(overrides: list[tuple[int, int, int, int]], message: str) -> None:
     model = tiny("gpt2")
-    for change in (plan, sparsify, mask_layers):
+    for change in (select_layers, sparsify, mask_layers):
         with pytest.raises(ValueError, match=message):
-            change(model, blocks=blocks)
+            change(model, pattern_overrides=overrides)
     assert not list(sparse_layers(model))
 
 
@@ -242,14 +242,14 @@ MLPS = {
 
 
 @pytest.mark.parametrize("family", MLPS)
-def test_only_the_mlps(family: str) -> None:
+def test_the_mlps_alone_may_be_targeted(family: str) -> None:
     model = tiny(family)
-    report = mask_layers(model, only=[MLP], transposable=True)
+    report = mask_layers(model, target_modules=[MLP], transposable=True)
     assert {x.name for x in report.swapped} == MLPS[family] == {name for name, _ in masked_layers(model)}
-    assert any(x.reason == "is in no MLP" for x in report.skipped)
+    assert any(x.reason == "not in an MLP" for x in report.skipped)
     run(model).sum().backward()
-    with pytest.raises(ValueError, match="only pattern 'mpl' matches no linear layer"):
-        plan(tiny(family), only=["mpl"])
+    with pytest.raises(ValueError, match="target_modules: 'mpl' matches no linear layer"):
+        select_layers(tiny(family), target_modules=["mpl"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_masked_families(family: str) -> None:
         mask = layer.mask.t() if layer.conv1d else layer.mask
         linear.weight.data *= mask  # type: ignore[operator]
     back = copy.deepcopy(model)
-    densify(back)
+    to_dense(back)
     assert [type(m) for m in back.modules()] == [type(m) for m in dense.modules()]
     torch.testing.assert_close(run(back), run(dense))
     for name, value in dense.state_dict().items():
@@ -282,31 +282,31 @@ def x_of(report, name: str):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_finished_dense_is_the_dense_model_again(family: str) -> None:
+def test_a_masked_model_without_its_masks_is_the_dense_model_again(family: str) -> None:
     model = tiny(family)
     dense = copy.deepcopy(model)
     mask_layers(model, mvue=True, transposable=True)
     assert not torch.allclose(run(model), run(dense))
-    finish_dense(model)
-    renew_masks(model)
+    remove_masks(model)
+    update_masks(model)
     torch.testing.assert_close(run(model), run(dense))
-    densify(model)
+    to_dense(model)
     for name, value in dense.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_a_masked_run_goes_on_sparse_with_its_masks_and_its_optimizer(family: str) -> None:
+def test_a_masked_run_continues_sparse_with_its_masks_and_its_optimizer(family: str) -> None:
     model = tiny(family)
-    mask_layers(model, n=1, m=4, blocks=[(1, 1, 2, 4)])
+    mask_layers(model, n=1, m=4, pattern_overrides=[(1, 1, 2, 4)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         run(model).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        renew_masks(model)
+        update_masks(model)
     before, masked = run(model), dict(masked_layers(model))
-    report = sparsify(model, n=1, m=4, blocks=[(1, 1, 2, 4)], mask="present")
+    report = sparsify(model, n=1, m=4, pattern_overrides=[(1, 1, 2, 4)], mask="present")
     torch.testing.assert_close(run(model), before)
     assert not list(masked_layers(model))
     for row in report.swapped:
@@ -335,18 +335,18 @@ def test_new_masks_for_masked_layers() -> None:
     model = tiny("llama")
     mask_layers(model, mask="random")
     weights = {name: layer.weight.detach().clone() for name, layer in masked_layers(model)}
-    with pytest.raises(ValueError, match=r"mask kind 'present' keeps .* has another than 2:8"):
+    with pytest.raises(ValueError, match=r"mask kind 'present' keeps .* is not 2:8"):
         sparsify(model, n=2, m=8, mask="present")
     assert len(list(masked_layers(model))) == len(weights)  # nothing was swapped
     sparsify(model)
     for name, layer in sparse_layers(model):
         assert torch.equal(layer.row_mask(), masks.row_mask(weights[name], 2, 4))
-    finished = tiny("llama")
-    mask_layers(finished)
-    finish_dense(finished)
-    with pytest.raises(ValueError, match="has another than 2:4"):
-        sparsify(finished, mask="present")
-    sparsify(finished)
+    unmasked = tiny("llama")
+    mask_layers(unmasked)
+    remove_masks(unmasked)
+    with pytest.raises(ValueError, match=r"mask kind 'present' keeps existing masks, .* is not 2:4"):
+        sparsify(unmasked, mask="present")
+    sparsify(unmasked)
     with pytest.raises(ValueError, match="has none"):
         sparsify(tiny("llama"), mask="present")
 
@@ -375,13 +375,13 @@ def test_mask_layers_refuses_before_it_changes_anything() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wanda, rescaling, random columns
+# Wanda, rescaling, random backward masks
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_wanda_takes_the_norms_of_its_inputs(family: str) -> None:
     model = tiny(family)
-    names = [x.name for x in plan(model).swapped]
+    names = [x.name for x in select_layers(model).swapped]
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: inputs[name].append(x[0]))
@@ -424,7 +424,7 @@ def test_input_norms_of_compiled_blocks_and_of_what_never_runs() -> None:
     X = torch.randn(5, 8)
     model[1].compile(backend="eager")
     with torch.no_grad():
-        model(X)  # what is compiled by now knows of no hooks
+        model(X)  # compiled before there are hooks
     norms = input_norms(model, ["1.1"], lambda: model(X))
     torch.testing.assert_close(norms["1.1"], model[1][0](model[0](X)).norm(dim=0).detach())
     with pytest.raises(ValueError, match="no token reached 0"):
@@ -445,7 +445,7 @@ def test_rescale_keeps_the_energy_of_each_layer(convert: partial) -> None:  # ty
         torch.testing.assert_close(layer.values.square().sum(), dense[name].square().sum())
         ratio = layer.values / as_is.values
         torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
-        assert torch.equal(layer.positions_t, as_is.positions_t)
+        assert torch.equal(layer.backward_mask_bits, as_is.backward_mask_bits)
 
 
 def test_rescale_of_zeros_leaves_zeros() -> None:
@@ -455,26 +455,26 @@ def test_rescale_of_zeros_leaves_zeros() -> None:
     assert not model[1].values.any()
 
 
-def test_column_options_of_a_model() -> None:
+def test_backward_options_of_a_model() -> None:
     model, plain = tiny("opt"), tiny("opt")
-    sparsify(model, column_rescale=True)
+    sparsify(model, backward_rescale=True)
     sparsify(plain)
     extra = {name for name in model.state_dict() if name not in plain.state_dict()}
-    assert extra == {f"{name}.column_scale" for name, _ in sparse_layers(model)}
+    assert extra == {f"{name}.backward_scale" for name, _ in sparse_layers(model)}
     drawn = []
     for seed in (1, 1, 2):
-        renew_masks(model, columns="random", seed=seed)
+        update_masks(model, backward="random", seed=seed)
         for _, layer in sparse_layers(model):
             layer.validate()
             factor = (layer.weight.norm() / layer.weight_backward.norm()).detach()
-            torch.testing.assert_close(layer.column_scale, factor)
-        drawn.append([layer.positions_t.clone() for _, layer in sparse_layers(model)])
+            torch.testing.assert_close(layer.backward_scale, factor)
+        drawn.append([layer.backward_mask_bits.clone() for _, layer in sparse_layers(model)])
     assert all(map(torch.equal, drawn[0], drawn[1]))
     assert not any(map(torch.equal, drawn[0], drawn[2]))
-    renew_column_masks(model)
-    renew_column_masks(plain)
+    update_backward_masks(model)
+    update_backward_masks(plain)
     pairs = zip(sparse_layers(model), sparse_layers(plain), strict=True)
-    assert all(torch.equal(a.positions_t, b.positions_t) for (_, a), (_, b) in pairs)
+    assert all(torch.equal(a.backward_mask_bits, b.backward_mask_bits) for (_, a), (_, b) in pairs)
 
 
 def test_gaussian_adapters_of_a_model() -> None:
@@ -482,13 +482,13 @@ def test_gaussian_adapters_of_a_model() -> None:
     sparsify(model)
     before = run(model)
     adapters = add_adapters(model, 4, init="gaussian")
-    assert all(adapter.scale == 0.25 for adapter in adapters.values())
+    assert all(adapter.scaling == 0.25 for adapter in adapters.values())
     assert torch.equal(run(model), before)
 
 
 def test_masked_layers_stay_where_sparsify_leaves_them() -> None:
     model = tiny("gpt2")
     mask_layers(model)
-    sparsify(model, skip=["c_fc"])
+    sparsify(model, exclude_modules=["c_fc"])
     assert all(name.endswith("c_fc") for name, _ in masked_layers(model))
     assert isinstance(model.get_submodule("transformer.h.0.mlp.c_fc"), MaskedLinear)

@@ -3,8 +3,10 @@
 import ctypes
 import itertools
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from sparse_kernels import autotune, cusparselt
 from sparse_kernels.cusparselt import CuSparseLtError
-from sparse_kernels.matmul_plan import Shape
+from sparse_kernels.matmul_plan import MatmulShape
 
 
 @pytest.fixture
@@ -99,9 +101,9 @@ def test_structures_are_aligned_and_apart() -> None:
     assert all(b - a >= 512 for a, b in itertools.pairwise(starts))
 
 
-def shape(**changes: int) -> Shape:
+def shape(**changes: int) -> MatmulShape:
     sides = {"rows": 768, "columns": 768, "tokens": 8192, **changes}
-    return Shape(**sides, dtype=torch.bfloat16, bias=True)
+    return MatmulShape(**sides, dtype=torch.bfloat16, bias=True)
 
 
 def test_shapes_that_are_not_searched() -> None:
@@ -129,7 +131,21 @@ def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypa
     assert autotune._entries() == {"gpu | shape": choice}
     autotune._remember("gpu | other", choice)
     assert set(json.loads(file.read_text())["plans"]) == {"gpu | shape", "gpu | other"}
-    assert [entry.name for entry in file.parent.iterdir()] == ["plans.json"]
+    assert {entry.name for entry in file.parent.iterdir()} == {"plans.json", "plans.lock"}
+
+
+def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+from sparse_kernels import autotune
+for number in range(20):
+    autotune._remember(f"{sys.argv[1]} | {number}", autotune.Choice(False, ""))
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    each = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in "ab"]
+    assert [process.wait(120) for process in each] == [0, 0]
+    plans = json.loads((tmp_path / "slope" / "plans.json").read_text())["plans"]
+    assert plans.keys() == {f"{name} | {number}" for name in "ab" for number in range(20)}
 
 
 def test_unwritable_cache_folder_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

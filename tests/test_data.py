@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import slope_cli
 from slope_cli.data.batches import (
-    Ahead,
     Batch,
     Blocks,
     MaskingIds,
+    Prefetcher,
     bigram_loss,
     causal_batch,
     masked_batch,
@@ -28,7 +28,7 @@ from slope_cli.data.batches import (
     shuffled,
     val_batches,
 )
-from slope_cli.data.dataset import Dataset, open_dataset, write_manifest
+from slope_cli.data.dataset import Dataset, open_dataset, show, write_manifest
 from slope_cli.data.token_file import HEADER_BYTES, TokenFile, Tokens, write_token_file
 from slope_cli.errors import SlopeError, UsageError
 
@@ -98,7 +98,7 @@ def test_a_wrong_length_is_found_with_both_sizes(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-1], whole + b"x"):
         path.write_bytes(content)
-        with pytest.raises(SlopeError, match=rf"has {len(content)} bytes where its header says 4296"):
+        with pytest.raises(SlopeError, match=rf"has {len(content)} bytes, but its header says 4296"):
             TokenFile.open(path)
     path.write_bytes(whole[:1000])
     with pytest.raises(SlopeError, match="1000 bytes"):
@@ -166,7 +166,7 @@ def test_a_valid_file_that_is_another_one_is_found(dataset: Dataset) -> None:
         open_dataset(dataset.folder, verify=False)
 
 
-def test_what_is_no_dataset(dataset: Dataset, tmp_path: Path) -> None:
+def test_folders_that_are_no_finished_dataset(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such data folder"):
         open_dataset(tmp_path / "none")
     (dataset.folder / "dataset.json").unlink()
@@ -216,7 +216,7 @@ def test_blocks_are_windows_of_the_joined_files(scratch: Path, sizes: list[int],
 def test_shuffled_is_a_bijection(length: int, key: tuple[int, int]) -> None:
     places = shuffled(np.arange(length), length, key)
     assert sorted(places.tolist()) == list(range(length))
-    assert shuffled(length - 1, length, key) == places[-1]
+    assert shuffled(np.array([length - 1]), length, key) == places[-1:]
 
 
 def test_shuffled_at_great_length_and_out_of_range() -> None:
@@ -228,7 +228,7 @@ def test_shuffled_at_great_length_and_out_of_range() -> None:
     assert abs(places.mean() / length - 0.5) < 0.05
     for bad in (-1, length):
         with pytest.raises(ValueError, match="outside"):
-            shuffled(bad, length, (1, 2))
+            shuffled(np.array([bad]), length, (1, 2))
 
 
 def test_shuffled_looks_random_and_is_pinned() -> None:
@@ -237,8 +237,8 @@ def test_shuffled_looks_random_and_is_pinned() -> None:
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05
     assert np.count_nonzero(shuffled(np.arange(4096), 4096, (0, 1)) == places) < 12
     assert abs(np.count_nonzero(places == np.arange(4096)) - 1) < 8
-    # A run must go on with the order it began with, so this order is part of the format.
-    assert [shuffled(index, 1000, (1234, 0)) for index in range(4)] == PINNED
+    # A run must resume with the order it began with, so this order is part of the format.
+    assert shuffled(np.arange(4), 1000, (1234, 0)).tolist() == PINNED
 
 
 PINNED = [716, 366, 819, 647]
@@ -296,18 +296,18 @@ def test_causal_batch_is_shifted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> Blocks:
+def blocks(tmp_path: Path) -> Blocks:
     ids = np.random.default_rng(0).integers(5, 100, 20_000)
     ids[::97] = SPECIAL.sep
     return Blocks([write(tmp_path / "x.tok", ids, vocab_size=100)], 64)
 
 
-def test_masked_batch_layout(words: Blocks) -> None:
-    indices = np.arange(len(words))
-    batch = masked_batch(words, indices, special=SPECIAL, seed=1, sample_numbers=indices)
+def test_masked_batch_layout(blocks: Blocks) -> None:
+    indices = np.arange(len(blocks))
+    batch = masked_batch(blocks, indices, special=SPECIAL, seed=1, sample_numbers=indices)
     ids, labels, types = batch["input_ids"], batch["labels"], batch["token_type_ids"]
     assert {name: value.dtype.name for name, value in batch.items()} == dict.fromkeys(batch, "int64")
-    assert ids.shape == labels.shape == types.shape == (len(words), 64)
+    assert ids.shape == labels.shape == types.shape == (len(blocks), 64)
     assert (ids[:, 0] == SPECIAL.cls).all()
     assert (ids[:, -1] == SPECIAL.sep).all()
     first_of_b = types.argmax(axis=1)
@@ -318,9 +318,9 @@ def test_masked_batch_layout(words: Blocks) -> None:
     assert 0.4 < batch["next_sentence_label"].mean() < 0.6
 
 
-def test_masked_batch_predicts_what_it_says(words: Blocks) -> None:
-    indices = np.arange(len(words))
-    batch = masked_batch(words, indices, special=SPECIAL, seed=1, sample_numbers=indices)
+def test_masked_batch_predicts_what_it_says(blocks: Blocks) -> None:
+    indices = np.arange(len(blocks))
+    batch = masked_batch(blocks, indices, special=SPECIAL, seed=1, sample_numbers=indices)
     chosen = batch["labels"] != -100
     ids, labels = batch["input_ids"][chosen], batch["labels"][chosen]
     candidates = (~np.isin(np.where(chosen, batch["labels"], batch["input_ids"]), SPECIAL.never_mask)).sum(axis=1)
@@ -331,23 +331,23 @@ def test_masked_batch_predicts_what_it_says(words: Blocks) -> None:
     assert not np.isin(ids[ids != SPECIAL.mask], SPECIAL.never_mask).any()
 
 
-def test_masked_segments_come_from_the_text(words: Blocks) -> None:
+def test_masked_segments_come_from_the_text(blocks: Blocks) -> None:
     indices = np.arange(40)
-    batch = masked_batch(words, indices, special=SPECIAL, seed=2, sample_numbers=indices)
+    batch = masked_batch(blocks, indices, special=SPECIAL, seed=2, sample_numbers=indices)
     whole = np.where(batch["labels"] != -100, batch["labels"], batch["input_ids"])
     for row, index in enumerate(indices):
         split = int(batch["token_type_ids"][row].argmax())
         first, second = whole[row, 1 : split - 1].tolist(), whole[row, split:-1].tolist()
-        text = words[int(index)].tolist()
+        text = blocks[int(index)].tolist()
         spans = [text[at : at + len(first) + len(second)] for at in range(5)]
         assert first in [span[: len(first)] for span in spans]
         assert ((first + second) in spans) == (batch["next_sentence_label"][row] == 0)
 
 
-def test_masked_sample_depends_on_its_number_only(words: Blocks) -> None:
-    together = masked_batch(words, [3, 4], special=SPECIAL, seed=1, sample_numbers=[10, 11])
-    alone = masked_batch(words, [4], special=SPECIAL, seed=1, sample_numbers=[11])
-    other = masked_batch(words, [4], special=SPECIAL, seed=1, sample_numbers=[12])
+def test_masked_sample_depends_on_its_number_only(blocks: Blocks) -> None:
+    together = masked_batch(blocks, [3, 4], special=SPECIAL, seed=1, sample_numbers=[10, 11])
+    alone = masked_batch(blocks, [4], special=SPECIAL, seed=1, sample_numbers=[11])
+    other = masked_batch(blocks, [4], special=SPECIAL, seed=1, sample_numbers=[12])
     for name in together:
         assert np.array_equal(together[name][1:], alone[name])
     assert not np.array_equal(alone["input_ids"], other["input_ids"])
@@ -375,14 +375,14 @@ def test_batches_are_made_ahead_of_their_step() -> None:
             ahead_of_time.set()
         return [{"input_ids": np.array([[step]])}]
 
-    ahead = Ahead(make, 8)
-    assert ahead(3)[0]["input_ids"] == 3
+    prefetched = Prefetcher(make, 8)
+    assert prefetched(3)[0]["input_ids"] == 3
     assert ahead_of_time.wait(10)  # nobody has asked for step 4
-    assert [int(ahead(step)[0]["input_ids"][0, 0]) for step in (4, 5, 0, 1, 5, 6)] == [4, 5, 0, 1, 5, 6]
+    assert [int(prefetched(step)[0]["input_ids"][0, 0]) for step in (4, 5, 0, 1, 5, 6)] == [4, 5, 0, 1, 5, 6]
     assert made.count(4) == 1
     with pytest.raises(SlopeError, match="damaged"):
-        ahead(7)
-    ahead.close()
+        prefetched(7)
+    prefetched.close()
     assert max(made) == 6
 
 
@@ -414,6 +414,17 @@ def test_bigram_loss(tmp_path: Path) -> None:
     assert bigram_loss([train], [val], 2) == pytest.approx(expected)
     with pytest.raises(UsageError, match=r"no validation text.*--val-fraction"):
         bigram_loss([train], [], 2)
+
+
+def test_show_prints_each_source_and_the_sums(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    show(dataset)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"tokenizer test, 1,000 ids, fingerprint {dataset.fingerprint[:16]}" in lines
+    assert [line.split(" | ")[1:] for line in lines if line.startswith(("| a", "| b", "| all"))] == [
+        ["0", "49", "0", "7", "0 |"],
+        ["0", "29", "0", "0", "0 |"],
+        ["0", "78", "0", "7", "0 |"],
+    ]
 
 
 def test_manifest_is_json_with_its_checksum(dataset: Dataset) -> None:

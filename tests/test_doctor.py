@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,24 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     (gpu,) = [finding for finding in record["findings"] if finding["name"] == "GPU"]
     assert gpu["found"] == "none that torch can use"
     assert "the CPU" in gpu["fix"]
+
+
+def test_a_step_that_fails_on_the_gpu_that_training_would_take_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a GPU is made up here; the step on it then really fails where there is none."""
+    card = SimpleNamespace(name="made up", total_memory=2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    step = doctor.train_a_step
+
+    def failing(device: str) -> None:
+        if device == "cuda":
+            raise RuntimeError("no kernel image is available")
+        step(device)
+
+    monkeypatch.setattr(doctor, "train_a_step", failing)
+    done = slope("doctor")
+    assert (done.code, done.err) == (1, "error: training cannot work here; see above\n")
+    assert done.out.splitlines()[-1].endswith("fails; training cannot work: RuntimeError: no kernel image is available")
 
 
 def program(folder: Path, text: str) -> str:

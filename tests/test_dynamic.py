@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_kernels import MaskedLinear, decay_pruned, finish_dense, masked_layers, masks, renew_masks
+from sparse_kernels import MaskedLinear, decay_pruned, masked_layers, masks, remove_masks, update_masks
 
 PATTERNS = [(2, 4), (1, 2), (2, 8)]
 # torch warns of itself: to trace an autograd.Function it makes an instance, and inductor still imports torch.jit.
@@ -85,7 +85,7 @@ def test_thirty_steps_of_sr_ste_equal_the_dense_formula(n: int, m: int) -> None:
             optimizer.step()
         model.zero_grad()
         before = layer.mask.clone()
-        renew_masks(model)
+        update_masks(model)
         changed += int((before != layer.mask).sum())
         torch.testing.assert_close(layer.weight, W)
     assert changed > 0
@@ -124,7 +124,7 @@ def test_transposable_masks_serve_both_products() -> None:
         assert torch.equal(layer.mask, masks.transposable_mask(layer.weight.detach().abs(), 2, 4))
         with torch.no_grad():
             layer.weight.copy_(normal(16, 24, seed=9))
-        layer.renew_mask()
+        layer.update_mask()
 
 
 def test_mvue_gradient_is_that_of_the_pruned_output_gradient() -> None:
@@ -150,11 +150,11 @@ def test_mvue_gradient_is_that_of_the_pruned_output_gradient() -> None:
     assert ((grads.mean(0) - exact.weight.grad).abs() < 4.5 * spread + 1e-9).all()  # type: ignore[operator]
 
 
-def test_finished_dense_is_an_ordinary_layer() -> None:
+def test_an_unmasked_layer_is_an_ordinary_one() -> None:
     model = nn.Sequential(make(8, 8, mvue=True, transposable=True))
     mask = model[0].mask
-    finish_dense(model)
-    renew_masks(model)  # changes nothing any more
+    remove_masks(model)
+    update_masks(model)  # changes nothing
     layer = next(layer for _, layer in masked_layers(model))
     assert layer.mask is mask
     assert mask.all()
@@ -215,7 +215,7 @@ def test_compiles_without_a_break_and_sees_new_masks() -> None:
         for each in (layer, eager):
             with torch.no_grad():
                 each.weight.copy_(weight)
-            each.renew_mask()
+            each.update_mask()
             each.zero_grad()
         x1, x2 = (normal(2, 8, 8, seed=seed).float().requires_grad_() for _ in range(2))
         for each, X in ((layer, x1), (eager, x2)):
@@ -229,7 +229,7 @@ def test_compiles_without_a_break_and_sees_new_masks() -> None:
 
 @TRACED
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_mvue_is_drawn_anew_in_each_backward_pass(backend: str) -> None:
+def test_compiled_mvue_is_drawn_again_in_each_backward_pass(backend: str) -> None:
     torch._dynamo.reset()
     layer = make(8, 8, mvue=True)
     layer.compile(fullgraph=True, backend=backend, dynamic=False)

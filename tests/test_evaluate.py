@@ -15,20 +15,21 @@ import numpy as np
 import pytest
 import torch
 from trained import SENTENCES, copied, defaults, prepared, scratch, slope, small, texts, trained
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, MistralConfig
 
-from slope_cli.checkpoint.load import Pretrained, load
+from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config import load as configs
 from slope_cli.data.dataset import TokenFile, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.evaluate import lm_tasks
+from slope_cli.evaluate.evaluate import evaluate, report_lines
 from slope_cli.evaluate.lm_tasks import LAYOUTS
-from slope_cli.evaluate.perplexity import evaluate, lines
-from slope_cli.models import shapes
+from slope_cli.evaluate.perplexity import measure
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
+from slope_cli.utils.environment import environment
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +107,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
-def requests(loaded: lm_tasks.Loaded) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
+def requests(loaded: lm_tasks.LoadedTask) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
     """Every request of every leaf: row, choice, (context, continuation)."""
     found = {}
     with lm_tasks.quiet():
@@ -129,17 +130,17 @@ def test_the_loss_is_that_of_the_last_validation(model: str) -> None:
     assert found["perplexity"] == pytest.approx(last["perplexity"], rel=1e-6)
     assert found["sources"]["text"]["loss"] == pytest.approx(last["by_source"]["text"], rel=1e-6)
     assert (found["blocks"], found["seq_len"], result["step"]) == (4, 32, 6)
-    assert result["objective"] == shapes.SHAPES[model].objective
+    assert result["objective"] == ("masked" if model == "bert-base" else "causal")
     assert ("bits_per_byte" in found) == (model != "bert-base")
 
 
-def block_losses(subject: Pretrained, file: TokenFile, length: int) -> np.ndarray:
-    """Nats of every predicted token, (blocks, length), by another road than the program's."""
+def block_losses(loaded: Loaded, file: TokenFile, length: int) -> np.ndarray:
+    """Nats of every predicted token, (blocks, length), computed in another way than the program does."""
     found = []
     for start in range(0, (file.header.tokens - 1) // length * length, length):
         ids = torch.tensor(file.tokens[start : start + length + 1].astype(np.int64))
         with torch.no_grad():
-            logs = subject.model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)
+            logs = loaded.model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)
         found.append(-logs[torch.arange(length), ids[1:]].numpy())
     return np.stack(found)
 
@@ -160,11 +161,11 @@ def two_sources() -> Path:
 
 def test_loss_error_and_bytes_are_those_worked_by_hand() -> None:
     run, dataset = trained(), open_dataset(two_sources())
-    subject = load(run)
+    loaded = load_model(run)
     found = evaluate(run, data_folder=two_sources())["perplexity"]
     nats, count, variance, size = 0.0, 0, 0.0, 0.0
     for source, file in dataset.val.items():
-        losses = block_losses(subject, file, 32)
+        losses = block_losses(loaded, file, 32)
         own, blocks = found["sources"][source], len(losses)
         assert (own["blocks"], own["tokens"]) == (blocks, losses.size)
         assert own["loss"] == pytest.approx(losses.mean(), rel=1e-6)
@@ -183,6 +184,29 @@ def test_loss_error_and_bytes_are_those_worked_by_hand() -> None:
     assert found["data"] == dataset.fingerprint
 
 
+@pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
+def test_a_model_attends_as_its_own_config_says(family: str, tmp_path: Path) -> None:
+    """Within its sliding window, here a quarter of a block; and one of a family that slope cannot build."""
+    sizes: dict[str, Any] = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256}
+    kind, more = {
+        "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": 8}),
+        "gpt_neox": (GPTNeoXConfig, {}),
+    }[family]
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **more))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3, generator=generator)
+    model.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    found = evaluate(tmp_path, data_folder=two_sources(), seq_len=32)["perplexity"]["sources"]
+    for source, file in open_dataset(two_sources()).val.items():
+        losses = block_losses(load_model(tmp_path), file, 32)
+        assert found[source]["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
 def test_the_batch_does_not_matter_and_one_block_has_no_error() -> None:
     one, three = (evaluate(trained(), batch=batch)["perplexity"] for batch in (1, 3))
     assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
@@ -191,13 +215,15 @@ def test_the_batch_does_not_matter_and_one_block_has_no_error() -> None:
     assert (single["stderr"], single["blocks"], single["tokens"]) == (None, 1, 64)
 
 
-def test_the_loss_by_position_is_that_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_by_position_is_that_worked_by_hand() -> None:
     run, dataset = trained(), open_dataset(two_sources())
-    subject = load(run)
-    by_source = {source: block_losses(subject, file, 48) for source, file in dataset.val.items()}
-    monkeypatch.setattr("slope_cli.evaluate.perplexity.NARROWEST", 8)
-    result = evaluate(run, data_folder=two_sources(), seq_len=48)
-    found = result["perplexity"]
+    loaded = load_model(run)
+    by_source = {source: block_losses(loaded, file, 48) for source, file in dataset.val.items()}
+    found = measure(loaded, dataset, seq_len=48, first_bucket=8)
+    usual = evaluate(run, data_folder=two_sources(), seq_len=48)
+    result = usual | {"perplexity": found}
+    assert [(bucket["first"], bucket["last"]) for bucket in usual["perplexity"]["positions"]] == [(0, 47)]
+    assert usual["perplexity"] == found | {key: usual["perplexity"][key] for key in ("positions", "sources")}
     for losses, row in [(by_source[name], found["sources"][name]) for name in by_source] + [
         (np.concatenate(list(by_source.values())), found)
     ]:
@@ -209,9 +235,26 @@ def test_the_loss_by_position_is_that_worked_by_hand(monkeypatch: pytest.MonkeyP
             assert bucket["loss"] == pytest.approx(own.mean(), rel=1e-6)
             assert bucket["perplexity"] == pytest.approx(math.exp(own.mean()), rel=1e-5)
         assert sum(bucket["tokens"] for bucket in row["positions"]) == row["tokens"]
-    text = lines(result, positions=True)
-    assert len(text) == len(lines(result)) + 4
+    text = report_lines(result, positions=True)
+    assert len(text) == len(report_lines(result)) + 4
     assert text[-1].startswith("  32-47            loss ")
+
+
+def test_a_source_shorter_than_a_block_counts_with_its_positions(tmp_path: Path) -> None:
+    for name, texts_of in (("long", [SENTENCES[n % 3] for n in range(60)]), ("short", ["abc", "defgh", "ij", "kl"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_of))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("long", "short")]
+    dataset = prepare(files, tmp_path / "data", tokenizer="bytes", val_fraction=0.3, workers=1, progress=False)
+    length = dataset.val["short"].header.tokens - 1
+    assert 1 <= length < 8
+    found = measure(load_model(trained()), dataset, seq_len=32, first_bucket=8)
+    long, short = (found["sources"][name] for name in ("long", "short"))
+    assert (short["blocks"], short["tokens"]) == (1, length)
+    assert [(row["first"], row["last"]) for row in short["positions"]] == [(0, length - 1)]
+    tokens = [row["tokens"] for row in long["positions"]]
+    assert [row["tokens"] for row in found["positions"]] == [tokens[0] + length, *tokens[1:]]
+    nats = long["positions"][0]["loss"] * tokens[0] + short["loss"] * length
+    assert found["positions"][0]["loss"] == pytest.approx(nats / (tokens[0] + length), rel=1e-9)
 
 
 def test_the_loss_by_position_of_a_masked_model_counts_masked_tokens() -> None:
@@ -241,9 +284,9 @@ def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> Non
 def test_an_export_is_worth_what_its_run_is(family: str, tmp_path: Path) -> None:
     run, out = trained(family), tmp_path / "out"
     assert slope("export", run, out).code == 0
-    adapters = [layer.adapter for _, layer in sparse_layers(load(run).model)]
+    adapters = [layer.adapter for _, layer in sparse_layers(load_model(run).model)]
     assert adapters
-    assert all(adapter is not None and adapter.B.abs().max() > 0 for adapter in adapters)
+    assert all(adapter is not None and adapter.lora_B.abs().max() > 0 for adapter in adapters)
     causal = family != "bert-base"
     words: dict[str, Any] = {"task_names": ["piqa", "winogrande"], "task_data": task_data()} if causal else {}
     folder = prepared("bytes" if causal else "wordpiece")
@@ -299,10 +342,10 @@ def test_the_scores_are_those_of_lm_evals_own_program() -> None:
     run = trained("gpt2-nano", WIDE)
     ours = evaluate(run, perplexity=False, task_names=names, task_data=task_data())["tasks"]
     from_hub = evaluate(run, perplexity=False, task_names=names)["tasks"]
-    subject = load(run)
-    places = [Path(lm_eval.__file__).parent / "tasks" / LAYOUTS[name].where for name in names]
+    loaded = load_model(run)
+    places = [Path(lm_eval.__file__).parent / "tasks" / LAYOUTS[name].folder for name in names]
     with lm_tasks.quiet():
-        lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer)
+        lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
         manager = TaskManager(include_defaults=False, include_path=sorted(set(places)))
         theirs = lm_eval.evaluate(lm, manager.load(names))["results"]
     for name in names:
@@ -354,11 +397,11 @@ def test_a_model_that_knows_the_answers_is_not_near_chance(tmp_path: Path) -> No
     result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
     found = result["tasks"]["piqa"]
     assert (found["acc"], found["above_chance"]) == (1.0, True)
-    assert not any("chance (" in line for line in lines(result))
+    assert not any("chance (" in line for line in report_lines(result))
     write(tmp_path, "piqa", [dict(found, label=number % 2) for number, found in enumerate(rows)])
     result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
     assert (result["tasks"]["piqa"]["acc"], result["tasks"]["piqa"]["above_chance"]) == (0.5, False)
-    assert lines(result)[-1] == "near chance (not two standard errors above a guess), as small models are: piqa"
+    assert report_lines(result)[-1] == "near chance (less than two standard errors above it), as small models are: piqa"
 
 
 @NEEDS_LM_EVAL
@@ -370,10 +413,10 @@ def test_prompts_beyond_the_positions_are_counted_and_choices_beyond_them_refuse
     result = evaluate(trained(), **words)
     long = sum(len(f"Question: {r['goal']}\nAnswer: {max(r['sol1'], r['sol2'], key=len)}") > 65 for r in rows)
     assert 2 <= long == result["tasks"]["piqa"]["truncated"]
-    assert any(line.startswith(f"piqa: {long} of 4 rows are longer") for line in lines(result))
+    assert any(line.startswith(f"piqa: {long} of 4 rows are longer") for line in report_lines(result))
     rows[2]["sol2"] = "x" * 70
     write(tmp_path, "piqa", rows)
-    with pytest.raises(UsageError, match=r"^piqa: a choice has 71 tokens, and the model only 64 positions$"):
+    with pytest.raises(UsageError, match=r"^piqa: a choice has 71 tokens, but the model only 64 positions$"):
         evaluate(trained(), **words)
 
 
@@ -410,8 +453,9 @@ def test_only_the_file_has_the_result_and_it_names_no_path(
     assert json.loads(written) == result
     assert str(scratch()) not in written
     assert result["run"] == run.name
-    assert {"slope", "torch", "transformers", "lm_eval", "device"} <= set(result["versions"])
-    text = lines(result)
+    assert result["versions"] == environment() | {"device": "cpu"}
+    assert {"slope", "source", "torch", "transformers", "lm_eval"} <= set(result["versions"])
+    text = report_lines(result)
     assert text[0] == f"{run.name}, step 6"
     assert f"perplexity {result['perplexity']['perplexity']:.2f}" in text[2]
     assert f"acc {result['tasks']['piqa']['acc']:.4f} ± " in text[4]
@@ -420,14 +464,12 @@ def test_only_the_file_has_the_result_and_it_names_no_path(
 
 @NEEDS_LM_EVAL
 def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
-    subject = load(trained())
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    from slope_cli.evaluate.perplexity import _harness
-
+    loaded = load_model(trained())
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     (task,) = lm_tasks.load(["piqa"], task_data())
-    lm_tasks.score(_harness(subject, 4), task)
-    after = subject.model.state_dict()
-    assert list(sparse_layers(subject.model))
+    lm_tasks.score(lm_tasks.harness(loaded.model, loaded.tokenizer, 4), task)
+    after = loaded.model.state_dict()
+    assert list(sparse_layers(loaded.model))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -441,17 +483,21 @@ def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
     [
         ("piqa", {"sol2": None}, "has no field sol2"),
         ("piqa", {"goal": 3}, "goal is not a text"),
-        ("piqa", {"label": 2}, "label '2' is none of 0, 1"),
-        ("hellaswag", {"endings": ["a"]}, "needs two choices or more"),
+        ("piqa", {"label": 2}, "label '2' is not one of 0, 1"),
+        ("hellaswag", {"endings": ["a"]}, "needs at least two choices"),
         ("hellaswag", {"endings": "abc"}, "endings is not a list of texts"),
-        ("hellaswag", {"label": ""}, "label '' is none of 0, 1, 2, 3"),
+        ("hellaswag", {"label": ""}, "label '' is not one of 0, 1, 2, 3"),
         ("arc_easy", {"choices": {"text": ["a", "b"]}}, "has no field choices.label"),
-        ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "choices.text and choices.label are not as"),
-        ("openbookqa", {"answerKey": "E"}, "answerKey 'E' is none of 1, 2, 3"),
+        (
+            "arc_easy",
+            {"choices": {"text": ["a", "b"], "label": ["A"]}},
+            "choices.text and choices.label have different lengths",
+        ),
+        ("openbookqa", {"answerKey": "E"}, "answerKey 'E' is not one of 1, 2, 3"),
         ("winogrande", {"sentence": "no gap"}, r"the sentence needs a gap \(_\) and words after it"),
-        ("winogrande", {"answer": ""}, "answer '' is none of 1, 2"),
+        ("winogrande", {"answer": ""}, "answer '' is not one of 1, 2"),
         ("mmlu", {"choices": ["a", "b", "c"]}, "needs four choices"),
-        ("mmlu", {"subject": "sailing"}, "subject 'sailing' is none of lm-eval's"),
+        ("mmlu", {"subject": "sailing"}, "subject 'sailing' is unknown to lm-eval"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(task: str, change: dict[str, Any], fault: str, tmp_path: Path) -> None:
@@ -466,7 +512,7 @@ def test_a_row_that_does_not_fit_is_named(task: str, change: dict[str, Any], fau
 def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such folder"):
         lm_tasks.load(["piqa"], tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"there is no .*arc_easy/test\.jsonl or validation\.jsonl"):
+    with pytest.raises(UsageError, match=r"^--task-data: no .*arc_easy/test\.jsonl or validation\.jsonl"):
         lm_tasks.load(["arc_easy"], tmp_path)
     path = write(tmp_path, "piqa", rows_of("piqa", 2))
     path.write_text(path.read_text() + "{'not': 'JSON'}\n")
@@ -476,7 +522,7 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"line 1: has no field goal$"):
         lm_tasks.load(["piqa"], tmp_path)
     path.write_text("\n")
-    with pytest.raises(UsageError, match=r"validation\.jsonl: holds no rows$"):
+    with pytest.raises(UsageError, match=r"validation\.jsonl: contains no rows$"):
         lm_tasks.load(["piqa"], tmp_path)
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(UsageError, match=r"validation\.jsonl: cannot be read"):
@@ -499,7 +545,7 @@ def test_without_a_network_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nmore of it")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(SlopeError, match=r"^piqa: no rows .*Couldn't reach .*Hub\); this needs a network") as caught:
+    with pytest.raises(SlopeError, match=r"^piqa: could not .*Couldn't reach .*Hub\); connect to a network") as caught:
         evaluate(trained(), task_names=["piqa"])
     assert "\n" not in str(caught.value)
 
@@ -542,7 +588,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=272, n_positions=64, n_embd=8, n_layer=1, n_head=1))
     model.transformer.save_pretrained(tmp_path)  # GPT-2's head is its embedding, so that nothing is missing
     load_tokenizer("bytes").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"is no run with data of its own; give --data, or --no-perplexity$"):
+    with pytest.raises(UsageError, match=r"is not a run with its own data; give --data, or --no-perplexity$"):
         evaluate(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(SlopeError, match=r"cannot be loaded as a model"):

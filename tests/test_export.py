@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from trained import OVERRIDES, SENTENCES, copied, scratch, slope, trained
 from transformers import AutoTokenizer, PreTrainedModel
 
-from slope_cli.checkpoint import run_model
-from slope_cli.checkpoint.hf_folder import ADAPTER
+from slope_cli.checkpoint import peft as peft_folder
+from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.inference.export import TOLERANCE, export
 from slope_cli.models import shapes
@@ -65,7 +65,7 @@ def stored_weight(layer: nn.Module) -> Tensor:
 def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str) -> None:
     peft = pytest.importorskip("peft")
     out = exported(family)
-    _, run, _, _ = run_model.load(trained(family))
+    _, run, *_ = load_model(trained(family))
     loaded = auto(family).from_pretrained(out)
     layers = dict(sparse_layers(run))
     assert len(layers) >= 7
@@ -75,17 +75,17 @@ def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str
         assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
         assert torch.equal(weight != 0, layer.row_mask() & (weight != 0))
         assert layer.adapter is not None
-        assert layer.adapter.B.abs().max() > 0
+        assert layer.adapter.lora_B.abs().max() > 0
     assert not close(loaded, run)
-    with_adapters = peft.PeftModel.from_pretrained(loaded, out / ADAPTER)
+    with_adapters = peft.PeftModel.from_pretrained(loaded, out / peft_folder.FOLDER)
     assert close(with_adapters, run)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
     out = exported(family, "--merge")
-    _, run, _, _ = run_model.load(trained(family))
-    assert not (out / ADAPTER).exists()
+    _, run, *_ = load_model(trained(family))
+    assert not (out / peft_folder.FOLDER).exists()
     assert close(auto(family).from_pretrained(out), run)
     assert "merged" in (out / "README.md").read_text()
 
@@ -96,19 +96,19 @@ def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
         ("adapters.rank=0",),
         ("method=dense",),
         ("adapters.rank=0.2", "adapters.alpha=3"),
-        ("sparsity.n=1", "sparsity.m=2", "train.dtype=bf16"),
+        ("sparsity.n=1", "sparsity.m=2", "train.precision=bf16"),
     ],
 )
 def test_other_runs(more: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft")
     out = exported("gpt2-nano", *more)
-    _, run, _, _ = run_model.load(trained("gpt2-nano", *more))
+    _, run, *_ = load_model(trained("gpt2-nano", *more))
     loaded = auto("gpt2-nano").from_pretrained(out)
-    if (out / ADAPTER).exists():
-        config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
+    if (out / peft_folder.FOLDER).exists():
+        config = json.loads((out / peft_folder.FOLDER / "adapter_config.json").read_text())
         ranks = {config["r"], *config["rank_pattern"].values()}
         assert ranks == {layer.adapter.rank for _, layer in sparse_layers(run) if layer.adapter is not None}
-        loaded = peft.PeftModel.from_pretrained(loaded, out / ADAPTER)
+        loaded = peft.PeftModel.from_pretrained(loaded, out / peft_folder.FOLDER)
     else:
         assert "adapters.rank=0" in more or "method=dense" in more
     assert close(loaded, run)
@@ -119,18 +119,18 @@ def test_each_layer_may_have_a_rank_of_its_own() -> None:
     peft = pytest.importorskip("peft")
     more = ("model.overrides.num_key_value_heads=1", "adapters.rank=0.25", "adapters.alpha=2")
     out = exported("llama3-8b", *more)
-    config = json.loads((out / ADAPTER / "adapter_config.json").read_text())
+    config = json.loads((out / peft_folder.FOLDER / "adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) == {4}
     assert config["r"] == 8
-    _, run, _, _ = run_model.load(trained("llama3-8b", *more))
-    assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / ADAPTER), run)
+    _, run, *_ = load_model(trained("llama3-8b", *more))
+    assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / peft_folder.FOLDER), run)
 
 
 def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    _, run, _, _ = run_model.load(trained())
-    assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / ADAPTER), run)
+    _, run, *_ = load_model(trained())
+    assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / peft_folder.FOLDER), run)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,7 +209,7 @@ def test_what_was_altered_between_save_and_reload_is_refused(
         reload = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
         def alter_then_reload(cls: type[PreTrainedModel], folder: Path, **more: Any) -> PreTrainedModel:
-            alter(folder / ADAPTER / "adapter_model.safetensors")
+            alter(folder / peft_folder.FOLDER / "adapter_model.safetensors")
             loaded: PreTrainedModel = reload(cls, folder, **more)
             return loaded
 

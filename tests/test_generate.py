@@ -1,12 +1,14 @@
 """Text from a run: repeatable, greedy without temperature, within the positions, with adapters if it has them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trained import copied, slope, trained
 
-from slope_cli.checkpoint import run_model
+from slope_cli.checkpoint.load import load_model
 from slope_cli.errors import UsageError
 from slope_cli.inference.generate import continue_text
 from sparse_kernels import sparse_layers
@@ -31,7 +33,7 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("model", ["gpt2-nano", "opt-125m", "llama3-8b"])
 def test_without_temperature_the_likeliest_token_each_time(model: str) -> None:
-    _, net, tokenizer, _ = run_model.load(trained(model))
+    _, net, tokenizer, *_ = load_model(trained(model))
     ids = tokenizer("The wind ", return_tensors="pt").input_ids
     for _ in range(8):
         with torch.no_grad():
@@ -52,7 +54,7 @@ def test_one_likely_token_is_greedy_too() -> None:
 
 def tokens_added(prompt: str, tokens: int) -> int:
     """How many tokens the model adds when nothing but their number ends it."""
-    _, net, tokenizer, _ = run_model.load(trained())
+    _, net, tokenizer, *_ = load_model(trained())
     lengths: list[int] = []
     generate = net.generate
     tokenizer.eos_token = None
@@ -75,7 +77,7 @@ def test_it_stops_where_the_positions_end() -> None:
 
 def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
     """OPT's shape says that id 2 ends a text, in bytes an unprintable character; the run's tokenizer says 256."""
-    _, net, tokenizer, _ = run_model.load(trained("opt-125m"))
+    _, net, tokenizer, *_ = load_model(trained("opt-125m"))
     assert net.generation_config.eos_token_id == net.config.eos_token_id == tokenizer.eos_token_id == 256
     for end, expected in [(256, "The "), (2, "The " + "\x02" * 5)]:
         with torch.no_grad():
@@ -87,7 +89,7 @@ def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
 
 
 def test_adapters_take_part() -> None:
-    _, net, tokenizer, _ = run_model.load(trained())
+    _, net, tokenizer, *_ = load_model(trained())
     with_adapters = continue_text(net, tokenizer, "The ", tokens=30, temperature=0)
     assert generated("The ", "--temperature", "0", "--tokens", "30") == with_adapters + "\n"
     ids = tokenizer("The ", return_tensors="pt").input_ids
@@ -98,21 +100,56 @@ def test_adapters_take_part() -> None:
     assert not torch.allclose(before, net(input_ids=ids).logits, atol=1e-3)
 
 
+class _Counted(TorchDispatchMode):
+    """Counts the operations that make dense weights of kept values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "scatter" in str(operation) or "index_put" in str(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_dense_weights_are_made_once_for_a_text_not_for_each_token() -> None:
+    _, net, tokenizer, *_ = load_model(trained())
+    counts = []
+    for tokens in (4, 40):
+        with _Counted() as counted:
+            continue_text(net, tokenizer, "The ", tokens=tokens, temperature=0)
+        counts.append(counted.count)
+    assert counts[0] == counts[1] > 0
+    assert all(layer.dense_weight is None for _, layer in sparse_layers(net))
+
+
+def test_text_is_sampled_in_the_precision_that_is_asked_for() -> None:
+    _, net, tokenizer, *_ = load_model(trained())
+    dtypes: dict[str, torch.dtype] = {}
+    _, layer = next(iter(sparse_layers(net)))
+    layer.register_forward_hook(lambda _, inputs, output: dtypes.update({"layer": output.dtype}))
+    for dtype in (torch.float32, torch.bfloat16):
+        continue_text(net, tokenizer, "The ", tokens=2, dtype=dtype)
+        assert dtypes["layer"] == dtype
+
+
 def test_a_run_that_stopped_before_its_adapters(tmp_path: Path) -> None:
     """Of the checkpoints at 2, 4 and 6, the last two are kept; without the last, none has adapters (they join at 4)."""
     whole = trained("gpt2-nano", "log.save_every=2", "adapters.start=0.67")
     run = copied(whole, tmp_path)
     newest = sorted(run.glob("checkpoints/step-*"))[-1]
     newest.rename(tmp_path / "aside")
-    _, net, _, manifest = run_model.load(run)
-    assert (manifest["step"], manifest["adapters"]) == (4, False)
+    _, net, _, _, manifest, phase = load_model(run)
+    assert manifest is not None
+    assert phase is not None
+    assert (manifest["step"], phase.adapters) == (4, False)
     assert all(layer.adapter is None for _, layer in sparse_layers(net))
     assert generated("The ", run=run).startswith("The ")
     assert generated("The ", run=whole).startswith("The ")
 
 
 def test_the_model_stays_in_its_mode() -> None:
-    _, net, tokenizer, _ = run_model.load(trained())
+    _, net, tokenizer, *_ = load_model(trained())
     for training in (True, False):
         net.train(training)
         continue_text(net, tokenizer, "The ", tokens=2)
@@ -122,7 +159,7 @@ def test_the_model_stays_in_its_mode() -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "prompt: is empty; give some text to go on with"),
+        ("", "prompt: is empty; give some text to continue"),
         ("x" * POSITIONS, "prompt: has 64 tokens and the model only 64 positions; shorten it"),
         ("x" * 1000, "prompt: has 1000 tokens and the model only 64 positions; shorten it"),
     ],
@@ -134,6 +171,6 @@ def test_a_prompt_that_cannot_be_continued(prompt: str, message: str) -> None:
 def test_a_masked_model_does_not_continue_text() -> None:
     message = "error: BertForPreTraining: predicts masked tokens and cannot continue text; use a causal model\n"
     assert slope("generate", trained("bert-base"), "the") == (2, "", message)
-    _, net, tokenizer, _ = run_model.load(trained("bert-base"))
+    _, net, tokenizer, *_ = load_model(trained("bert-base"))
     with pytest.raises(UsageError, match="masked"):
         continue_text(net, tokenizer, "the", tokens=1)

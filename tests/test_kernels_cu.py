@@ -14,13 +14,13 @@ ENTRIES = {
     *(f"gather_kept_{x}" for x in ("bf16_float", "bf16_bf16", "fp16_float", "fp16_fp16", "float_float")),
     *(
         f"{name}_{x}{all}"
-        for name in ("refresh", "renew")
+        for name in ("refresh", "update")
         for all in ("", "_all")
         for x in ("float_bf16", "float_fp16", "bf16_bf16", "fp16_fp16")
     ),
     "metadata",
     "metadata_all",
-    *(f"mark_{x}" for x in ("bf16", "fp16")),
+    *(f"slot_markers_{x}" for x in ("bf16", "fp16")),
 }
 
 

@@ -2,12 +2,17 @@
 
 import os
 import signal
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from slope_cli import cli
 from slope_cli.distributed.launch import pick_device, require_one_process
-from slope_cli.distributed.signals import StopFlag
+from slope_cli.distributed.signals import STOP_SIGNALS, StopFlag, Stopped
 from slope_cli.errors import UsageError
 
 
@@ -15,9 +20,12 @@ from slope_cli.errors import UsageError
 def test_a_first_signal_only_sets_the_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopFlag() as stop:
+        stop.check("work")
         assert stop.name == ""
         os.kill(os.getpid(), number)
         assert stop.name == number.name
+        with pytest.raises(Stopped, match=f"^work: stopped by {number.name}; run the same command again to resume$"):
+            stop.check("work")
     assert signal.getsignal(number) == before
 
 
@@ -30,6 +38,47 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name
+
+
+def test_outside_of_the_main_thread_a_flag_opens_and_is_never_set() -> None:
+    opened = []
+
+    def work() -> None:
+        with StopFlag() as stop:
+            opened.append(stop.name)
+
+    before = list(map(signal.getsignal, STOP_SIGNALS))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert opened == [""]
+    assert list(map(signal.getsignal, STOP_SIGNALS)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_pretrain_prepares_its_text_stops_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    data = tmp_path / "run/data"
+
+    def send_when_at_work() -> None:
+        while not (data / ".parts/plan.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sys, "argv", ["slope", "pretrain", "gpt2-nano", "train.steps=1", "--out", str(data.parent)])
+    before = list(map(signal.getsignal, STOP_SIGNALS))
+    sender = threading.Thread(target=send_when_at_work, daemon=True)
+    sender.start()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sender.join(timeout=10)
+    assert ended.value.code == 75
+    assert list(map(signal.getsignal, STOP_SIGNALS)) == before
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"{data}: stopped by {number.name}; run the same command again to resume\n"
+    assert not (data / "dataset.json").exists()
 
 
 @pytest.mark.parametrize(

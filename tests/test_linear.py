@@ -22,7 +22,7 @@ def make(out: int, inp: int, n: int, m: int, *, bias: bool = True, rank: int = 0
     layer = SparseLinear(weight, bias_O, masks.row_mask(weight, n, m), n, m)
     if rank:
         layer.adapter = LowRankAdapter(inp, out, rank, alpha=3.0, generator=generator, dtype=torch.float64)
-        torch.nn.init.normal_(layer.adapter.B, generator=generator)
+        torch.nn.init.normal_(layer.adapter.lora_B, generator=generator)
     return layer
 
 
@@ -68,12 +68,12 @@ def test_products_equal_the_equations(
         assert layer.bias.grad is not None
         torch.testing.assert_close(layer.bias.grad, dy.sum(0))
     if layer.adapter is not None:
-        A, B = layer.adapter.A.detach(), layer.adapter.B.detach()
+        A, B = layer.adapter.lora_A.detach(), layer.adapter.lora_B.detach()
         scale = 3.0 / layer.adapter.rank
         expected_Y = expected_Y + scale * (x @ A.T @ B.T)
         expected_dX = expected_dX + scale * (dy @ B @ A)
-        torch.testing.assert_close(layer.adapter.A.grad, scale * (dy @ B).T @ x)
-        torch.testing.assert_close(layer.adapter.B.grad, scale * dy.T @ (x @ A.T))
+        torch.testing.assert_close(layer.adapter.lora_A.grad, scale * (dy @ B).T @ x)
+        torch.testing.assert_close(layer.adapter.lora_B.grad, scale * dy.T @ (x @ A.T))
     torch.testing.assert_close(Y.detach().reshape(-1, out), expected_Y)
     assert X.grad is not None
     torch.testing.assert_close(X.grad.reshape(-1, inp), expected_dX)
@@ -92,18 +92,18 @@ def test_gradcheck(n: int, m: int, rank: int) -> None:
 
     assert torch.autograd.gradcheck(run, tuple(p.detach().requires_grad_() for p in parameters.values()))
     # With nothing pruned a second time the input gradient is the derivative of the forward product as well.
-    layer.positions_t.copy_(masks.pack_bits(layer.row_mask().t()))
+    layer.backward_mask_bits.copy_(masks.pack_bits(layer.row_mask().t()))
     assert torch.autograd.gradcheck(layer, X.clone().requires_grad_())
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_fifty_steps_with_renewals_equal_masked_dense_training(n: int, m: int) -> None:
+def test_fifty_steps_with_mask_updates_equal_masked_dense_training(n: int, m: int) -> None:
     """Same data, same AdamW: a dense weight with masks as matrices must take the same path."""
     layer = make(4 * m, 2 * m, n, m, seed=5)
     R = layer.row_mask().double()
     W = layer.weight.detach().clone()
     b = layer.bias.detach().clone()  # type: ignore[union-attr]
-    C = layer.column_mask().double()
+    C = layer.backward_mask().double()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
     W.requires_grad_()
     b.requires_grad_()
@@ -122,7 +122,7 @@ def test_fifty_steps_with_renewals_equal_masked_dense_training(n: int, m: int) -
             o.step()
             o.zero_grad()
         if step % 10 == 9:
-            layer.renew_column_mask()
+            layer.update_backward_mask()
             C = masks.double_prune(W.detach() * R, R.bool(), n, m).double()
         layer.validate()
         assert torch.equal(layer.row_mask(), R.bool())
@@ -135,7 +135,7 @@ def test_fifty_steps_with_renewals_equal_masked_dense_training(n: int, m: int) -
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_frozen_values_pass_the_gradient_through_the_row_masked_weight(n: int, m: int, rescale: bool) -> None:
     layer = make(6 * m, 5 * m, n, m, rank=2)
-    layer.column_rescale = rescale
+    layer.backward_rescale = rescale
     layer.values.requires_grad_(False)
     assert layer.adapter is not None
     X = torch.randn(5, 5 * m, dtype=torch.float64, requires_grad=True)
@@ -144,10 +144,10 @@ def test_frozen_values_pass_the_gradient_through_the_row_masked_weight(n: int, m
     assert not torch.equal(layer.weight, layer.weight_backward)
     torch.testing.assert_close(X.grad, dY @ (layer.weight + layer.adapter.delta()))
     assert layer.values.grad is None
-    assert layer.adapter.A.grad is not None
+    assert layer.adapter.lora_A.grad is not None
 
 
-def test_layout_follows_every_way_of_changing_positions() -> None:
+def test_the_layout_follows_the_row_mask_however_it_is_changed() -> None:
     a, b = make(8, 8, 2, 4, seed=1), make(8, 8, 2, 4, seed=2)
     X = torch.randn(3, 8, dtype=torch.float64)
     a(X), b(X)  # both have derived their layouts by now
@@ -183,25 +183,25 @@ def test_autocast_and_low_precision() -> None:
 def test_state_is_a_little_over_half_of_the_dense_weight() -> None:
     layer = make(256, 512, 2, 4, bias=False).float()
     size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
-    assert size == 256 * 512 * 4 // 2 + 256 * 512 // 4  # values, and a quarter of a byte of positions a weight
+    assert size == 256 * 512 * 4 // 2 + 256 * 512 // 4  # values, and a quarter of a byte of masks a weight
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_column_rescale_gives_the_input_gradient_the_scale_of_the_row_masked_weight(n: int, m: int) -> None:
+def test_backward_rescale_gives_the_input_gradient_the_scale_of_the_row_masked_weight(n: int, m: int) -> None:
     layer = make(4 * m, 2 * m, n, m, rank=2)
     plain = copy.deepcopy(layer)
-    assert not layer.column_rescale
-    assert "column_scale" not in layer.state_dict()
-    layer.column_rescale = True
-    assert layer.state_dict()["column_scale"].shape == ()
-    assert "column_scale" not in dict(layer.named_parameters())
+    assert not layer.backward_rescale
+    assert "backward_scale" not in layer.state_dict()
+    layer.backward_rescale = True
+    assert layer.state_dict()["backward_scale"].shape == ()
+    assert "backward_scale" not in dict(layer.named_parameters())
     dY = torch.randn(3, 4 * m, dtype=torch.float64)
-    for renewed in (False, True):
-        if renewed:
+    for updated in (False, True):
+        if updated:
             for each in (layer, plain):
                 with torch.no_grad():
                     each.values.copy_(torch.randn(each.values.shape, generator=torch.Generator().manual_seed(1)))
-                each.renew_column_mask()
+                each.update_backward_mask()
         factor = layer.weight.norm() / layer.weight_backward.norm()
         assert factor > 1
         x1, x2 = (torch.ones(3, 2 * m, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -209,7 +209,7 @@ def test_column_rescale_gives_the_input_gradient_the_scale_of_the_row_masked_wei
         assert torch.equal(Y, plain(x2))
         Y.backward(dY)
         plain(x2).backward(dY)
-        by_adapter = layer.adapter.scale * dY @ layer.adapter.B @ layer.adapter.A  # type: ignore[union-attr]
+        by_adapter = layer.adapter.scaling * dY @ layer.adapter.lora_B @ layer.adapter.lora_A  # type: ignore[union-attr]
         torch.testing.assert_close(
             x1.grad, (dY @ layer.weight_backward * factor + by_adapter).detach(), rtol=1e-5, atol=1e-6
         )
@@ -217,18 +217,18 @@ def test_column_rescale_gives_the_input_gradient_the_scale_of_the_row_masked_wei
         torch.testing.assert_close(layer.values.grad, plain.values.grad)
         layer.zero_grad()
         plain.zero_grad()
-    layer.column_rescale = False
+    layer.backward_rescale = False
     assert layer.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does
-def test_column_rescale_keeps_the_dtype_and_compiles() -> None:
+def test_backward_rescale_keeps_the_dtype_and_compiles() -> None:
     layer = make(16, 16, 2, 4).float()
-    layer.column_rescale = True
-    assert layer.column_scale is not None
-    before = layer.column_scale
-    layer.renew_column_mask("random", 3)
-    assert layer.column_scale is before  # in place: a captured graph reads it
+    layer.backward_rescale = True
+    assert layer.backward_scale is not None
+    before = layer.backward_scale
+    layer.update_backward_mask("random", 3)
+    assert layer.backward_scale is before  # in place: a captured graph reads it
     eager = copy.deepcopy(layer)
     layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
     x1, x2 = (torch.ones(4, 16, requires_grad=True) for _ in range(2))
@@ -244,24 +244,24 @@ def test_an_empty_layer_is_not_rescaled() -> None:
     layer = make(8, 8, 2, 4)
     with torch.no_grad():
         layer.values.zero_()
-    layer.column_rescale = True
-    assert layer.column_scale is not None
-    assert layer.column_scale.item() == 1
+    layer.backward_rescale = True
+    assert layer.backward_scale is not None
+    assert layer.backward_scale.item() == 1
 
 
-def test_random_columns_are_drawn_by_their_seed_and_valid() -> None:
+def test_random_backward_masks_are_drawn_by_their_seed_and_valid() -> None:
     layer, values = make(16, 16, 2, 4), None
     drawn = []
     for seed in (1, 2, 1):
         values = layer.values.detach().clone()
-        layer.renew_column_mask("random", seed)
+        layer.update_backward_mask("random", seed)
         layer.validate()
         assert torch.equal(layer.values, values)
-        drawn.append(layer.positions_t.clone())
+        drawn.append(layer.backward_mask_bits.clone())
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     with pytest.raises(ValueError, match="mask kind must be"):
-        layer.renew_column_mask("largest")
+        layer.update_backward_mask("largest")
 
 
 @given(st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
@@ -274,17 +274,17 @@ def test_kept_gathers_what_belongs_to_the_values(pattern: tuple[int, int], go: i
     assert kept.shape == layer.values.shape
     assert torch.equal(kept, moments.gather(1, layer.layout()[0]))
     assert torch.equal(layer.kept(moments.t().contiguous(), transposed=True), kept)
-    with pytest.raises(ValueError, match="is wanted, got"):
+    with pytest.raises(ValueError, match="expected a tensor of"):
         layer.kept(torch.zeros(go * m, gi * m + 1))
 
 
 def test_gaussian_adapters_are_the_papers() -> None:
     adapter = LowRankAdapter(512, 256, 8, init="gaussian", generator=torch.Generator().manual_seed(0))
-    assert adapter.scale == 1 / 8
-    assert not adapter.B.any()
-    assert adapter.A.mean().item() == pytest.approx(0, abs=0.06)
-    assert adapter.A.std().item() == pytest.approx(1, abs=0.05)
-    assert LowRankAdapter(512, 256, 8, init="gaussian", alpha=16).scale == 2
+    assert adapter.scaling == 1 / 8
+    assert not adapter.lora_B.any()
+    assert adapter.lora_A.mean().item() == pytest.approx(0, abs=0.06)
+    assert adapter.lora_A.std().item() == pytest.approx(1, abs=0.05)
+    assert LowRankAdapter(512, 256, 8, init="gaussian", alpha=16).scaling == 2
     with pytest.raises(ValueError, match="'lora' or 'gaussian'"):
         LowRankAdapter(8, 8, 2, init="normal")
 
@@ -293,18 +293,18 @@ def test_validate_names_the_broken_rule() -> None:
     layer = make(8, 8, 2, 4)
     layer.validate()
     broken = copy.deepcopy(layer)
-    broken.positions[0, 0] ^= 1
+    broken.row_mask_bits[0, 0] ^= 1
     with pytest.raises(ValueError, match="not exactly 2:4"):
         broken.validate()
     broken = copy.deepcopy(layer)
-    broken.positions_t.fill_(255)
-    with pytest.raises(ValueError, match="keep an entry that the row mask prunes"):
+    broken.backward_mask_bits.fill_(255)
+    with pytest.raises(ValueError, match="keeps an entry that the row mask prunes"):
         broken.validate()
     broken = copy.deepcopy(layer)
-    column_full = torch.zeros(8, 8, dtype=torch.bool)
-    column_full[:, :2] = True
-    broken.positions.copy_(masks.pack_bits(column_full | column_full.roll(4, 1)))
-    broken.positions_t.copy_(masks.pack_bits((column_full | column_full.roll(4, 1)).t()))
+    left = torch.zeros(8, 8, dtype=torch.bool)
+    left[:, :2] = True
+    broken.row_mask_bits.copy_(masks.pack_bits(left | left.roll(4, 1)))
+    broken.backward_mask_bits.copy_(masks.pack_bits((left | left.roll(4, 1)).t()))
     with pytest.raises(ValueError, match="more than 2 of 4"):
         broken.validate()
 

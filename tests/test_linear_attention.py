@@ -13,11 +13,11 @@ from linearized import attend_as_defined
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli.linearize.attention import Maps, Pattern, attend, weights_of
+from slope_cli.config.schema import LinearizeConfig
+from slope_cli.linearize.attention import Branch, Maps, Pattern, attend, weights_of
 from slope_cli.linearize.cache import leading_padding
+from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import make_map
-from slope_cli.linearize.settings import Branch, LinearizeSettings
-from slope_cli.linearize.window import LinearWindow
 
 B, H, G, D = 2, 4, 2, 6
 SCALE = 0.4
@@ -70,7 +70,7 @@ def window_linear(**form: Any) -> LinearWindow:
     """A LinearWindow in float64 with random maps and mix factors."""
     generator = torch.Generator().manual_seed(4)
     linear = LinearWindow(
-        LinearizeSettings(**form), heads=H, kv_heads=G, head_dim=D, causal=True, generator=generator
+        LinearizeConfig(**form), heads=H, kv_heads=G, head_dim=D, causal=True, generator=generator
     ).double()
     with torch.no_grad():
         for parameter in linear.parameters():
@@ -195,7 +195,7 @@ def test_dropped_windows_leave_the_linear_branch() -> None:
     torch.testing.assert_close(y, torch.where(dropped[:, :, None, None], linear, both), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [{"window": 5}, {"window": 1}, {"window": 4, "terrace": True}], ids=str)
+@pytest.mark.parametrize("form", [{"window": 5}, {"window": 1}, {"window": 4, "kind": "terrace"}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], padded: bool, in_place: bool) -> None:
@@ -233,7 +233,7 @@ def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt() -> None
     assert len(set(sizes)) == 1
 
 
-@pytest.mark.parametrize("form", [{"window": 16}, {"window": 16, "terrace": True}], ids=str)
+@pytest.mark.parametrize("form", [{"window": 16}, {"window": 16, "kind": "terrace"}], ids=str)
 @torch.no_grad()
 def test_bfloat16_inputs_with_a_float32_state_stay_accurate(form: dict[str, Any]) -> None:
     length, linear = 4096, window_linear(**form)

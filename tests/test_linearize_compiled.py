@@ -15,7 +15,7 @@ from slope_cli.linearize.swap import linear_windows, projections, using
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.train.linearize_steps import TransferStep
 from slope_cli.train.step import Step, eager
-from sparse_kernels import extend_adapters
+from sparse_kernels import add_adapters
 
 # What torch's compiler warns of is its own business.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:The .grad")]
@@ -111,10 +111,10 @@ def test_compiled_steps_of_adapters(without_kernels: None) -> None:
     batch, found = {"input_ids": tokens(80), "labels": tokens(80).roll(-1, 1)}, []
     for compiled in (False, True):
         model = linearized("llama3-8b", window=5).train().requires_grad_(False)
-        adapters = extend_adapters(model, projections(model, "qkvo"), 2, seed=1)
-        step = Step(model, optimizer_of(model), "causal", dtype=None, clip=1.0, compiled=compiled)
+        adapters = add_adapters(model, 2, projections(model, "qkvo"), seed=1)
+        step = Step(model, optimizer_of(model), dtype=None, clip=1.0, compiled=compiled)
         found.append([step([batch]), step([batch])])
-        assert all(adapter.B.any() for adapter in adapters.values())
+        assert all(adapter.lora_B.any() for adapter in adapters.values())
     assert graphs() > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)

@@ -21,9 +21,9 @@ from linearized import (
 )
 from torch import Tensor
 
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
-from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import (
     NAME,
     added_state,
@@ -33,8 +33,7 @@ from slope_cli.linearize.swap import (
     restore_attention,
     using,
 )
-from slope_cli.models import shapes
-from slope_cli.models.loss import batch_loss
+from slope_cli.models.loss import forward, loss_fn
 from sparse_kernels import sparsify
 
 TOLERANCE = 2e-4
@@ -62,13 +61,13 @@ def close(actual: Tensor, expected: Tensor, atol: float = TOLERANCE) -> None:
 def test_a_window_over_everything_is_the_original_model(name: str) -> None:
     model, ids_BT = tiny_model(name), tokens(60)
     original, far = logits(model, ids_BT), 0.0
-    forms = [{"window": 60}] if name == "bert-base" else [{"window": 60}, {"window": 30, "terrace": True}]
+    forms = [{"window": 60}] if name == "bert-base" else [{"window": 60}, {"window": 30, "kind": "terrace"}]
     for form in forms:
-        linearize_attention(model, LinearizeSettings(**form))  # type: ignore[arg-type]
+        linearize_attention(model, LinearizeConfig(**form))  # type: ignore[arg-type]
         randomize(model)
         close(logits(model, ids_BT), original, 1e-4)
         restore_attention(model)
-    linearize_attention(model, LinearizeSettings(window=8))
+    linearize_attention(model, LinearizeConfig(window=8))
     far = float((logits(model, ids_BT) - original).abs().max())
     assert far > 0.1  # the test would see a difference
 
@@ -80,10 +79,10 @@ def test_padding_is_not_seen_and_a_window_over_everything_is_the_original(name: 
     more = {"attention_mask": mask_BT} | ({} if name == "bert-base" else {"position_ids": positions_of(mask_BT)})
     model = tiny_model(name)
     original = logits(model, ids_BT, **more)
-    linearize_attention(model, LinearizeSettings(window=40))
+    linearize_attention(model, LinearizeConfig(window=40))
     close(logits(model, ids_BT, **more)[mask_BT > 0], original[mask_BT > 0], 1e-4)
     restore_attention(model)
-    linearize_attention(model, LinearizeSettings(window=5))
+    linearize_attention(model, LinearizeConfig(window=5))
     randomize(model)
     other_BT = ids_BT.where(mask_BT > 0, 11)
     close(logits(model, other_BT, **more)[mask_BT > 0], logits(model, ids_BT, **more)[mask_BT > 0], 1e-6)
@@ -139,10 +138,10 @@ def test_generation_with_a_cache_padding_and_beams(name: str, form: dict[str, An
 def test_layers_may_stay_softmax(name: str) -> None:
     model, ids_BT = tiny_model(name), tokens(60)
     original = logits(model, ids_BT)
-    assert len(linearize_attention(model, LinearizeSettings(window=60, keep_softmax=(1,)))) == 1
+    assert len(linearize_attention(model, LinearizeConfig(window=60, keep_softmax=[1]))) == 1
     close(logits(model, ids_BT), original, 1e-4)
     restore_attention(model)
-    linearize_attention(model, LinearizeSettings(window=5, keep_softmax=(0,)))
+    linearize_attention(model, LinearizeConfig(window=5, keep_softmax=[0]))
     randomize(model)
     expected = logits(model, ids_BT, use_cache=False)
     assert (expected - original).abs().max() > 0.01
@@ -172,7 +171,7 @@ def test_the_cache_is_of_one_size_and_knows_the_length() -> None:
 
 def test_decoding_4096_tokens_in_bfloat16_stays_with_the_one_pass() -> None:
     model = tiny_model("llama3-8b", max_position_embeddings=4160, num_hidden_layers=1)
-    linearize_attention(model, LinearizeSettings(window=16))
+    linearize_attention(model, LinearizeConfig(window=16))
     randomize(model)
     model.bfloat16()
     ids_BT = tokens(4160, rows=1)
@@ -192,7 +191,7 @@ def test_a_sliding_window_of_the_model_itself_holds_in_the_layers_that_stay() ->
     config = {**SHAPES["mistral-7b"], "sliding_window": 9}
     model, ids_BT = tiny_model("mistral-7b", **config), tokens(50)
     original = logits(model, ids_BT)
-    linearize_attention(model, LinearizeSettings(window=5))
+    linearize_attention(model, LinearizeConfig(window=5))
     with using(model, mode="softmax"):
         close(logits(model, ids_BT), original, 1e-5)
         close(_in_pieces(model, ids_BT, [20, 3, *[1] * 27]), original)
@@ -202,7 +201,7 @@ def test_the_teacher_is_the_original_model_in_pieces_too() -> None:
     for name in SHAPES:
         model, ids_BT = tiny_model(name), tokens(40)
         original = logits(model, ids_BT)
-        linearize_attention(model, LinearizeSettings(window=5))
+        linearize_attention(model, LinearizeConfig(window=5))
         with using(model, mode="softmax"):
             assert torch.equal(logits(model, ids_BT), original)
             if name in CAUSAL:
@@ -227,7 +226,7 @@ def test_restoring_leaves_nothing_behind(name: str) -> None:
     model, ids_BT = tiny_model(name), tokens(20)
     original, keys = logits(model, ids_BT), list(model.state_dict())
     implementation = model.config._attn_implementation
-    swapped = linearize_attention(model, LinearizeSettings(window=4))
+    swapped = linearize_attention(model, LinearizeConfig(window=4))
     assert model.config._attn_implementation == NAME
     assert swapped == list(linear_windows(model))
     assert restore_attention(model) == swapped
@@ -253,17 +252,17 @@ def test_copies_and_other_attention_implementations_stay_linearized() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2-nano", "llama3-8b", "bert-base"])
 def test_the_pretraining_loss_is_that_of_the_linearized_model(name: str) -> None:
-    """`batch_loss` switches the attention implementation to one without masks."""
+    """`forward` switches the attention implementation to one without masks."""
     model, ids_BT = tiny_model(name), tokens(30)
-    batch, objective = {"input_ids": ids_BT, "labels": ids_BT}, shapes.objective(model.config)
-    original = batch_loss(model, batch, objective).token_loss
-    linearize_attention(model, LinearizeSettings(window=4))
+    batch = {"input_ids": ids_BT, "labels": ids_BT}
+    original = loss_fn(forward(model, batch), batch).token_loss
+    linearize_attention(model, LinearizeConfig(window=4))
     found = logits(model, ids_BT)
     expected = torch.nn.functional.cross_entropy(found.flatten(0, 1), ids_BT.flatten())
     assert abs(expected - original) > 1e-3
-    loss = batch_loss(model, batch, objective)
+    loss = loss_fn(forward(model, batch), batch)
     close(loss.token_loss, expected, 1e-5)
-    loss.total.backward()
+    torch.autograd.backward(loss.token_loss)
     assert all(p.grad is not None for linear in linear_windows(model).values() for p in linear.parameters())
 
 
@@ -283,7 +282,7 @@ def test_a_sparse_model_keeps_its_layers() -> None:
     model, ids_BT = tiny_model("gpt2-nano"), tokens(30)
     sparsify(model, n=2, m=4)
     original = logits(model, ids_BT)
-    linearize_attention(model, LinearizeSettings(window=30))
+    linearize_attention(model, LinearizeConfig(window=30))
     close(logits(model, ids_BT), original, 1e-4)
 
 
@@ -297,7 +296,7 @@ def test_what_was_added_is_saved_and_loaded() -> None:
     model, other = linearized("llama3-8b", window=5), tiny_model("llama3-8b")
     state = added_state(model)
     assert set(state) == set(model.state_dict()) - set(other.state_dict())
-    linearize_attention(other, LinearizeSettings(window=5))
+    linearize_attention(other, LinearizeConfig(window=5))
     load_added_state(other, state)
     ids_BT = tokens(20)
     assert torch.equal(logits(other, ids_BT), logits(model, ids_BT))
@@ -308,7 +307,7 @@ def test_what_was_saved_of_another_model_is_refused() -> None:
     for name, settings, said in [
         ("llama3-8b", {"features": 3}, "saved with shape"),
         ("llama3-8b", {"feature_map": "t2r"}, "is only in the saved maps"),
-        ("llama3-8b", {"keep_softmax": (0,)}, "is only in the model"),
+        ("llama3-8b", {"keep_softmax": [0]}, "is only in the model"),
         ("gpt2-nano", {}, "is only in"),
     ]:
         state = added_state(linearized(name, **settings))
@@ -322,21 +321,21 @@ def test_what_was_saved_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"window": 0}, "window must be at least 1, not 0"),
-        ({"features": 0}, "features must be at least 1"),
-        ({"feature_map": "hegdehog"}, "did you mean hedgehog"),
-        ({"feature_map": "softmax"}, "known are hedgehog, t2r"),
-        ({"mix": 1.0}, "mix must be between 0 and 1"),
-        ({"window_dropout": 1.5}, "window_dropout must be from 0 to 1"),
-        ({"keep_softmax": (2,)}, "there is no layer 2; the model's are 0 to 1"),
-        ({"keep_softmax": (0, 1)}, "none would be linearized"),
+        ({"window": 0}, "window=0: must be positive"),
+        ({"features": 0}, "features=0: must be positive"),
+        ({"feature_map": "hegdehog"}, "choose one of hedgehog, t2r"),
+        ({"feature_map": "softmax"}, "feature_map=softmax: choose one of hedgehog, t2r"),
+        ({"mix": 1.0}, "mix=1.0: must be above 0 and below 1"),
+        ({"window_dropout": 1.5}, "window_dropout=1.5: must lie between 0 and 1"),
+        ({"keep_softmax": [2]}, "there is no layer 2; the model's are 0 to 1"),
+        ({"keep_softmax": [0, 1]}, "none would be linearized"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], said: str) -> None:
     model = tiny_model("gpt2-nano")
     keys = list(model.state_dict())
     with pytest.raises(UsageError, match=said) as error:
-        linearize_attention(model, LinearizeSettings(**settings))
+        linearize_attention(model, LinearizeConfig(**settings))
     assert "\n" not in str(error.value)
     assert list(model.state_dict()) == keys
 
@@ -346,12 +345,12 @@ def test_models_that_cannot_be_linearized() -> None:
 
     model = linearized("gpt2-nano")
     with pytest.raises(UsageError, match="linearized already"):
-        linearize_attention(model, LinearizeSettings())
+        linearize_attention(model, LinearizeConfig())
     with pytest.raises(UsageError, match="two-sided"):
-        linearize_attention(tiny_model("bert-base"), LinearizeSettings(terrace=True))
+        linearize_attention(tiny_model("bert-base"), LinearizeConfig(kind="terrace"))
     config = GPTNeoXConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UsageError, match="'gpt_neox' is not supported"):
-        linearize_attention(GPTNeoXForCausalLM(config), LinearizeSettings())
+        linearize_attention(GPTNeoXForCausalLM(config), LinearizeConfig())
     with pytest.raises(UsageError, match="branch must be one of"), using(model, branch="far"):  # type: ignore[arg-type]
         pass
 

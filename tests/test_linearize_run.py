@@ -12,22 +12,28 @@ import pytest
 import torch
 from helpers import assert_same_run, die_in_save, die_in_save_base, finish, start
 from linearized import linearized as tiny_linearized
-from linearized import tokens
+from linearized import tiny_model, tokens
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from trained import copied, prepared, scratch, slope, texts, trained
 
-from slope_cli.checkpoint import base_model, load, run_folder, run_model, store, verify
+from slope_cli.checkpoint import base_model, run_folder, store, verify
+from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import results
 from slope_cli.config import load as configs
-from slope_cli.linearize.swap import added_state, linear_windows, using
+from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.linearize.swap import added_state, linear_windows, projections, using
+from slope_cli.methods import phases_of
+from slope_cli.methods.accounting import attention_memory
 from slope_cli.models.build import build_model, model_config
-from slope_cli.models.loss import IGNORED_LABEL
+from slope_cli.models.loss import kl_divergence
 from slope_cli.report import metrics
-from slope_cli.train import dry_run_linearize, loop
-from slope_cli.train.init import softmax_teacher
-from slope_cli.train.linearize_steps import divergence
-from slope_cli.train.loop import pretrain
+from slope_cli.train.init import linearize_overrides, softmax_teacher
+from slope_cli.train.linearize_steps import DistillStep
+from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.utils.files import file_sha256
-from sparse_kernels import AdaptedLinear, adapters_of, sparse_layers
+from sparse_kernels import AdaptedLinear, adapters_of, add_adapters, sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,18 +87,30 @@ def linearized(kind: str, *more: str) -> Linearized:
 @pytest.mark.parametrize("kind", ["dense", "sparse", "llama"])
 def test_transfer_and_adapters_bring_the_model_back(kind: str) -> None:
     done = linearized(kind)
-    stage_1 = done.records("transfer")
-    assert len(stage_1) == 36
-    assert stage_1[-1]["mse"] < 0.7 * stage_1[0]["mse"]
+    transfer = done.records("transfer")
+    assert len(transfer) == 36
+    assert transfer[-1]["mse"] < 0.7 * transfer[0]["mse"]
     (teacher,), (swapped,), (transferred, adjusted) = map(done.records, ("teacher", "swapped", "val"))
     assert transferred["step"] == 36
     assert teacher["loss"] < transferred["loss"] < swapped["loss"]
     assert adjusted["loss"] < transferred["loss"]
-    assert [record["step"] for record in done.records("adapters")] == [37]
+    (phase,) = done.records("phase")
+    model = load_model(done.run).model
+    adapted = [adapter for name, adapter in adapters_of(model).items() if "mlp" not in name]
+    adapters = sum(p.numel() for adapter in adapted for p in adapter.parameters())
+    counts = {"trained_parameters": adapters, "adapter_parameters": adapters}
+    kind = {"layers": "dense", "linearized": True, "adapters": True}
+    assert {key: value for key, value in phase.items() if key != "time"} == {
+        "kind": "phase",
+        "step": 37,
+        "name": "train, with adapters",
+        **kind,
+        **counts,
+    }
     assert f"the model it began with has {teacher['perplexity']:.2f}: " in done.out
 
 
-def test_each_stage_logs_its_own_loss() -> None:
+def test_each_phase_logs_its_own_loss() -> None:
     """A squared error and a cross-entropy are two curves, and the picture has a panel for each."""
     done = linearized("llama", "log.every=6")
     transfer, train = done.records("transfer"), done.records("train")
@@ -108,7 +126,7 @@ def test_each_stage_logs_its_own_loss() -> None:
         assert f">{text}</text>" in svg, text
 
 
-def test_a_run_of_transfer_alone_draws_and_goes_on() -> None:
+def test_a_run_of_transfer_alone_draws_and_keeps_its_config() -> None:
     done = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
     assert not done.records("train")
     assert slope("plot", done.run, "--out", done.run / "again").code == 0
@@ -152,7 +170,7 @@ def test_a_compiled_run_learns_and_writes_the_same() -> None:
 @pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "opt", "bert"])
 def test_weights_and_masks_are_bit_identical(kind: str) -> None:
     done = linearized(kind)
-    before, after = (load.load(folder).model.state_dict() for folder in (done.base, done.run))
+    before, after = (load_model(folder).model.state_dict() for folder in (done.base, done.run))
     own = {name for name in after if ".linear." not in name and ".adapter." not in name}
     assert own == {name for name in before if ".adapter." not in name}
     for name in own:
@@ -162,12 +180,12 @@ def test_weights_and_masks_are_bit_identical(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sparse", "bert"])
 def test_a_loaded_model_can_be_trained_further(kind: str) -> None:
     """What the run froze, it froze for itself: fine-tuning, say, trains a model whole."""
-    assert all(p.requires_grad for p in load.load(linearized(kind).run).model.parameters())
+    assert all(p.requires_grad for p in load_model(linearized(kind).run).model.parameters())
 
 
 def test_adapters_stand_beside_those_of_a_sparse_model() -> None:
     done = linearized("sparse")
-    base, model = (load.load(folder).model for folder in (done.base, done.run))
+    base, model = (load_model(folder).model for folder in (done.base, done.run))
     ranks = {name: adapter.rank for name, adapter in adapters_of(model).items()}
     before = {name: adapter.rank for name, adapter in adapters_of(base).items()}
     assert {name.split(".", 3)[3] for name in before} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
@@ -181,8 +199,8 @@ def test_adapters_stand_beside_those_of_a_sparse_model() -> None:
 def test_the_maps_are_trained_in_transfer_alone() -> None:
     transferred = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
     adjusted = linearized("dense", "linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
-    one, other = (added_state(load.load(x.run).model) for x in (transferred, adjusted))
-    assert not adapters_of(load.load(transferred.run).model)
+    one, other = (added_state(load_model(x.run).model) for x in (transferred, adjusted))
+    assert not adapters_of(load_model(transferred.run).model)
     # The warm-up and the schedule are shares of the transfer, which in both is 20 steps.
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -191,7 +209,7 @@ def test_the_maps_are_trained_in_transfer_alone() -> None:
 def test_the_maps_may_be_trained_on_with_the_adapters() -> None:
     words = ("linearize.transfer=0.5", "train.steps=40", "optim.min_lr=1")
     adjusted, both = linearized("dense", *words), linearized("dense", *words, "linearize.adjust_maps=true")
-    one, other = (added_state(load.load(x.run).model) for x in (adjusted, both))
+    one, other = (added_state(load_model(x.run).model) for x in (adjusted, both))
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert both.records("val")[0] == adjusted.records("val")[0]
 
@@ -203,9 +221,57 @@ def test_a_divergence_is_of_the_positions_that_have_a_label() -> None:
     labels_BT[0, 1:3] = IGNORED_LABEL
     log_p, log_q = (x[labels_BT >= 0].log_softmax(-1) for x in (teacher_BTV, logits_BTV))
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    torch.testing.assert_close(divergence(logits_BTV, teacher_BTV, labels_BT), expected)
-    assert divergence(logits_BTV, logits_BTV, labels_BT) == 0
-    assert divergence(logits_BTV, teacher_BTV, torch.full_like(labels_BT, IGNORED_LABEL)) == 0
+    torch.testing.assert_close(kl_divergence(logits_BTV, teacher_BTV, labels_BT), expected)
+    assert kl_divergence(logits_BTV, logits_BTV, labels_BT) == 0
+    assert kl_divergence(logits_BTV, teacher_BTV, torch.full_like(labels_BT, IGNORED_LABEL)) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["llama3-8b", "bert-base"])
+def test_a_step_of_distillation_is_as_worked_by_hand(name: str, share: float) -> None:
+    """(1 - share) · cross-entropy + share · KL(teacher || student), of two micro-batches with other numbers of labels.
+
+    Plain gradient descent at a rate of 1 changes each parameter by its gradient.
+    """
+    teacher, model = tiny_model(name), tiny_linearized(name, window=5).requires_grad_(False)
+    adapters = add_adapters(model, 3, projections(model, "qkvo"), seed=1)
+    trained = [p for adapter in adapters.values() for p in adapter.parameters()]
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.lora_B.normal_(std=0.05, generator=torch.Generator().manual_seed(4))
+    batches = [{"input_ids": ids_BT, "labels": ids_BT.roll(-1, 1)} for ids_BT in (tokens(20), tokens(20).flip(1))]
+    if name == "bert-base":
+        batches[0]["labels"][0, :15] = IGNORED_LABEL
+    cross_entropy = divergence = torch.zeros(())
+    counts = [batch["labels"][batch["labels"] >= 0].numel() for batch in batches]
+    for batch in batches:
+        student_BTV, teacher_BTV = (_token_logits(m, batch["input_ids"]) for m in (model, teacher))
+        p_BTV, q_BTV, labelled_BT = teacher_BTV.softmax(-1), student_BTV.softmax(-1), batch["labels"] >= 0
+        picked_BT = q_BTV.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+        cross_entropy = cross_entropy - picked_BT.log()[labelled_BT].detach().sum() / sum(counts)
+        kl_BT = (p_BTV * (p_BTV / q_BTV).log()).sum(-1)
+        divergence = divergence + kl_BT[labelled_BT].detach().sum() / sum(counts)
+        truth_BTV = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), q_BTV.shape[-1])
+        target_BTV = (1 - share) * truth_BTV + share * p_BTV
+        student_BTV.backward((labelled_BT[..., None] * (q_BTV - target_BTV) / sum(counts)).detach())
+    gradients, before = [p.grad.clone() for p in trained if p.grad is not None], [p.detach().clone() for p in trained]
+    assert len(gradients) == len(trained)
+    model.zero_grad()
+    step = DistillStep(model, torch.optim.SGD(trained, lr=1.0), teacher=teacher, share=share, dtype=None, clip=0.0)
+    output = step(batches)
+    assert output.loss == pytest.approx(float(cross_entropy), rel=1e-5)
+    assert output.total == pytest.approx(float((1 - share) * cross_entropy + share * divergence), rel=1e-5)
+    assert output.norm == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
+    for parameter, old, gradient in zip(trained, before, gradients, strict=True):
+        torch.testing.assert_close(old - parameter.detach(), gradient, rtol=1e-4, atol=1e-6)
+    assert float(divergence) > 0.01
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def _token_logits(model: Any, ids_BT: Tensor) -> Tensor:
+    output = model(input_ids=ids_BT)
+    found: Tensor = output.prediction_logits if "prediction_logits" in output else output.logits
+    return found
 
 
 def test_adapters_may_learn_from_the_softmax_model() -> None:
@@ -213,12 +279,12 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
     words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
     distances, losses = [], []
     for done in (linearized("sparse", *words), linearized("sparse", *words, "linearize.distill=1")):
-        model, teacher = (load.load(folder).model for folder in (done.run, done.base))
-        ids_T = load.load(done.base).tokenizer(texts().read_text()).input_ids
+        model, teacher = (load_model(folder).model for folder in (done.run, done.base))
+        ids_T = load_model(done.base).tokenizer(texts().read_text()).input_ids
         ids_BT = torch.tensor(ids_T[:1024]).view(-1, 16)
         with torch.no_grad():
             student_BTV, teacher_BTV = (m(input_ids=ids_BT).logits for m in (model, teacher))
-        distances.append(divergence(student_BTV, teacher_BTV, ids_BT).item())
+        distances.append(kl_divergence(student_BTV, teacher_BTV, ids_BT).item())
         losses.append([record["loss"] for record in done.records("train")])
     assert distances[1] < distances[0]
     assert losses[1][0] == losses[0][0]  # before the first update
@@ -226,37 +292,38 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
 
 def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() -> None:
     done = linearized("sparse", "linearize.distill=1", "train.steps=10")
-    config, model, *_ = run_model.load(done.run)
-    model.requires_grad_(False)
+    loaded = load_model(done.run)
+    config, model = loaded.config, loaded.model.requires_grad_(False)
     for adapter in adapters_of(model).values():
         adapter.requires_grad_(True)
-    teacher, began = softmax_teacher(done.run, model, "cpu"), load.load(done.base).model
+    teacher, began = softmax_teacher(done.run, model, "cpu"), load_model(done.base).model
     ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
     own = model.state_dict(keep_vars=True)
     apart = {name for name, t in teacher.state_dict().items() if t.data_ptr() != own[name].data_ptr()}
     assert apart
     assert all(".adapter." in name for name in apart)
+    assert config is not None
     assert config.linearize.distill == 1
 
 
 def test_a_run_without_transfer_trains_adapters_alone() -> None:
     done = linearized("dense", "linearize.transfer=0", "train.steps=6")
     assert not done.records("transfer")
-    model = load.load(done.run).model
-    assert all(adapter.B.any() for adapter in adapters_of(model).values())
+    model = load_model(done.run).model
+    assert all(adapter.lora_B.any() for adapter in adapters_of(model).values())
 
 
 def test_layers_may_keep_softmax() -> None:
     done = linearized("llama", "linearize.keep_softmax=[0]", "train.steps=6")
-    model = load.load(done.run).model
+    model = load_model(done.run).model
     assert list(linear_windows(model)) == ["model.layers.1.self_attn"]
     assert "1 attention layers become linear" in done.err
 
 
 def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
     done = linearized("masked", "train.steps=6")
-    model = load.load(done.run).model
+    model = load_model(done.run).model
     found = list(sparse_layers(model))
     assert found
     assert all((layer.n, layer.m) == (2, 4) for _, layer in found)
@@ -269,11 +336,18 @@ ADJUSTED = [(), ("linearize.adjust_maps=true",), ("linearize.distill=0.5",)]
 
 
 @pytest.mark.parametrize(("step", "adjust"), [(4, ADJUSTED[0]), *((8, words) for words in ADJUSTED)])
-def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(step: int, adjust: tuple[str, ...], tmp_path: Path) -> None:
     """Killed while it saves: the first time in transfer, then with the adapters."""
     base = trained(*BASES["sparse"])
-    words = (*WORDS, "train.steps=10", "linearize.window_dropout=0.2", "log.save_every=2", "train.dtype=fp32", *adjust)
-    config = configs.load("linearize", [*dry_run_linearize.words(base), *words])
+    words = (
+        *WORDS,
+        "train.steps=10",
+        "linearize.window_dropout=0.2",
+        "log.save_every=2",
+        "train.precision=fp32",
+        *adjust,
+    )
+    config = configs.load("linearize", [*linearize_overrides(base), *words])
     whole, run = tmp_path / "whole", tmp_path / "run"
     pretrain(config, whole)
     assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
@@ -281,7 +355,7 @@ def test_a_killed_run_goes_on_bit_for_bit(step: int, adjust: tuple[str, ...], tm
     assert_same_run(config, run, whole)
 
 
-def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_without_what_it_began_with(tmp_path: Path) -> None:
     base = copied(trained(*BASES["sparse"]), tmp_path)
     first = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")
     assert first.code == 0, first.err
@@ -306,7 +380,7 @@ def test_it_goes_on_without_what_it_began_with(tmp_path: Path) -> None:
 
 def names_of(folder: Path) -> set[str]:
     """The tensors in a checkpoint or a base."""
-    return set(store._saved_shapes(folder))
+    return {name for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items() if entry}
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -314,10 +388,10 @@ def test_a_checkpoint_holds_only_what_is_trained(kind: str) -> None:
     """In transfer the maps, then the adapters too: those of a sparse model's q, k, v and o with the new beside them."""
     done = linearized(kind, "log.save_every=30")
     adjusted, transferred = store.folders(done.run)
-    model = load.load(done.run).model
+    model = load_model(done.run).model
     maps = {f"model.{name}" for name in added_state(model)}
     adapters = {f"model.{name}" for name in model.state_dict() if ".adapter." in name and ".attn." in name}
-    assert names_of(done.run / store.BASE) == set(store.state_tensors(load.load(done.base).model, None))
+    assert names_of(done.run / store.BASE) == set(store.state_tensors(load_model(done.base).model, None))
     for folder, expected in ((transferred, maps), (adjusted, maps | adapters)):
         names = names_of(folder)
         assert {name for name in names if name.startswith("model.")} == expected
@@ -346,7 +420,7 @@ def test_a_check_hashes_each_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
     """Killed before each operation on the disk in turn, each time on top of what the one before left."""
-    config = configs.load("linearize", [*dry_run_linearize.words(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
+    config = configs.load("linearize", [*linearize_overrides(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
     run, whole, left = tmp_path / "run", tmp_path / "whole", set()
     for operation in range(1, 100):
         if finish(start(config, run, die_in_save_base, operation)) == 0:
@@ -386,16 +460,16 @@ def test_a_damaged_base_is_one_line_that_names_it(name: str, tmp_path: Path) -> 
     assert slope("eval", run).err == f"error: {path.with_name(store.MANIFEST)}: missing\n"
 
 
-def test_a_run_whose_checkpoints_hold_everything_goes_on(tmp_path: Path) -> None:
-    words = [*WORDS, "train.steps=8", "log.save_every=4", "train.dtype=fp32"]
-    config = configs.load("linearize", [*dry_run_linearize.words(trained(*BASES["sparse"])), *words])
+def test_a_run_whose_checkpoints_hold_everything_resumes(tmp_path: Path) -> None:
+    words = [*WORDS, "train.steps=8", "log.save_every=4", "train.precision=fp32"]
+    config = configs.load("linearize", [*linearize_overrides(trained(*BASES["sparse"])), *words])
     whole = tmp_path / "whole"
     pretrain(config, whole)
     run = copied(whole, tmp_path)
     last, half = store.folders(run)
     shutil.rmtree(last)
-    trainer = loop._prepare(config, run, torch.device("cpu"))
-    loop._resume(trainer, run)
+    trainer = Trainer(config, run, torch.device("cpu"))
+    trainer.batches.close()
     facts = {key: value for key, value in store.verify(half).items() if key not in ("step", "files", "base")}
     for folder in (half, run / store.BASE):
         shutil.rmtree(folder)
@@ -421,7 +495,7 @@ def test_branches() -> None:
 
 
 def test_generating_goes_through_the_cache() -> None:
-    model, tokenizer = load.load(linearized("sparse").run)[1:3]
+    model, tokenizer = load_model(linearized("sparse").run)[1:3]
     ids_1T = tokenizer("The weights ", return_tensors="pt").input_ids
     how = {"attention_mask": torch.ones_like(ids_1T), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached, uncached = (model.generate(ids_1T, use_cache=use, **how) for use in (True, False))
@@ -434,7 +508,7 @@ def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
     done = linearized(kind)
     result = slope("export", done.run, tmp_path / "out", *(["--merge"] if merge else []))
     assert result.code == 0, result.err
-    model, back = load.load(done.run).model, load.load(tmp_path / "out").model
+    model, back = load_model(done.run).model, load_model(tmp_path / "out").model
     ids_BT = torch.randint(5, 30, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(back(ids_BT)[0], model(ids_BT)[0], rtol=1e-4, atol=1e-4)
@@ -443,6 +517,18 @@ def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
     assert bool(adapters_of(back)) is not merge
     evaluated = slope("eval", tmp_path / "out", "--data", done.base / "absent", "--branch", "window", "--json")
     assert evaluated.code != 0
+
+
+def test_an_export_of_version_0_1_computes_what_it_did_there() -> None:
+    """The one of tests/old_runs/linear, with the logits of every third position that version 0.1 had."""
+    folder = Path(__file__).parent / "old_runs" / "linear-exported"
+    expected, model = load_file(folder / "expected.safetensors"), load_model(folder).model
+    assert list(linear_windows(model)) == ["transformer.h.0.attn"]
+    assert {adapter.rank for adapter in adapters_of(model).values()} == {2, 4, 6}
+    for mode, like in (("linear", True), ("softmax", False)):
+        with torch.no_grad(), using(model, mode=mode):  # type: ignore[arg-type]
+            logits_TV = model(input_ids=expected["input_ids"]).logits[0, 2::3]
+        assert torch.allclose(logits_TV, expected["logits"], rtol=0, atol=1e-5) is like
 
 
 def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +545,7 @@ def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: p
     exec(card.split("```python\n")[1].split("```")[0], found)
     assert linear_windows(found["model"])
     printed = " ".join(slope("export", "--help").out.split())
-    assert "of a linearized run slope alone loads the maps" in printed
+    assert "For a linearized run only slope loads the feature maps" in printed
 
 
 def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
@@ -468,7 +554,7 @@ def test_an_exported_model_can_be_linearized(tmp_path: Path) -> None:
     words = [*WORDS, f"data.path={prepared()}", "train.steps=6"]
     result = slope("linearize", folder, *words, "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    one, other = (dict(sparse_layers(load.load(x).model)) for x in (base, tmp_path / "run"))
+    one, other = (dict(sparse_layers(load_model(x).model)) for x in (base, tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].values, other[name].values) for name in one)
 
@@ -490,7 +576,7 @@ def test_weights_that_only_the_config_ties_stay_two(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     result = slope("linearize", folder, *WORDS, f"data.path={prepared()}", "train.steps=2", "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    one, other = (load.load(path).model for path in (folder, tmp_path / "run"))
+    one, other = (load_model(path).model for path in (folder, tmp_path / "run"))
     assert not torch.equal(other.lm_head.weight, other.model.embed_tokens.weight)
     assert torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert torch.equal(one.model.embed_tokens.weight, other.model.embed_tokens.weight)
@@ -511,9 +597,13 @@ def fault(*words: str | Path, base: Path | None = None) -> str:
 def test_bad_settings(tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run")
     assert fault("linearize.window=0", *out) == "linearize.window=0: must be positive"
-    assert fault("linearize.map=hedgehgo", *out) == "linearize.map=hedgehgo: choose one of hedgehog, t2r"
+    assert (
+        fault("linearize.feature_map=hedgehgo", *out) == "linearize.feature_map=hedgehgo: choose one of hedgehog, t2r"
+    )
     assert fault("linearize.features=0", *out) == "linearize.features=0: must be positive"
-    assert fault("linearize.targets=[x]", *out) == "linearize.targets=x: choose one of q, k, v, o"
+    assert fault("linearize.targets=[x]", *out) == (
+        "linearize.targets=['x']: choose some of q, k, v, o; for no adapters set adapters.rank=0"
+    )
     assert fault("linearize.keep_softmax=[7]", *out).startswith("keep_softmax: there is no layer 7")
     assert fault("adapters.rank=64", "train.steps=2", "linearize.transfer=0", *out).startswith("adapters.rank=64: ")
     assert fault("linearize.window=32", *out).startswith("linearize.window=32: must be below train.seq_len=32")
@@ -617,7 +707,7 @@ def test_a_changed_file_of_the_base_shows(tmp_path: Path) -> None:
 def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
     done = linearized(kind)
     record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    held = store.state_tensors(run_model.load(done.run)[1], None)
+    held = store.state_tensors(load_model(done.run).model, None)
     maps, adapters = ({name for name in held if part in name} for part in (".linear.", ".adapter."))
     if kind == "sparse":  # those of the MLPs are as they were
         adapters = {name for name in adapters if ".attn." in name}
@@ -625,8 +715,9 @@ def test_a_dry_run_counts_what_a_run_holds_and_trains(kind: str) -> None:
     assert record["map_parameters"] == sum(held[name].numel() for name in maps)
     assert record["adapter_parameters"] == sum(held[name].numel() for name in adapters)
     assert record["frozen_parameters"] == sum(tensor.numel() for tensor in frozen if tensor.is_floating_point())
-    assert record["frozen_bytes"] == sum(tensor.nbytes for tensor in frozen)
-    assert run_folder.open_config(done.run).adapter_step == 36
+    state = record["state_bytes"]
+    assert state["frozen (float32)"] + state["masks"] == sum(tensor.nbytes for tensor in frozen)
+    assert phases_of(run_folder.open_config(done.run)).adapter_step == 36
 
 
 def test_a_dry_run_says_what_it_does_not_know(tmp_path: Path) -> None:
@@ -642,17 +733,19 @@ def test_a_dry_run_says_what_it_does_not_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["standard", "terrace"])
 @pytest.mark.parametrize("name", ["gpt2-nano", "llama3-8b"])
 def test_what_a_sequence_takes_is_what_a_filled_cache_holds(name: str, kind: str) -> None:
-    model = tiny_linearized(name, window=4, terrace=kind == "terrace", keep_softmax=(1,)).to(torch.bfloat16)
+    model = tiny_linearized(name, window=4, kind=kind, keep_softmax=[1]).to(torch.bfloat16)
     with torch.no_grad():
         layers = model(tokens(40, rows=1), use_cache=True).past_key_values.layers
     softmax = layers[1].keys.nbytes + layers[1].values.nbytes
-    assert dry_run_linearize.remembered(model) == (layers[0].nbytes(), softmax // 40)
+    found = attention_memory(model)
+    assert (found.layers, found.linear_layers) == (2, 1)
+    assert (found.state_bytes, found.cache_bytes_per_token) == (layers[0].nbytes(), softmax // 40)
 
 
 def test_a_dry_run_counts_what_a_cache_holds() -> None:
     done = linearized("dense")
-    record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["account"]
-    model = load.load(done.run).model.to(torch.bfloat16)
+    record = json.loads(slope("linearize", done.base, *WORDS, "--dry-run", "--json").out)["attention"]
+    model = load_model(done.run).model.to(torch.bfloat16)
     with torch.no_grad():
         layers = model(torch.ones(1, 20, dtype=torch.long), use_cache=True).past_key_values.layers
     assert record["state_bytes"] == sum(layer.nbytes() for layer in layers)
@@ -668,21 +761,22 @@ def test_a_recipe_that_says_how_long_its_sequences_are_keeps_them(tmp_path: Path
         ("{seq_len: 32, micro_batch: 2, tokens_per_step: 256}", [32, 2, 256]),
     ):
         recipe.write_text(f"method: linearize\nlinearize: {{window: 8}}\ntrain: {said}\n")
-        train = configs.load(str(recipe), dry_run_linearize.words(base, str(recipe))).train
+        train = configs.load(str(recipe), linearize_overrides(base, str(recipe))).train
         assert [train.seq_len, train.micro_batch, train.tokens_per_step] == sizes
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_comparison_counts_what_a_linearized_run_has(kind: str, tmp_path: Path) -> None:
     done = linearized(kind)
-    found = results.compare_runs([done.run], out=tmp_path)["variants"][0]
-    model = run_model.load(done.run)[1]
+    (found,) = results.compare_runs([done.run], out=tmp_path).variants
+    model = load_model(done.run).model
     parameters = sum(p.numel() for p in model.parameters())
     layers = [layer for _, layer in sparse_layers(model)]
     places, kept = (sum(x) for x in ([n.weight.numel() for n in layers], [n.values.numel() for n in layers]))
     trained = [p for name, p in model.named_parameters() if ".adapter." in name and not re.search("mlp|fc", name)]
-    assert found["parameters"]["active"] == parameters
-    assert found["parameters"]["all"] == parameters + places - kept
-    assert found["parameters"]["trained"] == sum(p.numel() for p in trained)
-    assert found["inference_bytes"] == 2 * parameters + places // 8
+    assert found.parameters is not None
+    assert found.parameters.active == parameters
+    assert found.parameters.all == parameters + places - kept
+    assert found.parameters.trained == sum(p.numel() for p in trained)
+    assert found.inference_bytes == 2 * parameters + places // 8
     assert "| – |" in (tmp_path / "compare.md").read_text()

@@ -1,4 +1,6 @@
-"""Stage 1's losses: against softmax attention, each layer's gradient its own, nothing of size L×L, no stored states.
+"""The losses of attention transfer: against softmax attention, each layer's gradient its own.
+
+Nothing of size L×L is built, and no states are stored.
 
 Shape suffixes: B sequences, H query heads, T positions, S keys, D head dimension.
 """
@@ -11,8 +13,8 @@ from linearized import CAUSAL, FORMS, SHAPES, left_padded, linearized, positions
 from torch import Tensor
 from torch.nn import functional as F
 
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import layer_loss, transfer_losses
 
@@ -111,7 +113,7 @@ def test_training_brings_the_attentions_together() -> None:
     torch.manual_seed(0)
     model, inputs = tiny_model("gpt2-nano"), {"input_ids": tokens(64, rows=8)}
     frozen = {key: p.clone() for key, p in model.named_parameters()}
-    linearize_attention(model, LinearizeSettings(window=8))
+    linearize_attention(model, LinearizeConfig(window=8))
     windows = linear_windows(model)
     optimizers = [torch.optim.AdamW(linear.parameters(), lr=1e-2, weight_decay=0.0) for linear in windows.values()]
     history = []
@@ -134,7 +136,7 @@ def test_dropped_windows_leave_the_mix_without_gradient() -> None:
 
 def test_what_the_backward_pass_keeps_is_linear_in_length() -> None:
     model = tiny_model("gpt2-nano", n_positions=2048)
-    linearize_attention(model, LinearizeSettings(window=8))
+    linearize_attention(model, LinearizeConfig(window=8))
     randomize(model)
 
     def largest_kept(length: int) -> tuple[int, int]:

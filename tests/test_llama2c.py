@@ -1,4 +1,4 @@
-"""llama2.c models: logits against a forward pass in numpy, ids against its greedy merging, and files that are none."""
+"""llama2.c models: logits against a forward pass in numpy, ids against its greedy merging, and wrong files."""
 
 import struct
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from slope_cli.benchmarks.llama2c import Header, convert, read_tokenizer
-from slope_cli.checkpoint.load import load
+from slope_cli.checkpoint.load import load_model
 from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
@@ -183,12 +183,12 @@ def test_config_and_special_ids(converted: Path) -> None:
     assert (tok.bos_token_id, tok.eos_token_id, tok.unk_token_id, tok.model_max_length) == (1, 1, 0, 32)
     assert tok("").input_ids == [1]
     assert tok("the </s>", add_special_tokens=False).input_ids[-1] == 2
-    assert load(converted).objective == "causal"
+    assert load_model(converted).objective == "causal"
 
 
-def test_generating_begins_and_ends_as_in_llama2c(converted: Path) -> None:
+def test_generation_begins_and_ends_as_in_llama2c(converted: Path) -> None:
     """run.c puts <s> before the prompt and stops at the next one, which is how these models' texts are told apart."""
-    model, tokenizer = load(converted)[1:3]
+    model, tokenizer = load_model(converted)[1:3]
     ids, shown = [1, *encode(pieces(WORDS), "the")], []
     for _ in range(12):
         with torch.no_grad():
@@ -284,7 +284,7 @@ def header_with(**changes: int) -> Callable[[bytes], bytes]:
         (lambda content: content + b"\0", "its header asks for"),
         (lambda content: content[:20], "shorter than a header"),
         (lambda content: b"", "shorter than a header"),
-        (lambda content: content[:-4] + struct.pack("<f", np.nan), "no finite numbers"),
+        (lambda content: content[:-4] + struct.pack("<f", np.nan), "not finite numbers"),
         (lambda content: b"24ka" + content[4:], "later version"),
         (header_with(n_layers=0), "its header holds"),
         (header_with(vocab_size=0), "its header holds"),

@@ -92,7 +92,7 @@ def test_tensorboard_has_the_same_numbers_and_forgets_what_is_done_again(tmp_pat
 
 
 def test_in_a_file_a_line_comes_every_few_steps_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(0, 5, 2, 100)
+    progress = Progress(5, every=2)
     for step in range(1, 6):
         progress.step({"step": step, **TRAIN})
     progress.say("step 5: [bold] as it is")
@@ -109,7 +109,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    progress = Progress(1, 3, 1, 100)
+    progress = Progress(3, done=1, every=1)
     progress.step({"step": 2, **TRAIN})
     progress.say("a line with [brackets]")
     progress.step({"step": 3, **TRAIN})
@@ -117,6 +117,25 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a line with [brackets]" in screen.getvalue()
     assert "3/3" in screen.getvalue()
     assert "loss 1.5000" in screen.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, ["0 rows", "1 rows", "2 rows"]), (3600.0, ["0 rows"])])
+def test_without_a_number_of_steps_lines_are_seconds_apart(
+    capsys: pytest.CaptureFixture[str], seconds: float, shown: list[str]
+) -> None:
+    progress = Progress(0, seconds=seconds)
+    for done in range(3):
+        progress.update(done, f"{done} rows")
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == shown  # without the time left, as the total is unknown
+
+
+def test_a_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(2, every=1, quiet=True)
+    progress.update(1, "half")
+    progress.say("a line")
+    progress.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_records_are_plain_json(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import GPTNeoXConfig
 
 from slope_cli.errors import UsageError
 from slope_cli.models.build import build_model, model_config
-from slope_cli.models.loss import batch_loss
+from slope_cli.models.loss import Loss, forward, kl_divergence, loss_fn, token_cross_entropy
 from slope_cli.models.shapes import SHAPES, max_seq_len, objective, vocab_size, width
 
 _TINY_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
@@ -62,6 +63,15 @@ def masked_batch(B: int = 3, T: int = 17, V: int = 96) -> dict[str, Tensor]:
 
 def batch_for(name: str) -> dict[str, Tensor]:
     return masked_batch() if name == "bert-base" else causal_batch()
+
+
+def loss_of(model: Any, batch: dict[str, Tensor]) -> Loss:
+    return loss_fn(forward(model, batch), batch)
+
+
+def total(loss: Loss) -> Tensor:
+    """What pretraining minimises."""
+    return loss.token_loss if loss.sentence_loss is None else loss.token_loss + loss.sentence_loss
 
 
 # ---- parameter counts, from the shapes alone
@@ -149,7 +159,7 @@ def test_config_answers(name: str) -> None:
     config = model_config(name)
     shape = SHAPES[name]
     assert config.model_type == shape.family
-    assert objective(config) == shape.objective == ("masked" if shape.family == "bert" else "causal")
+    assert objective(config) == ("masked" if shape.family == "bert" else "causal")
     assert vocab_size(config) == shape.config["vocab_size"]
     assert width(config) == shape.config.get("n_embd", shape.config.get("hidden_size"))
     assert max_seq_len(config) == shape.config.get("n_positions", shape.config.get("max_position_embeddings"))
@@ -177,19 +187,18 @@ def test_learned_positions_grow_and_never_shrink(seq_len: int, name: str) -> Non
 
 def test_longer_positions_run() -> None:
     config = model_config("opt-125m", overrides={**_TINY, "ffn_dim": 64, "max_position_embeddings": 40}, seq_len=40)
-    assert math.isfinite(batch_loss(build_model(config), causal_batch(T=40), "causal").total.item())
+    assert math.isfinite(loss_of(build_model(config), causal_batch(T=40)).token_loss.item())
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_dropout_sets_every_rate_and_acts(name: str) -> None:
     model = tiny(name, dropout=0.5)
     batch = batch_for(name)
-    kind = objective(model.config)
     torch.manual_seed(0)
-    first, second = (batch_loss(model, batch, kind).total.item() for _ in range(2))
+    first, second = (loss_of(model, batch).token_loss.item() for _ in range(2))
     assert first != second
     model.eval()
-    first, second = (batch_loss(model, batch, kind).total.item() for _ in range(2))
+    first, second = (loss_of(model, batch).token_loss.item() for _ in range(2))
     assert first == second
 
 
@@ -253,9 +262,8 @@ def test_error_lines(name: str, overrides: dict[str, Any], more: dict[str, Any],
     assert "\n" not in str(caught.value)
 
 
-def test_foreign_model_type_is_refused() -> None:
-    from transformers import GPTNeoXConfig
-
+def test_a_model_of_another_family_predicts_the_next_token_but_is_not_built() -> None:
+    assert objective(GPTNeoXConfig()) == "causal"
     with pytest.raises(UsageError, match="model type 'gpt_neox' is not supported"):
         build_model(GPTNeoXConfig(), device="meta")
 
@@ -298,8 +306,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[key], again[key]) for key in saved)
     batch = batch_for(name)
-    kind = objective(loaded.config)
-    assert torch.equal(batch_loss(model.eval(), batch, kind).total, batch_loss(loaded.eval(), batch, kind).total)
+    assert torch.equal(total(loss_of(model.eval(), batch)), total(loss_of(loaded.eval(), batch)))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -323,11 +330,10 @@ def test_generate(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_every_weight_gets_a_finite_gradient(name: str) -> None:
     model = tiny(name)
-    loss = batch_loss(model, batch_for(name), objective(model.config))
-    torch.autograd.backward(loss.total)
-    assert math.isfinite(loss.total.item())
+    loss = loss_of(model, batch_for(name))
+    torch.autograd.backward(total(loss))
+    assert math.isfinite(total(loss).item())
     assert loss.token_loss.item() == pytest.approx(math.log(96), rel=0.1)
-    assert not loss.token_loss.requires_grad
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
@@ -335,22 +341,24 @@ def test_every_weight_gets_a_finite_gradient(name: str) -> None:
 def test_causal_loss_is_transformers_own(name: str) -> None:
     model = tiny(name).eval()
     tokens = causal_batch()["input_ids"]
-    loss = batch_loss(model, {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (0, 1), value=-100)}, "causal")
-    torch.testing.assert_close(loss.total, model(tokens, labels=tokens).loss)
+    loss = loss_of(model, {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (0, 1), value=-100)})
+    torch.testing.assert_close(loss.token_loss, model(tokens, labels=tokens).loss)
     assert loss.targets.item() == tokens.shape[0] * (tokens.shape[1] - 1)
-    assert torch.equal(loss.total, loss.token_loss)
+    assert loss.sentence_loss is None
 
 
 def test_masked_loss_is_transformers_own() -> None:
     model = tiny("bert-base").eval()
     batch = masked_batch()
-    loss = batch_loss(model, batch, "masked")
-    torch.testing.assert_close(loss.total, model(**batch).loss)
+    loss = loss_of(model, batch)
+    torch.testing.assert_close(total(loss), model(**batch).loss)
     assert loss.targets.item() == (batch["labels"] != -100).sum().item()
     without = {key: value for key, value in batch.items() if key != "next_sentence_label"}
-    tokens_only = batch_loss(model, without, "masked")
-    assert torch.equal(tokens_only.total, loss.token_loss)
-    assert tokens_only.total < loss.total
+    tokens_only = loss_of(model, without)
+    assert tokens_only.sentence_loss is None
+    assert torch.equal(tokens_only.token_loss, loss.token_loss)
+    assert loss.sentence_loss is not None
+    assert loss.sentence_loss > 0
 
 
 def test_masked_loss_uses_segments_and_padding() -> None:
@@ -358,10 +366,10 @@ def test_masked_loss_uses_segments_and_padding() -> None:
     batch = masked_batch()
     mask = torch.ones_like(batch["input_ids"])
     mask[:, -3:] = 0
-    whole = batch_loss(model, batch, "masked").total
-    assert not torch.equal(whole, batch_loss(model, {**batch, "attention_mask": mask}, "masked").total)
+    whole = loss_of(model, batch).token_loss
+    assert not torch.equal(whole, loss_of(model, {**batch, "attention_mask": mask}).token_loss)
     one_segment = {**batch, "token_type_ids": torch.zeros_like(mask)}
-    assert not torch.equal(whole, batch_loss(model, one_segment, "masked").total)
+    assert not torch.equal(whole, loss_of(model, one_segment).token_loss)
 
 
 NANO = build_model(model_config("gpt2-nano", overrides={"n_embd": 16, "n_layer": 1, "n_head": 2}))
@@ -373,24 +381,69 @@ def test_token_loss_is_the_mean_over_the_labelled(B: int, T: int, kept: float, s
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 272, (B, T), generator=generator)
     labels = torch.where(torch.rand(B, T, generator=generator) < kept, tokens, -100)
-    loss = batch_loss(NANO, {"input_ids": tokens, "labels": labels}, "causal")
-    chosen = labels != -100
-    assert loss.targets.item() == chosen.sum().item()
+    chosen, batch = labels != -100, {"input_ids": tokens, "labels": labels}
     expected = F.cross_entropy(NANO(tokens).logits[chosen], tokens[chosen]) if chosen.any() else torch.zeros(())
-    torch.testing.assert_close(loss.token_loss, expected.detach())
+    with torch.no_grad():
+        losses = [loss_of(NANO, batch)]
+    losses.append(loss_of(NANO, batch))  # with a gradient all of the logits are cast at once
+    for loss in losses:
+        assert loss.targets.item() == chosen.sum().item()
+        torch.testing.assert_close(loss.token_loss.detach(), expected.detach())
 
 
 def test_loss_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        causal = batch_loss(tiny("gpt2-small"), causal_batch(), "causal")
-        masked = batch_loss(tiny("bert-base"), masked_batch(), "masked")
-    assert causal.total.dtype == masked.total.dtype == torch.float32
+        causal, masked = loss_of(tiny("gpt2-small"), causal_batch()), loss_of(tiny("bert-base"), masked_batch())
+    assert total(causal).dtype == total(masked).dtype == torch.float32
     assert causal.targets.dtype == torch.int64
 
 
 def test_loss_of_a_compiled_model_matches() -> None:
     model = tiny("gpt2-small")
     compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(
-        batch_loss(compiled, causal_batch(), "causal").total, batch_loss(model, causal_batch(), "causal").total
-    )
+    batch = causal_batch()
+    torch.testing.assert_close(loss_of(compiled, batch).token_loss, loss_of(model, batch).token_loss)
+
+
+def test_logits_and_loss_come_apart() -> None:
+    """The forward pass reads no labels, and the loss may use another cross-entropy."""
+    model, batch = tiny("gpt2-small").eval(), causal_batch()
+    output = forward(model, {"input_ids": batch["input_ids"]})
+    assert output.sentence_logits is None
+    torch.testing.assert_close(output.logits, model(batch["input_ids"]).logits)
+    seen = []
+
+    def counting(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(logits_BTV.shape)
+        return token_cross_entropy(logits_BTV, labels_BT)
+
+    assert torch.equal(loss_fn(output, batch, counting).token_loss, loss_fn(output, batch).token_loss)
+    assert seen == [output.logits.shape]
+    bert, masked = tiny("bert-base").eval(), masked_batch()
+    found = forward(bert, masked)
+    expected = bert(**{key: masked[key] for key in ("input_ids", "token_type_ids")})
+    torch.testing.assert_close(found.logits, expected.prediction_logits)
+    assert found.sentence_logits is not None
+    torch.testing.assert_close(found.sentence_logits, expected.seq_relationship_logits)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_forward_pass_leaves_the_config_of_the_model_as_it_was(name: str) -> None:
+    model = tiny(name)
+    before = model.config.to_dict(), model.config._attn_implementation
+    forward(model, batch_for(name))
+    assert (model.config.to_dict(), model.config._attn_implementation) == before
+
+
+@settings(deadline=None, max_examples=25)
+@given(B=st.integers(1, 3), T=st.integers(1, 5), kept=st.floats(0, 1), seed=st.integers(0, 999))
+def test_divergence_is_the_mean_over_the_labelled(B: int, T: int, kept: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(B, T, 11, generator=generator) for _ in range(2))
+    labels = torch.where(torch.rand(B, T, generator=generator) < kept, 3, -100)
+    chosen = labels != -100
+    found = kl_divergence(student, teacher, labels)
+    log_p, log_q = student[chosen].log_softmax(-1), teacher[chosen].log_softmax(-1)
+    expected = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) if chosen.any() else torch.zeros(())
+    torch.testing.assert_close(found, expected)
+    assert kl_divergence(teacher, teacher, labels).item() == pytest.approx(0, abs=1e-6)

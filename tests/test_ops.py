@@ -1,11 +1,24 @@
 """The custom ops without a GPU: the same numbers as the reference, sound registrations, no graph break."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
-from sparse_kernels import SparseLinear, layers, masks, ops, packed, reference
+from sparse_kernels import (
+    SparseLinear,
+    add_adapters,
+    dense_weights,
+    layers,
+    masks,
+    ops,
+    packed,
+    reference,
+    set_backend,
+    using_backend,
+)
 
 
 def make(out: int, inp: int, *, bias: bool = True) -> SparseLinear:
@@ -21,7 +34,7 @@ def test_ops_equal_the_reference(bias: bool) -> None:
     X, dY = torch.randn(2, 5, 48), torch.randn(2, 5, 32)
     results = []
     for run in (
-        lambda X: ops.linear(X, layer.values, layer.bias, layer.positions, layer.positions_t),
+        lambda X: ops.linear(X, layer.values, layer.bias, layer.row_mask_bits, layer.backward_mask_bits),
         lambda X: reference.sparse_linear(X, layer.values, layer.bias, *layer.layout()),
     ):
         layer.zero_grad()
@@ -37,18 +50,20 @@ def test_frozen_values_have_the_exact_input_gradient() -> None:
     layer = make(32, 48)
     X, dY = torch.randn(5, 48, requires_grad=True), torch.randn(5, 32)
     values = layer.values.detach()
-    ops.linear(X, values, layer.bias, layer.positions, layer.positions_t).backward(dY)
+    ops.linear(X, values, layer.bias, layer.row_mask_bits, layer.backward_mask_bits).backward(dY)
     torch.testing.assert_close(X.grad, dY @ layer.weight.detach())
 
 
 def test_registrations() -> None:
     layer = make(16, 32)
     X = torch.randn(5, 32, requires_grad=True)
-    arguments = (X, layer.values, layer.bias, layer.positions, layer.positions_t)
+    arguments = (X, layer.values, layer.bias, layer.row_mask_bits, layer.backward_mask_bits, "auto")
     torch.library.opcheck(ops.linear_op, arguments)
     dY = torch.randn(5, 16)
-    torch.library.opcheck(ops.input_grad_op, (dY, layer.values.detach(), layer.positions, layer.positions_t))
-    torch.library.opcheck(ops.weight_grad_op, (dY, X.detach(), layer.values.detach(), layer.positions))
+    for exact in (False, True):
+        weight = layer.values.detach(), layer.row_mask_bits, layer.backward_mask_bits
+        torch.library.opcheck(ops.input_grad_op, (dY, *weight, "auto", exact))
+    torch.library.opcheck(ops.weight_grad_op, (dY, X.detach(), layer.values.detach(), layer.row_mask_bits, "auto"))
 
 
 def test_compiled_layer_has_no_graph_break_and_equals_eager() -> None:
@@ -67,11 +82,82 @@ def test_compiled_layer_has_no_graph_break_and_equals_eager() -> None:
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_backend_names() -> None:
+def test_a_backend_belongs_to_the_layers_of_a_model() -> None:
+    model, other = torch.nn.Sequential(make(16, 16), make(16, 16)), make(16, 16)
     with pytest.raises(ValueError, match="backend must be"):
-        packed.set_backend("cutlass")  # type: ignore[arg-type]
-    packed.set_backend("reference")
-    packed.set_backend("auto")
+        set_backend(model, "cutlass")  # type: ignore[arg-type]
+    set_backend(model, "dense")
+    model[1].backend = "reference"
+    with using_backend(model, "auto"):
+        assert [layer.backend for layer in model] == ["auto", "reference"]
+    assert [layer.backend for layer in (*model, other)] == ["dense", "reference", "auto"]
+
+
+def test_packed_weights_live_as_long_as_their_layer_and_no_copy_of_it_has_them() -> None:
+    layer = make(16, 16)
+    held = weakref.ref(packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "auto"))
+    copied = copy.deepcopy(layer)
+    assert packed.packed_layers(layer.row_mask_bits) == [held()]
+    over_the_same_memory = layer.row_mask_bits.detach().view(-1)
+    assert packed.packed_layers(over_the_same_memory) == [held()]
+    assert packed.packed_layers(copied.row_mask_bits) == []
+    assert packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "dense") is not held()  # of another backend
+    del layer
+    gc.collect()
+    assert held() is None
+
+
+def test_the_stamps_of_a_weight_change_when_any_of_it_is_written_or_replaced() -> None:
+    layer = make(16, 16)
+
+    def stamps() -> tuple[object, ...]:
+        bits = layer.row_mask_bits, layer.backward_mask_bits
+        return packed.LayerWeight(layer.values, *bits, layer.bias).stamps()
+
+    packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "auto")
+    seen = [stamps(), stamps()]
+    assert seen.pop() == seen[0]
+    changes = (
+        lambda: layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()}),
+        lambda: setattr(layer, "values", torch.nn.Parameter(layer.values.detach().clone())),
+        lambda: layer.update_backward_mask("random", 3),
+        lambda: torch.nn.init.ones_(layer.bias),
+        lambda: torch.optim.AdamW(layer.parameters(), fused=True).step(),
+    )
+    for change in changes:
+        layer(torch.randn(2, 16)).sum().backward()  # a fused optimizer needs gradients
+        change()
+        seen.append(stamps())
+    assert len(set(seen)) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dense_weights_give_the_same_output_and_are_gone_after(adapter: bool) -> None:
+    model = torch.nn.Sequential(make(32, 16), torch.nn.Tanh(), make(16, 32, bias=False))
+    if adapter:
+        for added in add_adapters(model, 4).values():
+            torch.nn.init.normal_(added.lora_B)
+    X = torch.randn(3, 16, requires_grad=True)
+    expected = model(X)
+    with dense_weights(model):
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), expected)
+        model(X).sum().backward()  # with gradients the layers stay sparse
+    assert model[0].values.grad is not None
+    with dense_weights(model, torch.bfloat16), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16
+        torch.testing.assert_close(model(X).float(), expected, atol=0.05, rtol=0.05)
+    assert all(layer.dense_weight is None for _, layer in layers.sparse_layers(model))
+    assert not any("dense" in name for name in model.state_dict())
+
+
+def test_a_layer_on_the_meta_device_has_the_shapes_of_a_real_one() -> None:
+    real = make(32, 48)
+    weight, bias = torch.empty(32, 48, device="meta"), torch.empty(32, device="meta")
+    meta = SparseLinear(weight, bias, masks.row_mask(weight, 2, 4), 2, 4)
+    shapes = [{name: tuple(t.shape) for name, t in layer.state_dict().items()} for layer in (real, meta)]
+    assert shapes[0] == shapes[1]
+    assert all(tensor.is_meta for tensor in meta.state_dict().values())
 
 
 def test_nothing_to_refresh_or_report_without_a_gpu() -> None:

@@ -10,13 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slope_cli.config.schema import OptimConfig
-from slope_cli.methods import optim
+from slope_cli.checkpoint import load
+from slope_cli.config.schema import Config, OptimConfig
+from slope_cli.methods import optim, phases_of
+from slope_cli.methods.phases import ADAPTERS, WEIGHTS, Rate
 
 
-def rates(steps: int, warmup: float, **settings: float | str) -> list[float]:
-    config = OptimConfig(**settings)  # type: ignore[arg-type]
-    return [optim.learning_rate(step, steps, warmup, 1.0, config) for step in range(steps)]
+def rates(steps: int, warmup: float, *, first: int = 0, **settings: float | str) -> list[float]:
+    config, rate = OptimConfig(**settings), Rate(first, first + steps, 1.0, warmup)  # type: ignore[arg-type]
+    return [optim.learning_rate(rate, step, config) for step in range(first, first + steps)]
+
+
+def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    return optim.build_optimizer(model, config, phases_of(config))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
+    return optim.set_learning_rates(optimizer, phases_of(config).at(step), step, config.optim)
 
 
 def test_each_schedule_against_hand_computed_values() -> None:
@@ -43,6 +53,7 @@ def test_warm_up_is_a_share_below_one_and_a_number_of_steps_from_one_on() -> Non
 )
 def test_any_schedule_rises_once_and_then_never_again(steps: int, warmup: float, schedule: str, min_lr: float) -> None:
     values = rates(steps, warmup, schedule=schedule, min_lr=min_lr)
+    assert rates(steps, warmup, first=7, schedule=schedule, min_lr=min_lr) == values  # counted from the first step
     top = values.index(max(values))
     assert all(0 <= value <= 1 + 1e-12 for value in values)
     assert values[: top + 1] == sorted(values[: top + 1])
@@ -51,7 +62,7 @@ def test_any_schedule_rises_once_and_then_never_again(steps: int, warmup: float,
 
 def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
-    optimizer = optim.build_optimizer(model, tiny("unused", "optim.weight_decay=0.3"))
+    optimizer = optimizer_of(model, tiny("unused", "optim.weight_decay=0.3"))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decays) == 5
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
@@ -66,12 +77,12 @@ def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group() 
 def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
     words = ("optim.schedule=linear", "optim.warmup=0", "optim.min_lr=0", "optim.lr=1", "adapters.lr=10")
     config = tiny("unused", *words, "adapters.warmup=2", "adapters.weight_decay=0.5", "train.steps=13")
-    assert config.adapter_step == 6
-    optimizer = optim.build_optimizer(nn.Linear(2, 2), config)
+    assert phases_of(config).adapter_step == 6
+    optimizer = optimizer_of(nn.Linear(2, 2), config)
     optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
     seen = []
     for step in range(6, 13):
-        run = optim.set_learning_rates(optimizer, step, config)
+        run = set_rates(optimizer, step, config)
         first, second, own = (group["lr"] for group in optimizer.param_groups)
         assert run == first == second == pytest.approx(1 - step / 12)
         seen.append(own)
@@ -81,16 +92,36 @@ def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
 
 def test_without_a_rate_of_their_own_adapters_take_that_of_the_run(tmp_path: Path) -> None:
     config = tiny(tmp_path, "adapters.lr=null", "adapters.warmup=0", "optim.schedule=constant")
-    optimizer = optim.build_optimizer(nn.Linear(2, 2), config)
+    optimizer = optimizer_of(nn.Linear(2, 2), config)
     optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
-    optim.set_learning_rates(optimizer, 7, config)
+    set_rates(optimizer, 7, config)
     assert optimizer.param_groups[-1]["lr"] == config.optim.lr
+
+
+def test_with_the_schedule_of_the_run_adapters_have_its_rate_times_their_own() -> None:
+    config = tiny("unused", "optim.lr=0.1", "adapters.lr=0.3", "adapters.schedule=run", "adapters.warmup=5")
+    optimizer = optimizer_of(nn.Linear(2, 2), config)
+    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    for step in range(6, 12):
+        run = set_rates(optimizer, step, config)
+        assert optimizer.param_groups[-1]["lr"] == pytest.approx(3 * run)
 
 
 def test_adapters_whose_warm_up_rounds_to_nothing_leave_the_steps_before_them_alone() -> None:
     config = tiny("unused", "train.steps=10", "adapters.start=0.99", "adapters.warmup=0.1", "adapters.rank=2")
-    optimizer = optim.build_optimizer(nn.Linear(4, 4), config)
-    assert optim.set_learning_rates(optimizer, 0, config) > 0
+    optimizer = optimizer_of(nn.Linear(4, 4), config)
+    assert set_rates(optimizer, 0, config) > 0
+
+
+def test_a_rate_that_lies_in_device_memory_is_filled() -> None:
+    """As a captured step needs it."""
+    config = tiny("unused")
+    optimizer = optimizer_of(nn.Linear(2, 2), config)
+    assert optim.make_capturable(optimizer)
+    held = [group["lr"] for group in optimizer.param_groups]
+    rate = set_rates(optimizer, 0, config)
+    assert all(isinstance(lr, torch.Tensor) and lr.item() == pytest.approx(rate) for lr in held)
+    assert all(group["lr"] is lr for group, lr in zip(optimizer.param_groups, held, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- LAMB
@@ -103,7 +134,7 @@ def test_a_step_of_lamb_by_hand() -> None:
     with torch.no_grad():
         model.weight.mul_(1000)  # a norm far above 10, where some implementations stop
     config = tiny("unused", "optim.name=lamb", "optim.weight_decay=0.3", "optim.betas=[0.9,0.99]", "optim.eps=1e-6")
-    optimizer = optim.build_optimizer(model, config)
+    optimizer = optimizer_of(model, config)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
@@ -122,16 +153,17 @@ def test_a_step_of_lamb_by_hand() -> None:
     assert torch.allclose(model.bias, bias, atol=1e-6)
 
 
-def test_adapters_of_the_first_step_have_their_own_group(data: Path) -> None:
-    from slope_cli.checkpoint import run_model
-
+def test_adapters_of_the_first_step_have_their_own_group(data: Path, tmp_path: Path) -> None:
     config = tiny(data, "adapters.start=0", "adapters.weight_decay=0.2")
-    model, _ = run_model.build(config, "cpu")
-    optimizer = optim.build_optimizer(model, config)
-    phases = {id(p): group["phase"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name: phases[id(p)] == "adapters" for name, p in model.named_parameters()} == {
-        name: ".adapter." in name for name, _ in model.named_parameters()
+    phases = phases_of(config)
+    model = load.build(config, tmp_path, "cpu", phases.at(0))
+    optimizer = optimizer_of(model, config)
+    groups = {id(p): group["group"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: groups[id(p)] for name, p in model.named_parameters()} == {
+        name: ADAPTERS if ".adapter." in name else WEIGHTS for name, _ in model.named_parameters()
     }
-    optim.set_learning_rates(optimizer, 1, config)
-    rates = {group["phase"]: group["lr"] for group in optimizer.param_groups}
-    assert rates == pytest.approx({"run": 5e-3, "adapters": 2e-3})
+    decays = {group["group"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays[ADAPTERS] == 0.2
+    set_rates(optimizer, 1, config)
+    rates = {group["group"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({WEIGHTS: 5e-3, ADAPTERS: 2e-3})

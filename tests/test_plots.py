@@ -1,10 +1,13 @@
 """Pictures of the loss: there, not blank, with what a reader needs written in them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from trained import slope, trained
 
@@ -13,13 +16,16 @@ from slope_cli.report import plots
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def written_run(folder: Path, losses: list[float], *, adapters: int | None = None, val: float | None = None) -> Path:
-    """A folder with the log of a run of 100 tokens a step."""
+Record = dict[str, Any]
+ADAPTERS: Record = {"kind": "adapters", "parameters": 1}
+
+
+def written_run(folder: Path, losses: list[float], *changes: tuple[int, Record], val: float | None = None) -> Path:
+    """A folder with the log of a run of 100 tokens a step; changes: other records, each with its step."""
     folder.mkdir(parents=True)
-    records: list[dict[str, object]] = []
+    records: list[Record] = []
     for step, loss in enumerate(losses, 1):
-        if step - 1 == adapters:
-            records.append({"kind": "adapters", "step": adapters, "parameters": 1})
+        records += [{"step": at, **record} for at, record in changes if at == step]
         records.append({"kind": "train", "step": step, "loss": loss, "tokens": 100 * step})
     if val is not None:
         records.append({"kind": "val", "step": len(losses), "loss": val})
@@ -34,6 +40,21 @@ def drawn(out: Path) -> str:
     assert pixels.shape[1] >= 1000
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
     return out.with_suffix(".svg").read_text()
+
+
+def drawn_axes(run: Path, out: Path) -> Any:
+    """The axes of the picture of one run, which is written too."""
+    figures, savefig = [], Figure.savefig
+
+    def noting(figure: Figure, *args: Any, **how: Any) -> None:
+        figures.append(figure)
+        savefig(figure, *args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", noting)
+        plots.draw_loss([run], out)
+    (axes,) = figures[0].axes
+    return axes
 
 
 def test_a_run_draws_itself() -> None:
@@ -59,7 +80,7 @@ def test_a_name_with_a_dot_is_kept(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
-    a = written_run(tmp_path / "a" / "run", [4.0, 3.0, 2.0], adapters=2, val=2.1)
+    a = written_run(tmp_path / "a" / "run", [4.0, 3.0, 2.0], (3, ADAPTERS), val=2.1)
     b = written_run(tmp_path / "b" / "run", [5.0, 4.0], val=4.1)
     assert slope("plot", a, b, "--out", tmp_path / "both").code == 0
     svg = drawn(tmp_path / "both")
@@ -69,30 +90,46 @@ def test_several_runs_are_told_apart(tmp_path: Path) -> None:
         assert color in svg
 
 
-def test_without_adapters_nothing_speaks_of_them(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", [3.0, 2.0])
-    plots.draw_loss([run], tmp_path / "loss")
-    assert "adapters" not in drawn(tmp_path / "loss")
+def phase(layers: str, adapters: bool) -> Record:
+    counts = {"trained_parameters": 2, "adapter_parameters": int(adapters)}
+    return {"kind": "phase", "name": layers, "layers": layers, "linearized": False, "adapters": adapters, **counts}
 
 
-def test_the_switch_is_where_it_happened(tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
+def old_layers(layers: str, adapters: bool) -> Record:
+    return {"kind": "layers", "layers": layers, "adapters": adapters}
 
-    run = written_run(tmp_path / "run", [3.0, 2.5, 2.2, 2.0], adapters=3, val=2.1)
-    axes = Figure().subplots()
-    plots._draw_run(axes, plots._records(run), "C0")
-    marks = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert [list(line.get_xdata()) for line in marks] == [[300, 300]]
+
+@pytest.mark.parametrize(
+    ("changes", "joined"),
+    [
+        ([(4, phase("sparse", True))], [300]),
+        ([(2, phase("sparse", False)), (4, phase("sparse", True))], [300]),
+        ([(3, phase("sparse", True)), (4, phase("unmasked", True))], [200]),  # they join once
+        ([(4, phase("sparse", False))], []),
+        ([(4, ADAPTERS)], [300]),
+        ([(2, old_layers("sparse", False)), (4, ADAPTERS)], [300]),
+        ([(4, old_layers("sparse", True))], [300]),  # both in one step
+        ([(3, ADAPTERS), (4, old_layers("sparse", True))], [200]),
+        ([], []),
+    ],
+)
+def test_the_line_is_where_adapters_join(
+    changes: Sequence[tuple[int, Record]], joined: list[int], tmp_path: Path
+) -> None:
+    """Between the step before and their first one, whether the log is of this version or of the one before."""
+    run = written_run(tmp_path / "run", [3.0, 2.5, 2.2, 2.0], *changes, val=2.1)
+    axes = drawn_axes(run, tmp_path / "loss")
+    marks = [line for line in axes.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in marks] == [[at, at] for at in joined]
     assert axes.lines[2].get_xdata()[0] == 400
+    assert ("adapters join" in drawn(tmp_path / "loss")) == bool(joined)
 
 
 def test_a_steep_start_does_not_flatten_the_rest(tmp_path: Path) -> None:
     """A loss that falls from 11 to 2 in the first steps of many: the picture shows where it goes from there."""
-    from matplotlib.figure import Figure
-
     losses = [2 + 9 * 0.7**step for step in range(500)]
-    low, high = plots._draw_run(Figure().subplots(), plots._records(written_run(tmp_path / "run", losses)), "C0")
-    assert low == pytest.approx(2.0, abs=0.01)
+    low, high = drawn_axes(written_run(tmp_path / "run", losses), tmp_path / "loss").get_ylim()
+    assert low == pytest.approx(2.0 - 0.06 * (high - low) / 1.12, abs=0.01)  # less the margin
     assert 2.0 < high < 5.0
 
 
@@ -102,9 +139,14 @@ def test_a_single_step_and_a_constant_loss_have_a_picture(tmp_path: Path) -> Non
         drawn(tmp_path / f"{name}-loss")
 
 
-def test_the_smooth_line_follows_at_once_and_evens_out_later() -> None:
-    assert plots._smooth([5.0, 4.0, 3.0]) == [5.0, 4.0, 3.0]
-    late = plots._smooth([2.0, 4.0] * 500)[-50:]
+def test_the_smooth_line_follows_at_once_and_evens_out_later(tmp_path: Path) -> None:
+    def smooth(name: str, losses: list[float]) -> list[float]:
+        axes = drawn_axes(written_run(tmp_path / name, losses), tmp_path / f"{name}-loss")
+        assert list(axes.lines[0].get_ydata()) == losses
+        return list(axes.lines[1].get_ydata())
+
+    assert smooth("short", [5.0, 4.0, 3.0]) == [5.0, 4.0, 3.0]
+    late = smooth("long", [2.0, 4.0] * 500)[-50:]
     assert max(late) - min(late) < 0.15
     assert np.mean(late) == pytest.approx(3.0, abs=0.05)
 

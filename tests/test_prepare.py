@@ -6,6 +6,7 @@ import lzma
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import slope_cli
-from slope_cli.data import prepare, sources
 from slope_cli.data.dataset import Dataset, open_dataset
-from slope_cli.data.prepare import Tokeniser, Work, describe, is_held_out, summary
-from slope_cli.data.sources import HubInput, cut, find_inputs, hub_texts, read_passages, source_name
+from slope_cli.data.prepare import is_held_out, prepare
+from slope_cli.data.sources import Chunking, HubInput, Input, cut, find_inputs, hub_texts, read_segments, source_name
+from slope_cli.data.token_file import write_token_file
+from slope_cli.data.tokenize import ChunkTokenizer, Target
 from slope_cli.data.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.utils.files import held_folder, read_sealed
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
 TEXTS = ["One é.\n", "Two\r\n\ttwo.", "Three 三 three 🦙", f"a {END_OF_TEXT} b"]
@@ -51,9 +54,10 @@ def write_parquet(path: Path, columns: dict[str, list[object]]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
 
 
-def prepared(inputs: list[Path | str], out: Path, **options: object) -> Dataset:
+def prepared(inputs: list[Path | str | HubInput], out: Path, **options: object) -> Dataset:
     options = {"progress": False, "workers": 1} | options
-    return prepare.prepare([str(item) for item in inputs], out, **options)  # type: ignore[arg-type]
+    given: list[str | Input] = [str(item) if isinstance(item, Path) else item for item in inputs]
+    return prepare(given, out, **options)  # type: ignore[arg-type]
 
 
 def decoded(dataset: Dataset, split: str = "train") -> list[str]:
@@ -73,8 +77,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tokenizer in GPT-2's files: bytes, one merge, end of text."""
     folder = tmp_path_factory.mktemp("bpe")
-    words = [*byte_characters(), "th", END_OF_TEXT]
-    (folder / "vocab.json").write_text(json.dumps({word: at for at, word in enumerate(words)}))
+    tokens = [*byte_characters(), "th", END_OF_TEXT]
+    (folder / "vocab.json").write_text(json.dumps({token: at for at, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\n")
     return str(folder)
 
@@ -133,7 +137,7 @@ def test_a_folder_its_sources_and_names(tmp_path: Path) -> None:
 
 
 def sources_of(folder: Path) -> set[str]:
-    return {item.source for item in find_inputs([str(folder)], split="train", config_name=None)}
+    return {item.source for item in find_inputs([str(folder)])}
 
 
 def test_a_folder_of_short_texts_can_be_trained_on(tmp_path: Path) -> None:
@@ -155,11 +159,11 @@ def test_when_a_folder_is_one_source(tmp_path: Path) -> None:
     assert sources_of(tmp_path) == {re.sub(r"[^\w.-]", "-", tmp_path.name)}
     few = tmp_path / "few"
     few.mkdir()
-    (few / "a.txt").write_text("a" * sources.SHORT_PASSAGE_CHARS)
+    (few / "a.txt").write_text("a" * Chunking().short_segment)
     assert sources_of(few) == {"a"}
     (few / "b.md").write_text("b")
     assert sources_of(few) == {"few"}
-    (few / "a.txt").write_text("a" * (sources.SHORT_PASSAGE_CHARS + 1))
+    (few / "a.txt").write_text("a" * (Chunking().short_segment + 1))
     assert sources_of(few) == {"a", "b"}
 
 
@@ -171,33 +175,30 @@ def test_text_key_byte_order_mark_and_surrogates(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    words=st.lists(st.text("ab \n", max_size=40), max_size=12),
-    pieces=st.integers(1, 30),
+    parts=st.lists(st.text("ab \n", max_size=40), max_size=12),
+    size=st.integers(1, 30),
     before=st.integers(0, 50),
 )
-def test_cut_loses_nothing_and_keeps_the_limit(words: list[str], pieces: int, before: int) -> None:
-    text = "".join(words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "SHORT_PASSAGE_CHARS", 8)
-        patch.setattr(sources, "PASSAGE_CHARS", 16)
-        patch.setattr(sources, "SHORT_UNTIL_CHARS", 40)
-        passages = list(cut([text], before))
-        in_pieces = list(cut((text[at : at + pieces] for at in range(0, len(text), pieces)), before))
-    assert passages == in_pieces
-    assert "".join(part for part, _ in passages) == text
-    assert [ends for _, ends in passages] == [False] * (len(passages) - 1) + [True] * bool(text)
-    assert all(0 < len(part) <= 16 for part, _ in passages)
-    assert all("\n" not in part or part.endswith("\n") for part, ends in passages if not ends)
+def test_cut_loses_nothing_and_keeps_the_limit(parts: list[str], size: int, before: int) -> None:
+    text, chunking = "".join(parts), Chunking(short_segment=8, short_until=40, segment=16)
+    segments = list(cut([text], before, chunking))
+    assert segments == list(cut((text[at : at + size] for at in range(0, len(text), size)), before, chunking))
+    assert "".join(segment for segment, _ in segments) == text
+    assert [ends for _, ends in segments] == [False] * (len(segments) - 1) + [True] * bool(text)
+    for segment, ends in segments:
+        assert 0 < len(segment) <= (8 if before < 40 else 16)
+        assert ends or "\n" not in segment or segment.endswith("\n")
+        before += len(segment)
 
 
-def test_passages_are_short_at_the_beginning_of_a_source(tmp_path: Path) -> None:
+def test_segments_are_short_at_the_beginning_of_a_source(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("0123456789abcde\n" * 100_000)
-    items = find_inputs([f"s={tmp_path / 'x.txt'}"], split="train", config_name=None)
+    (item,) = find_inputs([f"s={tmp_path / 'x.txt'}"])
     for before in (0, 300_000):
-        sizes = [len(passage.text) for passage in read_passages(items[0], "text", before)]
-        short = (sources.SHORT_UNTIL_CHARS - before) // sources.SHORT_PASSAGE_CHARS + (before > 0)
-        assert sizes[:short] == [sources.SHORT_PASSAGE_CHARS] * short
-        assert set(sizes[short:-1]) == {sources.PASSAGE_CHARS}
+        sizes = [len(segment.text) for segment in read_segments(item, "text", before)]
+        short = ((1 << 20) - before) // (1 << 14) + (before > 0)
+        assert sizes[:short] == [1 << 14] * short
+        assert set(sizes[short:-1]) == {1 << 16}
 
 
 def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,14 +209,17 @@ def test_huggingface_data_set_from_a_folder(tmp_path: Path, monkeypatch: pytest.
         write_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet", {"text": list(texts)})
     item = HubInput("hub", str(tmp_path / "hub"), None, "train")
     assert list(hub_texts(item, "text")) == TEXTS
-    with pytest.raises(UsageError, match="no key 'body'; the keys are 'text'"):
+    with pytest.raises(UsageError, match="no key 'body': known are text"):
         list(hub_texts(item, "body"))
-    with pytest.raises(UsageError, match="not to be had as a Hugging Face data set"):
+    with pytest.raises(UsageError, match="no such file or folder, and it could not be downloaded"):
         list(hub_texts(HubInput("hub", str(tmp_path / "hub"), None, "nosplit"), "text"))
-    monkeypatch.setattr(sources, "_hub_input", lambda *given: item)
-    dataset = prepared(["some/dataset"], tmp_path / "out", val_fraction=0)
+    (tmp_path / "hub/data/train-00001-of-00002.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(SlopeError, match=r"the download stopped after row 4 .* run the same command again"):
+        list(hub_texts(item, "text"))
+    (tmp_path / "hub/data/train-00001-of-00002.parquet").unlink()
+    dataset = prepared([item], tmp_path / "out", val_fraction=0)
     assert decoded(dataset) == TEXTS
-    assert dataset.plan["inputs"] == [
+    assert dataset.made_from["inputs"] == [
         {"source": "hub", "dataset": str(tmp_path / "hub"), "config": None, "split": "train"}
     ]
 
@@ -234,8 +238,9 @@ def test_the_share_that_is_kept_for_validation(fraction: float) -> None:
 
 def test_the_share_of_a_small_source(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("0123456789abcde\n" * 25_000)  # 400 kB
-    row = summary(prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.1))[0]
-    assert 0.08 < int(row["val_bytes"]) / (int(row["bytes"]) + int(row["val_bytes"])) < 0.13
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.1)
+    train, val = dataset.train[0].header.text_bytes, dataset.val["x"].header.text_bytes
+    assert 0.08 < val / (train + val) < 0.13
 
 
 def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
@@ -247,31 +252,27 @@ def test_every_kth_document_is_kept_for_validation(tmp_path: Path) -> None:
     assert dataset.train[0].header.documents == 7
 
 
-def test_passages_of_a_long_document_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SHORT_PASSAGE_CHARS", 4)
+def test_segments_of_a_long_document_stay_together(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("".join(f"{number}ab\n" for number in range(8)))
-    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.2)
-    # What was on both sides of a passage that is taken out does not become one text.
+    dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", val_fraction=0.2, chunking=Chunking(short_segment=4))
+    # The texts before and after a segment that is taken out do not become one text.
     assert decoded(dataset) == ["0ab\n", "2ab\n3ab\n4ab\n5ab\n", "7ab\n"]
     assert decoded(dataset, "val") == ["1ab\n", "6ab\n"]
 
 
-def test_one_passage_has_no_validation_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_segment_has_no_validation_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.txt").write_text("only")
     dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
-    assert "no validation text, only a source of two passages or more" in capfd.readouterr().err
+    assert "no validation text; only a source of two segments or more" in capfd.readouterr().err
     assert dataset.val == {}
-    assert summary(dataset)[0] == {
-        "source": "x", "documents": 1, "tokens": 5, "bytes": 4, "val_tokens": 0, "val_bytes": 0
-    }  # fmt: skip
-    assert "fingerprint" in describe(dataset).splitlines()[0]
-    assert describe(dataset).splitlines()[-1].split() == ["all", "1", "5", "4", "0", "0"]
+    header = dataset.train[0].header
+    assert (header.source, header.documents, header.tokens, header.text_bytes) == ("x", 1, 5, 4)
 
 
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(), min_size=1, max_size=4))
 def test_the_fast_way_to_bytes_gives_what_the_library_gives(bytes_folder: Path, texts: list[str]) -> None:
-    fast, slow = (Tokeniser(Work(bytes_folder, "bytes", byte_level, 257, 256)) for byte_level in (True, False))
+    fast, slow = (ChunkTokenizer(Target(bytes_folder, "bytes", byte_level, 257, 256)) for byte_level in (True, False))
     for text in (*texts, f"x{END_OF_TEXT}y"):
         assert fast.encode([text])[0].tolist() == slow.encode([text])[0].tolist() == list(text.encode())
 
@@ -314,24 +315,19 @@ def test_a_tokenizer_that_truncates_loses_nothing(tmp_path: Path, bpe_folder: st
     assert dataset.train[0].tokens.tolist() == [*b"abcdefghij", 257, *b"k", 257]
 
 
-def test_any_number_of_workers_makes_the_same_bytes(
-    tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "CHUNK_CHARS", 500)
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, bpe_folder: str) -> None:
+    chunking = Chunking(chunk=500)
     (tmp_path / "x.jsonl").write_bytes(lines([f"the {number} " * (number % 40) for number in range(200)]))
     (tmp_path / "y.txt").write_text("other thoughts\n" * 50)
-    inputs: list[Path | str] = [tmp_path / "x.jsonl", tmp_path / "y.txt"]
-    one = prepared(inputs, tmp_path / "one", tokenizer=bpe_folder)
-    prepared(inputs, tmp_path / "two", tokenizer=bpe_folder, workers=2)
+    inputs: list[Path | str | HubInput] = [tmp_path / "x.jsonl", tmp_path / "y.txt"]
+    one = prepared(inputs, tmp_path / "one", tokenizer=bpe_folder, chunking=chunking)
+    prepared(inputs, tmp_path / "two", tokenizer=bpe_folder, chunking=chunking, workers=2)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert {path.split("/")[0] for path in tree(tmp_path / "one")} == {"dataset.json", "tokenizer", "train", "val"}
     assert open_dataset(tmp_path / "two").fingerprint == one.fingerprint
 
 
-def test_progress_is_lines_on_stderr(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "LINE_SECONDS", 0.0)
+def test_progress_is_lines_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.txt").write_text("text")
     prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
     shown = capfd.readouterr()
@@ -342,41 +338,80 @@ def test_progress_is_lines_on_stderr(
     assert "already prepared" in capfd.readouterr().err
 
 
-def test_chunks_grow_with_the_input_and_leave_no_empty_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CHUNK_CHARS", 50)
-    monkeypatch.setattr(prepare, "LARGE_CHUNK_CHARS", 500)
-    (tmp_path / "x.jsonl").write_bytes(lines(["0123456789"] * 100))
-    parts: list[list[str]] = []
-    spy = watching(prepare._merge, lambda: parts.append(sorted(p.name for p in tmp_path.glob("*/.parts/*.tok"))))
-    monkeypatch.setattr(prepare, "_merge", spy)
-    small = prepared([tmp_path / "x.jsonl"], tmp_path / "small")
-    assert len([name for name in parts[0] if "train" in name]) == 20
-    assert [name for name in parts[0] if "val" in name] == ["x-000000.val.tok"]
-    monkeypatch.setattr(prepare, "LARGE_INPUT", 1000)
-    large = prepared([tmp_path / "x.jsonl"], tmp_path / "large")
-    assert len(parts[1]) == 3
-    assert (small.plan["cut"][-1], large.plan["cut"][-1]) == (50, 500)
-    assert small.fingerprint == large.fingerprint
+@pytest.mark.parametrize(("large_input", "chunk", "train_parts"), [(1 << 30, 50, 20), (1000, 500, 2)])
+def test_chunks_grow_with_the_input_and_leave_no_empty_parts(
+    tmp_path: Path, large_input: int, chunk: int, train_parts: int
+) -> None:
+    chunking = Chunking(chunk=50, large_chunk=500, large_input=large_input)
+    whole, broken = tmp_path / "x.jsonl", tmp_path / "broken/x.jsonl"
+    whole.write_bytes(lines(["0123456789"] * 100))
+    broken.parent.mkdir()
+    broken.write_bytes(whole.read_bytes() + b"{")
+    with pytest.raises(UsageError, match="not a JSON line"):  # so that the parts stay
+        prepared([broken], tmp_path / "out", chunking=chunking)
+    parts = {path.name for path in tmp_path.glob("out/.parts/*.tok")}
+    assert parts == {"x-000000.val.tok", *(f"x-{number:06d}.train.tok" for number in range(train_parts))}
+    dataset = prepared([whole], tmp_path / "whole", chunking=chunking)
+    assert dataset.made_from["cut"] == [1 << 14, 1 << 20, 1 << 16, chunk]
+    assert dataset.fingerprint == prepared([whole], tmp_path / "one").fingerprint
+
+
+def test_parts_may_be_more_than_the_files_that_a_process_may_open(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(lines(["0123456789"] * 200))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+    try:
+        dataset = prepared([tmp_path / "x.jsonl"], tmp_path / "out", val_fraction=0, chunking=Chunking(chunk=10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert dataset.train_tokens == 200 * 11
+
+
+def test_the_files_say_what_they_are_made_from(tmp_path: Path) -> None:
+    """As version 0.1 wrote it: its data sets open, and its unfinished ones resume."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(["good", "fine"]) + b"{")
+    with pytest.raises(UsageError, match="not a JSON line"):
+        prepared([path], tmp_path / "out", chunking=Chunking(chunk=4))
+    unfinished = read_sealed(tmp_path / "out/.parts/plan.json")
+    path.write_bytes(lines(["good", "fine"]))
+    prepared([path], tmp_path / "whole")
+    finished = read_sealed(tmp_path / "whole/dataset.json")["plan"]
+    expected = {
+        "inputs": [
+            {"source": "x", "path": str(path), "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        ],
+        "tokenizer": "bytes",
+        "tokenizer_sha256": finished["tokenizer_sha256"],
+        "text_key": "text",
+        "val_fraction": 0.01,
+        "cut": [16384, 1048576, 65536, 4_000_000],
+    }
+    assert finished == expected
+    assert unfinished == expected | {"inputs": unfinished["inputs"], "cut": [16384, 1048576, 65536, 4]}
 
 
 # -------------------------------------------------------------------------------------------- stops and restarts
 
-# Reads slowly from the 20th passage on, so that a busy machine does not finish before the signal is sent.
+SMALL = Chunking(chunk=2000)
+# A slow disk: a busy machine does not finish before the signal is sent, and workers are nearly always at a write.
 SCRIPT = """
+import os
 import sys
 import time
 from pathlib import Path
-from slope_cli.data import prepare
+from slope_cli.data.prepare import prepare
+from slope_cli.data.sources import Chunking
+from slope_cli.distributed.signals import Stopped
 
-def slowly(*given, read=prepare.read_passages):
-    for number, passage in enumerate(read(*given)):
-        time.sleep(0.2 * (number > 20))
-        yield passage
-
-prepare.read_passages = slowly
+if __name__ == "__mp_main__":
+    os.replace = lambda *given, replace=os.replace: (time.sleep(0.2), replace(*given))
 if __name__ == "__main__":
-    prepare.CHUNK_CHARS = 2000
-    prepare.prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer=sys.argv[3], workers=2)
+    try:
+        prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer=sys.argv[3], workers=2, chunking=Chunking(chunk=2000))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
 """
 
 
@@ -414,53 +449,55 @@ def session_members(session: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, -2)]
+    ("sent", "to_group", "code"),
+    [
+        (signal.SIGKILL, False, -9),
+        (signal.SIGTERM, False, 75),
+        (signal.SIGTERM, True, 75),  # scancel
+        (signal.SIGUSR2, True, 75),  # sbatch --signal
+        (signal.SIGINT, True, 75),  # Ctrl-C
+    ],
 )
 def test_stopped_in_the_middle_and_run_again(
-    tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+    tmp_path: Path,
+    bpe_folder: str,
+    capfd: pytest.CaptureFixture[str],
+    sent: signal.Signals,
+    to_group: bool,
+    code: int,
 ) -> None:
     text, out = tmp_path / "x.txt", tmp_path / "out"
     child = preparing(text, out, bpe_folder, SCRIPT, parts=5)
-    if sent == signal.SIGUSR2:
-        os.killpg(child.pid, sent)  # as SLURM does: the workers get it, too
-    else:
-        child.send_signal(sent)
+    (os.killpg if to_group else os.kill)(child.pid, sent)
     errors = child.communicate(timeout=60)[1].decode()
     assert child.returncode == code, errors
     assert not (out / "dataset.json").exists()
     wait_until(lambda: session_members(child.pid) == 0)
     assert session_members(child.pid) == 0
-    if sent != signal.SIGKILL:
-        assert "run the same command again" in errors
+    if code == 75:
+        assert errors.splitlines()[-1] == f"{out}: stopped by {sent.name}; run the same command again to resume"
+        assert not any("Traceback" in line or "rror" in line for line in errors.splitlines())
+    if code == 75 and (sent, to_group) != (signal.SIGTERM, True):  # which ends the workers, too
         assert not list(out.glob(".parts/.*.tmp"))
     with pytest.raises(SlopeError, match="unfinished preparation"):
         open_dataset(out)
 
-    monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
-    survivor = out / ".parts/x-000000.train.tok"
-    made = survivor.stat().st_mtime_ns
-    damaged = out / ".parts/x-000002.train.tok"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    seen: list[int] = []
-    with monkeypatch.context() as patch:
-        spy = watching(prepare._merge, lambda: seen.append(survivor.stat().st_mtime_ns))
-        patch.setattr(prepare, "_merge", spy)
-        prepared([text], out, tokenizer=bpe_folder)
-    assert seen == [made]
-    prepared([text], tmp_path / "whole", tokenizer=bpe_folder)
+    parts = sorted(out.glob(".parts/*.tok"))
+    parts[2].write_bytes(parts[2].read_bytes()[:-1])
+    prepared([text], out, tokenizer=bpe_folder, chunking=SMALL, progress=True)
+    assert f"chunks kept from an earlier start: {len(parts) - 1}\n" in capfd.readouterr().err
+    prepared([text], tmp_path / "whole", tokenizer=bpe_folder, chunking=SMALL)
     assert tree(out) == tree(tmp_path / "whole")
 
 
-# The first worker is in the middle of a write nearly always, the second is long in starting.
 SLOW_START = """
 import os
 import time
 if __name__ == "__mp_main__":
     try:
         os.close(os.open(os.path.dirname(__file__) + "/first", os.O_CREAT | os.O_EXCL))
-        os.replace = lambda *given, replace=os.replace: (time.sleep(0.2), replace(*given))
     except FileExistsError:
-        time.sleep(4)
+        time.sleep(4)  # the second worker
 """
 
 
@@ -472,16 +509,39 @@ def test_a_signal_to_the_group_spares_a_worker_that_starts(
     child = preparing(tmp_path / "x.txt", out, bpe_folder, SLOW_START + SCRIPT, parts=2)
     os.killpg(child.pid, sent)
     errors = child.communicate(timeout=60)[1].decode()
-    assert "run the same command again" in errors
+    assert child.returncode == 75, errors
     assert not list(out.glob(".parts/.*.tmp"))
 
 
-def watching(function: Callable[..., object], note: Callable[[], object]) -> Callable[..., object]:
-    def watched(*given: object) -> object:
-        note()
-        return function(*given)
+def test_a_second_ctrl_c_does_not_wait_for_the_workers(tmp_path: Path, bpe_folder: str) -> None:
+    out = tmp_path / "out"
+    child = preparing(tmp_path / "x.txt", out, bpe_folder, SCRIPT.replace("sleep(0.2)", "sleep(600)"), parts=0)
+    wait_until(lambda: len(list(out.glob(".parts/.*.tmp"))) == 2)
+    os.killpg(child.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):  # the workers are at a write
+        child.wait(timeout=1)
+    os.killpg(child.pid, signal.SIGINT)
+    child.communicate(timeout=20)
+    assert child.returncode == -signal.SIGINT
+    wait_until(lambda: session_members(child.pid) == 0)
+    assert session_members(child.pid) == 0
 
-    return watched
+
+def test_whole_parts_of_an_earlier_start_are_used(tmp_path: Path) -> None:
+    path, out = tmp_path / "x.jsonl", tmp_path / "out"
+    path.write_bytes(lines(["good", "fine"]) + b"{")
+    mtime = path.stat().st_mtime_ns
+    options = {"val_fraction": 0, "chunking": Chunking(chunk=4)}
+    with pytest.raises(UsageError, match="not a JSON line"):
+        prepared([path], out, **options)
+    other = [np.frombuffer(b"GOOD", np.uint8), np.array([256])]
+    write_token_file(
+        out / ".parts/x-000000.train.tok", other, source="x", split="train", vocab_size=257, separator_id=256,
+        tokenizer="bytes",
+    )  # fmt: skip
+    path.write_bytes(lines(["good", "fine"]) + b" ")
+    os.utime(path, ns=(mtime, mtime))
+    assert decoded(prepared([path], out, **options)) == ["GOOD", "fine"]
 
 
 def test_a_full_disk_leaves_a_restartable_folder(tmp_path: Path) -> None:
@@ -524,19 +584,19 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     assert tree(out) == before
 
 
-def test_an_unfinished_folder_of_another_plan(tmp_path: Path, bpe_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CHUNK_CHARS", 4)
+def test_an_unfinished_folder_that_is_made_from_something_else(tmp_path: Path, bpe_folder: str) -> None:
+    chunking = Chunking(chunk=4)
     (tmp_path / "bad.jsonl").write_bytes(lines(["good"]) + b"{")
     with pytest.raises(UsageError, match=r"bad\.jsonl:2: not a JSON line"):
-        prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out", chunking=chunking)
     with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
-        prepared([tmp_path / "bad.jsonl"], tmp_path / "out", tokenizer=bpe_folder)
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out", chunking=chunking, tokenizer=bpe_folder)
     (tmp_path / "out/.parts/plan.json").write_text("{")
     with pytest.raises(SlopeError, match=r"damaged.*delete the folder"):
-        prepared([tmp_path / "bad.jsonl"], tmp_path / "out")
+        prepared([tmp_path / "bad.jsonl"], tmp_path / "out", chunking=chunking)
 
 
-def test_a_plan_with_no_part_written_is_replaced(tmp_path: Path, bpe_folder: str) -> None:
+def test_a_start_that_wrote_no_part_binds_nobody(tmp_path: Path, bpe_folder: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(lines(["a", "b"]))
     with pytest.raises(UsageError, match=r"no key 'body'.*--text-key"):
         prepared([tmp_path / "x.jsonl"], tmp_path / "out", text_key="body", tokenizer=bpe_folder)
@@ -548,18 +608,17 @@ def test_a_plan_with_no_part_written_is_replaced(tmp_path: Path, bpe_folder: str
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
-    with (
-        prepare._claimed(tmp_path / "out", {}),
-        pytest.raises(UsageError, match="another process is at work"),
-    ):
+    (tmp_path / "out").mkdir()
+    with held_folder(tmp_path / "out"), pytest.raises(UsageError, match="another process is at work"):
         prepared([tmp_path / "x.txt"], tmp_path / "out")
+    prepared([tmp_path / "x.txt"], tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(UsageError, match="is not empty and holds no data set"):
         prepared([tmp_path / "x.txt"], tmp_path)
-    with pytest.raises(UsageError, match="cannot be made or written"):
+    with pytest.raises(UsageError, match="out: cannot be made or read"):
         prepared([tmp_path / "x.txt"], tmp_path / "x.txt" / "out")
 
 
@@ -573,19 +632,19 @@ PARQUET_ENDS = b"PAR1"
     ("name", "content", "message"),
     [
         ("x.txt", b"", r"x\.txt: is empty"),
-        ("x.txt.gz", gzip.compress(b"", mtime=0), "there is no text in it"),
-        ("x.jsonl", b"\n\n", "there is no text in it"),
+        ("x.txt.gz", gzip.compress(b"", mtime=0), "contains no text"),
+        ("x.jsonl", b"\n\n", "contains no text"),
         ("x.txt", b"caf\xe9 au lait", r"x\.txt: not UTF-8 text"),
         ("x.txt", b"end\xc3", "not UTF-8 text"),
         ("x.bin", b"a\0b", "a binary file"),
         (
             "x.jsonl",
             b'{"text": "a"}\n{"body": "b", "n": 1}',
-            r"x\.jsonl:2: no key 'text'; .* 'body', 'n': .* --text-key",
+            r"x\.jsonl:2: no key 'text': known are body, n; .* --text-key",
         ),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not a JSON line"),
         ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: not UTF-8"),
-        ("x.json", b'["a"]', r"x\.json:1: a list where an object"),
+        ("x.json", b'["a"]', r"x\.json:1: a list instead of an object"),
         ("x.jsonl", b'{"text": 3}', r"x\.jsonl:1: 'text' is a int, not text"),
         ("x.txt.gz", gzip.compress(WHOLE, mtime=0)[:-50], r"x\.txt\.gz: truncated"),
         ("x.txt.xz", lzma.compress(WHOLE)[:-50], r"x\.txt\.xz: truncated"),
@@ -609,9 +668,9 @@ def test_bad_inputs_are_one_clear_line(tmp_path: Path, name: str, content: bytes
 
 def test_bad_parquet_columns(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", {"body": ["a"], "text": [3]})
-    with pytest.raises(UsageError, match=r"no column 'words'; the columns are 'body', 'text': .* --text-key"):
-        prepared([tmp_path / "x.parquet"], tmp_path / "out", text_key="words")
-    with pytest.raises(UsageError, match="the column 'text' holds int64, not text"):
+    with pytest.raises(UsageError, match=r"no column 'txt': did you mean text\?; .* --text-key"):
+        prepared([tmp_path / "x.parquet"], tmp_path / "out", text_key="txt")
+    with pytest.raises(UsageError, match="the column 'text' is int64, not text"):
         prepared([tmp_path / "x.parquet"], tmp_path / "out2")
 
 
@@ -622,9 +681,9 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("none.txt", r"none\.txt: no such file or folder"),
         ("./none", r"\./none: no such file"),
         ("no thing", "no such file"),
-        (tmp_path / "empty", "holds no files"),
-        ("/dev/null", "neither a file nor a folder"),
-        ("bad name=x.txt", "a source's name is made of"),
+        (tmp_path / "empty", "contains no files"),
+        ("/dev/null", "is neither a file nor a folder"),
+        ("bad name=x.txt", "name a source with letters"),
     ]
     for word, message in missing:
         with pytest.raises(UsageError, match=message):

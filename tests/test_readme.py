@@ -1,4 +1,4 @@
-"""What README says works, and its figures are those of the result files."""
+"""The examples in README work, its keys exist, and its figures are those of the result files."""
 
 import re
 import shlex
@@ -9,6 +9,7 @@ import typer
 
 from slope_cli.benchmarks import render
 from slope_cli.cli import app
+from slope_cli.config import load as configs
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -39,6 +40,15 @@ def test_every_command_parses(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command = command.commands[arguments.pop(0)]
     command.make_context(words[1], list(arguments))
+
+
+def test_every_key_named_is_one_of_today() -> None:
+    sections = "|".join({key.partition(".")[0] for key in configs.defaults() if "." in key})
+    quoted = re.findall(rf"`((?:{sections})\.[a-z_]+)\b(?!\(|\.py|\.sbatch)", README.read_text())
+    words = [word.partition("=")[0] for command in commands() for word in command if re.match(rf"({sections})\.", word)]
+    known = {*configs.defaults(), "sparsity.pattern_overrides", "model.overrides"}
+    assert len({*quoted, *words}) > 10
+    assert {".".join(key.split(".")[:2]) for key in (*quoted, *words)} - known == set()
 
 
 def test_figures_are_those_of_the_result_files() -> None:

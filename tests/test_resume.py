@@ -13,12 +13,11 @@ import pytest
 from helpers import assert_same_run, die_in_save, finish, printed, records, start, tiny, tiny_bert
 
 from slope_cli.checkpoint import store
-from slope_cli.config.schema import Config
-from slope_cli.distributed.signals import Stopped
+from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
 from slope_cli.report import metrics
-from slope_cli.train import loop
-from slope_cli.train.loop import pretrain
+from slope_cli.train.loop import Trainer, pretrain
+from slope_cli.train.step import StepRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,25 +34,25 @@ def wait_for_steps(run: Path, count: int) -> None:
 
 def stop_after(step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """In this process: the signal comes in the middle of a step (from 1)."""
-    take = loop._train_step
+    train_step = Trainer.train_step
 
-    def signalled(t: loop.Trainer, at: int) -> object:
-        if at + 1 == step:
+    def signalled(t: Trainer) -> tuple[StepRecord, float]:
+        if t.step + 1 == step:
             os.kill(os.getpid(), number)
-        return take(t, at)
+        return train_step(t)
 
-    loop._train_step = signalled  # type: ignore[assignment]
+    Trainer.train_step = signalled  # type: ignore[method-assign]
 
 
 def slow_steps(seconds: float) -> None:
     """In this process: a step takes so much longer."""
-    take = loop._train_step
+    train_step = Trainer.train_step
 
-    def slow(t: loop.Trainer, at: int) -> object:
+    def slow(t: Trainer) -> tuple[StepRecord, float]:
         time.sleep(seconds)
-        return take(t, at)
+        return train_step(t)
 
-    loop._train_step = slow  # type: ignore[assignment]
+    Trainer.train_step = slow  # type: ignore[method-assign]
 
 
 # --------------------------------------------------------------------------------------------------- killed
@@ -113,7 +112,7 @@ def test_killed_in_the_first_save_and_in_that_after_the_adapters_joined(
 
 
 @pytest.mark.parametrize("every", [2, 3, 5, 6, 7])
-def test_killed_after_a_save_before_at_and_after_the_adapter_switch_and_the_renewals(
+def test_killed_after_a_save_before_at_and_after_the_adapters_and_the_mask_updates(
     data: Path, finished: Path, tmp_path: Path, every: int
 ) -> None:
     """Killed between a save and the next one: what was done in between is done again, and is in the log once."""
@@ -122,7 +121,20 @@ def test_killed_after_a_save_before_at_and_after_the_adapter_switch_and_the_rene
     assert [folder.name for folder in store.folders(run)][:1] == [f"step-{every:08d}"]
     pretrain(config, run)
     assert_same_run(config, run, finished)
-    assert [record["step"] for record in records(run) if record["kind"] == "adapters"] == [7]
+    assert [record["step"] for record in records(run) if record["kind"] == "phase"] == [7]
+
+
+def test_masks_that_follow_from_the_values_are_left_out_and_computed_again(data: Path, tmp_path: Path) -> None:
+    """Updated by magnitude in every step, the default; and the scale of the input gradient with them."""
+    config = tiny(data, "slope.mask_update_interval=1", "slope.backward_rescale=true", "log.save_every=2")
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    pretrain(config, reference)
+    (newest, *_) = store.folders(reference)
+    assert store.verify(newest)["derived"] == ["backward_mask_bits"]
+    assert b"backward_mask_bits" not in (newest / ".metadata").read_bytes()
+    assert finish(start(config, run, die_in_save, 6, 2)) == -signal.SIGKILL
+    pretrain(config, run)
+    assert_same_run(config, run, reference)
 
 
 def test_a_bert_resumes_bit_for_bit_too(bert_data: Path, tmp_path: Path) -> None:
@@ -164,7 +176,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint(
     said = printed(run).splitlines()
     assert (
         said[-1]
-        == f"error: stopped by {number.name} after step {step}, checkpoint saved; run the same command to go on"
+        == f"error: stopped by {number.name} after step {step}, checkpoint saved; run the same command to resume"
     )
     assert store.folders(run)[0].name == f"step-{step:08d}"
     pretrain(config, run)
@@ -200,19 +212,19 @@ def test_a_signal_during_a_save_stops_after_the_next_step(data: Path, finished: 
 def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = loop._prepare
+    fit = Trainer.fit
 
-    def signalled(config: Config, run: Path, device: object) -> loop.Trainer:
+    def signalled(t: Trainer, stop: StopFlag) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(config, run, device)  # type: ignore[arg-type]
+        fit(t, stop)
 
-    monkeypatch.setattr(loop, "_prepare", signalled)
+    monkeypatch.setattr(Trainer, "fit", signalled)
     with pytest.raises(Stopped, match="after step 1, checkpoint saved"):
         pretrain(tiny(data), tmp_path / "run")
     assert store.latest(tmp_path / "run") is not None
 
 
-def test_the_command_line_stops_with_75_goes_on_and_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
+def test_the_command_line_stops_with_75_resumes_and_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
     run, tests = tmp_path / "run", Path(__file__).parent
     program = f"""
 import sys
@@ -241,7 +253,7 @@ main()
     (done,) = store.folders(run)
     assert err.splitlines()[-1].startswith(f"stopped by SIGTERM after step {int(done.name[-8:])}, checkpoint saved")
     code, out, err = run_until(int(done.name[-8:]) + 1, signal.SIGINT, signal.SIGINT)
-    assert f"going on from {done}" in err
+    assert f"resuming from {done}" in err
     assert (code, out) not in ((0, ""), (75, ""))
     assert "Traceback" not in err
     assert store.folders(run) == [done]

@@ -33,8 +33,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def gpt2_folder(folder: Path, *, end: str = END_OF_TEXT) -> Path:
-    words = [*byte_characters(), "he", end]
-    (folder / "vocab.json").write_text(json.dumps({word: at for at, word in enumerate(words)}))
+    tokens = [*byte_characters(), "he", end]
+    (folder / "vocab.json").write_text(json.dumps({token: at for at, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nh e\n")
     return folder
 
@@ -63,7 +63,7 @@ def test_bytes_save_and_load(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert load_tokenizer(str(tmp_path))("é").input_ids == [195, 169]
 
 
-def test_what_is_saved_does_not_tell_how_it_was_loaded(tmp_path: Path) -> None:
+def test_saved_files_do_not_tell_how_the_tokenizer_was_loaded(tmp_path: Path) -> None:
     """As with HF_HUB_OFFLINE, which would give one tokenizer two hashes."""
     source = tmp_path / "source"
     save_tokenizer(load_tokenizer("bytes"), source)
@@ -103,7 +103,7 @@ def test_no_separator() -> None:
 
 
 def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"contains no tokenizer\.json"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UsageError, match="no such folder"):
         load_tokenizer("./nowhere")
@@ -126,5 +126,5 @@ def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
     env["PYTHONPATH"] = str(Path(slope_cli.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
-    assert "UsageError: tokenizer nobody/nothing: no such folder" in last
+    assert "UsageError: tokenizer nobody/nothing: no such folder, and it could not be downloaded" in last
     assert "give `bytes` or a local folder" in last

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,21 @@ from helpers import GOLDEN, final_state, finish, golden_losses, records, start, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint.load import load_model
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
 from slope_cli.data.batches import Blocks
 from slope_cli.data.dataset import MANIFEST, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.methods.phases import Stage
 from slope_cli.models import shapes
-from slope_cli.models.loss import batch_loss
+from slope_cli.models.loss import forward, loss_fn
 from slope_cli.report import metrics
-from slope_cli.train import loop
 from slope_cli.train.loop import Trainer, pretrain
-from slope_cli.train.step import Batch, Step, Taken
-from slope_cli.utils.environment import _git_commit, source_version
-from sparse_kernels import renew_column_masks, sparse_layers
+from slope_cli.train.step import Step, StepRecord, step_seed
+from slope_cli.utils.environment import git_commit, source_version
+from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,13 +38,21 @@ LAYER = "transformer.h.1.mlp.c_fc"
 
 
 def trainer(config: Config, run: Path, steps: int = 0) -> Trainer:
-    """A run after so many steps, without its folder."""
-    t = loop._prepare(config, run, CPU)
+    """A run after so many steps, without its log and checkpoints."""
+    t = Trainer(config, run, CPU)
     t.model.train()
-    for step in range(steps):
-        loop.optim.set_learning_rates(t.optimizer, step, config)
-        loop._train_step(t, step)
+    take(t, steps)
     return t
+
+
+def take(t: Trainer, steps: int) -> list[StepRecord]:
+    """The next steps, in the phase of each."""
+    outputs = []
+    for _ in range(steps):
+        if (to := t.phases.at(t.step)) != t.phase:
+            t.enter(to)
+        outputs.append(t.train_step()[0])
+    return outputs
 
 
 def state(t: Trainer) -> dict[str, Tensor]:
@@ -70,17 +78,17 @@ def test_accumulation_is_the_same_update_as_one_big_micro_batch(data: Path, tmp_
         trainer(tiny(data, "model.dropout=0", f"train.micro_batch={size}"), tmp_path, steps=1) for size in (4, 1)
     )
     assert (whole.config.train.accumulation, parts.config.train.accumulation) == (1, 4)
-    ours, theirs = state(whole), state(parts)
-    for name in (name for name in ours if name.endswith("exp_avg")):
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-8)
-    for step in range(1, 4):
-        assert loop._train_step(whole, step) == pytest.approx(loop._train_step(parts, step), rel=1e-3)
+    before, after = state(whole), state(parts)
+    for name in (name for name in before if name.endswith("exp_avg")):
+        torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-8)
+    for ours, theirs in zip(take(whole, 3), take(parts, 3), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("clip", [0, 0.01, 1000])
 def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(data: Path, tmp_path: Path, clip: float) -> None:
     t = trainer(tiny(data, f"optim.clip={clip}"), tmp_path)
-    norm = loop._train_step(t, 0).norm
+    norm = take(t, 1)[0].record(layers=False)["grad_norm"]
     mean = [s["exp_avg"] / 0.1 for s in t.optimizer.state.values()]  # after one step, a tenth of the gradient
     used = torch.stack([g.norm() for g in mean]).norm().item()
     assert norm > 0.1
@@ -93,17 +101,17 @@ def test_a_step_is_a_function_of_its_number(data: Path, tmp_path: Path) -> None:
     for step in range(3):
         torch.manual_seed(step * 7)
         torch.rand(step + 1)
-        assert loop._train_step(first, step) == loop._train_step(second, step)
+        assert take(first, 1) == take(second, 1)
     assert_equal(state(first), state(second))
-    assert len({loop._mix(seed, step) for seed in range(30) for step in range(30)}) == 900
+    assert len({step_seed(seed, step) for seed in range(30) for step in range(30)}) == 900
 
 
 def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = Step.backward
 
-    def slow(self: Step, batch: Batch, count: int) -> torch.Tensor:
+    def slow(self: Step, *args: Any) -> Tensor:
         time.sleep(0.05)
-        return backward(self, batch, count)
+        return backward(self, *args)
 
     monkeypatch.setattr(Step, "backward", slow)
     started = time.perf_counter()
@@ -118,7 +126,7 @@ def test_tokens_per_second_are_tokens_by_time(data: Path, tmp_path: Path, monkey
 
 
 def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, finished: Path) -> None:
-    config, model, _, _ = run_model.load(finished)
+    config, model = tiny(data), load_model(finished).model
     (file,) = open_dataset(data).val.values()
     blocks = Blocks([file], config.train.seq_len)
     chosen = [blocks[i * len(blocks) // 8] for i in range(8)]  # log.val_tokens = 8 · 32
@@ -132,19 +140,16 @@ def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, fi
     assert record["by_source"] == {"text": record["loss"]}
 
 
-def test_fifty_steps_with_renewals_keep_positions_and_weights_together(data: Path, tmp_path: Path) -> None:
-    t = trainer(tiny(data), tmp_path)
+def test_fifty_steps_with_mask_updates_keep_masks_and_weights_together(data: Path, tmp_path: Path) -> None:
+    t = trainer(tiny(data, "train.steps=50", "slope.mask_update_interval=10", "adapters.rank=0"), tmp_path)
     layers = dict(sparse_layers(t.model))
     rows = {name: layer.row_mask().clone() for name, layer in layers.items()}
-    columns = {name: layer.column_mask().clone() for name, layer in layers.items()}
-    for step in range(50):
-        loop._train_step(t, step)
-        if loop._due(step + 1, 10):
-            renew_column_masks(t.model)
+    backward = {name: layer.backward_mask().clone() for name, layer in layers.items()}
+    take(t, 50)
     for name, layer in layers.items():
         layer.validate()
         assert torch.equal(layer.row_mask(), rows[name])
-        assert not torch.equal(layer.column_mask(), columns[name])
+        assert not torch.equal(layer.backward_mask(), backward[name])
         assert (layer.row_mask().unflatten(1, (-1, 4)).sum(-1) == 2).all()
         dense_OI = torch.zeros(layer.out_features, layer.in_features)
         dense_OI[layer.row_mask()] = layer.values.detach().flatten()
@@ -152,28 +157,30 @@ def test_fifty_steps_with_renewals_keep_positions_and_weights_together(data: Pat
         Y = layer(X)
         torch.testing.assert_close(Y, F.linear(X, dense_OI, layer.bias), rtol=1e-5, atol=1e-6)
         (dX,) = torch.autograd.grad(Y.sum(), X)
-        twice_OI = dense_OI * layer.column_mask()
+        twice_OI = dense_OI * layer.backward_mask()
         torch.testing.assert_close(dX, torch.ones_like(Y) @ twice_OI, rtol=1e-5, atol=1e-6)
 
 
-def test_masks_are_renewed_in_a_run_when_they_are_due(data: Path, tmp_path: Path) -> None:
+def test_masks_are_updated_in_a_run_when_they_are_due(data: Path, tmp_path: Path) -> None:
     words = ("log.save_every=1", "log.keep=9", "train.steps=7", "adapters.rank=0")
     pretrain(tiny(data, *words), tmp_path / "run")
     at = {}
     for folder in store.folders(tmp_path / "run"):
-        t = loop._prepare(tiny(data, *words), tmp_path / "run", CPU)
+        t = Trainer(tiny(data, *words), tmp_path / "run", CPU)
         store.restore(folder, t.model, t.optimizer)
-        at[int(folder.name[-8:])] = {name: layer.positions_t for name, layer in sparse_layers(t.model)}
+        at[int(folder.name[-8:])] = {name: layer.backward_mask_bits for name, layer in sparse_layers(t.model)}
     changed = [step for step in range(2, 8) if not torch.equal(at[step - 1][LAYER], at[step][LAYER])]
     assert changed == [3, 6]
 
 
-@pytest.mark.parametrize("words", [("method=dense",), ("train.dtype=bf16",), ("sparsity.n=1", "sparsity.mask=random")])
+@pytest.mark.parametrize(
+    "words", [("method=dense",), ("train.precision=bf16",), ("sparsity.n=1", "sparsity.mask=random")]
+)
 def test_other_ways_to_train_learn_too(data: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     pretrain(tiny(data, *words), tmp_path / "run")
     losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.5
-    joined = [record for record in records(tmp_path / "run") if record["kind"] == "adapters"]
+    joined = [record for record in records(tmp_path / "run") if record["kind"] == "phase"]
     assert len(joined) == (0 if "method=dense" in words else 1)
     assert all(
         t.dtype in (torch.float32, torch.uint8) for t in final_state(tiny(data, *words), tmp_path / "run").values()
@@ -188,16 +195,19 @@ def test_a_bert_learns_and_writes_no_samples(bert_data: Path, tmp_path: Path) ->
 
 
 def test_a_bert_logs_the_loss_that_validation_measures_and_what_was_optimised(bert_data: Path, tmp_path: Path) -> None:
-    """With two micro-batches: both are means over them."""
+    """With two micro-batches: the first is the mean over the tokens of both, the second the mean over their pairs."""
     config = tiny_bert(bert_data, "model.dropout=0", "train.steps=1")
     t = trainer(config, tmp_path)
-    batches = [loop._to_device(batch, CPU) for batch in t.batches(0)]
     with torch.no_grad():
-        losses = [batch_loss(t.model, batch, "masked") for batch in batches]
+        losses = [loss_fn(forward(t.model, batch), batch) for batch in t.batches.of_step(0)]
+    assert [loss.sentence_loss is not None for loss in losses] == [True, True]
+    targets = [loss.targets.item() for loss in losses]
+    tokens = sum(loss.token_loss.item() * n for loss, n in zip(losses, targets, strict=True)) / sum(targets)
+    pairs = sum(float(loss.sentence_loss or 0) for loss in losses) / 2
     pretrain(config, tmp_path / "run")
     (record,) = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
-    assert record["loss"] == pytest.approx(sum(loss.token_loss.item() for loss in losses) / 2, rel=1e-5)
-    assert record["total"] == pytest.approx(sum(loss.total.item() for loss in losses) / 2, rel=1e-5)
+    assert record["loss"] == pytest.approx(tokens, rel=1e-5)
+    assert record["total"] == pytest.approx(tokens + pairs, rel=1e-5)
     assert record["total"] > record["loss"] + 0.1
 
 
@@ -218,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path:
         t.model.get_submodule(LAYER).bias[3] = math.inf
     before = state(t)
     with pytest.raises(SlopeError, match=f"^step 3: the loss is not finite, first in the output of {LAYER}; nothing"):
-        loop._train_step(t, 2)
+        take(t, 1)
     assert_equal(state(t), before)
 
 
@@ -233,29 +243,29 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     with pytest.raises(
         SlopeError, match=rf"^step 3: the gradient of {LAYER}.values is not finite \(1 in all\); nothing"
     ):
-        loop._train_step(t, 2)
+        take(t, 1)
     assert_equal(state(t), before)
 
 
 def test_a_run_that_blows_up_keeps_its_last_checkpoint(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, take = tmp_path / "run", loop._train_step
+    run, train_step = tmp_path / "run", Trainer.train_step
 
-    def poison(t: Trainer, step: int) -> Taken:
-        if step == 5:
+    def poison(t: Trainer) -> tuple[StepRecord, float]:
+        if t.step == 5:
             t.model.get_parameter("transformer.ln_f.weight").data.fill_(math.nan)
-        return take(t, step)
+        return train_step(t)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_step", poison)
+        patch.setattr(Trainer, "train_step", poison)
         with pytest.raises(
             SlopeError, match=r"^step 6: the loss is not finite, first in the output of transformer.ln_f"
         ):
             pretrain(tiny(data), run)
     found = store.latest(run)
     assert found is not None
-    assert (found[1]["step"], found[2]) == (4, [])
+    assert (found.manifest["step"], found.faults) == (4, [])
     pretrain(tiny(data), run)
     assert records(run) == records(finished)
 
@@ -265,18 +275,26 @@ def test_a_run_that_blows_up_keeps_its_last_checkpoint(
 
 def test_adapters_join_without_a_jump_with_fresh_state_and_leave_the_rest_alone(data: Path, tmp_path: Path) -> None:
     t = trainer(tiny(data), tmp_path, steps=6)
-    before, loss = state(t), loop._validate(t)
-    kind, facts, _ = loop._enter(t, Stage("sparse", adapters=True), calibrate=False)
+    before, loss = state(t), t.validate()
+    changes = t.enter(t.phases.at(6))
     after = state(t)
     added = {name for name in after if name not in before}
-    assert added == {f"model.{name}.adapter.{side}" for name, _ in sparse_layers(t.model) for side in "AB"}
-    assert (kind, facts) == ("adapters", {"parameters": sum(after[name].numel() for name in added)})
+    assert added == {f"model.{name}.adapter.lora_{side}" for name, _ in sparse_layers(t.model) for side in "AB"}
+    count = sum(after[name].numel() for name in added)
+    trained = sum(p.numel() for p in t.model.parameters())
+    assert changes == {
+        "name": "sparse, with adapters",
+        "layers": "sparse",
+        "linearized": False,
+        "adapters": True,
+        "trained_parameters": trained,
+        "adapter_parameters": count,
+    }
     assert_equal({name: after[name] for name in before}, before)
-    assert loop._validate(t) == loss
+    assert t.validate() == loss
     assert all(not after[name].any() for name in added if name.endswith("B"))
-    loop.optim.set_learning_rates(t.optimizer, 6, t.config)
+    take(t, 1)
     assert t.optimizer.param_groups[-1]["lr"] == pytest.approx(2e-3 / 2)  # the first of two steps of their warm-up
-    loop._train_step(t, 6)
     counts = {name: t.optimizer.state[p]["step"].item() for name, p in t.model.named_parameters()}
     assert {count for name, count in counts.items() if "adapter" in name} == {1}
     assert {count for name, count in counts.items() if "adapter" not in name} == {7}
@@ -284,12 +302,21 @@ def test_adapters_join_without_a_jump_with_fresh_state_and_leave_the_rest_alone(
 
 def test_adapters_join_at_the_configured_step_of_a_run(data: Path, finished: Path, tmp_path: Path) -> None:
     kinds = [(record["kind"], record["step"]) for record in records(finished)]
-    assert kinds.index(("adapters", 7)) == kinds.index(("train", 7)) - 1
+    assert kinds.index(("phase", 7)) == kinds.index(("train", 7)) - 1
     pretrain(tiny(data, "adapters.rank=0"), tmp_path / "without")
     ours, theirs = ([r for r in records(run) if r["kind"] == "train"] for run in (finished, tmp_path / "without"))
     assert ours[:6] == theirs[:6]
     assert ours[6]["loss"] == theirs[6]["loss"]  # the very step they join: their output is still zero
     assert ours[7]["loss"] != theirs[7]["loss"]
+
+
+def test_sparse_layers_and_adapters_that_begin_in_one_step_are_one_record(data: Path, tmp_path: Path) -> None:
+    pretrain(tiny(data, "sparsity.start=0.5", "adapters.start=0.5"), tmp_path / "run")
+    (record,) = [record for record in records(tmp_path / "run") if record["kind"] == "phase"]
+    assert (record["step"], record["layers"], record["adapters"]) == (7, "sparse", True)
+    assert record["adapter_parameters"] > 0
+    svg = (tmp_path / "run" / "loss.svg").read_text()
+    assert "adapters" in svg
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -325,7 +352,7 @@ def test_a_failure_in_the_first_step_does_not_bar_another_config(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_step", fail)
+        patch.setattr(Trainer, "train_step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             pretrain(tiny(data), run)
     assert records(run) == []
@@ -356,7 +383,7 @@ def test_a_config_altered_behind_a_runs_back_is_refused(data: Path, copy: Path) 
         pretrain(config, copy)
 
 
-def test_fresh_refuses_a_run_that_is_there(data: Path, copy: Path, tmp_path: Path) -> None:
+def test_fresh_refuses_an_existing_run(data: Path, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already; choose another --out"):
         pretrain(tiny(data), copy, fresh=True)
     assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", fresh=True)["step"] == 1
@@ -422,7 +449,7 @@ def test_what_a_kill_left_of_the_tokenizer_is_made_good(data: Path, copy: Path) 
         (("model.overrides.vocab_size=100",), "is above the model's vocabulary of 100"),
         (("train.device=cuda:99",), "train.device=cuda:99"),
         (("adapters.rank=33",), "adapters.rank=33: .* has a side of only 32"),
-        (("sparsity.skip=[nowhere]",), "sparsity: skip pattern 'nowhere' matches no linear layer"),
+        (("sparsity.exclude_modules=[nowhere]",), "sparsity: exclude_modules: 'nowhere' matches no linear layer"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(
@@ -431,6 +458,22 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(UsageError, match=message):
         pretrain(tiny(data, *words), tmp_path / "run")
     assert not (tmp_path / "run" / metrics.JSONL).exists()
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_before_masks_are_chosen_by_its_inputs(
+    data: Path, tmp_path: Path
+) -> None:
+    small = "model.overrides.vocab_size=257"
+    pretrain(tiny(data, "method=dense", "train.steps=1", small), tmp_path / "dense")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a b"}\n' * 300)
+    vocab = tmp_path / "wordpiece"
+    vocab.mkdir()
+    (vocab / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(300)), "a", "b"]))
+    prepare([str(text)], tmp_path / "data", tokenizer=str(vocab), val_fraction=0.1, workers=1, progress=False)
+    config = tiny(tmp_path / "data", "method=wanda", f"model.init={tmp_path / 'dense'}", small)
+    with pytest.raises(UsageError, match="is above the model's vocabulary of 257"):
+        pretrain(config, tmp_path / "run")
 
 
 def test_data_without_validation_text_is_refused(tmp_path: Path) -> None:
@@ -469,7 +512,7 @@ def test_no_secret_of_the_environment_gets_into_the_folder(
 
 def test_the_start_says_what_it_trains_on_what(data: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(tiny(data), copy)
-    _, model, _, _ = run_model.load(copy)
+    model = load_model(copy).model
     count = sum(p.numel() for p in model.parameters())
     expected = f"{copy}: on cpu in fp32, {count:,} trained parameters, 1,536 tokens in all"
     assert expected in capsys.readouterr().err.splitlines()
@@ -482,9 +525,9 @@ def test_the_commit_of_a_project_around_the_program_is_not_taken_for_its_own(tmp
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=theirs"]):
         subprocess.run([*git, *words], check=True)
-    assert _git_commit(package) is None
+    assert git_commit(package) is None
     subprocess.run([*git, "add", "."], check=True)
-    assert _git_commit(package) is not None
+    assert git_commit(package) is not None
 
 
 def test_a_finished_run_opens_no_tensorboard_file(data: Path, copy: Path) -> None:
@@ -500,9 +543,11 @@ def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> Non
 
 
 def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
-    config, model, tokenizer, manifest = run_model.load(finished)
+    _, model, tokenizer, config, manifest, phase = load_model(finished)
     assert config == tiny(data)
     assert shapes.width(model.config) == 32
-    assert (manifest["step"], manifest["adapters"]) == (12, True)
+    assert manifest is not None
+    assert phase is not None
+    assert (manifest["step"], phase.adapters) == (12, True)
     assert manifest["source"] == source_version()
     assert tokenizer.decode(tokenizer("two words").input_ids) == "two words"

@@ -1,22 +1,58 @@
 """The model that a run linearizes, as the run's own folder describes it from the start on.
 
 RUN/base.json says how it is built: the config of transformers, its sparse layers, their adapters. RUN/base/ holds its
-weights, masks and adapters, written once: checkpoints hold what differs from them (see slope_cli.checkpoint). So a run
-goes on, and is loaded, without what it began with.
+weights, masks and adapters, written once: checkpoints hold what differs from them (see slope_cli.checkpoint.store). So
+a run can be resumed and loaded without the model that it began with.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from slope_cli.checkpoint import hf_folder
+from slope_cli.checkpoint import hf_folder, store
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
-from sparse_kernels import adapters_of, extend_adapters, sparse_layers
+from slope_cli.utils.files import read_sealed, write_sealed
+from sparse_kernels import adapters_of, add_adapters, sparse_layers
 
 BASE = "base.json"
+
+
+def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None) -> None:
+    """Write a model and its description to a run that has no checkpoint yet.
+
+    Args:
+        dropout: all of the family's rates in the description, if given.
+
+    Raises:
+        SlopeError: it could not be written (a full disk, say).
+    """
+    store.save_base(run, store.state_tensors(model, None))
+    write_sealed(run / BASE, describe(model, dropout=dropout))
+
+
+def read(run: Path, device: torch.device | str) -> PreTrainedModel:
+    """The model that `write` wrote, in float32 and in training mode.
+
+    Raises:
+        SlopeError: its description or its tensors are missing or damaged.
+    """
+    model = build(run, device)
+    store.restore(run / store.BASE, model, None)
+    return model
+
+
+def build(run: Path, device: torch.device | str) -> PreTrainedModel:
+    """The model that `write` wrote, without its weights and masks; SlopeError if its description is damaged."""
+    return rebuild(description(run), device)
+
+
+def description(run: Path) -> dict[str, Any]:
+    """What `describe` said of the model; SlopeError if it is missing or damaged."""
+    return read_sealed(run / BASE)
 
 
 def describe(model: PreTrainedModel, *, dropout: float | None = None) -> dict[str, Any]:
@@ -25,10 +61,10 @@ def describe(model: PreTrainedModel, *, dropout: float | None = None) -> dict[st
     if dropout is not None:
         settings |= dict.fromkeys(shapes.FAMILIES[model.config.model_type].dropouts, dropout)
     sparse = {
-        name: {"pattern": [layer.n, layer.m], "column_rescale": layer.column_rescale}
+        name: {"pattern": [layer.n, layer.m], "backward_rescale": layer.backward_rescale}
         for name, layer in sparse_layers(model)
     }
-    adapters = {name: [adapter.rank, adapter.scale] for name, adapter in adapters_of(model).items()}
+    adapters = {name: [adapter.rank, adapter.scaling] for name, adapter in adapters_of(model).items()}
     return {"config": settings, "tied": _tied(model), "sparse": sparse, "adapters": adapters}
 
 
@@ -41,15 +77,15 @@ def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrain
     """A float32 model of a description, in training mode; its weights and masks are for others to bring."""
     settings = dict(description["config"])
     config_class = getattr(transformers, shapes.FAMILIES[settings["model_type"]].config_class)
-    config = config_class.from_dict(settings, attn_implementation="sdpa")
-    model = build_model(config)
+    model = build_model(config_class.from_dict(settings, attn_implementation="sdpa"), device=str(device))
     if _tied(model) and not description.get("tied", True):
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     patterns = {name: (n, m) for name, layer in description["sparse"].items() for n, m in [layer["pattern"]]}
     hf_folder.sparsify_as(model, patterns)
     for name, layer in sparse_layers(model):
-        layer.column_rescale = description["sparse"][name]["column_rescale"]
-    for name, (rank, scale) in description["adapters"].items():
-        extend_adapters(model, [name], rank)[name].scale = scale
-    return model.to(device)
+        said = description["sparse"][name]
+        layer.backward_rescale = said["column_rescale"] if "column_rescale" in said else said["backward_rescale"]
+    for name, (rank, scaling) in description["adapters"].items():
+        add_adapters(model, rank, [name], beside=True)[name].scaling = scaling
+    return model

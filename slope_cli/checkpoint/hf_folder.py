@@ -1,16 +1,14 @@
 """A folder that transformers reads: an export of a run, or any other causal model's or BERT's.
 
-Shape suffixes: O out features, I in features, R adapter rank.
+Shape suffixes: O out features, I in features.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -22,21 +20,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from slope_cli.checkpoint import run_folder
+from slope_cli.checkpoint import peft, run_folder
 from slope_cli.data.tokenizer import load_tokenizer, vocabulary_size
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, first_line
 from slope_cli.linearize import saved
 from slope_cli.models import shapes
-from sparse_kernels import extend_adapters, plan, sparsify
+from sparse_kernels import select_layers, sparsify
 
-ADAPTER = "adapter"
-"""The folder of an export's adapters, a LoRA of PEFT."""
 SEED = "slope_seed"
 """The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
 GROUPS = (2, 4, 8, 16)
 """The M of the N:M patterns that are looked for in a folder's weights."""
-MASKED = "bert"
-"""The one kind of model here that predicts masked tokens."""
 NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
 
 
@@ -51,7 +45,8 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
     config = settings(folder)
     logging.disable_progress_bar()
     with _named(folder):
-        kind = AutoModelForPreTraining if config.model_type == MASKED else AutoModelForCausalLM
+        masked = shapes.objective(config) == "masked"
+        kind = AutoModelForPreTraining if masked else AutoModelForCausalLM
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         with torch.random.fork_rng(devices=[]):  # transformers draws what is missing
             torch.default_generator.manual_seed(0)
@@ -62,8 +57,8 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
             raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
         find_sparse_layers(model)
-        if (folder / ADAPTER).is_dir():
-            _join_adapters(model, folder / ADAPTER)
+        if (folder / peft.FOLDER).is_dir():
+            peft.add(model, folder / peft.FOLDER)
         if (folder / saved.FOLDER).is_dir():
             saved.read(folder / saved.FOLDER, model)
     tokenizer = load_tokenizer(str(folder.resolve()))
@@ -79,7 +74,7 @@ def settings(folder: Path) -> PreTrainedConfig:
         raise UsageError(f"{folder}: is neither a run (no {run_folder.CONFIG}) nor a model folder (no config.json)")
     with _named(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type != MASKED and any("MaskedLM" in name for name in config.architectures or ()):
+        if shapes.objective(config) == "causal" and any("MaskedLM" in name for name in config.architectures or ()):
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
         return config
 
@@ -92,14 +87,13 @@ def _named(folder: Path) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SlopeError(f"{folder}: cannot be loaded as a model ({reason})") from error
+        raise SlopeError(f"{folder}: cannot be loaded as a model ({first_line(error)})") from error
 
 
 def find_sparse_layers(model: PreTrainedModel) -> None:
     """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
     try:
-        linear = plan(model).swapped
+        linear = select_layers(model).swapped
     except ValueError:  # too small for any
         return
     weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
@@ -110,8 +104,8 @@ def find_sparse_layers(model: PreTrainedModel) -> None:
 def sparsify_as(model: PreTrainedModel, patterns: Mapping[str, tuple[int, int]]) -> None:
     """Make exactly these layers sparse, in place, each with its own (N, M)."""
     for n, m in sorted(set(patterns.values())):
-        others = [layer.name for layer in plan(model).layers if patterns.get(layer.name) != (n, m)]
-        sparsify(model, n=n, m=m, skip=[f"^{re.escape(name)}$" for name in others])
+        others = [layer.name for layer in select_layers(model).layers if patterns.get(layer.name) != (n, m)]
+        sparsify(model, n=n, m=m, exclude_modules=[f"^{re.escape(name)}$" for name in others])
 
 
 def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
@@ -121,19 +115,3 @@ def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
         most[m] = int((weight_OI.unflatten(1, (-1, m)) != 0).sum(-1).max())
     fits = [(n / m, m, n) for m, n in most.items() if 0 < n < m]
     return (min(fits)[2], min(fits)[1]) if fits else None
-
-
-def _join_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Give layers the adapters of an export's LoRA folder."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for name in config["target_modules"]:
-        A_RI, B_OR = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
-        try:
-            adapter = extend_adapters(model, [name], len(A_RI), alpha=alpha)[name]
-        except (AttributeError, ValueError) as error:
-            raise UsageError(f"{folder}: has an adapter for {name}: {error}") from None
-        with torch.no_grad():
-            adapter.A.copy_(A_RI)
-            adapter.B.copy_(B_OR)

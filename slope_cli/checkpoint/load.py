@@ -1,32 +1,50 @@
-"""A trained model to go on from or to judge: a run's newest checkpoint, or a folder that transformers reads."""
+"""The one door to models: a run's newest checkpoint, an export, or a folder that transformers reads.
 
+A run's model is built from its shape, brought into a phase, and given the tensors of a checkpoint, whether it is to be
+resumed, evaluated, exported, linearized or fine-tuned.
+"""
+
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.checkpoint import hf_folder, run_folder, run_model
+from slope_cli.checkpoint import base_model, hf_folder, run_folder, store
 from slope_cli.config.schema import Config
-from slope_cli.errors import UsageError
+from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.errors import SlopeError, UsageError
 from slope_cli.linearize import saved
+from slope_cli.methods import phases_of
+from slope_cli.methods.apply import apply
+from slope_cli.methods.phases import Phase
 from slope_cli.models import shapes
-from slope_cli.models.build import run_model_config
+from slope_cli.models.build import build_model, run_model_config
 
 
-class Pretrained(NamedTuple):
-    """A model with its sparse layers and adapters; config and step are None for a folder that is no run."""
+class Loaded(NamedTuple):
+    """A model with its sparse layers and adapters, in evaluation mode, and its tokenizer.
+
+    config, manifest and phase: of the run and of its checkpoint; None for a folder that is no run.
+    """
 
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    config: Config | None
-    step: int | None
+    config: Config | None = None
+    manifest: dict[str, Any] | None = None
+    phase: Phase | None = None
 
     @property
     def objective(self) -> shapes.Objective:
         """What the model predicts: the next token, or masked ones."""
-        return "masked" if self.model.config.model_type == hf_folder.MASKED else "causal"
+        return shapes.objective(self.model.config)
+
+    @property
+    def step(self) -> int | None:
+        """The finished steps of the run."""
+        return None if self.manifest is None else int(self.manifest["step"])
 
     @property
     def seed(self) -> int:
@@ -35,34 +53,87 @@ class Pretrained(NamedTuple):
         return int(getattr(self.model.config, hf_folder.SEED, default.train.seed))
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> Pretrained:
-    """The model in the folder of a run, of an export, or of any causal model of transformers, in evaluation mode.
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", *, checkpoint: store.Checkpoint | None = None
+) -> Loaded:
+    """The model in the folder of a run, of an export, or of any causal model of transformers.
 
     An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
     a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it.
 
+    Args:
+        checkpoint: what `store.latest` said of a run, to hash nothing twice.
+
     Raises:
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
-        SlopeError: no sound checkpoint, or files that cannot be loaded.
+        SlopeError: no sound checkpoint, files that are not the checkpoint's, or that cannot be loaded.
     """
-    if run_folder.is_run(folder):
-        config, model, tokenizer, manifest = run_model.load(folder, device)
-        return Pretrained(folder, model, tokenizer, config, manifest["step"])
-    return Pretrained(folder, *hf_folder.load(folder, device), None, None)
+    if not run_folder.is_run(folder):
+        return Loaded(folder, *hf_folder.load(folder, device))
+    config = run_folder.open_config(folder)
+    checkpoint = checkpoint or store.latest(folder)
+    if checkpoint is None:
+        raise SlopeError(f"{folder} has no checkpoint yet")
+    for fault in checkpoint.faults:
+        print(f"warning: {fault}; using {checkpoint.folder.name}", file=sys.stderr)
+    manifest = checkpoint.manifest
+    run_folder.require_same_config(config, folder, manifest)
+    if wrong := run_folder.altered_tokenizer_files(folder, manifest):
+        raise SlopeError(f"{wrong[0]} is missing or not what it was when {checkpoint.folder.name} was saved")
+    phase = phases_of(config).at(manifest["step"] - 1)
+    model = build(config, folder, device, phase)
+    store.restore(checkpoint.folder, model, None)
+    model.requires_grad_(True)  # what a run froze, it froze for itself alone
+    tokenizer = load_tokenizer(str((folder / run_folder.TOKENIZER).resolve()))
+    _set_special_ids(model, tokenizer)
+    if shapes.objective(model.config) == "masked":
+        setattr(model.config, hf_folder.SEED, config.train.seed)
+    return Loaded(folder, model.eval(), tokenizer, config, manifest, phase)
 
 
-def settings(folder: Path) -> PreTrainedConfig:
-    """transformers' config of what `load` would load, without its weights; raises what `load` does."""
+def build(config: Config, run: Path, device: torch.device | str, phase: Phase | None = None) -> PreTrainedModel:
+    """The model of a run in a phase, for weights and masks from a checkpoint: they are drawn or chosen anew here.
+
+    Args:
+        run: its folder, which says what a run linearizes.
+        phase: None for the model as it is before its first one.
+
+    Raises:
+        UsageError: sizes that do not fit.
+        SlopeError: the description of the model that is linearized is missing or damaged.
+    """
+    if phases_of(config).end.linearized:
+        model = base_model.build(run, device)
+    else:
+        model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
+    if phase is not None:
+        apply(model, config, phase)
+    return model
+
+
+def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Replace the published ids that a shape brings, of its own tokenizer, by those that the model was trained with."""
+    for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
+        settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def shape_of(folder: Path) -> PreTrainedConfig:
+    """transformers' config of what `load_model` would load, without its weights; raises as `load_model`."""
     if not run_folder.is_run(folder):
         return hf_folder.settings(folder)
-    config = run_folder.open_config(folder)
-    if config.method == "linearize":
-        raise UsageError(f"{folder}: is linearized, so no other run begins with it; give what it was made of")
-    return run_model_config(config)
+    if is_linearized(folder):
+        return base_model.build(folder, "meta").config
+    return run_model_config(run_folder.open_config(folder))
 
 
-def linearized(folder: Path) -> bool:
+def is_linearized(folder: Path) -> bool:
     """Whether it is a run that linearizes, or such a run's export."""
     if run_folder.is_run(folder):
-        return run_folder.open_config(folder).method == "linearize"
+        return phases_of(run_folder.open_config(folder)).end.linearized
     return (folder / saved.FOLDER).is_dir()
+
+
+def require_softmax(folder: Path) -> None:
+    """UsageError if a folder is linearized, so that no other run can begin with it."""
+    if is_linearized(folder):
+        raise UsageError(f"{folder}: is linearized already; give the model that it was made of")

@@ -3,7 +3,7 @@
 RUN/config.yaml          the resolved configuration
 RUN/environment.jsonl    a line for each start: versions, source, machine
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
-RUN/checkpoints/step-*   see slope_cli.checkpoint
+RUN/checkpoints/step-*   see slope_cli.checkpoint.store
 RUN/tokenizer/           for generate and export
 RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains
 RUN/data/                the embedded text as tokens, in a run that trains on it
@@ -26,8 +26,6 @@ from slope_cli.utils.environment import source_version
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
-Found = tuple[Path, dict[str, Any], list[str]]
-"""A sound checkpoint, its manifest, and the faults of newer ones, as `checkpoint.latest` gives them."""
 LOG_ENDINGS = (".log", ".out", ".err")
 """A batch system may have opened its log in the folder before the run begins."""
 
@@ -54,7 +52,7 @@ def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
     if is_run(run):
         if fresh:
             raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
-        changed = configs.differences(configs.load(str(run / CONFIG)), config)
+        changed = configs.differences(configs.load_saved(run / CONFIG), config)
         # Before its first step a run may still change: a start that failed on a wrong size must not bar the right one.
         if changed and _has_begun(run):
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
@@ -80,7 +78,7 @@ def write_config(run: Path, config: Config) -> None:
 def open_config(run: Path) -> Config:
     """The configuration of an existing run; UsageError if the folder holds none."""
     require_run(run)
-    return configs.load(str(run / CONFIG))
+    return configs.load_saved(run / CONFIG)
 
 
 def is_run(folder: Path) -> bool:
@@ -99,7 +97,7 @@ def data_folder(config: Config, run: Path) -> Path:
     return run / "data" if config.data.path == schema.EMBEDDED else Path(config.data.path).expanduser()
 
 
-def facts(config: Config, run: Path) -> dict[str, Any]:
+def manifest_metadata(config: Config, run: Path) -> dict[str, Any]:
     """What a checkpoint's manifest says of the files beside it, and of the program that saved it."""
     paths = sorted(path for path in (run / TOKENIZER).iterdir() if path.is_file())
     tokenizer = {path.name: files.file_sha256(path) for path in paths}
@@ -108,8 +106,8 @@ def facts(config: Config, run: Path) -> dict[str, Any]:
 
 def require_same_config(config: Config, run: Path, manifest: Mapping[str, Any]) -> None:
     """SlopeError naming the keys in which a configuration is not the one that a checkpoint was saved under."""
-    then = configs.fixed(Config()) | manifest["config"]  # a key that a later version brought had its default then
-    if changed := configs.changes(then, configs.fixed(config)):
+    then = configs.from_fixed(manifest["config"], f"{run}: checkpoint of step {manifest['step']}")
+    if changed := configs.differences(then, config):
         raise SlopeError(
             f"{run / CONFIG} was altered after step {manifest['step']} ({'; '.join(changed)}); set it back"
         )

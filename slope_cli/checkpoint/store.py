@@ -6,6 +6,8 @@ step-* is complete, and a flipped byte anywhere in it shows as a wrong hash.
 
 A run that trains little beside a large frozen model writes that model once, in the same way, to RUN/base/. Its
 checkpoints leave out what is there and has no gradient, name the base they were saved beside, and are read with it.
+
+A mask that follows from the values is left out as well, named under "derived" in the manifest, and computed again.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +29,39 @@ from torch.distributed.checkpoint.state_dict_saver import save as write
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import MOMENTS, init_state
 from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, write_sealed
+from sparse_kernels import update_backward_masks
+from sparse_kernels.deprecated import TENSORS
 
 MANIFEST = "manifest.json"
 BASE = "base"
+FORMAT = 2
+"""Of checkpoints, in their manifests; those without one are of format 1, with the tensors' names of version 0.1."""
+DERIVED = "backward_mask_bits"
+"""The buffer that a checkpoint leaves out where it follows from values and row mask."""
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+class Checkpoint(NamedTuple):
+    """A sound checkpoint, its manifest, and the faults of newer ones that are not sound."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    faults: list[str]
+
+
+def state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, *, derived: bool = True
+) -> dict[str, Tensor]:
     """All that a checkpoint holds, as live tensors by name: parameters, buffers, and the optimizer's state.
 
     A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order; LAMB's
     update depends on none.
+
+    Args:
+        derived: with the masks that follow from the values, too.
     """
     named = model.state_dict(keep_vars=True)
+    if not derived:
+        named = {name: tensor for name, tensor in named.items() if not name.endswith(f".{DERIVED}")}
     first_name = {id(tensor): name for name, tensor in reversed(named.items())}
     tensors = {f"model.{name}": tensor for name, tensor in named.items() if first_name[id(tensor)] == name}
     if optimizer is not None:
@@ -61,25 +84,28 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
     Raises:
         SlopeError: its tensors are not those of this model, or it cannot be read.
     """
-    base = folder.parents[1] / BASE if "base" in read_sealed(folder / MANIFEST) else None
-    saved = _saved_shapes(folder)
-    held = saved if base is None else _saved_shapes(base) | saved
+    manifest = read_sealed(folder / MANIFEST)
+    base = folder.parents[1] / BASE if "base" in manifest else None
+    derived = DERIVED in manifest.get("derived", ())
+    saved = _saved_tensors(folder)
+    held = saved if base is None else _saved_tensors(base) | saved
     if optimizer is not None:
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
-    tensors = state_tensors(model, optimizer)
+    tensors = state_tensors(model, optimizer, derived=not derived)
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
-    kept = {name: shape for name, shape in held.items() if optimizer is not None or name.startswith("model.")}
+    kept = {name: x.shape for name, x in held.items() if optimizer is not None or name.startswith("model.")}
     if kept != expected:
         wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
         raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
     try:
         with _single_process():
-            load({name: tensors[name] for name in tensors if name in saved}, checkpoint_id=folder, no_dist=True)
-            if base is not None:
-                rest = {name: tensors[name] for name in tensors if name not in saved}
-                load(rest, checkpoint_id=base, no_dist=True)
+            for place in {folder, base or folder}:
+                own = {x.saved_as: tensors[name] for name, x in held.items() if x.folder == place and name in tensors}
+                load(own, checkpoint_id=place, no_dist=True)
     except CheckpointException as error:
         raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
+    if derived:
+        update_backward_masks(model)
     if optimizer is not None:
         states = (optimizer.state[p] for p in model.parameters() if p in optimizer.state)
         counts = [state["step"] for state in states if "step" in state]
@@ -87,9 +113,22 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
             count.copy_(saved_count)
 
 
-def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
+class _SavedTensor(NamedTuple):
+    folder: Path
+    saved_as: str
+    shape: tuple[int, ...]
+
+
+def _saved_tensors(folder: Path) -> dict[str, _SavedTensor]:
+    """The tensors of a checkpoint or base by today's names."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    sized = {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
+    return {_current_name(name): _SavedTensor(folder, name, shape) for name, shape in sized.items()}
+
+
+def _current_name(name: str) -> str:
+    """Today's name of a tensor of a checkpoint of any format."""
+    return ".".join(TENSORS.get(part, part) for part in name.split("."))
 
 
 @contextlib.contextmanager
@@ -104,16 +143,18 @@ def save(
     run: Path,
     step: int,
     tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     *,
     keep: int,
+    derived: bool = False,
     beside_base: bool = False,
 ) -> Path:
     """Write a checkpoint, then drop all but the newest `keep`.
 
     Args:
         step: finished steps; a checkpoint of that step that is there already is left as it is.
-        facts: goes into the manifest as it is (JSON).
+        metadata: goes into the manifest as it is (JSON).
+        derived: the masks that follow from the values are left out.
         beside_base: leave out the tensors without gradient that the run's base holds, if it has one: a run made before
             there were any goes on without.
 
@@ -127,10 +168,11 @@ def save(
     if final.exists():
         return final
     if beside_base and base.is_dir():
-        frozen = read_sealed(base / MANIFEST)["tensors"]
+        frozen = {_current_name(name) for name in read_sealed(base / MANIFEST)["tensors"]}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or name not in frozen}
-        facts = {**facts, "base": file_sha256(base / MANIFEST)}
-    _write(final, f"the checkpoint of step {step}", tensors, {"step": step, **facts})
+        metadata = {**metadata, "base": file_sha256(base / MANIFEST)}
+    metadata = {"step": step, **metadata} | ({"derived": [DERIVED]} if derived else {})
+    _write(final, f"the checkpoint of step {step}", tensors, metadata)
     with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
         for old in folders(run)[keep:]:
             dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
@@ -149,7 +191,7 @@ def save_base(run: Path, tensors: Mapping[str, Tensor]) -> None:
     _write(run / BASE, "the model that the run begins with", tensors, {"tensors": sorted(tensors)})
 
 
-def _write(final: Path, what: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def _write(final: Path, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and their manifest to a folder that appears when it is whole; what: for the error."""
     need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
     try:
@@ -159,7 +201,7 @@ def _write(final: Path, what: str, tensors: Mapping[str, Tensor], facts: Mapping
             with _single_process():
                 write(dict(tensors), checkpoint_id=temporary, no_dist=True)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-            write_sealed(temporary / MANIFEST, {"files": files, **facts})
+            write_sealed(temporary / MANIFEST, {"format": FORMAT, "files": files, **metadata})
     except (SlopeError, OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
         raise SlopeError(f"{what} cannot be written: {_reason(error)}") from None
 
@@ -213,11 +255,8 @@ def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise SlopeError(f"{path} is damaged: its checksum does not fit")
 
 
-def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest checkpoint that verifies, with its manifest and the faults of newer ones that do not.
-
-    Returns:
-        (folder, manifest, faults), or None where no checkpoint was ever saved.
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where none was ever saved.
 
     Raises:
         SlopeError: there are checkpoints, and every one is damaged, or the base that the newest sound one needs is.
@@ -231,7 +270,7 @@ def latest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
             continue
         if "base" in manifest:
             verify_base(run, manifest)  # an older checkpoint needs it too
-        return folder, manifest, faults
+        return Checkpoint(folder, manifest, faults)
     if faults:
         raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
     return None

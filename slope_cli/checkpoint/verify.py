@@ -5,14 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint.load import load_model
 from slope_cli.data.dataset import open_dataset
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics
 from sparse_kernels import masked_layers, sparse_layers
 from sparse_kernels.masks import is_nm
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def check(run: Path) -> dict[str, Any]:
@@ -28,22 +29,22 @@ def check(run: Path) -> dict[str, Any]:
     lines: list[str] = []
     faults: list[str] = []
 
-    def look(what: str, verify: Callable[[], Found]) -> Found | None:
+    def look(what: str, verify: Callable[[], T]) -> T | None:
         try:
-            found = verify()
+            result = verify()
         except (SlopeError, ValueError) as error:
             lines.append(f"{what}: FAULT: {error}")
             faults.append(f"{what}: {error}")
             return None
         lines.append(f"{what}: sound")
-        return found
+        return result
 
     config = look(run_folder.CONFIG, lambda: run_folder.open_config(run))
     look(metrics.JSONL, lambda: metrics.read(run))
     folders = store.folders(run)
     saved = [(folder, look(folder.name, partial(store.verify, folder))) for folder in folders]
-    found = next(((folder, manifest, list[str]()) for folder, manifest in saved if manifest), None)
-    newest = found and found[1]
+    found = next((store.Checkpoint(folder, manifest, []) for folder, manifest in saved if manifest), None)
+    newest = found and found.manifest
     if newest and "base" in newest and not look(store.BASE, partial(store.verify_base, run, newest)):
         found = None
     folder = run_folder.data_folder(config, run) if config else run / "data"
@@ -61,14 +62,14 @@ def _check_data(folder: Path, manifest: dict[str, Any] | None) -> None:
         raise SlopeError(f"{folder} holds other data than the run was trained on")
 
 
-def _load(run: Path, found: run_folder.Found | None) -> None:
+def _load(run: Path, checkpoint: store.Checkpoint | None) -> None:
     """Put config, newest sound checkpoint and tokenizer together; every sparse layer must keep its own rules.
 
-    found: that checkpoint, if it and its base are sound: nothing is hashed twice.
+    checkpoint: that one, if it and its base are sound: nothing is hashed twice.
     """
-    _, model, _, _ = run_model.load(run, found=found)
+    model = load_model(run, checkpoint=checkpoint).model
     for name, masked in masked_layers(model):
-        if not (masked.finished or is_nm(masked.mask, masked.n, masked.m)):
+        if not (masked.unmasked or is_nm(masked.mask, masked.n, masked.m)):
             raise SlopeError(f"{name}: the stored mask is not exactly {masked.n}:{masked.m}")
     for name, layer in sparse_layers(model):
         try:

@@ -1,8 +1,8 @@
-"""The processes of `slope compare`: each run that is not finished is trained by a `slope pretrain` of its own.
+"""The processes of `slope compare`: each unfinished run is trained by a `slope pretrain` of its own.
 
 OUT/configs/<run>.yaml   its resolved config
-OUT/<run>.log            what its process says
-OUT/starts.jsonl         a line for each start: how many runs were at work then
+OUT/<run>.log            the output of its process
+OUT/starts.jsonl         a line for each start: how many runs were being trained then
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import slope_cli
-from slope_cli.compare.variants import Planned
+from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import load as configs
 from slope_cli.distributed.signals import STOPPED, StopFlag, Stopped
 from slope_cli.utils.files import atomic_file
@@ -28,14 +28,14 @@ POLL = 0.1
 class Child:
     """A process that trains one run."""
 
-    def __init__(self, run: Planned, out: Path, jobs: int) -> None:
+    def __init__(self, run: PlannedRun, out: Path, jobs: int) -> None:
         config, self.run, self.log = out / "configs" / f"{run.name}.yaml", run, out / f"{run.name}.log"
         config.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(config) as file:
             file.write(configs.dump(run.config).encode())
         with (out / "starts.jsonl").open("a") as starts:
             starts.write(json.dumps({"run": run.name, "jobs": jobs}) + "\n")
-        self._said_before = self.log.stat().st_size if self.log.is_file() else 0
+        self._earlier_bytes = self.log.stat().st_size if self.log.is_file() else 0
         # This very program, not one that happens to lie in the working directory.
         path = os.pathsep.join(filter(None, (str(Path(slope_cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         # Processes that each take all cores wait for one another most of the time.
@@ -56,20 +56,23 @@ class Child:
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         with self.log.open("rb") as file:
-            file.seek(self._said_before)
+            file.seek(self._earlier_bytes)
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
 
 
 def train(
-    planned: Sequence[Planned], out: Path, jobs: int, finished: Callable[[Planned], bool], stop: StopFlag | None
+    planned: Sequence[PlannedRun], finished: Container[str], out: Path, jobs: int, stop: StopFlag | None
 ) -> dict[str, str]:
-    """Train what is not finished, `jobs` runs at a time; returns the error of each run that failed, by its name.
+    """Train the runs whose names are not among the finished ones, `jobs` at a time.
+
+    Returns:
+        The error of each run that failed, by its name.
 
     Raises:
-        Stopped: a signal asked this process or one of the runs for it.
+        Stopped: this process or one of the runs received a signal.
     """
-    waiting = [run for run in planned if not finished(run)]
+    waiting = [run for run in planned if run.name not in finished]
     done, errors = len(planned) - len(waiting), dict[str, str]()
     running: list[Child] = []
     if done:
@@ -87,7 +90,7 @@ def train(
             if stop.name:
                 done += _stop_all(running)
             if done + len(errors) < len(planned):
-                text = f"{done} of {len(planned)} runs are finished; run the same command to go on"
+                text = f"{done} of {len(planned)} runs are finished; run the same command to resume"
                 raise Stopped(f"stopped by {stop.name}: {text}")
         finally:
             for child in running:
@@ -97,7 +100,7 @@ def train(
 
 
 def _ended(child: Child, errors: dict[str, str], stop: StopFlag) -> bool:
-    """Say how a process ended; returns whether it is done. One that was told to stop stops all."""
+    """Report how a process ended, and return whether its run is finished. A signal to one process stops all."""
     code, name = child.process.wait(), child.run.name
     if code == STOPPED:
         stop.name = stop.name or f"a signal to {name}"
@@ -110,7 +113,7 @@ def _ended(child: Child, errors: dict[str, str], stop: StopFlag) -> bool:
 
 
 def _stop_all(running: list[Child]) -> int:
-    """Ask all to save and stop, and wait for them; returns how many came to their end instead."""
+    """Tell all processes to save and stop, wait for them, and return how many finished their runs instead."""
     for child in running:
         child.process.terminate()
     codes = [child.process.wait() for child in running]
@@ -118,8 +121,8 @@ def _stop_all(running: list[Child]) -> int:
     return codes.count(0)
 
 
-def most_at_once(planned: Sequence[Planned], out: Path) -> int:
-    """The largest number of runs that were ever at work together when one of these was."""
+def most_at_once(planned: Sequence[PlannedRun], out: Path) -> int:
+    """The largest number of runs that were ever trained together with one of these."""
     path, names = out / "starts.jsonl", {run.name for run in planned}
     starts = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return max((start["jobs"] for start in starts if start["run"] in names), default=1)

@@ -1,5 +1,6 @@
-"""What `slope compare` compares: a recipe under other methods, other sizes, other learning rates and seeds."""
+"""The runs of `slope compare`: a recipe with other methods, sizes, learning rates and seeds."""
 
+import itertools
 import math
 import re
 import shlex
@@ -11,28 +12,54 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from slope_cli.config import load as configs
-from slope_cli.config.schema import Config
+from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import UsageError
-from slope_cli.methods import phases
+from slope_cli.methods import phases_of
+from slope_cli.methods.sparse import report_layers
 from slope_cli.models.build import build_model, run_model_config
 
 READY_MADE = ("half-depth", "same-active", "slope-r0")
 _FFN = {"gpt2": "n_inner", "opt": "ffn_dim"}
-"""The family's own name of the width inside its MLPs, where it is not intermediate_size."""
+"""The families' own names for the width inside the MLPs, where it is not intermediate_size."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, what it stands for, and how its sizes were found where they were not given."""
+    """A named config.
+
+    recipe, overrides: that it was loaded from, apart from the sizes of its model.
+    note: how these were chosen, where the user did not give them.
+    """
 
     name: str
     config: Config
+    recipe: str
+    overrides: Sequence[str]
     note: str = ""
+
+    @classmethod
+    def load(cls, name: str, recipe: str, overrides: Sequence[str], note: str = "") -> "Variant":
+        """A variant as a recipe and overrides say; UsageError for a wrong key or value."""
+        return cls(name, configs.load(recipe, overrides), recipe, overrides, note)
+
+    def resized(self, name: str, settings: PreTrainedConfig, note: str, **sizes: int) -> "Variant":
+        """Another variant with other sizes, under the family's own names, whichever names the overrides used."""
+        aliases: dict[str, str] = getattr(settings, "attribute_map", {})
+        own = {aliases.get(key, key): size for key, size in sizes.items()}
+        model = self.config.model
+        kept = {key: value for key, value in model.overrides.items() if aliases.get(key, key) not in own}
+        config = replace(self.config, model=replace(model, overrides={**kept, **own}))
+        return replace(self, name=name, config=config, note=note)
+
+    def at(self, lr: float) -> Config:
+        """The config at another learning rate, and all that follows from it."""
+        config = configs.load(self.recipe, [*self.overrides, f"optim.lr={lr}"])
+        return replace(config, model=self.config.model)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run of a comparison; `lr` is None unless several learning rates are tried."""
+class PlannedRun:
+    """One run of a comparison; lr: None unless learning rates are tried."""
 
     variant: str
     lr: float | None
@@ -41,7 +68,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         rate = "" if self.lr is None else f"-lr{self.lr}"
         return f"{self.variant}{rate}-s{self.seed}"
 
@@ -50,62 +77,58 @@ def variants(recipe: str, overrides: Sequence[str], methods: Sequence[str], extr
     """The variants, in the order given.
 
     Args:
-        overrides: KEY=VALUE words that all of them share.
-        methods: names of methods, each the variant of that name, or of READY_MADE.
+        overrides: KEY=VALUE words for all variants.
+        methods: methods or names in READY_MADE, which are the variants' names as well.
         extra: texts such as "wide: model.overrides.n_embd=256 optim.lr=1e-3".
 
     Raises:
-        UsageError: an unknown name, a wrong key or value, the same name twice, or nothing to compare.
+        UsageError: an unknown or duplicate name, a wrong key or value, or no variant at all.
     """
     found = [_named(recipe, overrides, name) for name in methods]
     found += [_written(recipe, overrides, text) for text in extra]
-    if alone := next((variant.name for variant in found if variant.config.method == "linearize"), None):
-        raise UsageError(f"{alone}: slope linearize begins with a trained model; give finished runs to --runs")
+    if alone := next((variant.name for variant in found if phases_of(variant.config).end.linearized), None):
+        raise UsageError(f"{alone}: slope linearize needs a trained model; compare finished runs with --runs")
     if not found:
-        raise UsageError("nothing to compare: say --methods dense,slope or --variant 'NAME: KEY=VALUE'")
-    _refuse_twice("variant", [variant.name for variant in found])
+        raise UsageError("nothing to compare: give --methods dense,slope or --variant 'NAME: KEY=VALUE'")
+    _refuse_duplicates("variant", [variant.name for variant in found])
     return found
 
 
-def plan(found: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[float] = ()) -> list[Planned]:
-    """Every run: each variant at each learning rate (its own if `lrs` is empty) with each seed.
+def planned_runs(found: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[float] = ()) -> list[PlannedRun]:
+    """Each variant at each learning rate (its own if `lrs` is empty) with each seed.
 
     Raises:
-        UsageError: no seed, one twice, or a value out of range.
+        UsageError: no seed, a duplicate one, or a value out of range.
     """
     if not seeds:
         raise UsageError("--seeds: needs one number at least")
     planned = []
-    for variant in found:
-        for lr in lrs or (None,):
-            for seed in seeds:
-                c = replace(variant.config, train=replace(variant.config.train, seed=seed))
-                if lr is not None:
-                    c = replace(c, optim=replace(c.optim, lr=lr))
-                planned.append(Planned(variant.name, lr, seed, c))
-    _refuse_twice("run", [run.name for run in planned])
+    for variant, lr, seed in itertools.product(found, lrs or (None,), seeds):
+        config = variant.config if lr is None else variant.at(lr)
+        planned.append(PlannedRun(variant.name, lr, seed, replace(config, train=replace(config.train, seed=seed))))
+    _refuse_duplicates("run", [run.name for run in planned])
     return planned
 
 
-def _refuse_twice(what: str, names: Sequence[str]) -> None:
+def _refuse_duplicates(kind: str, names: Sequence[str]) -> None:
     if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-        raise UsageError(f"{twice}: this {what} is there twice")
+        raise UsageError(f"{twice}: duplicate {kind}")
 
 
 def _named(recipe: str, overrides: Sequence[str], name: str) -> Variant:
     if name == "slope-r0":
-        return Variant(name, configs.load(recipe, [*overrides, "method=slope", "adapters.rank=0"]), "no adapters")
+        return Variant.load(name, recipe, [*overrides, "method=slope", "adapters.rank=0"], "no adapters")
     if name not in READY_MADE:
-        base = configs.load(recipe, overrides)  # what is wrong with these is not wrong with the name
+        configs.load(recipe, overrides)  # first, so that a wrong override is not reported as a wrong name
         try:
-            return Variant(name, configs.load(recipe, [*overrides, f"method={name}"]))
+            return Variant.load(name, recipe, [*overrides, f"method={name}"])
         except UsageError as error:
-            raise UsageError(f"{error}; or {', '.join(READY_MADE)}" if base.method != name else str(error)) from None
-    dense = configs.load(recipe, [*overrides, "method=dense"])
+            raise UsageError(str(error) if name in METHODS else f"{error}; or {', '.join(READY_MADE)}") from None
+    dense = Variant.load("dense", recipe, [*overrides, "method=dense"])
     if name == "half-depth":
         return _half_depth(dense)
     base = configs.load(recipe, overrides)
-    sparse = configs.load(recipe, [*overrides, "method=slope"]) if base.method == "dense" else base
+    sparse = configs.load(recipe, [*overrides, "method=slope"]) if phases_of(base).dense else base
     return _same_active(dense, sparse)
 
 
@@ -113,34 +136,33 @@ def _written(recipe: str, overrides: Sequence[str], text: str) -> Variant:
     name, colon, rest = text.partition(":")
     if not colon or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name.strip()):
         raise UsageError(
-            f"--variant {text!r}: say 'NAME: KEY=VALUE KEY=VALUE', the name of letters, digits and . _ + -"
+            f"--variant {text!r}: write 'NAME: KEY=VALUE KEY=VALUE', with a name of letters, digits and . _ + -"
         )
     try:
-        words = shlex.split(rest)
-        return Variant(name.strip(), configs.load(recipe, [*overrides, *words]))
+        return Variant.load(name.strip(), recipe, [*overrides, *shlex.split(rest)])
     except ValueError as error:
         raise UsageError(f"--variant {text!r}: {error}") from None
 
 
-def _half_depth(dense: Config) -> Variant:
-    settings = run_model_config(dense)
+def _half_depth(dense: Variant) -> Variant:
+    settings = run_model_config(dense.config)
     layers: int = settings.num_hidden_layers
     if layers < 2:
-        raise UsageError(f"half-depth: {dense.model.name} has one layer only")
-    return Variant(
-        "half-depth", _resized(dense, settings, num_hidden_layers=layers // 2), f"{layers // 2} of {layers} layers"
-    )
+        raise UsageError(f"half-depth: {dense.config.model.name} has one layer only")
+    note = f"{layers // 2} of {layers} layers"
+    return dense.resized("half-depth", settings, note, num_hidden_layers=layers // 2)
 
 
-def _same_active(dense: Config, sparse: Config) -> Variant:
-    """The dense model, narrower, with as many linear weights as the sparse one keeps; adapters do not count.
+def _same_active(dense: Variant, sparse: Config) -> Variant:
+    """A narrower dense model with as many linear weights as the sparse one keeps; adapters do not count.
 
-    Heads keep their width, so there are fewer of them; the width inside the MLPs makes up for the rounding.
+    Heads keep their width, so there are fewer of them. The width inside the MLPs makes up for the rounding.
     """
-    settings = run_model_config(dense)
+    settings = run_model_config(dense.config)
     whole, pruned = linear_weights(settings), _pruned(sparse)
-    heads, group = settings.num_attention_heads, _group(settings)
-    each: int = settings.hidden_size // heads * group
+    heads: int = settings.num_attention_heads
+    group = heads // (getattr(settings, "num_key_value_heads", None) or heads)  # query heads per key-value head
+    each = settings.hidden_size // heads * group
     step = math.lcm(64, each)
     if step * 8 > settings.hidden_size:  # too coarse
         step = each
@@ -149,28 +171,30 @@ def _same_active(dense: Config, sparse: Config) -> Variant:
     if group > 1:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"] // group
 
-    def sized(ffn: int) -> Config:
-        return _resized(dense, settings, **sizes, **{_ffn_field(settings): ffn})
+    field = _FFN.get(settings.model_type, "intermediate_size")
+
+    def sized(ffn: int, note: str = "") -> Variant:
+        return dense.resized("same-active", settings, note, **sizes, **{field: ffn})
 
     def weights(ffn: int) -> int:
-        return linear_weights(run_model_config(sized(ffn)))
+        return linear_weights(run_model_config(sized(ffn).config))
 
-    ffn = _ffn(settings)
+    ffn: int = getattr(settings, field) or 4 * settings.hidden_size  # GPT-2's n_inner may be None
     unit = 64 if ffn >= 1024 else 16
-    # So many weights for each feature inside the MLPs, and so many features for what is missing.
+    # Each feature inside the MLPs has a fixed number of weights: as many features as the missing weights need.
     each_feature = (weights(2 * unit) - weights(unit)) // unit
     narrow = max(1, round((whole - pruned - weights(unit)) / each_feature / unit) + 1) * unit
     found, target = weights(narrow), whole - pruned
     note = (
         f"width {width} of {settings.hidden_size}, {sizes['num_attention_heads']} of {heads} heads, MLP {narrow} of "
         f"{ffn}: {found:,} linear weights, {found / target:.4f} of the {target:,} that the sparse model keeps "
-        f"(heads, embeddings and adapters aside)"
+        "(without head, embeddings and adapters)"
     )
-    return Variant("same-active", sized(narrow), note)
+    return sized(narrow, note)
 
 
 def linear_weights(settings: PreTrainedConfig) -> int:
-    """Weights of a model's linear layers, apart from the head that predicts tokens."""
+    """The number of weights in a model's linear layers, without the head that predicts tokens."""
     model = build_model(settings, device="meta")
     head = model.get_output_embeddings()
     linear = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head)
@@ -178,30 +202,8 @@ def linear_weights(settings: PreTrainedConfig) -> int:
 
 
 def _pruned(config: Config) -> int:
-    """Weights that the sparse layers of a run leave out."""
-    report = phases.plan(config, build_model(run_model_config(config), device="meta"))
+    """The number of weights that the sparse layers of a run leave out."""
+    model = build_model(run_model_config(config), device="meta")
+    report = report_layers(config, phases_of(config), model)
     assert report is not None
-    sizes = ((layer.out_features * layer.in_features, layer) for layer in report.swapped)
-    return sum(size - size * layer.n // layer.m for size, layer in sizes)
-
-
-def _group(settings: PreTrainedConfig) -> int:
-    """Query heads that share a head of keys and values."""
-    heads: int = settings.num_attention_heads
-    return heads // int(getattr(settings, "num_key_value_heads", heads) or heads)
-
-
-def _ffn_field(settings: PreTrainedConfig) -> str:
-    return _FFN.get(settings.model_type, "intermediate_size")
-
-
-def _ffn(settings: PreTrainedConfig) -> int:
-    return int(getattr(settings, _ffn_field(settings)) or 4 * settings.hidden_size)  # GPT-2's n_inner may be None
-
-
-def _resized(config: Config, settings: PreTrainedConfig, **sizes: int) -> Config:
-    """The config with other sizes, each under the family's own name, whichever name the overrides had for it."""
-    aliases: dict[str, str] = getattr(settings, "attribute_map", {})
-    own = {aliases.get(name, name): size for name, size in sizes.items()}
-    kept = {name: value for name, value in config.model.overrides.items() if aliases.get(name, name) not in own}
-    return replace(config, model=replace(config.model, overrides={**kept, **own}))
+    return sum(layer.weights - layer.kept_weights for layer in report.swapped)

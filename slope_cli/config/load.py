@@ -1,19 +1,33 @@
-"""Recipes, overrides and config files: read, merged, checked, compared and written."""
+"""Recipes, KEY=VALUE words and config files: read, migrated, merged over the defaults, compared and written.
 
+Everything is strict: an unknown key, a wrong type or a value out of range is a UsageError that says what to set.
+"""
+
+from __future__ import annotations
+
+import ast
 import contextlib
-import difflib
+import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slope_cli.config.schema import FREE_KEYS, Config
-from slope_cli.errors import UsageError
+from slope_cli.config.migrate import migrate
+from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, Config, Section
+from slope_cli.errors import UsageError, did_you_mean
+
+Flat = dict[str, Any]
+"""Full keys and their values."""
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
 
 
 def recipe_names() -> list[str]:
@@ -39,48 +53,175 @@ def recipe_text(name: str) -> str:
         except OSError as error:
             raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
     if name not in recipe_names():
-        near = difflib.get_close_matches(name, recipe_names(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `slope recipes`"
-        raise UsageError(f"{name}: no recipe of this name; {hint}")
+        raise UsageError(f"{name}: no recipe of this name; {did_you_mean(name, recipe_names())}")
     text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
     return text
 
 
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the recipe, then the overrides.
+
+    Keys of older versions are renamed, with a line on standard error.
 
     Args:
         recipe: a name of `recipe_names()` or the path of a YAML file.
         overrides: words KEY=VALUE, for example "optim.lr=1e-3".
 
     Raises:
-        UsageError: an unknown recipe or key, a wrong type, a value out of range.
+        UsageError: an unknown recipe or key, a wrong type, a value out of range, a key of another method's section.
     """
     text = recipe_text(recipe)
-    merged = OmegaConf.structured(Config())
     with _one_line(f"{recipe}: "):
-        _refuse_base_60(yaml.compose(text, yaml.SafeLoader), "")
-        merged = _merge(merged, OmegaConf.create(text))
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{word}: is not KEY=VALUE; say for example train.steps=100")
+        written = _flat_yaml(text)
+    words = [flat_word(word) for word in overrides]
+    own_method = str(written.get("method", "slope"))
+    method = next((str(word["method"]) for word in reversed(words) if "method" in word), own_method)
+    tree: Any = OmegaConf.structured(Config)
+    with _one_line(f"{recipe}: "):
+        tree = _merge(tree, _current(written, method, f"{recipe}: ", own_method))
+    for word in words:
         with _one_line(""):
-            _refuse_base_60(yaml.compose(value, yaml.SafeLoader), key)
-            merged = _merge(merged, OmegaConf.from_dotlist([word]))
+            tree = _merge(tree, _current(word, method, ""))
+    return _config(tree)
+
+
+def load_saved(path: Path) -> Config:
+    """The configuration that `dump` wrote, in this version or an older one; raises as `load`."""
+    text = recipe_text(str(path))
+    with _one_line(f"{path}: "):
+        return _saved(_flat_yaml(text), f"{path}: ")
+
+
+def from_fixed(keys: Mapping[str, str], where: str) -> Config:
+    """The configuration whose `fixed` keys are these, in this version or an older one; all others have their defaults.
+
+    Raises:
+        UsageError: beginning with `where`, for keys or values that this version does not know.
+    """
+    with _one_line(f"{where}: "):
+        return _saved({key: _literal(key, text) for key, text in keys.items()}, "")
+
+
+def _literal(key: str, text: str) -> Any:
+    if key in _texts():
+        return None if text == "None" and _texts()[key] else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _saved(keys: Flat, where: str) -> Config:
+    """A configuration written by the program, which in older versions had the sections of all methods."""
+    method = str(keys.get("method"))
+    current, renamed = migrate(keys, method)
+    current = _without_other_methods(current, method)
+    if where:
+        _note(where, {old: new for old, new in renamed.items() if new in current})
+    if method == "wanda":  # older versions chose its masks by wanda whatever this key said
+        current.pop("sparsity.mask", None)
+    return _config(_merge(OmegaConf.structured(Config), current))
+
+
+def _config(tree: Any) -> Config:
     with _one_line(""):
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     return config
 
 
-def _merge(config: DictConfig, changes: Any) -> DictConfig:
-    if not isinstance(changes, DictConfig):
+def flat_word(word: str) -> Flat:
+    """The keys that a word KEY=VALUE sets, and their values: YAML, but for a key of type text as written or quoted.
+
+    Raises:
+        UsageError: it is no such word.
+    """
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{word}: is not KEY=VALUE; say for example train.steps=100")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if value and key in _texts() and not quoted:
+        return {key: None if value == "null" and _texts()[key] else value}
+    with _one_line(""):
+        _refuse_base_60(yaml.compose(value, yaml.SafeLoader), key)
+        return flat(OmegaConf.to_container(OmegaConf.from_dotlist([word])))
+
+
+@functools.cache
+def _texts() -> Mapping[str, bool]:
+    """The full keys of type text, each with whether it may be null."""
+    hints = {"": get_type_hints(Config)}
+    hints |= {f"{name}.": get_type_hints(kind) for name, kind in hints[""].items() if issubclass(kind, Section)}
+    typed = {f"{prefix}{name}": kind for prefix, keys in hints.items() for name, kind in keys.items()}
+    return {key: kind is not str for key, kind in typed.items() if kind in (str, str | None)}
+
+
+def _flat_yaml(text: str) -> Flat:
+    _refuse_base_60(yaml.compose(text, yaml.SafeLoader), "")
+    tree = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(tree, dict):
         raise UsageError("is not a mapping of keys to values")
-    for name, value in ((str(key), value) for key, value in changes.items()):
-        if (section := _keys([name])) and not isinstance(value, DictConfig):
-            raise UsageError(f"{name}={value}: is a section; set its keys, such as {name}.{section[0]}")
-    merged = OmegaConf.merge(config, changes)
+    return flat(tree)
+
+
+def _current(keys: Flat, method: str, where: str, own_method: str = "") -> Flat:
+    """Keys under today's names, without those of other methods' sections, which must have their default values.
+
+    Args:
+        own_method: a recipe's, whose section has no effect where another method was chosen.
+
+    Raises:
+        UsageError: a key of another method's section, set to another value.
+    """
+    current, renamed = migrate(keys, method, own_method)
+    _note(where, renamed)
+    kept = _without_other_methods(current, method)
+    for key, value in current.items():
+        if key not in kept and _section(key) != own_method and value != defaults()[key]:
+            raise UsageError(f"{key}: is read by method={_section(key)} alone, and the method is {method}")
+    return kept
+
+
+def _note(where: str, renamed: Mapping[str, str]) -> None:
+    if renamed:
+        _print_once(f"warning: {where}{'; '.join(f'{old} is now {new}' for old, new in renamed.items())}")
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr)  # however often a file is read
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _without_other_methods(keys: Flat, method: str) -> Flat:
+    """Unknown keys are kept, to be refused as such."""
+    foreign = METHODS.keys() - {method} if method in METHODS else set()
+    return {key: value for key, value in keys.items() if key not in defaults() or _section(key) not in foreign}
+
+
+@functools.cache
+def defaults() -> Mapping[str, Any]:
+    """Every full key and its default."""
+    return flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+def _merge(config: DictConfig, keys: Flat) -> DictConfig:
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        if known := _keys(key.split(".")):
+            raise UsageError(f"{key}={value}: is a section; set its keys, such as {key}.{known[0]}")
+        if "${" in str(value):
+            raise UsageError(f"{key}={value}: is an interpolation; write the value itself")
+        *parents, last = key.split(".")
+        node = functools.reduce(lambda below, name: below.setdefault(name, {}), parents, tree)
+        node[last] = value
+    merged = OmegaConf.merge(config, OmegaConf.create(tree))
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -119,11 +260,10 @@ def _reason(error: Exception) -> str:
         return "optim.betas: needs two numbers, such as [0.9, 0.95]"
     if not full_key or "not in" not in first:
         return f"{full_key}: {first}" if full_key else first
-    *parents, wrong = full_key.split(".")
-    known = _keys(parents)
-    near = difflib.get_close_matches(wrong, known, n=1)
-    hint = f"did you mean {'.'.join([*parents, *near])}?" if near else f"known are {', '.join(known)}"
-    return f"{full_key}: unknown key; {hint}"
+    parents = full_key.split(".")[:-1]
+    known = [".".join([*parents, name]) for name in _keys(parents)]
+    known = [key for key in defaults() if key.endswith(f".{full_key}")] or known  # lr for optim.lr
+    return f"{full_key}: unknown key; {did_you_mean(full_key, known)}"
 
 
 def _keys(parents: Sequence[str]) -> list[str]:
@@ -133,35 +273,88 @@ def _keys(parents: Sequence[str]) -> list[str]:
     return [f.name for f in fields(section)] if is_dataclass(section) else []
 
 
+# ----------------------------------------------------------------------------------------------- writing and comparing
+
+
+def flat(tree: Any, prefix: str = "") -> Flat:
+    """Every full key below a node of a config, or of any JSON, and its value."""
+    keys: Flat = {}
+    for name, value in tree.items():
+        keys |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return keys
+
+
+def container(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries, without sections that have no effect with its method."""
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return {name: value for name, value in tree.items() if name not in _idle_sections(config)}
+
+
+def _idle_sections(config: Config) -> set[str]:
+    sections = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "method"}
+    foreign = METHODS.keys() & sections.keys() - {config.method}
+    return {
+        name
+        for name, section in sections.items()
+        if name in foreign or len(section.unused(config)) == len(vars(section))
+    }
+
+
 def dump(config: Config) -> str:
-    """The whole configuration as YAML that `load` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The configuration as YAML that `load` reads back to an equal one; comments say what "auto" stands for.
+
+    Equal apart from sections without effect, which are left out.
+    """
+    lines = OmegaConf.to_yaml(OmegaConf.create(container(config))).splitlines()
+    section = ""
+    for number, line in enumerate(lines):
+        name, _, value = line.partition(":")
+        section = name if not line.startswith(" ") else section
+        if value == " auto" and (meaning := AUTO.get(f"{section}.{name.strip()}")):
+            lines[number] = f"{line}  # {meaning}"
+    return "\n".join(lines) + "\n"
+
+
+def fixed(config: Config) -> dict[str, str]:
+    """Every full key and its value, as text, apart from FREE_KEYS and from sections that have no effect."""
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    return {key: str(value) for key, value in flat(container(config)).items() if not f"{key}.".startswith(free)}
+
+
+def follows(config: Config, key: str) -> bool:
+    """Whether a key has its value, which is not its default, because of others alone."""
+    keys = flat(container(config))
+    if key not in defaults() or keys[key] == defaults()[key]:
+        return False
+    try:
+        return _saved({name: value for name, value in keys.items() if name != key}, "") == config
+    except UsageError:  # it is needed
+        return False
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """The keys, apart from FREE_KEYS, in which two configurations differ, each as "key: old -> new"."""
-    return changes(fixed(old), fixed(new))
+    before, after = fixed(old), fixed(new)
+    keys = sorted({*before, *after})
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
-def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The keys in which two results of `fixed` differ, each as "key: old -> new"."""
-    keys = sorted({*old, *new})
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+def without_effect(config: Config, words: Sequence[str]) -> list[str]:
+    """A line for each key that KEY=VALUE words changed from its default for nothing: the config does not look at it.
 
-
-def fixed(config: Config) -> dict[str, str]:
-    """Every full key and its value, as text, apart from FREE_KEYS."""
-    keys = flat(OmegaConf.structured(config))
-    return {
-        key: str(value)
-        for key, value in keys.items()
-        if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
-    }
-
-
-def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Every full key below a node of a config, or of any JSON, and its value."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+    Keys of recipes are not looked at: with another method than a recipe's own, they may well have no effect.
+    """
+    written: Flat = {}
+    for word in words:
+        written |= migrate(flat_word(word), config.method)[0]
+    values, usual = (flat(OmegaConf.to_container(OmegaConf.structured(each))) for each in (config, Config()))
+    lines = []
+    for key, value in written.items():
+        section, _, name = key.partition(".")
+        own = getattr(config, section, None)
+        cause = own.unused(config).get(name.partition(".")[0]) if isinstance(own, Section) else None
+        # The default as it is written, or as what it becomes.
+        changed = value != defaults().get(key) and values.get(key) != usual.get(key)
+        if cause and changed:
+            lines.append(f"{key}={values.get(key)}: has no effect with {cause}")
+    return lines

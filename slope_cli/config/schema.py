@@ -1,73 +1,109 @@
-"""The configuration of a run: defaults here, then a recipe's YAML, then KEY=VALUE words of the command line.
+"""The configuration of a run as dataclasses: every key with its type, default, meaning and check.
 
-Everything is strict: an unknown key, a wrong type or a value out of range is a UsageError that says what to set.
+`sparsity` holds what all sparse methods share; a section named like a method holds what that method alone reads. What a
+method does in which step is in slope_cli.methods. The docstring under a key is what `slope config KEY` and
+docs/config.md say about it. A value out of range is a UsageError that says what to set.
 """
+
+from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from slope_cli.errors import UsageError
-from slope_cli.linearize.settings import MAPS, LinearizeSettings
 
-# Keys that may change between two starts of one run: they do not touch what is computed.
+METHODS: Mapping[str, str] = {
+    "slope": "double-pruned sparse layers with lazy adapters",
+    "dense": "the same model and loop with dense layers",
+    "sr_ste": "dense weights under a mask that follows them; the gradient goes straight through the mask",
+    "fst": "sr_ste with transposable masks, in the MLPs alone, and dense at the end",
+    "wanda": "a mask chosen once, by weights and inputs, for a trained model",
+    "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
+}
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
-
-METHODS = ("slope", "dense", "sr_ste", "fst", "wanda", "linearize")
+"""Sections and keys that may change between two starts of one run: they do not touch what is computed."""
+AUTO: Mapping[str, str] = {
+    "sparsity.backend": "for each product the kernel that was measured faster",
+    "train.precision": "bf16 on a GPU, fp32 on a CPU",
+    "train.device": "a GPU if there is one, else the CPU",
+    "train.compile": "true on a GPU, false on a CPU",
+    "train.cuda_graph": "true on a GPU, false on a CPU",
+}
+"""What "auto" becomes where only the machine can tell."""
 INIT = "init"
 """The model.name that stands for the shape of model.init."""
 EMBEDDED = "embedded"
+MLP = "mlp"
+"""The entry of sparsity.target_modules that stands for the feed-forward layers of any family."""
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take."""
+FEATURE_MAPS = ("hedgehog", "t2r")
 
 
-def _need(ok: bool, key: str, value: object, rule: str) -> None:
-    if not ok:
-        raise UsageError(f"{key}={value}: {rule}")
+class Section:
+    """A part of the configuration."""
 
+    SECTION: ClassVar[str]
 
-def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
-    _need(value in choices, key, value, f"choose one of {', '.join(choices)}")
+    def check(self, config: Config) -> None:
+        """UsageError if the values do not fit those of other sections; for a method's own section."""
 
+    def unused(self, config: Config) -> dict[str, str]:
+        """Keys of this section without effect in this configuration, each with the cause as KEY=VALUE."""
+        return {}
 
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _need(math.isfinite(value) and value > 0, f"{section}.{name}", value, "must be positive")
+    def _all(self, because: str) -> dict[str, str]:
+        return dict.fromkeys(vars(self), because)
 
+    def _need(self, ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UsageError(f"{self.SECTION}.{key}={getattr(self, key)}: {rule}")
 
-def _not_negative(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _need(math.isfinite(value) and value >= 0, f"{section}.{name}", value, "must be 0 or more")
+    def _one_of(self, key: str, *choices: object) -> None:
+        self._need(getattr(self, key) in choices, key, f"choose one of {', '.join(map(str, choices))}")
 
+    def _positive(self, *keys: str) -> None:
+        for key in keys:
+            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) > 0, key, "must be positive")
 
-def _share(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _need(0 <= value <= 1, f"{section}.{name}", value, "must lie between 0 and 1")
+    def _not_negative(self, *keys: str) -> None:
+        for key in keys:
+            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) >= 0, key, "must be 0 or more")
+
+    def _share(self, *keys: str) -> None:
+        for key in keys:
+            self._need(0 <= getattr(self, key) <= 1, key, "must lie between 0 and 1")
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
+    """The model, and the weights that it starts from."""
+
+    SECTION: ClassVar[str] = "model"
+
     name: str = "gpt2-nano"
-    """One of the shapes of slope_cli.models; for method=linearize also "init", the shape of model.init."""
+    """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
     init: str | None = None
-    """A run, or a folder of `slope export` or transformers, whose weights this run starts from; null draws them."""
+    """A run, or a folder of `slope export` or transformers, with whose weights this run begins; null: random."""
     dropout: float | None = None
-    """All of the family's dropout rates at once; null keeps the shape's own."""
+    """The rate of every dropout in the model; null for the shape's own rates."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the transformers config to change, for example {n_layer: 6}."""
 
     def __post_init__(self) -> None:
         if self.dropout is not None:
-            _need(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and below 1")
+            self._need(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Section):
+    """The training text."""
+
+    SECTION: ClassVar[str] = "data"
+
     path: str = EMBEDDED
     """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
     verify: bool = True
@@ -75,195 +111,321 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class SparsityConfig:
+class SparsityConfig(Section):
+    """What all sparse methods share."""
+
+    SECTION: ClassVar[str] = "sparsity"
+
     n: int = 2
+    """Weights that are kept of every sparsity.m consecutive ones in a row of a weight matrix."""
     m: int = 4
-    blocks: dict[str, list[int]] = field(default_factory=dict)
+    """See sparsity.n."""
+    pattern_overrides: dict[str, list[int]] = field(default_factory=dict)
     """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
-    mask: str = "magnitude"
-    """How slope's W^R is chosen: magnitude of the weights, random, or wanda (magnitude times the inputs' norm)."""
+    target_modules: list[str] = field(default_factory=list)
+    """Regular expressions for the names of the layers that become sparse, or "mlp" for the feed-forward layers; [] for
+    every layer that can, with method=fst for [mlp]."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Regular expressions for the names of further layers that stay dense."""
+    mask: str | None = None
+    """How masks are first chosen: magnitude (of the weights), random, or wanda (magnitude times the norm of the
+    inputs); null for the method's default."""
+    calibration: int = 32
+    """Training sequences over which sparsity.mask=wanda takes the norms of the inputs."""
     start: float = 0.0
     """The share of the run after which the layers become sparse."""
-    before: str = "dense"
-    """What they are until then: dense, or sr_ste (a mask that follows the weights in every step)."""
-    rescale: bool = False
-    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
-    renew_every: int | None = None
-    """Choose masks anew every so many steps, 0 never: slope's columns of W^{R,C} (null: 1), the whole mask of sr_ste
-    (null: 1) and fst (null: 40)."""
-    column_mask: str = "magnitude"
-    """How the columns of W^{R,C} are chosen: magnitude, or random anew at each renewal."""
-    column_rescale: bool = False
-    """Scale the input gradient by |W^R| / |W^{R,C}|."""
-    decay: float = 6e-6
-    """sr_ste and fst: this times the pruned weights is added to their gradient."""
-    dense_finish: float = 0.17
-    """fst: the share of the run, at its end, that is dense."""
-    calibration: int = 32
-    """wanda: sequences that the norms of the inputs are taken over."""
     backend: str = "auto"
-    """On a GPU: auto takes for each product what measures faster, sparse or dense; cusparselt, dense, reference."""
-    skip: list[str] = field(default_factory=list)
-    """Regular expressions of layer names that stay dense too."""
+    """What computes the products of 2:4 layers on a GPU: cusparselt, dense or reference (plain torch)."""
 
     def __post_init__(self) -> None:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
-        _need(0 < self.n < self.m, "sparsity.n", self.n, f"{rule}, and sparsity.m is {self.m}")
-        for blocks, nm in self.blocks.items():
-            rule = "say for example sparsity.blocks.12-23=[2,8]"
-            known = re.fullmatch(r"\d+-\d+", blocks) is not None
-            _need(known and len(nm) == 2, f"sparsity.blocks.{blocks}", nm, rule)
-            _need(0 < nm[0] < nm[1], f"sparsity.blocks.{blocks}", nm, f"0 < N < M; {rule}")
-        _one_of("sparsity.mask", self.mask, ("magnitude", "random", "wanda"))
-        _one_of("sparsity.before", self.before, ("dense", "sr_ste"))
-        _one_of("sparsity.column_mask", self.column_mask, ("magnitude", "random"))
-        _one_of("sparsity.backend", self.backend, ("auto", "cusparselt", "dense", "reference"))
-        _share("sparsity", self, "start", "dense_finish")
-        _not_negative("sparsity", self, "decay")
-        _positive("sparsity", self, "calibration")
-        if self.renew_every is not None:
-            _not_negative("sparsity", self, "renew_every")
-        for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(f"sparsity.skip: {pattern!r} is no regular expression ({error})") from None
+        self._need(0 < self.n < self.m, "n", f"{rule}, and sparsity.m is {self.m}")
+        for blocks, nm in self.pattern_overrides.items():
+            key, rule = f"sparsity.pattern_overrides.{blocks}", "say for example sparsity.pattern_overrides.12-23=[2,8]"
+            if re.fullmatch(r"\d+-\d+", blocks) is None or len(nm) != 2:
+                raise UsageError(f"{key}={nm}: {rule}")
+            if not 0 < nm[0] < nm[1]:
+                raise UsageError(f"{key}={nm}: 0 < N < M; {rule}")
+        self._one_of("mask", None, "magnitude", "random", "wanda")
+        self._one_of("backend", "auto", "cusparselt", "dense", "reference")
+        self._share("start")
+        self._positive("calibration")
+        for key in ("target_modules", "exclude_modules"):
+            for pattern in getattr(self, key):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UsageError(f"sparsity.{key}: {pattern!r} is no regular expression ({error})") from None
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if config.method in ("dense", "linearize"):
+            return self._all(f"method={config.method}")
+        return {} if self.mask == "wanda" else {"calibration": f"sparsity.mask={self.mask}"}
 
 
 @dataclass(kw_only=True)
-class AdapterConfig:
-    rank: float = 0.0156
-    """A whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
-    start: float = 0.99
-    """The share of the run after which adapters join."""
-    init: str = "lora"
-    """lora: A uniform, scale 1. gaussian, as in the SLoPe paper's code: A normal, scale 1 / rank. B is 0 in both."""
-    alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; null for the scale of its init."""
-    lr: float | None = None
-    """The adapters' own peak learning rate; null for optim.lr."""
-    schedule: str = "own"
-    """own: their learning rate goes through the whole schedule in their steps; run: it is the run's in each step,
-    times adapters.lr / optim.lr."""
-    warmup: float = 0.1
-    """Their warm-up: a share of the adapters' steps if below 1, else a number of steps."""
-    weight_decay: float = 0.0
+class SlopeConfig(Section):
+    """method=slope: double-pruned layers (SLoPe, arXiv 2405.16325)."""
+
+    SECTION: ClassVar[str] = "slope"
+
+    before: str = "dense"
+    """What the layers are until sparsity.start: dense, or sr_ste (under a mask that follows the weights)."""
+    rescale: bool = False
+    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
+    mask_update_interval: int = 1
+    """Steps between two updates of the backward mask, which prunes W^R again to W^{R,C}; 0 for none."""
+    backward_mask: str = "magnitude"
+    """How the backward mask is chosen: magnitude, or random at each update."""
+    backward_rescale: bool = False
+    """Scale the input gradient by the ratio of norms of W^R and W^{R,C}."""
+    decay: float = 6e-6
+    """Until sparsity.start, with slope.before=sr_ste: this times the pruned weights is added to their gradient."""
 
     def __post_init__(self) -> None:
-        _not_negative("adapters", self, "rank", "warmup", "weight_decay")
-        whole_or_share = self.rank < 1 or float(self.rank).is_integer()
-        _need(whole_or_share, "adapters.rank", self.rank, "must be a whole number or a share below 1")
-        _share("adapters", self, "start")
-        _one_of("adapters.init", self.init, ("lora", "gaussian"))
-        _one_of("adapters.schedule", self.schedule, ("own", "run"))
-        for name in ("alpha", "lr"):
-            if getattr(self, name) is not None:
-                _positive("adapters", self, name)
+        self._one_of("before", "dense", "sr_ste")
+        self._one_of("backward_mask", "magnitude", "random")
+        self._not_negative("mask_update_interval", "decay")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if not config.sparsity.start:
+            return dict.fromkeys(("before", "decay"), "sparsity.start=0")
+        return {} if self.before == "sr_ste" else {"decay": "slope.before=dense"}
 
 
 @dataclass(kw_only=True)
-class LinearizeConfig:
-    """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs)."""
+class SrSteConfig(Section):
+    """method=sr_ste: dense weights under a mask that follows them (arXiv 2102.04010)."""
+
+    SECTION: ClassVar[str] = "sr_ste"
+
+    mask_update_interval: int = 1
+    """Steps between two updates of the masks; 0 for none."""
+    decay: float = 6e-6
+    """This times the pruned weights is added to their gradient."""
+
+    def __post_init__(self) -> None:
+        self._not_negative("mask_update_interval", "decay")
+
+
+@dataclass(kw_only=True)
+class FstConfig(Section):
+    """method=fst: transposable masks, unbiased pruning of the output's gradient, a dense end (arXiv 2404.01847)."""
+
+    SECTION: ClassVar[str] = "fst"
+
+    mask_update_interval: int = 40
+    """Steps between two updates of the masks; 0 for none."""
+    decay: float = 6e-6
+    """This times the pruned weights is added to their gradient."""
+    dense_finish: float = 0.17
+    """The share of the run, at its end, that is dense."""
+
+    def __post_init__(self) -> None:
+        self._not_negative("mask_update_interval", "decay")
+        self._share("dense_finish")
+
+    def check(self, config: Config) -> None:
+        s = config.sparsity
+        rule = "fst searches transposable masks up to 4: sparsity.m=4, no sparsity.pattern_overrides"
+        s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
+
+
+@dataclass(kw_only=True)
+class LinearizeConfig(Section):
+    """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs, arXiv 2410.10254)."""
+
+    SECTION: ClassVar[str] = "linearize"
 
     window: int = 64
-    """Tokens near enough for softmax."""
+    """Tokens that softmax attention sees, the token itself among them; the linear branch sees those before."""
     kind: str = "standard"
     """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
-    map: str = "hedgehog"
-    """The feature map: hedgehog or t2r."""
+    feature_map: str = "hedgehog"
+    """hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r, phi(x) = relu(xW + b)."""
     features: int | None = None
-    """Columns of a head's map; null for as many features in all as the head has dimensions, 32 at least in hedgehog."""
+    """Columns of a head's W; null for as many features as the head has dimensions, and in hedgehog 32 at least."""
     mix: float = 0.1
-    """The window's weight against the linear branch at the start."""
+    """The weight of the window against the linear branch at the start, between 0 and 1."""
     keep_softmax: list[int] = field(default_factory=list)
-    """Layers that keep their softmax attention."""
+    """Numbers of the layers that keep their softmax attention, from 0."""
     transfer: float = 0.5
     """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
     transfer_lr: float = 1e-2
-    """Peak learning rate of the maps and mix factors in the transfer."""
+    """Peak learning rate of the feature maps and mix factors in the transfer."""
     adjust_maps: bool = False
-    """Train the maps and mix factors beside the adapters too, at their learning rate; else transfer alone does."""
+    """Train feature maps and mix factors beside the adapters too, at the adapters' learning rate."""
     mse_weight: float = 1000.0
-    """Weight of the squared error of a layer's output."""
+    """Weight, in the transfer's loss, of the squared error of a layer's output."""
     entropy_weight: float = 0.0
-    """Weight of the cross-entropy of its attention weights."""
+    """Weight, in the transfer's loss, of the cross-entropy of a layer's attention weights."""
     window_dropout: float = 0.0
-    """How often training drops the window of a head, so that the linear branch must carry it alone."""
+    """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
+    work alone."""
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
-    """The projections that get adapters."""
+    """The projections that get adapters, some of q, k, v, o."""
     distill: float = 0.0
-    """The share of the adapters' loss that is the divergence from the softmax model's predictions, in place of the
+    """The share of the adapters' loss that is the divergence from the softmax model's predictions; the rest is the
     cross-entropy of the text."""
 
     def __post_init__(self) -> None:
-        _positive("linearize", self, "window", "transfer_lr", "mse_weight")
-        _one_of("linearize.kind", self.kind, ("standard", "terrace"))
-        _one_of("linearize.map", self.map, MAPS)
+        self._positive("window", "transfer_lr", "mse_weight")
+        self._one_of("kind", "standard", "terrace")
+        self._one_of("feature_map", *FEATURE_MAPS)
         if self.features is not None:
-            _positive("linearize", self, "features")
-        _need(0 < self.mix < 1, "linearize.mix", self.mix, "must be above 0 and below 1")
-        _share("linearize", self, "transfer", "window_dropout", "distill")
-        _not_negative("linearize", self, "entropy_weight")
-        for target in self.targets:
-            _one_of("linearize.targets", target, ("q", "k", "v", "o"))
-        _need(bool(self.targets), "linearize.targets", "[]", "name some of q, k, v, o; for no adapters adapters.rank=0")
+            self._positive("features")
+        self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
+        self._share("transfer", "window_dropout", "distill")
+        self._not_negative("entropy_weight")
+        known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
+        self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
+
+    def check(self, config: Config) -> None:
+        length, terrace = config.train.seq_len, self.kind == "terrace"
+        limit = f"{'half of ' * terrace}train.seq_len={length}"
+        rule = f"must be below {limit}, or the linear branch has nothing to learn"
+        self._need(self.window * (1 + terrace) < length, "window", rule)
+        rule = "method=linearize runs without CUDA graphs"
+        config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
+        config.train.cuda_graph = False
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if self.transfer == 0:
+            return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
+        if self.transfer == 1:
+            return dict.fromkeys(("targets", "adjust_maps", "distill"), "linearize.transfer=1")
+        return {} if config.adapters.rank else {"targets": "adapters.rank=0"}
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
+class AdapterConfig(Section):
+    """The low-rank adapters of method=slope and method=linearize."""
+
+    SECTION: ClassVar[str] = "adapters"
+
+    rank: float = 0.0156
+    """The rank: a whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
+    start: float = 0.99
+    """The share of the run after which adapters are added; with method=linearize that is linearize.transfer instead."""
+    init: str = "lora"
+    """lora: A is uniform, the scaling 1; gaussian, as in the SLoPe paper's code: A is normal, the scaling 1 / rank. B
+    begins as 0."""
+    alpha: float | None = None
+    """The output of an adapter is scaled by alpha / rank; null for the scaling of adapters.init."""
+    lr: float | None = None
+    """Peak learning rate of the adapters; null for optim.lr."""
+    schedule: str = "own"
+    """own: the adapters go through the whole schedule in their own steps; run: their learning rate is the run's in each
+    step, times adapters.lr / optim.lr."""
+    warmup: float = 0.1
+    """Linear warm-up with adapters.schedule=own: a share of the adapters' steps if below 1, else a number of steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapters."""
+
+    def __post_init__(self) -> None:
+        self._not_negative("rank", "warmup", "weight_decay")
+        whole_or_share = self.rank < 1 or float(self.rank).is_integer()
+        self._need(whole_or_share, "rank", "must be a whole number or a share below 1")
+        self._share("start")
+        self._one_of("init", "lora", "gaussian")
+        self._one_of("schedule", "own", "run")
+        for key in ("alpha", "lr"):
+            if getattr(self, key) is not None:
+                self._positive(key)
+
+    def unused(self, config: Config) -> dict[str, str]:
+        linearizes = config.method == "linearize"
+        if config.method != "slope" and not linearizes:
+            return self._all(f"method={config.method}")
+        if linearizes and config.linearize.transfer == 1:
+            return self._all("linearize.transfer=1")
+        if not self.rank:
+            return {key: why for key, why in self._all("adapters.rank=0").items() if key != "rank"}
+        warmup = {"warmup": "adapters.schedule=run"} if self.schedule == "run" else {}
+        return warmup | ({"start": "method=linearize"} if linearizes else {})
+
+
+@dataclass(kw_only=True)
+class OptimConfig(Section):
+    """The optimizer and the learning rate."""
+
+    SECTION: ClassVar[str] = "optim"
+
     name: str = "adamw"
     """adamw, or lamb (You et al. 2020) for very large batches."""
     lr: float = 6e-4
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
     eps: float = 1e-8
+    """Added to the denominator of an update."""
     weight_decay: float = 0.1
-    """Decoupled; on matrices only, never on biases and norms."""
+    """Decoupled weight decay; on matrices only, never on biases and norms."""
     schedule: str = "cosine"
+    """How the learning rate falls after the warm-up: cosine, linear, polynomial or constant."""
     warmup: float = 0.01
     """Linear warm-up: a share of the run if below 1, else a number of steps."""
     min_lr: float = 0.1
-    """The schedule's end as a share of the peak."""
+    """The learning rate of the last step, as a share of the peak."""
     power: float = 0.5
-    """Of the polynomial schedule."""
+    """Exponent of the polynomial schedule."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
 
     def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, ("adamw", "lamb"))
-        _positive("optim", self, "lr", "eps", "power")
-        _one_of("optim.schedule", self.schedule, ("cosine", "linear", "polynomial", "constant"))
-        _share("optim", self, "min_lr")
-        _not_negative("optim", self, "warmup", "weight_decay", "clip")
-        _need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "must be at least 0 and below 1")
+        self._one_of("name", "adamw", "lamb")
+        self._positive("lr", "eps", "power")
+        self._one_of("schedule", "cosine", "linear", "polynomial", "constant")
+        self._share("min_lr")
+        self._not_negative("warmup", "weight_decay", "clip")
+        self._need(all(0 <= b < 1 for b in self.betas), "betas", "must be at least 0 and below 1")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if config.method != "linearize":
+            return {}
+        adapters = "lr" if config.linearize.transfer == 1 or not config.adapters.rank else ""
+        why = "linearize.transfer=1" if config.linearize.transfer == 1 else "adapters.rank=0"
+        return {"weight_decay": "method=linearize"} | ({adapters: why} if adapters else {})
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
+    """Steps, batches, and how they are computed."""
+
+    SECTION: ClassVar[str] = "train"
+
     steps: int = 1000
+    """Optimizer steps of the run."""
     tokens_per_step: int = 524_288
+    """Tokens of one optimizer step; a multiple of train.micro_batch * train.seq_len."""
     micro_batch: int = 8
-    """Sequences in one forward pass; the accumulation follows from tokens_per_step."""
+    """Sequences in one forward pass; how many are accumulated in a step follows from train.tokens_per_step."""
     seq_len: int = 1024
-    dtype: str = "auto"
-    """Of the products: bf16 (autocast; weights and optimizer stay float32) or fp32; auto is bf16 on a GPU."""
+    """Tokens of a sequence."""
+    precision: str = "auto"
+    """The precision of products: bf16 (autocast; weights and optimizer stay float32) or fp32."""
     device: str = "auto"
-    compile: bool | None = None
-    """Compile each transformer block and the loss, in attention transfer each layer's; null does so on a GPU."""
-    cuda_graph: bool | None = None
-    """Replay each step from CUDA graphs; null does so on a GPU, but not with method=linearize."""
+    """Where the run is trained: cpu, cuda or cuda:N."""
+    compile: bool | str = "auto"
+    """Compile each transformer block and the loss, in attention transfer the loss of each layer."""
+    cuda_graph: bool | str = "auto"
+    """Replay each step from CUDA graphs."""
     seed: int = 1
+    """The seed of weights, masks, data order and dropout."""
     deterministic: bool = False
-    """Refuse kernels that do not repeat bit for bit."""
+    """Refuse kernels whose results differ from run to run."""
 
     def __post_init__(self) -> None:
-        _positive("train", self, "steps", "tokens_per_step", "micro_batch", "seq_len")
-        _one_of("train.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        self._positive("steps", "tokens_per_step", "micro_batch", "seq_len")
+        self._one_of("precision", "auto", "bf16", "fp32")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
-        _need(known, "train.device", self.device, "choose auto, cpu, cuda or cuda:N")
-        _need(0 <= self.seed <= MAX_SEED, "train.seed", self.seed, "must be 0 or more and below 2^63")
+        self._need(known, "device", "choose auto, cpu, cuda or cuda:N")
+        for key in ("compile", "cuda_graph"):
+            self._need(getattr(self, key) in (True, False, "auto"), key, "choose true, false or auto")
+        self._need(0 <= self.seed <= MAX_SEED, "seed", "must be 0 or more and below 2^63")
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
-        _need(self.tokens_per_step % tokens == 0, "train.tokens_per_step", self.tokens_per_step, rule)
+        self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
 
     @property
     def accumulation(self) -> int:
@@ -272,94 +434,72 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class LogConfig:
+class LogConfig(Section):
+    """What is logged, validated, sampled and saved, and how often."""
+
+    SECTION: ClassVar[str] = "log"
+
     every: int = 10
-    """Steps between two lines of a log that is no terminal."""
+    """Steps between two lines of a log that is not a terminal."""
     val_every: int = 250
-    """Steps between validations; 0 only at the end."""
+    """Steps between validations; 0 for one at the end alone."""
     val_tokens: int = 262_144
     """Validation tokens of each source, at most."""
     sample_every: int = 1000
-    """Steps between text samples; 0 only at the end."""
+    """Steps between text samples; 0 for one at the end alone."""
     sample_prompt: str = "The "
+    """The prompt of the samples."""
     sample_tokens: int = 100
+    """Tokens of a sample."""
     save_every: int = 500
-    """Steps between checkpoints; 0 only at the end."""
+    """Steps between checkpoints; 0 for one at the end alone."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """How many of the newest checkpoints are kept."""
     tensorboard: bool = True
+    """Mirror the metrics to TensorBoard files."""
 
     def __post_init__(self) -> None:
-        _positive("log", self, "every", "val_tokens", "sample_tokens")
-        _not_negative("log", self, "val_every", "sample_every", "save_every")
-        _need(self.keep >= 2, "log.keep", self.keep, "keep at least 2, so that a damaged checkpoint is no loss")
+        self._positive("every", "val_tokens", "sample_tokens")
+        self._not_negative("val_every", "sample_every", "save_every")
+        self._need(self.keep >= 2, "keep", "keep at least 2, in case one is damaged")
 
 
 @dataclass(kw_only=True)
 class Config:
+    """The whole configuration; values that follow from others are filled in."""
+
     method: str = "slope"
-    """slope: double-pruned sparse layers with lazy adapters; dense: the same model and loop without them; sr_ste: the
-    mask follows the weights in every step, the gradient goes straight through it; fst: that with transposable masks, in
-    the MLPs alone, dense at the end; wanda: a mask chosen by weights and inputs, then kept; linearize: the attention of
-    a trained model becomes linear, and its weights, dense or sparse, stay."""
+    """What is trained; see `slope config method`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    slope: SlopeConfig = field(default_factory=SlopeConfig)
+    sr_ste: SrSteConfig = field(default_factory=SrSteConfig)
+    fst: FstConfig = field(default_factory=FstConfig)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        rule = "is for method=linearize alone; name a shape"
-        _need(self.model.name != INIT or self.method == "linearize", "model.name", INIT, rule)
-        if self.method == "linearize":
-            rule = "method=linearize runs without; leave it out"
-            _need(not self.train.cuda_graph, "train.cuda_graph", True, rule)
-            w, length = self.linearize.window, self.train.seq_len
-            near, what = (2 * w, "half of ") if self.linearize.kind == "terrace" else (w, "")
-            rule = f"must be below {what}train.seq_len={length}, or nothing is left for the linear branch to learn"
-            _need(near < length, "linearize.window", w, rule)
-        if self.method == "fst":
-            m, rule = (
-                self.sparsity.m,
-                "fst's transposable masks are searched for up to 4: sparsity.m=4, no sparsity.blocks",
-            )
-            _need(m <= 4 and not self.sparsity.blocks, "sparsity.m", m, rule)
-
-        if self.method == "wanda":
+        if self.method not in METHODS:
+            raise UsageError(f"method={self.method}: choose one of {', '.join(METHODS)}")
+        if self.model.name == INIT and self.method != "linearize":
+            raise UsageError(f"model.name={INIT}: is for method=linearize alone; name a shape")
+        s, wanda = self.sparsity, self.method == "wanda"
+        s.mask = s.mask or ("wanda" if wanda else "magnitude")
+        s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
+        self.adapters.lr = self.adapters.lr or self.optim.lr
+        if wanda:
+            s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
-            _need(self.sparsity.start > 0 or self.model.init is not None, "sparsity.start", self.sparsity.start, rule)
+            s._need(s.start > 0 or self.model.init is not None, "start", rule)
+        if own := self.own_section:
+            own.check(self)
 
     @property
-    def sparse_step(self) -> int:
-        """The first step (from 0) with sparse layers; a run that has them has them for one step at least."""
-        return min(round(self.sparsity.start * self.train.steps), self.train.steps - 1)
-
-    @property
-    def adapter_step(self) -> int | None:
-        """The first step (from 0) with adapters, or None; a run that has adapters has them for one step at least."""
-        if self.method == "linearize":
-            share = self.linearize.transfer
-            without = share == 1 or not self.adapters.rank
-            return None if without else min(round(share * self.train.steps), self.train.steps - 1)
-        if self.method != "slope" or not self.adapters.rank:
-            return None
-        return max(self.sparse_step, min(round(self.adapters.start * self.train.steps), self.train.steps - 1))
-
-    @property
-    def linear_attention(self) -> LinearizeSettings:
-        """The form of the linearized layers."""
-        chosen = self.linearize
-        return LinearizeSettings(
-            feature_map=chosen.map,
-            features=chosen.features,
-            window=chosen.window,
-            terrace=chosen.kind == "terrace",
-            mix=chosen.mix,
-            window_dropout=chosen.window_dropout,
-            keep_softmax=tuple(chosen.keep_softmax),
-            seed=self.train.seed,
-        )
+    def own_section(self) -> Section | None:
+        """The section that the method alone reads, if it has one."""
+        section: Section | None = getattr(self, self.method, None)
+        return section

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,16 @@ from slope_cli.data.token_file import TokenFile
 from slope_cli.errors import UsageError
 
 Batch = dict[str, NDArray[np.int64]]
-IGNORED = -100
+IGNORED_LABEL = -100
+"""The label of a position at which nothing is predicted."""
 FEISTEL_ROUNDS = 6
 BIGRAM_CHUNK = 1 << 22
 
 
-# ----------------------------------------------------------------------------------------- blocks and their order
-
-
 class Blocks:
-    """All tokens of some files as one stream, read in blocks that overlap by one token.
+    """The tokens of files as one stream, in blocks that overlap by one token.
 
-    Block i is tokens[i·T : i·T + T + 1], so that every token is a target exactly once an epoch, except the first one
+    Block i is tokens[i·T : i·T + T + 1], so that every token is a target exactly once per epoch, except the first one
     and the last (tokens - 1) mod T, which never are.
     """
 
@@ -44,7 +42,7 @@ class Blocks:
         return max(self.tokens - 1, 0) // self.seq_len
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Block `index`, (T+1,) int64; IndexError outside 0 … len-1."""
+        """Block `index`, (T+1,) int64; IndexError outside range(len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.seq_len
@@ -60,38 +58,32 @@ class Blocks:
         return block
 
 
-@overload
-def shuffled(index: int, length: int, key: tuple[int, ...]) -> int: ...
-@overload
-def shuffled(index: NDArray[np.int64], length: int, key: tuple[int, ...]) -> NDArray[np.int64]: ...
-def shuffled(index: int | NDArray[np.int64], length: int, key: tuple[int, ...]) -> int | NDArray[np.int64]:
-    """Where a keyed bijection of range(length) sends index (an int, or int64 of any shape); needs no memory.
+def shuffled(indices: NDArray[np.int64], length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+    """The images of indices, (N,) int64, under a keyed random permutation of range(length), without a table of it.
 
-    A balanced Feistel network over the smallest even number of bits; what falls outside the range goes round again.
+    A balanced Feistel network permutes the smallest even number of bits that hold the range. A value that falls outside
+    the range is permuted again until it is inside. ValueError if an index is outside.
     """
-    given = np.asarray(index)
-    if length < 1 or (given.size and (given.min() < 0 or given.max() >= length)):
+    if length < 1 or (indices.size and (indices.min() < 0 or indices.max() >= length)):
         raise ValueError(f"index outside range({length})")
-    half = max(1, ((length - 1).bit_length() + 1) // 2)
-    state = hashlib.blake2b(repr(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
-    keys = np.frombuffer(state, "<u8")
-    value = _feistel(given.reshape(-1).astype(np.uint64), half, keys)
+    half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
+    keys = np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest(), "<u8")
+    value = _feistel(indices.astype(np.uint64), half_bits, keys)
     while (outside := value >= length).any():
-        value[outside] = _feistel(value[outside], half, keys)
-    result = value.astype(np.int64).reshape(given.shape)
-    return int(result) if isinstance(index, int) else result
+        value[outside] = _feistel(value[outside], half_bits, keys)
+    return value.astype(np.int64)
 
 
-def _feistel(value: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+def _feistel(value: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = value >> shift, value & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (_splitmix64(right ^ key) & mask)
     return (left << shift) | right
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every input bit reaches every output bit (array products wrap, as they must)."""
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: every input bit affects every output bit (array products wrap, as it requires)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -100,7 +92,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def sample_numbers(
     step: int, micro: int, rank: int, *, world: int, micro_batch: int, accumulation: int
 ) -> NDArray[np.int64]:
-    """The numbers, since the start of the run, of the samples of one micro-batch on one rank: (micro_batch,) int64."""
+    """The samples of one micro-batch on one rank, numbered from the start of the run: (micro_batch,) int64."""
     first = ((step * accumulation + micro) * world + rank) * micro_batch
     return np.arange(first, first + micro_batch, dtype=np.int64)
 
@@ -110,26 +102,23 @@ def sample_indices(
 ) -> NDArray[np.int64]:
     """The blocks of one micro-batch on one rank: (micro_batch,) int64 in range(length).
 
-    Every block comes once an epoch, in an order of its own for each epoch. The samples of a step are the same set for
-    any world size as long as world * micro_batch * accumulation is. UsageError if there is no block at all.
+    Every block comes once per epoch, and each epoch has its own order. The set of samples of a step depends on the
+    product world * micro_batch * accumulation only. UsageError if there are no blocks.
     """
     if length < 1:
         raise UsageError("the training text is shorter than one sequence: lower train.seq_len or prepare more text")
     numbers = sample_numbers(step, micro, rank, world=world, micro_batch=micro_batch, accumulation=accumulation)
-    epochs, places = np.divmod(numbers, length)
+    epochs, positions = np.divmod(numbers, length)
     indices = np.empty_like(numbers)
     for epoch in np.unique(epochs):
-        indices[epochs == epoch] = shuffled(places[epochs == epoch], length, (seed, int(epoch)))
+        indices[epochs == epoch] = shuffled(positions[epochs == epoch], length, (seed, int(epoch)))
     return indices
-
-
-# --------------------------------------------------------------------------------------------------- batches
 
 
 def causal_batch(blocks: Blocks, indices: Iterable[int] | NDArray[np.int64]) -> Batch:
     """Next-token prediction: input_ids and labels, both (B, T) int64; labels[b, t] is the token after input_ids[b, t].
 
-    The labels are shifted already: do not give them to a model that shifts them itself.
+    The labels are already shifted: do not pass them to a model that shifts them itself.
     """
     rows_BT1 = np.stack([blocks[int(index)] for index in indices])
     return {"input_ids": rows_BT1[:, :-1].copy(), "labels": rows_BT1[:, 1:].copy()}
@@ -137,7 +126,7 @@ def causal_batch(blocks: Blocks, indices: Iterable[int] | NDArray[np.int64]) -> 
 
 @dataclass(frozen=True)
 class MaskingIds:
-    """The special ids of a BERT tokenizer; `never_mask` are all ids that are neither predicted nor drawn."""
+    """The special ids of a BERT tokenizer. never_mask: all ids that are neither predicted nor drawn."""
 
     cls: int
     sep: int
@@ -157,10 +146,10 @@ def masked_batch(
 ) -> Batch:
     """BERT's objective: input_ids, token_type_ids, labels (B, T) int64, next_sentence_label (B,) int64.
 
-    A sample is [CLS] A [SEP] B [SEP]. A and B are spans of running text, cut at a random token, not sentences. In half
-    of the samples B is a span of another random block (label 1); else it follows A (label 0). Of the tokens that are
-    not special, 15 % are predicted: 80 % of these read [MASK], 10 % a random token, 10 % stay; labels are -100
-    elsewhere. A sample depends on (seed, its number) only. UsageError if T < 5.
+    A sample is [CLS] A [SEP] B [SEP]. A and B are not sentences but spans of running text, split at a random token. In
+    half of the samples B is a span of another random block (label 1); else it follows A (label 0). Of the tokens that
+    are not special, 15 % are predicted: 80 % of these become [MASK], 10 % a random token, and 10 % stay. Labels are
+    -100 elsewhere. A sample depends only on its block, `seed` and its number. UsageError if T < 5.
     """
     if blocks.seq_len < 5:
         raise UsageError(f"train.seq_len {blocks.seq_len} is too short for the masked objective: [CLS] A [SEP] B [SEP]")
@@ -169,7 +158,7 @@ def masked_batch(
     rows: dict[str, list[Any]] = {"input_ids": [], "token_type_ids": [], "labels": [], "next_sentence_label": []}
     for index, number in zip(indices, sample_numbers, strict=True):
         rng = np.random.default_rng((seed, int(number)))
-        ids_T, types_T, is_random = _segment_pair(blocks, int(index), special, rng)
+        ids_T, types_T, is_random = _sentence_pair(blocks, int(index), special, rng)
         rows["labels"].append(_mask_in_place(ids_T, never, drawable, special.mask, rng))
         rows["input_ids"].append(ids_T)
         rows["token_type_ids"].append(types_T)
@@ -177,11 +166,11 @@ def masked_batch(
     return {name: np.asarray(values, np.int64) for name, values in rows.items()}
 
 
-def _segment_pair(
+def _sentence_pair(
     blocks: Blocks, index: int, special: MaskingIds, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     room = blocks.seq_len - 3
-    start = int(rng.integers(0, 5))  # a block has 4 tokens more than a sample takes: let none be left out for ever
+    start = int(rng.integers(0, 5))  # a block has 4 tokens more than a sample takes: each gets its turn
     text = blocks[index][start : start + room]
     split = int(rng.integers(1, room))
     first, second = text[:split], text[split:]
@@ -201,7 +190,7 @@ def _mask_in_place(
     mask_id: int,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    labels_T = np.full_like(ids_T, IGNORED)
+    labels_T = np.full_like(ids_T, IGNORED_LABEL)
     candidates = np.flatnonzero(~np.isin(ids_T, never))
     if len(candidates) == 0:
         return labels_T
@@ -214,25 +203,27 @@ def _mask_in_place(
     return labels_T
 
 
-class Ahead:
-    """What `make` gives for each step's number; the next step's is made in a thread while this one is taken.
+class Prefetcher:
+    """Makes the batches of the next step in a thread while the current step runs.
 
-    BERT's masking takes the host as long as the GPU half a step.
+    It matters for BERT, whose masking takes the host half as long as a step takes the GPU.
+
+    Args:
+        make: a pure function from the number of a step, below `steps`, to its batches.
     """
 
     def __init__(self, make: Callable[[int], list[Batch]], steps: int) -> None:
-        """`make` may be called for the numbers below `steps`, of which it is a pure function."""
         self._make, self._steps, self._thread = make, steps, ThreadPoolExecutor(1, "batches")
         self._next: tuple[int, Future[list[Batch]] | None] = -1, None
 
     def __call__(self, step: int) -> list[Batch]:
-        """The batches of a step; any order will do, one after another is fast."""
-        number, ready = self._next
-        if ready is None or number != step:
-            ready = self._thread.submit(self._make, step)
+        """The batches of a step. Steps may come in any order; consecutive ones are fast."""
+        number, batches = self._next
+        if batches is None or number != step:
+            batches = self._thread.submit(self._make, step)
         if step + 1 < self._steps:
             self._next = step + 1, self._thread.submit(self._make, step + 1)
-        return ready.result()
+        return batches.result()
 
     def close(self) -> None:
         """End the thread."""
@@ -242,10 +233,10 @@ class Ahead:
 def val_batches(
     file: TokenFile, *, seq_len: int, tokens: int, micro_batch: int, masking: MaskingIds | None = None, seed: int = 0
 ) -> Iterator[Batch]:
-    """The same evenly spaced blocks of a validation file each time: at most `tokens` tokens, but at least one block.
+    """Evenly spaced blocks of a validation file, each time the same: at most `tokens` tokens, but at least one block.
 
-    Causal batches, or masked ones where `masking` is given. The last batch may be smaller. A file shorter than one
-    block gives one shorter block; one too short for any block (2 tokens, or 6 when masked) gives nothing.
+    Yields causal batches, or masked ones if `masking` is given; the last may be smaller. A file shorter than a block
+    gives one shorter block, and one with fewer than 2 tokens (6 if masked) nothing.
     """
     blocks = Blocks([file], max(1, min(seq_len, file.header.tokens - 1)))
     count = min(len(blocks), max(1, tokens // blocks.seq_len))
@@ -261,26 +252,24 @@ def val_batches(
             yield masked_batch(blocks, indices[part], special=masking, seed=seed, sample_numbers=numbers[part])
 
 
-# ----------------------------------------------------------------------------------------------- a yardstick
-
-
 def bigram_loss(train: Sequence[TokenFile], val: Sequence[TokenFile], vocab_size: int) -> float:
-    """Nats per token, on `val`, of a bigram model counted on `train` with 0.1 added to each count.
+    """The loss on `val`, in nats per token, of a bigram model counted on `train` with 0.1 added to each count.
 
-    What a model must beat to have learnt more than pairs. Memory is vocab_size² counts: meant for up to 4096 ids.
+    A model with a lower loss has learnt more than pairs of tokens. It needs vocab_size² counts: for up to 4096 ids.
     UsageError if `val` has no pair of tokens.
     """
-    seen = _pair_counts(train, vocab_size) + 0.1
-    held = _pair_counts(val, vocab_size)
-    if held.sum() == 0:
+    train_counts = _pair_counts(train, vocab_size) + 0.1
+    val_counts = _pair_counts(val, vocab_size)
+    if val_counts.sum() == 0:
         raise UsageError(
             f"no validation text to compare with: prepare the data with --val-fraction above 0; {NO_VALIDATION}"
         )
-    surprise = np.log(seen.sum(axis=1, keepdims=True)) - np.log(seen)
-    return float((held * surprise).sum() / held.sum())
+    nats = np.log(train_counts.sum(axis=1, keepdims=True)) - np.log(train_counts)
+    return float((val_counts * nats).sum() / val_counts.sum())
 
 
 def _pair_counts(files: Sequence[TokenFile], vocab_size: int) -> NDArray[np.int64]:
+    """How often each token follows each other one: (vocab_size, vocab_size) int64."""
     counts = np.zeros(vocab_size * vocab_size, np.int64)
     for file in files:
         for start in range(0, max(file.header.tokens - 1, 0), BIGRAM_CHUNK):

@@ -1,7 +1,4 @@
-"""Prepared data sets, and batches that are a pure function of (seed, step, micro-step, rank).
-
-Shape letters: B sequences of a micro-batch, T tokens of a sequence. Nothing here imports torch.
-"""
+"""Prepared data sets: a folder of token files, the tokenizer, and a manifest with the checksums of all of them."""
 
 from __future__ import annotations
 
@@ -13,22 +10,24 @@ from typing import Any
 
 from slope_cli.data.token_file import TokenFile
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.report import tables
 from slope_cli.utils.files import file_sha256, read_sealed, write_sealed
 
 MANIFEST = "dataset.json"
 UNFINISHED = ".parts"
 NO_VALIDATION = (
-    "only a source of two passages or more (documents, or parts of at most 16,384 characters of a long one) "
+    "only a source of two segments or more (documents, or parts of at most 16,384 characters of a long one) "
     "has some: join short files to one source as NAME=FOLDER, or prepare more text"
 )
-
-
-# -------------------------------------------------------------------------------------------------- data set
+"""Why a data set may have no validation text, and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared folder: `train/<source>.tok`, `val/<source>.tok`, `tokenizer/`, and `dataset.json`, written last."""
+    """A prepared folder: `train/<source>.tok`, `val/<source>.tok`, `tokenizer/`, and `dataset.json`, written last.
+
+    val: by source, without those that are too short. made_from: the inputs and settings, as JSON.
+    """
 
     folder: Path
     tokenizer_name: str
@@ -37,15 +36,15 @@ class Dataset:
     train: tuple[TokenFile, ...]
     val: dict[str, TokenFile]
     fingerprint: str
-    plan: dict[str, Any]
+    made_from: dict[str, Any]
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of all training files together."""
+        """The number of tokens in all training files."""
         return sum(file.header.tokens for file in self.train)
 
     def check_model(self, vocab_size: int, seq_len: int) -> None:
-        """UsageError if a token id is outside the model's vocabulary, or the text shorter than one sequence."""
+        """Raise UsageError if a token id is outside the model's vocabulary, or the text shorter than a sequence."""
         for file in (*self.train, *self.val.values()):
             if file.header.max_id >= vocab_size:
                 raise UsageError(
@@ -61,34 +60,39 @@ class Dataset:
 
 
 def open_dataset(folder: Path | str, verify: bool = True) -> Dataset:
-    """Opens a prepared folder; with `verify`, every byte of it is checked against its checksum.
+    """Open a prepared folder; with `verify`, check every byte of it against its checksum.
 
-    UsageError if it is no data set, SlopeError if it is unfinished or damaged; both name the file.
+    UsageError if it is not a data set, SlopeError if it is unfinished or damaged; both name the file.
     """
     folder = Path(folder).expanduser()
-    body = _read_manifest(folder)
-    files = [_listed_file(folder, entry, verify) for entry in body["files"]]
+    manifest = _read_manifest(folder)
+    files = [_listed_file(folder, entry, verify) for entry in manifest["files"]]
     if verify:
-        for name, digest in body["tokenizer_files"].items():
+        for name, digest in manifest["tokenizer_files"].items():
             if file_sha256(folder / "tokenizer" / name) != digest:
                 raise SlopeError(f"{folder / 'tokenizer' / name}: damaged, its checksum is not that in {MANIFEST}")
     return Dataset(
         folder=folder,
-        tokenizer_name=body["tokenizer"],
-        vocab_size=body["vocab_size"],
-        separator_id=body["separator_id"],
+        tokenizer_name=manifest["tokenizer"],
+        vocab_size=manifest["vocab_size"],
+        separator_id=manifest["separator_id"],
         train=tuple(file for file in files if file.header.split == "train"),
         val={file.header.source: file for file in files if file.header.split == "val"},
         fingerprint=hashlib.sha256("\n".join(file.header.sha256 for file in files).encode()).hexdigest(),
-        plan=body["plan"],
+        made_from=manifest["plan"],
     )
 
 
 def write_manifest(
-    folder: Path, files: Sequence[TokenFile], tokenizer: str, vocab_size: int, separator_id: int, plan: dict[str, Any]
+    folder: Path,
+    files: Sequence[TokenFile],
+    tokenizer: str,
+    vocab_size: int,
+    separator_id: int,
+    made_from: dict[str, Any],
 ) -> None:
-    """Writes `dataset.json`, which makes the folder a data set: call it when all else is on the disk."""
-    body = {
+    """Write `dataset.json`, which makes the folder a data set: call it when everything else is on the disk."""
+    manifest = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "separator_id": separator_id,
@@ -104,9 +108,23 @@ def write_manifest(
             }
             for file in files
         ],
-        "plan": plan,
+        "plan": made_from,
     }
-    write_sealed(folder / MANIFEST, body)
+    write_sealed(folder / MANIFEST, manifest)
+
+
+def show(dataset: Dataset) -> None:
+    """Print the documents, tokens and text bytes of each source, and of all, to standard output."""
+    rows = []
+    for train in dataset.train:
+        header, val = train.header, dataset.val.get(train.header.source)
+        held_out = (val.header.tokens, val.header.text_bytes) if val else (0, 0)
+        rows.append((header.source, header.documents, header.tokens, header.text_bytes, *held_out))
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    columns = ("source", "documents", "tokens", "bytes", "val tokens", "val bytes")
+    cells = [[source, *(f"{count:,}" for count in counts)] for source, *counts in rows]
+    about = f"tokenizer {dataset.tokenizer_name}, {dataset.vocab_size:,} ids, fingerprint {dataset.fingerprint[:16]}"
+    tables.show(str(dataset.folder), [tables.Table("Sources", columns, cells, note=about)])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where text comes from: finds the inputs, opens them whatever their compression, and cuts documents into passages."""
+"""Where text comes from: find inputs, open them whatever their compression, and cut their documents into segments."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
 
-# Short passages at a source's beginning: the share that one takes of a small source for validation stays small.
-PASSAGE_CHARS = 1 << 16
-SHORT_PASSAGE_CHARS = 1 << 14
-SHORT_UNTIL_CHARS = 1 << 20
-CUT = (SHORT_PASSAGE_CHARS, SHORT_UNTIL_CHARS, PASSAGE_CHARS)
 FOLDER_SOURCES = 16
 READ_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -33,21 +29,26 @@ SHARD = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?$")
 
 @dataclass(frozen=True)
 class FileInput:
-    """One file of a source; size and mtime tell a restart whether it is still the same."""
+    """One file of a source. Its size in bytes and its modification time tell whether it is still the same file."""
 
     source: str
     path: Path
     size: int
     mtime_ns: int
 
-    def plan(self) -> dict[str, Any]:
-        """What identifies the input, as JSON."""
-        return {"source": self.source, "path": str(self.path), "size": self.size, "mtime_ns": self.mtime_ns}
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that identify the input, as JSON."""
+        return {"source": self.source, "path": self.name, "size": self.size, "mtime_ns": self.mtime_ns}
 
 
 @dataclass(frozen=True)
 class HubInput:
-    """One split of a Hugging Face data set; its size is not known beforehand."""
+    """One split of a Hugging Face data set, which is streamed: its size is unknown, and is 0 here."""
 
     source: str
     name: str
@@ -55,16 +56,45 @@ class HubInput:
     split: str
     size: int = 0
 
-    def plan(self) -> dict[str, Any]:
-        """What identifies the input, as JSON."""
+    def identity(self) -> dict[str, Any]:
+        """The fields that identify the input, as JSON."""
         return {"source": self.source, "dataset": self.name, "config": self.config_name, "split": self.split}
 
 
 Input = FileInput | HubInput
 
 
-class Passage(NamedTuple):
-    """A document or a part of one, see `cut`; `position` is how many bytes (or rows) are read by now."""
+@dataclass(frozen=True)
+class Chunking:
+    """Sizes in characters: documents are cut into segments, and segments are grouped into chunks.
+
+    Segments that begin before `short_until` in their source are short, so that one of them is a small part of a small
+    source. Chunks are small, because a kill loses those at work; inputs above `large_input` bytes have larger ones,
+    because small ones would be too many.
+    """
+
+    short_segment: int = 1 << 14
+    short_until: int = 1 << 20
+    segment: int = 1 << 16
+    chunk: int = 4_000_000
+    large_chunk: int = 32_000_000
+    large_input: int = 1 << 30
+
+    def segment_limit(self, before: int) -> int:
+        """The most characters of a segment that begins after `before` characters of its source."""
+        return self.short_segment if before < self.short_until else self.segment
+
+    def chunk_size(self, inputs: Sequence[Input]) -> int:
+        """The number of characters at which a chunk of these inputs is full. Inputs of unknown size count as large."""
+        sizes = [item.size for item in inputs]
+        return self.chunk if all(sizes) and sum(sizes) <= self.large_input else self.large_chunk
+
+
+DEFAULT_CHUNKING = Chunking()
+
+
+class Segment(NamedTuple):
+    """A document or a part of one, see `cut`. position: bytes of the file, or rows of the data set, read so far."""
 
     text: str
     ends_document: bool
@@ -74,82 +104,92 @@ class Passage(NamedTuple):
 # ----------------------------------------------------------------------------------------------- which inputs
 
 
-def find_inputs(given: list[str], *, split: str, config_name: str | None) -> list[Input]:
+def find_inputs(
+    given: Sequence[str | Input],
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    chunking: Chunking = DEFAULT_CHUNKING,
+) -> list[Input]:
     """The inputs that the words of a command line mean, grouped by source, in a fixed order.
 
-    A word is a file, a folder (all files below it, but hidden ones), the name of a Hugging Face data set, or any of
-    these as `source=…`. Without that, `source_name` names the source, so that shards are one; but a folder of more than
-    16 sources, or of nothing but plain texts of at most 16,384 bytes, is one source with the folder's name: text so
-    short cannot be divided into training and validation text. UsageError for what is missing, empty or not readable.
+    A word is a file, a folder (all files below it except hidden ones), the name of a Hugging Face data set, or any of
+    these as NAME=WORD, where NAME is the source. Otherwise `source_name` names it, so that shards are one source. But a
+    folder that would be more than 16 sources, or that contains only plain texts of one segment each, is one source with
+    the folder's name: texts so short cannot be divided into training and validation text. An `Input` stays as it is.
+
+    UsageError if an input is missing, empty, not readable or given twice, or if there is none.
     """
-    found: list[Input] = []
+    items: list[Input] = []
     for word in given:
-        source, path = _named(word)
+        if not isinstance(word, str):
+            items.append(word)
+            continue
+        source, name = _split_name(word)
+        path = Path(name).expanduser()
         if path.is_dir():
-            found += _folder_inputs(path, source)
+            items += _folder_inputs(path, source, chunking)
         elif path.exists():
-            found.append(_file_input(path, source))
+            items.append(_file_input(path, source))
         else:
-            found.append(_hub_input(word if source is None else word.split("=", 1)[1], source, config_name, split))
-    if not found:
+            items.append(_hub_input(name, source, config_name, split))
+    if not items:
         raise UsageError("no inputs: give text, JSONL or parquet files, a folder of these, or a data set's name")
-    seen: set[Path] = set()
-    for item in found:
-        if isinstance(item, FileInput) and item.path in seen:
-            raise UsageError(f"{item.path}: given twice")
-        seen |= {item.path} if isinstance(item, FileInput) else set()
-    return sorted(found, key=lambda item: (item.source, str(item.path) if isinstance(item, FileInput) else item.name))
+    for name, count in Counter(item.name for item in items if isinstance(item, FileInput)).most_common(1):
+        if count > 1:
+            raise UsageError(f"{name}: given twice")
+    return sorted(items, key=lambda item: (item.source, item.name))
 
 
 def source_name(path: Path) -> str:
     """The file's name without endings and shard number: `part-00012-of-00100.jsonl.gz` is of the source `part`."""
-    stem = path.name
-    for endings in (COMPRESSIONS, (path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix,)):
-        for ending in endings:
-            stem = stem.removesuffix(ending) if ending else stem
-    stem = SHARD.sub("", stem)
+    stem = SHARD.sub("", _unpacked(path).stem)
     if not stem or stem.isdigit():
         stem = path.parent.name or "text"
     return _plain_name(stem)
+
+
+def _unpacked(path: Path) -> Path:
+    """The path without the ending of a compression."""
+    return path.with_suffix("") if path.suffix in COMPRESSIONS else path
 
 
 def _plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "text"
 
 
-def _named(word: str) -> tuple[str | None, Path]:
-    path = Path(word).expanduser()
-    if path.exists() or "=" not in word:
-        return None, path
-    name, rest = word.split("=", 1)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise UsageError(f"{word}: a source's name is made of letters, digits, dots, dashes and underscores")
-    return name, Path(rest).expanduser()
+def _split_name(word: str) -> tuple[str | None, str]:
+    """The source's name, if the word gives one, and the rest of the word."""
+    if "=" not in word or Path(word).expanduser().exists():
+        return None, word
+    source, rest = word.split("=", 1)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source):
+        raise UsageError(f"{word}: name a source with letters, digits, dots, dashes and underscores only")
+    return source, rest
 
 
-def _folder_inputs(folder: Path, source: str | None) -> list[FileInput]:
+def _folder_inputs(folder: Path, source: str | None, chunking: Chunking) -> list[FileInput]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:
-        raise UsageError(f"{folder}: holds no files")
+        raise UsageError(f"{folder}: contains no files")
     items = [_file_input(path, source) for path in paths]
     sources = len({item.source for item in items})
-    if source is None and (sources > FOLDER_SOURCES or (sources > 1 and all(map(_is_one_passage, items)))):
+    all_short = all(
+        item.path.suffix not in (*ROWS, *COMPRESSIONS) and item.size <= chunking.short_segment for item in items
+    )
+    if source is None and (sources > FOLDER_SOURCES or (sources > 1 and all_short)):
         return [replace(item, source=_plain_name(folder.resolve().name)) for item in items]
     return items
 
 
-def _is_one_passage(item: FileInput) -> bool:
-    return item.path.suffix not in (*ROWS, *COMPRESSIONS) and item.size <= SHORT_PASSAGE_CHARS
-
-
 def _file_input(path: Path, source: str | None) -> FileInput:
     if not path.is_file():
-        raise UsageError(f"{path}: neither a file nor a folder; a pipe cannot be read again after a stop")
-    about = path.stat()
-    if about.st_size == 0:
+        raise UsageError(f"{path}: is neither a file nor a folder; a pipe cannot be read again after a stop")
+    status = path.stat()
+    if status.st_size == 0:
         raise UsageError(f"{path}: is empty")
-    return FileInput(source or source_name(path), path.resolve(), about.st_size, about.st_mtime_ns)
+    return FileInput(source or source_name(path), path.resolve(), status.st_size, status.st_mtime_ns)
 
 
 def _hub_input(name: str, source: str | None, config_name: str | None, split: str) -> HubInput:
@@ -162,54 +202,55 @@ def _hub_input(name: str, source: str | None, config_name: str | None, split: st
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def read_passages(item: Input, text_key: str, before: int) -> Iterator[Passage]:
-    """The text of an input in order, cut into passages; `before` is how many characters its source had before it.
+def read_segments(item: Input, text_key: str, before: int, chunking: Chunking = DEFAULT_CHUNKING) -> Iterator[Segment]:
+    """Read the text of an input in order, cut into segments; its source has `before` characters before it.
 
-    UsageError, naming file and line, for what is damaged, not text, or without any. SlopeError when a data set that is
-    streamed breaks off.
+    UsageError, which names file and line, if it is damaged, not text, or empty. SlopeError if a download stops halfway.
     """
-    of = _hub_passages(item, text_key, before) if isinstance(item, HubInput) else _file_passages(item, text_key, before)
-    found = False
-    for passage in of:
-        found = True
-        yield passage
-    if not found:
-        raise UsageError(f"{item.name if isinstance(item, HubInput) else item.path}: there is no text in it")
+    if isinstance(item, HubInput):
+        segments = _hub_segments(item, text_key, before, chunking)
+    else:
+        segments = _file_segments(item, text_key, before, chunking)
+    is_empty = True
+    for segment in segments:
+        is_empty = False
+        yield segment
+    if is_empty:
+        raise UsageError(f"{item.name}: contains no text")
 
 
-def _hub_passages(item: HubInput, text_key: str, before: int) -> Iterator[Passage]:
+def _hub_segments(item: HubInput, text_key: str, before: int, chunking: Chunking) -> Iterator[Segment]:
     for number, text in enumerate(hub_texts(item, text_key), 1):
-        yield from (Passage(part, ends, number) for part, ends in cut([text], before))
+        yield from (Segment(part, ends, number) for part, ends in cut([text], before, chunking))
         before += len(text)
 
 
-def _file_passages(item: FileInput, text_key: str, before: int) -> Iterator[Passage]:
+def _file_segments(item: FileInput, text_key: str, before: int, chunking: Chunking) -> Iterator[Segment]:
     try:
         with open(item.path, "rb") as raw:
             for pieces in _documents(raw, item.path, text_key):
-                for part, ends in cut(pieces, before):
+                for part, ends in cut(pieces, before, chunking):
                     before += len(part)
-                    yield Passage(part, ends, raw.tell())
+                    yield Segment(part, ends, raw.tell())
     except EOFError as error:
-        raise UsageError(f"{item.path}: truncated, the compressed data stop early; fetch the file again") from error
+        raise UsageError(f"{item.path}: truncated, the compressed data end early; fetch the file again") from error
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise UsageError(f"{item.path}: damaged {item.path.suffix} data ({error})") from error
     except OSError as error:
         raise UsageError(f"{item.path}: cannot be read: {error.strerror or error}") from error
 
 
-def cut(pieces: Iterable[str], before: int) -> Iterator[tuple[str, bool]]:
-    """Cuts a document, given in pieces of any size, into passages; its source had `before` characters before it.
+def cut(pieces: Iterable[str], before: int, chunking: Chunking = DEFAULT_CHUNKING) -> Iterator[tuple[str, bool]]:
+    """Cut a document, in pieces of any size, into segments; its source has `before` characters before it.
 
-    A passage has at most 16,384 characters if it starts in the first 1,048,576 of the source, and 65,536 after these.
-    Yields (passage, whether it ends the document). Cuts after the last line break that fits, else before the last
-    space, else anywhere; nothing is lost. An empty document yields nothing.
+    Yields each segment with whether it ends the document. A cut comes after the last line break that fits, else before
+    the last space, else anywhere. Nothing is lost; an empty document yields nothing.
     """
     held = ""
     for piece in pieces:
         held += piece
         at = 0
-        while len(held) - at > (limit := _most_chars(before)):
+        while len(held) - at > (limit := chunking.segment_limit(before)):
             end = _cut_place(held, at, at + limit)
             yield held[at:end], False
             before += end - at
@@ -217,10 +258,6 @@ def cut(pieces: Iterable[str], before: int) -> Iterator[tuple[str, bool]]:
         held = held[at:]
     if held:
         yield held, True
-
-
-def _most_chars(before: int) -> int:
-    return SHORT_PASSAGE_CHARS if before < SHORT_UNTIL_CHARS else PASSAGE_CHARS
 
 
 def _cut_place(text: str, start: int, limit: int) -> int:
@@ -232,9 +269,8 @@ def _cut_place(text: str, start: int, limit: int) -> int:
 
 
 def _documents(raw: BinaryIO, path: Path, text_key: str) -> Iterator[Iterable[str]]:
-    compressed = path.suffix in COMPRESSIONS
-    stream = _decompressed(raw, path.suffix) if compressed else raw
-    ending = path.with_suffix("").suffix if compressed else path.suffix
+    """The documents of a file, each in pieces. A JSON or parquet row is a document, and so is a file of plain text."""
+    stream, ending = _decompressed(raw, path.suffix), _unpacked(path).suffix
     if ending in (".jsonl", ".json"):
         return ([text] for text in _json_texts(stream, path, text_key))
     if ending == ".parquet":
@@ -247,16 +283,16 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
         return cast(BinaryIO, gzip.open(raw))
     if suffix == ".xz":
         return cast(BinaryIO, lzma.open(raw))
-    return io.BufferedReader(_ZstdFrames(raw), READ_BYTES)
+    return io.BufferedReader(_ZstdFrames(raw), READ_BYTES) if suffix == ".zst" else raw
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Zstandard frames one after the other; unlike the library's own reader it notices a truncated one (EOFError)."""
+    """Zstandard frames one after the other. Unlike the library's own reader it reports a truncated one (EOFError)."""
 
     def __init__(self, raw: BinaryIO) -> None:
         zstandard = needed("zstandard", "to read .zst files")
         self._raw, self._error = raw, zstandard.ZstdError
-        # 2 GiB: what `zstd --long=31` asks for; the library's own limit refuses such files.
+        # `zstd --long=31` needs 2 GiB; the library refuses such files by default.
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame: Any = None
         self._ready, self._unread = b"", b""
@@ -292,7 +328,7 @@ def _plain_text(stream: BinaryIO, path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 text ({error.reason}); convert it, or leave it out") from error
         if "\0" in text:
-            raise UsageError(f"{path}: a binary file (it holds NUL bytes), not text; leave it out")
+            raise UsageError(f"{path}: a binary file (it contains NUL bytes), not text; leave it out")
         yield text
         if not block:
             return
@@ -307,24 +343,28 @@ def _json_texts(stream: BinaryIO, path: Path, text_key: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{number}: not a JSON line ({error}); write one object a line") from error
+            raise UsageError(f"{path}:{number}: not a JSON line ({error}); write one object per line") from error
         text = _text_of(row, text_key, f"{path}:{number}")
-        # Only a \u escape can bring half a surrogate pair into a string, and no tokenizer takes one.
+        # Only a \u escape can put half a surrogate pair into a string, which no tokenizer accepts.
         yield whole_characters(text) if b"\\ud" in line or b"\\uD" in line else text
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: a {type(row).__name__} where an object with the key {text_key!r} should be")
+        raise UsageError(f"{where}: a {type(row).__name__} instead of an object with the key {text_key!r}")
     if text_key not in row:
-        keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise UsageError(f"{where}: no key {text_key!r}; the keys are {keys}: choose one with --text-key")
+        raise _no_such_field(where, "key", text_key, row)
     text = row[text_key]
     if text is not None and not isinstance(text, str):
         raise UsageError(
-            f"{where}: {text_key!r} is a {type(text).__name__}, not text: choose another key with --text-key"
+            f"{where}: {text_key!r} is a {type(text).__name__}, not text; choose another key with --text-key"
         )
     return text or ""
+
+
+def _no_such_field(where: object, kind: str, name: str, known: Collection[str]) -> UsageError:
+    hint = did_you_mean(name, known) if known else "there is none"
+    return UsageError(f"{where}: no {kind} {name!r}: {hint}; choose one with --text-key")
 
 
 def whole_characters(text: str) -> str:
@@ -336,47 +376,46 @@ def _parquet_texts(stream: BinaryIO, path: Path, text_key: str) -> Iterator[str]
     pyarrow = needed("pyarrow", "to read parquet files")
     parquet = needed("pyarrow.parquet", "to read parquet files")
     try:
-        # Parquet is read from its end: what is compressed on the outside has to be unpacked first.
+        # Parquet is read from its end, so an outer compression has to be undone as a whole.
         table = parquet.ParquetFile(stream if path.suffix == ".parquet" else io.BytesIO(stream.read()))
         if text_key not in table.schema_arrow.names:
-            names = ", ".join(map(repr, table.schema_arrow.names[:8]))
-            raise UsageError(f"{path}: no column {text_key!r}; the columns are {names}: choose one with --text-key")
-        kind = table.schema_arrow.field(text_key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise UsageError(f"{path}: the column {text_key!r} holds {kind}, not text: choose another with --text-key")
+            raise _no_such_field(path, "column", text_key, table.schema_arrow.names)
+        dtype = table.schema_arrow.field(text_key).type
+        if not (pyarrow.types.is_string(dtype) or pyarrow.types.is_large_string(dtype)):
+            raise UsageError(f"{path}: the column {text_key!r} is {dtype}, not text; choose another with --text-key")
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a whole parquet file ({_reason(error)})") from error
+        raise UsageError(f"{path}: not a whole parquet file ({first_line(error)})") from error
 
 
 def hub_texts(item: HubInput, text_key: str) -> Iterator[str]:
-    """The texts of one split of a Hugging Face data set, streamed; UsageError if it cannot be had or lacks the key."""
+    """Stream the texts of a Hugging Face data set.
+
+    UsageError if it could not be downloaded, or has no such key. SlopeError if the download stops halfway.
+    """
     datasets = needed("datasets", f"to read the data set {item.name} (there is no file of that name)")
-    try:
-        rows = datasets.load_dataset(item.name, item.config_name, split=item.split, streaming=True)
-    except Exception as error:  # hub, HTTP, config and split errors share no base class
-        raise UsageError(
-            f"{item.name}: no such file or folder, and not to be had as a Hugging Face data set ({_reason(error)})"
-        ) from error
     number = 0
     try:
+        rows = datasets.load_dataset(item.name, item.config_name, split=item.split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield whole_characters(_text_of(row, text_key, f"{item.name} row {number}"))
     except UsageError:
         raise
-    except Exception as error:  # as above
-        raise SlopeError(
-            f"{item.name}: reading stopped after row {number} ({_reason(error)}); run the same command again"
+    except Exception as error:  # hub, HTTP, config and split errors share no base class
+        if number:
+            raise SlopeError(
+                f"{item.name}: the download stopped after row {number} ({first_line(error)}); "
+                f"run the same command again"
+            ) from error
+        raise UsageError(
+            f"{item.name}: no such file or folder, and it could not be downloaded from the Hugging Face Hub "
+            f"({first_line(error)})"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def needed(module: str, purpose: str) -> ModuleType:
-    """Imports a module that only some inputs need; UsageError that says what to install if it is missing."""
+    """Import a module that only some inputs need; UsageError that says what to install if it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -24,7 +24,7 @@ HEADER_BYTES = 4096
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What a token file says of itself; `sha256` is that of the payload, `text_bytes` the UTF-8 text it came from."""
+    """The header of a token file. sha256: of the payload. text_bytes: of the UTF-8 text that the tokens came from."""
 
     source: str
     split: str
@@ -48,7 +48,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path) -> TokenFile:
-        """Reads and checks the header and the size, not the payload; SlopeError if anything does not fit."""
+        """Open a file and check its header and its size, but not its payload; SlopeError if they are wrong."""
         try:
             with open(path, "rb") as file:
                 block = file.read(HEADER_BYTES)
@@ -58,23 +58,23 @@ class TokenFile:
         header = _parse_header(path, block)
         expected = HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
         if size != expected:
-            raise SlopeError(f"{path}: has {size} bytes where its header says {expected}; prepare the data again")
+            raise SlopeError(f"{path}: has {size} bytes, but its header says {expected}; prepare the data again")
         return cls(path, header)
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The ids, (tokens,) uint16 or uint32, mapped rather than read."""
+        """The ids, (tokens,) uint16 or uint32, as a memory map."""
         if self.header.tokens == 0:  # an empty range cannot be mapped
             return np.empty(0, self.header.dtype)
         return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
 
     def verify(self) -> None:
-        """Hashes the payload; SlopeError if it is not what was written."""
+        """Check the payload; SlopeError if its checksum is wrong."""
         with open(self.path, "rb") as file:
             file.seek(HEADER_BYTES)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.header.sha256:
-            raise SlopeError(f"{self.path}: damaged, its checksum is not that in its header; prepare the data again")
+            raise SlopeError(f"{self.path}: damaged, its checksum is wrong; prepare the data again")
 
 
 def _parse_header(path: Path, block: bytes) -> TokenHeader:
@@ -82,9 +82,9 @@ def _parse_header(path: Path, block: bytes) -> TokenHeader:
     if block[: len(MAGIC)] != MAGIC:
         raise SlopeError(f"{path}: not a token file of slope")
     if len(block) != HEADER_BYTES:
-        raise SlopeError(f"{path}: has {len(block)} bytes where the header alone has {HEADER_BYTES}")
+        raise SlopeError(f"{path}: has {len(block)} bytes, but the header alone has {HEADER_BYTES}")
     if block[len(MAGIC) : start] != _digest_line(block[start:]):
-        raise SlopeError(f"{path}: damaged header, its checksum does not fit; prepare the data again")
+        raise SlopeError(f"{path}: damaged header, its checksum is wrong; prepare the data again")
     return TokenHeader(**json.loads(block[start:]))
 
 
@@ -117,9 +117,9 @@ def write_token_file(
     tokenizer: str,
     text_bytes: int = 0,
 ) -> TokenFile:
-    """Writes one-dimensional integer chunks one after the other, atomically.
+    """Write one-dimensional chunks of integer ids one after the other, atomically.
 
-    SlopeError when the disk is full (an old file of that name stays) or when an id is not below vocab_size.
+    SlopeError if an id is outside the vocabulary or the disk is full; an old file of that name then stays.
     """
     dtype, digest = token_dtype(vocab_size), hashlib.sha256()
     count, documents, max_id = 0, 0, -1
@@ -131,7 +131,7 @@ def write_token_file(
             max_id = max(max_id, int(chunk.max()))
             if max_id >= vocab_size or chunk.min() < 0:
                 raise SlopeError(
-                    f"{path}: token ids reach from {chunk.min()} to {max_id}, the vocabulary to {vocab_size}"
+                    f"{path}: token ids from {chunk.min()} to {max_id} are outside the vocabulary of {vocab_size}"
                 )
             payload = np.ascontiguousarray(chunk, dtype)
             file.write(payload.data)

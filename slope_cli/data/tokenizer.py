@@ -1,14 +1,14 @@
-"""Tokenizers: the built-in bytes, a folder, or a Hugging Face name; all come back as fast Hugging Face tokenizers."""
+"""Tokenizers: the built-in bytes, those of a folder, and those of the Hugging Face Hub, all as fast tokenizers."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slope_cli.data.batches import MaskingIds
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,25 +18,29 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer called `bytes`, the one in a folder, or the one of that name on the Hugging Face hub.
+    """Load the tokenizer `bytes`, the one in a folder, or the one of that name on the Hugging Face Hub.
 
-    A folder holds `tokenizer.json`, or GPT-2's `vocab.json` + `merges.txt`, or BERT's `vocab.txt` (uncased unless a
-    `tokenizer_config.json` beside it says otherwise). UsageError if there is none, or if it has no fast backend.
+    A folder contains `tokenizer.json`, or GPT-2's `vocab.json` + `merges.txt`, or BERT's `vocab.txt` (uncased unless a
+    `tokenizer_config.json` beside it says otherwise). UsageError if there is none, or it has no fast backend.
     """
     folder = Path(name_or_folder).expanduser()
     if name_or_folder == BYTES:
         return _byte_tokenizer()
     if folder.is_dir():
-        return _fast(_from_folder(folder), name_or_folder)
-    if folder.exists():
-        raise UsageError(f"tokenizer {name_or_folder}: is a file; give the folder that holds it")
-    if name_or_folder.startswith((".", "/", "~")):
+        tok = _from_folder(folder)
+    elif folder.exists():
+        raise UsageError(f"tokenizer {name_or_folder}: is a file; give the folder that contains it")
+    elif name_or_folder.startswith((".", "/", "~")):
         raise UsageError(f"tokenizer {name_or_folder}: no such folder")
-    return _fast(_from_hub(name_or_folder), name_or_folder)
+    else:
+        tok = _from_hub(name_or_folder)
+    if not tok.is_fast:
+        raise UsageError(f"tokenizer {name_or_folder}: has no fast backend (no tokenizer.json); use another one")
+    return tok
 
 
 def separator_id(tok: PreTrainedTokenizerFast) -> int:
-    """The id that ends a document: the end-of-text token if there is one, else [SEP]; UsageError if there is none."""
+    """The id that ends a document: that of the end-of-text token, else of [SEP]; UsageError if there is neither."""
     for token_id in (tok.eos_token_id, tok.sep_token_id):
         if token_id is not None:
             return int(token_id)
@@ -44,13 +48,13 @@ def separator_id(tok: PreTrainedTokenizerFast) -> int:
 
 
 def begin_id(tok: PreTrainedTokenizerFast) -> int | None:
-    """The beginning-of-text id, if the tokenizer itself puts it before a text, as Llama's do; else None."""
+    """The beginning-of-text id if the tokenizer itself puts it before a text, as Llama's do; else None."""
     begin = tok.bos_token_id
     return int(begin) if begin is not None and tok("").input_ids[:1] == [begin] else None
 
 
 def vocabulary_size(tok: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id that the tokenizer can give (a vocabulary with holes is longer than its count)."""
+    """The largest id of the tokenizer plus one, which exceeds the number of tokens if the vocabulary has holes."""
     return max(len(tok), *(int(token_id) + 1 for token_id in tok.get_vocab().values()))
 
 
@@ -63,16 +67,13 @@ def masking_ids(tok: PreTrainedTokenizerFast) -> MaskingIds:
     return MaskingIds(**ids, vocab_size=vocabulary_size(tok), never_mask=tuple(sorted(tok.all_special_ids)))
 
 
-_OF_THE_LOADING = ("is_local", "local_files_only")
-"""What transformers writes among a tokenizer's settings."""
-
-
 def save_tokenizer(tok: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `tokenizer.json` and its config into the folder; SlopeError if they cannot be written.
+    """Write `tokenizer.json` and its config into the folder.
 
-    The files say nothing of how the tokenizer was loaded, so one tokenizer has one hash, on a node without network too.
+    UsageError if the tokenizer has no fast backend, SlopeError if the files cannot be written.
     """
-    for name in _OF_THE_LOADING:
+    # transformers would save how the tokenizer was loaded: the same one would get another hash on an offline node.
+    for name in ("is_local", "local_files_only"):
         tok.init_kwargs.pop(name, None)
     try:
         tok.save_pretrained(folder)
@@ -80,14 +81,14 @@ def save_tokenizer(tok: PreTrainedTokenizerFast, folder: Path) -> None:
         raise SlopeError(f"{folder}: cannot save the tokenizer: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(f"{folder}: this tokenizer writes no tokenizer.json; use one with a fast backend")
-    for path in folder.iterdir():  # transformers does not: a power cut must not leave a manifest without its tokenizer
+    for path in folder.iterdir():  # to the disk, as transformers does not: a manifest may be written next
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
 def byte_characters() -> list[str]:
-    """The character that byte-level tokenizers write for each byte: itself if printable, else one from 256 on."""
+    """The character that byte-level tokenizers use for each byte: itself if printable, else one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -106,21 +107,21 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, BertTokenizerFast, GPT2TokenizerFast
 
-    held = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
     try:
-        if "tokenizer.json" in held:
+        if "tokenizer.json" in names:
             return AutoTokenizer.from_pretrained(str(folder))
-        if {"vocab.json", "merges.txt"} <= held:
+        if {"vocab.json", "merges.txt"} <= names:
             if END_OF_TEXT not in json.loads((folder / "vocab.json").read_text(encoding="utf-8")):
                 raise UsageError(f"tokenizer {folder}: vocab.json has no {END_OF_TEXT}; save it as tokenizer.json")
             return GPT2TokenizerFast.from_pretrained(str(folder), eos_token=END_OF_TEXT)
-        if "vocab.txt" in held:
+        if "vocab.txt" in names:
             return BertTokenizerFast.from_pretrained(str(folder))
     except UsageError:
         raise
     except Exception as error:  # parser errors of transformers and tokenizers share no base class
-        raise UsageError(f"tokenizer {folder}: cannot be read: {_first_line(error)}") from error
-    raise UsageError(f"tokenizer {folder}: holds no tokenizer.json, vocab.json + merges.txt, or vocab.txt")
+        raise UsageError(f"tokenizer {folder}: cannot be read: {first_line(error)}") from error
+    raise UsageError(f"tokenizer {folder}: contains no tokenizer.json, vocab.json + merges.txt, or vocab.txt")
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
@@ -130,35 +131,21 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # hub, HTTP and parser errors share no base class
         raise UsageError(
-            f"tokenizer {name}: no such folder, and not to be had from the Hugging Face hub "
-            f"({_first_line(error)}); give `bytes` or a local folder"
+            f"tokenizer {name}: no such folder, and it could not be downloaded from the Hugging Face Hub "
+            f"({first_line(error)}); give `bytes` or a local folder"
         ) from error
 
 
-def _fast(tok: PreTrainedTokenizerFast, name: str) -> PreTrainedTokenizerFast:
-    if not tok.is_fast:
-        raise UsageError(f"tokenizer {name}: has no fast backend (no tokenizer.json); convert it, or use another one")
-    return tok
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(": ") if lines else type(error).__name__
-
-
 def require_same_tokens(text: str, tok: PreTrainedTokenizerFast, model: str, other: PreTrainedTokenizerFast) -> None:
-    """UsageError if prepared text, so named, has another tokenizer than a model, so named."""
-    if not same_tokens(tok, other):
+    """Raise UsageError unless the tokenizers of a prepared text and a model, both so named, give the same ids."""
+    if tok.get_vocab() != other.get_vocab() or _rules(tok) != _rules(other):
         raise UsageError(
             f"{text}: was prepared with another tokenizer than that of {model}; "
             f"prepare the text with it (slope data prepare --tokenizer FOLDER)"
         )
 
 
-def same_tokens(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether two tokenizers cut a text into the same ids; their files may differ in more than that."""
-    if one.get_vocab() != other.get_vocab():
-        return False
-    parts = (json.loads(tok.backend_tokenizer.to_str()) for tok in (one, other))
-    first, second = ([part[key] for key in ("normalizer", "model")] for part in parts)
-    return bool(first == second)
+def _rules(tok: PreTrainedTokenizerFast) -> list[Any]:
+    """The parts of a tokenizer that decide on its ids; its files may differ in others."""
+    parts = json.loads(tok.backend_tokenizer.to_str())
+    return [parts[key] for key in ("normalizer", "model")]

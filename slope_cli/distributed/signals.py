@@ -1,27 +1,39 @@
-"""Signals that ask a process to stop, and the exit code that says it did."""
+"""Signals that ask a process to stop, and the exit code of a process that did."""
 
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 from slope_cli.errors import SlopeError
 
 STOPPED = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved a checkpoint: start it again to go on."""
+"""Exit code (EX_TEMPFAIL): stopped by a signal; the same command resumes."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL catches SIGUSR1, so SLURM is told USR2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""SLURM is told to send USR2, because NCCL catches USR1."""
 
 
 class Stopped(SlopeError):
-    """A signal asked for it, and what was at work has saved a checkpoint."""
+    """Stopped by a signal; the same command resumes."""
 
     exit_code = STOPPED
 
 
 class StopFlag:
-    """While open, a first SIGTERM, SIGINT or SIGUSR2 only sets `name`; a second SIGINT interrupts at once."""
+    """While open, a first SIGTERM, SIGINT or SIGUSR2 only sets `name`; a second SIGINT interrupts at once.
+
+    Python handles signals in the main thread only: a flag that is opened in another thread is never set.
+    """
 
     def __init__(self) -> None:
         self.name = ""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def check(self, where: object) -> None:
+        """Raise Stopped if a signal came, for work that the same command resumes; the line begins with `where`."""
+        if self.name:
+            raise Stopped(f"{where}: stopped by {self.name}; run the same command again to resume")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
@@ -29,9 +41,10 @@ class StopFlag:
         self.name = signal.Signals(number).name
 
     def __enter__(self) -> "StopFlag":
-        self._old = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

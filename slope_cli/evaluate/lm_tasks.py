@@ -1,10 +1,11 @@
-"""Zero-shot tasks: lm-eval's own prompts and scoring, on rows from the hub or from local files.
+"""Zero-shot tasks: lm-eval's own prompts and scoring, on rows from the Hugging Face Hub or from local files.
 
-A local task is lm-eval's own YAML with nothing changed but where its rows come from and which split is scored.
+A local task is lm-eval's own YAML, except for the source of its rows and the split that is scored.
 """
 
+from __future__ import annotations
+
 import contextlib
-import difflib
 import gzip
 import io
 import json
@@ -14,13 +15,15 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from slope_cli.errors import SlopeError, UsageError
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-if TYPE_CHECKING:
+from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
+
+if TYPE_CHECKING:  # lm-eval is an optional dependency
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
@@ -32,14 +35,19 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 
 
 class Layout(NamedTuple):
-    """What the rows of a task must hold; a dot leads into an object.
+    """The fields that the rows of a task must have; a dot leads into an object.
 
-    where: the task's folder inside lm_eval/tasks. texts: fields with a text. lists: fields with a list of texts, all
-    of one length. answer: the field with the right answer; answers: what it may be in a row. rule: what else must
-    hold, in words. subject: the field that names the sub-task of a row.
+    Attributes:
+        folder: of the task, inside lm_eval/tasks.
+        texts: fields with a text.
+        lists: fields with a list of texts, all of one length.
+        answer: the field with the right answer.
+        answers: the possible answers of a row.
+        rule, holds: one more condition, in words and as a function.
+        subject: the field that names the sub-task of a row.
     """
 
-    where: str
+    folder: str
     texts: tuple[str, ...]
     lists: tuple[str, ...]
     answer: str
@@ -54,14 +62,10 @@ class Layout(NamedTuple):
         return list(dict.fromkeys(field.partition(".")[0] for field in (*self.texts, *self.lists, self.answer)))
 
 
-TWO = "needs two choices or more"
-
-
-def _lettered(where: str, question: str) -> Layout:
-    """Choices with letters of their own, one of which is the answer."""
-    letters: Callable[[Row], Sequence[str]] = lambda row: row["choices"]["label"]  # noqa: E731
+def _lettered(folder: str, question: str) -> Layout:
+    """Choices with labels of their own, such as A to D, one of which is the answer."""
     lists = ("choices.text", "choices.label")
-    return Layout(where, (question,), lists, "answerKey", letters, TWO, lambda row: len(letters(row)) > 1)
+    return Layout(folder, (question,), lists, "answerKey", lambda row: row["choices"]["label"])
 
 
 LAYOUTS = {
@@ -70,9 +74,7 @@ LAYOUTS = {
         ("activity_label", "ctx_a", "ctx_b"),
         ("endings",),
         "label",
-        lambda row: [str(place) for place in range(len(row["endings"]))],
-        TWO,
-        lambda row: len(row["endings"]) > 1,
+        lambda row: [str(number) for number in range(len(row["endings"]))],
     ),
     "piqa": Layout("piqa", ("goal", "sol1", "sol2"), (), "label", lambda row: (0, 1)),
     "arc_easy": _lettered("arc", "question"),
@@ -84,8 +86,8 @@ LAYOUTS = {
         (),
         "answer",
         lambda row: ("1", "2"),
-        "the sentence needs a gap (_) and words after it",
-        lambda row: bool(row["sentence"].partition("_")[2].strip()),
+        rule="the sentence needs a gap (_) and words after it",
+        holds=lambda row: bool(row["sentence"].partition("_")[2].strip()),
     ),
     "mmlu": Layout(
         "mmlu/default",
@@ -93,24 +95,24 @@ LAYOUTS = {
         ("choices",),
         "answer",
         lambda row: (0, 1, 2, 3),
-        "needs four choices",
-        lambda row: len(row["choices"]) == 4,
+        rule="needs four choices",
+        holds=lambda row: len(row["choices"]) == 4,
         subject="subject",
     ),
 }
 
 
-class Loaded(NamedTuple):
-    """A task ready to be scored: what lm-eval makes of it, and the split that its rows are of."""
+class LoadedTask(NamedTuple):
+    """A task ready to be scored: lm-eval's object for it, and the split of its rows."""
 
     name: str
-    built: "TaskDict"
+    task_dict: TaskDict
     split: str
 
     @property
-    def leaves(self) -> "dict[str, ConfigurableTask]":
+    def leaves(self) -> dict[str, ConfigurableTask]:
         """The tasks that have rows: the task itself, or all those of its group."""
-        return dict(self.built["tasks"])
+        return dict(self.task_dict["tasks"])
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -118,24 +120,23 @@ class Loaded(NamedTuple):
 
 def check_names(names: Iterable[str]) -> list[str]:
     """The names, each once; UsageError for an unknown one."""
-    found = list(dict.fromkeys(names))
-    for name in found:
+    unique = list(dict.fromkeys(names))
+    for name in unique:
         if name not in LAYOUTS:
-            close = difflib.get_close_matches(name.lower(), LAYOUTS, n=2, cutoff=0.6)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(LAYOUTS)}"
-            raise UsageError(f"--tasks {name}: unknown task; {hint}")
-    return found
+            raise UsageError(f"--tasks {name}: unknown task; {did_you_mean(name, LAYOUTS)}")
+    return unique
 
 
-def load(names: Sequence[str], folder: Path | None) -> list[Loaded]:
-    """Make the tasks called `names` ready.
+def load(names: Sequence[str], folder: Path | None) -> list[LoadedTask]:
+    """Load the tasks called `names` with their rows.
 
     Args:
-        folder: holds <task>/<split>.jsonl or .jsonl.gz with raw rows; None loads them as lm-eval does, from the hub.
+        folder: contains <task>/<split>.jsonl or .jsonl.gz with raw rows; None downloads them from the Hub, as lm-eval
+            does.
 
     Raises:
-        UsageError: lm-eval is not installed, an unknown task, no file of a task, or a row that does not fit.
-        SlopeError: the hub gives no rows.
+        UsageError: lm-eval is not installed, a task is unknown or has no file, or a row does not fit its task.
+        SlopeError: the rows cannot be downloaded.
     """
     names = check_names(names)
     if folder is not None and not folder.is_dir():
@@ -148,60 +149,62 @@ def load(names: Sequence[str], folder: Path | None) -> list[Loaded]:
         raise UsageError(f"--tasks: {error.name} is missing; pip install slope-cli[eval]") from None
     base = Path(lm_eval.__file__).parent / "tasks"
     # Only these folders: lm-eval has thousands of other files.
-    where = [str(base / place) for place in dict.fromkeys(LAYOUTS[name].where for name in names)]
+    folders = [str(base / name) for name in dict.fromkeys(LAYOUTS[name].folder for name in names)]
     with quiet():
-        manager = TaskManager(include_defaults=False, include_path=where)
+        manager = TaskManager(include_defaults=False, include_path=folders)
         return [_from_hub(manager, name) if folder is None else _from_files(manager, name, folder) for name in names]
 
 
-def _from_hub(manager: "TaskManager", name: str) -> Loaded:
+def _from_hub(manager: TaskManager, name: str) -> LoadedTask:
     try:
-        built = manager.load([name])
-    except Exception as error:  # the errors of datasets, the hub and HTTP share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "this needs a network, or --task-data with a folder of rows"
-        raise SlopeError(f"{name}: no rows to be had from the Hugging Face hub ({reason}); {hint}") from error
-    config = next(iter(built["tasks"].values())).config
-    return Loaded(name, built, config.test_split or config.validation_split)
+        task_dict = manager.load([name])
+    except Exception as error:  # the errors of datasets, the Hub and HTTP share no base class
+        raise SlopeError(
+            f"{name}: could not be downloaded from the Hugging Face Hub ({first_line(error)}); "
+            "connect to a network, or give --task-data with a folder of rows"
+        ) from error
+    config = next(iter(task_dict["tasks"].values())).config
+    return LoadedTask(name, task_dict, config.test_split or config.validation_split)
 
 
-def _from_files(manager: "TaskManager", name: str, folder: Path) -> Loaded:
+def _from_files(manager: TaskManager, name: str, folder: Path) -> LoadedTask:
     layout, configs = LAYOUTS[name], dict(_configs(manager, name))
     split, path = _rows_file(folder / name, next(iter(configs.values())))
     rows = read_rows(path, layout, subjects={config.get("dataset_name") for config in configs.values()})
-
-    def task(leaf: str) -> "ConfigurableTask | None":
-        config = configs[leaf]
-        own = [row for row in rows if not layout.subject or row[layout.subject] == config["dataset_name"]]
-        return _task(config, split, own) if own else None
-
-    return Loaded(name, manager.load(_items(manager, name, task)), split)
+    tasks = {}
+    for leaf, config in configs.items():
+        if own := [row for row in rows if not layout.subject or row[layout.subject] == config["dataset_name"]]:
+            tasks[leaf] = _task(config, split, own)
+    return LoadedTask(name, manager.load(_tree(manager, name, tasks)), split)
 
 
-def _configs(manager: "TaskManager", name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _children(manager: TaskManager, name: str) -> list[str] | None:
+    """The names that a tag or a group stands for; None for a task."""
+    entry = manager.task_index[name]
+    if entry.yaml_path is None:  # a tag
+        return sorted(entry.tags)
+    return list(entry.cfg["task"]) if "group" in entry.cfg else None
+
+
+def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each task that `name` stands for, with lm-eval's own settings for it, its functions included."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    entry = manager.task_index[name]
-    if entry.yaml_path is not None and "group" not in entry.cfg:
-        yield name, load_yaml(entry.yaml_path)
-        return
-    for child in sorted(entry.tags) if entry.yaml_path is None else entry.cfg["task"]:
+    children = _children(manager, name)
+    if children is None:
+        yield name, load_yaml(manager.task_index[name].yaml_path)
+    for child in children or ():
         yield from _configs(manager, child)
 
 
-def _items(
-    manager: "TaskManager", name: str, task: "Callable[[str], ConfigurableTask | None]"
-) -> "list[ConfigurableTask | Group]":
-    """The group `name` filled with tasks that have rows, or the task of that name; nothing where none has."""
+def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | Group]:
+    """The task of this name, or its group filled with those of its tasks that are in `tasks`; nothing if none is."""
     from lm_eval.api.group import Group
 
-    entry = manager.task_index[name]
-    if entry.yaml_path is not None and "group" not in entry.cfg:
-        leaf = task(name)
-        return [] if leaf is None else [leaf]
-    below = sorted(entry.tags) if entry.yaml_path is None else entry.cfg["task"]
-    items = [item for child in below for item in _items(manager, child, task)]
+    children, entry = _children(manager, name), manager.task_index[name]
+    if children is None:
+        return [tasks[name]] if name in tasks else []
+    items = [item for child in children for item in _tree(manager, child, tasks)]
     if entry.yaml_path is None or not items:
         return items
     group = Group.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
@@ -210,50 +213,50 @@ def _items(
     return [group]
 
 
-def _task(config: dict[str, Any], split: str, rows: list[Row]) -> "ConfigurableTask":
-    """lm-eval's own task, but for its rows; without examples, so that no other split is wanted."""
+def _task(config: dict[str, Any], split: str, rows: list[Row]) -> ConfigurableTask:
+    """lm-eval's own task with other rows; without examples in the prompt, so that it needs no other split."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     kept = {key: value for key, value in config.items() if key not in ("tag", "group", "dataset_kwargs")}
     splits = {key: split if config.get(key) == split else None for key in ("test_split", "validation_split")}
     rest = {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
-    found = {split: Dataset.from_list(rows)}
-    return ConfigurableTask(config=kept | splits | rest | {"custom_dataset": lambda **_: found})
+    dataset = {split: Dataset.from_list(rows)}
+    return ConfigurableTask(config=kept | splits | rest | {"custom_dataset": lambda **_: dataset})
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
 
 
 def _rows_file(folder: Path, config: dict[str, Any]) -> tuple[str, Path]:
-    """The split that lm-eval would score, or the next best where only that has a file; and the file."""
+    """The split that lm-eval would score, or the next best if only that has a file; and the file."""
     splits = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
     for split in splits:
         for ending in ENDINGS:
             if (path := folder / f"{split}{ending}").is_file():
                 return split, path
     wanted = " or ".join(f"{split}.jsonl" for split in splits)
-    raise UsageError(f"--task-data: there is no {folder / wanted} (.gz)")
+    raise UsageError(f"--task-data: no {folder / wanted} (.gz)")
 
 
 def read_rows(path: Path, layout: Layout, subjects: Iterable[str | None] = ()) -> list[Row]:
-    """The rows of a JSONL file, cut down to what the layout names.
+    """The rows of a JSONL file, reduced to the fields of the layout.
 
     Raises:
-        UsageError: naming file, line and field, for a row that lacks something or has an unknown answer or subject;
-            no row at all; a file that cannot be read.
+        UsageError: the file cannot be read or contains no rows, or a row lacks a field or has an unknown answer or
+            subject; names file, line and field.
     """
     known, rows = set(subjects), []
-    opened: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
+    open_text: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(_row(f"{path} line {number}", line, layout, known))
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from None
     if not rows:
-        raise UsageError(f"{path}: holds no rows")
+        raise UsageError(f"{path}: contains no rows")
     return rows
 
 
@@ -266,16 +269,16 @@ def _row(where: str, line: str, layout: Layout, subjects: set[str | None]) -> Ro
     if fault := _fault(row, layout):
         raise UsageError(f"{where}: {fault}")
     if layout.subject and row[layout.subject] not in subjects:
-        raise UsageError(f"{where}: {layout.subject} {row[layout.subject]!r} is none of lm-eval's")
+        raise UsageError(f"{where}: {layout.subject} {row[layout.subject]!r} is unknown to lm-eval")
     given, allowed = str(row[layout.answer]).strip(), layout.answers(row)
     answer = next((known for known in allowed if str(known) == given), None)
     if answer is None:
-        raise UsageError(f"{where}: {layout.answer} {given!r} is none of {', '.join(map(str, allowed))}")
+        raise UsageError(f"{where}: {layout.answer} {given!r} is not one of {', '.join(map(str, allowed))}")
     return {column: row[column] for column in layout.columns} | {layout.answer: answer}
 
 
-def _fault(row: object, layout: Layout) -> str:
-    """What a row lacks; empty for a sound one."""
+def _fault(row: Any, layout: Layout) -> str:
+    """The first fault of a row; empty for a sound one."""
     for field in (*layout.texts, *layout.lists, layout.answer):
         value = _value(row, field)
         if value is None:
@@ -285,12 +288,14 @@ def _fault(row: object, layout: Layout) -> str:
         if field in layout.lists and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
             return f"{field} is not a list of texts"
     if len({len(_value(row, field)) for field in layout.lists}) > 1:
-        return f"{' and '.join(layout.lists)} are not as many"
-    return "" if isinstance(row, dict) and layout.holds(row) else layout.rule
+        return f"{' and '.join(layout.lists)} have different lengths"
+    if len(layout.answers(row)) < 2:
+        return "needs at least two choices"
+    return "" if layout.holds(row) else layout.rule
 
 
-def _value(row: object, field: str) -> Any:
-    """What is at a dotted path, or None."""
+def _value(row: Any, field: str) -> Any:
+    """The value at a dotted path, or None."""
     for part in field.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
@@ -299,19 +304,34 @@ def _value(row: object, field: str) -> Any:
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
-def score(lm: "HFLM", task: Loaded, limit: int | None = None) -> dict[str, Any]:
+def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: int) -> HFLM:
+    """lm-eval's wrapper of a causal model, with `batch` requests at a time; bf16 on a GPU."""
+    from lm_eval.models.huggingface import HFLM
+
+    # lm-eval begins a text without context with the token for the beginning or the end of a text, if there is one.
+    has_ends = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    precision = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"} if model.device.type == "cuda" else {}
+    with quiet():
+        return HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch,
+            prefix_token_id=None if has_ends else tokenizer.sep_token_id,
+            **precision,
+        )
+
+
+def score(lm: HFLM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
     """Score one task without examples in the prompt.
 
     Args:
-        lm: lm-eval's wrapper of a causal model and its tokenizer.
         limit: at most so many rows, the first ones, of the task; of a group, of each of its tasks.
 
     Returns:
-        acc and, where lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, what
-        a guess gets; `above_chance`, whether acc is above that by more than two standard errors of a guess; `n` rows
-        of `split`;
-        `truncated`, rows with a prompt longer than the model's positions, which loses its beginning; lm-eval's
-        `version` of the task; for a group also its `subjects` and `groups`.
+        acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
+        expected accuracy of random choices; `above_chance`, whether acc exceeds it by more than two standard errors of
+        random choices; `n` rows of `split`; `truncated`, the number of rows with a prompt longer than the model's
+        positions, which loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
 
     Raises:
         UsageError: a choice is longer than the model's positions.
@@ -320,38 +340,36 @@ def score(lm: "HFLM", task: Loaded, limit: int | None = None) -> dict[str, Any]:
 
     started = time.perf_counter()
     with quiet():
-        chances, truncated = _look_ahead(lm, task, limit)
-        found = lm_eval.evaluate(lm, task.built, limit=limit, log_samples=False)
-    results, groups = found["results"], task.built.get("groups", {})
+        chances, truncated = _chances(lm, task, limit)
+        output = lm_eval.evaluate(lm, task.task_dict, limit=limit, log_samples=False)
+    results, groups, n = output["results"], task.task_dict.get("groups", {}), len(chances)
+    chance, error = sum(chances) / n, math.sqrt(sum(p * (1 - p) for p in chances)) / n
     scores = _scores(results[task.name])
-    chance, variance = sum(chances) / len(chances), sum(p * (1 - p) for p in chances)
-    above = scores["acc"] > chance + 2 * math.sqrt(variance) / len(chances)
-    about = {"chance": chance, "above_chance": above, "n": len(chances), "split": task.split, "truncated": truncated}
-    about["version"] = found["versions"].get(task.name)
+    scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error, "n": n, "split": task.split}
+    scores |= {"truncated": truncated, "version": output["versions"].get(task.name)}
     if groups:
-        about["groups"] = {name: _scores(results[name]) for name in groups if name != task.name}
-        about["subjects"] = {
-            name.removeprefix(f"{task.name}_"): _scores(results[name]) | {"n": found["n-samples"][name]["effective"]}
+        scores["groups"] = {name: _scores(results[name]) for name in groups if name != task.name}
+        scores["subjects"] = {
+            name.removeprefix(f"{task.name}_"): _scores(results[name]) | {"n": output["n-samples"][name]["effective"]}
             for name in task.leaves
         }
-    seconds = time.perf_counter() - started
-    print(f"{task.name}: {len(chances):,} rows in {seconds:.0f} s", file=sys.stderr)
-    return scores | about
+    print(f"{task.name}: {n:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return scores
 
 
-def _scores(found: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's `acc,none` and `acc_stderr,none` under plain names; what it calls N/A is None."""
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's `acc,none` and `acc_stderr,none` under plain names; its N/A becomes None."""
     scores: dict[str, Any] = {}
     for name in ("acc", "acc_norm"):
-        if f"{name},none" in found:
-            error = found[f"{name}_stderr,none"]
-            scores[name] = float(found[f"{name},none"])
+        if f"{name},none" in result:
+            error = result[f"{name}_stderr,none"]
+            scores[name] = float(result[f"{name},none"])
             scores[f"{name}_stderr"] = None if error == "N/A" else float(error)
     return scores
 
 
-def _look_ahead(lm: "HFLM", task: Loaded, limit: int | None) -> tuple[list[float], int]:
-    """The chance of a guess for each row, and how many rows have a request longer than the model's positions."""
+def _chances(lm: HFLM, task: LoadedTask, limit: int | None) -> tuple[list[float], int]:
+    """The chance of each row, and the number of rows with a request longer than the model's positions."""
     chances: list[float] = []
     truncated = 0
     for leaf in task.leaves.values():
@@ -363,19 +381,19 @@ def _look_ahead(lm: "HFLM", task: Loaded, limit: int | None) -> tuple[list[float
     return chances, truncated
 
 
-def _too_long(lm: "HFLM", name: str, context: str, continuation: str) -> bool:
+def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:
     """Whether a request is longer than the model's positions; UsageError if the scored part alone is."""
-    if len((context + continuation).encode()) <= lm.max_length:  # a token is a byte at least
+    if len((context + continuation).encode()) <= lm.max_length:  # a token has at least one byte
         return False
     answer, prompt = (len(lm.tok_encode(text, add_special_tokens=False)) for text in (continuation, context))
     if answer > lm.max_length:
-        raise UsageError(f"{name}: a choice has {answer} tokens, and the model only {lm.max_length} positions")
-    return bool(prompt + answer > lm.max_length + 1)  # the last token is only scored, never read
+        raise UsageError(f"{name}: a choice has {answer} tokens, but the model only {lm.max_length} positions")
+    return bool(prompt + answer > lm.max_length + 1)  # the last token is scored, but not read
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars, prints and log lines of lm-eval and what it loads rows with."""
+    """Without the progress bars, prints and log lines of lm-eval and of the libraries that load its rows."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels, nowhere = [log.level for log in logs], io.StringIO()
     for log in logs:

@@ -1,100 +1,156 @@
-"""Five tasks of GLUE: their official files, their rows, and the numbers they are judged by."""
+"""Five tasks of GLUE: their official files, their rows and their metrics."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.data.batches import MaskingIds
+from slope_cli.data.tokenizer import masking_ids
 from slope_cli.errors import UsageError
-from slope_cli.finetune.examples import Example, Job, cut, join
+from slope_cli.finetune.examples import Evaluation, Example, Logits, Task, cut, join, standard_error
 
 Numbers = NDArray[np.float64]
 
-HUB = "nyu-mll/glue"
 SCORES = (0.0, 5.0)
-"""The least and the greatest similarity in STS-B."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a task's files hold what, and how it is judged.
-
-    columns: of the files; only CoLA's have no line that names them. texts: those of the one or two sentences. labels:
-    what the label's column may hold, by class; none for a score. hub: its name and fields in the hub's data set.
-    """
-
-    columns: tuple[str, ...]
-    texts: tuple[str, ...]
-    label: str
-    labels: tuple[str, ...]
-    hub: str
-    hub_texts: tuple[str, ...]
-    measures: tuple[str, ...]
-    header: bool = True
-    epochs: int = 3
+"""The lowest and the highest similarity in STS-B."""
 
 
 class Row(NamedTuple):
-    """One or two sentences, and the class (or STS-B's score) as a number."""
+    """One or two sentences, and the class (or the score of STS-B) as a number."""
 
     texts: tuple[str, ...]
     label: float
 
 
-_PAIR = ("sentence1", "sentence2")
-_STSB = ("index", "genre", "filename", "year", "old_index", "source1", "source2", *_PAIR, "score")
-_MRPC = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
-_COLA = ("source", "label", "star", "sentence")
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(Task):
+    """A task of one or two sentences.
 
-TASKS: dict[str, Task] = {
-    "CoLA": Task(
-        _COLA, ("sentence",), "label", ("0", "1"), "cola", ("sentence",), ("matthews",), header=False, epochs=5
-    ),
-    "SST-2": Task(("sentence", "label"), ("sentence",), "label", ("0", "1"), "sst2", ("sentence",), ("accuracy",)),
-    "MRPC": Task(_MRPC, ("#1 String", "#2 String"), "Quality", ("0", "1"), "mrpc", _PAIR, ("accuracy", "f1")),
-    "STS-B": Task(_STSB, _PAIR, "score", (), "stsb", _PAIR, ("pearson", "spearman")),
-    # The hub's classes are in this order too: 0 is entailment.
-    "RTE": Task(
-        ("index", *_PAIR, "label"),
-        _PAIR,
-        "label",
-        ("entailment", "not_entailment"),
-        "rte",
-        _PAIR,
-        ("accuracy",),
-    ),
-}
-
-
-# ----------------------------------------------------------------------------------------------------- rows
-
-
-def read_rows(task: str, path: Path) -> list[Row]:
-    """The rows of an official file, train.tsv or dev.tsv: tab-separated UTF-8, a quotation mark is only a character.
-
-    Raises:
-        UsageError: the file is missing, empty or not text, a line has missing or empty fields, or an unknown label.
+    Attributes:
+        columns: of the official files.
+        header: whether the first line of a file names its columns.
+        texts, label: the columns of the sentences and of the label.
+        hub_texts: the fields of the sentences on the Hub, where they differ from `texts`.
+        classes: the labels in the official files, in the order of the Hub's numbers; none for a score.
+        metrics: keys of METRICS.
     """
-    t, lines = TASKS[task], _lines(path)
-    columns = t.columns
-    if t.header:
-        columns = tuple(next(lines, (0, [""]))[1])
-        if absent := [name for name in (*t.texts, t.label) if name not in columns]:
-            raise UsageError(f"{path}:1: no column {absent[0]!r}; {task}'s official file has {', '.join(t.columns)}")
-    rows = [_row(task, columns, fields, f"{path}:{number}") for number, fields in lines]
-    if not rows:
-        raise UsageError(f"{path}: there is no row in it")
-    return rows
+
+    architecture: type[PreTrainedModel] = BertForSequenceClassification
+    files: tuple[str, str] = ("train.tsv", "dev.tsv")
+    epochs: int = 3
+    batch: int = 32
+    seq_len: int = 128
+    columns: tuple[str, ...]
+    header: bool = True
+    texts: tuple[str, ...]
+    label: str = "label"
+    hub_texts: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ("0", "1")
+    metrics: tuple[str, ...]
+
+    @property
+    def hub(self) -> tuple[str, str | None]:
+        """Name and configuration of the data set on the Hugging Face Hub."""
+        return "nyu-mll/glue", self.name.lower().replace("-", "")
+
+    @property
+    def outputs(self) -> int:
+        """One for each class, or one for a score."""
+        return max(1, len(self.classes))
+
+    def read(self, path: Path) -> list[Row]:
+        """The rows of train.tsv or dev.tsv: tab-separated UTF-8, in which a quotation mark has no special meaning.
+
+        Raises:
+            UsageError: the file cannot be read, or a line has missing or empty fields or an unknown label.
+        """
+        lines, columns = _tsv_lines(path), self.columns
+        if self.header:
+            columns = tuple(next(lines, (0, [""]))[1])
+            if missing := [name for name in (*self.texts, self.label) if name not in columns]:
+                official = ", ".join(self.columns)
+                raise UsageError(f"{path}:1: no column {missing[0]!r}; the official file of {self.name} has {official}")
+        return [self._row(columns, fields, f"{path}:{number}") for number, fields in lines]
+
+    def _row(self, columns: tuple[str, ...], fields: list[str], where: str) -> Row:
+        if len(fields) != len(columns):
+            raise UsageError(f"{where}: {len(fields)} fields, expected {len(columns)} ({', '.join(columns)})")
+        row = dict(zip(columns, fields, strict=True))
+        for name in self.texts:
+            if not row[name].strip():
+                raise UsageError(f"{where}: {name} is empty")
+        return Row(tuple(row[name] for name in self.texts), self._label(row[self.label].strip(), where))
+
+    def _label(self, text: str, where: str) -> float:
+        if self.classes:
+            if text not in self.classes:
+                known = " and ".join(self.classes)
+                raise UsageError(f"{where}: unknown label {text!r}; the labels of {self.name} are {known}")
+            return float(self.classes.index(text))
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if not SCORES[0] <= score <= SCORES[1]:
+            raise UsageError(f"{where}: the score {text!r} is not a number from {SCORES[0]:g} to {SCORES[1]:g}")
+        return score
+
+    def from_hub(self, record: Mapping[str, Any], where: str) -> Row:
+        """The row of a record, whose class is a number already; UsageError for a missing field or no label."""
+        texts = self.hub_texts or self.texts
+        if missing := [name for name in (*texts, "label") if record.get(name) in (None, "")]:
+            raise UsageError(f"{where}: no {missing[0]}")
+        label = float(record["label"])
+        if not (label in range(len(self.classes)) if self.classes else SCORES[0] <= label <= SCORES[1]):
+            raise UsageError(f"{where}: unknown label {record['label']}")
+        return Row(tuple(record[name] for name in texts), label)
+
+    def examples(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> list[Example]:
+        """One example for each row; of two texts that are too long, the longer one is cut."""
+        special, columns = masking_ids(tokenizer), zip(*(row.texts for row in rows), strict=True)
+        ids = zip(*(tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in columns), strict=True)
+        result = []
+        for row, (first, *more) in zip(rows, ids, strict=True):
+            parts = cut(first, more[0] if more else None, seq_len - 2 - len(more))
+            result.append(Example(*join(*parts, special), (row.label,)))
+        return result
+
+    def evaluate(self, rows: Sequence[Row], examples: Sequence[Example], logits: Logits) -> Evaluation:
+        """The `scores`, and the prediction for each row."""
+        logits_NL = np.stack(logits).astype(np.float64)
+        predicted = logits_NL.argmax(1).astype(np.float64) if self.classes else logits_NL[:, 0]
+        lines = []
+        for number, (prediction, row) in enumerate(zip(predicted, rows, strict=True)):
+            line = {"row": number, "prediction": self._text(prediction), "label": self._text(row.label)}
+            lines.append(line | ({"logits": logits_NL[number].tolist()} if self.classes else {}))
+        return self.scores(predicted, np.array([row.label for row in rows])), lines
+
+    def _text(self, label: float) -> str | float:
+        """A class as the official files write it, or a score."""
+        return self.classes[int(label)] if self.classes else float(label)
+
+    def scores(self, predicted: Numbers, labels: Numbers) -> dict[str, Any]:
+        """The metrics of predictions (n,), classes or scores, against labels (n,).
+
+        Returns:
+            `metric` by name, `stderr` of those that are means over rows, and for classes `majority`: the accuracy of
+            always predicting the most frequent label.
+        """
+        result: dict[str, Any] = {"metric": {name: METRICS[name](predicted, labels) for name in self.metrics}}
+        correct = (predicted == labels).astype(np.float64)
+        result["stderr"] = {"accuracy": standard_error(correct)} if "accuracy" in self.metrics else {}
+        if self.classes:
+            result["majority"] = float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+        return result
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The number from 1 and the fields of each line that is not blank."""
+def _tsv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number, from 1, and the fields of each line that is not blank."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
@@ -106,105 +162,10 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _row(task: str, columns: tuple[str, ...], fields: list[str], where: str) -> Row:
-    t = TASKS[task]
-    if len(fields) != len(columns):
-        raise UsageError(f"{where}: {len(fields)} fields where {len(columns)} should be ({', '.join(columns)})")
-    row = dict(zip(columns, fields, strict=True))
-    for name in t.texts:
-        if not row[name].strip():
-            raise UsageError(f"{where}: {name} is empty")
-    return Row(tuple(row[name] for name in t.texts), _label(task, row[t.label].strip(), where))
-
-
-def _label(task: str, text: str, where: str) -> float:
-    labels = TASKS[task].labels
-    if labels:
-        if text not in labels:
-            raise UsageError(f"{where}: unknown label {text!r}; {task}'s are {' and '.join(labels)}")
-        return float(labels.index(text))
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
-    if not SCORES[0] <= score <= SCORES[1]:
-        raise UsageError(f"{where}: the score {text!r} is not a number from {SCORES[0]:g} to {SCORES[1]:g}")
-    return score
-
-
-def hub_rows(task: str, records: Iterable[Mapping[str, Any]], split: str) -> list[Row]:
-    """The rows of a split of the hub's data set, whose classes are numbers already.
-
-    Raises:
-        UsageError: a row has missing fields or no label.
-    """
-    t, rows = TASKS[task], []
-    for number, record in enumerate(records, 1):
-        where = f"{HUB} {t.hub} {split} row {number}"
-        if absent := [name for name in (*t.hub_texts, "label") if record.get(name) in (None, "")]:
-            raise UsageError(f"{where}: no {absent[0]}")
-        label = float(record["label"])
-        if not (label in range(len(t.labels)) if t.labels else SCORES[0] <= label <= SCORES[1]):
-            raise UsageError(f"{where}: unknown label {record['label']}")
-        rows.append(Row(tuple(record[name] for name in t.hub_texts), label))
-    if not rows:
-        raise UsageError(f"{HUB} {t.hub} {split}: there is no row in it")
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------------- job
-
-
-def job(
-    task: str,
-    rows: Mapping[str, Sequence[Row]],
-    tokenizer: PreTrainedTokenizerFast,
-    special: MaskingIds,
-    seq_len: int,
-) -> Job:
-    """A task made ready from the rows of `train` and `dev`; of texts that are too long, the longer one is cut."""
-    t, dev = TASKS[task], rows["dev"]
-
-    def judged(logits: list[NDArray[np.float32]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        stacked = np.stack(logits).astype(np.float64)
-        predicted = stacked.argmax(1).astype(np.float64) if t.labels else stacked[:, 0]
-        lines = []
-        for number, (given, row) in enumerate(zip(predicted, dev, strict=True)):
-            line = {"row": number, "prediction": _word(task, given), "label": _word(task, row.label)}
-            lines.append(line | ({"logits": stacked[number].tolist()} if t.labels else {}))
-        return judge(task, predicted, np.array([row.label for row in dev])), lines
-
-    return Job(
-        train=_examples(rows["train"], tokenizer, special, seq_len),
-        dev=_examples(dev, tokenizer, special, seq_len),
-        judge=judged,
-        facts={"n_train": len(rows["train"]), "n": len(dev)},
-        outputs=max(1, len(t.labels)),
-    )
-
-
-def _examples(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, special: MaskingIds, seq_len: int
-) -> list[Example]:
-    columns = zip(*(row.texts for row in rows), strict=True)
-    ids = zip(*(tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in columns), strict=True)
-    examples = []
-    for row, (first, *more) in zip(rows, ids, strict=True):
-        parts = cut(first, more[0] if more else None, seq_len - 2 - len(more))
-        examples.append(join(*parts, special, (row.label,)))
-    return examples
-
-
-def _word(task: str, number: float) -> str | float:
-    """A class as the files write it, or a score."""
-    labels = TASKS[task].labels
-    return labels[int(number)] if labels else float(number)
-
-
-# -------------------------------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------------------------------------------------- metrics
 #
-# Not torchmetrics': its Matthews coefficient of a model that gives every row one class is not 0 (0.026 on CoLA's dev),
-# and its correlations with a constant are 0, where they are not defined.
+# Not those of torchmetrics: its Matthews coefficient is not 0 for a model that predicts one class only (0.026 on the
+# dev set of CoLA), and its correlations with a constant are 0 although they are undefined.
 
 
 def accuracy(predicted: Numbers, labels: Numbers) -> float:
@@ -213,25 +174,25 @@ def accuracy(predicted: Numbers, labels: Numbers) -> float:
 
 
 def f1(predicted: Numbers, labels: Numbers) -> float:
-    """The harmonic mean of precision and recall of class 1; 0 if there is none of it."""
+    """The harmonic mean of precision and recall of class 1; 0 if it occurs nowhere."""
     right = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * right / max(1.0, float((predicted == 1).sum() + (labels == 1).sum()))
 
 
 def matthews(predicted: Numbers, labels: Numbers) -> float:
-    """Matthews' correlation of two classes; 0 if all rows are given one class, as usual."""
+    """The Matthews correlation of two classes; 0, as usual, if all predictions or all labels are equal."""
     return pearson(predicted, labels) or 0.0
 
 
 def pearson(predicted: Numbers, labels: Numbers) -> float | None:
-    """The linear correlation; None, for not defined, if either is constant."""
+    """The linear correlation; None, for undefined, if either is constant."""
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
         return None
     return float(np.corrcoef(predicted, labels)[0, 1])
 
 
 def spearman(predicted: Numbers, labels: Numbers) -> float | None:
-    """The correlation of ranks, where equal numbers share their mean rank; None if either is constant."""
+    """The correlation of ranks, in which equal numbers share their mean rank; None if either is constant."""
     return pearson(_ranks(predicted), _ranks(labels))
 
 
@@ -241,32 +202,22 @@ def _ranks(values: Numbers) -> Numbers:
     return ranks
 
 
-MEASURES: dict[str, Callable[[Numbers, Numbers], float | None]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
-def judge(task: str, predicted: Numbers, labels: Numbers) -> dict[str, Any]:
-    """A task's measures of its predictions (n,), classes or scores, against its labels (n,).
-
-    Returns:
-        `metric` by name, `stderr` of those that are means over rows, and for classes `majority`: the accuracy of
-        giving every row the most frequent label.
-    """
-    t = TASKS[task]
-    metric = {name: MEASURES[name](predicted, labels) for name in t.measures}
-    result: dict[str, Any] = {"metric": metric, "stderr": {}}
-    if "accuracy" in metric:
-        result["stderr"]["accuracy"] = standard_error((predicted == labels).astype(np.float64))
-    if t.labels:
-        result["majority"] = float(np.unique(labels, return_counts=True)[1].max() / len(labels))
-    return result
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def standard_error(values: Numbers) -> float | None:
-    """The standard error of the mean of values (n,); None for fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+_PAIR = ("sentence1", "sentence2")
+_COLA = ("source", "label", "star", "sentence")
+_MRPC = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
+_STSB = ("index", "genre", "filename", "year", "old_index", "source1", "source2", *_PAIR, "score")
+_RTE = ("index", *_PAIR, "label")
+
+TASKS = (
+    GlueTask(name="CoLA", columns=_COLA, header=False, texts=("sentence",), metrics=("matthews",), epochs=5),
+    GlueTask(name="SST-2", columns=("sentence", "label"), texts=("sentence",), metrics=("accuracy",)),
+    GlueTask(name="MRPC", columns=_MRPC, texts=_MRPC[3:], hub_texts=_PAIR, label="Quality", metrics=("accuracy", "f1")),
+    GlueTask(name="STS-B", columns=_STSB, texts=_PAIR, label="score", classes=(), metrics=("pearson", "spearman")),
+    GlueTask(name="RTE", columns=_RTE, texts=_PAIR, classes=("entailment", "not_entailment"), metrics=("accuracy",)),
+)

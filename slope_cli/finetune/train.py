@@ -1,54 +1,47 @@
-"""`slope finetune`: a pretrained BERT, dense or sparse, trained on a task of GLUE or on SQuAD v1.1, and judged on dev.
+"""`slope finetune`: train a pretrained BERT, dense or sparse, on a task of GLUE or on SQuAD v1.1; evaluate it on dev.
 
-OUT/result.json       settings, numbers and versions; written last, so that there is one only of what is finished
+OUT/result.json       settings, metrics and versions; written last, so that only a finished fine-tuning has one
 OUT/metrics.jsonl     a line for each step
-OUT/predictions.jsonl a line for each row or question of dev
+OUT/predictions.jsonl a line for each row of dev
 
-Shape letters: B rows of a batch, T tokens, L classes.
+Shape letters: B examples of a batch, T tokens, L outputs of the head.
 """
 
-import contextlib
 import copy
-import difflib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-import slope_cli
-from slope_cli.checkpoint import load
+from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config.load import flat
-from slope_cli.config.schema import MAX_SEED, Config, OptimConfig
-from slope_cli.data.sources import needed
-from slope_cli.data.tokenizer import masking_ids
+from slope_cli.config.schema import MAX_SEED, OptimConfig
 from slope_cli.distributed.launch import pick_device, require_one_process
-from slope_cli.errors import SlopeError, UsageError
-from slope_cli.finetune import examples, glue, squad
-from slope_cli.finetune.examples import Example, Job
+from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
+from slope_cli.finetune import glue, squad
+from slope_cli.finetune.examples import Example, Logits, Task, collate
 from slope_cli.methods import optim
+from slope_cli.methods.phases import Rate
 from slope_cli.models import shapes
 from slope_cli.models.loss import autocast
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
 from slope_cli.utils import files
-from slope_cli.utils.environment import package_version, source_version
-from sparse_kernels import masked_layers, set_backend, sparse_layers
+from slope_cli.utils.environment import environment
+from sparse_kernels import check_backend, masked_layers, sparse_layers
 
+TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, squad.SQUAD)}
 RESULT, PREDICTIONS, FOLDER = "result.json", "predictions.jsonl", "finetune"
-SQUAD = "SQuAD"
-SQUAD_FILES = {"train": "train-v1.1.json", "dev": "dev-v1.1.json"}
-HUB_SPLITS = {"train": "train", "dev": "validation"}
 FEWEST_TOKENS = 8
 """The shortest sequence that holds two short texts and their special tokens."""
 WARMUP, WEIGHT_DECAY, CLIP = 0.1, 0.01, 1.0
@@ -57,7 +50,7 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """What a fine-tuning is a function of, beside the model and the rows."""
+    """All that a fine-tuning depends on besides the model and the rows; UsageError for a bad value."""
 
     task: str
     epochs: int
@@ -66,10 +59,19 @@ class Settings:
     seq_len: int
     seed: int
 
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch", 1), ("seq_len", FEWEST_TOKENS)):
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr {self.lr}: must be positive")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
+
 
 def finetune(
     folder: Path,
-    task: str,
+    task_name: str,
     *,
     data: Path | None = None,
     out: Path | None = None,
@@ -79,198 +81,176 @@ def finetune(
     seq_len: int | None = None,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Train on a task's training rows and judge on its dev rows.
+    """Train on a task's training rows and evaluate on its dev rows.
 
     AdamW (weight decay 0.01 on matrices), linear warm-up over a tenth of the steps and linear decay to 0, gradients
-    clipped at norm 1, dropout as in the model's config; bf16 autocast on a GPU. Sparse layers stay what they are: both
-    masks as they were, only values and adapters are trained, the input gradient double-pruned.
+    clipped at norm 1, dropout as in the model's config; bf16 autocast on a GPU. All masks stay fixed: a sparse layer
+    trains its values and adapter, and its input gradient is double-pruned; a masked layer has exact gradients.
 
-    The defaults are the usual ones for BERT. The paper's for GLUE are `lr=2.4e-6, batch=4`; SQuAD's are the paper's.
+    The defaults are the usual ones for BERT. The paper uses `lr=2.4e-6, batch=4` for GLUE, and the defaults for SQuAD.
 
     Args:
         folder: a BERT run, or an exported one.
-        task: CoLA, SST-2, MRPC, STS-B, RTE or SQuAD, in any spelling.
+        task_name: CoLA, SST-2, MRPC, STS-B, RTE or SQuAD, in any spelling.
         data: the folder of the official files: [TASK/]train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json;
-            None for the Hugging Face hub.
-        out: None for FOLDER/finetune/TASK-SEED. A finished fine-tuning that is there is returned as it is, an
-            interrupted one is done again.
-        epochs: None for 3, of CoLA 5, of SQuAD 2.
-        batch: None for 32, of SQuAD 24.
-        seq_len: longest input in tokens; None for 128, of SQuAD 384.
+            None for the Hugging Face Hub.
+        out: None for FOLDER/finetune/TASK-SEED. If it contains the result of this very fine-tuning, that is returned;
+            an interrupted fine-tuning starts again.
+        epochs, batch, seq_len: passes over the rows, examples of a step, longest input in tokens; None for 3, 32 and
+            128 (CoLA: 5 epochs; SQuAD: 2, 24 and 384).
+        lr, seed: the peak learning rate; the seed of the head, the order of examples and dropout.
 
     Returns:
-        What result.json holds.
+        The content of result.json.
 
     Raises:
-        UsageError: unknown task, no BERT, bad settings or rows, or something else is in `out`.
+        UsageError: an unknown task, not a BERT, bad settings or rows, or `out` contains something else.
         SlopeError: no sound checkpoint, a loss that is not finite, a full disk.
     """
     require_one_process()
-    name = find_task(task)
-    is_squad = name == SQUAD
+    task = find_task(task_name)
     settings = Settings(
-        task=name,
-        epochs=(2 if is_squad else glue.TASKS[name].epochs) if epochs is None else epochs,
+        task=task.name,
+        epochs=task.epochs if epochs is None else epochs,
         lr=lr,
-        batch=(24 if is_squad else 32) if batch is None else batch,
-        seq_len=(384 if is_squad else 128) if seq_len is None else seq_len,
+        batch=task.batch if batch is None else batch,
+        seq_len=task.seq_len if seq_len is None else seq_len,
         seed=seed,
     )
-    _check_settings(settings)
-    device = pick_device("auto")
-    found = load.load(folder, device)
-    if found.objective != "masked":
-        kind = found.model.config.model_type
-        raise UsageError(f"{folder}: holds a {kind} model; only BERT is fine-tuned, such as one of bert-base")
-    positions = shapes.max_seq_len(found.model.config)
-    if settings.seq_len > positions:
+    loaded = load_model(folder, pick_device("auto"))
+    config = loaded.model.config
+    if loaded.objective != "masked":
+        raise UsageError(f"{folder}: contains a {config.model_type} model; only BERT can be fine-tuned")
+    if settings.seq_len > (positions := shapes.max_seq_len(config)):
         raise UsageError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; set it lower")
-    out = out or folder / FOLDER / f"{name}-{seed}"
-    rows, source = _load_rows(name, data)
-    with _claimed(out):
-        described = {"run": folder.resolve().name, "step": found.step, "settings": asdict(settings), "data": source}
+    rows, source = load_rows(task, data)
+    identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
+    out = out or folder / FOLDER / f"{task.name}-{seed}"
+    with files.claimed_folder(out, "fine-tuning", _is_own_file):
         if (out / RESULT).is_file():
-            return _finished(out, described)
-        texts = (found.tokenizer, masking_ids(found.tokenizer), settings.seq_len)
-        job = squad.job(rows, *texts) if is_squad else glue.job(name, rows, *texts)
-        return _run(job, settings, found, device, out, described)
+            return _finished_result(out, identity)
+        return _run(rows, settings, loaded, out, identity)
 
 
-def find_task(name: str) -> str:
+def find_task(name: str) -> Task:
     """The task of this name in any spelling, such as `sst2` for SST-2; UsageError with a suggestion."""
-    known = (*glue.TASKS, SQUAD)
-    plain = {_letters(task): task for task in known}
-    if _letters(name) in plain:
-        return plain[_letters(name)]
-    near = difflib.get_close_matches(_letters(name), plain, n=1)
-    hint = f"did you mean {plain[near[0]]}?" if near else f"known are {', '.join(known)}"
-    raise UsageError(f"unknown task {name!r}; {hint}")
+    for task in TASKS.values():
+        if _letters(task.name) == _letters(name):
+            return task
+    raise UsageError(f"unknown task {name!r}; {did_you_mean(name, TASKS)}")
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def _check_settings(s: Settings) -> None:
-    for option, value, least in (
-        ("--epochs", s.epochs, 1),
-        ("--batch", s.batch, 1),
-        ("--seq-len", s.seq_len, FEWEST_TOKENS),
-    ):
-        if value < least:
-            raise UsageError(f"{option} {value}: must be at least {least}")
-    if not (math.isfinite(s.lr) and s.lr > 0):
-        raise UsageError(f"--lr {s.lr}: must be positive")
-    if not 0 <= s.seed <= MAX_SEED:
-        raise UsageError(f"--seed {s.seed}: must be 0 or more and below 2^63")
+# ------------------------------------------------------------------------------------------------------- the folder
 
 
-# ------------------------------------------------------------------------------------------------ the folder
+def _is_own_file(path: Path) -> bool:
+    """Whether a fine-tuning writes a file of this name, or its temporary one."""
+    return path.name.removeprefix(".").removesuffix(".tmp") in (RESULT, PREDICTIONS, metrics.JSONL)
 
 
-def _claimed(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the folder for this process; UsageError if it holds something else, or another process has it."""
-    own = {RESULT, PREDICTIONS, metrics.JSONL, ".lock", *(f".{name}.tmp" for name in (RESULT, PREDICTIONS))}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in own)
-    except OSError as error:
-        raise UsageError(f"cannot fine-tune in {out}: {error.strerror}") from None
-    if foreign:
-        raise UsageError(f"{out} holds something else than a fine-tuning (there is {foreign[0]}); choose another --out")
-    return files.held_folder(out)
-
-
-def _finished(out: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """The result that is there, if it is of the same model, rows and settings; UsageError if not."""
+def _finished_result(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The result in a folder; UsageError if it is of another model, other rows or other settings."""
     try:
         result: dict[str, Any] = json.loads((out / RESULT).read_text())
     except ValueError:
         raise SlopeError(f"{out / RESULT}: damaged, not JSON; remove it to fine-tune again") from None
-    before, now = flat({key: result.get(key) for key in described}), flat(described)
-    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in now if before.get(key) != now[key]]
+    before, now = flat({key: result.get(key) for key in identity}), flat(identity)
+    changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
-        raise UsageError(f"{out} holds another fine-tuning ({'; '.join(changed)}); choose another --out")
+        raise UsageError(f"{out}: contains another fine-tuning ({'; '.join(changed)}); choose another --out")
     return result
 
 
-# -------------------------------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------------------------------------- the rows
 
 
-def _load_rows(task: str, data: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rows of train and dev, and what the result says of where they come from."""
+def load_rows(task: Task, data: Path | None) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """The rows of train and dev, and their source: the sha256 of each file, or the name of the data set on the Hub.
+
+    Raises:
+        UsageError: rows cannot be read or downloaded, or are not as published.
+    """
     if data is None:
         return _hub_rows(task)
-    if task == SQUAD:
-        paths = {split: data / name for split, name in SQUAD_FILES.items()}
-        rows: dict[str, Any] = {split: squad.read_questions(path) for split, path in paths.items()}
-    else:
-        folder = data / task if (data / task).is_dir() else data
-        paths = {split: folder / f"{split}.tsv" for split in HUB_SPLITS}
-        rows = {split: glue.read_rows(task, path) for split, path in paths.items()}
+    folder = data / task.name if (data / task.name).is_dir() else data
+    paths = {split: folder / name for split, name in zip(("train", "dev"), task.files, strict=True)}
+    rows = {split: _not_empty(task.read(path), path) for split, path in paths.items()}
     return rows, {split: files.file_sha256(path) for split, path in paths.items()}
 
 
-def _hub_rows(task: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    name, configuration = (squad.HUB, None) if task == SQUAD else (glue.HUB, glue.TASKS[task].hub)
-    datasets = needed("datasets", f"to read {name} from the Hugging Face hub (or give the official files with --data)")
-    rows: dict[str, Any] = {}
-    for split, theirs in HUB_SPLITS.items():
+def _hub_rows(task: Task) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    import datasets  # slow to import, and not needed for local files
+
+    name, configuration = task.hub
+    title = name if configuration is None else f"{name} {configuration}"
+    rows = {}
+    for split, hub_split in (("train", "train"), ("dev", "validation")):
         try:
-            records: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, configuration, split=theirs)
-        except Exception as error:  # hub, HTTP, config and split errors share no base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            records = datasets.load_dataset(name, configuration, split=hub_split)
+        except Exception as error:  # Hub, HTTP, config and split errors share no base class
             raise UsageError(
-                f"{name}: not to be had from the Hugging Face hub ({reason}); give the official files with --data"
+                f"{title}: could not be downloaded from the Hugging Face Hub ({first_line(error)}); "
+                "give the official files with --data"
             ) from error
-        read = squad.hub_questions(records, theirs) if task == SQUAD else glue.hub_rows(task, records, theirs)
-        rows[split] = read
-    return rows, {"hub": name if configuration is None else f"{name} {configuration}"}
+        where = f"{title} {hub_split}"
+        read = [task.from_hub(record, f"{where} row {number}") for number, record in enumerate(records, 1)]
+        rows[split] = _not_empty(read, where)
+    return rows, {"hub": title}
 
 
-# ------------------------------------------------------------------------------------------------- the model
+def _not_empty(rows: list[Any], where: Path | str) -> list[Any]:
+    if not rows:
+        raise UsageError(f"{where}: contains no rows")
+    return rows
 
 
-def build(model: PreTrainedModel, task: str, outputs: int, seed: int) -> PreTrainedModel:
-    """A BertForSequenceClassification, or for SQuAD a BertForQuestionAnswering, that takes over the model's `.bert`.
+# -------------------------------------------------------------------------------------------------------- the model
 
-    The encoder is not copied: sparse layers, adapters and all are the model's own. Question answering uses no pooler,
-    which is dropped. The new head is drawn from `seed`: normal with the config's initializer_range, biases 0.
+
+def build(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
+    """A model with a new head that takes over the encoder, `model.bert`, with its sparse layers and adapters.
+
+    The encoder is not copied, and loses its pooler if the architecture has none. The weight of the head is drawn from
+    `seed`, normal with the config's initializer_range; its bias is 0.
     """
     config = copy.deepcopy(model.config)
-    config.num_labels = outputs
-    is_squad = task == SQUAD
-    name, head = (
-        ("BertForQuestionAnswering", "qa_outputs") if is_squad else ("BertForSequenceClassification", "classifier")
-    )
-    with torch.device("meta"):  # only a frame: nothing of it is kept but its code
-        framed: PreTrainedModel = getattr(transformers, name)(config)
+    config.num_labels = task.outputs
+    with torch.device("meta"):  # encoder and head of this one are replaced
+        built: Any = task.architecture(config)
     bert: Any = model.bert
-    if is_squad:
+    if built.bert.pooler is None:
         bert.pooler = None
-    linear = nn.Linear(config.hidden_size, outputs)
+    (head_name,) = (name for name, module in built.named_children() if isinstance(module, nn.Linear))
+    head = nn.Linear(config.hidden_size, task.outputs)
     with torch.no_grad():
-        linear.weight.normal_(0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
-        linear.bias.zero_()
-    framed.bert = bert
-    setattr(framed, head, linear.to(next(bert.parameters()).device))
-    return framed
+        head.weight.normal_(0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        head.bias.zero_()
+    built.bert = bert
+    setattr(built, head_name, head.to(model.device))
+    result: PreTrainedModel = built
+    return result
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """float32: (B, L), or for question answering (B, 2, T), where padding has minus infinity."""
+    """float32: (B, L), or for question answering (B, 2, T) with minus infinity at padding."""
     output = model(**inputs)
     if "logits" in output:
-        logits: Tensor = output.logits.float()
-        return logits
-    spans_B2T = torch.stack([output.start_logits, output.end_logits], 1).float()
-    return spans_B2T.masked_fill(inputs["attention_mask"][:, None] == 0, -math.inf)
+        logits_BL: Tensor = output.logits.float()
+        return logits_BL
+    logits_B2T = torch.stack([output.start_logits, output.end_logits], 1).float()
+    return logits_B2T.masked_fill(inputs["attention_mask"][:, None] == 0, -math.inf)
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of classes, or of the two ends of answers; of a single output the mean squared error.
+    """Mean cross-entropy of classes, or of the two ends of answers; mean squared error of a single output.
 
-    logits (B, L) or (B, 2, T), targets (B, 1) or (B, 2), float32.
+    Args:
+        logits: (B, L) or (B, 2, T), float32.
+        targets: (B, 1) or (B, 2), float32.
     """
     if logits.dim() == 3:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
@@ -279,49 +259,44 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets[:, 0].long())
 
 
-# -------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------- training
 
 
 def _run(
-    job: Job,
-    settings: Settings,
-    found: load.Pretrained,
-    device: torch.device,
-    out: Path,
-    described: dict[str, Any],
+    rows: dict[str, list[Any]], s: Settings, loaded: Loaded, out: Path, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train, judge, and write all of the folder, the result last."""
+    """Train, evaluate on dev, and write all files, the result last."""
+    task, device, pad = TASKS[s.task], loaded.model.device, loaded.tokenizer.pad_token_id
     if device.type == "cuda":
-        backend = "auto" if found.config is None else found.config.sparsity.backend
+        backend = "auto" if loaded.config is None else loaded.config.sparsity.backend
         try:
-            set_backend(backend)  # type: ignore[arg-type]
+            check_backend(backend)
         except RuntimeError as error:
             raise UsageError(f"sparsity.backend={backend}: {error}") from None
-    model = build(found.model, settings.task, job.outputs, settings.seed)
+    trainable = task.trainable(rows["train"])
+    train, dev = (task.examples(part, loaded.tokenizer, s.seq_len) for part in (trainable, rows["dev"]))
+    model = build(loaded.model, task, s.seed)
     started = time.monotonic()
-    steps, loss = _train(model, job.train, settings, found.tokenizer.pad_token_id, out)
-    numbers, lines = job.judge(_predict(model, job.dev, settings, found.tokenizer.pad_token_id))
-    _write(out / PREDICTIONS, "".join(json.dumps(line) + "\n" for line in lines))
+    losses = _train(model, train, s, pad, out)
+    scores, predictions = task.evaluate(rows["dev"], dev, _predict(model, dev, s, pad))
+    _write(out / PREDICTIONS, "".join(json.dumps(prediction) + "\n" for prediction in predictions))
     result = {
-        **described,
-        **job.facts,
-        **numbers,
-        "steps": steps,
-        "train_loss": loss,
+        **identity,
+        "n_train": len(trainable),
+        "left_out": len(rows["train"]) - len(trainable),
+        "n": len(rows["dev"]),
+        "examples": {"train": len(train), "dev": len(dev)},
+        **scores,
+        "steps": len(losses),
+        "train_loss": float(np.mean(losses[-math.ceil(len(losses) / 10) :])),  # of the last tenth
         "sparse_layers": len([*sparse_layers(model), *masked_layers(model)]),
         "seconds": round(time.monotonic() - started, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": "bf16" if device.type == "cuda" else "fp32",
-        "versions": _versions(),
+        "versions": environment(),
     }
     _write(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _versions() -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "numpy")
-    versions = {name: package_version(name) for name in packages}
-    return {"slope": slope_cli.__version__, "source": source_version(), **versions}
 
 
 def _write(path: Path, text: str) -> None:
@@ -329,31 +304,32 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out: Path) -> tuple[int, float]:
-    """Train in place; the number of steps, and the mean loss of the last tenth of them.
+def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out: Path) -> list[float]:
+    """Train in place, and return the loss of each step.
 
     Raises:
-        SlopeError: a loss or gradient is not finite; that step updated nothing.
+        SlopeError: a loss or gradient is not finite; that step updates nothing.
     """
+    for _, layer in masked_layers(model):  # fixed masks: only kept weights have a gradient, and it is exact
+        layer.straight_through = layer.mvue = False
     config = OptimConfig(lr=s.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, schedule="linear", min_lr=0.0)
-    for _, layer in masked_layers(model):
-        layer.straight_through = False  # masks stay as they are
-    optimizer = optim.build_optimizer(model, Config(method="dense", optim=config))
+    optimizer = optim.make_optimizer(model, config, adapter_decay=WEIGHT_DECAY)
     device, losses = next(model.parameters()).device, []
-    batches = list(order(len(examples), s))
+    steps = list(step_indices(len(examples), s))
+    rate = Rate(0, len(steps) + 1, s.lr, WARMUP)  # one more step, because the last learning rate is 0
     log = metrics.MetricsLog(out, 0, tensorboard=False)
-    progress = Progress(0, len(batches), LOG_EVERY, 0)
+    progress = Progress(len(steps), every=LOG_EVERY)
     torch.manual_seed(s.seed)  # of dropout
     model.train()
     try:
-        for step, indices in enumerate(batches):
+        for step, indices in enumerate(steps):
             started = time.perf_counter()
-            # The schedule of one step more, whose rate of 0 would only be a step lost.
-            lr = optim.learning_rate(step, len(batches) + 1, WARMUP, s.lr, config)
+            lr = optim.learning_rate(rate, step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            inputs = _inputs([examples[index] for index in indices], s, pad, device)
-            targets = torch.tensor([examples[index].targets for index in indices], device=device)
+            batch = [examples[index] for index in indices]
+            inputs = _inputs(batch, s, pad, device)
+            targets = torch.tensor([example.targets for example in batch], device=device)
             with autocast(device):
                 loss = loss_of(_logits(model, inputs), targets)
             torch.autograd.backward(loss)
@@ -364,27 +340,28 @@ def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(values["loss"])
-            rate = inputs["input_ids"].numel() / (time.perf_counter() - started)
-            progress.step(log.write("train", step + 1, **values, tokens_per_s=round(rate, 1)))
+            speed = inputs["input_ids"].numel() / (time.perf_counter() - started)
+            progress.step(log.write("train", step + 1, **values, tokens_per_s=round(speed, 1)))
     finally:
         progress.close()
         log.close()
-    return len(losses), float(np.mean(losses[-math.ceil(len(losses) / 10) :]))
+    return losses
 
 
-def order(count: int, s: Settings) -> Iterator[NDArray[np.int64]]:
-    """The rows of each step: every row once an epoch, in an order that depends on (seed, epoch) alone.
+def step_indices(count: int, s: Settings) -> Iterator[NDArray[np.int64]]:
+    """The examples of each step: every one once an epoch, in an order that depends only on seed and epoch.
 
     A batch may span two epochs, so that all but the last have the same size.
     """
     epochs = [np.random.default_rng([s.seed, epoch]).permutation(count) for epoch in range(s.epochs)]
-    rows = np.concatenate(epochs)
-    return (rows[start : start + s.batch] for start in range(0, len(rows), s.batch))
+    indices = np.concatenate(epochs)
+    return (indices[start : start + s.batch] for start in range(0, len(indices), s.batch))
 
 
-def _predict(model: nn.Module, examples: list[Example], s: Settings, pad: int) -> list[NDArray[np.float32]]:
+def _predict(model: nn.Module, examples: list[Example], s: Settings, pad: int) -> Logits:
     """The logits of each example, without dropout."""
-    device, logits = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    logits: list[NDArray[np.float32]] = []
     model.eval()
     with torch.no_grad(), autocast(device):
         for start in range(0, len(examples), s.batch):
@@ -393,26 +370,28 @@ def _predict(model: nn.Module, examples: list[Example], s: Settings, pad: int) -
     return logits
 
 
-def _inputs(part: Sequence[Example], s: Settings, pad: int, device: torch.device) -> dict[str, Tensor]:
-    # On a GPU all batches have one shape: the kernel library searches its algorithms anew for each number of tokens.
-    arrays = examples.batch(part, pad, s.seq_len if device.type == "cuda" else None)
+def _inputs(examples: Sequence[Example], s: Settings, pad: int, device: torch.device) -> dict[str, Tensor]:
+    # On a GPU all batches have one shape: the sparse library searches an algorithm for each number of tokens.
+    arrays = collate(examples, pad, s.seq_len if device.type == "cuda" else None)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-# ----------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------------- the report
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The result in words, for standard output."""
-    task, epochs, steps = result["settings"]["task"], result["settings"]["epochs"], result["steps"]
-    rows = f"{result['n_train']:,} training {'questions' if task == SQUAD else 'rows'}, on {result['n']:,} of dev"
-    said = [f"{task} after {epochs} epoch{'s' * (epochs > 1)} ({steps:,} steps) of {rows}:"]
+def report_lines(result: Mapping[str, Any]) -> list[str]:
+    """A result as lines of text."""
+    settings, epochs = result["settings"], result["settings"]["epochs"]
+    lines = [
+        f"{settings['task']} after {epochs} epoch{'s' * (epochs > 1)} ({result['steps']:,} steps) "
+        f"of {result['n_train']:,} training rows, evaluated on {result['n']:,} dev rows:"
+    ]
     for name, value in result["metric"].items():
         error = result["stderr"].get(name)
-        number = "not defined, all predictions are equal" if value is None else f"{value:.4f}"
-        said.append(f"  {name}: {number}" + (f" ± {error:.4f}" if error is not None else ""))
+        number = "undefined, all predictions or labels are equal" if value is None else f"{value:.4f}"
+        lines.append(f"  {name}: {number}" + (f" ± {error:.4f}" if error is not None else ""))
     if "majority" in result:
-        said.append(f"  (accuracy of the most frequent label alone: {result['majority']:.4f})")
-    if result.get("left_out"):
-        said.append(f"  left out of training: {result['left_out']} questions whose answer is not where the file says")
-    return said
+        lines.append(f"  (accuracy of the most frequent label: {result['majority']:.4f})")
+    if result["left_out"]:
+        lines.append(f"  left out of training: {result['left_out']} questions without an answer at `answer_start`")
+    return lines

@@ -7,6 +7,7 @@ from slope_cli.data.tokenizer import begin_id
 from slope_cli.errors import UsageError
 from slope_cli.linearize.swap import using
 from slope_cli.models import shapes
+from sparse_kernels import dense_weights
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -29,12 +30,14 @@ def continue_text(
     top_k: int = 50,
     seed: int = 0,
     compiled: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """The prompt and what the model makes of it, sampled; with temperature 0 the likeliest token each time.
 
     Args:
         tokens: how many to add at most; fewer where the model's positions end.
         compiled: compile what linearized attention does with a token; pays for many tokens, or texts, on a GPU.
+        dtype: of the products; None for bf16 on a GPU, and float32 elsewhere.
 
     Raises:
         UsageError: an empty prompt where texts begin with no token of their own, one that fills the model's positions,
@@ -45,14 +48,17 @@ def continue_text(
     ids_1T = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
     length, positions = ids_1T.shape[1], shapes.max_seq_len(model.config)
     if length == 0:
-        raise UsageError("prompt: is empty; give some text to go on with")
+        raise UsageError("prompt: is empty; give some text to continue")
     if length >= positions:
         raise UsageError(f"prompt: has {length} tokens and the model only {positions} positions; shorten it")
     training = model.training
     model.eval()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    with torch.no_grad(), using(model, compiled=compiled):
+    device = model.device.type
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), cast, using(model, compiled=compiled), dense_weights(model, dtype):
         out_1T = model.generate(
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),

@@ -22,14 +22,15 @@ F features, N chunks, C queries in a chunk, K keys in its band, of which the fir
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli.linearize.settings import Branch
-
+Branch = Literal["both", "window", "linear"]
+BRANCHES: tuple[Branch, ...] = ("both", "window", "linear")
+"""Which part of an attention counts."""
 SHORTEST_CHUNK = 64
 """Narrower chunks than this make more states than they save scores."""
 

@@ -1,34 +1,39 @@
 """What linearizing added to a model, as a folder beside its weights: settings.json and maps.safetensors."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize.settings import LinearizeSettings
 from slope_cli.linearize.swap import added_state, linearize_attention, load_added_state
 
 FOLDER = "linearize"
+KEYS = ("feature_map", "features", "window", "mix", "window_dropout", "keep_softmax")
+"""What settings.json says in the configuration's words; beside them it has `terrace`, a truth value, and `seed`."""
 
 
-def write(folder: Path, model: PreTrainedModel, settings: LinearizeSettings) -> None:
+def write(folder: Path, model: PreTrainedModel, config: LinearizeConfig, *, seed: int) -> None:
     """Write the maps and mix factors of a linearized model, and the settings that it was linearized with."""
     folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    settings = {key: getattr(config, key) for key in KEYS} | {"terrace": config.kind == "terrace", "seed": seed}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in added_state(model).items()}
     save_file(tensors, folder / "maps.safetensors", metadata={"format": "pt"})
 
 
-def settings(folder: Path) -> LinearizeSettings:
+def settings(folder: Path) -> LinearizeConfig:
     """What a model was linearized with; UsageError for settings of another version."""
     file = folder / "settings.json"
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        return LinearizeSettings(**{**written, "keep_softmax": tuple(written["keep_softmax"])})
-    except (TypeError, KeyError, ValueError) as error:
+        written = dict(json.loads(file.read_text(encoding="utf-8")))
+        kind, _ = "terrace" if written.pop("terrace") else "standard", written.pop("seed")
+        if odd := sorted(written.keys() ^ set(KEYS)):
+            raise KeyError(odd[0])
+        return LinearizeConfig(kind=kind, **written)
+    except (TypeError, KeyError, ValueError, UsageError) as error:
         raise UsageError(f"{file}: is not of this version ({error})") from None
 
 

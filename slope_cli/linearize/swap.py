@@ -21,10 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
+from slope_cli.linearize.attention import BRANCHES, Branch
 from slope_cli.linearize.cache import LinearWindowCache
-from slope_cli.linearize.settings import BRANCHES, Branch, LinearizeSettings
-from slope_cli.linearize.window import LinearWindow, Mode
+from slope_cli.linearize.linear_window import LinearWindow, Mode
 from slope_cli.models import shapes
 
 NAME = "slope_linear"
@@ -39,12 +40,15 @@ PROJECTIONS = {
 """How the layers are called that make q, k and v, and that take attention's output; GPT-2's c_attn makes all three."""
 
 
-def linearize_attention(model: PreTrainedModel, settings: LinearizeSettings) -> list[str]:
-    """Let each attention layer but those of settings.keep_softmax answer with linearized attention, in place.
+def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0) -> list[str]:
+    """Let each attention layer but those of config.keep_softmax answer with linearized attention, in place.
 
     What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
     changed or moved, so `restore_attention` gives back the model as it was. Attention dropout does not reach
     linearized layers.
+
+    Args:
+        seed: of the entries of a feature map's W that do not start as the identity.
 
     Returns:
         The names of the attention modules, in order.
@@ -52,20 +56,20 @@ def linearize_attention(model: PreTrainedModel, settings: LinearizeSettings) -> 
     Raises:
         UsageError: a family that is not supported, a model that is linearized already, settings that do not fit.
     """
-    causal = shapes.objective(model.config) == "causal"
+    causal = shapes.family_of(model.config).objective == "causal"
     modules = _attention_modules(model)
     if any(isinstance(getattr(module, "linear", None), LinearWindow) for _, module in modules):
         raise UsageError("the model is linearized already")
     if causal != all(module.is_causal for _, module in modules):
         raise UsageError(f"{type(model).__name__}: attention both causal and two-sided is not supported")
-    settings.check(len(modules), causal=causal)
-    generator = torch.Generator().manual_seed(settings.seed)
+    _check(config, len(modules), causal=causal)
+    generator = torch.Generator().manual_seed(seed)
     before = model.config._attn_implementation
     swapped = []
     for index, (name, module) in enumerate(modules):
-        if index in settings.keep_softmax:
+        if index in config.keep_softmax:
             continue
-        _put_in(module, settings, causal=causal, generator=generator, before=before)
+        _put_in(module, config, causal=causal, generator=generator, before=before)
         swapped.append(name)
     # The model's own setting decides which mask is made: the plain one of padding.
     model.config._attn_implementation = NAME
@@ -164,23 +168,33 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return found
 
 
-def _put_in(module: Any, settings: LinearizeSettings, *, causal: bool, generator: torch.Generator, before: str) -> None:
-    config = module.config
-    heads = config.num_attention_heads
+def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
+    """UsageError if a setting does not fit a model of so many attention layers."""
+    if unknown := [index for index in config.keep_softmax if not 0 <= index < layers]:
+        raise UsageError(f"keep_softmax: there is no layer {unknown[0]}; the model's are 0 to {layers - 1}")
+    if len(set(config.keep_softmax)) == layers:
+        raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
+    if config.kind == "terrace" and not causal:
+        raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
+
+
+def _put_in(module: Any, config: LinearizeConfig, *, causal: bool, generator: torch.Generator, before: str) -> None:
+    shape = module.config
+    heads = shape.num_attention_heads
     linear = LinearWindow(
-        settings,
+        config,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=getattr(shape, "num_key_value_heads", None) or heads,
+        head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
         causal=causal,
         generator=generator,
     )
     linear.to(next(module.parameters()).device).train(module.training)
-    linear.softmax_config, linear.softmax_name = config, before
+    linear.softmax_config, linear.softmax_name = shape, before
     linear.hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
     module.linear = linear
     # A config of its own: who switches the model's to an attention kernel does not switch linearized layers off.
-    module.config = copy.copy(config)
+    module.config = copy.copy(shape)
     module.config._attn_implementation = NAME
 
 

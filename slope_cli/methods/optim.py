@@ -5,92 +5,101 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pytorch_optimizer import Lamb
 from torch import Tensor, nn
 
 from slope_cli.config.schema import Config, OptimConfig
+from slope_cli.linearize.swap import linear_windows
+from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Phases, Rate
 from sparse_kernels import decay_pruned
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What both optimizers keep for each parameter, in its shape."""
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW or LAMB over all parameters; weight decay on matrices, none on biases and norms.
+def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.optim.Optimizer:
+    """AdamW or LAMB over all parameters that are trained in the model's present phase, in groups with their rates.
 
-    The kept values of a sparse layer are a matrix like any other, so its state is that much smaller.
+    Weight decay is on the model's own matrices alone: not on biases and norms, nor on feature maps, which start as the
+    identity and are not to shrink towards zero. The kept values of a sparse layer are a matrix like any other.
     """
-    # Adapters that are there from the first step have their group from the first step.
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    early = [p for name, p in trained if ".adapter." in name] if config.adapter_step == 0 else []
-    taken = set(map(id, early))
-    parameters = [p for _, p in trained if id(p) not in taken]
-    optim = config.optim
-    # The maps of linear attention, which begin as the identity, are not to shrink towards zero.
-    phase, decay = ("transfer", 0.0) if config.method == "linearize" else ("run", optim.weight_decay)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay, "phase": phase},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "phase": phase},
-    ]
-    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    optimizer: torch.optim.Optimizer
-    if optim.name == "adamw":
-        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
-    else:
-        from pytorch_optimizer import Lamb
+    optimizer = make_optimizer(model, config.optim, adapter_decay=config.adapters.weight_decay)
+    if phases.decay:
+        # After clipping, and within what a CUDA graph captures; without masked layers there is nothing to decay.
+        optimizer.register_step_pre_hook(lambda *_: decay_pruned(model, phases.decay))
+    return optimizer
 
-        # You et al. 2020 with the decay within the update that the trust ratio scales, and as NVIDIA's FusedLAMB, which
-        # BERT was trained with: no ratio for biases and norms. No bias correction (adam_debias is this library's word
-        # for that), which the ratio takes back where there is one. The step clips by itself.
-        groups[1]["adam"] = True
-        optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
-        optimizer.clamp = math.inf  # the library's 10 would hold back every large matrix
-    if early:
-        add_adapter_group(optimizer, early, config)
-    if config.method in ("slope", "sr_ste", "fst"):
-        # After clipping, and within what a CUDA graph captures; layers without a dynamic mask have nothing to decay.
-        optimizer.register_step_pre_hook(lambda *_: decay_pruned(model, config.sparsity.decay))
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW or LAMB over all parameters of a model that require a gradient."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = [p for name, p in trained.items() if ".adapter." in name]
+    maps = [p for window in linear_windows(model).values() for p in window.parameters() if p.requires_grad]
+    beside = {id(p) for p in (*adapters, *maps)}
+    groups = []
+    for group, decay, own in (
+        (WEIGHTS, optim.weight_decay, [p for p in trained.values() if id(p) not in beside]),
+        (MAPS, 0.0, maps),
+    ):
+        groups.append({"params": [p for p in own if p.dim() >= 2], "weight_decay": decay, "group": group})
+        # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with.
+        vectors = [p for p in own if p.dim() < 2]
+        groups.append({"params": vectors, "weight_decay": 0.0, "group": group, "adam": True})
+    groups = [group for group in (*groups, _adapter_group(adapters, adapter_decay)) if group["params"]]
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    # You et al. 2020 with the decay within the update that the trust ratio scales. No bias correction (adam_debias is
+    # this library's word for that), which the ratio takes back where there is one. The step clips by itself.
+    optimizer: torch.optim.Optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
+    optimizer.clamp = math.inf  # type: ignore[attr-defined]  # the library's 10 would hold back every large matrix
     return optimizer
 
 
 def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
-    """The adapters' own group: their learning rate, their decay, and a fresh state."""
-    decay = config.adapters.weight_decay
-    # adam: no trust ratio in LAMB, which of a matrix that begins at zero can make nothing.
-    optimizer.add_param_group({"params": list(parameters), "weight_decay": decay, "phase": "adapters", "adam": True})
+    """Give adapters that join their own group: their learning rate, their decay, and a fresh state."""
+    optimizer.add_param_group(_adapter_group(parameters, config.adapters.weight_decay))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
-    """Give every group its learning rate for a step (counted from 0).
+def _adapter_group(parameters: Iterable[nn.Parameter], decay: float) -> dict[str, Any]:
+    # adam: LAMB's trust ratio can make nothing of a matrix that starts at zero.
+    return {"params": list(parameters), "weight_decay": decay, "group": ADAPTERS, "adam": True}
 
-    Returns:
-        The run's; where it linearizes, that of what is trained in this step.
-    """
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, phase: Phase, step: int, optim: OptimConfig) -> float:
+    """Give every trained group its learning rate for a step (counted from 0); returns that of the phase's first."""
+    rates = {group: learning_rate(rate, step, optim) for group, rate in phase.rates.items()}
     for group in optimizer.param_groups:
-        rate = _rate(group["phase"], step, config)
-        if isinstance(group["lr"], torch.Tensor):
+        if (rate := rates.get(group["group"])) is None:
+            continue
+        if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)  # a captured step reads it from there
         else:
             group["lr"] = rate
-    if config.method != "linearize":
-        return _rate("run", step, config)
-    return _rate("transfer" if config.adapter_step is None or step < config.adapter_step else "adapters", step, config)
+    return next(iter(rates.values()))
 
 
-def _rate(phase: str, step: int, config: Config) -> float:
-    """The learning rate of the groups of a phase: run, adapters or transfer."""
-    optim, adapters, steps = config.optim, config.adapters, config.train.steps
-    if phase == "transfer" and config.adapter_step is not None and step >= config.adapter_step:
-        return _rate("adapters", step, config)  # of maps that are trained on; with no gradient nothing reads it
-    if phase == "transfer":
-        last = steps if config.adapter_step is None else config.adapter_step
-        return learning_rate(step, last, optim.warmup, config.linearize.transfer_lr, optim)
-    run = learning_rate(step, steps, optim.warmup, optim.lr, optim)
-    if phase == "adapters" and adapters.schedule == "run":
-        return run * (adapters.lr or optim.lr) / optim.lr
-    if phase == "adapters" and config.adapter_step is not None:
-        since, left = step - config.adapter_step, steps - config.adapter_step
-        return learning_rate(since, left, adapters.warmup, adapters.lr or optim.lr, optim)
-    return run
+def learning_rate(rate: Rate, step: int, optim: OptimConfig) -> float:
+    """Linear warm-up to the peak, then the schedule down to `optim.min_lr` of it at the last step.
+
+    Args:
+        step: of the run, from rate.first to rate.last - 1.
+    """
+    step, steps = step - rate.first, rate.last - rate.first
+    warmup_steps = round(rate.warmup * steps) if rate.warmup < 1 else int(rate.warmup)
+    if step < warmup_steps:
+        return rate.peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    left: float = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+        "linear": 1 - done,
+        "polynomial": (1 - done) ** optim.power,
+        "constant": 1.0,
+    }[optim.schedule]
+    return rate.peak * (optim.min_lr + (1 - optim.min_lr) * left)
+
+
+# ------------------------------------------------------------------------------------------------------------- state
 
 
 def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -114,7 +123,7 @@ def replace_parameter(
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Let a CUDA graph hold the optimizer's step: state that is there already, learning rates in device memory.
+    """Let a CUDA graph hold the optimizer's step: state that exists already, learning rates in device memory.
 
     Returns:
         Whether it can: LAMB's step cannot.
@@ -124,26 +133,6 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
     for group in optimizer.param_groups:
         init_state(optimizer, group["params"])
         group["capturable"] = True
-        if not isinstance(group["lr"], torch.Tensor):
+        if not isinstance(group["lr"], Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
     return True
-
-
-def learning_rate(step: int, steps: int, warmup: float, peak: float, optim: OptimConfig) -> float:
-    """Linear warm-up to `peak`, then the schedule down to `optim.min_lr` of it at the last step.
-
-    Args:
-        step: from 0 to steps - 1.
-        warmup: a share of `steps` if below 1, else a number of steps.
-    """
-    warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    left: float = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-        "linear": 1 - done,
-        "polynomial": (1 - done) ** optim.power,
-        "constant": 1.0,
-    }[optim.schedule]
-    return peak * (optim.min_lr + (1 - optim.min_lr) * left)

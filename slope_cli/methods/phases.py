@@ -1,213 +1,121 @@
-"""What the linear layers of a run are at each of its steps, and how a model passes from one stage to the next.
+"""Phases: what a run trains in each of its steps, as data.
 
-A stage is a function of the config and the step, so a checkpoint does not say which it was saved in.
+A method is a list of phases, a function of the configuration alone. So a checkpoint need not say in which phase it was
+saved, and loop, resume, dry run, accounting and learning rates all look at the same list.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from slope_cli.config.schema import Config
-from slope_cli.errors import UsageError
-from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
-from slope_cli.methods import optim
-from sparse_kernels import (
-    MLP,
-    Report,
-    SparseLinear,
-    add_adapters,
-    extend_adapters,
-    finish_dense,
-    input_norms,
-    mask_layers,
-    masked_layers,
-    sparsify,
-)
-from sparse_kernels import plan as plan_layers
-from sparse_kernels.adapters import check_room
-from sparse_kernels.convert import adapter_rank
-
-Calibrate = Callable[["PreTrainedModel"], None]
-"""Feeds a model the sequences that the norms of its inputs are taken over."""
+WEIGHTS, ADAPTERS, MAPS = "weights", "adapters", "maps"
+"""The groups of parameters, each with a learning rate of its own: the model's own, low-rank adapters, feature maps."""
 
 
-class Stage(NamedTuple):
-    """layers: dense; masked (dense weights times a mask); lifted (such layers without their mask); sparse.
+@dataclass(frozen=True)
+class Layers:
+    """What the linear layers are.
 
-    In a run that linearizes, what is trained: transfer (the maps, each layer against its own softmax attention), then
-    adjust (the adapters); the weights themselves, dense or sparse, are those of the model that it began with.
+    kind: dense; masked, dense weights under a mask; unmasked, such layers without it; sparse.
+    mask_update_interval: steps between two choices of the masks that may change; 0: never.
+    backward_mask: how that of W^{R,C} is chosen, magnitude or random.
+    rescale, backward_rescale: of sparse layers; see `sparse_kernels.sparsify`.
+    transposable, mvue, straight_through: of masked layers; see `sparse_kernels.mask_layers`.
+    decay: of pruned weights; see `sparse_kernels.decay_pruned`.
     """
 
-    layers: Literal["dense", "masked", "lifted", "sparse", "transfer", "adjust"]
+    kind: Literal["dense", "masked", "unmasked", "sparse"] = "dense"
+    mask_update_interval: int = 0
+    backward_mask: str = "magnitude"
+    rescale: bool = False
+    backward_rescale: bool = False
+    transposable: bool = False
+    mvue: bool = False
+    straight_through: bool = True
+    decay: float = 0.0
+
+    @property
+    def backward_mask_is_derived(self) -> bool:
+        """Whether W^{R,C}'s mask follows from values and row mask after each step, so that it need not be saved."""
+        return self.kind == "sparse" and self.mask_update_interval == 1 and self.backward_mask == "magnitude"
+
+
+DENSE = Layers()
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of a group from step `first` to the one before `last`: warm-up, then the run's schedule.
+
+    warmup: a share of these steps if below 1, else a number of steps.
+    """
+
+    first: int
+    last: int
+    peak: float
+    warmup: float
+
+
+StepKind = Literal["train", "distill", "transfer"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is trained, and how, from step `first` (counted from 0) until the next phase begins.
+
+    linearized: attention is window softmax plus linear attention.
+    adapters: low-rank adapters were added; to a linearized model beside those that it had.
+    step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
+    rates: the trained groups and their learning rates; that of the first is logged.
+    """
+
+    first: int
+    layers: Layers = DENSE
+    linearized: bool = False
     adapters: bool = False
+    step: StepKind = "train"
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        what = self.layers.kind if self.step == "train" and not self.linearized else self.step
+        return f"{what}, with adapters" if self.adapters else what
+
+    def updates_masks(self, step: int) -> bool:
+        """Whether masks are chosen again at the end of a step, counted from 0."""
+        interval = self.layers.mask_update_interval
+        return interval > 0 and (step + 1) % interval == 0
 
 
-DENSE = Stage("dense")
-TRANSFER = Stage("transfer")
-ADJUST = Stage("adjust", adapters=True)
+class Phases(tuple[Phase, ...]):
+    """The phases of a run in order; the first begins at step 0. Of several that begin at one step, the last counts."""
 
+    def at(self, step: int) -> Phase:
+        """The phase of a step, counted from 0."""
+        return next(phase for phase in reversed(self) if phase.first <= step)
 
-def stage(config: Config, step: int) -> Stage:
-    """What the model is in a step, counted from 0."""
-    if config.method == "dense":
-        return DENSE
-    if config.method == "linearize":
-        return TRANSFER if config.adapter_step is None or step < config.adapter_step else ADJUST
-    if step < config.sparse_step:
-        return Stage("masked" if config.method == "slope" and config.sparsity.before == "sr_ste" else "dense")
-    if config.method == "slope":
-        return Stage("sparse", config.adapter_step is not None and step >= config.adapter_step)
-    lifted = config.method == "fst" and step >= round(config.train.steps * (1 - config.sparsity.dense_finish))
-    return Stage("lifted" if lifted else "masked")
+    @property
+    def distinct(self) -> list[Phase]:
+        """Those that last for a step at least, in order."""
+        return [phase for phase in self if self.at(phase.first) is phase]
 
+    @property
+    def end(self) -> Phase:
+        """The phase that a run ends in."""
+        return self[-1]
 
-def renew_every(config: Config, now: Stage) -> int:
-    """Steps between two renewals of the masks that may change in a stage; 0 for never."""
-    if config.method == "slope" and now.layers == "masked":
-        return 1  # as SR-STE itself; sparsity.renew_every is about the columns, later
-    usual = {"slope": 1, "sr_ste": 1, "fst": 40}.get(config.method, 0)  # the others have no mask that may change
-    every = config.sparsity.renew_every
-    return usual if every is None or not usual else every
+    @property
+    def dense(self) -> bool:
+        """Whether the linear layers stay what they are in every phase."""
+        return all(phase.layers == DENSE for phase in self)
 
+    @property
+    def adapter_step(self) -> int | None:
+        """The first step with adapters, counted from 0; None if there are never any."""
+        return next((phase.first for phase in self if phase.adapters), None)
 
-def renews(config: Config, now: Stage, step: int) -> bool:
-    """Whether the masks are renewed at the end of a step, counted from 0."""
-    every = renew_every(config, now)
-    return every > 0 and (step + 1) % every == 0
-
-
-def plan(config: Config, model: nn.Module) -> Report | None:
-    """Which layers of a run's model become sparse, changing nothing; None for a run that makes none sparse.
-
-    Raises:
-        UsageError: no layer can, a skip pattern matches none, or the adapters' rank does not fit one.
-    """
-    if config.method in ("dense", "linearize"):
-        return None
-    try:
-        report = plan_layers(model, **_layers(config))
-    except ValueError as error:
-        raise UsageError(f"sparsity: {error}") from None
-    for layer in report.swapped:
-        side = min(layer.out_features, layer.in_features)
-        if (
-            config.method == "slope"
-            and adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side
-        ):
-            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
-    return report
-
-
-def enter(
-    model: PreTrainedModel,
-    config: Config,
-    was: Stage,
-    to: Stage,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    calibrate: Calibrate | None = None,
-) -> None:
-    """Bring a model, and its optimizer if there is one, from one stage into a later one, in place.
-
-    calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, which is for a model whose masks are
-    about to be read from a checkpoint.
-    """
-    if config.method == "linearize":
-        _enter_linearized(model, config, was, to, optimizer)
-        return
-    if to.layers != was.layers:
-        if was.layers == "dense" and to.layers == "lifted":
-            enter(model, config, was, Stage("masked"), optimizer=optimizer)
-        if to.layers == "lifted":
-            finish_dense(model)
-        else:
-            _swap(model, config, to, optimizer, calibrate)
-    if to.adapters and not was.adapters:
-        a = config.adapters
-        adapters = add_adapters(model, a.rank, alpha=a.alpha, init=a.init, seed=config.train.seed)
-        if optimizer is not None:
-            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
-
-
-def _enter_linearized(
-    model: PreTrainedModel, config: Config, was: Stage, to: Stage, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """From a model with softmax attention into transfer, from there into adjust.
-
-    As in LoLCATs, transfer trains the maps and mix factors alone and adjust the adapters alone; the weights never
-    change. One thing is of this program: where a sparse layer has an adapter from its pretraining, the new one is put
-    beside it, one product, and both are trained. It is the part of such a layer that was made to be trained late, and
-    the masks and kept values, which make it sparse, stay bit for bit. Adapters of other layers, the MLPs', stay too.
-
-    Raises:
-        UsageError: the settings do not fit the model, or the adapters' rank does not fit a layer.
-    """
-    a, names = config.adapters, projections(model, config.linearize.targets)
-    if was == DENSE:
-        if config.adapter_step is not None:  # not only when the transfer is done
-            try:
-                check_room(model, names, a.rank)
-            except ValueError as error:
-                raise UsageError(f"adapters.rank={a.rank:g}: {error}") from None
-        model.requires_grad_(False)
-        linearize_attention(model, config.linear_attention)
-    if to.adapters and not was.adapters:
-        for linear in linear_windows(model).values():
-            linear.requires_grad_(config.linearize.adjust_maps)
-        adapters = extend_adapters(model, names, a.rank, alpha=a.alpha, init=a.init, seed=config.train.seed)
-        if optimizer is not None:
-            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
-
-
-def _layers(config: Config) -> dict[str, Any]:
-    """Which layers become sparse and how, for sparse_kernels."""
-    s = config.sparsity
-    blocks = [(*map(int, blocks.split("-")), *pattern) for blocks, pattern in s.blocks.items()]
-    return {"n": s.n, "m": s.m, "blocks": blocks, "skip": s.skip, "only": [MLP] if config.method == "fst" else []}
-
-
-def _swap(
-    model: PreTrainedModel,
-    config: Config,
-    to: Stage,
-    optimizer: torch.optim.Optimizer | None,
-    calibrate: Calibrate | None,
-) -> None:
-    """Make the layers masked or sparse, and let the optimizer go on with the new parameters."""
-    s, report = config.sparsity, plan(config, model)
-    assert report is not None
-    names = [layer.name for layer in report.swapped]
-    how: dict[str, Any] = {**_layers(config), "seed": config.train.seed}
-    kind = "wanda" if config.method == "wanda" else s.mask
-    if kind == "wanda" and calibrate is None:  # the masks are about to be read from a checkpoint
-        kind = "magnitude"
-    elif kind == "wanda" and calibrate is not None:
-        how["norms"] = input_norms(model, names, partial(calibrate, model))
-    old = {name: model.get_submodule(name) for name in names}
-    if to.layers == "masked":
-        fst = config.method == "fst"
-        # A mask that stays has no use for gradients of what it prunes: they would only count in the clipping.
-        mask_layers(model, **how, mask=kind, transposable=fst, mvue=fst, straight_through=config.method != "wanda")
-    else:
-        mask = "present" if any(True for _ in masked_layers(model)) else kind
-        sparsify(model, **how, mask=mask, rescale=s.rescale, column_rescale=s.column_rescale)
-    if optimizer is not None:
-        for layer in report.swapped:
-            _hand_over(optimizer, old[layer.name], model.get_submodule(layer.name), transposed=layer.transposed)
-
-
-def _hand_over(optimizer: torch.optim.Optimizer, old: Any, new: Any, *, transposed: bool) -> None:
-    """Put the parameters of a new layer where those of the old one were, its weight's state in the new shape."""
-
-    def like(dense: Tensor) -> Tensor:
-        if isinstance(new, SparseLinear):
-            return new.kept(dense, transposed=transposed)
-        return dense.t().contiguous() if transposed else dense
-
-    optim.replace_parameter(optimizer, old.weight, new.values if isinstance(new, SparseLinear) else new.weight, like)
-    if old.bias is not None:
-        optim.replace_parameter(optimizer, old.bias, new.bias, lambda state: state)
+    @property
+    def decay(self) -> float:
+        """Of pruned weights, in the phases that have masked layers."""
+        return max(phase.layers.decay for phase in self)

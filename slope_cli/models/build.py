@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slope_cli.config.schema import Config
-from slope_cli.errors import UsageError
-from slope_cli.models.shapes import FAMILIES, Family, _suggestion, family_of, shape_of
+from slope_cli.errors import UsageError, did_you_mean
+from slope_cli.models.shapes import FAMILIES, Family, family_of, shape_of
 
 
 def model_config(
@@ -82,7 +82,8 @@ def _canonical(name: str, config_class: type, overrides: Mapping[str, Any]) -> d
     for key, value in overrides.items():
         field = aliases.get(key, key)
         if field not in own:
-            raise UsageError(f"model {name} has no setting {key!r}{_suggestion(key, own | set(aliases))}")
+            hint = did_you_mean(key, sorted(own | set(aliases)))
+            raise UsageError(f"model {name} has no setting {key!r}; {hint}")
         if field in changes:
             raise UsageError(f"model {name}: {key} is another name of {field}, and both are set; keep one")
         changes[field] = value
@@ -114,7 +115,8 @@ def _check_values(name: str, family: Family, settings: Mapping[str, Any]) -> Non
             raise UsageError(f"model {name}: {field} must be a number from 0 up to, not including, 1, not {rate!r}")
     activation = str(settings.get(family.activation, "relu"))
     if activation not in ACT2FN:
-        raise UsageError(f"model {name}: unknown {family.activation} {activation!r}{_suggestion(activation, ACT2FN)}")
+        hint = did_you_mean(activation, sorted(ACT2FN))
+        raise UsageError(f"model {name}: unknown {family.activation} {activation!r}; {hint}")
     rope = settings.get("rope_parameters") or {}
     rope_types = {"default", *ROPE_INIT_FUNCTIONS}
     if isinstance(rope, Mapping) and rope.get("rope_type", "default") not in rope_types:

@@ -1,86 +1,99 @@
-"""The pretraining losses.
+"""What a model predicts of a batch, and the pretraining losses: of the next token, or of masked ones as BERT's.
 
 Shape suffixes: B sequences, T positions, V vocabulary.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from slope_cli.models.shapes import Objective
+from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.models.shapes import FAMILIES, objective
 
-CrossEntropy = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
+CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Batch = Mapping[str, Tensor]
+"""input_ids (B, T) int64, and what goes with them; see `forward` and `loss_fn`."""
 
-IGNORED_LABEL = -100
 ROWS_AT_ONCE = 4096
+UNPADDED = "sdpa_unpadded"
+"""Scaled dot product attention for batches without padding. transformers builds a mask tensor wherever it sees a
+compiler or a CUDA graph, which rules out the fused kernels; it builds none for an attention function that has no mask
+function of its own."""
+
+AttentionInterface.register(UNPADDED, sdpa_attention_forward)
+
+
+class Output(NamedTuple):
+    """logits (B, T, V) of tokens, and sentence_logits (B, 2) of whether the second sentence follows the first: BERT."""
+
+    logits: Tensor
+    sentence_logits: Tensor | None = None
 
 
 class Loss(NamedTuple):
-    """The loss of one batch, three scalars on the model's device.
+    """The loss of one batch, scalars on the model's device.
 
-    total: float32, what to call backward on. token_loss: float32, detached, the mean cross-entropy in nats of the
-    predicted tokens, of which perplexity is the exponential. targets: int64, how many tokens that mean is over.
+    token_loss: float32, the mean cross-entropy in nats of the predicted tokens, of which perplexity is the exponential.
+    targets: int64, how many tokens that mean is over; without any it is 0.
+    sentence_loss: the mean cross-entropy of the next sentence, which is added to it; None where it is not predicted.
     """
 
-    total: Tensor
     token_loss: Tensor
     targets: Tensor
+    sentence_loss: Tensor | None = None
 
 
-def batch_loss(
-    model: Callable[..., Any],
-    batch: Mapping[str, Tensor],
-    objective: Objective,
-    cross_entropy: CrossEntropy | None = None,
-) -> Loss:
-    """The pretraining loss of one batch, computed in float32 without waiting for the device.
+def forward(model: PreTrainedModel, batch: Batch) -> Output:
+    """Predict the tokens of a batch.
 
-    model: a model of `build_model`, or a wrapper that forwards to it (DDP, torch.compile).
-    batch, all int64: input_ids (B, T); labels (B, T), -100 where nothing is predicted. For "causal" labels are already
-    shifted: labels[b, t] is the token after input_ids[b, t]. For "masked" token_type_ids and attention_mask (B, T) are
-    passed on if there, and the mean cross-entropy of next_sentence_label (B,) is added if there.
-
-    A batch without any target has token_loss 0. cross_entropy: `token_cross_entropy`, or a compiled one.
+    Args:
+        model: of `build_model`, or any causal model of transformers.
+        batch: input_ids; in a model that predicts masked tokens also token_type_ids and attention_mask, where there are
+            any, int64, (B, T).
     """
-    cross_entropy = cross_entropy or token_cross_entropy
-    if objective == "causal":
-        with _unpadded(model):
-            logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
-        token_loss, targets = cross_entropy(logits_BTV, batch["labels"])
-        return Loss(token_loss, token_loss.detach(), targets)
-    return _masked_loss(model, batch, cross_entropy)
-
-
-def _masked_loss(model: Callable[..., Any], batch: Mapping[str, Tensor], cross_entropy: CrossEntropy) -> Loss:
+    if objective(model.config) == "causal":
+        with _without_padding(model):
+            return Output(model(input_ids=batch["input_ids"], use_cache=False).logits)
     inputs = {key: batch[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in batch}
-    with _unpadded(model) if "attention_mask" not in batch else contextlib.nullcontext():
+    with contextlib.nullcontext() if "attention_mask" in batch else _without_padding(model):
         output = model(**inputs)
-    token_loss, targets = cross_entropy(output.prediction_logits, batch["labels"])
-    if "next_sentence_label" not in batch:
-        return Loss(token_loss, token_loss.detach(), targets)
-    sentence_loss = F.cross_entropy(output.seq_relationship_logits.float(), batch["next_sentence_label"])
-    return Loss(token_loss + sentence_loss, token_loss.detach(), targets)
+    return Output(output.prediction_logits, output.seq_relationship_logits)
 
 
 @contextlib.contextmanager
-def _unpadded(model: Any) -> Iterator[None]:
-    """Within it, attention gets no mask tensor, only its flag: right for batches without padding.
+def _without_padding(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, softmax attention gets no mask tensor, only its flag of causality.
 
-    transformers builds a mask tensor wherever it sees a compiler or a CUDA graph at work, which rules out the fused
-    attention kernels. For an attention function without a mask function of its own it builds none.
+    But for models that may need more than that: with a sliding window, or of a family that is unknown here.
     """
-    AttentionInterface.register("sdpa_unpadded", sdpa_attention_forward)
-    before, model.config._attn_implementation = model.config._attn_implementation, "sdpa_unpadded"
+    if model.config.model_type not in FAMILIES or getattr(model.config, "sliding_window", None) is not None:
+        yield
+        return
+    before, model.config._attn_implementation = model.config._attn_implementation, UNPADDED
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def loss_fn(output: Output, batch: Batch, cross_entropy: CrossEntropy | None = None) -> Loss:
+    """The pretraining loss of what a model predicted, computed in float32 without waiting for the device.
+
+    Args:
+        batch: labels (B, T), -100 where nothing is predicted, for causal models already shifted: labels[b, t] is the
+            token after input_ids[b, t]; next_sentence_label (B,), where there is one. All int64.
+        cross_entropy: `token_cross_entropy`, or a compiled one.
+    """
+    token_loss, targets = (cross_entropy or token_cross_entropy)(output.logits, batch["labels"])
+    if output.sentence_logits is None or "next_sentence_label" not in batch:
+        return Loss(token_loss, targets)
+    return Loss(token_loss, targets, F.cross_entropy(output.sentence_logits.float(), batch["next_sentence_label"]))
 
 
 def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +110,14 @@ def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, 
     ]
     summed = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     return summed / targets.clamp(min=1), targets
+
+
+def kl_divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, the mean over positions with a label, a float32 scalar."""
+    student_BTV, teacher_BTV = logits_BTV.float().log_softmax(-1), teacher_BTV.float().log_softmax(-1)
+    kl_BT = (teacher_BTV.exp() * (teacher_BTV - student_BTV)).sum(-1)
+    counted_BT = labels_BT != IGNORED_LABEL
+    return (kl_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -6,14 +6,13 @@ trained. The linear layers in them are transformers' `Conv1D` in GPT-2 (weight (
 Shape suffixes: B sequences, T positions, V vocabulary.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, did_you_mean
 
 FamilyName = Literal["gpt2", "opt", "bert", "llama", "mistral"]
 Objective = Literal["causal", "masked"]
@@ -41,11 +40,6 @@ class Shape:
 
     family: FamilyName
     config: Mapping[str, Any]
-
-    @property
-    def objective(self) -> Objective:
-        """What the shape is pretrained on."""
-        return FAMILIES[self.family].objective
 
 
 _SIZES = (
@@ -207,8 +201,9 @@ SHAPES: dict[str, Shape] = {
 
 
 def objective(config: PreTrainedConfig) -> Objective:
-    """What models of this config are pretrained on; UsageError if it is of none of the families here."""
-    return family_of(config).objective
+    """What models of this config are pretrained on: the next token, but in the families here that say otherwise."""
+    family = FAMILIES.get(config.model_type)
+    return family.objective if family else "causal"
 
 
 def vocab_size(config: PreTrainedConfig) -> int:
@@ -227,18 +222,14 @@ def width(config: PreTrainedConfig) -> int:
 
 
 def shape_of(name: str) -> Shape:
+    """The shape of a name; UsageError with the nearest names if there is none."""
     if name not in SHAPES:
-        raise UsageError(f"unknown model {name!r}{_suggestion(name, SHAPES)}")
+        raise UsageError(f"unknown model {name!r}; {did_you_mean(name, sorted(SHAPES))}")
     return SHAPES[name]
 
 
 def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a config; UsageError if it is none of those here."""
     if config.model_type not in FAMILIES:
         raise UsageError(f"model type {config.model_type!r} is not supported; it must be one of {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(names)}"

@@ -9,14 +9,14 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
 
 WINDOW = 20
-"""Steps over which the line over the training loss is a mean; fewer in the beginning, where it would lag behind."""
+"""Steps over which the training loss is smoothed; fewer at the beginning, where the line would lag behind."""
 OPENING = 50
 """The steep first 1/OPENING of a run does not decide the height of the picture."""
 
 MANY = 10
-"""More names than this in a legend hide the curves."""
+"""A legend with more names than this would hide the curves."""
 MOST_ROWS = 24
-"""Of a legend, as high as the picture."""
+"""The rows of a legend as high as the picture."""
 
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
@@ -27,37 +27,41 @@ _TEACHER: dict[str, Any] = {"linestyle": "-.", "linewidth": 1}
 def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
     """Draw training and validation loss against tokens; a dotted line marks where adapters joined.
 
-    Runs that linearize have a panel more, of the squared error of attention transfer, and a line for their teacher.
+    Linearized runs also have a line for their teacher, and a second panel with the squared error of attention transfer.
 
     Args:
+        runs: folders of runs.
         out: the path, with or without ending; OUT.png and OUT.svg are written.
 
     Raises:
-        UsageError: a folder that is no run.
-        SlopeError: a run without a finished step, or with a damaged log.
+        UsageError: a folder is not a run.
+        SlopeError: a run has no finished step, or a damaged log.
     """
-    drawn = [(run, _records(run)) for run in runs]
-    marked = {kind for _, records in drawn for kind in ("adapters", "teacher", "transfer") if _of(kind, records)}
-    with _picture(out, panels=2 if "transfer" in marked else 1) as ((axes, *more), files):
-        heights = [_draw_run(axes, records, f"C{number}") for number, (_, records) in enumerate(drawn)]
-        _label(axes, [str(run) for run in runs], marked)
+    logs = [_records(run) for run in runs]
+    transfers = [_of("transfer", records) for records in logs]
+    with picture(out, panels=2 if any(transfers) else 1) as ((axes, *more), files):
+        heights = [_draw_run(axes, records, f"C{number}") for number, records in enumerate(logs)]
+        styles = {"training": _SMOOTH, "validation": _VAL}
+        styles |= {"adapters join": _JOIN} if any(_first_adapter_step(records) for records in logs) else {}
+        styles |= {"teacher": _TEACHER} if any(_of("teacher", records) for records in logs) else {}
+        _label(axes, [str(run) for run in runs], styles)
         for panel in more:
-            _draw_transfer(panel, [_of("transfer", records) for _, records in drawn])
+            _draw_transfer(panel, transfers)
         _set_height(axes, min(low for low, _ in heights), max(high for _, high in heights))
     return files
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) -> list[Path]:
-    """Draw validation loss against tokens: for each name the mean and range over the seeds.
+    """Draw validation loss against tokens: the mean and the range over the seeds for each name.
 
     Args:
-        curves: by name, lists of equal length: tokens, mean, low, high.
+        curves: by name, lists of equal length: tokens, and mean, low and high in nats per token.
         out: as for `draw_loss`.
     """
-    with _picture(out) as ((axes,), files):
+    with picture(out) as ((axes,), files):
         for number, (name, curve) in enumerate(curves.items()):
             color = f"C{number}"
-            # A line on its own colours no further than ten; beyond, its style tells it apart.
+            # There are ten colours; after these the line style distinguishes the curves.
             style = ("-", "--", ":", "-.")[number // 10 % 4]
             axes.plot(curve["tokens"], curve["mean"], style, color=color, label=name, marker="o", markersize=3)
             axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
@@ -66,7 +70,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
         lowest = min(value for curve in curves.values() for value in curve["low"])
         _set_height(axes, lowest, max(value for value, is_late in zip(high, late, strict=True) if is_late))
         _describe_axes(axes)
-        axes.set(ylabel="validation loss (nats per token)", title="mean over seeds, lowest to highest")
+        axes.set(ylabel="validation loss (nats per token)", title="mean and range over seeds")
         if len(curves) <= MANY:
             axes.legend(loc="upper right", framealpha=1, edgecolor="none")
         else:  # beside the axes
@@ -77,16 +81,16 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
 
 
 @contextlib.contextmanager
-def _picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Path]]]:
-    """The axes of each panel to draw on, and the files that are written when that is done."""
+def picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Path]]]:
+    """The axes of each panel, and the files, which are written at the end."""
     import matplotlib
     from matplotlib.figure import Figure
 
     name = out.name.removesuffix(".png").removesuffix(".svg")
     files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
-    # Text as text, so that an SVG can be searched and edited; the salt makes it the same file each time.
+    # Text stays text, so that an SVG can be searched and edited; the salt makes the file reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
-        figure = Figure(figsize=(8 if panels == 1 else 11, 4.5), layout="constrained")
+        figure = Figure(figsize=(8 if panels == 1 else 5.5 * panels, 4.5), layout="constrained")
         yield list(figure.subplots(1, panels, squeeze=False)[0]), files
         out.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
@@ -111,8 +115,19 @@ def _of(kind: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+def _first_adapter_step(records: Sequence[dict[str, Any]]) -> int | None:
+    """The step, counted from 1, at which adapters joined; None if no record says so.
+
+    Logs of slope 0.1 have records of the kinds "layers" and "adapters" instead of "phase".
+    """
+    for record in records:
+        if record["kind"] == "adapters" or (record["kind"] in ("phase", "layers") and record["adapters"]):
+            return int(record["step"])
+    return None
+
+
 def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple[float, float]:
-    """Draw one run; returns the lowest and the highest loss that the picture should show of it."""
+    """Draw one run; returns the lowest and the highest loss that the picture should show."""
     train, val = _of("train", records), _of("val", records)
     first = [*train, *_of("transfer", records)][0]
     per_step = first["tokens"] / first["step"]
@@ -121,8 +136,8 @@ def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple
     axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smooth, color=color, **_SMOOTH)
     axes.plot([r["step"] * per_step for r in val], [r["loss"] for r in val], color=color, **_VAL)
-    for record in _of("adapters", records):
-        axes.axvline(record["step"] * per_step, color=color, **_JOIN)
+    if step := _first_adapter_step(records):
+        axes.axvline((step - 1) * per_step, color=color, **_JOIN)  # between the step before and this one
     teacher = [record["loss"] for record in _of("teacher", records)]
     for loss in teacher:
         axes.axhline(loss, color=color, **_TEACHER)
@@ -141,24 +156,16 @@ def _draw_transfer(axes: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
     axes.set(title="transfer", ylabel="mean squared error", yscale="log")
 
 
-def _label(axes: Any, names: Sequence[str], marked: set[str]) -> None:
-    """Axes, title and legend; with several runs, colours tell the runs apart and line styles the curves.
-
-    marked: the kinds of records that have lines of their own.
-    """
+def _label(axes: Any, names: Sequence[str], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Axes, title and legend; with several runs, colours distinguish the runs and line styles the curves."""
     _describe_axes(axes)
     if len(names) == 1:
         axes.set_title(Path(names[0]).resolve().name)
     else:
         for number, name in enumerate(names):
             axes.plot([], [], color=f"C{number}", label=name, **_SMOOTH)
-    color = "C0" if len(names) == 1 else "0.4"
-    axes.plot([], [], color=color, label="training", **_SMOOTH)
-    axes.plot([], [], color=color, label="validation", **_VAL)
-    if "adapters" in marked:
-        axes.plot([], [], color=color, label="adapters join", **_JOIN)
-    if "teacher" in marked:
-        axes.plot([], [], color=color, label="teacher", **_TEACHER)
+    for label, style in styles.items():
+        axes.plot([], [], color="C0" if len(names) == 1 else "0.4", label=label, **style)
     axes.legend(loc="upper right", framealpha=1, edgecolor="none")
 
 
@@ -172,7 +179,7 @@ def _describe_axes(axes: Any) -> None:
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    """Exponential mean over a tenth of the steps so far, at most WINDOW."""
+    """The exponential mean over a tenth of the steps so far, at most WINDOW."""
     mean, smooth = 0.0, []
     for number, loss in enumerate(losses, 1):
         mean += (loss - mean) / min(WINDOW, max(1.0, number / 10))

@@ -1,21 +1,27 @@
-"""`slope pretrain RECIPE --dry-run`: what would be trained, without a GPU, without data, without memory for it."""
+"""`--dry-run`: what would be trained, without a GPU, without data, without memory for it; nothing is written."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
+from slope_cli.checkpoint import base_model, run_folder
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
-from slope_cli.methods import phases
-from slope_cli.models.accounting import Account, account
-from slope_cli.models.build import build_model, run_model_config
+from slope_cli.methods import phases_of
+from slope_cli.methods.accounting import Account, AttentionMemory, account, attention_memory
+from slope_cli.methods.apply import apply
+from slope_cli.methods.phases import DENSE, Layers, Phases
+from slope_cli.methods.sparse import report_layers
+from slope_cli.models.build import build_model
 from slope_cli.report.tables import bytes_text
-from slope_cli.train import dry_run_linearize, init
-from sparse_kernels import LayerReport, Report
+from slope_cli.train import init
+from sparse_kernels import LayerReport, ModelReport
+
+Row = tuple[str, str]
 
 
 def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -24,21 +30,50 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
     Raises:
         UsageError: the config's parts do not fit together.
     """
-    if config.method == "linearize":
-        return dry_run_linearize.describe(config)
-    model = build_model(run_model_config(config), device="meta")
-    report = phases.plan(config, model)
-    counts = account(config, report, model)
-    comments = ["", *_layers(report), "", *_begins_with(config, model), *_numbers(config, counts)]
+    phases, model = phases_of(config), untrained_model(config)
+    report = report_layers(config, phases, model)
+    begins = _begins_with(config, model) if not phases.end.linearized else []
+    counts = account(model, config)
+    memory = attention_memory(model) if phases.end.linearized else None
+    rows = [*begins, *_steps(config), *_phases(phases)]
+    rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
+    comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
     record = {
-        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "config": configs.container(config),
         "layers": [asdict(layer) for layer in report.layers] if report is not None else [],
         "account": asdict(counts),
+        "attention": None if memory is None else asdict(memory) | {"break_even": memory.break_even},
     }
     return record, [*configs.dump(config).splitlines(), *(f"# {line}".rstrip() for line in comments)]
 
 
-def _layers(report: Report | None) -> list[str]:
+def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
+    """The model of a run on the meta device, as it is before its first phase.
+
+    Of a model.init that is linearized, a run says which layers are sparse and have adapters, and a folder of
+    transformers no more than their shapes.
+
+    Args:
+        run: its folder, if it has begun.
+    """
+    if run is not None and (run / base_model.BASE).is_file():
+        return base_model.build(run, "meta")
+    model = build_model(init.run_shape(config), device="meta")
+    if phases_of(config).end.linearized and (base := _base_run(config)) is not None:
+        end = phases_of(base).end
+        # As where it is linearized: layers under a mask become sparse ones, and those that lost theirs dense ones.
+        layers = {"masked": Layers("sparse"), "unmasked": DENSE}.get(end.layers.kind, end.layers)
+        apply(model, base, replace(end, layers=layers))
+    return model
+
+
+def _base_run(config: Config) -> Config | None:
+    """The config of the run that is linearized; None if it is a folder of transformers, or not said."""
+    folder = None if config.model.init is None else Path(config.model.init).expanduser()
+    return run_folder.open_config(folder) if folder is not None and run_folder.is_run(folder) else None
+
+
+def _layers(report: ModelReport | None) -> list[str]:
     """The layer table in the model's order: neighbouring blocks whose layer is alike share a line."""
     if report is None:
         return ["linear layers: all dense"]
@@ -58,14 +93,6 @@ def _layers(report: Report | None) -> list[str]:
     return lines
 
 
-def _begins_with(config: Config, model: PreTrainedModel) -> list[str]:
-    """The line about model.init, if there is one."""
-    if config.model.init is None:
-        return []
-    lacks = init.state(config.model.init, model)
-    return [f"{'begins with':28}{config.model.init}" + (f", which {lacks}: training needs it" if lacks else "")]
-
-
 def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:
     """Runs of consecutive blocks with equal layers, as "0-63", "0", or "" outside the blocks."""
 
@@ -79,31 +106,67 @@ def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, Laye
         yield "" if first < 0 else str(first) if first == last else f"{first}-{last}", found[places[0]][1]
 
 
-def _numbers(config: Config, a: Account) -> list[str]:
+def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:
+    """The line about model.init, if there is one."""
+    if config.model.init is None:
+        return []
+    lacks = init.begins_with(config.model.init, model)
+    return [("begins with", config.model.init + (f", which {lacks}: training needs it" if lacks else ""))]
+
+
+def _steps(config: Config) -> list[Row]:
     train = config.train
-    state, dense = sum(a.state_bytes.values()), sum(a.dense_state_bytes.values())
-    adapters = "none"
-    if config.adapter_step is not None:
-        adapters = f"{a.adapter_parameters:,} parameters after step {config.adapter_step:,}"
-    rows: list[tuple[str, Any]] = [
+    return [
         ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
         ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
+    ]
+
+
+def _phases(phases: Phases) -> list[Row]:
+    """The phases of a run, if there are several."""
+    names = [f"from step {phase.first + 1:,}: {phase.name}" for phase in phases.distinct]
+    return [("phases", "; ".join(names))] if len(names) > 1 else []
+
+
+def _trained(config: Config, a: Account) -> list[Row]:
+    train, phases = config.train, phases_of(config)
+    state, dense = sum(a.state_bytes.values()), sum(a.dense_state_bytes.values())
+    adapters = "none"
+    if phases.adapter_step is not None:
+        adapters = f"{a.adapter_parameters:,} parameters after step {phases.adapter_step:,}"
+    rows: list[Row] = [
         ("parameters, dense model", f"{a.dense_parameters:,}"),
         ("parameters trained", f"{a.trained_parameters:,}"),
         ("adapters", adapters),
         ("training state", f"{bytes_text(state)}, {state / dense:.3f} of the dense run's {bytes_text(dense)}"),
         *((f"  {name}", bytes_text(size)) for name, size in a.state_bytes.items() if size),
-        *(
-            [(f"  before step {config.sparse_step:,}", f"{bytes_text(dense)}, dense")]
-            if config.method == "slope" and config.sparse_step
-            else []
-        ),
         *((f"beside it {name}", bytes_text(size)) for name, size in a.derived_bytes.items() if size),
-        (
-            "activations, estimate",
-            f"{bytes_text(a.activation_bytes)} for {train.micro_batch} x {train.seq_len} tokens in 16 bits",
-        ),
-        ("FLOP a token", f"{a.dense_flops_per_token:.3e} dense-equivalent, {a.real_flops_per_token:.3e} real"),
-        *([("  adapters, once joined", f"{a.adapter_flops_per_token:.3e}")] if a.adapter_flops_per_token else []),
     ]
-    return [f"{name:28}{value}" for name, value in rows]
+    if a.activation_bytes is not None:
+        size = f"{train.micro_batch} x {train.seq_len} tokens in 16 bits"
+        rows.append(("activations, estimate", f"{bytes_text(a.activation_bytes)} for {size}"))
+        flops = f"{a.dense_flops_per_token:.3e} dense-equivalent, {a.real_flops_per_token:.3e} real"
+        rows.append(("FLOP a token", flops))
+    if a.adapter_flops_per_token:
+        rows.append(("  adapters, once joined", f"{a.adapter_flops_per_token:.3e}"))
+    return rows
+
+
+def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row]:
+    phases = phases_of(config)
+    begins = "never" if phases.adapter_step is None else f"after step {phases.adapter_step:,}"
+    old = f", {a.pretrained_adapter_parameters:,} of them pretrained" * bool(a.pretrained_adapter_parameters)
+    state = sum(a.state_bytes.values())
+    frozen_bytes = a.state_bytes["frozen (float32)"] + a.state_bytes["masks"]
+    return [
+        ("linear layers", f"{memory.linear_layers} of {memory.layers} attention layers"),
+        (
+            "frozen" if _base_run(config) else "frozen, as if dense",
+            f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes",
+        ),
+        ("maps and mix factors", f"{a.map_parameters:,} parameters"),
+        ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
+        ("training state", f"{state:,} bytes, {state - frozen_bytes:,} of them of what is trained"),
+        ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
+        ("break-even", f"{memory.break_even:,} tokens"),
+    ]

@@ -1,57 +1,106 @@
 """The model that a run begins with: new, of model.init, or that one linearized."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import yaml
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.checkpoint import base_model, hf_folder, load, run_folder, store
+from slope_cli.checkpoint.load import Loaded, load_model
+from slope_cli.config import load as configs
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import require_same_tokens
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.linearize.swap import linear_windows
-from slope_cli.methods import phases
+from slope_cli.methods import phases_of
+from slope_cli.methods.apply import UNTOUCHED, Calibrate, apply
+from slope_cli.methods.phases import Layers, Phase
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
-from slope_cli.utils.files import read_sealed, write_sealed
-from sparse_kernels import Report, densify, masked_layers, sparse_layers
+from sparse_kernels import masked_layers, sparse_layers, to_dense
 
-ALREADY = "is linearized already; give the model that it was made of"
+LONGEST = 1024
+"""Tokens of a sequence for a model whose training length is not known."""
+SEQUENCES = 8
+SIZES = ("seq_len", "micro_batch", "tokens_per_step")
 
 
 def start(
-    config: Config, device: torch.device | str, calibrate: phases.Calibrate
-) -> tuple[PreTrainedModel, Report | None]:
-    """The model of a run as it is before its first step, and the report of its layers.
+    config: Config,
+    run: Path,
+    device: torch.device | str,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    calibrate: Calibrate,
+) -> PreTrainedModel:
+    """The model of a run in its first phase, before its first step; of one that linearizes it writes base.json, base/.
+
+    Args:
+        tokenizer: of the run's data.
 
     Raises:
-        UsageError: model.init is no run and no model, or of another shape.
-        SlopeError: it cannot be read.
+        UsageError: model.init is no run and no model, of another shape or tokenizer, or a setting that does not fit it.
+        SlopeError: it cannot be read, or not be written to the run's folder.
     """
+    first = phases_of(config).at(0)
+    if first.linearized:
+        _keep_base(config, run, tokenizer)
+        # Built anew and read back: the memory of what was loaded is free by now, so it never holds the model twice.
+        model, now = base_model.read(run, device), UNTOUCHED
+    else:
+        model, now = _start_from_init(config, device, first)
+    apply(model, config, first, was=now, calibrate=calibrate)
+    return model
+
+
+def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
+    """transformers' config of a run's model, without its weights; UsageError for sizes that do not fit.
+
+    Args:
+        run: its folder, if it has begun: model.init may be gone by then.
+    """
+    if config.model.name != INIT:
+        return run_model_config(config)
+    if run is not None and (run / base_model.BASE).is_file():
+        return base_model.build(run, "meta").config
+    init = _linearized_folder(config)
+    load.require_softmax(init)
+    found = load.shape_of(init)
+    with _named_init(init):
+        shapes.family_of(found)
+    found._attn_implementation = "sdpa"
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- weights of a model
+
+
+def _start_from_init(config: Config, device: torch.device | str, first: Phase) -> tuple[PreTrainedModel, Phase]:
+    """A model with the weights of model.init, or new ones, and the phase that it is in."""
     initial = None
     if config.model.init is not None:
         folder = Path(config.model.init).expanduser()
         with _named_init(folder):
-            load.settings(folder)  # refuses what no run begins with
-            initial = load.load(folder).model
+            load.require_softmax(folder)
+            initial = load_model(folder).model
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
-    report, now, first = phases.plan(config, model), phases.DENSE, phases.stage(config, 0)
-    if initial is not None:
-        found = dict(sparse_layers(initial))
-        if found and first.layers == "sparse":  # a sparse run goes on with the masks of a sparse one
-            had_adapters = any(layer.adapter is not None for layer in found.values())
-            now = phases.Stage("sparse", adapters=had_adapters and first.adapters)
-            phases.enter(model, config, phases.DENSE, now)
-        else:
-            densify(initial, adapters="merge")
-        _take_over(model, initial, config)
-    phases.enter(model, config, now, first, calibrate=calibrate)
-    return model, report
+    if initial is None:
+        return model, UNTOUCHED
+    now, found = UNTOUCHED, dict(sparse_layers(initial))
+    if found and first.layers.kind == "sparse":  # a sparse run goes on with the masks of a sparse one
+        had_adapters = any(layer.adapter is not None for layer in found.values())
+        now = Phase(0, Layers("sparse"), adapters=had_adapters and first.adapters)
+        apply(model, config, now)
+    else:
+        to_dense(initial, adapters="merge")
+    _take_over(model, initial, config)
+    return model, now
 
 
-def state(init: str, model: PreTrainedModel) -> str:
+def begins_with(init: str, model: PreTrainedModel) -> str:
     """What is known of a model.init without its weights: "" if it may be begun with, else what it still lacks.
 
     Args:
@@ -62,9 +111,10 @@ def state(init: str, model: PreTrainedModel) -> str:
     """
     folder = Path(init).expanduser()
     if not folder.exists():
-        return "is not there yet"
+        return "does not exist yet"
     with _named_init(folder):
-        theirs = build_model(load.settings(folder), device="meta")
+        load.require_softmax(folder)
+        theirs = build_model(load.shape_of(folder), device="meta")
     _require_same_shapes(model, theirs, init)
     return "has no checkpoint yet" if run_folder.is_run(folder) and not store.folders(folder) else ""
 
@@ -87,7 +137,7 @@ def _take_over(model: PreTrainedModel, initial: PreTrainedModel, config: Config)
     for name, layer in sparse_layers(model):
         if layer.adapter is not None and (adapter := theirs[name].adapter) is not None:
             with torch.no_grad():  # B carries what the scales differ by, so that the model is the same function
-                layer.adapter.B.mul_(adapter.scale / layer.adapter.scale)
+                layer.adapter.lora_B.mul_(adapter.scaling / layer.adapter.scaling)
 
 
 def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init: str) -> None:
@@ -98,33 +148,59 @@ def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init:
             rule = "adapters.start=0 and its rank would keep them"
             raise UsageError(f"model.init={init}: has other adapters than this run begins with; {rule}")
         name = wrong[0]
-        shapes = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
-        raise UsageError(f"model.init={init}: is another model: {shapes} ({len(wrong)} differ in all)")
+        differ = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
+        raise UsageError(f"model.init={init}: is another model: {differ} ({len(wrong)} differ in all)")
 
 
-def start_linearized(
-    config: Config, run: Path, device: torch.device | str, tokenizer: PreTrainedTokenizerFast
-) -> PreTrainedModel:
-    """The model of a run before its first step, linearized and frozen but for what is trained; writes base.json, base/.
+# --------------------------------------------------------------------------------------------------------- linearizing
+
+
+def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None = None) -> list[str]:
+    """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long and as many as it
+    had, unless the recipe says how many or how long.
 
     Args:
-        tokenizer: of the run's data.
+        run: what is to be trained. If it exists and began with `init`, the words are those it began with, though `init`
+            may be gone, or spelled otherwise.
 
     Raises:
-        UsageError: model.init is no model, of an unsupported family or another shape than model.name, linearized
-            already, of another tokenizer, or too short for the sequences; or the settings do not fit it.
-        SlopeError: it cannot be read, or not be written to the run's folder.
+        UsageError: neither a run nor a model folder.
+        SlopeError: a config.json that cannot be read.
     """
-    _keep(config, run, tokenizer)
-    # Built anew and read back: the memory of what was loaded is free by now, so it never holds the model twice.
-    model = _read_base(run, device)
-    phases.enter(model, config, phases.DENSE, phases.stage(config, 0))
-    return model
+    if run is not None and run_folder.is_run(run) and _began_with(begun := run_folder.open_config(run), init):
+        sizes = {name: getattr(begun.train, name) for name in SIZES}
+        return _overrides(str(begun.model.init), begun.data.path, sizes)
+    if run_folder.is_run(init):
+        base = run_folder.open_config(init)
+        path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
+    else:
+        path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
+    said = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
+    length, sequences = said.get("seq_len", length), said.get("micro_batch", sequences)
+    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | said
+    return _overrides(str(init), path, sizes)
+
+
+def _began_with(begun: Config, init: Path) -> bool:
+    if not phases_of(begun).end.linearized or begun.model.init is None:
+        return False
+    return Path(begun.model.init).expanduser().resolve() == init.expanduser().resolve()
+
+
+def _overrides(init: str, path: str | None, sizes: Mapping[str, int]) -> list[str]:
+    words = [f"model.name={INIT}", f"model.init={json.dumps(init)}"]
+    words += [f"data.path={json.dumps(path)}"] * (path is not None)
+    return words + [f"train.{name}={sizes[name]}" for name in SIZES]
+
+
+def _positions(folder: Path) -> int:
+    found = load.shape_of(folder)
+    return shapes.max_seq_len(found) if found.model_type in shapes.FAMILIES else LONGEST
 
 
 def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """The model that a run linearizes, in evaluation mode and frozen. A tensor that `model` froze is one in both."""
-    teacher = _read_base(run, "cpu")  # so that the device never holds the model twice
+    teacher = base_model.read(run, "cpu")  # so that the device never holds the model twice
     own = model.state_dict(keep_vars=True)
     for name, tensor in teacher.state_dict(keep_vars=True).items():
         if name in own and not own[name].requires_grad:
@@ -132,40 +208,35 @@ def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | st
     return teacher.to(device).requires_grad_(False).eval()
 
 
-def _read_base(run: Path, device: torch.device | str) -> PreTrainedModel:
-    """The model that a run linearizes, as `_keep` wrote it."""
-    model = base_model.rebuild(read_sealed(run / base_model.BASE), device)
-    store.restore(run / store.BASE, model, None)
-    return model
-
-
-def _keep(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the model of model.init and its description to a run's folder; errors as for `start_linearized`."""
+def _keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the model of model.init and its description to a run's folder."""
     found = _to_linearize(config)
-    _check(config, found, tokenizer)
-    description = base_model.describe(found.model, dropout=config.model.dropout)
-    tensors = store.state_tensors(found.model, None)
-    phases.enter(found.model, config, phases.DENSE, phases.stage(config, 0))  # what does not fit shows before the write
-    store.save_base(run, tensors)
-    write_sealed(run / base_model.BASE, description)
+    _check_base(config, found, tokenizer)
+    trial = base_model.rebuild(base_model.describe(found.model), "meta")
+    apply(trial, config, phases_of(config).end)  # what does not fit shows before the write
+    base_model.write(run, found.model, dropout=config.model.dropout)
 
 
-def _to_linearize(config: Config) -> load.Pretrained:
-    """The model of model.init on the CPU, its pruned layers sparse layers; errors as for `start_linearized`."""
-    init = config.model.init
-    if init is None:
-        raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
-    found = load.load(Path(init).expanduser())
-    shapes.objective(found.model.config)
-    if linear_windows(found.model):
-        raise UsageError(f"{init}: {ALREADY}")
+def _to_linearize(config: Config) -> Loaded:
+    """The model of model.init on the CPU, its pruned layers sparse layers."""
+    init = _linearized_folder(config)
+    load.require_softmax(init)
+    found = load_model(init)
+    shapes.family_of(found.model.config)
     if any(True for _ in masked_layers(found.model)):
-        densify(found.model)
+        to_dense(found.model)
         hf_folder.find_sparse_layers(found.model)
     return found
 
 
-def _check(config: Config, found: load.Pretrained, tokenizer: PreTrainedTokenizerFast) -> None:
+def _linearized_folder(config: Config) -> Path:
+    if config.model.init is None:
+        raise UsageError("model.init=null: say which model to linearize, a run or a folder of transformers")
+    return Path(config.model.init).expanduser()
+
+
+def _check_base(config: Config, found: Loaded, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UsageError if a model is not what the configuration and the data say."""
     init, own = config.model.init, found.model.config
     if config.model.name == INIT:
         if config.model.overrides:

@@ -1,7 +1,5 @@
-"""One optimizer step. Of stage 1: every layer's maps learn from that layer's own loss alone. Of stage 2, where it has
-the softmax model for a teacher: adapters learn from what that predicts.
-
-Shape suffixes: B sequences, T positions, V vocabulary.
+"""The steps of a run that linearizes: attention transfer, where every layer's maps learn from that layer's own loss
+alone, and distillation, where adapters learn from what the softmax model predicts.
 """
 
 import contextlib
@@ -16,13 +14,13 @@ from transformers import PreTrainedModel
 from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
-from slope_cli.models.loss import IGNORED_LABEL, Loss, batch_loss
-from slope_cli.train.step import Batch, Step, compile_blocks
+from slope_cli.models.loss import Batch, Loss, forward, kl_divergence, loss_fn
+from slope_cli.train.step import MaskUpdate, Step, compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-class Transferred(NamedTuple):
+class TransferOutput(NamedTuple):
     """What a step had before its update: means over its micro-batches, and the norm of the gradient before clipping.
 
     mse: the squared error of attention's output, the mean over layers. total: what was optimised, likewise. layers: the
@@ -33,6 +31,16 @@ class Transferred(NamedTuple):
     total: float
     norm: float
     layers: dict[str, float]
+
+    @property
+    def kind(self) -> str:
+        """Of its record in the log."""
+        return "transfer"
+
+    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
+        """The numbers for the log. layers: also the squared error of each."""
+        each: dict[str, float | Mapping[str, float]] = {"layers": self.layers} if layers else {}
+        return {"mse": self.mse, "grad_norm": self.norm, "total": self.total, **each}
 
 
 class TransferStep:
@@ -67,11 +75,12 @@ class TransferStep:
         if compiled:
             compile_blocks(model)
 
-    def __call__(self, batches: Sequence[Mapping[str, Tensor]]) -> Transferred:
+    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> TransferOutput:
         """Take one step.
 
         Args:
             batches: a micro-batch each, tensors on the model's device; labels are not looked at.
+            mask_update: not looked at; no mask changes here.
 
         Raises:
             SlopeError: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
@@ -94,9 +103,9 @@ class TransferStep:
         self.optimizer.zero_grad(set_to_none=True)
         totals, errors, norms = table
         by_layer = dict(zip(layers, errors, strict=True))
-        return Transferred(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
+        return TransferOutput(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
 
-    def _backward(self, batch: Mapping[str, Tensor], scale: float) -> Tensor:
+    def _backward(self, batch: Batch, scale: float) -> Tensor:
         """Add one micro-batch's gradients; its share of (total, mse) of each layer, (2, layers)."""
         inputs = {key: batch[key] for key in INPUTS if key in batch}
         with self.autocast():
@@ -117,7 +126,7 @@ class TransferStep:
 
 
 class DistillStep(Step):
-    """Takes steps that learn from a teacher: the loss is (1 - share) · cross-entropy + share · `divergence`."""
+    """Takes steps that learn from a teacher: (1 - share) · cross-entropy + share · KL(teacher || student)."""
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, share: float, compiled: bool = False, **how: Any) -> None:
         """
@@ -127,38 +136,19 @@ class DistillStep(Step):
             share: between 0 and 1.
         """
         super().__init__(*args, compiled=compiled, **how)
-        self.teacher, self.share, self.divergence = teacher, share, divergence
+        self.teacher, self.share, self.kl_divergence = teacher, share, kl_divergence
         if compiled:
-            self.divergence = torch.compile(divergence, dynamic=False)
+            self.kl_divergence = torch.compile(kl_divergence, dynamic=False)
             compile_blocks(teacher)
 
-    def loss(self, batch: Batch) -> Loss:
-        """What is optimised of one micro-batch, and its cross-entropy."""
-        predicted: list[Tensor] = []
-        entropies: list[Tensor] = []
-
-        def predict(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-            predicted.append(logits_BTV)
-            return logits_BTV.new_zeros(()), labels_BT.new_zeros(())
-
-        def mixed(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-            entropy, targets = self.cross_entropy(logits_BTV, labels_BT)
-            entropies.append(entropy.detach())
-            apart = self.divergence(logits_BTV, predicted[0], labels_BT)
-            return (1 - self.share) * entropy + self.share * apart, targets
-
+    def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
+        """The pretraining loss of one micro-batch, and what is optimised of its tokens: their mean."""
         with torch.no_grad():
-            batch_loss(self.teacher, batch, self.objective, predict)
-        found = batch_loss(self.model, batch, self.objective, mixed)
-        return found._replace(token_loss=entropies[0])
-
-
-def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, the mean over positions that have a label, a float32 scalar."""
-    student_BTV, teacher_BTV = logits_BTV.float().log_softmax(-1), teacher_BTV.float().log_softmax(-1)
-    apart_BT = (teacher_BTV.exp() * (teacher_BTV - student_BTV)).sum(-1)
-    counted_BT = labels_BT != IGNORED_LABEL
-    return (apart_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
+            teacher_BTV = forward(self.teacher, batch).logits
+        output = forward(self.model, batch)
+        loss = loss_fn(output, batch, self.cross_entropy)
+        kl = self.kl_divergence(output.logits, teacher_BTV, batch["labels"])
+        return loss, (1 - self.share) * loss.token_loss + self.share * kl
 
 
 def _norm(linear: torch.nn.Module) -> Tensor:

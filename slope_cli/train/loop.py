@@ -10,79 +10,53 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from slope_cli.checkpoint import run_folder, run_model, store
+from slope_cli.checkpoint import load, run_folder, store
 from slope_cli.config import schema
-from slope_cli.config.schema import Config, TrainConfig
-from slope_cli.data.batches import (
-    Ahead,
-    Batch,
-    Blocks,
-    MaskingIds,
-    bigram_loss,
-    causal_batch,
-    masked_batch,
-    sample_indices,
-    sample_numbers,
-    val_batches,
-)
+from slope_cli.config.schema import Config
+from slope_cli.data.batches import bigram_loss
 from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, Dataset, open_dataset
 from slope_cli.data.prepare import prepare
-from slope_cli.data.tokenizer import load_tokenizer, masking_ids, save_tokenizer
+from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.generate import continue_text, prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
-from slope_cli.methods import optim, phases
+from slope_cli.methods import optim, phases_of
+from slope_cli.methods.apply import apply
+from slope_cli.methods.phases import Phase
+from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
-from slope_cli.models.build import run_model_config
-from slope_cli.models.loss import Loss, batch_loss
+from slope_cli.models.build import build_model
+from slope_cli.models.loss import Loss, forward, loss_fn
 from slope_cli.report import metrics, plots
 from slope_cli.report.progress import Progress
 from slope_cli.train import init
-from slope_cli.train.linearize_steps import DistillStep, Transferred, TransferStep
-from slope_cli.train.step import Renewal, Step, Taken, eager
+from slope_cli.train.batches import Batches
+from slope_cli.train.cuda_graphs import GraphedStep
+from slope_cli.train.linearize_steps import DistillStep, TransferStep
+from slope_cli.train.step import MaskUpdate, Step, StepRecord, TrainingStep, eager, step_seed
 from slope_cli.utils.environment import note_environment
-from sparse_kernels import Report, backends, set_backend, sparse_layers
+from sparse_kernels import adapters_of, backends, check_backend, sparse_layers
 
 BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
 
 
-@dataclass
-class Trainer:
-    """What the steps of a run share."""
-
-    config: Config
-    run: Path
-    dataset: Dataset
-    blocks: Blocks
-    masking: MaskingIds | None
-    tokenizer: PreTrainedTokenizerFast
-    device: torch.device
-    model: PreTrainedModel
-    stage: phases.Stage
-    optimizer: torch.optim.Optimizer
-    step: Step | TransferStep
-    batches: Ahead
-
-
 def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
-    """Train, or go on training, in the folder `run`.
+    """Train, or resume training, in the folder `run`.
 
     Args:
-        fresh: refuse to go on with a run that is there.
+        fresh: fail if the folder contains a run.
         stop: one that is open already, so that it knows of signals that came before; else one is opened here.
 
     Returns:
@@ -91,7 +65,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
 
     Raises:
         UsageError: the config does not fit the data, the machine, or what is in the folder.
-        Stopped: a signal asked for it, and a checkpoint is saved.
+        Stopped: stopped by a signal, after saving a checkpoint.
         SlopeError: a non-finite loss, a damaged file, a full disk.
     """
     require_one_process()
@@ -100,25 +74,15 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
     with run_folder.claimed(run, config, fresh=fresh), opening as stop, _own_precision():
         store.clean(run)
         note_environment(run, device)
-        trainer = _prepare(config, run, device)
-        step = _resume(trainer, run)
-        run_folder.write_config(run, config)  # not before what is in the folder has turned out to fit
-        print(_start_line(trainer, run), file=sys.stderr)
-        tensorboard = config.log.tensorboard and step < config.train.steps
-        log = metrics.MetricsLog(run, step, tensorboard=tensorboard)
-        progress = Progress(step, config.train.steps, config.log.every, config.train.tokens_per_step)
-        try:
-            _fit(trainer, run, step, stop, log, progress)
-        finally:
-            trainer.batches.close()
-            progress.close()
-            log.close()
-    return _summary(trainer, run)
+        trainer = Trainer(config, run, device, stop)
+        with contextlib.closing(trainer.batches):
+            trainer.fit(stop)
+    return _summary(trainer)
 
 
 @contextlib.contextmanager
 def _own_precision() -> Iterator[None]:
-    """Within it, the precision of float32 products may be set: what comes after in this process has its own again."""
+    """Within it, the precision of float32 products may be set; afterwards the process has its own again."""
     before = torch.get_float32_matmul_precision()
     try:
         yield
@@ -126,339 +90,284 @@ def _own_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _fit(t: Trainer, run: Path, step: int, stop: StopFlag, log: metrics.MetricsLog, progress: Progress) -> None:
-    """Take the steps from `step` to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
-    config, steps = t.config, t.config.train.steps
-    t.model.train()
-    first = step
-    if config.method == "linearize" and step == 0:
-        for kind, record in _references(t).items():
-            log.write(kind, 1, **record)  # of the first step, not of none before: a restart must not write it twice
-            progress.say(f"{kind}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
-    while step < steps:
-        if entered := phases.stage(config, step) != t.stage:
-            kind, facts, text = _enter(t, phases.stage(config, step), calibrate=True)
-            # The first step in the stage, not the last before: a checkpoint between the two must not keep this record.
-            log.write(kind, step + 1, **facts)
-            progress.say(f"step {step + 1}: {text}")
+class Trainer:
+    """Trains the model of one run, from its newest sound checkpoint on if there is one.
+
+    Attributes:
+        step: the finished steps.
+        phase: what the model is in at present.
+    """
+
+    def __init__(self, config: Config, run: Path, device: torch.device, stop: StopFlag | None = None) -> None:
+        """Bring together everything that a step needs, and check that it fits together; raises as `pretrain`."""
+        self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
+        _set_up_torch(config, device)
+        self.dataset = open_data(config, run, stop)
+        self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
+        checkpoint = self._find_checkpoint()
+        shape = init.run_shape(config, run if checkpoint else None)
+        self.dataset.check_model(shapes.vocab_size(shape), config.train.seq_len)
+        self.objective = shapes.objective(shape)
+        self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device)
+        self._check_evaluation(shape)
+        self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
+        self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
+        report = report_layers(config, self.phases, build_model(shape, device="meta"))
+        self.model = self._open_model(checkpoint)
+        print(report or self._unreported(), file=sys.stderr)
+        self.optimizer = optim.build_optimizer(self.model, config, self.phases)
+        if checkpoint is None:
+            save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER)
+        else:
+            self._restore(checkpoint)
+        self.take_step = self._make_step()
+        run_folder.write_config(run, config)  # not before everything has turned out to fit
+        print(self._start_line(), file=sys.stderr)
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+
+    def fit(self, stop: StopFlag) -> None:
+        """Take the steps up to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
+        log_config, steps = self.config.log, self.config.train.steps
+        log = metrics.MetricsLog(self.run, self.step, tensorboard=log_config.tensorboard and self.step < steps)
+        progress = Progress(steps, self.step, every=log_config.every)
+        with contextlib.closing(log), contextlib.closing(progress):
+            self.model.train()
+            if self.phase.linearized and self.step == 0:
+                self._log_references(log, progress)
+            began = True
+            while self.step < steps:
+                if (to := self.phases.at(self.step)) != self.phase:
+                    self._log_phase(self.enter(to), log, progress)
+                    began = True
+                self._log_step(log, progress, note_kernels=began)
+                began = False
+                self._evaluate(log, progress)
+                stopped_by = "" if self.step == steps else stop.name  # read once: a later signal is for the next step
+                if self.step == steps or stopped_by or _due(self.step, log_config.save_every):
+                    log.sync()
+                    self._save(progress, must=self.step == steps or bool(stopped_by))
+                if stopped_by:
+                    done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
+                    raise Stopped(f"{done}; run the same command to resume")
+
+    def enter(self, to: Phase) -> dict[str, Any]:
+        """Bring model and optimizer into a later phase, and return what is to be logged of it."""
+        apply(self.model, self.config, to, was=self.phase, optimizer=self.optimizer, calibrate=self.batches.calibrate)
+        self.phase = to
+        self.take_step = self._make_step()  # what was compiled knows nothing of this
+        adapters = [p for adapter in adapters_of(self.model).values() for p in adapter.parameters()]
+        return {
+            "name": to.name,
+            "layers": to.layers.kind,
+            "linearized": to.linearized,
+            "adapters": to.adapters,
+            "trained_parameters": _numel(p for p in self.model.parameters() if p.requires_grad),
+            "adapter_parameters": _numel(p for p in adapters if p.requires_grad),
+        }
+
+    def train_step(self) -> tuple[StepRecord, float]:
+        """Take the next step, its update and that of the masks if it is due.
+
+        Returns:
+            What the step had before its update, and its learning rate.
+        """
+        step, seed = self.step, self.config.train.seed
+        lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
+        due = self.phase.updates_masks(step)
+        update = MaskUpdate(self.phase.layers.backward_mask, step_seed(seed, step + 1)) if due else None
+        torch.manual_seed(step_seed(seed, step))
+        try:
+            output = self.take_step(self.batches.of_step(step), update)
+        except SlopeError as error:
+            raise SlopeError(f"step {step + 1}: {error}") from None
+        self.step += 1
+        return output, lr
+
+    def _log_phase(self, changes: dict[str, Any], log: metrics.MetricsLog, progress: Progress) -> None:
+        # As of the first step in the phase: a checkpoint between it and the last one before must not keep the record.
+        log.write("phase", self.step + 1, **changes)
+        count = f"{changes['trained_parameters']:,} trained parameters, {changes['adapter_parameters']:,} in adapters"
+        progress.say(f"step {self.step + 1}: from here on {changes['name']}: {count}")
+
+    def _log_step(self, log: metrics.MetricsLog, progress: Progress, *, note_kernels: bool) -> None:
+        """Take a step and log it; note_kernels: also how many of the sparse layers' products run as what."""
         started = time.perf_counter()
-        lr = optim.set_learning_rates(t.optimizer, step, config)
-        taken = _train_step(t, step)
-        if (entered or step == first) and (products := _products(t.model)):
-            log.write("products", step + 1, **products)
-            progress.say(f"step {step + 1}: products of the sparse layers: {products}")
-        step += 1
-        kind, values = _step_record(t, step, taken, time.perf_counter() - started)
-        progress.step(log.write(kind, step, lr=lr, **values))
+        output, lr = self.train_step()
+        tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
+        if note_kernels and (kernels := _kernels(self.model)):
+            log.write("products", self.step, **kernels)
+            progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
+        values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
+        values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
+        if self.device.type == "cuda":
+            values["peak_memory"] = torch.cuda.max_memory_allocated()
+        progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
-        last = step == steps
-        # The end of a transfer is worth knowing, and no later validation tells of it.
-        ends = config.method == "linearize" and step == config.adapter_step
-        if last or ends or _due(step, config.log.val_every):
-            record = log.write("val", step, **_validate(t))
-            progress.say(f"step {step}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}")
-        if (last or _due(step, config.log.sample_every)) and t.masking is None:
-            prompt, count = config.log.sample_prompt, config.log.sample_tokens
+    def _make_step(self) -> TrainingStep:
+        """How this run takes its steps of the present phase on this device."""
+        config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
+        if train.cuda_graph is True and not gpu:
+            raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {self.device}")
+        dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and gpu) else None
+        if self.phase.linearized and gpu and dtype is not None:
+            # Linearized attention computes in float32, of q, k and v that come in 16 bits. TF32 holds these exactly,
+            # and features and states to 10 bits, as bf16's products would not.
+            torch.set_float32_matmul_precision("high")
+        compiled = gpu if train.compile == "auto" else bool(train.compile)
+        how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}
+        own = config.linearize
+        if self.phase.step == "transfer":
+            how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
+            return TransferStep(self.model, self.optimizer, **how)
+        if self.phase.step == "distill":
+            teacher = init.softmax_teacher(self.run, self.model, self.device)
+            return DistillStep(self.model, self.optimizer, teacher=teacher, share=own.distill, **how)
+        step = Step(self.model, self.optimizer, **how)
+        graphed = gpu if train.cuda_graph == "auto" else bool(train.cuda_graph)
+        return GraphedStep(step) if graphed else step
+
+    # ------------------------------------------------------------------------------------- validation, samples, saving
+
+    def _evaluate(self, log: metrics.MetricsLog, progress: Progress) -> None:
+        """Validate and sample where it is due after a step, and at the end; and validate at the end of a transfer."""
+        config, step = self.config.log, self.step
+        last = step == self.config.train.steps
+        transferred = self.phase.step == "transfer" and self.phases.at(step) != self.phase
+        if last or transferred or _due(step, config.val_every):
+            progress.say(_validation_line(f"step {step}", log.write("val", step, **self.validate())))
+        if (last or _due(step, config.sample_every)) and self.objective == "causal":
+            how: dict[str, Any] = {"tokens": config.sample_tokens, "seed": self.config.train.seed}
+            how["dtype"] = self.take_step.dtype or torch.float32
             with eager():
-                text = continue_text(t.model, t.tokenizer, prompt, tokens=count, seed=config.train.seed)
+                text = continue_text(self.model, self.tokenizer, config.sample_prompt, **how)
             progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
-        stopped_by = "" if last else stop.name  # read once: a signal from here on is for the next step
-        if last or stopped_by or _due(step, config.log.save_every):
-            log.sync()
-            _save(t, run, step, must=last or bool(stopped_by), progress=progress)
-        if stopped_by:
-            raise Stopped(f"stopped by {stopped_by} after step {step}, checkpoint saved; run the same command to go on")
+
+    def validate(self) -> dict[str, Any]:
+        """Mean token loss and perplexity of each source's validation text, and over all of it."""
+        sums = {}
+        self.model.eval()
+        with torch.no_grad(), self.take_step.autocast(), eager():
+            for source in self.dataset.val:
+                losses = [loss_fn(forward(self.model, batch), batch) for batch in self.batches.validation(source)]
+                if losses:
+                    sums[source] = _weighted(losses)
+        self.model.train()
+        loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+        by_source = {source: total / count for source, (total, count) in sums.items()}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
+
+    def _log_references(self, log: metrics.MetricsLog, progress: Progress) -> None:
+        """Validate what a linearized model is compared with: the original, and itself before any training.
+
+        Logged as step 1, so that a restart does not log it again.
+        """
+        with using(self.model, mode="softmax"):
+            teacher = self.validate()
+        for kind, record in (("teacher", teacher), ("swapped", self.validate())):
+            log.write(kind, 1, **record)
+            progress.say(_validation_line(kind, record))
+
+    def _save(self, progress: Progress, *, must: bool) -> None:
+        """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
+        metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
+        derived = self.phase.layers.backward_mask_is_derived
+        tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
+        how: dict[str, Any] = {"keep": self.config.log.keep, "beside_base": self.phase.linearized}
+        try:
+            folder = store.save(self.run, self.step, tensors, metadata, derived=derived, **how)
+        except SlopeError as error:
+            if must:
+                raise
+            progress.say(f"warning: {error}; training goes on")
+        else:
+            progress.say(f"step {self.step}: saved {folder}")
+
+    # ---------------------------------------------------------------------------------------------------- the beginning
+
+    def _find_checkpoint(self) -> store.Checkpoint | None:
+        """The newest sound checkpoint of the run, which must be of this data and this configuration."""
+        checkpoint = store.latest(self.run)
+        if checkpoint is None:
+            return None
+        for fault in checkpoint.faults:
+            print(f"warning: {fault}; resuming from {checkpoint.folder.name}", file=sys.stderr)
+        if checkpoint.manifest["data"] != self.dataset.fingerprint:
+            raise UsageError(f"{self.run} was trained on other data than {self.dataset.folder}; choose another --out")
+        run_folder.require_same_config(self.config, self.run, checkpoint.manifest)
+        return checkpoint
+
+    def _open_model(self, checkpoint: store.Checkpoint | None) -> PreTrainedModel:
+        """The model in the present phase, with weights unless a checkpoint has them."""
+        config = self.config
+        if checkpoint is not None:
+            return load.build(config, self.run, self.device, self.phase)
+        calibrate = self.batches.calibrate
+        return init.start(config, self.run, self.device, tokenizer=self.tokenizer, calibrate=calibrate)
+
+    def _unreported(self) -> str:
+        """What a run says of its layers if it makes none sparse."""
+        if windows := linear_windows(self.model):
+            sparse = sum(1 for _ in sparse_layers(self.model))
+            return (
+                f"{len(windows)} attention layers become linear; {sparse} linear layers are sparse and stay as they are"
+            )
+        return "dense run: no layer is sparse"
+
+    def _restore(self, checkpoint: store.Checkpoint) -> None:
+        # Another version of transformers may write other files, and the first ones are what the checkpoint names.
+        if run_folder.altered_tokenizer_files(self.run, checkpoint.manifest):
+            save_tokenizer(self.tokenizer, self.run / run_folder.TOKENIZER)
+        store.restore(checkpoint.folder, self.model, self.optimizer)
+        store.set_aside_newer(self.run, self.step)
+        print(f"resuming from {checkpoint.folder}", file=sys.stderr)
+
+    def _start_line(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        dtype = "fp32" if self.take_step.dtype is None else "bf16"
+        trained = _numel(p for p in self.model.parameters() if p.requires_grad)
+        tokens = self.config.train.steps * self.config.train.tokens_per_step
+        return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
+
+    def _check_evaluation(self, shape: PreTrainedConfig) -> None:
+        """UsageError for what validation and sampling would only stumble over later: no text, no prompt."""
+        if not any(True for source in self.dataset.val for _ in self.batches.validation(source)):
+            raise UsageError(f"{self.dataset.folder}: has no validation text, {NO_VALIDATION}")
+        if self.objective == "causal":
+            length, room = len(prompt_ids(self.tokenizer, self.config.log.sample_prompt)), shapes.max_seq_len(shape)
+            rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
+            if not 0 < length < room:
+                raise UsageError(f"log.sample_prompt: {rule}")
 
 
-def _products(model: PreTrainedModel) -> dict[str, int]:
-    """On a GPU, how many of the sparse layers' two products run as what: the kernel library's, or cuBLAS's dense."""
-    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
-    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
-    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
-
-
-def _step_record(
-    t: Trainer, step: int, taken: Taken | Transferred, seconds: float
-) -> tuple[str, dict[str, float | dict[str, float]]]:
-    """What the log says of a step, beside its learning rate: one of metrics.STEPS, and the numbers."""
-    values: dict[str, float | dict[str, float]]
-    if isinstance(taken, Taken):
-        kind, values = "train", {"loss": taken.loss, "grad_norm": taken.norm}
-        if taken.total != taken.loss:  # the loss is comparable with validation's, the total is what was optimised
-            values["total"] = taken.total
-    else:
-        kind, values = "transfer", {"mse": taken.mse, "grad_norm": taken.norm, "total": taken.total}
-        if _due(step, t.config.log.every):
-            values["layers"] = taken.layers
-    tokens = t.config.train.tokens_per_step
-    values |= {"tokens": step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
-    return kind, values | ({"peak_memory": torch.cuda.max_memory_allocated()} if t.device.type == "cuda" else {})
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _train_step(t: Trainer, step: int) -> Taken | Transferred:
-    """Forward, backward and update over one step's tokens, and the renewal of the masks if it is due."""
-    torch.manual_seed(_mix(t.config.train.seed, step))
-    try:
-        batches = [_to_device(batch, t.device) for batch in t.batches(step)]
-        if isinstance(t.step, Step) and phases.renews(t.config, t.stage, step):
-            return t.step(batches, Renewal(t.config.sparsity.column_mask, _mix(t.config.train.seed, step + 1)))
-        return t.step(batches)
-    except SlopeError as error:
-        raise SlopeError(f"step {step + 1}: {error}") from None
-
-
-def _mix(seed: int, step: int) -> int:
-    """One number below 2^63 for (seed, step): neighbours give unrelated generators."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _objective(t: Trainer) -> shapes.Objective:
-    return "causal" if t.masking is None else "masked"
-
-
-def _train_batch(train: TrainConfig, blocks: Blocks, masking: MaskingIds | None, step: int, micro: int) -> Batch:
-    where: dict[str, int] = {"world": 1, "micro_batch": train.micro_batch, "accumulation": train.accumulation}
-    indices = sample_indices(step, micro, 0, **where, seed=train.seed, length=len(blocks))
-    if masking is None:
-        return causal_batch(blocks, indices)
-    numbers = sample_numbers(step, micro, 0, **where)
-    return masked_batch(blocks, indices, special=masking, seed=train.seed, sample_numbers=numbers)
-
-
-def _to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if device.type == "cuda":
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return tensors
-
-
-def _validate(t: Trainer) -> dict[str, Any]:
-    """Mean token loss and perplexity of each source's validation text, and over all of it."""
-    sums = {}
-    t.model.eval()
-    with torch.no_grad(), t.step.autocast(), eager():
-        for source in t.dataset.val:
-            batches = (_to_device(batch, t.device) for batch in _val_batches(t, source))
-            losses = [batch_loss(t.model, batch, _objective(t)) for batch in batches]
-            if losses:
-                sums[source] = _weighted(losses)
-    t.model.train()
-    loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
-    by_source = {source: total / count for source, (total, count) in sums.items()}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
-
-
-def _references(t: Trainer) -> dict[str, dict[str, Any]]:
-    """Validation of what a linearized model is compared with: the original, and itself before any training."""
-    with using(t.model, mode="softmax"):
-        teacher = _validate(t)
-    return {"teacher": teacher, "swapped": _validate(t)}
-
-
-def _val_batches(t: Trainer, source: str) -> Iterator[Batch]:
-    train = t.config.train
-    where: dict[str, int] = {"tokens": t.config.log.val_tokens, "micro_batch": train.micro_batch, "seed": train.seed}
-    return val_batches(t.dataset.val[source], seq_len=train.seq_len, masking=t.masking, **where)
-
-
-def _weighted(losses: list[Loss]) -> tuple[float, int]:
-    """Summed token loss and number of targets over batches."""
-    counts = [int(loss.targets) for loss in losses]
-    return sum(float(loss.token_loss) * count for loss, count in zip(losses, counts, strict=True)), sum(counts)
-
-
-def _enter(t: Trainer, to: phases.Stage, *, calibrate: bool) -> tuple[str, dict[str, Any], str]:
-    """Bring the model into a later stage; returns the record for the log, and what to say."""
-    known = {id(p): p for p in t.model.parameters()}  # held, so that no new one can get the id of one that went
-    feed = _calibration(t.config, t.blocks, t.masking, t.device) if calibrate else None
-    phases.enter(t.model, t.config, t.stage, to, optimizer=t.optimizer, calibrate=feed)
-    was, t.stage = t.stage, to
-    t.step = _step(t.config, t.run, t.model, to, t.optimizer, t.device)  # what was compiled knows nothing of this
-    if to.layers != was.layers and to.layers != "adjust":
-        return "layers", {"layers": to.layers, "adapters": to.adapters}, f"the layers are {to.layers} from here on"
-    count = sum(p.numel() for p in t.model.parameters() if id(p) not in known)
-    return "adapters", {"parameters": count}, f"low-rank adapters join ({count:,} parameters)"
-
-
-def _calibration(config: Config, blocks: Blocks, masking: MaskingIds | None, device: torch.device) -> phases.Calibrate:
-    """The first training sequences."""
-
-    def feed(model: PreTrainedModel) -> None:
-        train = config.train
-        model.eval()
-        for number, start in enumerate(range(0, config.sparsity.calibration, train.micro_batch)):
-            whole = _train_batch(train, blocks, masking, *divmod(number, train.accumulation))
-            batch = {name: rows[: config.sparsity.calibration - start] for name, rows in whole.items()}
-            with torch.no_grad():
-                batch_loss(model, _to_device(batch, device), "causal" if masking is None else "masked")
-        model.train()
-
-    return feed
-
-
-def _save(t: Trainer, run: Path, step: int, *, must: bool, progress: Progress) -> None:
-    """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
-    facts = {"adapters": t.stage.adapters, "data": t.dataset.fingerprint, **run_folder.facts(t.config, run)}
-    tensors, linearizes = store.state_tensors(t.model, t.optimizer), t.config.method == "linearize"
-    try:
-        folder = store.save(run, step, tensors, facts, keep=t.config.log.keep, beside_base=linearizes)
-    except SlopeError as error:
-        if must:
-            raise
-        progress.say(f"warning: {error}; training goes on")
-    else:
-        progress.say(f"step {step}: saved {folder}")
-
-
-def _resume(t: Trainer, run: Path) -> int:
-    """Restore the newest sound checkpoint, if there is one, and the tokenizer; returns the number of finished steps."""
-    found = store.latest(run)
-    if found is None:
-        save_tokenizer(t.tokenizer, run / run_folder.TOKENIZER)
-        return 0
-    folder, manifest, faults = found
-    for fault in faults:
-        print(f"warning: {fault}; going on from {folder.name}", file=sys.stderr)
-    if manifest["data"] != t.dataset.fingerprint:
-        raise UsageError(f"{run} was trained on other data than {t.dataset.folder}; choose another --out")
-    run_folder.require_same_config(t.config, run, manifest)
-    # Only then: another version of transformers may write other files, and these are what the checkpoint names.
-    if run_folder.altered_tokenizer_files(run, manifest):
-        save_tokenizer(t.tokenizer, run / run_folder.TOKENIZER)
-    if (then := phases.stage(t.config, manifest["step"] - 1)) != t.stage:
-        _enter(t, then, calibrate=False)
-    store.restore(folder, t.model, t.optimizer)
-    store.set_aside_newer(run, manifest["step"])
-    print(f"going on from {folder}", file=sys.stderr)
-    return int(manifest["step"])
-
-
-def _prepare(config: Config, run: Path, device: torch.device) -> Trainer:
-    """Everything a step needs, and the checks that it fits together."""
+def _set_up_torch(config: Config, device: torch.device) -> None:
+    """Deterministic kernels if they are wanted; UsageError for a backend that this machine does not have."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         try:
-            set_backend(config.sparsity.backend)  # type: ignore[arg-type]
+            check_backend(config.sparsity.backend)
         except RuntimeError as error:
             raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
-    dataset = open_data(config, run)
-    tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
-    blocks = Blocks(dataset.train, config.train.seq_len)
-    model, report = _open_model(config, run, device, blocks, tokenizer)
-    dataset.check_model(shapes.vocab_size(model.config), config.train.seq_len)
-    print(report or _no_report(model), file=sys.stderr)
-    optimizer = optim.build_optimizer(model, config)
-    masking = masking_ids(tokenizer) if shapes.objective(model.config) == "masked" else None
-
-    def batches(step: int) -> list[Batch]:
-        return [_train_batch(config.train, blocks, masking, step, micro) for micro in range(config.train.accumulation)]
-
-    trainer = Trainer(
-        config=config,
-        run=run,
-        dataset=dataset,
-        blocks=blocks,
-        masking=masking,
-        tokenizer=tokenizer,
-        device=device,
-        model=model,
-        stage=phases.stage(config, 0),
-        optimizer=optimizer,
-        step=_step(config, run, model, phases.stage(config, 0), optimizer, device),
-        batches=Ahead(batches, config.train.steps),
-    )
-    _check_evaluation(trainer)
-    return trainer
 
 
-def _open_model(
-    config: Config, run: Path, device: torch.device, blocks: Blocks, tokenizer: PreTrainedTokenizerFast
-) -> tuple[PreTrainedModel, Report | None]:
-    """The model of a run in the stage of its first step, with weights unless a checkpoint has them; and its report."""
-    if store.folders(run):
-        return run_model.build(config, device, run)
-    if config.method == "linearize":
-        return init.start_linearized(config, run, device, tokenizer), None
-    masked = shapes.objective(run_model_config(config)) == "masked"
-    feed = _calibration(config, blocks, masking_ids(tokenizer) if masked else None, device)
-    return init.start(config, device, feed)
+def open_data(config: Config, run: Path, stop: StopFlag | None = None) -> Dataset:
+    """The data set of a run; the embedded text is made into token files inside the run's folder.
 
-
-def _no_report(model: PreTrainedModel) -> str:
-    """What a run that makes no layer sparse says of its layers."""
-    if windows := linear_windows(model):
-        sparse = sum(1 for _ in sparse_layers(model))
-        return f"{len(windows)} attention layers become linear; {sparse} linear layers are sparse and stay as they are"
-    return "dense run: no layer is sparse"
-
-
-def _start_line(t: Trainer, run: Path) -> str:
-    name = torch.cuda.get_device_name(t.device) if t.device.type == "cuda" else str(t.device)
-    dtype = "fp32" if t.step.dtype is None else "bf16"
-    trained = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
-    tokens = t.config.train.steps * t.config.train.tokens_per_step
-    return f"{run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
-
-
-def _step(
-    config: Config,
-    run: Path,
-    model: PreTrainedModel,
-    stage: phases.Stage,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-) -> Step | TransferStep:
-    """How this run takes its steps of a stage on this device."""
-    train, gpu = config.train, device.type == "cuda"
-    if train.cuda_graph and not gpu:
-        raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {device}")
-    dtype = torch.bfloat16 if train.dtype == "bf16" or (train.dtype == "auto" and gpu) else None
-    if config.method == "linearize" and gpu and dtype is not None:
-        # Linearized attention computes in float32, of q, k and v that come in 16 bits. TF32 holds these exactly, and
-        # features and states to 10 bits, as bf16's products would not.
-        torch.set_float32_matmul_precision("high")
-    compiled = gpu if train.compile is None else train.compile
-    if stage.layers == "transfer":
-        weights = {"mse_weight": config.linearize.mse_weight, "entropy_weight": config.linearize.entropy_weight}
-        return TransferStep(model, optimizer, dtype=dtype, clip=config.optim.clip, compiled=compiled, **weights)
-    graphed = gpu and config.method != "linearize" if train.cuda_graph is None else train.cuda_graph
-    how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "graphed": graphed}
-    if stage.layers == "adjust" and (share := config.linearize.distill):
-        teacher = init.softmax_teacher(run, model, device)
-        return DistillStep(model, optimizer, shapes.objective(model.config), teacher=teacher, share=share, **how)
-    return Step(model, optimizer, shapes.objective(model.config), **how)
-
-
-def _check_evaluation(t: Trainer) -> None:
-    """UsageError for what validation and sampling would only stumble over later: no text to validate on, no prompt."""
-    if not any(True for source in t.dataset.val for _ in _val_batches(t, source)):
-        raise UsageError(f"{t.dataset.folder}: has no validation text, {NO_VALIDATION}")
-    if t.masking is None:
-        length, room = len(prompt_ids(t.tokenizer, t.config.log.sample_prompt)), shapes.max_seq_len(t.model.config)
-        rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
-        if not 0 < length < room:
-            raise UsageError(f"log.sample_prompt: {rule}")
-
-
-def open_data(config: Config, run: Path) -> Dataset:
-    """The data set of a run; the embedded text is made into token files inside the run's folder."""
+    Stopped if `stop` is set while they are made.
+    """
     folder = run_folder.data_folder(config, run)
     if config.data.path != schema.EMBEDDED or (folder / MANIFEST).exists():
         return open_dataset(folder, verify=config.data.verify)
     with resources.as_file(resources.files("slope_cli") / "assets" / "austen.jsonl.xz") as text:
-        return prepare([str(text)], folder, tokenizer="bytes", val_fraction=0.05, workers=1, progress=False)
+        return prepare([str(text)], folder, val_fraction=0.05, workers=1, progress=False, stop=stop)
 
 
-def _summary(t: Trainer, run: Path) -> dict[str, Any]:
+def _summary(t: Trainer) -> dict[str, Any]:
     """Draw the run's plot and collect what is worth printing of it."""
-    records = metrics.read(run)
-    plots.draw_loss([run], run / "loss")
+    records = metrics.read(t.run)
+    plots.draw_loss([t.run], t.run / "loss")
     summary = dict([record for record in records if record["kind"] == "val"][-1])
     if t.dataset.vocab_size <= BIGRAM_LIMIT:
         files = list(t.dataset.val.values())
@@ -467,3 +376,28 @@ def _summary(t: Trainer, run: Path) -> dict[str, Any]:
     summary |= {record["kind"]: record["perplexity"] for record in references}
     samples = [record["text"] for record in records if record["kind"] == "sample"]
     return summary | ({"sample": samples[-1]} if samples else {})
+
+
+def _kernels(model: PreTrainedModel) -> dict[str, int]:
+    """On a GPU, how many of the sparse layers' two products run as what: the kernel library's, or cuBLAS's dense."""
+    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
+    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
+    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
+
+
+def _validation_line(where: str, record: dict[str, Any]) -> str:
+    return f"{where}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _weighted(losses: list[Loss]) -> tuple[float, int]:
+    """Summed token loss and number of targets over batches."""
+    counts = [int(loss.targets) for loss in losses]
+    return sum(float(loss.token_loss) * count for loss, count in zip(losses, counts, strict=True)), sum(counts)
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

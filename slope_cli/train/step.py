@@ -1,50 +1,80 @@
-"""One optimizer step: forward and backward over its micro-batches, the check, clipping, the update.
+"""One optimizer step: forward and backward over its micro-batches, the check, clipping, the update, the masks' update.
 
-Run eagerly, with the model's blocks compiled, or replayed from CUDA graphs; dense and sparse models alike, so that they
-compare fairly. A step with a non-finite loss or gradient raises before anything is updated.
+Dense and sparse models take the same steps, so that they compare fairly. A step with a non-finite loss or gradient
+raises before anything is updated.
 """
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError
-from slope_cli.methods import optim
 from slope_cli.models import shapes
-from slope_cli.models.loss import CrossEntropy, Loss, batch_loss, token_cross_entropy
-from sparse_kernels import backends, prepare, refresh, renew_masks
-from sparse_kernels.layers import masks_written
-
-Batch = Mapping[str, "Tensor"]
-
-WARM_UP = 3
-"""Forward and backward passes before a capture: libraries make their handles and choose their algorithms in them."""
+from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, token_cross_entropy
+from sparse_kernels import update_masks
 
 
-class Taken(NamedTuple):
-    """What a step had before its update: means over its micro-batches, and the norm of the gradient before clipping.
+class StepOutput(NamedTuple):
+    """What a step had before its update: means over its tokens, and the norm of the gradient before clipping.
 
-    loss: the cross-entropy in nats of the predicted tokens, as in validation. total: what was optimised, which for BERT
-    has the next-sentence loss in it too.
+    loss: the cross-entropy in nats of the predicted tokens, as in validation. total: what was optimised, which may have
+    BERT's next-sentence loss in it, or a teacher's predictions.
     """
 
     loss: float
     total: float
     norm: float
 
+    @property
+    def kind(self) -> str:
+        """Of its record in the log."""
+        return "train"
 
-class Renewal(NamedTuple):
-    """That the masks which may change while training are chosen anew after a step's update.
+    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
+        """The numbers for the log: `total` where it is not the loss. layers: also those of each layer, of which there
+        are none here."""
+        total = {} if self.total == self.loss else {"total": self.total}
+        return {"loss": self.loss, "grad_norm": self.norm, **total}
 
-    columns, seed: of sparse layers' W^{R,C}; see sparse_kernels.renew_masks.
+
+class StepRecord(Protocol):
+    """What a step of any kind returns. kind: of its record in the log, one of metrics.STEPS."""
+
+    @property
+    def kind(self) -> str:
+        """Of its record in the log."""
+
+    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
+        """The numbers for the log; layers: those of each layer too, if there are any."""
+
+
+class TrainingStep(Protocol):
+    """Takes the steps of a phase."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of autocast's products, or None for none."""
+
+    def __call__(self, batches: Sequence[Batch], mask_update: "MaskUpdate | None" = None) -> StepRecord: ...
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as in a step."""
+
+
+class MaskUpdate(NamedTuple):
+    """How the masks that may change in training are chosen again after a step's update.
+
+    backward, seed: of sparse layers' W^{R,C}; see `sparse_kernels.update_masks`.
     """
 
-    columns: str = "magnitude"
+    backward: str = "magnitude"
     seed: int = 0
 
 
@@ -53,85 +83,83 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
-        objective: shapes.Objective,
         *,
         dtype: torch.dtype | None,
         clip: float,
         compiled: bool = False,
-        graphed: bool = False,
     ) -> None:
         """
         Args:
             dtype: of autocast's products, or None for none.
             clip: largest norm of the gradient, 0 for no clipping.
             compiled: compile each transformer block and the loss.
-            graphed: replay from CUDA graphs, captured at the first call; all calls must then have batches of one shape.
         """
-        self.model, self.optimizer, self.objective = model, optimizer, objective
-        self.dtype, self.clip, self.graphed = dtype, clip, graphed
+        self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
+        self.cache_casts = True
+        """Whether autocast may use a weight's cast again in the same forward pass."""
         self.cross_entropy: CrossEntropy = token_cross_entropy
         if compiled:
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
-        self._graphs: _Graphs | None = None
 
-    def __call__(self, batches: Sequence[Batch], renewal: Renewal | None = None) -> Taken:
+    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step.
 
         Args:
             batches: a micro-batch each, tensors on the model's device.
-            renewal: of the masks, after the update, if there is to be one.
+            mask_update: after the update, if there is to be one.
 
         Raises:
             SlopeError: loss or gradient is not finite; names the layer. Nothing was updated.
         """
-        if self.graphed:
-            if self._graphs is None:
-                with self._same_draws():
-                    self._graphs = _Graphs(self, batches)
-            losses, norm = self._graphs.gradients(batches)
-        else:
-            losses = sum(self.backward(batch, len(batches)) for batch in batches)  # type: ignore[assignment]
-            norm = self.norm()
-        taken = self._check(losses, norm, batches)
-        if self._graphs is not None:
-            self._graphs.update(renewal)
-        else:
-            self.update(norm)
-            self.optimizer.zero_grad(set_to_none=True)
-            if renewal:
-                self.renew(renewal)
-        return taken
+        targets = self.targets(batches)
+        losses = torch.zeros(2, device=self.model.device)
+        for batch in batches:
+            losses = losses + self.backward(batch, len(batches), targets)
+        norm = self.norm()
+        output = self.check(losses, norm, batches)
+        self.update(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        if mask_update:
+            self.update_masks(mask_update)
+        return output
 
-    def renew(self, renewal: Renewal) -> None:
-        """Choose the masks anew, without a graph."""
-        renew_masks(self.model, columns=renewal.columns, seed=renewal.seed)
+    def targets(self, batches: Sequence[Batch]) -> Tensor | None:
+        """How many tokens the micro-batches predict together, () int64; None where each predicts as many."""
+        if len(batches) == 1 or shapes.objective(self.model.config) == "causal":
+            return None
+        return torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum().clamp(min=1)
 
-    def _same_draws(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it nothing is drawn from the generators, to those after it: a resumed run captures its graphs in
-        another step than the run that it repeats."""
-        device = next(self.model.parameters()).device
-        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
+        """The pretraining loss of one micro-batch, and what is optimised of its tokens: their mean."""
+        loss = loss_fn(forward(self.model, batch), batch, self.cross_entropy)
+        return loss, loss.token_loss
 
-    def loss(self, batch: Batch) -> Loss:
-        """What is optimised of one micro-batch, and its cross-entropy."""
-        return batch_loss(self.model, batch, self.objective, self.cross_entropy)
+    def backward(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:
+        """Add the gradient of one of `count` micro-batches; its share of (loss, total), detached, on the device.
 
-    def backward(self, batch: Batch, count: int) -> Tensor:
-        """Add the gradient of one of `count` micro-batches; its share of (loss, total), detached, on the device."""
+        Args:
+            targets: as `targets` returns it. A micro-batch counts by its share of them.
+        """
         with self.autocast():
-            loss = self.loss(batch)
-            total = loss.total / count
+            loss, optimised = self.loss(batch)
+            if targets is None:
+                share = loss.token_loss.detach() / count
+                total = optimised if loss.sentence_loss is None else optimised + loss.sentence_loss
+                total = total / count
+            else:
+                weight = loss.targets / targets
+                share, total = loss.token_loss.detach() * weight, optimised * weight
+                total = total if loss.sentence_loss is None else total + loss.sentence_loss / count
         torch.autograd.backward(total)
-        return torch.stack([loss.token_loss / count, total.detach()])
+        return torch.stack([share, total.detach()])
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as in a step."""
-        # A graph must hold the casts of the weights, not find them made before.
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype is not None, cache_enabled=not self.graphed)
+        return torch.autocast(device, self.dtype, enabled=self.dtype is not None, cache_enabled=self.cache_casts)
 
     def norm(self) -> Tensor:
         """The norm of the whole gradient, on the device."""
@@ -143,17 +171,22 @@ class Step:
             torch.nn.utils.clip_grads_with_norm_(self._trained(), self.clip, norm)
         self.optimizer.step()
 
+    def update_masks(self, mask_update: MaskUpdate) -> None:
+        """Choose the masks again."""
+        update_masks(self.model, backward=mask_update.backward, seed=mask_update.seed)
+
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.grad is not None]
 
-    def _check(self, losses: Tensor, norm: Tensor, batches: Sequence[Batch]) -> Taken:
+    def check(self, losses: Tensor, norm: Tensor, batches: Sequence[Batch]) -> StepOutput:
+        """A step's output from (loss, total) and the norm on the device; raises as a step does."""
         # The one time that the host waits in a step: the update runs while it makes the next batch.
-        taken = Taken(*torch.cat([losses.float(), norm.float().reshape(1)]).tolist())
-        if not math.isfinite(taken.total):
+        output = StepOutput(*torch.cat([losses.float(), norm.float().reshape(1)]).tolist())
+        if not math.isfinite(output.total):
             raise SlopeError(self._blame_forward(batches))
-        if not math.isfinite(taken.norm):
+        if not math.isfinite(output.norm):
             raise SlopeError(self._blame_gradient())
-        return taken
+        return output
 
     def _blame_forward(self, batches: Sequence[Batch]) -> str:
         """Run the forward pass again and name the first layer whose output is not finite."""
@@ -169,7 +202,7 @@ class Step:
         handles = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules() if name]
         with torch.no_grad(), self.autocast(), eager():
             for batch in batches:
-                batch_loss(self.model, batch, self.objective)
+                forward(self.model, batch)
         for handle in handles:
             handle.remove()
         where = f"first in the output of {bad[0]}" if bad else "in the loss itself"
@@ -183,79 +216,6 @@ class Step:
         return f"the gradient of {where} is not finite ({len(bad)} in all); nothing was updated"
 
 
-class _Graphs:
-    """A step in CUDA graphs: the first micro-batch, a further one, the norm, the update; then the sparse layers' copies
-    from the new weights, or the renewal of the masks, which brings them along.
-
-    The first writes the gradients, the further ones add to them, so none has to be cleared. The host looks at loss and
-    norm between the norm's graph and the update's.
-    """
-
-    def __init__(self, step: Step, batches: Sequence[Batch]) -> None:
-        self._step = step
-        self._batch = {name: tensor.clone() for name, tensor in batches[0].items()}
-        count = len(batches)
-        capturable = optim.make_capturable(step.optimizer)
-        prepare(step.model, self._batch["input_ids"].numel(), step.dtype or torch.float32)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                step.backward(self._batch, count)
-            step.norm()
-            step.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        refresh(step.model)  # what one launch for all layers reads is made here, which a capture cannot
-        self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
-        self._first, self._first_losses = self._capture(lambda: step.backward(self._batch, count))
-        if count > 1:
-            self._further, self._further_losses = self._capture(lambda: step.backward(self._batch, count))
-        self._norm, self._norm_value = self._capture(step.norm)
-        self._update: Callable[[], None] = functools.partial(step.update, self._norm_value)
-        if capturable:
-            self._update = self._capture(self._update)[0].replay
-        self._refresh: torch.cuda.CUDAGraph | None = None
-        if backends(step.model):
-            self._refresh, _ = self._capture(lambda: refresh(step.model))
-        self._renewal: torch.cuda.CUDAGraph | None = None
-
-    def _capture(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
-        return graph, result
-
-    def gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """Losses and norm of a step's micro-batches; their gradient is left for `update`."""
-
-        for number, batch in enumerate(batches):
-            for name, tensor in batch.items():
-                self._batch[name].copy_(tensor, non_blocking=True)
-            if number == 0:
-                self._first.replay()
-                losses = self._first_losses.clone()  # the graph writes over its own
-            else:
-                self._further.replay()
-                losses += self._further_losses
-        self._norm.replay()
-        return losses, self._norm_value
-
-    def update(self, renewal: Renewal | None) -> None:
-        """Update by the gradient of `gradients`; then the masks, if they are to be renewed, and the copies."""
-        self._update()
-        if renewal is None:
-            if self._refresh is not None:
-                self._refresh.replay()
-        elif renewal.columns == "random":  # another seed each time
-            self._step.renew(renewal)
-        elif self._renewal is None:  # made in the first one, which makes what a capture cannot
-            self._step.renew(renewal)
-            self._renewal, _ = self._capture(functools.partial(self._step.renew, renewal))
-        else:
-            self._renewal.replay()
-            masks_written(self._step.model)
-
-
 def compile_blocks(model: nn.Module) -> None:
     """Compile each transformer block, the entries of the model's first module list, for batches of one shape."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
@@ -267,3 +227,9 @@ def eager() -> contextlib.AbstractContextManager[Any]:
     """Where compiled blocks run uncompiled: for inputs of many shapes, which would each be compiled anew."""
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of a step's random draws on a rank, below 2^63: neighbours give unrelated generators."""
+    key = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

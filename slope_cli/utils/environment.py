@@ -78,7 +78,7 @@ def package_version(name: str) -> str | None:
 def source_version() -> dict[str, str | None]:
     """A hash over the program's own source files, and the git commit where they lie in a checkout."""
     package = Path(slope_cli.__file__).parent
-    return {"sha256": source_hash(package.parent), "git": _git_commit(package)}
+    return {"sha256": source_hash(package.parent), "git": git_commit(package)}
 
 
 def source_hash(root: Path) -> str:
@@ -95,7 +95,7 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _git_commit(package: Path) -> str | None:
+def git_commit(package: Path) -> str | None:
     """The commit that a folder of this program is checked out at; None if git does not know its files."""
     git = ["git", "-C", str(package)]
     try:

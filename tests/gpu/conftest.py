@@ -1,12 +1,11 @@
 """Everything in this folder needs a CUDA GPU of compute capability 8.0 or newer, CuPy, and torch's own CUDA build."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_kernels import autotune, cuda, packed
+from sparse_kernels import autotune, cuda
 
 HERE = Path(__file__).parent
 
@@ -21,9 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Auto backend, no warnings given yet, and a cache folder that all GPU tests of this run share."""
+def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warnings given yet, and a cache folder that all GPU tests of this run share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     autotune._warn_once.cache_clear()
-    yield
-    packed.set_backend("auto")

@@ -13,22 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from slope_cli.checkpoint import load
+from slope_cli.checkpoint.load import load_model
 from slope_cli.config import load as configs
+from slope_cli.config.schema import LinearizeConfig
 from slope_cli.data.prepare import prepare
 from slope_cli.linearize.attention import Pattern
-from slope_cli.linearize.settings import LinearizeSettings
+from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
 from slope_cli.linearize.transfer import transfer_losses
-from slope_cli.linearize.window import LinearWindow
 from slope_cli.models.build import build_model, model_config
-from slope_cli.models.loss import batch_loss
+from slope_cli.models.loss import forward, loss_fn
 from slope_cli.report import metrics
-from slope_cli.train import dry_run_linearize
-from slope_cli.train.init import softmax_teacher
+from slope_cli.train.init import linearize_overrides, softmax_teacher
 from slope_cli.train.loop import pretrain
 from slope_cli.train.step import compile_blocks
-from sparse_kernels import adapters_of, extend_adapters
+from sparse_kernels import adapters_of, add_adapters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:TensorFloat32 tensor cores"
@@ -62,7 +61,7 @@ def linearized(name: str) -> Any:
     """A model whose attention looks at few keys, and whose maps are no longer what they started as."""
     torch.manual_seed(1)
     model = build_model(model_config(name, overrides=SHAPES[name], dropout=0.0), device="cuda")
-    linearize_attention(model, LinearizeSettings(window=64, features=64))
+    linearize_attention(model, LinearizeConfig(window=64, features=64))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "c_attn.weight" in name or "q_proj" in name or "k_proj" in name:
@@ -92,7 +91,8 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
 
     qkv = [size * draw(16, 12, 1024, 64).bfloat16() for size in (2, 2, 1)]
     dy = draw(16, 12, 1024, 64).bfloat16()
-    settings = LinearizeSettings(window=pattern.window, features=64, terrace=pattern.terrace)
+    kind = "terrace" if pattern.terrace else "standard"
+    settings = LinearizeConfig(window=pattern.window, features=64, kind=kind)
     sides: dict[str, Any] = {"heads": 12, "kv_heads": 12, "head_dim": 64, "causal": pattern.causal}
     linear = LinearWindow(settings, **sides, generator=torch.Generator().manual_seed(0)).cuda()
 
@@ -113,7 +113,7 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
 
 def adapter_gradients(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
-        loss = batch_loss(model, batch(), "causal").total
+        loss = loss_fn(forward(model, batch()), batch()).token_loss
     torch.autograd.backward(loss)
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -126,10 +126,10 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 @pytest.mark.parametrize("name", SHAPES)
 def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
     model = linearized(name)
-    adapters = extend_adapters(model, projections(model, ["q", "k", "v", "o"]), 8, alpha=16)
+    adapters = add_adapters(model, 8, projections(model, ["q", "k", "v", "o"]), alpha=16)
     with torch.no_grad():
         for adapter in adapters.values():
-            adapter.B.normal_(0, 0.02)
+            adapter.lora_B.normal_(0, 0.02)
     for linear in linear_windows(model).values():
         linear.requires_grad_(True)  # as with adjust_maps
     expected = adapter_gradients(copy.deepcopy(model).double(), None)
@@ -167,9 +167,9 @@ def test_a_run_learns_from_its_softmax_model_and_holds_it_once(tmp_path: Path) -
     base, run = tmp_path / "base", tmp_path / "run"
     pretrain(configs.load("gpt2-nano", [*words, "train.steps=20", "adapters.start=0.5"]), base)
     more = ["train.steps=8", "linearize.transfer=0.5", "linearize.distill=0.5", "linearize.window=32"]
-    pretrain(configs.load("linearize", [*dry_run_linearize.words(base), *words, *more]), run)
+    pretrain(configs.load("linearize", [*linearize_overrides(base), *words, *more]), run)
     assert len([record for record in metrics.read(run) if record["kind"] == "train"]) == 4
-    model, began = (load.load(folder, "cuda").model for folder in (run, base))
+    model, began = (load_model(folder, "cuda").model for folder in (run, base))
     for adapter in adapters_of(model.requires_grad_(False)).values():
         adapter.requires_grad_(True)
     teacher = softmax_teacher(run, model, torch.device("cuda"))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_kernels import autotune, cuda, cusparselt, masks
-from sparse_kernels.matmul_plan import Plan, Shape, compress, packed_metadata, packed_values, writes_metadata
+from sparse_kernels.formats import FORMATS
+from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
 
 try:
     cusparselt.library()
@@ -23,27 +24,27 @@ DTYPES = [torch.bfloat16, torch.float16]
 ODD = [(512, 512, 256), (528, 1040, 264), (1040, 528, 1000), (768, 2064, 512)]
 
 
-def positions_of(rows: int, columns: int) -> Tensor:
+def row_bits_of(rows: int, columns: int) -> Tensor:
     return masks.pack_bits(masks.row_mask(torch.empty(rows, columns), 2, 4, kind="random", seed=rows)).cuda()
 
 
 def masked(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and positions (columns, rows), and positions_t (rows, columns), with fillers."""
+    """Values and row_bits (columns, rows), and backward_bits (rows, columns), with fillers."""
     values = torch.randn(columns, rows // 2, device="cuda")
-    positions = positions_of(columns, rows)
-    positions_t = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
-    cuda.launch(cuda.refresh(values, positions, positions_t, renew=True))
-    return values, positions, positions_t
+    row_bits = row_bits_of(columns, rows)
+    backward_bits = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
+    cuda.launch(cuda.refresh(values, row_bits, backward_bits, update_mask=True))
+    return values, row_bits, backward_bits
 
 
 def operands(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """W^{R,C}-like A with fillers: packed by mark and refreshed, dense, and X."""
-    values, positions, positions_t = masked(rows, columns)
-    packed = compress(cuda.mark(positions_t, dtype))
+    """W^{R,C}-like A with fillers: packed by slot markers and refreshed, dense, and X."""
+    values, row_bits, backward_bits = masked(rows, columns)
+    packed = compress(cuda.slot_markers(backward_bits, dtype))
     dense = torch.empty(rows, columns, dtype=dtype, device="cuda")
-    target = packed_values(packed, rows, columns, dtype)
-    cuda.launch(cuda.refresh(values, positions, positions_t, w_t=target))
-    cuda.launch(cuda.refresh(values, positions, positions_t, w_t=dense))
+    target = FORMATS[dtype].values(packed, rows, columns)
+    cuda.launch(cuda.refresh(values, row_bits, backward_bits, w_t=target))
+    cuda.launch(cuda.refresh(values, row_bits, backward_bits, w_t=dense))
     return packed, dense, torch.randn(tokens, columns, dtype=dtype, device="cuda")
 
 
@@ -55,13 +56,13 @@ def close(got: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 80), (528, 1040), (1024, 512)])
 def test_values_come_first_and_metadata_depends_on_the_slots_alone(rows: int, columns: int, dtype: torch.dtype) -> None:
-    positions = positions_of(rows, columns)
-    mask = masks.unpack_bits(positions, columns)
+    row_bits = row_bits_of(rows, columns)
+    mask = masks.unpack_bits(row_bits, columns)
     numbers = (torch.arange(1, rows * columns // 2 + 1, device="cuda") % 255 + 1).to(dtype).view(rows, -1)
     dense = torch.zeros(rows, columns, dtype=dtype, device="cuda").masked_scatter_(mask, numbers)
     packed = compress(dense)
-    assert torch.equal(packed_values(packed, rows, columns, dtype), numbers)
-    marked = compress(cuda.mark(positions, dtype))
+    assert torch.equal(FORMATS[dtype].values(packed, rows, columns), numbers)
+    marked = compress(cuda.slot_markers(row_bits, dtype))
     start = rows * columns
     size = start + rows * columns // 8
     assert torch.equal(marked[start:size], packed[start:size])
@@ -74,10 +75,10 @@ def test_metadata_is_written_as_the_library_writes_it(rows: int, columns: int, d
         pytest.skip("the order is that of compute capability 9.0")
     assert writes_metadata(rows, columns, dtype, 0)
     assert not writes_metadata(rows + 16, columns, dtype, 0)
-    _, _, positions_t = masked(rows, columns)
-    expected = packed_metadata(compress(cuda.mark(positions_t, dtype)), rows, columns)
+    _, _, backward_bits = masked(rows, columns)
+    expected = FORMATS[dtype].metadata(compress(cuda.slot_markers(backward_bits, dtype)), rows, columns)
     found = torch.empty_like(expected)
-    cuda.launch(cuda.metadata(positions_t, found))
+    cuda.launch(cuda.metadata(backward_bits, found))
     assert torch.equal(found, expected)
 
 
@@ -89,7 +90,7 @@ def test_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, searc
     metadata = packed[rows * columns :].clone()
     biases = [None, *torch.randn(2, rows, dtype=dtype, device="cuda")]
     for with_bias in (False, True):
-        plan = Plan(Shape(rows, columns, tokens, dtype, with_bias), 0)
+        plan = MatmulPlan(MatmulShape(rows, columns, tokens, dtype, with_bias), 0)
         if search:
             found = plan.search(packed, X, biases[1] if with_bias else None)
             assert 0 <= found["config_id"] <= found["config_max_id"]
@@ -101,7 +102,7 @@ def test_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, searc
 @pytest.mark.parametrize("side", [768, 4096])
 def test_float16_is_tried_in_another_process_first(side: int) -> None:
     """Its search kills the process on some shapes; here it must at most come out as dense."""
-    choice, plan = autotune.choose(Shape(side, side, side, torch.float16, False), 0)
+    choice, plan = autotune.choose(MatmulShape(side, side, side, torch.float16, False), 0)
     print(side, choice)  # for the log: which of them the library can do depends on its version
     torch.cuda.synchronize()
     if plan is not None:
@@ -111,7 +112,7 @@ def test_float16_is_tried_in_another_process_first(side: int) -> None:
 
 def test_runs_on_torch_s_current_stream_and_in_graphs() -> None:
     packed, dense, X = operands(1024, 1024, 512, torch.bfloat16)
-    plan = Plan(Shape(1024, 1024, 512, torch.bfloat16, False), 0)
+    plan = MatmulPlan(MatmulShape(1024, 1024, 512, torch.bfloat16, False), 0)
     plan.search(packed, X)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -131,13 +132,13 @@ def test_runs_on_torch_s_current_stream_and_in_graphs() -> None:
 
 def test_refused_shape_is_one_line() -> None:
     with pytest.raises(cusparselt.CuSparseLtError, match="failed with status") as caught:
-        Plan(Shape(20, 20, 20, torch.bfloat16, False), 0)
+        MatmulPlan(MatmulShape(20, 20, 20, torch.bfloat16, False), 0)
     assert "\n" not in str(caught.value)
 
 
 def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = Shape(4096, 4096, 4096, torch.bfloat16, True)
+    shape = MatmulShape(4096, 4096, 4096, torch.bfloat16, True)
     autotune.forget()
     choice, plan = autotune.choose(shape, 0)
     assert plan is not None, choice.reason
@@ -157,7 +158,7 @@ def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     again, plan = autotune.choose(shape, 0)
     assert not again.sparse
     assert plan is None
-    assert autotune.planned(shape, 0) is not None
+    assert autotune.plan_for(shape, 0) is not None
     file.write_text(file.read_text().replace('"sparse": false', '"sparse": true'))
     autotune.forget()
     again, plan = autotune.choose(shape, 0)
@@ -176,12 +177,12 @@ def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_run_s_random_numbers_are_not_drawn_on() -> None:
     autotune.forget()
     before = torch.cuda.get_rng_state()
-    autotune.choose(Shape(512, 512, 256, torch.bfloat16, False), 0)
+    autotune.choose(MatmulShape(512, 512, 256, torch.bfloat16, False), 0)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
 def test_a_new_shape_inside_a_capture_is_refused() -> None:
-    shape = Shape(512, 640, 256, torch.bfloat16, False)
+    shape = MatmulShape(512, 640, 256, torch.bfloat16, False)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
         with pytest.raises(RuntimeError, match="run one step before capturing"):

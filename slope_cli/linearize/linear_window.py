@@ -11,11 +11,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slope_cli.linearize.attention import Maps, Pattern, attend
+from slope_cli.config.schema import LinearizeConfig
+from slope_cli.linearize.attention import Branch, Maps, Pattern, attend
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.maps import make_map
-from slope_cli.linearize.settings import Branch, LinearizeSettings
 
 Mode = Literal["linear", "softmax", "transfer"]
 Observer = Callable[["LinearWindow", Tensor, Tensor, Tensor, float, Tensor | None, Tensor], None]
@@ -37,7 +37,7 @@ class LinearWindow(nn.Module):
 
     def __init__(
         self,
-        settings: LinearizeSettings,
+        config: LinearizeConfig,
         *,
         heads: int,
         kv_heads: int,
@@ -46,12 +46,12 @@ class LinearWindow(nn.Module):
         generator: Generator,
     ) -> None:
         super().__init__()
-        name, columns = settings.feature_map, settings.features
+        name, columns = config.feature_map, config.features
         self.map_q = make_map(name, heads, head_dim, columns, generator)
         self.map_k = make_map(name, kv_heads, head_dim, columns, generator)
-        self.mix = nn.Parameter(torch.full((heads,), math.log(settings.mix / (1 - settings.mix))))
-        self.pattern = Pattern(settings.window, settings.terrace, causal)
-        self.window_dropout = settings.window_dropout
+        self.mix = nn.Parameter(torch.full((heads,), math.log(config.mix / (1 - config.mix))))
+        self.pattern = Pattern(config.window, config.kind == "terrace", causal)
+        self.window_dropout = config.window_dropout
         self.mode: Mode = "linear"
         self.branch: Branch = "both"
         self.compiled = False

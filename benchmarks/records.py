@@ -1,0 +1,292 @@
+"""The result files of `slope bench`: memory.json, step.json, gemm.json and generate.json.
+
+Times are in milliseconds, sizes in bytes. None stands for what was not measured, also in a row with an error.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slope_cli.config.schema import Config
+from slope_cli.methods import phases_of
+from slope_cli.utils.environment import environment, gpu_libraries
+
+
+class OfMethod:
+    """A way to train, or what was measured of it."""
+
+    method: str
+
+    @property
+    def dense(self) -> bool:
+        """Whether all layers of the model are dense."""
+        return phases_of(Config(method=self.method)).dense
+
+
+@dataclass(kw_only=True)
+class Results:
+    """The head of each file, by default of this machine."""
+
+    machine: dict[str, Any] = field(default_factory=environment)
+    libraries: dict[str, str | None] = field(default_factory=gpu_libraries)
+
+
+@dataclass(kw_only=True)
+class Incomplete:
+    """Rows, and why some are missing."""
+
+    not_run: str = ""
+
+
+@dataclass(kw_only=True)
+class Case:
+    """An entry of cases.yaml, which explains the fields."""
+
+    name: str
+    seq_len: int
+    tokens: int
+    depths: tuple[int, ...] = ()
+    paper: float | None = None
+    target: float | None = None
+    aim: float | None = None
+
+
+def cases() -> dict[str, Case]:
+    """All cases by name, the most important first."""
+    entries = yaml.safe_load(Path(__file__).with_name("cases.yaml").read_text()).items()
+    return {name: Case(name=name, **{**entry, "depths": tuple(entry["depths"])}) for name, entry in entries}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(OfMethod):
+    """A training step of one variant of a case, cut to `depth` blocks.
+
+    dense_ms: the fastest dense variant, in the same rounds if `alternated`, else just before; ratio: dense_ms over
+    step_ms. seconds: to build and measure. backends: how the sparse products of the layers ran.
+    """
+
+    case: str
+    depth: int
+    variant: str
+    method: str
+    alternated: bool
+    error: str = ""
+    step_ms: float | None = None
+    dense_ms: float | None = None
+    ratio: float | None = None
+    peak_bytes: int | None = None
+    loss: float | None = None
+    seconds: float | None = None
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A time of a dense and of a sparse model, and their ratio."""
+
+    dense_ms: float
+    sparse_ms: float
+    ratio: float
+
+    @classmethod
+    def of(cls, dense_ms: float, sparse_ms: float) -> "Speedup":
+        """With the ratio of the times."""
+        return cls(dense_ms, sparse_ms, dense_ms / sparse_ms)
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """The fastest sparse variant of a case against the fastest dense one.
+
+    timed: of the model of `depth` blocks. block: of one block, the difference of two depths. whole: of the whole
+    model, extrapolated by the time of a block.
+    """
+
+    depth: int
+    dense: str | None
+    sparse: str
+    timed: Speedup
+    block: Speedup | None = None
+    whole: Speedup | None = None
+
+
+@dataclass(kw_only=True)
+class CaseResult(Case, Incomplete):
+    """The rows of a case; blocks: of the whole model."""
+
+    blocks: int
+    rows: list[StepRow] = field(default_factory=list)
+    summary: StepSummary | None = None
+
+
+@dataclass(kw_only=True)
+class StepResults(Results):
+    """step.json."""
+
+    cases: list[CaseResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmRow:
+    """A product of a transformer block: its matrix (rows, columns) times `tokens` inputs.
+
+    product: forward, input_grad, or torch for PyTorch's own 2:4 product. choose_s: seconds of the search. sparse,
+    reason, algorithm: the choice that training makes.
+    """
+
+    width: int
+    tokens: int
+    matrix: str = ""
+    product: str = ""
+    rows: int | None = None
+    columns: int | None = None
+    error: str = ""
+    choose_s: float | None = None
+    sparse: bool = False
+    reason: str = ""
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+    algorithm: dict[str, int] = field(default_factory=dict)
+    torch_ms: float | None = None
+
+
+@dataclass(kw_only=True)
+class GemmResults(Results, Incomplete):
+    """gemm.json."""
+
+    rows: list[GemmRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Sizes of a dense model, a sparse one, or adapters.
+
+    state: float32 weights, gradients and AdamW moments, and mask bits. inference: 16-bit weights, sparse layers packed.
+    copies: the 16-bit operands of the products: casts of dense layers, values and metadata of W^R and of W^{R,C}.
+    """
+
+    state: int
+    inference: int
+    copies: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """The memory of a whole model, estimated from its shapes; ratios are of sparse over dense."""
+
+    case: str
+    parameters: int
+    in_sparse_layers: int
+    dense: Bytes
+    sparse: Bytes
+    adapters: Bytes
+    state_ratio: float
+    state_ratio_with_adapters: float
+    state_and_copies_ratio: float
+    inference_ratio: float
+    inference_ratio_with_adapters: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocatorRow(OfMethod):
+    """The training state of a model cut to `depth` blocks: by shapes, over live tensors, at the allocator's peak."""
+
+    case: str
+    method: str
+    depth: int
+    error: str = ""
+    estimated: int | None = None
+    counted: int | None = None
+    allocated: int | None = None
+
+
+@dataclass(kw_only=True)
+class MemoryResults(Results, Incomplete):
+    """memory.json."""
+
+    cases: list[MemoryRow] = field(default_factory=list)
+    allocator: list[AllocatorRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeMemory:
+    """The memory of one sequence in 16 bits, estimated from the shapes of a model.
+
+    linear_bytes: of the linearized layers, at any length; softmax_bytes: of the same layers with softmax attention, per
+    token; kept_bytes: of the other layers, per token. break_even: tokens from which on the linearized layers need less.
+    note: parts of the model that are left out.
+    """
+
+    model: str
+    note: str = ""
+    layers: int
+    linear_layers: int
+    window: int
+    kind: str
+    parameters: int
+    linear_bytes: int
+    softmax_bytes: int
+    kept_bytes: int
+    break_even: int
+
+    def remembered(self, length: int) -> tuple[int, int]:
+        """Bytes of a sequence of `length` tokens in all layers: with softmax attention, and linearized."""
+        kept = self.kept_bytes * length
+        return self.softmax_bytes * length + kept, self.linear_bytes + kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRow:
+    """A measurement of a model on one side: softmax, linear, or linear compiled.
+
+    part: "largest", the largest batch, and the limit that stopped the next one; "both", "own" and "speed", steps at the
+    largest batch of both sides, at the side's own, and at given ones; "transfer", a step of attention transfer.
+    """
+
+    model: str = ""
+    part: str
+    side: str = ""
+    length: int | None = None
+    batch: int | None = None
+    error: str = ""
+    limit: str = ""
+    bytes_per_sequence: int | None = None
+    step_ms: float | None = None
+    tokens_per_s: float | None = None
+    graphed: bool = False
+    note: str = ""
+    remembered_bytes: int | None = None
+    peak_bytes: int | None = None
+    compiled: bool = False
+
+
+@dataclass(kw_only=True)
+class ModelResult(Incomplete):
+    """The rows of a model."""
+
+    memory: DecodeMemory
+    rows: list[DecodeRow] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class GenerateResults(Results):
+    """generate.json."""
+
+    models: list[ModelResult] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class BenchResults:
+    """The parts of one `slope bench` and the folder of their files; None for a part that was not asked for."""
+
+    folder: str = ""
+    memory: MemoryResults | None = None
+    step: StepResults | None = None
+    gemm: GemmResults | None = None
+    generate: GenerateResults | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and the existing parts, by name."""
+        return {name: part for name, part in asdict(self).items() if part is not None}

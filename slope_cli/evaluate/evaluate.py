@@ -1,0 +1,144 @@
+"""`slope eval`: evaluate a trained model by its perplexity and on zero-shot tasks."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slope_cli.checkpoint.load import Loaded, load_model
+from slope_cli.distributed.launch import pick_device
+from slope_cli.errors import UsageError
+from slope_cli.evaluate import lm_tasks
+from slope_cli.evaluate.perplexity import measure, open_validation
+from slope_cli.linearize.attention import BRANCHES
+from slope_cli.linearize.swap import linear_windows, using
+from slope_cli.utils import files
+from slope_cli.utils.environment import environment
+from sparse_kernels import using_backend
+
+REQUESTS = 16
+"""Requests of a task at a time."""
+
+
+def evaluate(
+    folder: Path,
+    *,
+    data_folder: Path | None = None,
+    perplexity: bool = True,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    task_names: Sequence[str] = (),
+    task_data: Path | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    branch: str | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run, or a folder that transformers reads, such as `slope export` writes.
+
+    Sparse layers stay sparse, and adapters are part of the model; bf16 on a GPU, else float32.
+
+    Args:
+        data_folder: prepared data with validation text; None for the run's own.
+        perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
+        task_names: keys of `lm_tasks.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
+        limit: at most so many rows of each task, the first ones (of MMLU: of each subject).
+        batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
+        branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
+        out: a file to which the result is written as JSON.
+
+    Returns:
+        run or folder (its name), step, objective, branch if given, perplexity (see `measure`) or None, tasks (see
+        `lm_tasks.score`), versions.
+
+    Raises:
+        UsageError: no run and no model, an unknown branch or a model without branches, data of another tokenizer,
+            no validation text, a block longer than the positions, tasks with a masked model, and as `lm_tasks.load`.
+        SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written.
+    """
+    if not perplexity and not task_names:
+        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
+    names = lm_tasks.check_names(task_names)
+    loaded = load_model(folder, pick_device(device))
+    if names and loaded.objective == "masked":
+        raise UsageError(f"{folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
+    dataset = open_validation(loaded, data_folder) if perplexity else None
+    tasks = lm_tasks.load(names, task_data) if names else []
+    result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
+    result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
+    result |= {"perplexity": None, "tasks": {}}
+    with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
+        if dataset is not None:
+            result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
+        if tasks:
+            lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch or REQUESTS)
+            result["tasks"] = {task.name: lm_tasks.score(lm, task, limit) for task in tasks}
+    result["versions"] = environment() | {"device": loaded.model.device.type}
+    if out is not None:
+        with files.atomic_file(out) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it only this branch of a linearized model is active."""
+    if branch is None:
+        return contextlib.nullcontext()
+    if branch not in BRANCHES:
+        raise UsageError(f"--branch {branch}: choose one of {', '.join(BRANCHES)}")
+    if not linear_windows(loaded.model):
+        raise UsageError(f"{loaded.folder}: is not linearized, so it has no branches; leave out --branch")
+    return using(loaded.model, branch=branch)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str]:
+    """A result of `evaluate` as lines of text; positions: with the loss by position, over all sources."""
+    title = result.get("run") or result.get("folder") or ""
+    title += f", step {result['step']}" if result["step"] else ""
+    lines = [title + (f", branch {result['branch']}" if "branch" in result else "")]
+    if (perplexity := result["perplexity"]) is not None:
+        unit = "masked token" if result["objective"] == "masked" else "token"
+        lines.append(f"validation text, blocks of {perplexity['seq_len']} tokens; loss in nats per {unit}")
+        if len(perplexity["sources"]) > 1:
+            lines += [_perplexity_line(name, row) for name, row in perplexity["sources"].items()]
+        lines.append(_perplexity_line("all", perplexity))
+        if positions:
+            lines += [_perplexity_line(f"{row['first']}-{row['last']}", row) for row in perplexity["positions"]]
+    if scores := result["tasks"]:
+        lines += ["zero-shot, by lm-eval", *(_task_line(name, row) for name, row in scores.items())]
+        if near := [name for name, row in scores.items() if not row["above_chance"]]:
+            lines.append(
+                f"near chance (less than two standard errors above it), as small models are: {', '.join(near)}"
+            )
+        lines += [
+            f"{name}: {row['truncated']:,} of {row['n']:,} rows are longer than the model's positions; "
+            "their beginning was left out"
+            for name, row in scores.items()
+            if row["truncated"]
+        ]
+    return lines
+
+
+def _perplexity_line(name: str, row: dict[str, Any]) -> str:
+    text = f"  {name:16} loss {_with_error(row['loss'], row.get('stderr'))}  perplexity {row['perplexity']:,.2f}"
+    if "bits_per_byte" in row:
+        text += f"  bits per byte {row['bits_per_byte']:.4f}"
+    return f"{text}  ({row['tokens']:,} tokens)"
+
+
+def _task_line(name: str, row: dict[str, Any]) -> str:
+    text = f"  {name:16} acc {_with_error(row['acc'], row['acc_stderr'])}"
+    if "acc_norm" in row:
+        text += f"  acc_norm {_with_error(row['acc_norm'], row['acc_norm_stderr'])}"
+    return f"{text}  chance {row['chance']:.4f}  ({row['n']:,} rows, {row['split']})"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

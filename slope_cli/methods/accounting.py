@@ -1,0 +1,216 @@
+"""Parameters, bytes and floating-point operations of a run, counted from its shapes: nothing is allocated.
+
+Embeddings and heads are counted as they are. Bytes are exact for the training state, apart from the four in which AdamW
+counts its steps for each parameter tensor; activations are an estimate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from slope_cli.config.schema import Config
+from slope_cli.linearize.swap import linear_windows
+from slope_cli.methods import phases_of
+from slope_cli.methods.apply import apply
+from slope_cli.models import shapes
+from sparse_kernels import AdaptedLinear, MaskedLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels.formats import BF16
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a model in one phase, in numbers of parameters.
+
+    weights: those that are stored, adapters and feature maps aside; of a sparse layer the kept ones.
+    trained: those of them that are trained.
+    active: those of them that no mask prunes.
+    adapters, trained_adapters, maps: of adapters, of those among them that are trained, and of feature maps.
+    linear: entries of the weights that take part in a product: a lookup in an embedding is none, a head tied to one is.
+    sparse, stored_sparse: entries of the weights of sparse layers, and those of them that are stored.
+    pruned_layers: entries of the weights of layers that are sparse or under a mask.
+    mask_bytes: of all masks.
+    """
+
+    weights: int
+    trained: int
+    active: int
+    adapters: int
+    trained_adapters: int
+    maps: int
+    linear: int
+    sparse: int
+    stored_sparse: int
+    pruned_layers: int
+    mask_bytes: int
+
+
+def count(model: nn.Module) -> Counts:
+    """Count a model as it is, on any device."""
+    adapters, windows = adapters_of(model).values(), linear_windows(model).values()
+    beside = {id(p) for module in (*adapters, *windows) for p in module.parameters()}
+    weights = [p for p in model.parameters() if id(p) not in beside]
+    sparse, masked = [x for _, x in sparse_layers(model)], [x for _, x in masked_layers(model)]
+    entries = sum(x.out_features * x.in_features for x in sparse)
+    dense_layers = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
+    under_mask = [x.weight.numel() for x in masked if not x.unmasked]
+    masked_away = sum(x.weight.numel() * (x.m - x.n) // x.m for x in masked if not x.unmasked)
+    bits = [bits for x in sparse for bits in (x.row_mask_bits, x.backward_mask_bits)]
+    return Counts(
+        weights=sum(p.numel() for p in weights),
+        trained=sum(p.numel() for p in weights if p.requires_grad),
+        active=sum(p.numel() for p in weights) - masked_away,
+        adapters=sum(map(_parameters, adapters)),
+        trained_adapters=sum(_parameters(x) for x in adapters if x.lora_A.requires_grad),
+        maps=sum(map(_parameters, windows)),
+        linear=entries + sum(x.weight.numel() for x in model.modules() if isinstance(x, dense_layers)),
+        sparse=entries,
+        stored_sparse=sum(x.values.numel() for x in sparse),
+        pruned_layers=entries + sum(under_mask),
+        mask_bytes=sum(mask.nbytes for mask in (*bits, *(x.mask for x in masked))),
+    )
+
+
+@dataclass(frozen=True)
+class Account:
+    """Of a run in its last phase, and of the dense run of the same model, in numbers of parameters and in bytes.
+
+    dense_parameters: of the dense model.
+    trained_parameters, active_parameters: weights that are trained, and that are not pruned; adapters and maps aside.
+    frozen_parameters: weights, and adapters, that are stored and not trained.
+    adapter_parameters: of trained adapters; pretrained_adapter_parameters: those that the run begins with among them.
+    map_parameters: of feature maps.
+    all_adapter_parameters: of adapters, trained or not.
+    linear_weights, pruned_layer_weights: entries of the weights of all linear layers, and of those that are pruned.
+    state_bytes, dense_state_bytes: of the training state, by its parts.
+    derived_bytes: what sparse layers compute with beside the state, never saved; the device decides which.
+    activation_bytes: an estimate. It and the operations are None in a run that linearizes.
+    dense_flops_per_token: forward and backward of every linear layer and of attention; real_flops_per_token: without
+    the products with pruned weights and without adapters; adapter_flops_per_token: of these.
+    """
+
+    dense_parameters: int
+    trained_parameters: int
+    active_parameters: int
+    frozen_parameters: int
+    adapter_parameters: int
+    pretrained_adapter_parameters: int
+    all_adapter_parameters: int
+    map_parameters: int
+    linear_weights: int
+    pruned_layer_weights: int
+    state_bytes: dict[str, int]
+    dense_state_bytes: dict[str, int]
+    derived_bytes: dict[str, int]
+    activation_bytes: int | None
+    dense_flops_per_token: int | None
+    real_flops_per_token: int | None
+    adapter_flops_per_token: int | None
+
+    @property
+    def inference_bytes(self) -> int:
+        """Of 16-bit weights, adapters and maps without what is pruned, and a mask bit for each entry of such layers."""
+        numbers = self.active_parameters + self.all_adapter_parameters + self.map_parameters
+        return 2 * numbers + self.pruned_layer_weights // 8
+
+
+def account(model: PreTrainedModel, config: Config) -> Account:
+    """Count a run.
+
+    Args:
+        model: as it is before it enters the run's first phase; it is brought to the last one. "meta" will do.
+    """
+    before = adapters_of(model)
+    old, end = {name: _parameters(adapter) for name, adapter in before.items()}, phases_of(config).end
+    apply(model, config, end)
+    now = count(model)
+    trained = {name for name, adapter in adapters_of(model).items() if adapter.lora_A.requires_grad}
+    dense = now.weights + now.sparse - now.stored_sparse
+    frozen = now.weights - now.trained + now.adapters - now.trained_adapters
+    layers, width = model.config.num_hidden_layers, shapes.width(model.config)
+    tokens, vocab = config.train.micro_batch * config.train.seq_len, shapes.vocab_size(model.config)
+    flops, linearized = 6 * now.linear + _attention_flops(config, model), end.linearized
+    return Account(
+        dense_parameters=dense,
+        trained_parameters=now.trained,
+        active_parameters=now.active,
+        frozen_parameters=frozen,
+        adapter_parameters=now.trained_adapters,
+        pretrained_adapter_parameters=sum(old.get(name, 0) for name in trained),
+        all_adapter_parameters=now.adapters,
+        map_parameters=now.maps,
+        linear_weights=now.linear,
+        pruned_layer_weights=now.pruned_layers,
+        state_bytes={
+            **({"frozen (float32)": 4 * frozen} if frozen else {}),
+            **_adamw_bytes(now.trained),
+            "masks": now.mask_bytes,
+            "adapters with their state": 16 * now.trained_adapters,
+            "maps with their state": 16 * now.maps,
+        },
+        dense_state_bytes=_adamw_bytes(dense),
+        derived_bytes=_derived_bytes(now) if now.sparse else {},
+        # 34 bytes a token, layer and feature in 16 bits with fused attention (Korthikanti et al. 2022, section 4.1),
+        # and the logits with their gradient in float32.
+        activation_bytes=None if linearized else tokens * (34 * layers * width + 8 * vocab),
+        dense_flops_per_token=None if linearized else flops,
+        # Of the three products, the forward and the input gradient are sparse.
+        real_flops_per_token=None if linearized else flops - 4 * (now.sparse - now.stored_sparse),
+        adapter_flops_per_token=None if linearized else 6 * now.adapters,
+    )
+
+
+def _derived_bytes(counts: Counts) -> dict[str, int]:
+    """Packed for forward and input gradient; in plain torch each kept entry has an int64 index and a flag."""
+    packed = 2 * BF16.packed_bytes(1, counts.sparse)
+    return {"on a GPU, packed": packed, "on a CPU, index": 9 * counts.stored_sparse}
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _adamw_bytes(parameters: int) -> dict[str, int]:
+    return {"weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters, "AdamW moments": 8 * parameters}
+
+
+def _attention_flops(config: Config, model: PreTrainedModel) -> int:
+    """Scores and weighted sums, forward and backward: 12 T·d a token and layer, half of it if attention is causal."""
+    each = 12 if shapes.objective(model.config) == "masked" else 6
+    return int(each * model.config.num_hidden_layers * config.train.seq_len * shapes.width(model.config))
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """What decoding one sequence in 16 bits remembers.
+
+    layers, linear_layers: attention layers, and those that are linearized.
+    state_bytes: of all linearized layers, windows and float32 states, at any length.
+    cache_bytes_per_token: what the same layers would remember of each token as softmax attention.
+    """
+
+    layers: int
+    linear_layers: int
+    state_bytes: int
+    cache_bytes_per_token: int
+
+    @property
+    def break_even(self) -> int:
+        """Tokens from which on the linearized layers remember less."""
+        return -(-self.state_bytes // self.cache_bytes_per_token)
+
+
+def attention_memory(model: PreTrainedModel) -> AttentionMemory:
+    """Count what a linearized model remembers; nothing is allocated."""
+    windows = linear_windows(model).values()
+    linear = softmax = 0
+    for window in windows:
+        groups, dim = window.map_k.weight.shape[:2]
+        cache = window.new_cache()
+        nothing_BGTD = torch.empty(1, groups, 0, dim, dtype=torch.bfloat16, device="meta")
+        cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
+        linear += cache.nbytes()
+        softmax += 2 * 2 * groups * dim
+    return AttentionMemory(model.config.num_hidden_layers, len(windows), linear, softmax)

@@ -1,0 +1,126 @@
+"""The one transition between phases: layers, attention, adapters and the optimizer brought from one to a later one."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slope_cli.config.schema import Config
+from slope_cli.errors import UsageError
+from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
+from slope_cli.methods import optim, phases_of
+from slope_cli.methods.phases import DENSE, MAPS, Layers, Phase
+from slope_cli.methods.sparse import report_layers, which_layers
+from sparse_kernels import (
+    SparseLinear,
+    add_adapters,
+    check_adapters,
+    input_norms,
+    mask_layers,
+    masked_layers,
+    remove_masks,
+    sparsify,
+)
+
+Calibrate = Callable[[PreTrainedModel], None]
+"""Feeds a model the sequences over which the norms of its inputs are taken."""
+UNTOUCHED = Phase(0)
+"""A dense model with softmax attention and no adapters, as it is built."""
+
+
+def apply(
+    model: PreTrainedModel,
+    config: Config,
+    to: Phase,
+    *,
+    was: Phase = UNTOUCHED,
+    optimizer: torch.optim.Optimizer | None = None,
+    calibrate: Calibrate | None = None,
+) -> None:
+    """Bring a model, and its optimizer if there is one, from one phase into a later one, in place.
+
+    Works on the meta device, where only shapes are made.
+
+    Args:
+        calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, which is for a model whose masks
+            are about to be read from a checkpoint.
+
+    Raises:
+        UsageError: a setting that does not fit the model.
+    """
+    if to.layers.kind != was.layers.kind:
+        _convert(model, config, was.layers, to.layers, optimizer, calibrate)
+    if to.linearized and not was.linearized:
+        _linearize(model, config)
+    if to.adapters and not was.adapters:
+        a = config.adapters
+        names = projections(model, config.linearize.targets) if to.linearized else None
+        how: dict[str, Any] = {"alpha": a.alpha, "init": a.init, "seed": config.train.seed}
+        adapters = add_adapters(model, a.rank, names, beside=to.linearized, **how)
+        if optimizer is not None:
+            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
+    for window in linear_windows(model).values():
+        window.requires_grad_(MAPS in to.rates)
+
+
+def _convert(
+    model: PreTrainedModel,
+    config: Config,
+    was: Layers,
+    to: Layers,
+    optimizer: torch.optim.Optimizer | None,
+    calibrate: Calibrate | None,
+) -> None:
+    """Change the kind of the linear layers, and let the optimizer continue with the new parameters."""
+    if to.kind == "unmasked":
+        if was == DENSE:
+            _convert(model, config, was, Layers("masked"), optimizer, calibrate)
+        remove_masks(model)
+        return
+    report = report_layers(config, phases_of(config), model)
+    assert report is not None
+    names = [layer.name for layer in report.swapped]
+    how: dict[str, Any] = {**which_layers(config), "seed": config.train.seed, "mask": config.sparsity.mask}
+    if how["mask"] == "wanda" and calibrate is None:
+        how["mask"] = "magnitude"
+    elif how["mask"] == "wanda" and calibrate is not None:
+        how["norms"] = input_norms(model, names, partial(calibrate, model))
+    old = {name: model.get_submodule(name) for name in names}
+    if to.kind == "masked":
+        how |= {"transposable": to.transposable, "mvue": to.mvue, "straight_through": to.straight_through}
+        mask_layers(model, **how)
+    else:
+        how |= {"rescale": to.rescale, "backward_rescale": to.backward_rescale, "backend": config.sparsity.backend}
+        how |= {"mask": "present"} if any(True for _ in masked_layers(model)) else {}
+        sparsify(model, **how)
+    if optimizer is not None:
+        for layer in report.swapped:
+            _hand_over(optimizer, old[layer.name], model.get_submodule(layer.name), transposed=layer.transposed)
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, old: Any, new: Any, *, transposed: bool) -> None:
+    """Put the parameters of a new layer where those of the old one were, its weight's state in the new shape."""
+
+    def like(dense: Tensor) -> Tensor:
+        if isinstance(new, SparseLinear):
+            return new.kept(dense, transposed=transposed)
+        return dense.t().contiguous() if transposed else dense
+
+    weight: nn.Parameter = new.values if isinstance(new, SparseLinear) else new.weight
+    optim.replace_parameter(optimizer, old.weight, weight, like)
+    if old.bias is not None:
+        optim.replace_parameter(optimizer, old.bias, new.bias, lambda state: state)
+
+
+def _linearize(model: PreTrainedModel, config: Config) -> None:
+    """Freeze a model and make its attention linear; adapters that are to be added later must fit it now."""
+    if phases_of(config).adapter_step is not None:
+        try:
+            check_adapters(model, projections(model, config.linearize.targets), config.adapters.rank, beside=True)
+        except ValueError as error:
+            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {error}") from None
+    model.requires_grad_(False)
+    linearize_attention(model, config.linearize, seed=config.train.seed)

@@ -1,0 +1,60 @@
+"""How a 2:4 matrix is stored for the kernels: the dtype of its values, and the layout of values and metadata.
+
+A packed matrix (R rows, C columns, 2:4 along the columns) is one buffer: [values (R, C/2), row-major | metadata]. The
+library says nowhere in what order it keeps the metadata; kernels.cu has the order of each format, and
+`matmul_plan.writes_metadata` tries it against the library's before anything relies on it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.cusparselt import DataType
+
+SIDE_MULTIPLE = 16
+"""Both sides of a 2:4 matrix must be multiples of this for the kernels and the library."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """One format.
+
+    Attributes:
+        dtype: of the values, and of the products' other operand and result.
+        kernel_name: of that dtype in kernels.cu's entry points.
+        data_type: of that dtype in cuSPARSELt.
+        metadata_bits: for each entry of the matrix.
+    """
+
+    dtype: torch.dtype
+    kernel_name: str
+    data_type: DataType
+    metadata_bits: int = 1
+
+    def value_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the kept entries."""
+        return rows * columns // 2 * self.dtype.itemsize
+
+    def metadata_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the metadata."""
+        return rows * columns * self.metadata_bits // 8
+
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a packed matrix; the library may append a few of its own."""
+        return self.value_bytes(rows, columns) + self.metadata_bytes(rows, columns)
+
+    def values(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """The values of a packed matrix, (R, C/2) of `dtype`: a view."""
+        return packed[: self.value_bytes(rows, columns)].view(self.dtype).view(rows, columns // 2)
+
+    def metadata(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """The metadata of a packed matrix, uint8: a view."""
+        start = self.value_bytes(rows, columns)
+        return packed[start : start + self.metadata_bytes(rows, columns)]
+
+
+BF16 = PackedFormat(torch.bfloat16, "bf16", DataType.BFLOAT16)
+FP16 = PackedFormat(torch.float16, "fp16", DataType.FLOAT16)
+FORMATS = {chosen.dtype: chosen for chosen in (BF16, FP16)}
+"""The formats by the dtype of a product's operand."""

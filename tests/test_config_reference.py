@@ -1,0 +1,119 @@
+"""`slope config` and docs/config.md explain every key of the schema, and are what the schema says."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from trained import slope
+
+from slope_cli.config import load as configs
+from slope_cli.config import reference
+from slope_cli.config.schema import AUTO, METHODS, Config
+from slope_cli.errors import UsageError
+
+PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+KEYS = {key.name: key for _, keys in reference.sections().values() for key in keys}
+
+
+def known_keys() -> Iterator[str]:
+    """Every key of the schema, with `model.overrides` and the like as one."""
+    tree = OmegaConf.to_container(OmegaConf.structured(Config))
+    for section, keys in tree.items():  # type: ignore[union-attr]
+        yield from [f"{section}.{key}" for key in keys] if isinstance(keys, dict) else [str(section)]
+
+
+def test_every_key_has_a_meaning_a_type_in_words_and_a_default_in_yaml() -> None:
+    assert set(KEYS) == set(known_keys())
+    for key in KEYS.values():
+        assert re.fullmatch(r".{10,}\.", key.meaning), key
+        assert not re.search(r"[|\[\]]|\b(str|int|bool|float|None|dict)\b", key.type), key
+        yaml.safe_load(key.default.partition(" (")[0])
+
+
+def test_every_section_has_a_line() -> None:
+    for name, (text, keys) in reference.sections().items():
+        assert keys
+        assert text.endswith(".") if name else keys[0].name == "method"
+
+
+def test_defaults_are_those_of_the_schema_and_name_the_methods_with_others() -> None:
+    for name, key in KEYS.items():
+        if " (" not in key.default and name != "sparsity.mask":
+            assert yaml.safe_load(key.default) == _plain(configs.defaults().get(name, {}))
+    assert {name: key.default for name, key in KEYS.items() if " (" in key.default} == {
+        "sparsity.target_modules": "[] (fst: [mlp])",
+        "sparsity.mask": "magnitude (wanda: wanda)",
+        "train.cuda_graph": "auto (linearize: false)",
+    }
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_what_auto_stands_for_is_said() -> None:
+    for name, meaning in AUTO.items():
+        assert KEYS[name].default.startswith("auto")
+        assert KEYS[name].meaning.endswith(f"; auto is {meaning}.")
+    assert {name for name, key in KEYS.items() if key.default.startswith("auto")} == set(AUTO)
+
+
+def test_without_a_word_all_methods_and_sections_are_named() -> None:
+    code, out, err = slope("config")
+    assert (code, err) == (0, "")
+    for name in (*METHODS, *(name for name in reference.sections() if name)):
+        assert re.search(rf"^  {name} +\S", out, flags=re.MULTILINE)
+
+
+def test_a_section_is_explained_with_all_its_keys() -> None:
+    code, out, err = slope("config", "optim")
+    assert (code, err) == (0, "")
+    assert out.startswith("The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    adamw, or lamb")
+    keys = [name for name in KEYS if name.startswith("optim.")]
+    assert re.findall(r"^(optim\.\w+): ", out, flags=re.MULTILINE) == keys
+    assert len(out.splitlines()) == 2 + 2 * len(keys)
+
+
+def test_a_key_is_explained() -> None:
+    assert slope("config", "optim.lr") == (0, "optim.lr: number; default 0.0006\n    Peak learning rate.\n", "")
+    assert slope("config", "sparsity.mask").out.startswith(
+        "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How masks are first chosen"
+    )
+    out = slope("config", "method").out
+    assert out.startswith("method: text; default slope\n")
+    assert all(f"  {name:12}{meaning}\n" in out for name, meaning in METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("opitm", "did you mean optim?"),
+        ("lr", "did you mean adapters.lr or optim.lr?"),
+        ("window", "did you mean linearize.window?"),
+        ("train.step", "did you mean train.steps?"),
+        ("log.zzz", "known are log.every, log.val_every, "),
+        ("zzz", "known are method, model, data, "),
+        ("zzz.y", "known are method, model, data, "),
+    ],
+)
+def test_an_unknown_key_is_answered_with_a_hint(word: str, hint: str) -> None:
+    code, out, err = slope("config", word)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {word}: unknown key; {hint}")
+    with pytest.raises(UsageError):
+        reference.explain(word)
+
+
+def test_the_page_is_fresh() -> None:
+    assert PAGE.read_text() == reference.markdown(), f"run python -m slope_cli.config.reference > {PAGE}"
+
+
+def test_the_page_has_a_row_of_four_cells_for_every_key() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", reference.markdown(), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == [*METHODS, *(name for name in KEYS if name != "method")]
+    for name, cells in rows:
+        assert len(re.split(r"(?<!\\)\|", cells)) == (1 if name in METHODS else 3)
