@@ -76,7 +76,7 @@ def test_every_command_is_in_that_list() -> None:
 
 def test_help_is_quick() -> None:
     program = shutil.which("slope", path=Path(sys.executable).parent) or shutil.which("slope")
-    command = [program] if program else [sys.executable, "-c", "from slope_cli.cli import main; main()"]
+    command = [program] if program else [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()"]
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -95,7 +95,7 @@ def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, capture_output=True)
 
 
 def test_version() -> None:

@@ -142,7 +142,7 @@ for number in range(20):
     autotune._remember(f"{sys.argv[1]} | {number}", autotune.Choice(False, ""))
 """
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    each = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in "ab"]
+    each = [subprocess.Popen([sys.executable, "-P", "-c", code, name], env=environment) for name in "ab"]
     assert [process.wait(120) for process in each] == [0, 0]
     plans = json.loads((tmp_path / "slope" / "plans.json").read_text())["plans"]
     assert plans.keys() == {f"{name} | {number}" for name in "ab" for number in range(20)}

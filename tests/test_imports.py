@@ -48,7 +48,7 @@ def test_what_every_command_and_every_worker_imports_is_free_of_torch() -> None:
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     assert len(names) > 20
     code = f"import sys, {', '.join(names)}; print(*{{'torch', 'transformers', 'datasets'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 

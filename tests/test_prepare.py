@@ -559,7 +559,7 @@ except SlopeError as error:
     print(error)
 """
     env = os.environ | {"PYTHONPATH": ROOT}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
     assert "disk (or quota) is full" in done.stdout
     assert len(done.stdout.splitlines()) == 1
     assert not list(out.glob(".parts/*.tok*"))

@@ -236,7 +236,7 @@ main()
 """
     words = [f"model.overrides.{size}" for size in ("n_layer=1", "n_embd=32", "n_head=2")]
     words += [f"data.path={data}", "log.save_every=0", "--out", str(run)]
-    command = [sys.executable, "-c", program, "pretrain", str(tests / "tiny.yaml"), *words]
+    command = [sys.executable, "-P", "-c", program, "pretrain", str(tests / "tiny.yaml"), *words]
 
     def run_until(step: int, *signals: signal.Signals) -> tuple[int, str, str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -276,7 +276,7 @@ sys.meta_path.insert(0, Signal())
 main()
 """
     words = [f"model.overrides.{size}" for size in ("n_layer=1", "n_embd=32", "n_head=2")]
-    command = [sys.executable, "-c", program, "pretrain", str(tests / "tiny.yaml"), *words, f"data.path={data}"]
+    command = [sys.executable, "-P", "-c", program, "pretrain", str(tests / "tiny.yaml"), *words, f"data.path={data}"]
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75, done.stderr
     assert done.stderr.splitlines()[-1].startswith("stopped by SIGUSR2 after step 1, checkpoint saved")

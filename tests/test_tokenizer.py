@@ -124,7 +124,7 @@ def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
     code = "import sys; from slope_cli.data.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     env["PYTHONPATH"] = str(Path(slope_cli.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert "UsageError: tokenizer nobody/nothing: no such folder, and it could not be downloaded" in last
     assert "give `bytes` or a local folder" in last

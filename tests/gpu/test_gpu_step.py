@@ -402,7 +402,7 @@ def train(folder: Path, runs: dict[str, list[str]], stops: dict[str, int]) -> di
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     started = {}
     for name, words in runs.items():
-        command = [sys.executable, "-c", CHILD, str(folder / name), str(stops.get(name, 0)), *words]
+        command = [sys.executable, "-P", "-c", CHILD, str(folder / name), str(stops.get(name, 0)), *words]
         with (folder / f"{name}.log").open("ab") as log:
             started[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     return {name: process.wait(400) for name, process in started.items()}
