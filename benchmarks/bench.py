@@ -25,11 +25,11 @@ import torch
 from slope_cli.errors import SlopeError, UsageError, did_you_mean
 from slope_cli.methods.accounting import account
 from slope_cli.models.build import build_model, model_config, run_model_config
-from slope_cli.models.shapes import width
+from slope_cli.utils.files import write_json
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels.formats import BF16
 
-from . import generate, records, report, write_json
+from . import generate, records, report
 from .measure import case_config, fastest
 from .records import AllocatorRow, Bytes, Case, CaseResult, DecodeRow, GemmRow, Speedup, StepRow, StepSummary
 
@@ -145,7 +145,7 @@ class Bench:
     def gemm(self) -> None:
         """Measure the products of a block of every width among the cases."""
         self.results.gemm = results = records.GemmResults()
-        widths = dict.fromkeys(str(width(model_config(case.name))) for case in self._chosen)
+        widths = dict.fromkeys(str(model_config(case.name).hidden_size) for case in self._chosen)
         for row in self._rows(GemmRow, ["gemm", *widths], "gemm", results):
             results.rows.append(row)
         self.say("; ".join(filter(None, (f"products: {len(results.rows)} measured", results.not_run))))

@@ -19,9 +19,10 @@ from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import apply
 from slope_cli.models.build import build_model, run_model_config
 from slope_cli.utils.environment import environment
+from slope_cli.utils.files import write_json
 from sparse_kernels import update_backward_masks
 
-from . import RESULTS, write_json
+from . import RESULTS
 from .measure import Runner, Variant, case_config
 from .records import Case
 from .timing import Timing

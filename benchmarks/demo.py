@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from slope_cli.utils.environment import environment
+from slope_cli.utils.files import write_json
 
-from . import RESULTS, write_json
+from . import RESULTS
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def subject(word: str) -> Subject:
     config._attn_implementation = "sdpa"
     # Its weights are random anyway, so its positions may reach as far as the lengths here.
     positions = shapes.FAMILIES[config.model_type].positions
-    setattr(config, positions, max(shapes.max_seq_len(config), LONGEST))
+    setattr(config, positions, max(config.max_position_embeddings, LONGEST))
     return Subject(folder.resolve().name if folder.is_dir() else word, config, settings, note)
 
 
@@ -206,7 +206,7 @@ class Decoder:
         self, model: Any, side: str, batch: int, length: int, *, graphed: bool, timing: Timing = TIMING
     ) -> None:
         self._model, self._side = model, side
-        self._limit = shapes.max_seq_len(model.config)
+        self._limit = model.config.max_position_embeddings
         self._ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._positions_11 = torch.full((1, 1), min(length, self._limit - 1), device=model.device)
         self._cache = filled_cache(model, side, batch, length)

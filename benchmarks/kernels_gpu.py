@@ -19,11 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from slope_cli.utils.environment import environment, gpu_libraries
+from slope_cli.utils.files import write_json
 from sparse_kernels import SparseLinear, autotune, cuda, layers, masks
 from sparse_kernels.matmul_plan import random_mask
 from sparse_kernels.packed import packed_layer
 
-from . import RESULTS, write_json
+from . import RESULTS
 from .gemm import products, sides
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 2560, 4096, 5120, 7168, 9216)

@@ -31,8 +31,9 @@ from slope_cli.report.tables import Table, document, number
 from slope_cli.train.init import linearize_overrides
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment
+from slope_cli.utils.files import write_json
 
-from . import RESULTS, llama2c, write_json
+from . import RESULTS, llama2c
 
 BATCH, BATCHES = 128, 16
 LENGTH, WINDOW = 512, 16

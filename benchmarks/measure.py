@@ -88,7 +88,7 @@ class Runner:
         step = Step(self.model, optimizer, dtype=dtype, clip=config.optim.clip, compiled=variant.compiled)
         self._step = GraphedStep(step) if variant.graphed else step
         objective = shapes.objective(self.model.config)
-        self._batch = random_batch(config, shapes.vocab_size(self.model.config), objective, device)
+        self._batch = random_batch(config, self.model.config.vocab_size, objective, device)
         if device.type == "cuda":
             sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # now: its measuring is not in the peak
             peak.restart()

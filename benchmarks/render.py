@@ -1,4 +1,4 @@
-"""Render the result files into the marked places of README.md, so that no figure there is typed by hand.
+"""Render the result files into the marked places of README.md and docs/, so that no figure there is typed by hand.
 
     python -m slope_cli.benchmarks.render
 
@@ -21,7 +21,8 @@ from slope_cli.utils.typed_json import from_json
 from . import RESULTS, linearize_cpu, report
 from .records import GemmRow, GenerateResults, MemoryResults, StepResults
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 Json = dict[str, Any]
 
 
@@ -192,7 +193,7 @@ def _small_llama(result: Json) -> str:
     """The variants of the longest training."""
     whole = linearize_cpu.table(result)
     rows = [row for row in whole.rows if "1,500 steps" in row[0]]
-    return _markdown(whole.columns, rows, f"{whole.note} ([More settings](benchmarks/results/linearize-cpu.md).)")
+    return _markdown(whole.columns, rows, f"{whole.note} ([More settings](../benchmarks/results/linearize-cpu.md).)")
 
 
 def _generation(result: Json) -> str:
@@ -202,9 +203,43 @@ def _generation(result: Json) -> str:
     return f"{_columns(whole, *names)}\n\n{_where(found.machine)}; bf16, window 64, random weights."
 
 
-PLACES: dict[str, Callable[[Json], str]] = {
+def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json) -> str:
+    """What sparse and linearized models gain and cost against dense and softmax ones."""
+    rows: list[tuple[str, str, str, float | None]] = []
+    for result in (step, medium):
+        for case in from_json(StepResults, result).cases:
+            if case.summary and case.summary.depth == case.blocks:
+                speedup = case.summary.timed
+                name = f"training step, {case.name}, {result['machine']['gpu'][:11]}"
+                rows.append((name, f"{speedup.dense_ms:.1f} ms", f"{speedup.sparse_ms:.1f} ms", speedup.ratio))
+    for row in from_json(MemoryResults, memory).cases:
+        if row.case in ("gpt2-small", "opt-13b"):
+            sizes = (bytes_text(row.dense.state), bytes_text(row.sparse.state))
+            rows.append((f"weights, gradients, moments: {row.case}", *sizes, row.state_ratio))
+    comparison = from_json(Comparison, quality)
+    losses = {each.variant: each.loss.mean for each in comparison.variants}
+    tokens = (comparison.variants[0].tokens or 0) / 1e6
+    name = f"validation loss, gpt2-small, {tokens:.0f} M tokens"
+    rows.append((name, number(losses["dense"], ".3f"), number(losses["ours"], ".3f"), None))
+    for run in linearized["runs"][:2]:
+        name = f"perplexity, {run['model']} gpt2-small, linearized"
+        rows.append((name, number(run["teacher"]), number(run["adapted"]), run["adapted"] / run["teacher"]))
+    models = [replace(entry, not_run="") for entry in from_json(GenerateResults, generation).models]
+    whole = report.largest_batches(models)
+    at = {name: whole.columns.index(name) for name in ("softmax tokens/s", "compiled tokens/s", "speed-up")}
+    for cells in (cells for cells in whole.rows if cells[1] == "16,384"):
+        softmax, linear, ratio = (cells[place] for place in at.values())
+        name = f"decoding, {cells[0]}, 16,384 tokens, largest batches"
+        rows.append((name, f"{softmax} tokens/s", f"{linear} tokens/s", float(ratio)))
+    where = "; ".join(dict.fromkeys(_where(result["machine"]) for result in (step, medium)))
+    table = [[name, before, after, number(ratio, ".2f") if ratio else NONE] for name, before, after, ratio in rows]
+    return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), table, f"Steps: {where}.")
+
+
+PLACES: dict[str, Callable[..., str]] = {
     "cpu": _cpu,
     "demo": _demo,
+    "headline": _headline,
     "kernels-h100": _gemm,
     "memory-h100": _memory,
     "step-h100": _step,
@@ -222,24 +257,34 @@ PLACES: dict[str, Callable[[Json], str]] = {
 }
 
 
+# The result files of a place that is not named like its one file.
+FILES = {
+    "headline": (
+        *("step-h200", "step-h100-renewed", "memory-h100"),
+        *("quality-gpt2-small", "linearize-gpt2-small", "generate-h100"),
+    )
+}
+
+
 def render(text: str) -> str:
-    """README's text with every marked place filled from its result file."""
+    """A document's text with every marked place filled from its result files."""
 
     def fill(place: re.Match[str]) -> str:
         name = place.group(1)
-        body = PLACES[name](json.loads((RESULTS / f"{name}.json").read_text()))
-        return f"<!-- result: {name} -->\n{body}\n<!-- end -->"
+        results = [json.loads((RESULTS / f"{file}.json").read_text()) for file in FILES.get(name, (name,))]
+        return f"<!-- result: {name} -->\n{PLACES[name](*results)}\n<!-- end -->"
 
     return re.sub(r"<!-- result: ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite README.md; with --check, fail where it is not what the result files say."""
-    old = README.read_text()
-    new = render(old)
-    if "--check" in sys.argv and new != old:
-        raise SystemExit("README.md differs from benchmarks/results: run make render")
-    README.write_text(new)
+    """Rewrite the documents; with --check, fail where one is not what the result files say."""
+    for path in DOCUMENTS:
+        old = path.read_text()
+        new = render(old)
+        if "--check" in sys.argv and new != old:
+            raise SystemExit(f"{path.relative_to(ROOT)} differs from benchmarks/results: run make render")
+        path.write_text(new)
 
 
 if __name__ == "__main__":

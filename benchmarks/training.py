@@ -14,8 +14,7 @@ from typing import Any
 
 from slope_cli.report import metrics
 from slope_cli.report.plots import picture
-
-from . import write_json
+from slope_cli.utils.files import write_json
 
 WARM_UP = 10
 

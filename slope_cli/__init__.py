@@ -1,3 +1,3 @@
 """Command-line toolkit for sparse-plus-low-rank pretraining of language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,7 +18,7 @@ import slope_cli
 from slope_cli.config import load as configs
 from slope_cli.config import schema
 from slope_cli.distributed.signals import STOPPED, StopFlag
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, one_line
 
 # Without rich markup, Typer's own errors are plain lines, not boxes.
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
@@ -28,6 +28,7 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
@@ -51,7 +52,7 @@ def pretrain(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained; needs no GPU and no data.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")] = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. To resume after a stop, run the same command again.
@@ -61,19 +62,10 @@ def pretrain(
     words = list(overrides or [])
     if "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10` means the default recipe
         recipe, words = "gpt2-nano", [recipe, *words]
-    config = _load_config(recipe, words)
-    if dry_run:
-        from slope_cli.train.dry_run import describe
-
-        _print(*describe(config), as_json)
-        return
     # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     with StopFlag() as stop:  # before torch is imported, which takes seconds: a signal then is no less one to stop
-        from slope_cli.train.loop import pretrain as train
-
-        summary = train(config, run, fresh=fresh, stop=stop)
-    _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
+        _train(recipe, words, run, stop, dry_run=dry_run, fresh=fresh, as_json=as_json)
 
 
 @app.command()
@@ -85,7 +77,7 @@ def linearize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, without loading weights.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")] = False,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a trained model's attention into window softmax plus linear attention with a state of fixed size.
@@ -97,39 +89,34 @@ def linearize(
         from slope_cli.train.init import linearize_overrides
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        config = _load_config(recipe, overrides or [], linearize_overrides(init, recipe, run))
-        if dry_run:
-            from slope_cli.train.dry_run import describe
-
-            _print(*describe(config), as_json)
-            return
-        from slope_cli.train.loop import pretrain as train
-
-        summary = train(config, run, fresh=fresh, stop=stop)
-    _print(summary | {"run": str(run)}, _trained_lines(summary, run), as_json)
+        implied = linearize_overrides(init, recipe, run)
+        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, fresh=fresh, as_json=as_json)
 
 
-def _load_config(recipe: str, words: list[str], before: Sequence[str] = ()) -> schema.Config:
-    """The configuration of a recipe, of words that follow from the command, and of those that the user gave."""
-    config = configs.load(recipe, [*before, *words])
-    for line in configs.without_effect(config, words):
+def _train(
+    recipe: str,
+    overrides: list[str],
+    run: Path,
+    stop: StopFlag,
+    implied: Sequence[str] = (),
+    *,
+    dry_run: bool,
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    """Train what a recipe, the overrides that follow from the command and those of the user say, or describe it."""
+    config = configs.load(recipe, [*implied, *overrides])
+    for line in configs.without_effect(config, overrides):
         print(f"warning: {line}", file=sys.stderr)
-    return config
+    if dry_run:
+        from slope_cli.train.dry_run import describe
 
+        _print(*describe(config), as_json)
+        return
+    from slope_cli.train import loop
 
-def _trained_lines(summary: dict[str, Any], run: Path) -> list[str]:
-    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
-    if "teacher" in summary:
-        ratio = summary["perplexity"] / summary["teacher"] - 1
-        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
-    if len(summary["by_source"]) > 1:
-        lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
-    if "bigram_loss" in summary:
-        lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
-    if "sample" in summary:
-        lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
-    lines.append(f"plot: {run / 'loss.png'}")
-    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines
+    summary = loop.pretrain(config, run, fresh=fresh, stop=stop)
+    _print(summary | {"run": str(run)}, loop.report_lines(summary, run), as_json)
 
 
 @data_app.command("prepare")
@@ -454,24 +441,9 @@ def main() -> None:
     try:
         app(prog_name="slope")
     except (SlopeError, OSError, MemoryError, RuntimeError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         if "SLOPE_DEBUG" in os.environ or not reason:
             raise
         code = getattr(error, "exit_code", 1)
         print(reason if code == STOPPED else f"error: {reason}", file=sys.stderr)
         raise SystemExit(code) from None
-
-
-def _one_line(error: Exception) -> str:
-    """What a known fault says, in one line; empty for a defect, which keeps its traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, SlopeError | OSError):
-        return text
-    # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return (
-            f"out of memory ({text.partition('. ')[0]}); take a smaller batch (train.micro_batch) or shorter sequences"
-        )
-    return ""

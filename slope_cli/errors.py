@@ -31,3 +31,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none. Other libraries' errors share no base class."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(": ") if lines else type(error).__name__
+
+
+def one_line(error: Exception) -> str:
+    """What a known fault says, in one line; empty for a defect, which keeps its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, SlopeError | OSError):
+        return text
+    # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text.partition('. ')[0]}); take a smaller batch (train.micro_batch) or shorter sequences"
+        )
+    return ""

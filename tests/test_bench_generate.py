@@ -24,7 +24,6 @@ from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize import saved
 from slope_cli.linearize.swap import linear_windows
-from slope_cli.models import shapes
 from slope_cli.models.build import model_config
 from slope_cli.utils.files import write_sealed
 from slope_cli.utils.typed_json import from_json
@@ -172,7 +171,7 @@ def test_runs_and_folders_bring_their_shape_and_settings(tmp_path: Path) -> None
     write_sealed(run / base_model.BASE, base_model.describe(tiny_model("llama3-8b")))
     found = subject(str(run))
     assert (found.settings.window, found.config.hidden_size) == (8, 32)
-    assert shapes.max_seq_len(found.config) == generate.LONGEST
+    assert found.config.max_position_embeddings == generate.LONGEST
 
 
 def test_what_is_timed_without_is_said(tmp_path: Path) -> None:

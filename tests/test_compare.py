@@ -334,7 +334,9 @@ cli.app = lambda prog_name: run()
 cli.main()
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-P", "-c", program], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stderr=subprocess.PIPE, text=True, env=environment
+    )
     log = out / "dense-s1" / metrics.JSONL
     for _ in range(3000):
         if log.is_file() and log.stat().st_size:

@@ -16,7 +16,6 @@ from slope_cli.checkpoint import peft as peft_folder
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.inference.export import TOLERANCE, export
-from slope_cli.models import shapes
 from sparse_kernels import sparse_layers
 
 # PEFT asks transformers a question that has a new name there.
@@ -51,7 +50,7 @@ def logits(model: nn.Module, vocab: int) -> Tensor:
 
 def close(loaded: nn.Module, run: PreTrainedModel) -> bool:
     """Whether two models give the same logits, for other tokens than the export's own comparison."""
-    vocab = shapes.vocab_size(run.config)
+    vocab = run.config.vocab_size
     expected = logits(run, vocab)
     return bool((logits(loaded, vocab) - expected).abs().max() <= TOLERANCE * expected.abs().max())
 

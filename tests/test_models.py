@@ -18,7 +18,7 @@ from transformers import GPTNeoXConfig
 from slope_cli.errors import UsageError
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import Loss, forward, kl_divergence, loss_fn, token_cross_entropy
-from slope_cli.models.shapes import SHAPES, max_seq_len, objective, vocab_size, width
+from slope_cli.models.shapes import SHAPES, objective
 
 _TINY_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 _TINY = {
@@ -160,9 +160,11 @@ def test_config_answers(name: str) -> None:
     shape = SHAPES[name]
     assert config.model_type == shape.family
     assert objective(config) == ("masked" if shape.family == "bert" else "causal")
-    assert vocab_size(config) == shape.config["vocab_size"]
-    assert width(config) == shape.config.get("n_embd", shape.config.get("hidden_size"))
-    assert max_seq_len(config) == shape.config.get("n_positions", shape.config.get("max_position_embeddings"))
+    assert config.vocab_size == shape.config["vocab_size"]
+    assert config.hidden_size == shape.config.get("n_embd", shape.config.get("hidden_size"))
+    assert config.max_position_embeddings == shape.config.get(
+        "n_positions", shape.config.get("max_position_embeddings")
+    )
     assert config._attn_implementation == "sdpa"
 
 
@@ -181,8 +183,8 @@ def test_published_details() -> None:
 @settings(deadline=None, max_examples=20)
 @given(seq_len=st.integers(1, 5000), name=st.sampled_from(["gpt2-small", "opt-125m", "bert-base", "llama3-8b"]))
 def test_learned_positions_grow_and_never_shrink(seq_len: int, name: str) -> None:
-    table = max_seq_len(model_config(name))
-    assert max_seq_len(model_config(name, seq_len=seq_len)) == max(seq_len, table)
+    table = model_config(name).max_position_embeddings
+    assert model_config(name, seq_len=seq_len).max_position_embeddings == max(seq_len, table)
 
 
 def test_longer_positions_run() -> None:

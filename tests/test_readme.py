@@ -1,4 +1,4 @@
-"""The examples in README work, its keys exist, and its figures are those of the result files."""
+"""The examples in README and docs/ work, their keys and links exist, their figures are those of the result files."""
 
 import re
 import shlex
@@ -11,20 +11,23 @@ from slope_cli.benchmarks import render
 from slope_cli.cli import app
 from slope_cli.config import load as configs
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+WRITTEN = [path for path in render.DOCUMENTS if path.name != "config.md"]  # a test of its own keeps config.md fresh
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def blocks(language: str, *documents: Path) -> list[str]:
+    text = "\n".join(document.read_text() for document in documents)
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).splitlines()
+    lines = "\n".join(blocks("bash", *WRITTEN)).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("slope ")]
 
 
 def test_the_library_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    (source,) = blocks("python")
+    (source,) = blocks("python", README)
     assert len(source.splitlines()) <= 25
     names: dict[str, object] = {}
     exec(compile(source, str(README), "exec"), names)
@@ -44,15 +47,23 @@ def test_every_command_parses(words: list[str]) -> None:
 
 def test_every_key_named_is_one_of_today() -> None:
     sections = "|".join({key.partition(".")[0] for key in configs.defaults() if "." in key})
-    quoted = re.findall(rf"`((?:{sections})\.[a-z_]+)\b(?!\(|\.py|\.sbatch)", README.read_text())
+    text = "\n".join(document.read_text() for document in (*WRITTEN, ROOT / "DESIGN.md"))
+    quoted = re.findall(rf"`((?:{sections})\.(?!py\b)[a-z_]+)\b(?!\(|\.py|\.sbatch)", text)
     words = [word.partition("=")[0] for command in commands() for word in command if re.match(rf"({sections})\.", word)]
     known = {*configs.defaults(), "sparsity.pattern_overrides", "model.overrides"}
     assert len({*quoted, *words}) > 10
     assert {".".join(key.split(".")[:2]) for key in (*quoted, *words)} - known == set()
 
 
-def test_figures_are_those_of_the_result_files() -> None:
-    assert render.render(README.read_text()) == README.read_text(), "run `make render`"
+@pytest.mark.parametrize("document", render.DOCUMENTS, ids=lambda path: path.name)
+def test_figures_are_those_of_the_result_files(document: Path) -> None:
+    assert render.render(document.read_text()) == document.read_text(), "run `make render`"
+
+
+@pytest.mark.parametrize("document", [*render.DOCUMENTS, ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"], ids=str)
+def test_links_to_files_resolve(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 def test_makefile_has_the_targets_named() -> None:

@@ -17,7 +17,7 @@ from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
 from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
-from slope_cli.train.step import StepRecord
+from slope_cli.train.step import StepOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,7 @@ def stop_after(step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """In this process: the signal comes in the middle of a step (from 1)."""
     train_step = Trainer.train_step
 
-    def signalled(t: Trainer) -> tuple[StepRecord, float]:
+    def signalled(t: Trainer) -> tuple[StepOutput, float]:
         if t.step + 1 == step:
             os.kill(os.getpid(), number)
         return train_step(t)
@@ -48,7 +48,7 @@ def slow_steps(seconds: float) -> None:
     """In this process: a step takes so much longer."""
     train_step = Trainer.train_step
 
-    def slow(t: Trainer) -> tuple[StepRecord, float]:
+    def slow(t: Trainer) -> tuple[StepOutput, float]:
         time.sleep(seconds)
         return train_step(t)
 

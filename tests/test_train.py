@@ -23,11 +23,10 @@ from slope_cli.data.batches import Blocks
 from slope_cli.data.dataset import MANIFEST, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.models import shapes
 from slope_cli.models.loss import forward, loss_fn
 from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
-from slope_cli.train.step import Step, StepRecord, step_seed
+from slope_cli.train.step import Step, StepOutput, step_seed
 from slope_cli.utils.environment import git_commit, source_version
 from sparse_kernels import sparse_layers
 
@@ -45,7 +44,7 @@ def trainer(config: Config, run: Path, steps: int = 0) -> Trainer:
     return t
 
 
-def take(t: Trainer, steps: int) -> list[StepRecord]:
+def take(t: Trainer, steps: int) -> list[StepOutput]:
     """The next steps, in the phase of each."""
     outputs = []
     for _ in range(steps):
@@ -252,7 +251,7 @@ def test_a_run_that_blows_up_keeps_its_last_checkpoint(
 ) -> None:
     run, train_step = tmp_path / "run", Trainer.train_step
 
-    def poison(t: Trainer) -> tuple[StepRecord, float]:
+    def poison(t: Trainer) -> tuple[StepOutput, float]:
         if t.step == 5:
             t.model.get_parameter("transformer.ln_f.weight").data.fill_(math.nan)
         return train_step(t)
@@ -545,7 +544,7 @@ def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> Non
 def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
     _, model, tokenizer, config, manifest, phase = load_model(finished)
     assert config == tiny(data)
-    assert shapes.width(model.config) == 32
+    assert model.config.hidden_size == 32
     assert manifest is not None
     assert phase is not None
     assert (manifest["step"], phase.adapters) == (12, True)

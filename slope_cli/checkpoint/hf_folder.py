@@ -62,7 +62,7 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
         if (folder / saved.FOLDER).is_dir():
             saved.read(folder / saved.FOLDER, model)
     tokenizer = load_tokenizer(str(folder.resolve()))
-    ids, rows = vocabulary_size(tokenizer), shapes.vocab_size(model.config)
+    ids, rows = vocabulary_size(tokenizer), model.config.vocab_size
     if ids > rows:
         raise UsageError(f"{folder}: its tokenizer has {ids} ids, and the model a vocabulary of only {rows}")
     return model.to(device).eval(), tokenizer

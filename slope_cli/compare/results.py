@@ -34,7 +34,7 @@ from slope_cli.distributed.launch import require_one_process
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import plots
-from slope_cli.utils.files import atomic_file
+from slope_cli.utils.files import atomic_file, write_json
 from slope_cli.utils.typed_json import from_json
 
 
@@ -199,8 +199,7 @@ def _row(planned: PlannedRun, run: Path, error: str, checkpoint: store.Checkpoin
 def _write(result: Comparison, out: Path) -> Comparison:
     """Write compare.json, compare.md and the picture of a comparison, and return it."""
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / "compare.json") as file:
-        file.write(json.dumps(asdict(result), indent=1).encode() + b"\n")
+    write_json(out / "compare.json", asdict(result))
     with atomic_file(out / "compare.md") as file:
         file.write(table.markdown(result).encode())
     curves = {each.variant: vars(each.curve) for each in result.variants if each.curve.tokens}

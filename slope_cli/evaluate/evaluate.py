@@ -1,7 +1,6 @@
 """`slope eval`: evaluate a trained model by its perplexity and on zero-shot tasks."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.perplexity import measure, open_validation
 from slope_cli.linearize.attention import BRANCHES
 from slope_cli.linearize.swap import linear_windows, using
-from slope_cli.utils import files
 from slope_cli.utils.environment import environment
+from slope_cli.utils.files import write_json
 from sparse_kernels import using_backend
 
 REQUESTS = 16
@@ -79,8 +78,7 @@ def evaluate(
             result["tasks"] = {task.name: lm_tasks.score(lm, task, limit) for task in tasks}
     result["versions"] = environment() | {"device": loaded.model.device.type}
     if out is not None:
-        with files.atomic_file(out) as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
+        write_json(out, result)
     return result
 
 

@@ -22,7 +22,6 @@ from slope_cli.data.dataset import NO_VALIDATION, Dataset, open_dataset
 from slope_cli.data.token_file import TokenFile
 from slope_cli.data.tokenizer import load_tokenizer, masking_ids, require_same_tokens
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.models import shapes
 from slope_cli.models.loss import autocast, forward
 
 LONGEST = 1024
@@ -75,7 +74,7 @@ def open_validation(loaded: Loaded, folder: Path | None) -> Dataset:
         if loaded.config is None:
             raise UsageError(f"{loaded.folder}: is not a run with its own data; give --data, or --no-perplexity")
         folder = run_folder.data_folder(loaded.config, loaded.folder)
-    dataset, vocab_size = open_dataset(folder), shapes.vocab_size(loaded.model.config)
+    dataset, vocab_size = open_dataset(folder), loaded.model.config.vocab_size
     for file in dataset.val.values():
         if (token_id := file.header.max_id) >= vocab_size:
             raise UsageError(f"{file.path}: token id {token_id} is above the model's vocabulary of {vocab_size}")
@@ -114,7 +113,7 @@ def measure(
         UsageError: no validation text, or seq_len is beyond the positions.
         SlopeError: a loss that is not finite.
     """
-    config, positions = loaded.config, shapes.max_seq_len(loaded.model.config)
+    config, positions = loaded.config, loaded.model.config.max_position_embeddings
     length = seq_len or (min(positions, LONGEST) if config is None else config.train.seq_len)
     if length > positions:
         raise UsageError(f"--seq-len {length}: the model has only {positions} positions")

@@ -32,7 +32,6 @@ from slope_cli.finetune import glue, squad
 from slope_cli.finetune.examples import Example, Logits, Task, collate
 from slope_cli.methods import optim
 from slope_cli.methods.phases import Rate
-from slope_cli.models import shapes
 from slope_cli.models.loss import autocast
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
@@ -121,7 +120,7 @@ def finetune(
     config = loaded.model.config
     if loaded.objective != "masked":
         raise UsageError(f"{folder}: contains a {config.model_type} model; only BERT can be fine-tuned")
-    if settings.seq_len > (positions := shapes.max_seq_len(config)):
+    if settings.seq_len > (positions := config.max_position_embeddings):
         raise UsageError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; set it lower")
     rows, source = load_rows(task, data)
     identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
@@ -279,7 +278,8 @@ def _run(
     started = time.monotonic()
     losses = _train(model, train, s, pad, out)
     scores, predictions = task.evaluate(rows["dev"], dev, _predict(model, dev, s, pad))
-    _write(out / PREDICTIONS, "".join(json.dumps(prediction) + "\n" for prediction in predictions))
+    with files.atomic_file(out / PREDICTIONS) as file:
+        file.writelines(json.dumps(prediction).encode() + b"\n" for prediction in predictions)
     result = {
         **identity,
         "n_train": len(trainable),
@@ -295,13 +295,8 @@ def _run(
         "dtype": "bf16" if device.type == "cuda" else "fp32",
         "versions": environment(),
     }
-    _write(out / RESULT, json.dumps(result, indent=1) + "\n")
+    files.write_json(out / RESULT, result)
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    with files.atomic_file(path) as file:
-        file.write(text.encode())
 
 
 def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out: Path) -> list[float]:

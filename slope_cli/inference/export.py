@@ -80,8 +80,8 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
 
 def _logits(model: PreTrainedModel) -> Tensor:
     """Logits of fixed pseudo-random tokens: (2, T, vocabulary), float32."""
-    length = min(64, shapes.max_seq_len(model.config))
-    ids_BT = torch.randint(shapes.vocab_size(model.config), (2, length), generator=torch.Generator().manual_seed(0))
+    length = min(64, model.config.max_position_embeddings)
+    ids_BT = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return forward(model.eval(), {"input_ids": ids_BT}).logits
 

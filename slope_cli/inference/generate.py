@@ -46,7 +46,7 @@ def continue_text(
     if shapes.objective(model.config) == "masked":
         raise UsageError(f"{type(model).__name__}: predicts masked tokens and cannot continue text; use a causal model")
     ids_1T = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
-    length, positions = ids_1T.shape[1], shapes.max_seq_len(model.config)
+    length, positions = ids_1T.shape[1], model.config.max_position_embeddings
     if length == 0:
         raise UsageError("prompt: is empty; give some text to continue")
     if length >= positions:

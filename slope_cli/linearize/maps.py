@@ -16,32 +16,25 @@ SMALLEST = 1e-12
 class FeatureMap(nn.Module):
     """phi(x), (B, H, S, D) -> (B, H, S, F), from W (H, D, M), in the precision of x."""
 
+    features: int
+    """F."""
+
     def __init__(self, heads: int, head_dim: int, columns: int, generator: Generator) -> None:
         super().__init__()
         self.weight = nn.Parameter(_identity(heads, head_dim, columns, generator))
-
-    def forward(self, x_BHSD: Tensor) -> Tensor:
-        """The features of each position."""
-        raise NotImplementedError
-
-    @property
-    def features(self) -> int:
-        """F."""
-        raise NotImplementedError
 
 
 class Hedgehog(FeatureMap):
     """phi(x) = [softmax(xW), softmax(-xW)], the softmax over the M columns; F = 2M."""
 
+    def __init__(self, heads: int, head_dim: int, columns: int, generator: Generator) -> None:
+        super().__init__(heads, head_dim, columns, generator)
+        self.features = 2 * columns
+
     def forward(self, x_BHSD: Tensor) -> Tensor:
         """The features of each position."""
         z_BHSM = x_BHSD @ self.weight.to(x_BHSD.dtype)
         return torch.cat([z_BHSM.softmax(-1), (-z_BHSM).softmax(-1)], dim=-1).clamp(min=SMALLEST)
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return 2 * self.weight.shape[-1]
 
 
 class T2R(FeatureMap):
@@ -49,17 +42,13 @@ class T2R(FeatureMap):
 
     def __init__(self, heads: int, head_dim: int, columns: int, generator: Generator) -> None:
         super().__init__(heads, head_dim, columns, generator)
+        self.features = columns
         self.bias = nn.Parameter(torch.zeros(heads, 1, columns))
 
     def forward(self, x_BHSD: Tensor) -> Tensor:
         """The features of each position."""
         z_BHSM = x_BHSD @ self.weight.to(x_BHSD.dtype) + self.bias.to(x_BHSD.dtype)
         return z_BHSM.relu().clamp(min=SMALLEST)
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return self.weight.shape[-1]
 
 
 def make_map(name: str, heads: int, head_dim: int, columns: int | None, generator: Generator) -> FeatureMap:

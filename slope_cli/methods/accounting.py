@@ -129,8 +129,8 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     trained = {name for name, adapter in adapters_of(model).items() if adapter.lora_A.requires_grad}
     dense = now.weights + now.sparse - now.stored_sparse
     frozen = now.weights - now.trained + now.adapters - now.trained_adapters
-    layers, width = model.config.num_hidden_layers, shapes.width(model.config)
-    tokens, vocab = config.train.micro_batch * config.train.seq_len, shapes.vocab_size(model.config)
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    tokens, vocab = config.train.micro_batch * config.train.seq_len, model.config.vocab_size
     flops, linearized = 6 * now.linear + _attention_flops(config, model), end.linearized
     return Account(
         dense_parameters=dense,
@@ -179,7 +179,7 @@ def _adamw_bytes(parameters: int) -> dict[str, int]:
 def _attention_flops(config: Config, model: PreTrainedModel) -> int:
     """Scores and weighted sums, forward and backward: 12 T·d a token and layer, half of it if attention is causal."""
     each = 12 if shapes.objective(model.config) == "masked" else 6
-    return int(each * model.config.num_hidden_layers * config.train.seq_len * shapes.width(model.config))
+    return int(each * model.config.num_hidden_layers * config.train.seq_len * model.config.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -106,30 +106,19 @@ def _gpt2(width: int, layers: int, heads: int, **more: Any) -> Shape:
     return Shape("gpt2", {**sizes, **more})
 
 
+def _sizes(vocabulary: int, positions: int, width: int, layers: int, heads: int) -> dict[str, Any]:
+    return dict(zip(_SIZES, (vocabulary, width, layers, heads, positions), strict=True))
+
+
 def _opt(width: int, layers: int, heads: int, **more: Any) -> Shape:
-    sizes = {
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-        "hidden_size": width,
-        "ffn_dim": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
+    sizes = _sizes(50272, 2048, width, layers, heads)
     # The published pad_token_id 1 makes the embedding drop that row's gradient. Token files hold no padding, and in
     # any other tokenizer than OPT's own id 1 is a real token (GPT-2's is the quotation mark).
-    return Shape("opt", {**sizes, "pad_token_id": None, **more})
+    return Shape("opt", {**sizes, "ffn_dim": 4 * width, "pad_token_id": None, **more})
 
 
 def _bert(width: int, layers: int, heads: int) -> Shape:
-    sizes = {
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return Shape("bert", sizes)
+    return Shape("bert", {**_sizes(30522, 512, width, layers, heads), "intermediate_size": 4 * width})
 
 
 # The decoder that Llama 3 8B and Mistral 7B have in common.
@@ -204,21 +193,6 @@ def objective(config: PreTrainedConfig) -> Objective:
     """What models of this config are pretrained on: the next token, but in the families here that say otherwise."""
     family = FAMILIES.get(config.model_type)
     return family.objective if family else "causal"
-
-
-def vocab_size(config: PreTrainedConfig) -> int:
-    """Rows of the embedding table: token ids run from 0 up to, not including, this."""
-    return int(config.vocab_size)
-
-
-def max_seq_len(config: PreTrainedConfig) -> int:
-    """The longest sequence the positions hold."""
-    return int(config.max_position_embeddings)
-
-
-def width(config: PreTrainedConfig) -> int:
-    """Features of the residual stream."""
-    return int(config.hidden_size)
 
 
 def shape_of(name: str) -> Shape:

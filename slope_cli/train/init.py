@@ -195,7 +195,7 @@ def _overrides(init: str, path: str | None, sizes: Mapping[str, int]) -> list[st
 
 def _positions(folder: Path) -> int:
     found = load.shape_of(folder)
-    return shapes.max_seq_len(found) if found.model_type in shapes.FAMILIES else LONGEST
+    return found.max_position_embeddings if found.model_type in shapes.FAMILIES else LONGEST
 
 
 def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -248,6 +248,6 @@ def _check_base(config: Config, found: Loaded, tokenizer: PreTrainedTokenizerFas
             here, there = getattr(named, key), getattr(own, key, None)
             if here != there and "positions" not in key and "position_embeddings" not in key:
                 raise UsageError(f"model.init={init}: is no {config.model.name}: {key} is {there} there, not {here}")
-    if (positions := shapes.max_seq_len(own)) < config.train.seq_len:
+    if (positions := own.max_position_embeddings) < config.train.seq_len:
         raise UsageError(f"train.seq_len={config.train.seq_len}: {init} has only {positions} positions")
     require_same_tokens(f"data.path={config.data.path}", tokenizer, str(init), found.tokenizer)

@@ -2,10 +2,9 @@
 alone, and distillation, where adapters learn from what the softmax model predicts.
 """
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +14,12 @@ from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.loss import Batch, Loss, forward, kl_divergence, loss_fn
-from slope_cli.train.step import MaskUpdate, Step, compile_blocks
+from slope_cli.train.step import MaskUpdate, Step, StepOutput, compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-class TransferOutput(NamedTuple):
-    """What a step had before its update: means over its micro-batches, and the norm of the gradient before clipping.
-
-    mse: the squared error of attention's output, the mean over layers. total: what was optimised, likewise. layers: the
-    squared error of each, by the attention module's name.
-    """
-
-    mse: float
-    total: float
-    norm: float
-    layers: dict[str, float]
-
-    @property
-    def kind(self) -> str:
-        """Of its record in the log."""
-        return "transfer"
-
-    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
-        """The numbers for the log. layers: also the squared error of each."""
-        each: dict[str, float | Mapping[str, float]] = {"layers": self.layers} if layers else {}
-        return {"mse": self.mse, "grad_norm": self.norm, "total": self.total, **each}
-
-
-class TransferStep:
+class TransferStep(Step):
     """Takes the steps of attention transfer.
 
     The layers' losses share no gradient, so one optimizer over all maps is as many optimizers as there are layers, if
@@ -53,29 +29,18 @@ class TransferStep:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        *,
-        dtype: torch.dtype | None,
-        clip: float,
-        mse_weight: float,
-        entropy_weight: float,
-        compiled: bool = False,
+        self, *args: Any, mse_weight: float, entropy_weight: float, compiled: bool = False, **how: Any
     ) -> None:
         """
         Args:
-            dtype: of autocast's products, or None for none.
-            clip: largest norm of a layer's gradient, 0 for no clipping.
+            args, how: as `Step`; the norm that is clipped is that of a layer's gradient.
             mse_weight, entropy_weight: see `transfer_losses`.
             compiled: compile each layer's loss, and each transformer block before and after it.
         """
-        self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
+        super().__init__(*args, compiled=compiled, **how)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
-        if compiled:
-            compile_blocks(model)
 
-    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> TransferOutput:
+    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step.
 
         Args:
@@ -103,7 +68,7 @@ class TransferStep:
         self.optimizer.zero_grad(set_to_none=True)
         totals, errors, norms = table
         by_layer = dict(zip(layers, errors, strict=True))
-        return TransferOutput(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
+        return StepOutput(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
 
     def _backward(self, batch: Batch, scale: float) -> Tensor:
         """Add one micro-batch's gradients; its share of (total, mse) of each layer, (2, layers)."""
@@ -118,11 +83,6 @@ class TransferStep:
                 compiled=self.compiled,
             )
         return scale * torch.stack([torch.stack([loss.total, loss.mse]) for loss in losses.values()], dim=1)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast as in a step."""
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype is not None)
 
 
 class DistillStep(Step):

@@ -44,7 +44,7 @@ from slope_cli.train import init
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
-from slope_cli.train.step import MaskUpdate, Step, StepRecord, TrainingStep, eager, step_seed
+from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.utils.environment import note_environment
 from sparse_kernels import adapters_of, backends, check_backend, sparse_layers
 
@@ -106,7 +106,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
         checkpoint = self._find_checkpoint()
         shape = init.run_shape(config, run if checkpoint else None)
-        self.dataset.check_model(shapes.vocab_size(shape), config.train.seq_len)
+        self.dataset.check_model(shape.vocab_size, config.train.seq_len)
         self.objective = shapes.objective(shape)
         self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device)
         self._check_evaluation(shape)
@@ -166,7 +166,7 @@ class Trainer:
             "adapter_parameters": _numel(p for p in adapters if p.requires_grad),
         }
 
-    def train_step(self) -> tuple[StepRecord, float]:
+    def train_step(self) -> tuple[StepOutput, float]:
         """Take the next step, its update and that of the masks if it is due.
 
         Returns:
@@ -204,7 +204,7 @@ class Trainer:
             values["peak_memory"] = torch.cuda.max_memory_allocated()
         progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
-    def _make_step(self) -> TrainingStep:
+    def _make_step(self) -> Step | GraphedStep:
         """How this run takes its steps of the present phase on this device."""
         config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
         if train.cuda_graph is True and not gpu:
@@ -334,7 +334,7 @@ class Trainer:
         if not any(True for source in self.dataset.val for _ in self.batches.validation(source)):
             raise UsageError(f"{self.dataset.folder}: has no validation text, {NO_VALIDATION}")
         if self.objective == "causal":
-            length, room = len(prompt_ids(self.tokenizer, self.config.log.sample_prompt)), shapes.max_seq_len(shape)
+            length, room = len(prompt_ids(self.tokenizer, self.config.log.sample_prompt)), shape.max_position_embeddings
             rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
             if not 0 < length < room:
                 raise UsageError(f"log.sample_prompt: {rule}")
@@ -376,6 +376,22 @@ def _summary(t: Trainer) -> dict[str, Any]:
     summary |= {record["kind"]: record["perplexity"] for record in references}
     samples = [record["text"] for record in records if record["kind"] == "sample"]
     return summary | ({"sample": samples[-1]} if samples else {})
+
+
+def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
+    """What `pretrain` returned of a run, for the terminal."""
+    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
+    if "teacher" in summary:
+        ratio = summary["perplexity"] / summary["teacher"] - 1
+        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
+    if len(summary["by_source"]) > 1:
+        lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
+    if "bigram_loss" in summary:
+        lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
+    if "sample" in summary:
+        lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
+    lines.append(f"plot: {run / 'loss.png'}")
+    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines
 
 
 def _kernels(model: PreTrainedModel) -> dict[str, int]:

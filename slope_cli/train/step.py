@@ -6,8 +6,8 @@ raises before anything is updated.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,48 +24,29 @@ from sparse_kernels import update_masks
 class StepOutput(NamedTuple):
     """What a step had before its update: means over its tokens, and the norm of the gradient before clipping.
 
-    loss: the cross-entropy in nats of the predicted tokens, as in validation. total: what was optimised, which may have
-    BERT's next-sentence loss in it, or a teacher's predictions.
+    loss: the cross-entropy in nats of the predicted tokens, as in validation; in attention transfer the squared error
+    of attention's output, the mean over layers. total: what was optimised, which may have BERT's next-sentence loss in
+    it, or a teacher's predictions. layers: in attention transfer the squared error of each, by the attention module's
+    name.
     """
 
     loss: float
     total: float
     norm: float
+    layers: dict[str, float] | None = None
 
     @property
     def kind(self) -> str:
-        """Of its record in the log."""
-        return "train"
+        """Of its record in the log, one of metrics.STEPS."""
+        return "train" if self.layers is None else "transfer"
 
-    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
-        """The numbers for the log: `total` where it is not the loss. layers: also those of each layer, of which there
-        are none here."""
-        total = {} if self.total == self.loss else {"total": self.total}
-        return {"loss": self.loss, "grad_norm": self.norm, **total}
-
-
-class StepRecord(Protocol):
-    """What a step of any kind returns. kind: of its record in the log, one of metrics.STEPS."""
-
-    @property
-    def kind(self) -> str:
-        """Of its record in the log."""
-
-    def record(self, *, layers: bool) -> dict[str, float | Mapping[str, float]]:
-        """The numbers for the log; layers: those of each layer too, if there are any."""
-
-
-class TrainingStep(Protocol):
-    """Takes the steps of a phase."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of autocast's products, or None for none."""
-
-    def __call__(self, batches: Sequence[Batch], mask_update: "MaskUpdate | None" = None) -> StepRecord: ...
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast as in a step."""
+    def record(self, *, layers: bool) -> dict[str, float | dict[str, float]]:
+        """The numbers for the log: `total` where it is not the loss. layers: also those of each layer, if any."""
+        if self.layers is None:
+            total = {} if self.total == self.loss else {"total": self.total}
+            return {"loss": self.loss, "grad_norm": self.norm, **total}
+        each: dict[str, float | dict[str, float]] = {"layers": self.layers} if layers else {}
+        return {"mse": self.loss, "grad_norm": self.norm, "total": self.total, **each}
 
 
 class MaskUpdate(NamedTuple):

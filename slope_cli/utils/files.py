@@ -94,6 +94,12 @@ def file_sha256(path: Path) -> str:
         raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that carries the hash of its content, atomically."""
     with atomic_file(path) as file:

@@ -204,7 +204,11 @@ print(layers.backends(torch.nn.Sequential(layer))[0].forward.sparse)
 """
     environment = {"SLOPE_CUSPARSELT_LIB": str(tmp_path / "absent.so"), "XDG_CACHE_HOME": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-P", "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     messages, sparse = result.stdout.splitlines()
     assert messages.count("cuSPARSELt cannot be loaded from") == 1

@@ -143,7 +143,7 @@ def assert_alike(one: Setup, other: Setup, rel: float = 1e-3) -> None:
 
 def assert_same_steps(ours: Sequence[StepOutput], theirs: Sequence[StepOutput], rel: float = 1e-3) -> None:
     for a, b in zip(ours, theirs, strict=True):
-        assert tuple(a) == pytest.approx(tuple(b), rel=rel)
+        assert a[:3] == pytest.approx(b[:3], rel=rel)
 
 
 @pytest.fixture(autouse=True)
