@@ -117,5 +117,5 @@ def test_compiled_steps_of_adapters(without_kernels: None) -> None:
         assert all(adapter.lora_B.any() for adapter in adapters.values())
     assert graphs() > 0
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
-    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert found[1][0][:3] == pytest.approx(found[0][0][:3], rel=1e-4)
+    assert found[1][1][:3] == pytest.approx(found[0][1][:3], rel=1e-4)
