@@ -30,10 +30,15 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *below: str
     return "\n\n".join([rows_in_markdown(columns, rows), *below])
 
 
+def _cells(whole: Table, *names: str) -> list[list[str]]:
+    """The rows of a table, of some of its columns."""
+    places = [whole.columns.index(name) for name in names]
+    return [[row[place] for place in places] for row in whole.rows]
+
+
 def _columns(whole: Table, *names: str) -> str:
     """Some columns of a table."""
-    places = [whole.columns.index(name) for name in names]
-    return rows_in_markdown(names, [[row[place] for place in places] for row in whole.rows])
+    return rows_in_markdown(names, _cells(whole, *names))
 
 
 def _where(machine: Json, libraries: Json | None = None) -> str:
@@ -196,44 +201,47 @@ def _small_llama(result: Json) -> str:
     return _markdown(whole.columns, rows, f"{whole.note} ([More settings](../benchmarks/results/linearize-cpu.md).)")
 
 
+def _decoding(results: GenerateResults) -> Table:
+    """The speeds at the largest batches, of what was run."""
+    return report.largest_batches([replace(entry, not_run="") for entry in results.models])
+
+
 def _generation(result: Json) -> str:
-    found = from_json(GenerateResults, result)
-    whole = report.largest_batches([replace(entry, not_run="") for entry in found.models])
+    results = from_json(GenerateResults, result)
     names = ("model", "tokens", "largest batch: softmax", "largest batch: linear", *report.SPEED_COLUMNS)
-    return f"{_columns(whole, *names)}\n\n{_where(found.machine)}; bf16, window 64, random weights."
+    return f"{_columns(_decoding(results), *names)}\n\n{_where(results.machine)}; bf16, window 64, random weights."
 
 
 def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json) -> str:
     """What sparse and linearized models gain and cost against dense and softmax ones."""
-    rows: list[tuple[str, str, str, float | None]] = []
+    rows: list[list[str]] = []
     for result in (step, medium):
         for case in from_json(StepResults, result).cases:
             if case.summary and case.summary.depth == case.blocks:
                 speedup = case.summary.timed
                 name = f"training step, {case.name}, {result['machine']['gpu'][:11]}"
-                rows.append((name, f"{speedup.dense_ms:.1f} ms", f"{speedup.sparse_ms:.1f} ms", speedup.ratio))
+                times = (f"{x:.1f} ms" for x in (speedup.dense_ms, speedup.sparse_ms))
+                rows.append([name, *times, number(speedup.ratio)])
     for row in from_json(MemoryResults, memory).cases:
         if row.case in ("gpt2-small", "opt-13b"):
-            sizes = (bytes_text(row.dense.state), bytes_text(row.sparse.state))
-            rows.append((f"weights, gradients, moments: {row.case}", *sizes, row.state_ratio))
+            sizes = map(bytes_text, (row.dense.state, row.sparse.state))
+            rows.append([f"weights, gradients, moments: {row.case}", *sizes, number(row.state_ratio)])
     comparison = from_json(Comparison, quality)
     losses = {each.variant: each.loss.mean for each in comparison.variants}
     tokens = (comparison.variants[0].tokens or 0) / 1e6
     name = f"validation loss, gpt2-small, {tokens:.0f} M tokens"
-    rows.append((name, number(losses["dense"], ".3f"), number(losses["ours"], ".3f"), None))
+    rows.append([name, *(number(losses[variant], ".3f") for variant in ("dense", "ours")), NONE])
     for run in linearized["runs"][:2]:
         name = f"perplexity, {run['model']} gpt2-small, linearized"
-        rows.append((name, number(run["teacher"]), number(run["adapted"]), run["adapted"] / run["teacher"]))
-    models = [replace(entry, not_run="") for entry in from_json(GenerateResults, generation).models]
-    whole = report.largest_batches(models)
-    at = {name: whole.columns.index(name) for name in ("softmax tokens/s", "compiled tokens/s", "speed-up")}
-    for cells in (cells for cells in whole.rows if cells[1] == "16,384"):
-        softmax, linear, ratio = (cells[place] for place in at.values())
-        name = f"decoding, {cells[0]}, 16,384 tokens, largest batches"
-        rows.append((name, f"{softmax} tokens/s", f"{linear} tokens/s", float(ratio)))
+        perplexities = run["teacher"], run["adapted"], run["adapted"] / run["teacher"]
+        rows.append([name, *map(number, perplexities)])
+    names = ("model", "tokens", "softmax tokens/s", "compiled tokens/s", "speed-up")
+    for model, length, softmax, linear, ratio in _cells(_decoding(from_json(GenerateResults, generation)), *names):
+        if length == "16,384":
+            name = f"decoding, {model}, {length} tokens, largest batches"
+            rows.append([name, f"{softmax} tokens/s", f"{linear} tokens/s", ratio])
     where = "; ".join(dict.fromkeys(_where(result["machine"]) for result in (step, medium)))
-    table = [[name, before, after, number(ratio, ".2f") if ratio else NONE] for name, before, after, ratio in rows]
-    return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), table, f"Steps: {where}.")
+    return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), rows, f"Steps: {where}.")
 
 
 PLACES: dict[str, Callable[..., str]] = {

@@ -22,23 +22,19 @@ class PackedFormat:
 
     Attributes:
         dtype: of the values, and of the products' other operand and result.
-        kernel_name: of that dtype in kernels.cu's entry points.
         data_type: of that dtype in cuSPARSELt.
-        metadata_bits: for each entry of the matrix.
     """
 
     dtype: torch.dtype
-    kernel_name: str
     data_type: DataType
-    metadata_bits: int = 1
 
     def value_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the kept entries."""
         return rows * columns // 2 * self.dtype.itemsize
 
     def metadata_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the metadata."""
-        return rows * columns * self.metadata_bits // 8
+        """Bytes of the metadata: a bit for each entry of the matrix."""
+        return rows * columns // 8
 
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a packed matrix; the library may append a few of its own."""
@@ -54,7 +50,7 @@ class PackedFormat:
         return packed[start : start + self.metadata_bytes(rows, columns)]
 
 
-BF16 = PackedFormat(torch.bfloat16, "bf16", DataType.BFLOAT16)
-FP16 = PackedFormat(torch.float16, "fp16", DataType.FLOAT16)
+BF16 = PackedFormat(torch.bfloat16, DataType.BFLOAT16)
+FP16 = PackedFormat(torch.float16, DataType.FLOAT16)
 FORMATS = {chosen.dtype: chosen for chosen in (BF16, FP16)}
 """The formats by the dtype of a product's operand."""

@@ -128,10 +128,7 @@ def select_layers(
     layers = list(_linear_layers(model))
     names = [name for name, _ in layers]
     patterns = _patterns(model, names, n, m, pattern_overrides)
-    for what, expressions in (("exclude_modules", exclude_modules), ("target_modules", target_modules)):
-        for expression in expressions:
-            if not any(re.search(expression, name) for name in names):
-                raise ValueError(f"{what}: {expression!r} matches no linear layer of {type(model).__name__}")
+    _require_matches(model, names, exclude_modules=exclude_modules, target_modules=target_modules)
     first = _first_layers(model, names)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
@@ -164,6 +161,14 @@ def select_layers(
         reasons = "; ".join(f"{count} x {why}" for why, count in Counter(x.reason for x in report.layers).items())
         raise ValueError(f"no linear layer of {type(model).__name__} can be made sparse ({reasons or 'it has none'})")
     return report
+
+
+def _require_matches(model: nn.Module, names: Sequence[str], **expressions: Sequence[str]) -> None:
+    """ValueError for an expression that matches none of the names; `expressions` by the argument they were given as."""
+    for what, given in expressions.items():
+        for expression in given:
+            if not any(re.search(expression, name) for name in names):
+                raise ValueError(f"{what}: {expression!r} matches no linear layer of {type(model).__name__}")
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

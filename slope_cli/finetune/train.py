@@ -117,10 +117,9 @@ def finetune(
         seed=seed,
     )
     loaded = load_model(folder, pick_device("auto"))
-    config = loaded.model.config
     if loaded.objective != "masked":
-        raise UsageError(f"{folder}: contains a {config.model_type} model; only BERT can be fine-tuned")
-    if settings.seq_len > (positions := config.max_position_embeddings):
+        raise UsageError(f"{folder}: contains a {loaded.model.config.model_type} model; only BERT can be fine-tuned")
+    if settings.seq_len > (positions := loaded.model.config.max_position_embeddings):
         raise UsageError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; set it lower")
     rows, source = load_rows(task, data)
     identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
