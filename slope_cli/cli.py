@@ -4,6 +4,7 @@ Results go to standard output, the log to standard error. Exit codes: 0 done, 1 
 75 stopped by a signal, with a checkpoint or finished parts saved: the same command resumes.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -64,7 +65,7 @@ def pretrain(
         recipe, words = "gpt2-nano", [recipe, *words]
     # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
-    with StopFlag() as stop:  # before torch is imported, which takes seconds: a signal then is no less one to stop
+    with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
         _train(recipe, words, run, stop, dry_run=dry_run, fresh=fresh, as_json=as_json)
 
 
@@ -97,7 +98,7 @@ def _train(
     recipe: str,
     overrides: list[str],
     run: Path,
-    stop: StopFlag,
+    stop: StopFlag | None,
     implied: Sequence[str] = (),
     *,
     dry_run: bool,
