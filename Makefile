@@ -1,6 +1,7 @@
-# make demo   the environment, then a small GPT-2 trained sparse on the text in the package (about two minutes)
-# make test   the environment, then the tests
-# make check  formatting, lints and types; make format mends the first two
+# make demo       the environment, then a small GPT-2 trained sparse on the text in the package (about two minutes)
+# make test       the environment, then the tests but for the slow ones
+# make test-slow  the slow ones: random kills, whole comparisons, compiled runs
+# make check      formatting, lints and types; make format mends the first two
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,14 +15,18 @@ TORCH_INDEX ?=
 comma  := ,
 EXTRAS := dev$(if $(GPU),$(comma)cuda13)
 DONE   := $(VENV)/.done
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what they have trained
 
-.PHONY: demo test check format bench-cpu render build clean
+.PHONY: demo test test-slow check format bench-cpu render build clean
 
 demo: $(DONE)
 	$(VENV)/bin/slope pretrain
 
 test: $(DONE)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what they have trained
+	$(PYTEST) -m "not slow"
+
+test-slow: $(DONE)
+	$(PYTEST) -m slow
 
 check: $(DONE)
 	$(VENV)/bin/ruff format --check .

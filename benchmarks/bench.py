@@ -1,8 +1,8 @@
-"""The program behind `slope bench`: training steps, single products and memory, sparse against dense; and decoding,
-linearized attention against softmax attention.
+"""`slope bench`: training steps, single products and memory, sparse against dense; and decoding, linearized attention
+against softmax attention.
 
-Everything that touches the GPU runs in processes of its own (measure.py), one case each, so that a crash, a hang or a
-full memory costs one case. Results are written to the output folder after every row: memory.json, step.json, gemm.json
+All work on the GPU runs in separate processes (measure.py), one per case, so that a crash, a hang or a full memory
+costs only one case. Results are written to the output folder after every row: memory.json, step.json, gemm.json
 and generate.json, bench.md, and speed.png and .svg.
 """
 
@@ -37,7 +37,7 @@ KINDS = ("all", "step", "gemm", "memory", "generate")
 Row = TypeVar("Row", StepRow, AllocatorRow, GemmRow, DecodeRow)
 
 LONGEST = 1800.0
-"""Seconds that one case may take without a budget; a case that takes more hangs."""
+"""Seconds after which a case without a budget is taken to hang."""
 
 
 def run(
@@ -46,21 +46,21 @@ def run(
     """Measure, and write the results.
 
     Args:
-        what: one of KINDS. Without a GPU memory alone is estimated: that of decoding for "generate", else of training.
-        names: cases, or for "generate" any words that `generate.subject` takes; by default all. "all" of named cases
-            has no decoding.
+        what: one of KINDS. Without a GPU only memory is estimated: of decoding for "generate", else of training.
+        names: cases, or for "generate" names that `generate.subject` takes; by default all. "all" of named cases has no
+            decoding.
         out: the folder; by default a new one in the current folder.
         budget: seconds, after which the remaining measurements are listed as not run.
 
     Raises:
-        UsageError: an unknown word or case, or a folder that cannot be written.
+        UsageError: an unknown measurement or name, or a folder that cannot be written.
     """
     if what not in KINDS:
         raise UsageError(f"{what}: choose one of {', '.join(KINDS)}")
     chosen = choose([] if what == "generate" else names)
     subjects = names if names and what == "generate" else generate.DEFAULT
-    for word in subjects:
-        generate.subject(word)  # refuse a wrong one now
+    for name in subjects:
+        generate.subject(name)  # refuse a wrong name now
     gpu = torch.cuda.is_available()
     folder = out or _new_folder(gpu)
     try:
@@ -102,7 +102,7 @@ def _new_folder(gpu: bool) -> Path:
 
 
 class Bench:
-    """The parts of a bench, which share the cases, the time that is left, and the results so far."""
+    """The parts of a bench, which share the cases, the remaining time, and the results."""
 
     def __init__(self, folder: Path, chosen: Sequence[Case], budget: float | None) -> None:
         self.results = records.BenchResults(folder=str(folder))
@@ -120,9 +120,9 @@ class Bench:
 
     def allocator(self) -> None:
         """Measure the training state of models that are cut to fit."""
-        memory, words = self.results.memory, ["state", *(case.name for case in self._chosen)]
+        memory, arguments = self.results.memory, ["state", *(case.name for case in self._chosen)]
         assert memory is not None
-        for row in self._rows(AllocatorRow, words, "memory", memory):
+        for row in self._rows(AllocatorRow, arguments, "memory", memory):
             memory.allocator.append(row)
 
     def steps(self) -> None:
@@ -155,25 +155,25 @@ class Bench:
         self.results.generate = records.GenerateResults()
         if not gpu:
             self.say("no GPU here: decoding cannot be timed; its memory is estimated from the shapes")
-        for word in subjects:
-            entry = records.ModelResult(memory=generate.memory_row(generate.subject(word)), not_run="not run: no GPU")
+        for name in subjects:
+            entry = records.ModelResult(memory=generate.memory_row(generate.subject(name)), not_run="not run: no GPU")
             self.results.generate.models.append(entry)
             self._write("generate")
-            for row in self._rows(DecodeRow, ["generate", word], "generate", entry) if gpu else ():
+            for row in self._rows(DecodeRow, ["generate", name], "generate", entry) if gpu else ():
                 entry.rows.append(row)
                 where = " ".join(str(value) for value in (row.part, row.side, row.batch, row.length) if value)
                 speed = row.tokens_per_s and f"{row.tokens_per_s:,.0f} tokens/s"
                 self.say(": ".join(filter(None, (f"{row.model}, {where}", speed or row.error))))
             if gpu:
-                self.say("; ".join(filter(None, (f"{word}: {len(entry.rows)} measured", entry.not_run))))
+                self.say("; ".join(filter(None, (f"{name}: {len(entry.rows)} measured", entry.not_run))))
             report.write(self.results, self._folder)
 
-    def _rows(self, kind: type[Row], words: Sequence[str], part: str, results: records.Incomplete) -> Iterator[Row]:
-        """Measure in a process of its own, note in the results why rows are missing, and write the part's file."""
+    def _rows(self, kind: type[Row], arguments: Sequence[str], part: str, results: records.Incomplete) -> Iterator[Row]:
+        """Measure in a separate process, record why rows are missing, and write the part's file."""
         left = LONGEST if self._end is None else self._end - time.monotonic()
         results.not_run = "" if left > 0 else "not run: the budget was spent"
         try:
-            for row in measured(words, left) if left > 0 else ():
+            for row in measured(arguments, left) if left > 0 else ():
                 yield from_json(kind, row)
                 self._write(part)  # with the row, which the caller has added
         except SlopeError as error:
@@ -184,14 +184,14 @@ class Bench:
         write_json(self._folder / f"{part}.json", asdict(getattr(self.results, part)))
 
 
-def measured(words: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
-    """The rows that measure.py prints in a process of its own.
+def measured(arguments: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """The rows that measure.py prints in a separate process.
 
     Raises:
-        SlopeError: it failed, or did not end in time; the rows that it had printed were yielded.
+        SlopeError: it failed or timed out; the rows printed before are yielded.
     """
-    command = [sys.executable, "-m", "slope_cli.benchmarks.measure", *words]
-    # A group of its own: torch's compile workers must go with it, or they would hold the pipe open.
+    command = [sys.executable, "-m", "slope_cli.benchmarks.measure", *arguments]
+    # A process group of its own, so that torch's compile workers are killed too: they would hold the pipe open.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         late = threading.Event()
@@ -236,13 +236,13 @@ def summary(entry: CaseResult) -> StepSummary | None:
         return None
     dense = fastest(by_depth[-1], dense=True)
     timed = Speedup.of(last.dense_ms, last.step_ms)
-    found = StepSummary(last.depth, dense.variant if dense else None, last.variant, timed)
+    result = StepSummary(last.depth, dense.variant if dense else None, last.variant, timed)
     if not first or first is last or first.alternated != last.alternated or not first.step_ms or not first.dense_ms:
-        return found
+        return result
     blocks, more = last.depth - first.depth, entry.blocks - last.depth
     block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
     whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
-    return replace(found, block=block, whole=whole)
+    return replace(result, block=block, whole=whole)
 
 
 def memory_row(case: Case) -> records.MemoryRow:

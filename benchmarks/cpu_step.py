@@ -42,8 +42,8 @@ def time_steps(case: Case, timing: Timing) -> dict[str, Any]:
     )
     dense_s, sparse_s = timing.medians(dense.step, sparse.step)
     (update_s,) = replace(timing, rounds=1).medians(lambda: update_backward_masks(sparse.model))
-    found = {"model": case.name, "tokens": case.tokens, "rounds": timing.rounds, "dense_s": dense_s}
-    return {**found, "sparse_s": sparse_s, "mask_update_s": update_s, "ratio": sparse_s / dense_s}
+    row = {"model": case.name, "tokens": case.tokens, "rounds": timing.rounds, "dense_s": dense_s}
+    return {**row, "sparse_s": sparse_s, "mask_update_s": update_s, "ratio": sparse_s / dense_s}
 
 
 def checkpoint_bytes(name: str, method: str) -> int:

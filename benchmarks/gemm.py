@@ -24,7 +24,7 @@ def gemm(widths: Sequence[int]) -> Iterator[GemmRow]:
     for tokens in (TOKENS, *MORE_TOKENS):
         for width in widths:
             try:
-                yield from products(width, tokens, torch.bfloat16)
+                yield from products(width, tokens)
             except Exception as error:
                 yield GemmRow(width=width, tokens=tokens, error=one_line(error))
             free()
@@ -43,13 +43,13 @@ def sides(width: int) -> dict[str, tuple[int, int]]:
     return {"qkv": (3 * width, width), "proj": (width, width), "up": (4 * width, width), "down": (width, 4 * width)}
 
 
-def products(width: int, tokens: int, dtype: torch.dtype) -> Iterator[GemmRow]:
+def products(width: int, tokens: int) -> Iterator[GemmRow]:
     """The four matrices of a block, forward (with bias) and input gradient, as training would choose them."""
     for matrix, (out, inp) in sides(width).items():
         for product, rows, columns in (("forward", out, inp), ("input_grad", inp, out)):
             row = GemmRow(width=width, tokens=tokens, matrix=matrix, product=product, rows=rows, columns=columns)
             started = time.perf_counter()
-            choice, _ = autotune.choose(MatmulShape(rows, columns, tokens, dtype, product == "forward"), 0)
+            choice, _ = autotune.choose(MatmulShape(rows, columns, tokens, torch.bfloat16, product == "forward"), 0)
             yield replace(row, choose_s=time.perf_counter() - started, **vars(choice))
 
 

@@ -46,7 +46,7 @@ SIDES = ("softmax", "linear", "linear compiled")
 LONGEST = 16384
 """Tokens up to which every model has positions here."""
 CLOSE = 0.03
-"""The largest batch is found to within this share."""
+"""The relative precision of the largest batch."""
 TIMING = Timing(warm_up=2, rounds=5, round_seconds=0.05, most_calls=50)
 
 
@@ -73,33 +73,33 @@ class Subject:
     note: str = ""
 
 
-def subject(word: str) -> Subject:
-    """The model that a word names: a shape, a run, or a folder of transformers.
+def subject(name: str) -> Subject:
+    """The model of this name: a shape, a run, or a folder of transformers.
 
     Raises:
-        UsageError: none of these, or a model that predicts no next token.
+        UsageError: none of these, or a model that does not predict the next token.
         SlopeError: files that cannot be read.
     """
-    folder, settings, note = Path(word), LinearizeConfig(), ""
-    if word == SMALL:
+    folder, settings, note = Path(name), LinearizeConfig(), ""
+    if name == SMALL:
         config = model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
-    elif word in shapes.SHAPES:
-        config = model_config(word, dropout=0.0)
+    elif name in shapes.SHAPES:
+        config = model_config(name, dropout=0.0)
     elif run_folder.is_run(folder):
         config, settings, note = _of_run(folder)
     elif (folder / "config.json").is_file():
         config, maps = load.shape_of(folder), folder / saved.FOLDER
         settings = saved.settings(maps) if maps.is_dir() else settings
-        note = _left_out(False, (folder / peft.FOLDER).is_dir())  # only its weights would say whether they are sparse
+        note = _left_out(False, (folder / peft.FOLDER).is_dir())  # only the weights show whether they are sparse
     else:
-        raise UsageError(f"{word}: neither a run nor a model folder; shapes are {SMALL}, {', '.join(shapes.SHAPES)}")
+        raise UsageError(f"{name}: neither a run nor a model folder; shapes are {SMALL}, {', '.join(shapes.SHAPES)}")
     if shapes.family_of(config).objective != "causal":
-        raise UsageError(f"{word}: predicts masked tokens and cannot decode; choose a causal model")
+        raise UsageError(f"{name}: predicts masked tokens and cannot decode; choose a causal model")
     config._attn_implementation = "sdpa"
-    # Its weights are random anyway, so its positions may reach as far as the lengths here.
+    # The weights are random, so the model may have positions for all lengths here.
     positions = shapes.FAMILIES[config.model_type].positions
     setattr(config, positions, max(config.max_position_embeddings, LONGEST))
-    return Subject(folder.resolve().name if folder.is_dir() else word, config, settings, note)
+    return Subject(folder.resolve().name if folder.is_dir() else name, config, settings, note)
 
 
 def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeConfig, str]:
@@ -118,7 +118,7 @@ def _left_out(sparse: bool, adapted: bool) -> str:
 
 
 def memory_row(chosen: Subject) -> DecodeMemory:
-    """The bytes that decoding remembers of one sequence; nothing is allocated."""
+    """The bytes of the cache of one sequence; nothing is allocated."""
     model = build_model(chosen.config, device="meta")
     linearize_attention(model, chosen.settings)
     memory = attention_memory(model)
@@ -221,8 +221,8 @@ class Decoder:
         """Take a step: each sequence's likeliest next token becomes its input."""
         softmax, compiled = self._side == "softmax", self._side.endswith("compiled")
         with torch.no_grad(), using(self._model, mode="softmax" if softmax else "linear", compiled=compiled):
-            words = {"position_ids": self._positions_11.expand_as(self._ids_B1), "past_key_values": self._cache}
-            logits_B1V = self._model(input_ids=self._ids_B1, use_cache=True, **words).logits
+            inputs = {"position_ids": self._positions_11.expand_as(self._ids_B1), "past_key_values": self._cache}
+            logits_B1V = self._model(input_ids=self._ids_B1, use_cache=True, **inputs).logits
             self._ids_B1.copy_(logits_B1V.argmax(-1))
             self._positions_11.add_(1).remainder_(self._limit)
 
@@ -240,9 +240,9 @@ def _nbytes(layer: Any) -> int:
     return int(layer.nbytes() if isinstance(layer, LinearWindowCache) else layer.keys.nbytes + layer.values.nbytes)
 
 
-def rows(word: str, device: torch.device, sweep: Sweep = SWEEP, timing: Timing = TIMING) -> Iterator[DecodeRow]:
+def rows(name: str, device: torch.device, sweep: Sweep = SWEEP, timing: Timing = TIMING) -> Iterator[DecodeRow]:
     """All rows of one subject: the largest batches first, then speed by length, then the memory of transfer."""
-    chosen = subject(word)
+    chosen = subject(name)
     try:
         model = build(chosen, device)
     except Exception as error:
@@ -250,12 +250,12 @@ def rows(word: str, device: torch.device, sweep: Sweep = SWEEP, timing: Timing =
         return
     compiled = device.type == "cuda"  # as in `slope linearize`
     points = itertools.product(sweep.batches, sweep.lengths)
-    found = itertools.chain(
+    measured = itertools.chain(
         *(largest_rows(model, chosen, length, timing) for length in sweep.largest_lengths),
         *(speed_rows(model, batch, length, timing=timing) for batch, length in points),
         (transfer_row(model, length, compiled=compiled, timing=timing) for length in sweep.transfer_lengths),
     )
-    yield from (replace(row, model=chosen.name) for row in found)
+    yield from (replace(row, model=chosen.name) for row in measured)
 
 
 def speed_rows(
@@ -266,7 +266,7 @@ def speed_rows(
         row = DecodeRow(part=part, side=side, batch=batch, length=length)
         try:
             yield _timed(model, row, timing)
-        except Exception as error:  # the other sides are measured all the same
+        except Exception as error:  # the other sides are still measured
             yield replace(row, error=one_line(error))
         free()
 
@@ -291,17 +291,17 @@ def _timed(model: Any, row: DecodeRow, timing: Timing) -> DecodeRow:
 
 def largest_rows(model: Any, chosen: Subject, length: int, timing: Timing = TIMING) -> Iterator[DecodeRow]:
     """The largest batch of each side, then the speeds at the largest that both hold, and at linear's own."""
-    found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for side, size in zip(("softmax", "linear"), memory_row(chosen).remembered(length), strict=True):
         free()
         runs = functools.partial(_refusal, model, side, length=length, timing=timing)
-        found[side], limit = largest_batch(runs, torch.cuda.mem_get_info()[0] // size)
-        row = DecodeRow(part="largest", side=side, length=length, batch=found[side], limit=limit)
+        largest[side], limit = largest_batch(runs, torch.cuda.mem_get_info()[0] // size)
+        row = DecodeRow(part="largest", side=side, length=length, batch=largest[side], limit=limit)
         yield replace(row, bytes_per_sequence=size)
-    if min(found.values()):
-        yield from speed_rows(model, min(found.values()), length, "both", timing=timing)
-        if found["linear"] > found["softmax"]:
-            yield from speed_rows(model, found["linear"], length, "own", SIDES[1:], timing)
+    if min(largest.values()):
+        yield from speed_rows(model, min(largest.values()), length, "both", timing=timing)
+        if largest["linear"] > largest["softmax"]:
+            yield from speed_rows(model, largest["linear"], length, "own", SIDES[1:], timing)
 
 
 def largest_batch(refusal: Callable[[int], str], most: int) -> tuple[int, str]:

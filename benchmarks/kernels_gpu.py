@@ -29,7 +29,7 @@ from .gemm import products, sides
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 2560, 4096, 5120, 7168, 9216)
 WORKING_SET = 256 << 20
-"""Bytes: more than the second-level cache of any card that this is for."""
+"""Bytes: more than the L2 cache of any supported GPU."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,17 @@ def host_costs() -> dict[str, float]:
     weight = packed_layer(layer.row_mask_bits, torch.bfloat16, layer.backend).forward
     assert weight is not None
     with torch.no_grad():
-        found = {
+        costs = {
             "PackedWeight.matmul": host_us(lambda: weight.matmul(x, None)),
             "SparseLinear.forward, no grad": host_us(lambda: layer(x)),
             "F.linear (dense)": host_us(lambda: F.linear(x, dense)),
             "gather_kept": host_us(lambda: cuda.gather_kept(dW, layer.row_mask_bits, torch.float32)),
             "refresh of one layer": host_us(lambda: layers.refresh(layer)),
         }
-    found["SparseLinear.forward, with grad"] = host_us(lambda: layer(X))
-    found["SparseLinear forward and backward"] = host_us(lambda: layer(X).backward(dY))
-    found["nn.Linear forward and backward"] = host_us(lambda: linear(X).backward(dY))
-    return found
+    costs["SparseLinear.forward, with grad"] = host_us(lambda: layer(X))
+    costs["SparseLinear forward and backward"] = host_us(lambda: layer(X).backward(dY))
+    costs["nn.Linear forward and backward"] = host_us(lambda: linear(X).backward(dY))
+    return costs
 
 
 def host_us(run: Callable[[], object], calls: int = 200) -> float:
@@ -174,7 +174,7 @@ def main() -> None:
     parts: dict[str, Iterator[Any]] = {
         "memory": (row for rows, columns in sizes for row in memory_kernels(rows, columns, speed)),
         "model_rewrites": model_rewrites(speed),
-        "products": (row for width in options.widths for row in products(width, options.tokens, torch.bfloat16)),
+        "products": (row for width in options.widths for row in products(width, options.tokens)),
     }
     for name, rows in parts.items():
         result[name] = []

@@ -1,4 +1,4 @@
-"""The cost of linearizing in perplexity, and the share of each branch: a llama2.c model on text that it wrote itself.
+"""The perplexity cost of linearizing, and the share of each branch: a llama2.c model on text that it wrote itself.
 
     python -m slope_cli.benchmarks.linearize_cpu MODEL.bin TOKENIZER.bin WORK
 
@@ -27,7 +27,7 @@ from slope_cli.distributed.signals import StopFlag
 from slope_cli.evaluate.evaluate import evaluate
 from slope_cli.linearize.attention import BRANCHES
 from slope_cli.report import metrics
-from slope_cli.report.tables import Table, document, number
+from slope_cli.report.tables import Document, Table, number
 from slope_cli.train.init import linearize_overrides
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment
@@ -37,7 +37,7 @@ from . import RESULTS, llama2c
 
 BATCH, BATCHES = 128, 16
 LENGTH, WINDOW = 512, 16
-WORDS = (
+SHARED = (
     f"train.seq_len={LENGTH} train.micro_batch=4 train.tokens_per_step=2048 train.steps=600 linearize.transfer=0.6 "
     f"linearize.window={WINDOW} log.sample_every=0 log.save_every=0 log.val_tokens=65536 log.tensorboard=false "
     "log.sample_prompt='Once upon a time'"
@@ -57,13 +57,13 @@ VARIANTS = {
     "window 64, 1,500 steps, 32 columns, maps trained on": f"linearize.window=64 {LONG}",
     "window 32, 1,500 steps, 32 columns, maps trained on": f"linearize.window=32 {LONG}",
 }
-"""Overrides on top of WORDS, by the name of the variant."""
+"""Overrides on top of SHARED, by the name of the variant."""
 
 
 def write_stories(model_folder: Path, path: Path) -> None:
     """Sample whole stories from a model into a file of JSON lines."""
-    found = load_model(model_folder)
-    begin, model = found.tokenizer.bos_token_id, found.model
+    loaded = load_model(model_folder)
+    begin, model = loaded.tokenizer.bos_token_id, loaded.model
     # In the model's training the token that ends a story begins the next one.
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def write_stories(model_folder: Path, path: Path) -> None:
         for ids in out_BT.tolist():
             starts = [at for at, token_id in enumerate(ids) if token_id == begin]
             stories += [ids[start + 1 : end] for start, end in itertools.pairwise(starts) if end > start + 1]
-    lines = [json.dumps({"text": found.tokenizer.decode(story, skip_special_tokens=True)}) for story in stories]
+    lines = [json.dumps({"text": loaded.tokenizer.decode(story, skip_special_tokens=True)}) for story in stories]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -139,18 +139,17 @@ def main() -> None:
     result |= {"stories": stories.read_text().count("\n"), "tokens": sum(f.header.tokens for f in dataset.train)}
     result["variants"] = {}
     for name, text in VARIANTS.items():
-        words = text.split()
         run = work / "runs" / re.sub(r"\W+", "-", name).strip("-")
-        all_words = [*linearize_overrides(base), f"data.path={work / 'data'}", *shlex.split(WORDS), *words]
+        overrides = [*linearize_overrides(base), f"data.path={work / 'data'}", *shlex.split(SHARED), *text.split()]
         with StopFlag() as stop:
-            pretrain(configs.load("linearize", all_words), run, stop=stop)
-        result["variants"][name] = {"words": words, **measure(run)}
+            pretrain(configs.load("linearize", overrides), run, stop=stop)
+        result["variants"][name] = {"words": text.split(), **measure(run)}
         print(name, result["variants"][name], file=sys.stderr)
     write_json(RESULTS / "linearize-cpu.json", result)
     m = result["machine"]
     where = f"{m['processor']}, {m['threads']} thread, torch {m['torch']}, {m['date']}"
-    text = document("A llama2.c model, linearized", [table(result)], below=[where])
-    (RESULTS / "linearize-cpu.md").write_text(text)
+    document = Document("A llama2.c model, linearized", [table(result)], below=[where])
+    (RESULTS / "linearize-cpu.md").write_text(document.markdown())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python -m slope_cli.benchmarks.measure gemm 2560 4096
     python -m slope_cli.benchmarks.measure generate llama-small
 
-Each row is printed as a line of JSON as soon as it is known. `slope bench` runs this as a process of its own, so that
-a crash or a hang of the GPU costs it one case.
+Each row is printed as a line of JSON as soon as it is measured. `slope bench` runs this in a separate process, so that
+a crash or a hang of the GPU costs only one case.
 """
 
 import json
@@ -45,7 +45,7 @@ STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.2, most_calls=20, heat
 
 @dataclass(frozen=True)
 class Variant(OfMethod):
-    """A way to train."""
+    """A training variant."""
 
     name: str
     method: str
@@ -64,11 +64,11 @@ VARIANTS = (
 
 def case_config(case: Case, method: str, depth: int | None = None) -> Config:
     """The case's recipe with its batch, without dropout; cut to `depth` blocks, or whole."""
-    words = [f"method={method}", "model.dropout=0", f"train.seq_len={case.seq_len}"]
-    words += [f"train.micro_batch={case.tokens // case.seq_len}", f"train.tokens_per_step={case.tokens}"]
+    overrides = [f"method={method}", "model.dropout=0", f"train.seq_len={case.seq_len}"]
+    overrides += [f"train.micro_batch={case.tokens // case.seq_len}", f"train.tokens_per_step={case.tokens}"]
     if depth is not None:
-        words.append(f"model.overrides.num_hidden_layers={depth}")
-    return configs.load(case.name, words)
+        overrides.append(f"model.overrides.num_hidden_layers={depth}")
+    return configs.load(case.name, overrides)
 
 
 class Runner:
@@ -90,7 +90,7 @@ class Runner:
         objective = shapes.objective(self.model.config)
         self._batch = random_batch(config, self.model.config.vocab_size, objective, device)
         if device.type == "cuda":
-            sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # now: its measuring is not in the peak
+            sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # keeps its measurements out of the peak
             peak.restart()
         for _ in range(timing.warm_up):
             self.loss = self.step().loss
@@ -163,7 +163,7 @@ def depth_rows(
             row = replace(row, step_ms=ms, dense_ms=dense_ms[0] if dense_ms else None, peak_bytes=runner.peak_bytes)
             row = replace(row, loss=runner.loss, seconds=time.perf_counter() - started)
             return runner, replace(row, backends=backends(runner.model))
-        except Exception as error:  # the other variants are measured all the same
+        except Exception as error:  # the other variants are still measured
             return None, replace(row, error=one_line(error))
 
     best: Runner | None = None
@@ -190,13 +190,13 @@ def depth_rows(
 
 
 def backends(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """How the two sparse products of each layer ran, the same layer of all blocks as one."""
-    found = {}
+    """The backends of the two sparse products of each layer; the same layer of all blocks has one entry."""
+    rows = {}
     for layer in sparse_kernels.backends(model):
         choices = {"forward": layer.forward, "input_grad": layer.input_grad}
         name = re.sub(r"\d+", "*", layer.name)
-        found[name] = {side: None if choice is None else asdict(choice) for side, choice in choices.items()}
-    return found
+        rows[name] = {side: None if choice is None else asdict(choice) for side, choice in choices.items()}
+    return rows
 
 
 def state(case: Case, device: torch.device) -> Iterator[AllocatorRow]:
@@ -242,7 +242,7 @@ def main(kind: str, *names: str) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         if kind == "gemm":
-            os.environ["XDG_CACHE_HOME"] = folder  # the times of an earlier process are no measurement
+            os.environ["XDG_CACHE_HOME"] = folder  # do not reuse the times of an earlier process
         for row in measures[kind]():
             print(json.dumps(asdict(row)), flush=True)
 

@@ -1,6 +1,6 @@
 """The result files of `slope bench`: memory.json, step.json, gemm.json and generate.json.
 
-Times are in milliseconds, sizes in bytes. None stands for what was not measured, also in a row with an error.
+Times are in milliseconds, sizes in bytes. None: not measured, also in a row with an error.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ from slope_cli.utils.environment import environment, gpu_libraries
 
 
 class OfMethod:
-    """A way to train, or what was measured of it."""
+    """A training variant, or a measurement of one."""
 
     method: str
 

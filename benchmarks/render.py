@@ -97,15 +97,15 @@ def _step(result: Json) -> str:
 
 
 def _memory(result: Json) -> str:
-    """Training state and inference weights of whole models from their shapes, and how the allocator agrees."""
+    """Training state and inference weights of whole models from their shapes, compared with the allocator."""
     memory = from_json(MemoryResults, result)
     names = ("model", "state: dense", "state: sparse", "state: ratio", "inference: ratio")
     over = {row: row.allocated / row.estimated - 1 for row in memory.allocator if row.allocated and row.estimated}
     row, most = max(over.items(), key=lambda item: item[1])
     within = sum(share <= 0.02 for share in over.values())
-    told = f"the allocator's peak is within 2 % of the estimate in {within} of {len(over)} models cut to fit"
+    agreement = f"the allocator's peak is within 2 % of the estimate in {within} of {len(over)} models cut to fit"
     worst = f"the largest is {most:.1%} above it ({row.case}, {'dense' if row.dense else 'sparse'})"
-    return f"{_columns(report.whole_models(memory.cases), *names)}\n\n{_where(memory.machine)}: {told}; {worst}."
+    return f"{_columns(report.whole_models(memory.cases), *names)}\n\n{_where(memory.machine)}: {agreement}; {worst}."
 
 
 def _training(result: Json) -> str:
@@ -113,22 +113,22 @@ def _training(result: Json) -> str:
     rows = [[run["run"], number(run["tokens_per_s"], ",.0f"), bytes_text(run["peak_bytes"])] for run in runs]
     first, *_, last = runs
     gaps = [abs(a - b) for a, b in zip(last["losses"], first["losses"], strict=False)]
-    told = f"the losses of {first['run']} and {last['run']} differ by {sum(gaps) / len(gaps):.4f} on average"
-    where = f"{_where(first['environment'])}; over {len(gaps)} steps {told} and by {max(gaps):.3f} at most."
+    difference = f"the losses of {first['run']} and {last['run']} differ by {sum(gaps) / len(gaps):.4f} on average"
+    where = f"{_where(first['environment'])}; over {len(gaps)} steps {difference} and by {max(gaps):.3f} at most."
     return _markdown(("run", "tokens/s", "peak memory"), rows, where)
 
 
 def _quality(result: Json) -> str:
     """The settings of each variant, and its loss at its best rate."""
-    found = from_json(Comparison, result)
-    settings = {row[0]: row[1] for row in table.settings(found).rows}
+    comparison = from_json(Comparison, result)
+    settings = {row[0]: row[1] for row in table.settings(comparison).rows}
     rows = []
-    for each in sorted(found.variants, key=lambda each: each.loss.mean or 0.0):
-        gap = NONE if each.variant == found.baseline else table.spread(each.gap, "+.3f")
+    for each in sorted(comparison.variants, key=lambda each: each.loss.mean or 0.0):
+        gap = NONE if each.variant == comparison.baseline else table.spread(each.gap, "+.3f")
         rows.append([each.variant, settings[each.variant], number(each.lr, "g"), table.spread(each.loss, ".3f"), gap])
-    environment, tokens = found.runs[0].environment[0], found.runs[0].tokens
+    environment, tokens = comparison.runs[0].environment[0], comparison.runs[0].tokens
     where = f"{_where(environment)}, slope {environment['slope']}; {tokens / 1e6:.0f} million tokens"
-    below = f"{where}; mean ± standard error (seeds); gap to {found.baseline}."
+    below = f"{where}; mean ± standard error (seeds); gap to {comparison.baseline}."
     return _markdown(("variant", "settings", "learning rate", "validation loss", "gap"), rows, below)
 
 
@@ -137,9 +137,9 @@ def _zeroshot(result: Json) -> str:
     runs = result["runs"].values()
     first = next(iter(runs))
     rows = []
-    for task, facts in first["tasks"].items():
-        found = (run["tasks"][task] for run in runs)
-        rows.append([task, f"{facts['chance']:.3f}", *(f"{x['acc']:.3f} ± {x['acc_stderr']:.3f}" for x in found)])
+    for task, score in first["tasks"].items():
+        scores = (run["tasks"][task] for run in runs)
+        rows.append([task, f"{score['chance']:.3f}", *(f"{x['acc']:.3f} ± {x['acc_stderr']:.3f}" for x in scores)])
     where = f"{_where(first['versions'])}, lm-eval {first['versions']['lm_eval']}"
     below = f"{where}; accuracy ± standard error over the rows of a task."
     return _markdown(("zero-shot", "guessing", *result["runs"]), rows, below)
@@ -158,10 +158,10 @@ def _glue(result: Json) -> str:
     return _markdown(("BERT-base, short", *phases), rows, f"{where}; one seed; on GLUE's dev sets.")
 
 
-def _metrics(found: Json) -> str:
+def _metrics(result: Json) -> str:
     """Each metric of a fine-tuning, with its standard error if it has one."""
-    errors = {name: "" if error is None else f" ± {error:.3f}" for name, error in found["stderr"].items()}
-    return ", ".join(f"{name} {value:.3f}{errors.get(name, '')}" for name, value in found["metric"].items())
+    errors = {name: "" if error is None else f" ± {error:.3f}" for name, error in result["stderr"].items()}
+    return ", ".join(f"{name} {value:.3f}{errors.get(name, '')}" for name, value in result["metric"].items())
 
 
 def _linearized(result: Json) -> str:
@@ -174,9 +174,9 @@ def _linearized(result: Json) -> str:
         rows.append(
             [*names, str(run["features"]), *tokens, *losses, number(run["adapted"]), linearize_cpu.over_teacher(run)]
         )
-        for branch, found in run["branches"].items():
-            values = (number(at["perplexity"]) for at in found["positions"])
-            by_position.append([*names, branch, *values, number(found["perplexity"])])
+        for branch, perplexity in run["branches"].items():
+            values = (number(at["perplexity"]) for at in perplexity["positions"])
+            by_position.append([*names, branch, *values, number(perplexity["perplexity"])])
     places = [f"{at['first']}–{at['last']}" for at in result["runs"][0]["branches"]["both"]["positions"]]
     where = f"{_where(result['machine'])}; sequences of {result['length']:,} tokens; perplexity."
     below = _markdown(("by position", "window", "branch", *places, "all"), by_position, where)
@@ -213,7 +213,7 @@ def _generation(result: Json) -> str:
 
 
 def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json) -> str:
-    """What sparse and linearized models gain and cost against dense and softmax ones."""
+    """Gains and costs of sparse and linearized models against dense and softmax ones."""
     rows: list[list[str]] = []
     for result in (step, medium):
         for case in from_json(StepResults, result).cases:
@@ -265,7 +265,7 @@ PLACES: dict[str, Callable[..., str]] = {
 }
 
 
-# The result files of a place that is not named like its one file.
+# The result files of a place that is not named after a single file.
 FILES = {
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
@@ -286,7 +286,7 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the documents; with --check, fail where one is not what the result files say."""
+    """Rewrite the documents; with --check, fail if one of them is out of date."""
     for path in DOCUMENTS:
         old = path.read_text()
         new = render(old)

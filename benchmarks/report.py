@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slope_cli.report import tables as printing
 from slope_cli.report.plots import picture
-from slope_cli.report.tables import NONE, Table, bytes_text, number
+from slope_cli.report.tables import NONE, Document, Table, bytes_text, number
 from slope_cli.utils.files import atomic_file
 
 from . import records
@@ -20,26 +19,26 @@ SPEED_TARGET, BATCH_TARGET, TARGET_LENGTH = 2.0, 8.0, 4096
 softmax's."""
 SHOWN_LENGTHS = (4096, 16384)
 SPEED_COLUMNS = ("softmax tokens/s", "linear tokens/s", "compiled tokens/s", "speed-up")
-_FACTS = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
+_ENVIRONMENT = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
 _TORCH_NOTE = (
-    "torch.sparse.to_sparse_semi_structured is no way to train: its product has no gradient for the packed weight, and "
-    "no optimizer can write it. Its forward product alone is among the single products."
+    "torch.sparse.to_sparse_semi_structured cannot be used for training: its product has no gradient for the packed "
+    "weight, and no optimizer can update it. Only its forward product is among the single products."
 )
 
 
 def tables(results: BenchResults) -> list[Table]:
-    """The tables of the existing parts, those of whole models first."""
-    found = []
+    """The tables of the measured parts, those of whole models first."""
+    every = []
     if step := results.step:
-        found += [steps(step.cases), _variants(step.cases)]
+        every += [steps(step.cases), _variants(step.cases)]
     if gemm := results.gemm:
-        found += [_break_even(gemm.rows), _products(gemm)]
+        every += [_break_even(gemm.rows), _products(gemm)]
     if memory := results.memory:
-        found += [whole_models(memory.cases), _allocator(memory)]
+        every += [whole_models(memory.cases), _allocator(memory)]
     if decoding := results.generate:
         models = decoding.models
-        found += [largest_batches(models), _speed(models), _remembered(models), _transfer(models)]
-    return [table for table in found if table.rows]
+        every += [largest_batches(models), _speed(models), _remembered(models), _transfer(models)]
+    return [table for table in every if table.rows]
 
 
 def steps(cases: Sequence[CaseResult]) -> Table:
@@ -62,7 +61,7 @@ def steps(cases: Sequence[CaseResult]) -> Table:
 
 
 def whole_model(case: CaseResult) -> str:
-    """The speed-up of the whole model, measured or extrapolated; a dash if it is neither."""
+    """The speed-up of the whole model, measured or extrapolated; a dash if neither is known."""
     s = case.summary
     if s and s.whole:
         return f"{s.whole.ratio:.3f} extrapolated"
@@ -81,7 +80,7 @@ def _variants(cases: Sequence[CaseResult]) -> Table:
 
 
 def break_even(rows: Sequence[GemmRow]) -> dict[tuple[int, int], float]:
-    """Time of dense over that of sparse by (width, tokens), of all products of a block together."""
+    """Dense over sparse time of all products of a block together, by (width, tokens)."""
     sums: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if row.sparse_ms is not None and row.dense_ms is not None:
@@ -92,13 +91,13 @@ def break_even(rows: Sequence[GemmRow]) -> dict[tuple[int, int], float]:
 
 
 def _break_even(rows: Sequence[GemmRow]) -> Table:
-    found = break_even(rows)
-    widths, counts = (sorted({key[side] for key in found}) for side in (0, 1))
+    ratios = break_even(rows)
+    widths, counts = (sorted({key[side] for key in ratios}) for side in (0, 1))
     columns = ("width", *(f"{count:,} tokens" for count in counts))
-    lines = [[str(width), *(number(found.get((width, count)), ".3f") for count in counts)] for width in widths]
+    lines = [[str(width), *(number(ratios.get((width, count)), ".3f") for count in counts)] for width in widths]
     note = (
-        "Time of dense over that of sparse, forward products and input gradients of the four matrices together, "
-        "without the work around them; below 1 sparse is slower. Training takes the faster one for each product."
+        "Dense over sparse time of the forward products and input gradients of the four matrices together, without the "
+        "work around them; below 1 sparse is slower. Training uses the faster one for each product."
     )
     return Table("Break-even of the products", columns, lines, note)
 
@@ -208,9 +207,9 @@ def _speed(entries: Sequence[ModelResult]) -> Table:
 
 
 def _remarks(entry: ModelResult, rows: Sequence[DecodeRow]) -> str:
-    """The parts of the model that are not in its numbers, and what went wrong in these rows."""
-    found = [(row.side, row.error or row.note or row.limit) for row in rows if row.side]
-    faults = [f"{side}: {text}" for side, text in found if text not in ("", "out of memory")]
+    """The parts of the model that were not measured, and the errors of these rows."""
+    texts = [(row.side, row.error or row.note or row.limit) for row in rows if row.side]
+    faults = [f"{side}: {text}" for side, text in texts if text not in ("", "out of memory")]
     return "; ".join(filter(None, (entry.memory.note, *faults)))
 
 
@@ -249,31 +248,26 @@ def _lengths(entry: ModelResult, *parts: str) -> list[int]:
     return sorted({row.length for row in entry.rows if row.part in parts and row.length is not None})
 
 
-def _heads(results: BenchResults) -> list[str]:
-    """The machine and versions of each part, in a line for all parts alike."""
-    found: dict[str, list[str]] = {}
+def _environments(results: BenchResults) -> list[str]:
+    """The machine and versions, in one line for all parts with the same ones."""
+    parts: dict[str, list[str]] = {}
     for name, part in vars(results).items():
         if isinstance(part, records.Results):
-            facts = {**part.machine, **part.libraries}
-            text = ", ".join(f"{key} {facts[key]}" for key in _FACTS if facts.get(key))
-            found.setdefault(text, []).append(name)
-    return [f"{', '.join(names)}: {text}." for text, names in found.items()]
-
-
-def markdown(results: BenchResults) -> str:
-    """All tables, with hardware and versions at the head."""
-    return printing.document(TITLE, tables(results), above=_heads(results))
+            environment = {**part.machine, **part.libraries}
+            text = ", ".join(f"{key} {environment[key]}" for key in _ENVIRONMENT if environment.get(key))
+            parts.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}." for text, names in parts.items()]
 
 
 def show(results: BenchResults) -> None:
     """Print all tables to standard output."""
-    printing.show(TITLE, tables(results), below=[f"written to {results.folder}"])
+    Document(TITLE, tables(results), below=[f"written to {results.folder}"]).show()
 
 
 def write(results: BenchResults, folder: Path) -> None:
     """Write bench.md, and speed.png and speed.svg if there is something to draw."""
     with atomic_file(folder / "bench.md") as file:
-        file.write(markdown(results).encode())
+        file.write(Document(TITLE, tables(results), above=_environments(results)).markdown().encode())
     draw(results, folder / "speed")
 
 

@@ -1,4 +1,4 @@
-"""The tools of all measurements: timing in rounds, the allocator's peak, models with random weights."""
+"""Shared by all measurements: timing in rounds, the allocator's peak, models with random weights."""
 
 import gc
 import statistics
@@ -18,9 +18,9 @@ from slope_cli.models import shapes
 class Timing:
     """How often work runs, untimed and timed.
 
-    warm_up: calls that compile, capture and choose algorithms. rounds: of which the median counts, each of about
-    `round_seconds` and at most `most_calls` calls. heat_seconds: of work before them on a GPU: a cold one runs a few
-    per cent faster, until its power limit lowers the clock.
+    warm_up: calls that compile, capture and choose algorithms. rounds: the median of these counts; each takes about
+    `round_seconds` and at most `most_calls` calls. heat_seconds: of work before them on a GPU, because a cold one is a
+    few per cent faster until its power limit lowers the clock.
     """
 
     warm_up: int

@@ -20,13 +20,13 @@ WARM_UP = 10
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """One run: its environment, speed and memory, the products that its layers took, its losses."""
+    """One run: its environment, speed, memory, backends of products, and losses."""
     records = metrics.read(run)
     train = [record for record in records if record["kind"] == "train"]
     products = [record for record in records if record["kind"] == "products"]
     environment = json.loads((run / "environment.jsonl").read_text().splitlines()[-1])
     environment.pop("host", None)
-    environment["command"] = [word for word in environment["command"] if not word.startswith("data.path=")]
+    environment["command"] = [a for a in environment["command"] if not a.startswith("data.path=")]
     return {
         "run": run.resolve().name,
         "environment": environment,

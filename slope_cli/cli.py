@@ -1,4 +1,4 @@
-"""The command line. Each command reads its words and calls one function; nothing heavy is imported before that.
+"""The command line. Each command parses its arguments and calls one function; nothing heavy is imported before.
 
 Results go to standard output, the log to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage or config,
 75 stopped by a signal, with a checkpoint or finished parts saved: the same command resumes.
@@ -60,13 +60,13 @@ def pretrain(
 
     Without arguments: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
     """
-    words = list(overrides or [])
+    overrides = list(overrides or [])
     if "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10` means the default recipe
-        recipe, words = "gpt2-nano", [recipe, *words]
-    # Not Path.stem of a mere name: that of opt-1.3b is opt-1.
+        recipe, overrides = "gpt2-nano", [recipe, *overrides]
+    # Path.stem would cut the name opt-1.3b to opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
-        _train(recipe, words, run, stop, dry_run=dry_run, fresh=fresh, as_json=as_json)
+        _train(recipe, overrides, run, stop, dry_run=dry_run, fresh=fresh, as_json=as_json)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def _train(
     fresh: bool,
     as_json: bool,
 ) -> None:
-    """Train what a recipe, the overrides that follow from the command and those of the user say, or describe it."""
+    """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
     config = configs.load(recipe, [*implied, *overrides])
     for line in configs.without_effect(config, overrides):
         print(f"warning: {line}", file=sys.stderr)
@@ -181,11 +181,11 @@ def generate(
     from slope_cli.inference.generate import continue_text
     from slope_cli.linearize.swap import linear_windows
 
-    found = load_model(model, pick_device("auto"))
-    if compiled and not linear_windows(found.model):
+    loaded = load_model(model, pick_device("auto"))
+    if compiled and not linear_windows(loaded.model):
         raise UsageError(f"{model}: is not linearized, so there is nothing to compile; leave out --compile")
     how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-    text = continue_text(found.model, found.tokenizer, prompt, compiled=compiled, **how)
+    text = continue_text(loaded.model, loaded.tokenizer, prompt, compiled=compiled, **how)
     print(text)
 
 
@@ -220,9 +220,9 @@ def convert_llama2c(
     """Convert a llama2.c model into a folder that transformers loads."""
     from slope_cli.benchmarks.llama2c import convert
 
-    found = convert(model, tokenizer, out)
-    text = f"{found['parameters']:,} parameters, {found['layers']} layers, {found['vocabulary']} ids"
-    _print(found, [f"{out}: {text}, {found['positions']} positions"], as_json)
+    sizes = convert(model, tokenizer, out)
+    text = f"{sizes['parameters']:,} parameters, {sizes['layers']} layers, {sizes['vocabulary']} ids"
+    _print(sizes, [f"{out}: {text}, {sizes['positions']} positions"], as_json)
 
 
 @app.command()
@@ -257,9 +257,9 @@ def config(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Path of the picture, without its ending.")] = Path("loss"),
+    out: Annotated[Path, typer.Option(help="Path of the plot, without suffix.")] = Path("loss"),
 ) -> None:
-    """Draw the loss of one or more runs as PNG and SVG."""
+    """Plot the loss of one or more runs as PNG and SVG."""
     from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):
@@ -287,7 +287,7 @@ def bench(
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
     budget: Annotated[
-        float | None, typer.Option(min=1, help="Seconds; what is left over is listed as not run.")
+        float | None, typer.Option(min=1, help="Time limit in seconds; the rest is listed as not run.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -297,8 +297,8 @@ def bench(
     """
     from slope_cli.benchmarks import bench, report
 
-    words = [*(models or ()), *(cases or ())]  # a folder's name may contain commas
-    names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
+    given = [*(models or ()), *(cases or ())]  # a folder's name may contain commas
+    names = [name for text in given for name in ([text] if Path(text).exists() else text.split(",")) if name]
     result = bench.run(what, names, out, budget)
     if as_json:
         _print(result.to_json(), [], as_json)
@@ -308,7 +308,7 @@ def bench(
 
 @app.command()
 def compare(
-    words: Annotated[
+    arguments: Annotated[
         list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")
     ],
     runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
@@ -332,11 +332,11 @@ def compare(
         from slope_cli.compare import table
 
         if runs:
-            result = comparing.compare_runs(list(map(Path, words)), out=out, allow_different=allow_different)
+            result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
         else:
             result = comparing.compare(
-                words[0],
-                words[1:],
+                arguments[0],
+                arguments[1:],
                 out=out,
                 methods=[name for name in methods.split(",") if name],
                 seeds=_numbers("--seeds", seeds, int),
@@ -349,14 +349,14 @@ def compare(
     if as_json:
         _print(asdict(result), [], as_json)
     else:
-        table.show(result)
+        table.document(result).show()
     if failed := len(result.failures):
         raise SlopeError(f"{failed} of {failed + len(result.runs)} runs failed; see the table")
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
-        return [kind(word) for word in text.split(",") if word]
+        return [kind(number) for number in text.split(",") if number]
     except ValueError:
         raise UsageError(f"{option} {text}: give comma-separated numbers") from None
 
@@ -438,7 +438,7 @@ def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; known faults become one line and an exit code."""
+    """Run the command line; known errors become one line and an exit code."""
     try:
         app(prog_name="slope")
     except (SlopeError, OSError, MemoryError, RuntimeError) as error:

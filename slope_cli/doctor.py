@@ -1,4 +1,4 @@
-"""`slope doctor`: what is here, what is missing, and what to install."""
+"""`slope doctor`: what is installed, what is missing, and how to fix it."""
 
 import importlib
 import platform
@@ -12,7 +12,7 @@ from slope_cli.utils.environment import cupy_version, driver, package_version
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
 _USED_BY = {
     "tensorboard": "log.tensorboard",
-    "matplotlib": "slope plot and the picture of a run",
+    "matplotlib": "slope plot, and the plot of a run",
     "datasets": "slope data prepare of a Hugging Face data set",
     "pyarrow": "slope data prepare of parquet files",
     "zstandard": "slope data prepare of .zst files",
@@ -23,7 +23,7 @@ GPU_STEP = "a step on the GPU"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `fix`: what to do where something is missing, else empty."""
+    """One line of the report: an item, its version or state, and what to do if it is missing or fails, else empty."""
 
     name: str
     found: str
@@ -31,14 +31,14 @@ class Finding:
 
 
 def examine() -> tuple[dict[str, Any], list[str]]:
-    """Look at everything that training uses.
+    """Check everything that training uses.
 
     Returns:
-        a record for JSON, whose "training" says whether a step works on the device that training would take, and the
+        A record for JSON, whose "training" says whether a step works on the device that training would use, and the
         same as lines.
     """
     findings = [Finding("python", platform.python_version()), *_packages()]
-    error = _failure(lambda: train_a_step("cpu"))
+    error = failure(lambda: train_a_step("cpu"))
     if not error:
         findings += _gpu()
         error = next((finding.fix for finding in findings if finding.name == GPU_STEP), "")
@@ -50,28 +50,28 @@ def examine() -> tuple[dict[str, Any], list[str]]:
 
 
 def _packages() -> list[Finding]:
-    found = []
+    findings = []
     for name in (*_NEEDED, *_USED_BY):
-        fix = "" if (here := package_version(name)) else f"pip install {name}"
+        fix = "" if (version := package_version(name)) else f"pip install {name}"
         if fix and name in _USED_BY:
             fix += f" (only {_USED_BY[name]} needs it)"
-        found.append(Finding(name, here or "missing", fix))
-    return found
+        findings.append(Finding(name, version or "missing", fix))
+    return findings
 
 
-def _failure(work: Callable[[], object]) -> str:
-    """Why `work` fails, in one line; empty if it does not."""
+def failure(work: Callable[[], object]) -> str:
+    """The error that `work` raises, in one line; empty if it raises none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             work()
-    except Exception as error:  # the report names whatever it was
+    except Exception as error:  # the report names it, whatever it is
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     return ""
 
 
 def train_a_step(device: str) -> None:
-    """A step of a small sparse layer as `slope pretrain` takes it; raises whatever fails."""
+    """One training step of a small sparse model, as in `slope pretrain`; raises whatever fails."""
     for name in ("omegaconf", "transformers", "tokenizers", "safetensors"):
         importlib.import_module(name)
     import torch
@@ -89,44 +89,33 @@ def train_a_step(device: str) -> None:
 
 
 def _gpu() -> list[Finding]:
-    """The GPU and all that the fast 2:4 products need there, down to a product that is checked against dense."""
+    """The GPU and everything that fast 2:4 products need, down to one product that is checked against dense."""
     import torch
 
-    found = [_driver_finding(), Finding("CUDA of torch", torch.version.cuda or "none: a CPU build", _torch_fix())]
-    if not torch.cuda.is_available():
-        return [*found, Finding("GPU", "none that torch can use", "training runs on the CPU, where 2:4 saves no time")]
-    card = torch.cuda.get_device_properties(0)
-    size = f"{card.total_memory / 2**30:.0f} GiB"
-    found.append(Finding("GPU", f"{card.name}, {size}, compute capability {card.major}.{card.minor}"))
-    if error := _failure(lambda: train_a_step("cuda")):
-        found.append(Finding(GPU_STEP, "fails", error))
-    libraries = [_cupy_finding(), _cusparselt_finding()]
-    return [*found, *libraries, *([] if any(finding.fix for finding in libraries) else [self_test()])]
-
-
-def _driver_finding() -> Finding:
-    import torch
-
-    here = driver()
-    needed = not here and not torch.cuda.is_available()
-    return Finding("driver", here or "unknown: no nvidia-smi", "for a GPU, install NVIDIA's driver" if needed else "")
-
-
-def _torch_fix() -> str:
-    import torch
-
-    if torch.version.cuda or driver() is None:
-        return ""
-    return "install a CUDA build of torch (pytorch.org, Get started)"
-
-
-def _cupy_finding() -> Finding:
     from sparse_kernels import cuda
 
-    return Finding("cupy", cupy_version() or "missing", cuda.missing(0))
+    version, usable = driver(), torch.cuda.is_available()
+    driver_fix = "" if version or usable else "for a GPU, install NVIDIA's driver"
+    cpu_build = version and not torch.version.cuda
+    torch_fix = "install a CUDA build of torch (pytorch.org, Get started)" if cpu_build else ""
+    findings = [
+        Finding("driver", version or "unknown: no nvidia-smi", driver_fix),
+        Finding("CUDA of torch", torch.version.cuda or "none: a CPU build", torch_fix),
+    ]
+    if not usable:
+        missing = Finding("GPU", "none that torch can use", "training runs on the CPU, where 2:4 saves no time")
+        return [*findings, missing]
+    card = torch.cuda.get_device_properties(0)
+    size = f"{card.total_memory / 2**30:.0f} GiB"
+    findings.append(Finding("GPU", f"{card.name}, {size}, compute capability {card.major}.{card.minor}"))
+    if error := failure(lambda: train_a_step("cuda")):
+        findings.append(Finding(GPU_STEP, "fails", error))
+    libraries = [Finding("cupy", cupy_version() or "missing", cuda.missing(0)), cusparselt_finding()]
+    return [*findings, *libraries, *([] if any(finding.fix for finding in libraries) else [self_test()])]
 
 
-def _cusparselt_finding() -> Finding:
+def cusparselt_finding() -> Finding:
+    """The cuSPARSELt library that this process would use."""
     from sparse_kernels import cusparselt
 
     try:
@@ -136,14 +125,14 @@ def _cusparselt_finding() -> Finding:
     return Finding("cuSPARSELt", f"{'.'.join(map(str, library.version))}, {library.path}")
 
 
-def self_test(width: int = 4096, tokens: int = 4096) -> Finding:
-    """Run a 2:4 product in bf16, compare it with dense, and say how fast it is; then a layer, forward and backward."""
+def self_test() -> Finding:
+    """Run and time a 2:4 product in bf16, check it against dense; then a layer's forward and backward pass."""
     import torch
 
     from sparse_kernels import autotune
     from sparse_kernels.matmul_plan import MatmulShape
 
-    name = "2:4 product"
+    name, width, tokens = "2:4 product", 4096, 4096
     shape = MatmulShape(width, width, tokens, torch.bfloat16, True)
     try:
         choice, plan = autotune.choose(shape, 0)
@@ -151,7 +140,7 @@ def self_test(width: int = 4096, tokens: int = 4096) -> Finding:
         return Finding(name, "fails", " ".join(str(error).split()))
     if plan is None and choice.sparse_ms is None:
         return Finding(name, "cannot run", choice.reason)
-    if reason := _failure(lambda: check_layer("cuda")):
+    if reason := failure(lambda: check_layer("cuda")):
         return Finding("2:4 layer", "fails", reason)
     return Finding(name, f"{width} x {width}, {tokens} tokens: agrees with dense, {choice.reason}")
 
@@ -176,6 +165,6 @@ def check_layer(device: str) -> None:
         "input gradient": (X.grad, wide_dY @ layer.weight_backward),
         "weight gradient": (layer.values.grad, dW),
     }
-    for name, (found, expected) in pairs.items():
-        if found is None or (found.float() - expected).norm() > 0.02 * expected.norm():
+    for name, (actual, expected) in pairs.items():
+        if actual is None or (actual.float() - expected).norm() > 0.02 * expected.norm():
             raise ArithmeticError(f"the {name} of a 2:4 layer differs from the dense product's")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class SlopeError(Exception):
-    """A known fault of a run, its files or its machine: one clear line, exit code 1."""
+    """A known problem of a run, its files or its machine: one clear line, exit code 1."""
 
     exit_code = 1
 
@@ -16,25 +16,25 @@ class UsageError(SlopeError):
     exit_code = 2
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a word that is none of the known ones: the nearest of them, or all where none is near."""
+def did_you_mean(unknown: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the closest known ones, or all of them if none is close."""
     names = list(known)
     lowered = {name.lower(): name for name in reversed(names)}
-    near = difflib.get_close_matches(word.lower(), lowered, n=3)
-    # Others than the nearest only if they are about as near.
-    ratios = [difflib.SequenceMatcher(None, word.lower(), name).ratio() for name in near]
+    near = difflib.get_close_matches(unknown.lower(), lowered, n=3)
+    # Further names only if they are about as close as the closest.
+    ratios = [difflib.SequenceMatcher(None, unknown.lower(), name).ratio() for name in near]
     near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
     return f"did you mean {' or '.join(lowered[name] for name in near)}?" if near else f"known are {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none. Other libraries' errors share no base class."""
+    """The first line of an error's text, or its type if it has none. Other libraries' errors share no base class."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(": ") if lines else type(error).__name__
 
 
 def one_line(error: Exception) -> str:
-    """What a known fault says, in one line; empty for a defect, which keeps its traceback."""
+    """The message of a known error, in one line; empty for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"

@@ -15,10 +15,10 @@ The three products of a layer (SLoPe, arXiv 2405.16325, equations 4.4-4.6), B to
     adapter      Y += scaling · (X · A^T) · B^T                   A[r,in], B[out,r]
 
 The only trainable weight is `values` (out, in·N/M), an ordinary parameter: optimizers, clipping and checkpoints need
-nothing special. Several processes are not supported yet: under DDP and FSDP the masks of ranks may come apart.
+nothing special. Several processes are not supported yet: under DDP and FSDP the masks of ranks may diverge.
 
-What it is compared with, SR-STE, FST and Wanda, trains dense weights under a mask: `mask_layers` makes MaskedLinear
-layers, `update_masks` and `decay_pruned` belong into the loop, and `sparsify` can continue from there.
+The baselines SR-STE, FST and Wanda train dense weights under a mask: `mask_layers` makes MaskedLinear layers,
+`update_masks` and `decay_pruned` are called in the training loop, and `sparsify` can continue from there.
 """
 
 from typing import Any

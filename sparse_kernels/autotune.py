@@ -26,8 +26,8 @@ from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random
 
 # Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
 SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
-# Searches of further token counts for one matrix, after which dense is used: a run with ever new batch shapes must not
-# search for ever.
+# Token counts that are searched for one matrix; further ones run dense, so that a run with many batch shapes does not
+# keep searching.
 _MOST_TOKEN_COUNTS = 8
 _FORMAT = 1
 
@@ -71,7 +71,7 @@ def choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan | 
 
 
 def plan_for(shape: MatmulShape, device_index: int) -> MatmulPlan | None:
-    """A plan wherever there can be one, also where dense was faster: for a matrix that is packed already."""
+    """A plan wherever one is possible, even where dense was faster: for a matrix that is packed already."""
     choice, plan = choose(shape, device_index)
     if plan is None and choice.sparse_ms is not None:  # the file said dense, so no plan was made
         _, plan = _measure(shape, device_index, choice)
@@ -80,7 +80,7 @@ def plan_for(shape: MatmulShape, device_index: int) -> MatmulPlan | None:
 
 
 def forget() -> None:
-    """Drop what this process has chosen; the file stays."""
+    """Forget the choices of this process; the file stays."""
     _CHOSEN.clear()
 
 
@@ -94,20 +94,20 @@ def _choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan |
     try:
         handle = cusparselt.handle(device_index)
     except CuSparseLtError as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         return Choice(False, str(error)), None
     key = _key(shape, device_index, handle.library.version)
-    known = _entries().get(key)
+    known = saved_choices().get(key)
     if known is not None and not known.sparse:
         return known, None
     choice = known
     if choice is None and shape.dtype == torch.float16:
-        choice = _tried(shape, device_index)
+        choice = _measure_in_a_process(shape, device_index)
     plan = None
     if choice is None or choice.sparse:
         choice, plan = _measure(shape, device_index, choice)
     if choice != known:
-        _remember(key, choice)
+        save_choice(key, choice)
     return choice, plan
 
 
@@ -122,26 +122,23 @@ def refusal(shape: MatmulShape) -> str:
     return ""
 
 
-_TRIAL = "from sparse_kernels import autotune; autotune.trial()"
-
-
-def _tried(shape: MatmulShape, device_index: int) -> Choice:
-    """What `_measure` finds in a process of its own.
+def _measure_in_a_process(shape: MatmulShape, device_index: int) -> Choice:
+    """The choice of `_measure`, made in a process of its own.
 
     For float16, because some of its algorithms are illegal instructions on some shapes (cuSPARSELt 0.8.0, H100), and
     the first of those ends a process's use of the GPU.
     """
     request = json.dumps([shape.rows, shape.columns, shape.tokens, shape.bias, device_index])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", _TRIAL, request]
+    command = [sys.executable, "-c", "from sparse_kernels import autotune; autotune.trial()", request]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         if result.returncode == 0:
             return Choice(**json.loads(result.stdout.splitlines()[-1]))
-        said = next((line for line in result.stderr.splitlines() if "Error" in line), f"exit {result.returncode}")
+        reason = next((line for line in result.stderr.splitlines() if "Error" in line), f"exit {result.returncode}")
     except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
-        said = str(error)
-    return Choice(False, f"failed in a trial process: {said}")
+        reason = str(error)
+    return Choice(False, f"failed in a trial process: {reason}")
 
 
 def trial() -> None:
@@ -152,29 +149,26 @@ def trial() -> None:
     print(json.dumps(asdict(choice)))
 
 
+@torch.no_grad()
 def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tuple[Choice, MatmulPlan | None]:
     """Search, check and time on random operands; of a shape whose times are known, search and check."""
-    with torch.no_grad(), torch.cuda.device(device_index):
-        return _measure_here(shape, device_index, known)
-
-
-def _measure_here(shape: MatmulShape, device_index: int, known: Choice | None) -> tuple[Choice, MatmulPlan | None]:
-    packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
-    try:
-        plan = MatmulPlan(shape, device_index)
-        algorithm = plan.search(packed, X_BC, bias_R)
-    except CuSparseLtError as error:
-        return Choice(False, str(error)), None
-    if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
-        return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
-    if known is not None:
-        return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
-    sparse_ms, dense_ms = graph_ms(
-        lambda: plan.matmul(packed, X_BC, bias_R), lambda: F.linear(X_BC, dense_RC, bias_R), calls=_calls(shape)
-    )
-    wins = sparse_ms < dense_ms
-    reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
-    return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
+    with torch.cuda.device(device_index):
+        packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
+        try:
+            plan = MatmulPlan(shape, device_index)
+            algorithm = plan.search(packed, X_BC, bias_R)
+        except CuSparseLtError as error:
+            return Choice(False, str(error)), None
+        if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
+            return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
+        if known is not None:
+            return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
+        sparse_ms, dense_ms = graph_ms(
+            lambda: plan.matmul(packed, X_BC, bias_R), lambda: F.linear(X_BC, dense_RC, bias_R), calls=_calls(shape)
+        )
+        wins = sparse_ms < dense_ms
+        reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
+        return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
 
 
 def _operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -260,12 +254,13 @@ def _key(shape: MatmulShape, device_index: int, version: tuple[int, ...]) -> str
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, the first time in this process that the message comes up."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _entries() -> dict[str, Choice]:
-    """What the file holds; nothing, with a warning, if it is not ours or damaged."""
+def saved_choices() -> dict[str, Choice]:
+    """The choices in the file, by key; none, with a warning, if it is damaged or of another format."""
     file = cache_file()
     try:
         content = json.loads(file.read_bytes())
@@ -275,28 +270,28 @@ def _entries() -> dict[str, Choice]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _warn_once(f"{file} is not a readable file of plans ({error}): its shapes are measured again")
+        warn_once(f"{file} is not a readable file of plans ({error}): its shapes are measured again")
         return {}
 
 
-def _remember(key: str, choice: Choice) -> None:
-    """Add one entry, as one of several processes may; a reader never meets half a file."""
+def save_choice(key: str, choice: Choice) -> None:
+    """Add one choice to the file; safe among processes, and a reader never sees half a file."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock")):
-            plans = {name: asdict(known) for name, known in {**_entries(), key: choice}.items()}
+            plans = {name: asdict(known) for name, known in {**saved_choices(), key: choice}.items()}
             descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
             with os.fdopen(descriptor, "w") as stream:
                 json.dump({"format": _FORMAT, "plans": plans}, stream, indent=1, sort_keys=True)
             os.replace(name, file)
     except OSError as error:
-        _warn_once(f"choices of kernels cannot be kept in {file}: {error}")
+        warn_once(f"choices of kernels cannot be kept in {file}: {error}")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes, where the file system has any."""
+    """Hold a lock among processes, if the file system supports locks."""
     with open(path, "a") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,6 +1,6 @@
 """Swap a model's linear layers for sparse or masked ones, in place, and turn them back into dense ones."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -66,14 +66,8 @@ def sparsify(
     which = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     report = select_layers(model, n=n, m=m, **which, pattern_overrides=pattern_overrides)
     _check_mask(model, report, mask, norms)
-    for row in report.swapped:
-        linear = model.get_submodule(row.name)
-        weight_OI, bias_O = stored_weight(linear).detach(), cast(Tensor | None, linear.bias)
-        if mask == "present":
-            row_mask_OI = cast(MaskedLinear, linear).mask
-        else:
-            row_mask_OI = masks.nm_mask(_score(row, weight_OI, mask, seed, norms), row.n, row.m)
-        sparse = SparseLinear(weight_OI, bias_O, row_mask_OI, row.n, row.m, conv1d=_becomes_conv1d(linear))
+    for row, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
+        sparse = SparseLinear(weight_OI, bias_O, masks.nm_mask(score_OI, row.n, row.m), row.n, row.m, conv1d=conv1d)
         if rescale:
             _rescale(sparse, weight_OI)
         if backward_rescale:
@@ -120,31 +114,35 @@ def mask_layers(
     _check_mask(model, report, mask, norms)
     if transposable and (largest := max(row.m for row in report.swapped)) > masks.LARGEST_TRANSPOSABLE:
         raise ValueError(f"transposable masks are searched for up to m={masks.LARGEST_TRANSPOSABLE}, got m={largest}")
-    for row in report.swapped:
-        linear = model.get_submodule(row.name)
-        weight_OI, bias_O = stored_weight(linear).detach(), cast(Tensor | None, linear.bias)
+    for row, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
         masked = MaskedLinear(
             weight_OI,
             bias_O,
             row.n,
             row.m,
-            score_OI=_score(row, weight_OI, mask, seed, norms),
+            score_OI=score_OI,
             transposable=transposable,
             mvue=mvue,
             straight_through=straight_through,
-            conv1d=_becomes_conv1d(linear),
+            conv1d=conv1d,
         )
         model.set_submodule(row.name, masked)
     return report
 
 
-def _becomes_conv1d(linear: nn.Module) -> bool:
-    return linear.conv1d if isinstance(linear, MaskedLinear) else is_conv1d(linear)
-
-
-def _score(row: LayerReport, weight_OI: Tensor, mask: str, seed: int, norms: Norms | None) -> Tensor:
-    norms_I = None if norms is None else norms.get(row.name)
-    return masks.mask_score(weight_OI, mask, seed=layer_seed(seed, row.name), norms_I=norms_I)
+def _layers_to_swap(
+    model: nn.Module, report: ModelReport, mask: str, seed: int, norms: Norms | None
+) -> Iterator[tuple[LayerReport, Tensor, Tensor | None, Tensor, bool]]:
+    """Of each layer to swap: its row, weight (out, in), bias, mask score (out, in), and whether it is a Conv1D."""
+    for row in report.swapped:
+        linear = model.get_submodule(row.name)
+        weight_OI, bias_O = stored_weight(linear).detach(), cast(Tensor | None, linear.bias)
+        if mask == "present":
+            score_OI = cast(MaskedLinear, linear).mask
+        else:
+            norms_I = None if norms is None else norms.get(row.name)
+            score_OI = masks.mask_score(weight_OI, mask, seed=layer_seed(seed, row.name), norms_I=norms_I)
+        yield row, weight_OI, bias_O, score_OI, linear.conv1d if isinstance(linear, MaskedLinear) else is_conv1d(linear)
 
 
 def _check_mask(model: nn.Module, report: ModelReport, mask: str, norms: Norms | None) -> None:
@@ -155,14 +153,12 @@ def _check_mask(model: nn.Module, report: ModelReport, mask: str, norms: Norms |
         linear = model.get_submodule(row.name)
         if mask == "wanda" and (norms is None or row.name not in norms or norms[row.name].shape != (row.in_features,)):
             raise ValueError(f"mask kind 'wanda' needs the norms of the {row.in_features} inputs of {row.name}")
-        if mask == "present" and not isinstance(linear, MaskedLinear):
+        if mask != "present":
+            continue
+        if not isinstance(linear, MaskedLinear):
             raise ValueError(f"mask kind 'present' keeps existing masks, and {row.name} has none")
-        if mask == "present" and not _fits(cast(MaskedLinear, linear), row):
+        if not linear.mask.is_meta and not masks.is_nm(linear.mask, row.n, row.m):
             raise ValueError(f"mask kind 'present' keeps existing masks, and that of {row.name} is not {row.n}:{row.m}")
-
-
-def _fits(layer: MaskedLinear, row: LayerReport) -> bool:
-    return layer.mask.is_meta or masks.is_nm(layer.mask, row.n, row.m)
 
 
 @torch.no_grad()
@@ -223,7 +219,7 @@ def to_dense(model: nn.Module, *, adapters: str = "refuse") -> None:
             "refuse" raises if there are any.
 
     Raises:
-        ValueError: a layer has an adapter and `adapters` is "refuse", or another word.
+        ValueError: a layer has an adapter and `adapters` is "refuse", or `adapters` is none of the three.
     """
     if adapters not in ("refuse", "merge", "drop"):
         raise ValueError(f"adapters must be 'refuse', 'merge' or 'drop', got {adapters!r}")

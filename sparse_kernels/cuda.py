@@ -49,7 +49,7 @@ def _function(name: str, device_index: int) -> Any:
 
 
 class _Pointer:
-    """A raw stream as CUDA's stream protocol wants it, which CuPy reads."""
+    """A raw stream in CUDA's stream protocol, which CuPy reads."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer

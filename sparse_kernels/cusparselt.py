@@ -1,4 +1,4 @@
-"""NVIDIA's cuSPARSELt through ctypes: finding the library, its 31 functions, and the opaque structures they fill.
+"""NVIDIA's cuSPARSELt through ctypes: locating the library, the functions used here, and their opaque structures.
 
 Nothing here needs torch, and everything but `handle` works on a machine without a GPU.
 """
@@ -22,43 +22,14 @@ class CuSparseLtError(RuntimeError):
     """cuSPARSELt is missing, too old, or refused a call; the message is one line."""
 
 
-class Operation(IntEnum):
-    NON_TRANSPOSE = 0
-    TRANSPOSE = 1
-
-
 class Order(IntEnum):
     COLUMN = 1
     ROW = 2
 
 
 class DataType(IntEnum):
-    FLOAT32 = 0
     FLOAT16 = 2
-    INT8 = 3
-    INT32 = 10
     BFLOAT16 = 14
-    FLOAT8_E4M3 = 28
-    FLOAT8_E5M2 = 29
-
-
-class Compute(IntEnum):
-    INT32 = 0
-    FLOAT16 = 1
-    FLOAT32 = 2
-
-
-class MatmulAttribute(IntEnum):
-    ACTIVATION_RELU = 0
-    ACTIVATION_RELU_UPPERBOUND = 1
-    ACTIVATION_RELU_THRESHOLD = 2
-    ACTIVATION_GELU = 3
-    ACTIVATION_GELU_SCALING = 4
-    ALPHA_VECTOR_SCALING = 5
-    BETA_VECTOR_SCALING = 6
-    BIAS_STRIDE = 7
-    BIAS_POINTER = 8
-    SPARSE_MAT_POINTER = 9
 
 
 class AlgorithmAttribute(IntEnum):
@@ -70,6 +41,9 @@ class AlgorithmAttribute(IntEnum):
     SPLIT_K_BUFFERS = 5
 
 
+NON_TRANSPOSE = 0
+COMPUTE_FLOAT32 = 2
+BIAS_POINTER = 8
 SPARSITY_50_PERCENT = 0
 ALGORITHM_DEFAULT = 0
 
@@ -78,37 +52,24 @@ _ATTRIBUTE = [_P, _P, c_int, _P, c_size_t]
 _MATMUL = [_P, _P, _P, _P, _P, _P, _P, _P, _P, POINTER(c_void_p), c_int32]
 _DENSE = [_P, _P, c_int64, c_int64, c_int64, c_uint32, c_int, c_int]
 
-# Argument types by name, without the prefix "cusparseLt". Every function but the two GetError* returns a status.
+# Argument types by name, without the prefix "cusparseLt". Every function but GetErrorString returns a status.
 SIGNATURES: dict[str, list[Any]] = {
     "Init": [_P],
-    "Destroy": [_P],
-    "GetVersion": [_P, POINTER(c_int)],
     "GetProperty": [c_int, POINTER(c_int)],
-    "GetErrorName": [c_int],
     "GetErrorString": [c_int],
     "DenseDescriptorInit": _DENSE,
     "StructuredDescriptorInit": [*_DENSE, c_int],
     "MatDescriptorDestroy": [_P],
-    "MatDescSetAttribute": _ATTRIBUTE,
-    "MatDescGetAttribute": _ATTRIBUTE,
     "MatmulDescriptorInit": [_P, _P, c_int, c_int, _P, _P, _P, _P, c_int],
     "MatmulDescSetAttribute": _ATTRIBUTE,
-    "MatmulDescGetAttribute": _ATTRIBUTE,
     "MatmulAlgSelectionInit": [_P, _P, _P, c_int],
     "MatmulAlgSelectionDestroy": [_P],
-    "MatmulAlgSetAttribute": _ATTRIBUTE,
     "MatmulAlgGetAttribute": _ATTRIBUTE,
     "MatmulGetWorkspace": [_P, _P, _SIZES],
     "MatmulPlanInit": [_P, _P, _P, _P],
     "MatmulPlanDestroy": [_P],
     "Matmul": _MATMUL,
     "MatmulSearch": _MATMUL,
-    "SpMMAPrune": [_P, _P, _P, _P, c_int, _P],
-    "SpMMAPruneCheck": [_P, _P, _P, _P, _P],
-    "SpMMAPrune2": [_P, _P, c_int, c_int, _P, _P, c_int, _P],
-    "SpMMAPruneCheck2": [_P, _P, c_int, c_int, _P, _P, _P],
-    "SpMMACompressedSize": [_P, _P, _SIZES, _SIZES],
-    "SpMMACompress": [_P, _P, _P, _P, _P, _P],
     "SpMMACompressedSize2": [_P, _P, _SIZES, _SIZES],
     "SpMMACompress2": [_P, _P, c_int, c_int, _P, _P, _P, _P],
 }
@@ -142,12 +103,12 @@ class Library:
             raise CuSparseLtError(f"cuSPARSELt cannot be loaded from {path}: {error}") from None
         for name, function in self.functions.items():
             function.argtypes = SIGNATURES[name]
-            function.restype = c_char_p if name.startswith("GetError") else c_int
+            function.restype = c_char_p if name == "GetErrorString" else c_int
         self.version = self._version()
         if self.version < OLDEST:
-            found = ".".join(map(str, self.version))
+            version = ".".join(map(str, self.version))
             raise CuSparseLtError(
-                f"cuSPARSELt {found} ({path}) is too old: 0.8 or newer is needed (pip install nvidia-cusparselt-cu13)"
+                f"cuSPARSELt {version} ({path}) is too old: 0.8 or newer is needed (pip install nvidia-cusparselt-cu13)"
             )
 
     def _version(self) -> tuple[int, ...]:
@@ -163,18 +124,15 @@ class Library:
             self.fail(name, status)
 
     def fail(self, name: str, status: int) -> None:
-        """Raise for a status that is not success, in the library's own words."""
+        """Raise for a status other than success, with the library's own message."""
         text = self.functions["GetErrorString"](status) or b"unknown status"
         raise CuSparseLtError(f"cusparseLt{name} failed with status {status}: {text.decode()}")
 
-    def size(self, name: str, *arguments: object) -> int:
-        """The first size that a function which reports sizes writes."""
-        return self.sizes(name, *arguments, count=1)[0]
-
-    def sizes(self, name: str, *arguments: object, count: int = 2) -> tuple[int, ...]:
-        found = [c_size_t() for _ in range(count)]
-        self.call(name, *arguments, *map(ctypes.byref, found))
-        return tuple(size.value for size in found)
+    def sizes(self, name: str, *arguments: object, count: int) -> tuple[int, ...]:
+        """The `count` sizes that a function writes to its last arguments."""
+        sizes = [c_size_t() for _ in range(count)]
+        self.call(name, *arguments, *map(ctypes.byref, sizes))
+        return tuple(size.value for size in sizes)
 
 
 def candidates() -> Iterator[str]:
@@ -210,7 +168,7 @@ def library() -> Library:
     """The process's cuSPARSELt.
 
     Raises:
-        CuSparseLtError: none was found, or the first that was found is unusable.
+        CuSparseLtError: there is none, or the first candidate is unusable.
     """
     for path in candidates():
         try:

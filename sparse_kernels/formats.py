@@ -1,8 +1,8 @@
 """How a 2:4 matrix is stored for the kernels: the dtype of its values, and the layout of values and metadata.
 
 A packed matrix (R rows, C columns, 2:4 along the columns) is one buffer: [values (R, C/2), row-major | metadata]. The
-library says nowhere in what order it keeps the metadata; kernels.cu has the order of each format, and
-`matmul_plan.writes_metadata` tries it against the library's before anything relies on it.
+library does not document the order of the metadata; kernels.cu has the order of each format, and
+`matmul_plan.writes_metadata` compares it with the library's before anything relies on it.
 """
 
 from dataclasses import dataclass
@@ -52,5 +52,5 @@ class PackedFormat:
 
 BF16 = PackedFormat(torch.bfloat16, DataType.BFLOAT16)
 FP16 = PackedFormat(torch.float16, DataType.FLOAT16)
-FORMATS = {chosen.dtype: chosen for chosen in (BF16, FP16)}
+FORMATS = {form.dtype: form for form in (BF16, FP16)}
 """The formats by the dtype of a product's operand."""

@@ -60,7 +60,7 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
 
 @renamed_arguments
 def update_masks(model: nn.Module, *, backward: str = "magnitude", seed: int = 0) -> None:
-    """Choose again what may change in training: W^{R,C} of sparse layers, and the masks of masked ones.
+    """Update the masks that may change in training: W^{R,C} of sparse layers, and the masks of masked ones.
 
     Args:
         backward, seed: kind and seed for `update_backward_masks`; masked layers go by their present magnitudes.
@@ -148,7 +148,7 @@ def _weight(layer: SparseLinear) -> LayerWeight:
 
 
 def _packed_layers(layer: SparseLinear) -> list[PackedLayer]:
-    """Those that the kernels can write from the layer's values: of a model that was cast, not those from before."""
+    """Those that the kernels can write from the layer's values; after a cast of the model, not those from before it."""
     writable = FORMATS if layer.values.dtype == torch.float32 else (layer.values.dtype,)
     return [packed for packed in packed_layers(layer.row_mask_bits) if packed.format.dtype in writable]
 
@@ -160,7 +160,7 @@ def _all_packed(model: nn.Module) -> Iterator[tuple[str, SparseLinear, PackedLay
 
 @torch.no_grad()
 def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, *, backward: bool = True) -> None:
-    """Measure and make now what the sparse layers on a GPU would at their first products.
+    """Measure and allocate now what the sparse layers on a GPU otherwise would at their first products.
 
     Needed before products are captured in a CUDA graph without a first step outside of one, as torch.compile with
     mode="reduce-overhead" does where it reuses a graph for a second model or block.

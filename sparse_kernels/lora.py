@@ -50,7 +50,7 @@ class LowRankAdapter(nn.Module):
         default_alpha = rank if init == "lora" else 1
         self.scaling = (default_alpha if alpha is None else alpha) / rank
         on_meta = device is not None and torch.device(device).type == "meta"
-        A_RI = torch.empty(rank, in_features, device="meta" if on_meta else "cpu")  # drawn alike for every device
+        A_RI = torch.empty(rank, in_features, device="meta" if on_meta else "cpu")  # the same numbers for every device
         bound = 1 / math.sqrt(in_features)
         if init == "lora":
             A_RI.uniform_(-bound, bound, generator=None if on_meta else generator)

@@ -138,7 +138,7 @@ class MaskedLinear(nn.Module):
     def remove_mask(self) -> None:
         """Remove the mask for good, in place, and compute exact gradients: from now on an ordinary linear layer.
 
-        A checkpoint keeps only the mask of this: call it again where one is read.
+        A checkpoint saves only the mask: call this again after reading one.
         """
         self.mask.fill_(True)
         self.unmasked, self.mvue = True, False

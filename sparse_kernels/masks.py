@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def check_pattern(n: int, m: int) -> None:
+    """ValueError unless 0 < n < m."""
+    if not 0 < n < m:
+        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+
+
 def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     """Keep the `n` largest of every `m` consecutive entries along `dim`; of equal ones the first.
 
@@ -22,8 +28,7 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     Raises:
         ValueError: the side is not a multiple of `m`, or not 0 < n < m.
     """
-    if not 0 < n < m:
-        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+    check_pattern(n, m)
     if score.shape[dim] % m:
         raise ValueError(f"side {score.shape[dim]} is not a multiple of m={m}")
     dim %= score.dim()
@@ -101,7 +106,8 @@ def double_prune(
 
 LARGEST_TRANSPOSABLE = 4
 """The largest m whose tiles are searched: 4x4 has at most 90 patterns, 5x5 has 2,040 already."""
-_TILES_AT_ONCE = 1 << 17  # 90 float64 scores each: 94 MB
+TILES_AT_ONCE = 1 << 17
+"""Tiles whose patterns are compared together; 90 float64 scores each: 94 MB."""
 
 
 def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
@@ -120,22 +126,21 @@ def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
         ValueError: a side is no multiple of `m`, not 0 < n < m, or m > 4.
     """
     O, I = score.shape  # noqa: E741
-    patterns = _tile_patterns(n, m, score.device)
+    patterns = tile_patterns(n, m, score.device)
     if O % m or I % m:
         raise ValueError(f"sides {O} x {I} are not multiples of m={m}")
     tiles_TE = score.unflatten(1, (-1, m)).unflatten(0, (-1, m)).transpose(1, 2).reshape(-1, m * m)
     # In float64 a sum of few float32 numbers is as good as exact: neither TF32 nor the order decides anything.
     weights_EP = patterns.t().double()
-    best_T = [(part.double() @ weights_EP).argmax(1) for part in tiles_TE.split(_TILES_AT_ONCE)]  # [T,E] · [E,P]
+    best_T = [(part.double() @ weights_EP).argmax(1) for part in tiles_TE.split(TILES_AT_ONCE)]  # [T,E] · [E,P]
     chosen = patterns[torch.cat(best_T)].view(O // m, I // m, m, m)
     return chosen.transpose(1, 2).reshape(O, I)
 
 
 @functools.cache
-def _tile_patterns(n: int, m: int, device: torch.device) -> Tensor:
+def tile_patterns(n: int, m: int, device: torch.device) -> Tensor:
     """Every m x m pattern with `n` in each row and column: bool (P, m·m); 90 for 2:4, 2 for 1:2."""
-    if not 0 < n < m:
-        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+    check_pattern(n, m)
     if m > LARGEST_TRANSPOSABLE:
         raise ValueError(f"transposable masks are searched for up to m={LARGEST_TRANSPOSABLE}, got {n}:{m}")
     rows = [[place in kept for place in range(m)] for kept in itertools.combinations(range(m), n)]
@@ -165,8 +170,7 @@ def mvue(X: Tensor, n: int, m: int, dim: int, generator: torch.Generator | None 
     Raises:
         ValueError: not 0 < n < m.
     """
-    if not 0 < n < m:
-        raise ValueError(f"an N:M pattern needs 0 < n < m, got {n}:{m}")
+    check_pattern(n, m)
     dim %= X.dim()
     whole = X.shape[dim] // m * m
     groups = X.narrow(dim, 0, whole).unflatten(dim, (-1, m))

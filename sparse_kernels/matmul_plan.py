@@ -7,8 +7,8 @@ transposed and the bias of an output feature is the bias of a row. The forward p
 the input gradient A = W^{R,C} transposed (R = in features, X = dY).
 
 The metadata of a packed matrix (see formats.py) is made once for a mask, by compressing the matrix of
-`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `autotune.choose` never trusts this
-layout: what it accepts has given the dense product's numbers.
+`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `autotune.choose` does not trust this
+layout: it accepts a plan only if its product agrees with the dense one.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels import cuda, cusparselt
-from sparse_kernels.cusparselt import AlgorithmAttribute, MatmulAttribute, Structure
+from sparse_kernels.cusparselt import AlgorithmAttribute, Structure
 from sparse_kernels.formats import FORMATS
 
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
@@ -40,7 +40,7 @@ class MatmulShape:
 
 
 class MatmulPlan:
-    """A plan of the library with all that it points to, for one shape on one device.
+    """A plan of the library with everything it points to, for one shape on one device.
 
     Raises:
         CuSparseLtError: no library, or it refuses the shape.
@@ -59,8 +59,8 @@ class MatmulPlan:
             column = cusparselt.Order.COLUMN
             call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, kind, column)
         operands = (self._a.address, self._x.address, self._y.address, self._y.address)
-        keep, float32 = cusparselt.Operation.NON_TRANSPOSE, cusparselt.Compute.FLOAT32
-        call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, float32)
+        keep, compute = cusparselt.NON_TRANSPOSE, cusparselt.COMPUTE_FLOAT32
+        call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, compute)
         if shape.bias:
             self._point_at_bias(torch.zeros(shape.rows, dtype=shape.dtype, device=f"cuda:{device_index}"))
         default = cusparselt.ALGORITHM_DEFAULT
@@ -76,7 +76,7 @@ class MatmulPlan:
         Args:
             packed: what `compress` returned for A.
             X_BC: (tokens, columns), contiguous, 16-byte aligned.
-            bias_R: (rows,) of X's dtype; as the plan's shape says, there or not.
+            bias_R: (rows,) of X's dtype if the plan's shape has a bias, else None.
 
         Returns:
             (tokens, rows).
@@ -89,19 +89,20 @@ class MatmulPlan:
         """Time the library's algorithms on these operands, keep the fastest, and return its attributes."""
         self._run("MatmulSearch", packed, X_BC, bias_R, X_BC.new_empty(self.shape.tokens, self.shape.rows))
         self.workspace_bytes = self._workspace()
-        found, value = {}, ctypes.c_int()
+        attributes, value = {}, ctypes.c_int()
         for attribute in AlgorithmAttribute:
             arguments = (attribute, ctypes.addressof(value), ctypes.sizeof(value))
             self._library.call("MatmulAlgGetAttribute", self._handle.address, self._algorithm.address, *arguments)
-            found[attribute.name.lower()] = value.value
-        return found
+            attributes[attribute.name.lower()] = value.value
+        return attributes
 
     def _workspace(self) -> int:
-        return self._library.size("MatmulGetWorkspace", self._handle.address, self._plan.address)
+        (size,) = self._library.sizes("MatmulGetWorkspace", self._handle.address, self._plan.address, count=1)
+        return size
 
     def _point_at_bias(self, bias_R: Tensor) -> None:
         pointer = ctypes.c_void_p(bias_R.data_ptr())
-        arguments = (MatmulAttribute.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
+        arguments = (cusparselt.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
         self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
         self._bias_at = bias_R.data_ptr()
 
@@ -161,15 +162,15 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
     handle = cusparselt.handle(dense_RC.device.index)
     matrix = structured(rows, columns, dense_RC.dtype, handle)
     try:
-        size, buffer_size = handle.library.sizes("SpMMACompressedSize2", handle.address, matrix.address)
+        size, buffer_size = handle.library.sizes("SpMMACompressedSize2", handle.address, matrix.address, count=2)
         if packed is None:
             packed = torch.empty(size, dtype=torch.uint8, device=dense_RC.device)
         buffer = torch.empty(buffer_size, dtype=torch.uint8, device=dense_RC.device)
         pointers = (dense_RC.data_ptr(), packed.data_ptr(), buffer.data_ptr())
         with torch.cuda.device(dense_RC.device):
             stream = cuda.raw_stream(dense_RC.device.index)
-            keep = cusparselt.Operation.NON_TRANSPOSE
-            handle.library.call("SpMMACompress2", handle.address, matrix.address, 1, keep, *pointers, stream)
+            arguments = (1, cusparselt.NON_TRANSPOSE, *pointers, stream)
+            handle.library.call("SpMMACompress2", handle.address, matrix.address, *arguments)
     finally:
         handle.library.functions["MatDescriptorDestroy"](matrix.address)
     return packed
@@ -179,8 +180,8 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
 def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> bool:
     """Whether `cuda.metadata` writes a matrix's metadata as the library does: tried on a random mask.
 
-    The library says nowhere in what order it keeps them, and for odd sides, another card or another version it may be
-    another one. Then a new mask is to be packed anew.
+    The library does not document that order, and it may differ for odd sides, another GPU or another version. Then a
+    new mask is packed by the library.
     """
     if rows % 64 or columns % 32:
         return False

@@ -83,7 +83,7 @@ def _count_steps() -> None:
 
 
 class PackedWeight:
-    """A 2:4 matrix A (R, C) in the form that `choice` says, rewritten in place.
+    """A 2:4 matrix A (R, C), packed or dense as `choice` says, rewritten in place.
 
     Attributes:
         target: what `cuda.refresh` writes: (R, C/2), the values of the packed matrix, or (R, C) dense.
@@ -110,14 +110,14 @@ class PackedWeight:
         return self._packed is not None
 
     def matmul(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
-        """X · A^T + bias, (B, R); None where there is no plan for so many tokens."""
+        """X · A^T + bias, (B, R); None if there is no plan for this number of tokens."""
         if self._packed is None:
             return F.linear(X_BC, self.target, bias_R)  # [B,C] · [R,C]^T -> [B,R]
         plan = self.plan(X_BC.shape[0], bias_R is not None)
         return None if plan is None else plan.matmul(self._packed, X_BC, bias_R)
 
     def plan(self, tokens: int, bias: bool) -> MatmulPlan | None:
-        """The library's plan for so many tokens, made at the first call; None where there can be none."""
+        """The library's plan for this number of tokens, made at the first call; None if none is possible."""
         key = tokens, bias
         if self._packed is not None and key not in self._plans:
             shape = MatmulShape(self.rows, self.columns, tokens, self.format.dtype, bias)
@@ -125,7 +125,7 @@ class PackedWeight:
         return self._plans.get(key)
 
     def update_metadata(self, mask_bits: Tensor) -> list[cuda.KernelLaunch]:
-        """Write the metadata again if the mask has changed: by launches that the caller must do, or at once."""
+        """Rewrite the metadata if the mask has changed: by launches, returned for the caller to do, or at once."""
         if self._packed is None or self._mask == stamp(mask_bits):
             return []
         self.mask_is(mask_bits)
@@ -224,7 +224,7 @@ class PackedLayer:
         self._refresh_if_stale(weight)
         bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.dtype else self._bias
         Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O)
-        if Y_BO is None:  # too few tokens, or a count without a plan: a dense matrix for this once
+        if Y_BO is None:  # too few tokens, or a count without a plan: a temporary dense matrix
             dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=X_BI.device)
             cuda.launch(cuda.refresh(*weight[:3], w=dense_OI))
             Y_BO = F.linear(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
@@ -259,7 +259,7 @@ class PackedLayer:
     # ------------------------------------------------------------------------------------------------- freshness
 
     def prepare(self, weight: LayerWeight, tokens: int, *, backward: bool) -> None:
-        """Make everything that products of so many tokens will need."""
+        """Make everything that products of this number of tokens need."""
         if self.forward is None:
             self._make_forward(weight, tokens)
         if self.backward is None and backward:
@@ -353,11 +353,11 @@ def _owned(row_mask_bits: Tensor) -> dict[torch.dtype, PackedLayer]:
 def packed_layer(row_mask_bits: Tensor, dtype: torch.dtype, backend: Backend) -> PackedLayer:
     """The packed weights of the layer with this row mask, empty at the first call."""
     owned = _owned(row_mask_bits)
-    found = owned.get(dtype)
-    if found is None or found.backend != backend:
+    packed = owned.get(dtype)
+    if packed is None or packed.backend != backend:
         _count_steps()
-        found = owned[dtype] = PackedLayer(FORMATS[dtype], backend)
-    return found
+        packed = owned[dtype] = PackedLayer(FORMATS[dtype], backend)
+    return packed
 
 
 def packed_layers(row_mask_bits: Tensor) -> list[PackedLayer]:

@@ -67,8 +67,7 @@ class _SparseLinear(torch.autograd.Function):
 def sparse_linear(X: Tensor, values_OK: Tensor, bias_O: Tensor | None, index_OK: Tensor, survives_OK: Tensor) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C} (equations 4.4-4.6).
 
-    Where the values need no gradient, through W^R: double pruning is the price of a weight that trains sparse both
-    ways, and one that is frozen owes nothing.
+    Frozen values use the exact W^R instead: double pruning is only needed while training.
 
     Args:
         X: (..., I); decides the dtype of the three products.

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from sparse_kernels import masks
 from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import SIDE_MULTIPLE
 from sparse_kernels.masked_linear import MaskedLinear
@@ -172,7 +173,7 @@ def _require_matches(model: nn.Module, names: Sequence[str], **expressions: Sequ
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Exactly these types: a subclass computes something else, and swapping it would change what.
+    # Exactly these types: a subclass may compute something else, which swapping would change.
     kinds = (nn.Linear, MaskedLinear)
     return ((name, module) for name, module in model.named_modules() if type(module) in kinds or is_conv1d(module))
 
@@ -198,10 +199,9 @@ def _patterns(
     """The N:M of every layer, by name; raises as `select_layers`."""
     prefix, count = _block_list(model)
     of_block: dict[int, tuple[int, int]] = {}
-    for pattern in ((n, m), *((n, m) for _, _, n, m in overrides)):
-        if not 0 < pattern[0] < pattern[1]:
-            raise ValueError(f"an N:M pattern needs 0 < n < m, got {pattern[0]}:{pattern[1]}")
+    masks.check_pattern(n, m)
     for first, last, block_n, block_m in overrides:
+        masks.check_pattern(block_n, block_m)
         if not 0 <= first <= last < count:
             raise ValueError(f"blocks {first}-{last}: {type(model).__name__} has blocks 0 to {count - 1}")
         if shared := of_block.keys() & range(first, last + 1):

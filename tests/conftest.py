@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny, write_bert_data, write_data
+from support.data import prepared
+from support.runs import tiny
 
 from slope_cli.train.loop import pretrain
 
@@ -20,15 +21,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of a few KB, as bytes."""
-    return write_data(tmp_path_factory.mktemp("text"))
+def data() -> Path:
+    """The tests' text as bytes."""
+    return prepared()
 
 
 @pytest.fixture(scope="session")
-def bert_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text as WordPiece."""
-    return write_bert_data(tmp_path_factory.mktemp("wordpiece"))
+def bert_data() -> Path:
+    """The tests' text as WordPiece."""
+    return prepared("wordpiece")
 
 
 @pytest.fixture(scope="session")

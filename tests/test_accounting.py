@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from trained import defaults, small
+from support.runs import RECIPE, small
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import store
@@ -95,7 +95,7 @@ def test_parameters_and_bytes_are_those_of_the_tensors(family: str, more: tuple[
     words = [word.format(ffn=ffn) for word in more]
     if "sparsity.m=3" in words:
         words.append(f"model.overrides.{'n_embd' if family == 'gpt2-nano' else 'hidden_size'}=36")
-    config = configs.load(str(defaults()), [*small(family), *words])
+    config = configs.load(str(RECIPE), [*small(family), *words])
     counts, (model, tensors) = counted(config), trained(config)
     parts = by_part(model, tensors)
     bytes_of = {part: size(found) for part, found in parts.items()}
@@ -121,8 +121,8 @@ def test_parameters_and_bytes_are_those_of_the_tensors(family: str, more: tuple[
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dense_run_is_counted_as_one(family: str) -> None:
-    sparse = counted(configs.load(str(defaults()), small(family)))
-    dense = counted(configs.load(str(defaults()), [*small(family), "method=dense"]))
+    sparse = counted(configs.load(str(RECIPE), small(family)))
+    dense = counted(configs.load(str(RECIPE), [*small(family), "method=dense"]))
     assert dense.dense_parameters == dense.trained_parameters == sparse.dense_parameters > sparse.trained_parameters
     assert sum(dense.state_bytes.values()) == sum(dense.dense_state_bytes.values())
     assert dense.real_flops_per_token == dense.dense_flops_per_token == sparse.dense_flops_per_token
@@ -130,7 +130,7 @@ def test_a_dense_run_is_counted_as_one(family: str) -> None:
 
 def test_flops_of_gpt2_against_a_count_by_hand() -> None:
     # Width 32, 2 blocks, 272 ids, 32 positions in use; 2 FLOP a multiply-add; forward, input gradient, weight gradient.
-    counts = counted(configs.load(str(defaults()), small("gpt2-nano")))
+    counts = counted(configs.load(str(RECIPE), small("gpt2-nano")))
     block = 32 * 96 + 32 * 32 + 32 * 128 + 128 * 32
     attention = 2 * 32 * 32 * 2  # of one token with 32 others: scores and weighted sum, over a width of 32
     assert counts.dense_flops_per_token == 3 * (2 * (2 * block + 32 * 272) + 2 * attention // 2)
@@ -140,16 +140,16 @@ def test_flops_of_gpt2_against_a_count_by_hand() -> None:
 
 
 def test_flops_of_llama_leave_out_the_lookup_and_those_of_bert_see_both_sides() -> None:
-    llama = counted(configs.load(str(defaults()), small("llama3-8b")))
+    llama = counted(configs.load(str(RECIPE), small("llama3-8b")))
     block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     assert llama.dense_flops_per_token == 6 * (2 * block + 32 * 272) + 6 * 2 * 32 * 32
-    bert = counted(configs.load(str(defaults()), small("bert-base")))
+    bert = counted(configs.load(str(RECIPE), small("bert-base")))
     heads = 32 * 32 + 32 * 32 + 32 * 272 + 2 * 32  # pooler, transform, decoder, next sentence
     assert bert.dense_flops_per_token == 6 * (2 * (4 * 32 * 32 + 2 * 32 * 64) + heads) + 12 * 2 * 32 * 32
 
 
 def test_the_counts_do_not_depend_on_the_device() -> None:
-    config = configs.load(str(defaults()), small("opt-125m"))
+    config = configs.load(str(RECIPE), small("opt-125m"))
     assert account(build_model(run_model_config(config)), config) == counted(config)
 
 
@@ -161,9 +161,9 @@ def test_a_published_model_has_its_published_size() -> None:
 def test_the_weights_of_sparse_and_masked_layers_are_counted_with_and_without_what_is_pruned() -> None:
     words = small("gpt2-nano")
     whole = 2 * (32 * 96 + 32 * 32 + 32 * 128 + 128 * 32) - 32 * 96  # the first block's c_attn stays dense
-    sparse = counted(configs.load(str(defaults()), words))
-    masked = counted(configs.load(str(defaults()), [*words, "method=sr_ste"]))
-    dense = counted(configs.load(str(defaults()), [*words, "method=dense"]))
+    sparse = counted(configs.load(str(RECIPE), words))
+    masked = counted(configs.load(str(RECIPE), [*words, "method=sr_ste"]))
+    dense = counted(configs.load(str(RECIPE), [*words, "method=dense"]))
     assert sparse.pruned_layer_weights == masked.pruned_layer_weights == whole
     assert (dense.pruned_layer_weights, dense.derived_bytes, masked.derived_bytes) == (0, {}, {})
     assert sparse.active_parameters == masked.active_parameters == dense.active_parameters - whole // 2
@@ -173,12 +173,12 @@ def test_the_weights_of_sparse_and_masked_layers_are_counted_with_and_without_wh
     assert sparse.derived_bytes["on a GPU, packed"] == 2 * (whole // 2 * 18 // 8)
     assert sparse.inference_bytes == 2 * (sparse.active_parameters + sparse.adapter_parameters) + whole // 8
     assert dense.inference_bytes == 2 * dense.dense_parameters
-    unmasked = counted(configs.load(str(defaults()), [*words, "method=fst", "fst.dense_finish=0.4"]))
+    unmasked = counted(configs.load(str(RECIPE), [*words, "method=fst", "fst.dense_finish=0.4"]))
     assert (unmasked.pruned_layer_weights, unmasked.active_parameters) == (0, dense.dense_parameters)
 
 
 def test_a_model_is_counted_as_it_is() -> None:
-    config = run_model_config(configs.load(str(defaults()), small("opt-125m")))
+    config = run_model_config(configs.load(str(RECIPE), small("opt-125m")))
     dense, sparse, masked = (build_model(config, device="meta") for _ in range(3))
     sparsify(sparse)
     mask_layers(masked)
@@ -197,8 +197,8 @@ def test_a_model_is_counted_as_it_is() -> None:
 
 def test_a_run_that_linearizes_counts_the_adapters_that_it_begins_with() -> None:
     words = small("llama3-8b")
-    base = configs.load(str(defaults()), words)
-    config = configs.load(str(defaults()), [*words, "method=linearize", "linearize.window=8"])
+    base = configs.load(str(RECIPE), words)
+    config = configs.load(str(RECIPE), [*words, "method=linearize", "linearize.window=8"])
     model = build_model(run_model_config(config), device="meta")
     apply(model, base, phases_of(base).end)
     own = sum(p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters())
@@ -215,7 +215,7 @@ def test_a_run_that_linearizes_counts_the_adapters_that_it_begins_with() -> None
 
 
 def test_attention_memory_against_a_count_by_hand() -> None:
-    config = configs.load(str(defaults()), [*small("llama3-8b"), "method=linearize", "linearize.window=8"])
+    config = configs.load(str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8"])
     model = build_model(run_model_config(config), device="meta")
     apply(model, config, phases_of(config).end)
     memory = attention_memory(model)

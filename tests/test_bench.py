@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trained import slope
+from support.runs import slope
 
 from slope_cli.benchmarks import bench, gemm, measure, records, report
 from slope_cli.benchmarks.measure import Variant

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from linearized import SHAPES, linearized, tiny_model, tokens
-from trained import slope
+from support.models import SHAPES, linearized, tiny_model, tokens
+from support.runs import slope
 from transformers.cache_utils import Cache
 
 from slope_cli.benchmarks import bench, generate, report
@@ -79,6 +79,7 @@ def test_bytes_of_real_shapes() -> None:
     assert large.parameters > 8e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_both_modes_are_timed_at_every_length(name: str) -> None:
     model = generate.build(tiny(name, window=8), CPU)
@@ -96,6 +97,7 @@ def test_both_modes_are_timed_at_every_length(name: str) -> None:
     assert all(parameter.grad is None for parameter in maps)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad")
 def test_a_step_of_transfer_is_compiled_where_users_have_it_compiled() -> None:
@@ -136,6 +138,7 @@ def test_the_largest_batch_is_found(most: int, limit: int) -> None:
     assert 0 not in tried
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 def test_all_rows_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(lengths=(16, 300), batches=(1,), largest_lengths=(300,), transfer_lengths=(64, 128))

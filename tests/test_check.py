@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from trained import copied, prepared, slope, trained
+from support.data import prepared
+from support.runs import copied, slope, trained
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model

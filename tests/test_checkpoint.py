@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_run, final_state, finish, full_disk, printed, start, tiny
+from support.processes import finish, full_disk, printed, start
+from support.runs import assert_same_run, final_state, tiny
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 

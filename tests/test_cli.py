@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from trained import STEPS, defaults, prepared, slope, small, texts, trained
+from support.data import prepared, texts
+from support.runs import RECIPE, STEPS, slope, small, trained
 
 import slope_cli
 import slope_cli.errors
@@ -51,7 +52,7 @@ def error(*words: str | Path, code: int = 2) -> str:
 
 def train_error(*words: str | Path, out: Path, code: int = 2) -> str:
     """The same for a training run; the table of layers may come before the error."""
-    result = slope("pretrain", defaults(), *small("gpt2-nano"), *words, "--out", out)
+    result = slope("pretrain", RECIPE, *small("gpt2-nano"), *words, "--out", out)
     last = result.err.splitlines()[-1]
     assert (result.code, result.out, result.err.count("error: ")) == (code, "", 1), result
     assert "Traceback" not in result.err
@@ -221,7 +222,7 @@ def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
     assert "letter.txt" in train_error(data, out=tmp_path)
     assert "letter.txt" in train_error(data, out=tmp_path / "letter.txt")
-    result = slope("pretrain", defaults(), *small("gpt2-nano"), data, "--out", trained(), "--fresh")
+    result = slope("pretrain", RECIPE, *small("gpt2-nano"), data, "--out", trained(), "--fresh")
     assert (result.code, result.out) == (2, "")
     assert "--fresh" in result.err
 
@@ -252,7 +253,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> None:
-    words = ["pretrain", str(defaults()), *small("gpt2-nano"), f"data.path={prepared()}", "--out", str(trained())]
+    words = ["pretrain", str(RECIPE), *small("gpt2-nano"), f"data.path={prepared()}", "--out", str(trained())]
     result = slope(*words)
     assert result.code == 0
     assert result.out.startswith(f"step {STEPS}: validation loss ")
@@ -265,19 +266,19 @@ def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> No
 
 
 def test_a_bert_is_not_recommended_for_text() -> None:
-    words = ["pretrain", str(defaults()), *small("bert-base"), f"data.path={prepared('wordpiece')}"]
+    words = ["pretrain", str(RECIPE), *small("bert-base"), f"data.path={prepared('wordpiece')}"]
     result = slope(*words, "--out", trained("bert-base"))
     assert result.code == 0
     assert result.out.splitlines()[-1] == f"plot: {trained('bert-base')}/loss.png"
     assert (
         f"slope generate {trained()}"
-        in slope("pretrain", defaults(), *small("gpt2-nano"), f"data.path={prepared()}", "--out", trained()).out
+        in slope("pretrain", RECIPE, *small("gpt2-nano"), f"data.path={prepared()}", "--out", trained()).out
     )
 
 
 def test_the_first_start_logs_to_standard_error(tmp_path: Path) -> None:
     words = [*small("gpt2-nano"), f"data.path={prepared()}", "train.steps=2", "log.every=1"]
-    result = slope("pretrain", defaults(), *words, "--json", "--out", tmp_path / "run")
+    result = slope("pretrain", RECIPE, *words, "--json", "--out", tmp_path / "run")
     assert result.code == 0
     assert json.loads(result.out)["run"] == str(tmp_path / "run")
     assert "step 1/2  loss" in result.err
@@ -394,8 +395,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------- compare, eval, finetune
 
 
+@pytest.mark.slow
 def test_compare_trains_and_shows_a_table(tmp_path: Path) -> None:
-    words = ["compare", defaults(), *small("gpt2-nano"), f"data.path={prepared()}", "--methods", "dense,slope-r0"]
+    words = ["compare", RECIPE, *small("gpt2-nano"), f"data.path={prepared()}", "--methods", "dense,slope-r0"]
     result = slope(*words, "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert "slope-r0" in result.out

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trained import OVERRIDES, copied, defaults, prepared, scratch, small
+from support.data import prepared, scratch
+from support.runs import OVERRIDES, RECIPE, copied, small
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
@@ -42,14 +43,14 @@ def words(*more: str) -> list[str]:
 
 def compared(out: Path, *more: str, **options: Any) -> Comparison:
     """`compare` of the tiny recipe."""
-    return results.compare(str(defaults()), words(*more), out=out, **options)
+    return results.compare(str(RECIPE), words(*more), out=out, **options)
 
 
 def train_here(
     out: Path, methods: Sequence[str], seeds: Sequence[int], extra: Sequence[str] = (), lrs: Sequence[float] = ()
 ) -> None:
     """Train in this process what `compare` with the same arguments would train in others, where it then finds it."""
-    found = variants.variants(str(defaults()), words(), methods, extra)
+    found = variants.variants(str(RECIPE), words(), methods, extra)
     for run in variants.planned_runs(found, seeds, lrs):
         pretrain(run.config, out / run.name)
 
@@ -187,7 +188,7 @@ def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, 
     """All of them train dense weights; fst's are dense again at the end."""
     more = [f"method={method}", "adapters.rank=0", *(["sparsity.start=0.5"] if method == "wanda" else [])]
     run = tmp_path / method
-    config = configs.load(str(defaults()), words(*more))
+    config = configs.load(str(RECIPE), words(*more))
     pretrain(config, run)
     model = load_model(run).model
     masks = [layer.mask for _, layer in masked_layers(model) if not layer.unmasked]
@@ -233,11 +234,11 @@ def test_results_name_nothing_of_the_machine() -> None:
 
 
 def test_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    table.show(result())
+    table.document(result()).show()
     assert capsys.readouterr().out == (finished() / "compare.md").read_text()
     for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "200"), ("TERM", "xterm")):
         monkeypatch.setenv(name, value)
-    table.show(result())
+    table.document(result()).show()
     drawn = capsys.readouterr().out
     assert "│" in drawn or "┃" in drawn
     assert "gap to dense" in drawn
@@ -284,11 +285,12 @@ def test_each_checkpoint_is_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len(hashed) == len(written) - len(names)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_a_failing_one_is_a_row(tmp_path: Path) -> None:
     """In processes of their own: slope-s1 was killed after step 3 of 6; `wide` cannot be built."""
-    (planned,) = variants.planned_runs(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    (planned,) = variants.planned_runs(variants.variants(str(RECIPE), words(), ["slope"], []), [1])
     run = tmp_path / "slope-s1"
-    pretrain(configs.load(str(defaults()), words("log.save_every=3")), run)
+    pretrain(configs.load(str(RECIPE), words("log.save_every=3")), run)
     checkpoint_of_6 = store.folders(run)[0]
     for path in checkpoint_of_6.iterdir():
         path.unlink()
@@ -310,7 +312,7 @@ def test_a_killed_run_resumes_and_a_failing_one_is_a_row(tmp_path: Path) -> None
 
 
 def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
-    (planned,) = variants.planned_runs(variants.variants(str(defaults()), words(), ["slope"], []), [1])
+    (planned,) = variants.planned_runs(variants.variants(str(RECIPE), words(), ["slope"], []), [1])
     child = processes.Child(planned, tmp_path, 1)
     child.process.kill()
     assert child.error(child.process.wait()) == "killed by SIGKILL"
@@ -320,9 +322,10 @@ def test_the_error_of_a_process_is_one_line(tmp_path: Path) -> None:
     assert child.error(3) == "exit code 3"
 
 
+@pytest.mark.slow
 def test_a_signal_stops_every_run_with_75_and_the_same_command_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = (str(defaults()), words("train.steps=100000", "log.val_every=0"))
+    arguments = (str(RECIPE), words("train.steps=100000", "log.val_every=0"))
     program = f"""
 import sys
 from pathlib import Path
@@ -385,7 +388,7 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
     altered = json.loads(files[1].read_text())
     altered["runs"][0]["config"]["optim"]["lr"] = 1.0
     files[1].write_text(json.dumps(altered))
-    with pytest.raises(UsageError, match="dense-s2: dense stands for two configurations"):
+    with pytest.raises(UsageError, match="dense-s2: dense names two configurations"):
         results.compare_runs([*files], out=tmp_path / "altered")
 
 
@@ -439,9 +442,9 @@ def test_results_of_a_version_with_other_keys_are_of_the_same_variant(tmp_path: 
     files[0].write_text(json.dumps(older))
     (found,) = results.compare_runs(files, out=tmp_path / "both").variants
     assert found.seeds == [1, 2]
-    older["runs"][0]["config"]["sparsity"]["renew_every"] = 3
+    older["runs"][0]["config"]["sparsity"]["renew_every"] = 4
     files[0].write_text(json.dumps(older))
-    with pytest.raises(UsageError, match="slope stands for two configurations"):
+    with pytest.raises(UsageError, match="slope names two configurations"):
         results.compare_runs(files, out=tmp_path / "two")
     older["runs"][0]["config"]["sparsity"] = {"renew_evry": 3}
     files[0].write_text(json.dumps(older))
@@ -496,7 +499,7 @@ def test_settings_of_an_older_version_have_their_names_of_today(tmp_path: Path) 
     for absent in ("power", "eps"):  # which the baseline's version did not have
         del dense["config"]["optim"][absent]
     settings = dict(table.settings(from_json(Comparison, altered)).rows)["slope"].split()
-    assert {"method=slope", "slope.mask_update_interval=2", "model.overrides.n_layer=2"} <= set(settings)
+    assert {"method=slope", "slope.mask_update_interval=3", "model.overrides.n_layer=2"} <= set(settings)
     assert [word for word in settings if word.startswith("optim")] == ["optim.power=0.7"]
     assert not [word for word in settings if word.startswith(("sparsity", "linearize"))]
 
@@ -517,7 +520,7 @@ def test_settings_of_an_older_version_have_their_names_of_today(tmp_path: Path) 
 )
 def test_what_follows_from_other_settings_is_not_shown(more: str, shown: str) -> None:
     (dense, *_) = result().runs
-    other = replace(dense, variant="other", config=rows.portable(configs.load(str(defaults()), words(*more.split()))))
+    other = replace(dense, variant="other", config=rows.portable(configs.load(str(RECIPE), words(*more.split()))))
     settings = table.settings(replace(result(), runs=[dense, other], variants=result().variants[:1]))
     assert settings.rows == []
     both = [result().variants[0], replace(result().variants[1], variant="other")]
@@ -548,7 +551,7 @@ def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Pa
         results.compare_runs([run, other], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     found = results.compare_runs([run, other], out=tmp_path / "out", allow_different=True)
-    assert "NOT ALIKE: dense-s1 and copy differ in validation" in (tmp_path / "out" / "compare.md").read_text()
+    assert "NOT COMPARABLE: dense-s1 and copy differ in validation" in (tmp_path / "out" / "compare.md").read_text()
     assert len(found.different) == 1
     (other / run_folder.CONFIG).write_text(config)
     content = store.read_sealed(manifest)
@@ -556,14 +559,14 @@ def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Pa
     with pytest.raises(UsageError, match="dense-s1 and copy differ in data: "):
         results.compare_runs([run, other], out=tmp_path / "out")
     manifest.write_text(sound)
-    with pytest.raises(UsageError, match="copy: duplicate run, of the config and seed of slope-s1"):
+    with pytest.raises(UsageError, match="copy: duplicate run, with the config and seed of slope-s1"):
         results.compare_runs([finished() / "slope-s1", other], out=tmp_path / "out")
 
 
 def test_unfinished_and_strange_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the folder of a run"):
         results.compare_runs([tmp_path], out=tmp_path / "out")
-    with pytest.raises(UsageError, match="needs the folder of one run"):
+    with pytest.raises(UsageError, match="give the folder of at least one run"):
         results.compare_runs([], out=tmp_path)
     run = copied(finished() / "dense-s1", tmp_path)
     (run / run_folder.CONFIG).write_text((run / run_folder.CONFIG).read_text().replace("steps: 6", "steps: 8"))
@@ -574,6 +577,7 @@ def test_unfinished_and_strange_folders_are_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- learning rates
 
 
+@pytest.mark.slow
 def test_each_variant_is_shown_at_its_own_best_rate(tmp_path: Path) -> None:
     lrs = [1e-5, 1e-2, 5.0]  # the last ruins the model
     train_here(tmp_path, ["dense"], [1], lrs=lrs)
@@ -616,7 +620,7 @@ def test_adapters_learn_at_each_rate_unless_they_have_their_own(place: str, tmp_
 
 
 def found_for(*methods: str, model: str = "gpt2-nano", extra: Sequence[str] = ()) -> list[variants.Variant]:
-    return variants.variants(str(defaults()), small(model), methods, extra)
+    return variants.variants(str(RECIPE), small(model), methods, extra)
 
 
 def test_ready_made_names() -> None:
@@ -627,8 +631,8 @@ def test_ready_made_names() -> None:
     assert bert.config.model.overrides["num_hidden_layers"] == 1
     (llama,) = variants.variants("llama3-8b", ["model.overrides.num_hidden_layers=7"], ["half-depth"], [])
     assert llama.config.model.overrides == {"num_hidden_layers": 3}
-    with pytest.raises(UsageError, match="half-depth: gpt2-nano has one layer only"):
-        variants.variants(str(defaults()), ["model.overrides.n_layer=1"], ["half-depth"], [])
+    with pytest.raises(UsageError, match="half-depth: gpt2-nano has only one layer"):
+        variants.variants(str(RECIPE), ["model.overrides.n_layer=1"], ["half-depth"], [])
 
 
 @pytest.mark.parametrize("model", ["gpt2-nano", "gpt2-small", "opt-350m", "llama3-8b", "bert-base"])
@@ -637,8 +641,8 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     from slope_cli.train.dry_run import describe
 
     base = [f"model.name={model}"]
-    (found,) = variants.variants(str(defaults()), base, ["same-active"], [])
-    record = describe(configs.load(str(defaults()), base))[0]
+    (found,) = variants.variants(str(RECIPE), base, ["same-active"], [])
+    record = describe(configs.load(str(RECIPE), base))[0]
     heads = ("lm_head", "cls.predictions.decoder")
     sizes = [(x["out_features"] * x["in_features"], x["reason"]) for x in record["layers"] if x["name"] not in heads]
     kept = sum(size if reason else size // 2 for size, reason in sizes)
@@ -646,7 +650,7 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     assert variants.linear_weights(settings) / kept == pytest.approx(1, abs=0.02)
     assert f"{variants.linear_weights(settings) / kept:.4f} of the {kept:,}" in found.note
     assert settings.hidden_size % settings.num_attention_heads == 0
-    assert settings.hidden_size < run_model_config(configs.load(str(defaults()), base)).hidden_size
+    assert settings.hidden_size < run_model_config(configs.load(str(RECIPE), base)).hidden_size
     assert found.config.method == "dense"
 
 
@@ -691,7 +695,7 @@ def test_wrong_variants(methods: list[str], extra: list[str], said: str) -> None
 
 
 def test_wrong_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--seeds: needs one number"):
+    with pytest.raises(UsageError, match="--seeds: give at least one number"):
         compared(tmp_path, methods=["dense"], seeds=[])
     with pytest.raises(UsageError, match="dense-s1: duplicate run"):
         compared(tmp_path, methods=["dense"], seeds=[1, 1])

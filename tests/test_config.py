@@ -249,7 +249,7 @@ def chosen(method: str) -> list[str]:
 
 @pytest.mark.parametrize(("own", "other"), FOREIGN)
 def test_a_key_of_another_methods_section_is_refused(own: str, other: str, tmp_path: Path) -> None:
-    message = f"is read by method={own} alone, and the method is {other}"
+    message = f"only method={own} reads this key, and the method is {other}"
     for key, value in OWN[own].items():
         assert refused(f"{own}.{key}={value}", *chosen(other)) == f"{own}.{key}: {message}"
         start = "sparsity: {start: 0.5}" if other == "wanda" else ""
@@ -322,7 +322,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
         ),
         ("method=linearize linearize.targets=[]", "linearize.targets=[]: choose some of q, k, v, o"),
         ("method=linearize linearize.feature_map=elu", "linearize.feature_map=elu: choose one of hedgehog, t2r"),
-        ("model.name=init", "model.name=init: is for method=linearize alone"),
+        ("model.name=init", "model.name=init: is only for method=linearize"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(words: str, message: str) -> None:
@@ -371,6 +371,7 @@ def dumped(config: Config, path: Path) -> Config:
     return loaded
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(method=st.sampled_from(list(METHODS)), chosen_keys=st.sets(st.sampled_from(list(OVERRIDES))), draws=st.data())
 def test_a_dumped_config_loads_back_equal(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from trained import slope
+from support.runs import slope
 
 from slope_cli.config import load as configs
 from slope_cli.config import reference
@@ -80,7 +80,7 @@ def test_a_section_is_explained_with_all_its_keys() -> None:
 def test_a_key_is_explained() -> None:
     assert slope("config", "optim.lr") == (0, "optim.lr: number; default 0.0006\n    Peak learning rate.\n", "")
     assert slope("config", "sparsity.mask").out.startswith(
-        "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How masks are first chosen"
+        "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How the first masks are chosen"
     )
     out = slope("config", "method").out
     assert out.startswith("method: text; default slope\n")

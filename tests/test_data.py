@@ -53,7 +53,7 @@ def dataset(tmp_path: Path) -> Dataset:
     ]
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
-    write_manifest(tmp_path, files, "test", 1000, 0, {"inputs": []})
+    write_manifest(tmp_path, files, {"inputs": []})
     return open_dataset(tmp_path)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trained import slope
+from support.runs import slope
 
 from slope_cli import doctor
 from slope_cli.utils.environment import driver, gpu_libraries
@@ -77,7 +77,7 @@ def test_a_cpu_build_of_torch_beside_a_driver_is_named(tmp_path: Path, monkeypat
 def test_a_missing_library_says_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOPE_CUSPARSELT_LIB", str(tmp_path / "none.so"))
     cusparselt.library.cache_clear()
-    finding = doctor._cusparselt_finding()
+    finding = doctor.cusparselt_finding()
     assert finding.found == "missing"
     assert str(tmp_path / "none.so") in finding.fix
     assert gpu_libraries()["cusparselt"] is None
@@ -87,8 +87,8 @@ def test_a_failure_is_one_line() -> None:
     def fail() -> None:
         raise ValueError("two\nlines")
 
-    assert doctor._failure(fail) == "ValueError: two lines"
-    assert doctor._failure(lambda: None) == ""
+    assert doctor.failure(fail) == "ValueError: two lines"
+    assert doctor.failure(lambda: None) == ""
 
 
 def test_the_layers_self_test_passes_on_the_reference() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.data import scratch
+from support.runs import OVERRIDES, copied, slope, trained
 from torch import Tensor, nn
-from trained import OVERRIDES, SENTENCES, copied, scratch, slope, trained
 from transformers import AutoTokenizer, PreTrainedModel
 
 from slope_cli.checkpoint import peft as peft_folder
@@ -136,7 +137,7 @@ def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.M
 def test_the_tokenizer_loads_and_gives_text_back(family: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported(family))
     original = load_tokenizer(str(trained(family) / "tokenizer"))
-    text = SENTENCES[0]
+    text = "It is a truth universally acknowledged that a small model knows little."
     assert tokenizer(text).input_ids == original(text).input_ids
     back = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
     assert back == (text.lower() if family == "bert-base" else text)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trained import texts, trained
+from support.data import wordpiece
+from support.runs import trained
 
 from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import load_model
@@ -589,7 +590,7 @@ def oracle(found: list[squad.Window]) -> list[np.ndarray]:
 @unhurried
 @given(question=questions(), seq_len=st.integers(24, 200))
 def test_offsets_give_back_the_answer(question: squad.Question, seq_len: int) -> None:
-    tokenizer = load_tokenizer(str(texts().parent / "wordpiece"))
+    tokenizer = load_tokenizer(str(wordpiece()))
     found = squad.SQUAD.examples([question], tokenizer, seq_len)
     assert all(len(window.input_ids) <= seq_len for window in found)
     assert len({span for window in found for span in window.spans}) == len(
@@ -610,7 +611,7 @@ def test_offsets_give_back_the_answer(question: squad.Question, seq_len: int) ->
 
 
 def _spans(question: squad.Question) -> list[tuple[int, int]]:
-    tokenizer = load_tokenizer(str(texts().parent / "wordpiece"))
+    tokenizer = load_tokenizer(str(wordpiece()))
     encoded = tokenizer(question.context, add_special_tokens=False, return_offsets_mapping=True)
     return [(begin, end) for begin, end in encoded["offset_mapping"]]
 
@@ -619,7 +620,7 @@ def test_windows_of_a_long_context() -> None:
     """128 tokens on each time, as in BERT's own code: 300 letters at 200 a window are windows from 0 and from 128."""
     context = " ".join(random.Random(0).choices(string.ascii_lowercase, k=300))
     question = squad.Question("1", "a b c", context, (context[400:405],), (400,))  # letters 200, 201, 202
-    tokenizer = load_tokenizer(str(texts().parent / "wordpiece"))
+    tokenizer = load_tokenizer(str(wordpiece()))
     found = squad.SQUAD.examples([question], tokenizer, 200 + 3 + 3)
     assert [(len(window.spans), window.spans[0][0] // 2) for window in found] == [(200, 0), (172, 128)]
     assert found[0].targets == (0.0, 0.0)
@@ -652,7 +653,7 @@ def test_windows_leave_nothing_out_and_overlap(length: int, room: int) -> None:
 
 
 def test_an_empty_context_has_no_answer() -> None:
-    tokenizer = load_tokenizer(str(texts().parent / "wordpiece"))
+    tokenizer = load_tokenizer(str(wordpiece()))
     question = squad.Question("1", "a", " ", ("b",), (0,))
     found = squad.SQUAD.examples([question], tokenizer, 16)
     assert squad.best_answers([question], found, oracle(found)) == [""]

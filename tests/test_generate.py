@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import copied, slope, trained
 from torch.utils._python_dispatch import TorchDispatchMode
-from trained import copied, slope, trained
 
 from slope_cli.checkpoint.load import load_model
 from slope_cli.errors import UsageError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linearized import attend_as_defined
+from support.models import attend_as_defined
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -233,6 +233,7 @@ def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt() -> None
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{"window": 16}, {"window": 16, "kind": "terrace"}], ids=str)
 @torch.no_grad()
 def test_bfloat16_inputs_with_a_float32_state_stay_accurate(form: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linearized import left_padded, linearized, tokens
+from support.models import left_padded, linearized, tokens
 from torch import Tensor
 
 from slope_cli.linearize.swap import linear_windows, projections, using

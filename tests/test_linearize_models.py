@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linearized import (
+from support.models import (
     CAUSAL,
     FORMS,
     SHAPES,
@@ -169,6 +169,7 @@ def test_the_cache_is_of_one_size_and_knows_the_length() -> None:
     close(again, logits(model, ids_BT[:, :30]))
 
 
+@pytest.mark.slow
 def test_decoding_4096_tokens_in_bfloat16_stays_with_the_one_pass() -> None:
     model = tiny_model("llama3-8b", max_position_embeddings=4160, num_hidden_layers=1)
     linearize_attention(model, LinearizeConfig(window=16))

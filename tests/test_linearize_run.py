@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same_run, die_in_save, die_in_save_base, finish, start
-from linearized import linearized as tiny_linearized
-from linearized import tiny_model, tokens
 from safetensors.torch import load_file
+from support.data import prepared, scratch, texts
+from support.models import linearized as tiny_linearized
+from support.models import tiny_model, tokens
+from support.processes import die_in_save, die_in_save_base, finish, start
+from support.runs import assert_same_run, copied, slope, trained
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from trained import copied, prepared, scratch, slope, texts, trained
 
 from slope_cli.checkpoint import base_model, run_folder, store, verify
 from slope_cli.checkpoint.load import load_model
@@ -144,6 +145,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
     assert own["step"] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad")
 def test_a_compiled_run_learns_and_writes_the_same() -> None:

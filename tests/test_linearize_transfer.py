@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from linearized import CAUSAL, FORMS, SHAPES, left_padded, linearized, positions_of, randomize, tiny_model, tokens
+from support.models import CAUSAL, FORMS, SHAPES, left_padded, linearized, positions_of, randomize, tiny_model, tokens
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.processes import full_disk
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from slope_cli.benchmarks.llama2c import Header, convert, read_tokenizer

@@ -151,8 +151,7 @@ def test_groups_wider_than_a_byte_counts() -> None:
 
 def test_transposable_patterns_are_counted() -> None:
     counts = {
-        pattern: len(masks._tile_patterns(*pattern, torch.device("cpu")))
-        for pattern in [(2, 4), (1, 2), (1, 4), (1, 3)]
+        pattern: len(masks.tile_patterns(*pattern, torch.device("cpu"))) for pattern in [(2, 4), (1, 2), (1, 4), (1, 3)]
     }
     assert counts == {(2, 4): 90, (1, 2): 2, (1, 4): 24, (1, 3): 6}
 
@@ -160,7 +159,7 @@ def test_transposable_patterns_are_counted() -> None:
 def test_transposable_masks_do_not_depend_on_chunks_or_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     score = torch.rand(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = masks.transposable_mask(score, 2, 4)
-    monkeypatch.setattr(masks, "_TILES_AT_ONCE", 7)
+    monkeypatch.setattr(masks, "TILES_AT_ONCE", 7)
     assert torch.equal(masks.transposable_mask(score.float(), 2, 4), whole)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(masks.transposable_mask(score.float(), 2, 4), whole)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import full_disk
+from support.processes import full_disk
 
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics

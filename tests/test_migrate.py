@@ -185,7 +185,7 @@ def test_an_old_key_of_a_recipe_follows_the_method_that_was_chosen(tmp_path: Pat
 
 def test_an_old_key_that_the_method_does_not_read_is_refused_as_today(tmp_path: Path) -> None:
     recipe = written(tmp_path / "recipe.yaml", "method: dense\nsparsity: {dense_finish: 0.5}\n")
-    with pytest.raises(UsageError, match=r"fst.dense_finish: is read by method=fst alone, and the method is dense$"):
+    with pytest.raises(UsageError, match=r"fst.dense_finish: only method=fst reads this key, and the method is dense$"):
         configs.load(str(recipe))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import slope
 from torch import Tensor
-from trained import slope
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model

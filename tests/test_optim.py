@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs import tiny
 from torch import nn
 
 from slope_cli.checkpoint import load

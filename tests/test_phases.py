@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_run, die_in_save, finish, records, start, tiny, tiny_bert
+from support.processes import die_in_save, finish, start
+from support.runs import assert_same_run, records, tiny
 
 from slope_cli.checkpoint import run_folder
 from slope_cli.checkpoint.load import build, load_model
@@ -342,7 +343,7 @@ def test_the_losses_of_an_exported_masked_model_are_those_of_the_run(data: Path,
 
 def test_bert_goes_through_two_phases_with_lamb(bert_data: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    pretrain(tiny_bert(bert_data, "optim.name=lamb", "adapters.rank=0"), one)
-    pretrain(tiny_bert(bert_data, "optim.name=lamb", f"model.init={one}"), two)
+    pretrain(tiny(bert_data, "optim.name=lamb", "adapters.rank=0", model="bert-base"), one)
+    pretrain(tiny(bert_data, "optim.name=lamb", f"model.init={one}", model="bert-base"), two)
     losses = [record["loss"] for run in (one, two) for record in records(run) if record["kind"] == "train"]
     assert losses[len(losses) // 2] < losses[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from trained import slope, trained
+from support.runs import slope, trained
 
 from slope_cli.report import plots
 

@@ -448,6 +448,7 @@ def session_members(session: int) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "to_group", "code"),
     [
@@ -501,6 +502,7 @@ if __name__ == "__mp_main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_to_the_group_spares_a_worker_that_starts(
     tmp_path: Path, bpe_folder: str, sent: signal.Signals

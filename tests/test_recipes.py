@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from trained import slope
+from support.runs import slope
 
 from slope_cli.config import load as configs
 from slope_cli.methods import phases_of

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_run, die_in_save, finish, printed, records, start, tiny, tiny_bert
+from support.processes import die_in_save, finish, printed, start
+from support.runs import assert_same_run, records, tiny
 
 from slope_cli.checkpoint import store
 from slope_cli.distributed.signals import StopFlag, Stopped
@@ -58,6 +59,7 @@ def slow_steps(seconds: float) -> None:
 # --------------------------------------------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(data: Path, finished: Path, tmp_path: Path) -> None:
     """With saves after every step, so that many kills fall into one."""
     run, config = tmp_path / "run", tiny(data, "log.save_every=1")
@@ -138,7 +140,7 @@ def test_masks_that_follow_from_the_values_are_left_out_and_computed_again(data:
 
 
 def test_a_bert_resumes_bit_for_bit_too(bert_data: Path, tmp_path: Path) -> None:
-    config = tiny_bert(bert_data)
+    config = tiny(bert_data, model="bert-base")
     reference, run = tmp_path / "reference", tmp_path / "run"
     pretrain(config, reference)
     assert finish(start(config, run, die_in_save, 8, 2)) == -signal.SIGKILL
@@ -224,6 +226,7 @@ def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     assert store.latest(tmp_path / "run") is not None
 
 
+@pytest.mark.slow
 def test_the_command_line_stops_with_75_resumes_and_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
     run, tests = tmp_path / "run", Path(__file__).parent
     program = f"""

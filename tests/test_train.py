@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GOLDEN, final_state, finish, golden_losses, records, start, tiny, tiny_bert, write_data
+from support.data import write_data
+from support.processes import finish, start
+from support.runs import GOLDEN, final_state, golden_losses, records, tiny
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,7 +70,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """As they were when `python -m tests.helpers` wrote them: a change of the mathematics shows here."""
+    """As they were when `cd tests && python -m support.runs` wrote them: a change of the mathematics shows here."""
     assert golden_losses(tmp_path) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
 
 
@@ -187,7 +189,7 @@ def test_other_ways_to_train_learn_too(data: Path, tmp_path: Path, words: tuple[
 
 
 def test_a_bert_learns_and_writes_no_samples(bert_data: Path, tmp_path: Path) -> None:
-    summary = pretrain(tiny_bert(bert_data, "train.steps=20"), tmp_path / "run")
+    summary = pretrain(tiny(bert_data, "train.steps=20", model="bert-base"), tmp_path / "run")
     losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert sum(losses[-3:]) < sum(losses[:3])
     assert "sample" not in summary
@@ -195,7 +197,7 @@ def test_a_bert_learns_and_writes_no_samples(bert_data: Path, tmp_path: Path) ->
 
 def test_a_bert_logs_the_loss_that_validation_measures_and_what_was_optimised(bert_data: Path, tmp_path: Path) -> None:
     """With two micro-batches: the first is the mean over the tokens of both, the second the mean over their pairs."""
-    config = tiny_bert(bert_data, "model.dropout=0", "train.steps=1")
+    config = tiny(bert_data, "model.dropout=0", "train.steps=1", model="bert-base")
     t = trainer(config, tmp_path)
     with torch.no_grad():
         losses = [loss_fn(forward(t.model, batch), batch) for batch in t.batches.of_step(0)]
@@ -336,7 +338,8 @@ def test_a_run_of_another_config_is_refused_by_the_keys_that_differ(data: Path, 
 def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(UsageError, match="training tokens are fewer than one sequence"):
-        pretrain(tiny(data, "train.seq_len=65536", "train.tokens_per_step=131072"), run)
+        longer = ("train.seq_len=65536", "train.tokens_per_step=131072", "model.overrides.n_positions=65536")
+        pretrain(tiny(data, *longer), run)
     assert pretrain(tiny(data, "train.steps=1"), run)["step"] == 1
     assert run_folder.open_config(run).train.steps == 1
 
@@ -444,7 +447,7 @@ def test_what_a_kill_left_of_the_tokenizer_is_made_good(data: Path, copy: Path) 
     ("words", "message"),
     [
         (("log.sample_prompt=''",), r"log.sample_prompt: must have at least 1 token .* not 0"),
-        (("log.sample_prompt=" + "x" * 256,), r"log.sample_prompt: .* fewer than the model's 256 positions, not 256"),
+        (("log.sample_prompt=" + "x" * 256,), r"log.sample_prompt: .* fewer than the model's 64 positions, not 256"),
         (("model.overrides.vocab_size=100",), "is above the model's vocabulary of 100"),
         (("train.device=cuda:99",), "train.device=cuda:99"),
         (("adapters.rank=33",), "adapters.rank=33: .* has a side of only 32"),

@@ -1,4 +1,4 @@
-"""The model that a run linearizes, as the run's own folder describes it from the start on.
+"""The model that a run linearizes, as stored in the run's own folder from the start.
 
 RUN/base.json says how it is built: the config of transformers, its sparse layers, their adapters. RUN/base/ holds its
 weights, masks and adapters, written once: checkpoints hold what differs from them (see slope_cli.checkpoint.store). So
@@ -51,12 +51,12 @@ def build(run: Path, device: torch.device | str) -> PreTrainedModel:
 
 
 def description(run: Path) -> dict[str, Any]:
-    """What `describe` said of the model; SlopeError if it is missing or damaged."""
+    """The description of the model, by `describe`; SlopeError if it is missing or damaged."""
     return read_sealed(run / BASE)
 
 
 def describe(model: PreTrainedModel, *, dropout: float | None = None) -> dict[str, Any]:
-    """What `rebuild` makes the same model of, apart from its weights; dropout: all of the family's rates, if given."""
+    """What `rebuild` needs to build the same model, without weights; dropout: all of the family's rates, if given."""
     settings = {key: value for key, value in model.config.to_dict().items() if key != "dtype"}
     if dropout is not None:
         settings |= dict.fromkeys(shapes.FAMILIES[model.config.model_type].dropouts, dropout)
@@ -69,12 +69,12 @@ def describe(model: PreTrainedModel, *, dropout: float | None = None) -> dict[st
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    """Whether embedding and head are one: transformers leaves what differs in the files two, tied or not."""
+    """Whether embedding and head are one: transformers keeps them apart if they differ in the files, tied or not."""
     return bool(model.get_input_embeddings().weight is model.get_output_embeddings().weight)
 
 
 def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrainedModel:
-    """A float32 model of a description, in training mode; its weights and masks are for others to bring."""
+    """A float32 model of a description, in training mode; the caller reads its weights and masks."""
     settings = dict(description["config"])
     config_class = getattr(transformers, shapes.FAMILIES[settings["model_type"]].config_class)
     model = build_model(config_class.from_dict(settings, attn_implementation="sdpa"), device=str(device))
@@ -84,8 +84,8 @@ def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrain
     patterns = {name: (n, m) for name, layer in description["sparse"].items() for n, m in [layer["pattern"]]}
     hf_folder.sparsify_as(model, patterns)
     for name, layer in sparse_layers(model):
-        said = description["sparse"][name]
-        layer.backward_rescale = said["column_rescale"] if "column_rescale" in said else said["backward_rescale"]
+        saved = description["sparse"][name]
+        layer.backward_rescale = saved["column_rescale"] if "column_rescale" in saved else saved["backward_rescale"]
     for name, (rank, scaling) in description["adapters"].items():
         add_adapters(model, rank, [name], beside=True)[name].scaling = scaling
     return model

@@ -30,7 +30,7 @@ from sparse_kernels import select_layers, sparsify
 SEED = "slope_seed"
 """The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
 GROUPS = (2, 4, 8, 16)
-"""The M of the N:M patterns that are looked for in a folder's weights."""
+"""The M of the N:M patterns that are detected in a folder's weights."""
 NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
 
 
@@ -48,12 +48,12 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
         masked = shapes.objective(config) == "masked"
         kind = AutoModelForPreTraining if masked else AutoModelForCausalLM
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        with torch.random.fork_rng(devices=[]):  # transformers draws what is missing
+        with torch.random.fork_rng(devices=[]):  # transformers initializes missing weights at random
             torch.default_generator.manual_seed(0)
             model, loading = kind.from_pretrained(
                 folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-        # What predicts the next sentence may be missing.
+        # The head that predicts the next sentence may be missing.
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
             raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
         find_sparse_layers(model)
@@ -81,7 +81,7 @@ def settings(folder: Path) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Turn whatever a folder's files make transformers raise into one line."""
+    """Turn any error about a folder's files into one line."""
     try:
         yield
     except UsageError:
@@ -98,7 +98,7 @@ def find_sparse_layers(model: PreTrainedModel) -> None:
         return
     weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
     patterns = {name: pattern(stored.t() if transposed else stored) for name, (stored, transposed) in weights.items()}
-    sparsify_as(model, {name: found for name, found in patterns.items() if found is not None})
+    sparsify_as(model, {name: n_m for name, n_m in patterns.items() if n_m is not None})
 
 
 def sparsify_as(model: PreTrainedModel, patterns: Mapping[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""The one door to models: a run's newest checkpoint, an export, or a folder that transformers reads.
+"""Loading models: a run's newest checkpoint, an export, or a folder that transformers reads.
 
 A run's model is built from its shape, brought into a phase, and given the tensors of a checkpoint, whether it is to be
 resumed, evaluated, exported, linearized or fine-tuned.
@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """What the model was trained with; an export of a masked model says it, any other folder has the default."""
+        """The training seed; an export of a masked model records it, any other folder gets the default."""
         default = Config() if self.config is None else self.config
         return int(getattr(self.model.config, hf_folder.SEED, default.train.seed))
 
@@ -62,7 +62,7 @@ def load_model(
     a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it.
 
     Args:
-        checkpoint: what `store.latest` said of a run, to hash nothing twice.
+        checkpoint: the result of `store.latest` for a run, so that nothing is hashed twice.
 
     Raises:
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
@@ -92,7 +92,7 @@ def load_model(
 
 
 def build(config: Config, run: Path, device: torch.device | str, phase: Phase | None = None) -> PreTrainedModel:
-    """The model of a run in a phase, for weights and masks from a checkpoint: they are drawn or chosen anew here.
+    """The model of a run in a phase, with new weights and masks, which are then read from a checkpoint.
 
     Args:
         run: its folder, which says what a run linearizes.
@@ -112,7 +112,7 @@ def build(config: Config, run: Path, device: torch.device | str, phase: Phase | 
 
 
 def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Replace the published ids that a shape brings, of its own tokenizer, by those that the model was trained with."""
+    """Replace a shape's published special ids by those of the tokenizer that the model was trained with."""
     for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
@@ -134,6 +134,6 @@ def is_linearized(folder: Path) -> bool:
 
 
 def require_softmax(folder: Path) -> None:
-    """UsageError if a folder is linearized, so that no other run can begin with it."""
+    """UsageError if a folder is linearized: no other run can start from it."""
     if is_linearized(folder):
         raise UsageError(f"{folder}: is linearized already; give the model that it was made of")

@@ -93,7 +93,7 @@ def _key(name: str, side: str) -> str:
 
 @torch.no_grad()
 def add(model: PreTrainedModel, folder: Path) -> None:
-    """Give layers the adapters of a folder, in place; UsageError for a layer that the model has not."""
+    """Give layers the adapters of a folder, in place; UsageError for a layer that the model does not have."""
     for name, saved in _read(folder).items():
         try:
             adapter = add_adapters(model, len(saved.A), [name], beside=True, alpha=saved.alpha)[name]

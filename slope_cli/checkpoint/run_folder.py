@@ -43,17 +43,17 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
         return path.name == f".{CONFIG}.tmp" or path.suffix in LOG_ENDINGS or is_run(run)
 
     with files.claimed_folder(run, "run", may_hold):
-        _settle_config(run, config, fresh=fresh)
+        _write_or_check_config(run, config, fresh=fresh)
         yield
 
 
-def _settle_config(run: Path, config: Config, *, fresh: bool) -> None:
-    """Write the configuration of a new run, or compare it with the one that is there."""
+def _write_or_check_config(run: Path, config: Config, *, fresh: bool) -> None:
+    """Write the configuration of a new run, or compare it with that of the existing one."""
     if is_run(run):
         if fresh:
-            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to go on with it")
+            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to resume it")
         changed = configs.differences(configs.load_saved(run / CONFIG), config)
-        # Before its first step a run may still change: a start that failed on a wrong size must not bar the right one.
+        # Before its first step a run may still change: a start that failed on a wrong size must not bind the next.
         if changed and _has_begun(run):
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
         if not changed:
@@ -68,7 +68,7 @@ def _has_begun(run: Path) -> bool:
 
 
 def write_config(run: Path, config: Config) -> None:
-    """Let RUN/config.yaml hold this configuration, whose free keys may differ from those of an earlier start."""
+    """Write RUN/config.yaml unless it is the same; keys that may change may differ from those of an earlier start."""
     text, path = configs.dump(config).encode(), run / CONFIG
     if not path.is_file() or path.read_bytes() != text:
         with files.atomic_file(path) as file:
@@ -98,7 +98,7 @@ def data_folder(config: Config, run: Path) -> Path:
 
 
 def manifest_metadata(config: Config, run: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the files beside it, and of the program that saved it."""
+    """The entries of a checkpoint's manifest about the run's other files and the program that saved it."""
     paths = sorted(path for path in (run / TOKENIZER).iterdir() if path.is_file())
     tokenizer = {path.name: files.file_sha256(path) for path in paths}
     return {"config": configs.fixed(config), "tokenizer": tokenizer, "source": source_version()}

@@ -120,20 +120,20 @@ class _SavedTensor(NamedTuple):
 
 
 def _saved_tensors(folder: Path) -> dict[str, _SavedTensor]:
-    """The tensors of a checkpoint or base by today's names."""
+    """The tensors of a checkpoint or base by their current names."""
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
     sized = {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
     return {_current_name(name): _SavedTensor(folder, name, shape) for name, shape in sized.items()}
 
 
 def _current_name(name: str) -> str:
-    """Today's name of a tensor of a checkpoint of any format."""
+    """The current name of a tensor of a checkpoint of any format."""
     return ".".join(TENSORS.get(part, part) for part in name.split("."))
 
 
 @contextlib.contextmanager
 def _single_process() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it saves from one process; here that is meant."""
+    """torch.distributed.checkpoint warns that it saves from one process; here that is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -155,8 +155,8 @@ def save(
         step: finished steps; a checkpoint of that step that is there already is left as it is.
         metadata: goes into the manifest as it is (JSON).
         derived: the masks that follow from the values are left out.
-        beside_base: leave out the tensors without gradient that the run's base holds, if it has one: a run made before
-            there were any goes on without.
+        beside_base: leave out the tensors without gradient that the run's base holds. Runs made before
+            there were bases have none.
 
     Returns:
         The checkpoint's folder.
@@ -207,7 +207,7 @@ def _write(final: Path, what: str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an error's text; a Ctrl-C that torch has wrapped like any error goes on its way."""
+    """The last line of an error's text; a Ctrl-C that torch has wrapped like any error is raised again."""
     for wrapped, _ in getattr(error, "failures", {}).values():
         if isinstance(wrapped, KeyboardInterrupt | SystemExit):
             raise wrapped from None
@@ -286,8 +286,8 @@ def set_aside_newer(run: Path, step: int) -> None:
 
 def folders(run: Path) -> list[Path]:
     """Every step-* folder of a run, newest first."""
-    found = (folder for folder in run.glob("checkpoints/step-*") if folder.name.removeprefix("step-").isdigit())
-    return sorted(found, key=_step, reverse=True)
+    steps = (folder for folder in run.glob("checkpoints/step-*") if folder.name.removeprefix("step-").isdigit())
+    return sorted(steps, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:

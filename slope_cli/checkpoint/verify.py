@@ -43,15 +43,15 @@ def check(run: Path) -> dict[str, Any]:
     look(metrics.JSONL, lambda: metrics.read(run))
     folders = store.folders(run)
     saved = [(folder, look(folder.name, partial(store.verify, folder))) for folder in folders]
-    found = next((store.Checkpoint(folder, manifest, []) for folder, manifest in saved if manifest), None)
-    newest = found and found.manifest
-    if newest and "base" in newest and not look(store.BASE, partial(store.verify_base, run, newest)):
-        found = None
+    newest = next((store.Checkpoint(folder, manifest, []) for folder, manifest in saved if manifest), None)
+    manifest = newest and newest.manifest
+    if manifest and "base" in manifest and not look(store.BASE, partial(store.verify_base, run, manifest)):
+        newest = None
     folder = run_folder.data_folder(config, run) if config else run / "data"
     if folder.is_dir():
-        look("data", lambda: _check_data(folder, newest))
+        look("data", lambda: _check_data(folder, manifest))
     if folders:
-        look("model and tokenizer", lambda: _load(run, found))
+        look("model and tokenizer", lambda: _load(run, newest))
     return {"run": str(run), "lines": lines, "faults": faults}
 
 
@@ -63,9 +63,9 @@ def _check_data(folder: Path, manifest: dict[str, Any] | None) -> None:
 
 
 def _load(run: Path, checkpoint: store.Checkpoint | None) -> None:
-    """Put config, newest sound checkpoint and tokenizer together; every sparse layer must keep its own rules.
+    """Load config, newest sound checkpoint and tokenizer; check the pattern of every sparse and masked layer.
 
-    checkpoint: that one, if it and its base are sound: nothing is hashed twice.
+    checkpoint: that one, if it and its base are sound, so that nothing is hashed twice.
     """
     model = load_model(run, checkpoint=checkpoint).model
     for name, masked in masked_layers(model):

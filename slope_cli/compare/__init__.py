@@ -1,1 +1,1 @@
-"""`slope compare`: variants of a recipe trained and set side by side."""
+"""`slope compare`: train variants of a recipe and compare them."""

@@ -2,7 +2,7 @@
 
 OUT/configs/<run>.yaml   its resolved config
 OUT/<run>.log            the output of its process
-OUT/starts.jsonl         a line for each start: how many runs were being trained then
+OUT/starts.jsonl         a line for each start: how many runs were training then
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from slope_cli.distributed.signals import STOPPED, StopFlag, Stopped
 from slope_cli.utils.files import atomic_file
 
 POLL = 0.1
-"""Seconds between two looks at the processes."""
+"""Seconds between two polls of the processes."""
 
 
 class Child:
@@ -36,9 +36,9 @@ class Child:
         with (out / "starts.jsonl").open("a") as starts:
             starts.write(json.dumps({"run": run.name, "jobs": jobs}) + "\n")
         self._earlier_bytes = self.log.stat().st_size if self.log.is_file() else 0
-        # This very program, not one that happens to lie in the working directory.
+        # This installation, not one that happens to be in the working directory.
         path = os.pathsep.join(filter(None, (str(Path(slope_cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        # Processes that each take all cores wait for one another most of the time.
+        # Processes that each use all cores mostly wait for one another.
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
         command = [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()", "pretrain", str(config)]
         command += ["--out", str(out / run.name)]
@@ -64,7 +64,7 @@ class Child:
 def train(
     planned: Sequence[PlannedRun], finished: Container[str], out: Path, jobs: int, stop: StopFlag | None
 ) -> dict[str, str]:
-    """Train the runs whose names are not among the finished ones, `jobs` at a time.
+    """Train the runs that are not finished, `jobs` at a time.
 
     Returns:
         The error of each run that failed, by its name.
@@ -76,7 +76,7 @@ def train(
     done, errors = len(planned) - len(waiting), dict[str, str]()
     running: list[Child] = []
     if done:
-        _say(f"{done} of {len(planned)} runs are finished already")
+        _say(f"{done} of {len(planned)} runs are already finished")
     with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
         try:
             while (waiting or running) and not stop.name:

@@ -1,7 +1,7 @@
-"""`slope compare`: train runs that differ in one thing, or take finished ones, and compare them.
+"""`slope compare`: train variants of a recipe, or take finished runs, and compare them.
 
 OUT/<variant>-s<seed>/      each run; see slope_cli.compare.processes for the files beside it
-OUT/compare.json, .md       the comparison, read from the runs' own files
+OUT/compare.json, .md       the comparison, from the runs' own files
 OUT/compare.png, .svg       validation loss against tokens
 """
 
@@ -73,28 +73,28 @@ def compare(
     require_alike(
         {run.name: terms(run.config) | {"data": data[run.config.data.path]} for run in planned}, allow_different
     )
-    sound = {run.name: found for run in planned if (found := _finished(run, out / run.name, data))}
+    finished = {run.name: last for run in planned if (last := _finished(run, out / run.name, data))}
 
     def conclude(chosen: Sequence[PlannedRun], errors: dict[str, str]) -> Comparison:
-        rows = [_row(run, out / run.name, errors.get(run.name, ""), sound.get(run.name)) for run in chosen]
+        rows = [_row(run, out / run.name, errors.get(run.name, ""), finished.get(run.name)) for run in chosen]
         notes = [f"{variant.name}: {variant.note}" for variant in compared if variant.note]
         if (most := processes.most_at_once(chosen, out)) > 1:
             notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
         return _write(summarize(add_sizes(rows, [out / run.name for run in chosen]), notes, allow_different), out)
 
     try:
-        errors = processes.train(planned, sound, out, jobs, stop)
+        errors = processes.train(planned, finished, out, jobs, stop)
     except Stopped as stopped:
         try:
-            if done := [run for run in planned if run.name in sound or _finished(run, out / run.name, data)]:
+            if done := [run for run in planned if run.name in finished or _finished(run, out / run.name, data)]:
                 conclude(done, {})
         finally:
-            raise stopped  # whatever became of the comparison
+            raise stopped  # even if the comparison failed
     return conclude(planned, errors)
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Comparison:
-    """Compare finished runs; those that differ in nothing but the seed are one variant, named after their folder.
+    """Compare finished runs; those that differ only in the seed are one variant, named after their folder.
 
     A compare.json stands for all runs of that comparison, under their names there; their folders are not needed.
 
@@ -102,7 +102,7 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
         UsageError: a folder holds no run or an unfinished one, a run is given twice, or the runs cannot be compared.
     """
     if not folders:
-        raise UsageError("--runs: needs the folder of one run at least")
+        raise UsageError("--runs: give the folder of at least one run")
     files = [path for path in folders if path.suffix == ".json"]
     folders = [path for path in folders if path.suffix != ".json"]
     earlier = [run for path in files for run in _earlier(path)]
@@ -114,8 +114,8 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
         if key not in names:
             taken = [*names.values(), *(each.variant for each in earlier)]
             names[key] = _unused(run.variant.removesuffix(f"-s{run.seed}"), taken)
-        if twin := next((each for each in runs if (each.variant, each.seed) == (names[key], run.seed)), None):
-            raise UsageError(f"{folder}: duplicate run, of the config and seed of {twin.run}")
+        if same := next((each for each in runs if (each.variant, each.seed) == (names[key], run.seed)), None):
+            raise UsageError(f"{folder}: duplicate run, with the config and seed of {same.run}")
         runs.append(replace(run, variant=names[key]))
     _require_distinct([*earlier, *runs])
     notes = [f"runs of {len(files)} earlier comparisons"] * (len(files) > 1)
@@ -134,7 +134,7 @@ def _earlier(path: Path) -> list[Run]:
 
 
 def _require_distinct(runs: Sequence[Run]) -> None:
-    """UsageError for a run that is given twice, or a name that stands for two configurations."""
+    """UsageError for a duplicate run, or a name with two configurations."""
     whole = [configs.flat(portable(config_of(run))) for run in runs]
     seen: dict[tuple[str, float | None], dict[str, Any]] = {}
     for number, (run, config) in enumerate(zip(runs, whole, strict=True)):
@@ -142,7 +142,7 @@ def _require_distinct(runs: Sequence[Run]) -> None:
             raise UsageError(f"{run.run}: duplicate run")
         seedless = {**config, "train.seed": 0}
         if seen.setdefault((run.variant, run.lr), seedless) != seedless:
-            raise UsageError(f"{run.run}: {run.variant} stands for two configurations; compare their folders")
+            raise UsageError(f"{run.run}: {run.variant} names two configurations; compare their folders")
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
@@ -171,23 +171,23 @@ def _finished(planned: PlannedRun, run: Path, data: Mapping[str, str]) -> store.
     if changed:
         raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
     try:
-        found = store.latest(run)
+        checkpoint = store.latest(run)
     except SlopeError:
         return None  # training reports the fault
-    if found is None or found.manifest["step"] != planned.config.train.steps:
+    if checkpoint is None or checkpoint.manifest["step"] != planned.config.train.steps:
         return None
     fingerprint = data[planned.config.data.path]
     embedded = schema.EMBEDDED in (config.data.path, fingerprint)
-    if (config.data.path if embedded else found.manifest["data"]) != fingerprint:
+    if (config.data.path if embedded else checkpoint.manifest["data"]) != fingerprint:
         raise UsageError(f"{run} was trained on other data than {planned.config.data.path}; choose another --out")
     if terms(config) != terms(planned.config):  # `differences` does not compare log.val_tokens
         values = f"{config.log.val_tokens} -> {planned.config.log.val_tokens}"
         raise UsageError(f"{run} was validated on other text (log.val_tokens: {values}); choose another --out")
-    return found
+    return checkpoint
 
 
 def _row(planned: PlannedRun, run: Path, error: str, checkpoint: store.Checkpoint | None) -> Run | FailedRun:
-    """A planned run after training: its numbers, or the reason why it has none."""
+    """The row of a planned run after training, or of its failure."""
     if not error:
         try:
             return replace(read_run(run, checkpoint), variant=planned.variant, lr=planned.lr)
@@ -201,7 +201,7 @@ def _write(result: Comparison, out: Path) -> Comparison:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", asdict(result))
     with atomic_file(out / "compare.md") as file:
-        file.write(table.markdown(result).encode())
+        file.write(table.document(result).markdown().encode())
     curves = {each.variant: vars(each.curve) for each in result.variants if each.curve.tokens}
     if curves:
         plots.draw_curves(curves, out / "compare")

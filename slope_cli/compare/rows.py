@@ -1,4 +1,4 @@
-"""One run of a comparison: its numbers from its own files, its sizes from its shapes, and its terms."""
+"""One run of a comparison: its metrics from its own files, its sizes from its shapes, and its terms."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from slope_cli.utils.typed_json import from_json
 Terms = dict[str, int | str]
 """The properties that two runs must share for their validation losses to be comparable."""
 _PRIVATE = ("time", "command", "host", "slurm_job")
-"""Keys of environment.jsonl that have no bearing on a result."""
+"""Keys of environment.jsonl that do not affect a result."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
 
 
 def portable(config: Config) -> dict[str, Any]:
-    """A config as it is read back from JSON, without the folders above its data."""
+    """A config as plain JSON, without the folders above its data."""
     path = config.data.path
     named = replace(config, data=replace(config.data, path=Path(path).name if Path(path).is_absolute() else path))
     plain: dict[str, Any] = json.loads(json.dumps(configs.container(named)))
@@ -144,7 +144,7 @@ def portable(config: Config) -> dict[str, Any]:
 
 
 def config_of(run: Run) -> Config:
-    """The config of a run, which an earlier version may have written; keys that it did not have get their defaults.
+    """The config of a run, which an earlier version may have written; missing keys get their defaults.
 
     Raises:
         UsageError: keys or values that this version does not know.
@@ -153,7 +153,7 @@ def config_of(run: Run) -> Config:
 
 
 def without_folders(text: str) -> str:
-    """A text with only the last part of each absolute path, since a result names nothing of the machine."""
+    """A text with only the last part of each absolute path, so that results do not leak local paths."""
     return re.sub(r"(?<![\w.~-])/(?:[^\s/:;,'\"()]+/)*", "", text)
 
 
@@ -161,11 +161,11 @@ def _environments(folder: Path) -> list[dict[str, Any]]:
     """The distinct environments of a run's starts."""
     path = folder / "environment.jsonl"
     lines = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
-    found: list[dict[str, Any]] = []
+    distinct: list[dict[str, Any]] = []
     for public in ({key: value for key, value in line.items() if key not in _PRIVATE} for line in lines):
-        if public not in found:
-            found.append(public)
-    return found
+        if public not in distinct:
+            distinct.append(public)
+    return distinct
 
 
 def terms(config: Config) -> Terms:
@@ -179,30 +179,30 @@ def terms(config: Config) -> Terms:
 
 
 def require_alike(terms_of: Mapping[str, Terms], allow: bool) -> list[str]:
-    """A line for each way in which the terms of runs, by name, differ from the first run's.
+    """A line for each difference between the terms of the first run and of the others, by name.
 
     Raises:
-        UsageError: there is such a way, unless differences are allowed.
+        UsageError: there is a difference, unless differences are allowed.
     """
     first, theirs = next(iter(terms_of.items()))
     others: dict[tuple[str, str, str], list[str]] = {}
     for name, own in terms_of.items():
         for key in (key for key in own if key in theirs and own[key] != theirs[key]):
             others.setdefault((key, str(theirs[key])[:60], str(own[key])[:60]), []).append(name)
-    found = [f"{first} and {', '.join(names)} differ in {key}: {a} and {b}" for (key, a, b), names in others.items()]
-    if found and not allow:
-        raise UsageError(f"{found[0]}; add --allow-different to compare them all the same")
-    return found
+    lines = [f"{first} and {', '.join(names)} differ in {key}: {a} and {b}" for (key, a, b), names in others.items()]
+    if lines and not allow:
+        raise UsageError(f"{lines[0]}; add --allow-different to compare them anyway")
+    return lines
 
 
 def add_sizes(rows: Sequence[Run | FailedRun], folders: Sequence[Path]) -> list[Run | FailedRun]:
-    """The rows, with the sizes in the first finished run of each variant and learning rate; folders: of the runs."""
-    sized, found = set(), list(rows)
+    """The rows, with sizes in the first finished run of each variant and learning rate; folders: of the runs."""
+    sized, result = set(), list(rows)
     for number, (row, folder) in enumerate(zip(rows, folders, strict=True)):
         if isinstance(row, Run) and (key := (row.variant, row.lr)) not in sized:
             sized.add(key)
-            found[number] = replace(row, sizes=_sizes(folder))
-    return found
+            result[number] = replace(row, sizes=_sizes(folder))
+    return result
 
 
 def _sizes(folder: Path) -> Sizes:

@@ -25,7 +25,7 @@ class Gap(Spread):
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation loss over the seeds, after the numbers of tokens at which every seed has one."""
+    """Validation loss over the seeds, at the numbers of tokens at which every seed has one."""
 
     tokens: list[int]
     mean: list[float]
@@ -65,7 +65,7 @@ class Summary:
 class Comparison:
     """The content of compare.json.
 
-    baseline: the first variant. different: a line for each way in which the terms of the runs differ. variants: each
+    baseline: the first variant. different: a line for each difference between the terms of the runs. variants: each
     at its best learning rate. rates: each at every learning rate, or empty if no rates were tried.
     """
 
@@ -106,7 +106,7 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
 
 
 def mean_and_error(values: Sequence[float]) -> Spread:
-    """Mean and standard error of values, of which there may be none."""
+    """Mean and standard error of any number of values."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return Spread(mean(values) if values else None, error, len(values))
 
@@ -120,7 +120,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gap:
 def best_rate(rates: Sequence[Summary]) -> Summary:
     """The summary with the lowest mean loss over the seeds that all rates have, and `lr_at_edge`.
 
-    A rate that lost a seed is compared only where all did.
+    A rate with a failed seed is only considered if every rate has one.
     """
     most = max(len(rate.seeds) for rate in rates)
     begun = [rate for rate in rates if rate.seeds]

@@ -7,34 +7,25 @@ from slope_cli.compare.rows import Run, config_of
 from slope_cli.compare.summary import Comparison, Spread, Summary
 from slope_cli.config.load import container, flat, follows
 from slope_cli.config.schema import Config
-from slope_cli.report import tables as printing
-from slope_cli.report.tables import NONE, Table, bytes_text, clock, number
+from slope_cli.report.tables import NONE, Document, Table, bytes_text, clock, number
 
 
-def show(result: Comparison) -> None:
-    """Print a comparison: tables on a terminal, Markdown elsewhere."""
-    printing.show(_title(result), tables(result), below=lines_below(result))
-
-
-def markdown(result: Comparison) -> str:
-    """The same tables as Markdown, and below them the notes that they need."""
-    return printing.document(_title(result), tables(result), below=lines_below(result))
-
-
-def _title(result: Comparison) -> str:
+def document(result: Comparison) -> Document:
+    """A comparison as tables, with the notes that they need."""
     names = [each.variant for each in result.variants]
-    return " against ".join(names) if len(names) <= 4 else f"{len(names)} variants"
+    title = " against ".join(names) if len(names) <= 4 else f"{len(names)} variants"
+    return Document(title, tables(result), below=_notes(result))
 
 
 def tables(result: Comparison) -> list[Table]:
-    """Quality, learning rates where several were tried, cost, settings of the variants, and the runs that failed."""
-    found = [_quality(result), _rates(result), _cost(result), settings(result), _failed(result)]
-    return [table for table in found if table.rows]
+    """Quality, learning rates if several were tried, cost, settings, and failed runs."""
+    every = (_quality(result), _rates(result), _cost(result), settings(result), _failed(result))
+    return [table for table in every if table.rows]
 
 
-def lines_below(result: Comparison) -> list[str]:
-    """How the numbers were made, and what limits them."""
-    lines = [f"NOT ALIKE: {line}" for line in result.different]
+def _notes(result: Comparison) -> list[str]:
+    """How the numbers were measured, and their limits."""
+    lines = [f"NOT COMPARABLE: {line}" for line in result.different]
     lines.append(
         "loss: nats per token on the validation text after the last step, mean ± standard error over (n) seeds; "
         f"gap: to {result.baseline}, over the same seeds"
@@ -45,17 +36,17 @@ def lines_below(result: Comparison) -> list[str]:
     )
     if any(each.lr_at_edge for each in result.variants):
         lines.append("(edge): the best rate is the lowest or highest of those tried; a better one may lie beyond")
-    return [*lines, *result.notes, *_made_with(result.runs)]
+    return [*lines, *result.notes, *_environments(result.runs)]
 
 
-def _made_with(runs: Sequence[Run]) -> list[str]:
-    """A line for each combination of program and machine."""
-    found = []
-    for facts in (facts for run in runs for facts in run.environment):
-        where = facts.get("gpu") or f"{facts.get('device')}, {facts.get('threads')} threads"
-        words = f"slope {facts.get('slope')}, torch {facts.get('torch')}, transformers {facts.get('transformers')}"
-        found.append(f"{words}, Python {facts.get('python')}; {where}")
-    return list(dict.fromkeys(found))
+def _environments(runs: Sequence[Run]) -> list[str]:
+    """A line for each combination of versions and machine."""
+    lines = []
+    for env in (env for run in runs for env in run.environment):
+        versions = f"slope {env.get('slope')}, torch {env.get('torch')}, transformers {env.get('transformers')}"
+        machine = env.get("gpu") or f"{env.get('device')}, {env.get('threads')} threads"
+        lines.append(f"{versions}, Python {env.get('python')}; {machine}")
+    return list(dict.fromkeys(lines))
 
 
 def _quality(result: Comparison) -> Table:
@@ -95,19 +86,19 @@ def _cost(result: Comparison) -> Table:
 
 
 def settings(result: Comparison) -> Table:
-    """The keys in which each variant departs from the baseline, apart from the seed and from rates that were tried.
+    """The keys in which each variant differs from the baseline, except the seed and the learning rates that were tried.
 
-    A key that the baseline lacks has its default. What only follows from other keys is left out.
+    A key that the baseline lacks has its default. Keys whose values only follow from others are left out.
     """
-    found = {run.variant: config_of(run) for run in reversed(result.runs)}
-    configs = {name: flat(container(config)) for name, config in found.items()}
-    apart = ("train.seed", "log.", *(["optim.lr"] if result.rates else []))  # the log changes nothing computed
-    base = flat(asdict(Config())) | configs.get(result.baseline, {})
+    configs = {run.variant: config_of(run) for run in reversed(result.runs)}
+    keys_of = {name: flat(container(config)) for name, config in configs.items()}
+    ignored = ("train.seed", "log.", *(["optim.lr"] if result.rates else []))  # logging does not affect the results
+    base = flat(asdict(Config())) | keys_of.get(result.baseline, {})
     rows = []
-    for name in (each.variant for each in result.variants if each.variant in configs):
-        own = configs[name]
-        keys = [key for key in own if not key.startswith(apart) and own[key] != base.get(key)]
-        changed = [f"{key}={own[key]}" for key in keys if not follows(found[name], key)]
+    for name in (each.variant for each in result.variants if each.variant in keys_of):
+        own = keys_of[name]
+        keys = [key for key in own if not key.startswith(ignored) and own[key] != base.get(key)]
+        changed = [f"{key}={own[key]}" for key in keys if not follows(configs[name], key)]
         rows.append([name, " ".join(changed) or NONE])
     title = f"Settings that differ from {result.baseline}'s"
     return Table(title, ["variant", "settings"], rows[1:] and rows, left=["settings"])
@@ -123,12 +114,12 @@ def _rate(each: Summary) -> str:
     return f"{each.lr:g}{' (edge)' if each.lr_at_edge else ''}"
 
 
-def spread(found: Spread | None, form: str = ".4f") -> str:
+def spread(value: Spread | None, form: str = ".4f") -> str:
     """Mean ± standard error (n)."""
-    if found is None or found.mean is None:
+    if value is None or value.mean is None:
         return NONE
-    error = "" if found.stderr is None else f" ± {found.stderr:.4f}"
-    return f"{found.mean:{form}}{error} ({found.n})"
+    error = "" if value.stderr is None else f" ± {value.stderr:.4f}"
+    return f"{value.mean:{form}}{error} ({value.n})"
 
 
 def _time(seconds: float | None) -> str:

@@ -20,15 +20,15 @@ from slope_cli.models.build import build_model, run_model_config
 
 READY_MADE = ("half-depth", "same-active", "slope-r0")
 _FFN = {"gpt2": "n_inner", "opt": "ffn_dim"}
-"""The families' own names for the width inside the MLPs, where it is not intermediate_size."""
+"""The families' own names for the width inside the MLPs, if not intermediate_size."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """A named config.
 
-    recipe, overrides: that it was loaded from, apart from the sizes of its model.
-    note: how these were chosen, where the user did not give them.
+    recipe, overrides: from which it was loaded, except the sizes of its model.
+    note: how these sizes were chosen, if the user did not give them.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Variant:
 
     @classmethod
     def load(cls, name: str, recipe: str, overrides: Sequence[str], note: str = "") -> "Variant":
-        """A variant as a recipe and overrides say; UsageError for a wrong key or value."""
+        """The variant of a recipe and overrides; UsageError for a wrong key or value."""
         return cls(name, configs.load(recipe, overrides), recipe, overrides, note)
 
     def resized(self, name: str, settings: PreTrainedConfig, note: str, **sizes: int) -> "Variant":
-        """Another variant with other sizes, under the family's own names, whichever names the overrides used."""
+        """Another variant with other sizes, under the names of the family whichever names the overrides used."""
         aliases: dict[str, str] = getattr(settings, "attribute_map", {})
         own = {aliases.get(key, key): size for key, size in sizes.items()}
         model = self.config.model
@@ -52,7 +52,7 @@ class Variant:
         return replace(self, name=name, config=config, note=note)
 
     def at(self, lr: float) -> Config:
-        """The config at another learning rate, and all that follows from it."""
+        """The config at another learning rate, with all values that follow from it."""
         config = configs.load(self.recipe, [*self.overrides, f"optim.lr={lr}"])
         return replace(config, model=self.config.model)
 
@@ -77,33 +77,33 @@ def variants(recipe: str, overrides: Sequence[str], methods: Sequence[str], extr
     """The variants, in the order given.
 
     Args:
-        overrides: KEY=VALUE words for all variants.
-        methods: methods or names in READY_MADE, which are the variants' names as well.
+        overrides: KEY=VALUE, of all variants.
+        methods: methods or names in READY_MADE, which also name the variants.
         extra: texts such as "wide: model.overrides.n_embd=256 optim.lr=1e-3".
 
     Raises:
         UsageError: an unknown or duplicate name, a wrong key or value, or no variant at all.
     """
-    found = [_named(recipe, overrides, name) for name in methods]
-    found += [_written(recipe, overrides, text) for text in extra]
-    if alone := next((variant.name for variant in found if phases_of(variant.config).end.linearized), None):
-        raise UsageError(f"{alone}: slope linearize needs a trained model; compare finished runs with --runs")
-    if not found:
+    chosen = [_named(recipe, overrides, name) for name in methods]
+    chosen += [_custom(recipe, overrides, text) for text in extra]
+    if name := next((variant.name for variant in chosen if phases_of(variant.config).end.linearized), None):
+        raise UsageError(f"{name}: slope linearize needs a trained model; compare finished runs with --runs")
+    if not chosen:
         raise UsageError("nothing to compare: give --methods dense,slope or --variant 'NAME: KEY=VALUE'")
-    _refuse_duplicates("variant", [variant.name for variant in found])
-    return found
+    _refuse_duplicates("variant", [variant.name for variant in chosen])
+    return chosen
 
 
-def planned_runs(found: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[float] = ()) -> list[PlannedRun]:
+def planned_runs(chosen: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[float] = ()) -> list[PlannedRun]:
     """Each variant at each learning rate (its own if `lrs` is empty) with each seed.
 
     Raises:
         UsageError: no seed, a duplicate one, or a value out of range.
     """
     if not seeds:
-        raise UsageError("--seeds: needs one number at least")
+        raise UsageError("--seeds: give at least one number")
     planned = []
-    for variant, lr, seed in itertools.product(found, lrs or (None,), seeds):
+    for variant, lr, seed in itertools.product(chosen, lrs or (None,), seeds):
         config = variant.config if lr is None else variant.at(lr)
         planned.append(PlannedRun(variant.name, lr, seed, replace(config, train=replace(config.train, seed=seed))))
     _refuse_duplicates("run", [run.name for run in planned])
@@ -132,7 +132,7 @@ def _named(recipe: str, overrides: Sequence[str], name: str) -> Variant:
     return _same_active(dense, sparse)
 
 
-def _written(recipe: str, overrides: Sequence[str], text: str) -> Variant:
+def _custom(recipe: str, overrides: Sequence[str], text: str) -> Variant:
     name, colon, rest = text.partition(":")
     if not colon or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name.strip()):
         raise UsageError(
@@ -148,7 +148,7 @@ def _half_depth(dense: Variant) -> Variant:
     settings = run_model_config(dense.config)
     layers: int = settings.num_hidden_layers
     if layers < 2:
-        raise UsageError(f"half-depth: {dense.config.model.name} has one layer only")
+        raise UsageError(f"half-depth: {dense.config.model.name} has only one layer")
     note = f"{layers // 2} of {layers} layers"
     return dense.resized("half-depth", settings, note, num_hidden_layers=layers // 2)
 
@@ -156,7 +156,7 @@ def _half_depth(dense: Variant) -> Variant:
 def _same_active(dense: Variant, sparse: Config) -> Variant:
     """A narrower dense model with as many linear weights as the sparse one keeps; adapters do not count.
 
-    Heads keep their width, so there are fewer of them. The width inside the MLPs makes up for the rounding.
+    Heads keep their width, so there are fewer heads. The width inside the MLPs compensates for the rounding.
     """
     settings = run_model_config(dense.config)
     whole, pruned = linear_weights(settings), _pruned(sparse)
@@ -181,13 +181,13 @@ def _same_active(dense: Variant, sparse: Config) -> Variant:
 
     ffn: int = getattr(settings, field) or 4 * settings.hidden_size  # GPT-2's n_inner may be None
     unit = 64 if ffn >= 1024 else 16
-    # Each feature inside the MLPs has a fixed number of weights: as many features as the missing weights need.
+    # Each feature inside the MLPs has a fixed number of weights, so the missing weights determine their number.
     each_feature = (weights(2 * unit) - weights(unit)) // unit
     narrow = max(1, round((whole - pruned - weights(unit)) / each_feature / unit) + 1) * unit
-    found, target = weights(narrow), whole - pruned
+    reached, target = weights(narrow), whole - pruned
     note = (
         f"width {width} of {settings.hidden_size}, {sizes['num_attention_heads']} of {heads} heads, MLP {narrow} of "
-        f"{ffn}: {found:,} linear weights, {found / target:.4f} of the {target:,} that the sparse model keeps "
+        f"{ffn}: {reached:,} linear weights, {reached / target:.4f} of the {target:,} that the sparse model keeps "
         "(without head, embeddings and adapters)"
     )
     return sized(narrow, note)
@@ -202,7 +202,7 @@ def linear_weights(settings: PreTrainedConfig) -> int:
 
 
 def _pruned(config: Config) -> int:
-    """The number of weights that the sparse layers of a run leave out."""
+    """The number of weights that the sparse layers of a run prune."""
     model = build_model(run_model_config(config), device="meta")
     report = report_layers(config, phases_of(config), model)
     assert report is not None

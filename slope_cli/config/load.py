@@ -1,4 +1,4 @@
-"""Recipes, KEY=VALUE words and config files: read, migrated, merged over the defaults, compared and written.
+"""Reads, migrates, merges, compares and writes configurations: recipes, KEY=VALUE overrides and config files.
 
 Everything is strict: an unknown key, a wrong type or a value out of range is a UsageError that says what to set.
 """
@@ -43,7 +43,7 @@ def recipe_text(name: str) -> str:
     """The YAML of a recipe, by its name in the package or a file's path.
 
     Raises:
-        UsageError: there is none, with the nearest names.
+        UsageError: there is no such recipe; the message suggests similar names.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         try:
@@ -62,13 +62,13 @@ def recipe_text(name: str) -> str:
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the recipe, then the overrides.
+    """Merge the defaults, the recipe and the overrides, in this order.
 
-    Keys of older versions are renamed, with a line on standard error.
+    Keys of older versions are renamed, with a warning on standard error.
 
     Args:
         recipe: a name of `recipe_names()` or the path of a YAML file.
-        overrides: words KEY=VALUE, for example "optim.lr=1e-3".
+        overrides: each KEY=VALUE, for example "optim.lr=1e-3".
 
     Raises:
         UsageError: an unknown recipe or key, a wrong type, a value out of range, a key of another method's section.
@@ -76,15 +76,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     text = recipe_text(recipe)
     with _one_line(f"{recipe}: "):
         written = _flat_yaml(text)
-    words = [flat_word(word) for word in overrides]
+    parsed = [parse_override(override) for override in overrides]
     own_method = str(written.get("method", "slope"))
-    method = next((str(word["method"]) for word in reversed(words) if "method" in word), own_method)
+    method = next((str(keys["method"]) for keys in reversed(parsed) if "method" in keys), own_method)
     tree: Any = OmegaConf.structured(Config)
     with _one_line(f"{recipe}: "):
         tree = _merge(tree, _current(written, method, f"{recipe}: ", own_method))
-    for word in words:
+    for keys in parsed:
         with _one_line(""):
-            tree = _merge(tree, _current(word, method, ""))
+            tree = _merge(tree, _current(keys, method, ""))
     return _config(tree)
 
 
@@ -96,10 +96,10 @@ def load_saved(path: Path) -> Config:
 
 
 def from_fixed(keys: Mapping[str, str], where: str) -> Config:
-    """The configuration whose `fixed` keys are these, in this version or an older one; all others have their defaults.
+    """The configuration with these `fixed` keys, of this version or an older one, and defaults for all others.
 
     Raises:
-        UsageError: beginning with `where`, for keys or values that this version does not know.
+        UsageError: keys or values that this version does not know; the message begins with `where`.
     """
     with _one_line(f"{where}: "):
         return _saved({key: _literal(key, text) for key, text in keys.items()}, "")
@@ -115,7 +115,7 @@ def _literal(key: str, text: str) -> Any:
 
 
 def _saved(keys: Flat, where: str) -> Config:
-    """A configuration written by the program, which in older versions had the sections of all methods."""
+    """A configuration that `dump` wrote; older versions wrote the sections of all methods."""
     method = str(keys.get("method"))
     current, renamed = migrate(keys, method)
     current = _without_other_methods(current, method)
@@ -133,21 +133,21 @@ def _config(tree: Any) -> Config:
     return config
 
 
-def flat_word(word: str) -> Flat:
-    """The keys that a word KEY=VALUE sets, and their values: YAML, but for a key of type text as written or quoted.
+def parse_override(override: str) -> Flat:
+    """The keys that KEY=VALUE sets, and their values. VALUE is YAML, or for a key of type text as written or quoted.
 
     Raises:
-        UsageError: it is no such word.
+        UsageError: it is not KEY=VALUE.
     """
-    key, equals, value = word.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"{word}: is not KEY=VALUE; say for example train.steps=100")
+        raise UsageError(f"{override}: is not KEY=VALUE, such as train.steps=100")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if value and key in _texts() and not quoted:
         return {key: None if value == "null" and _texts()[key] else value}
     with _one_line(""):
         _refuse_base_60(yaml.compose(value, yaml.SafeLoader), key)
-        return flat(OmegaConf.to_container(OmegaConf.from_dotlist([word])))
+        return flat(OmegaConf.to_container(OmegaConf.from_dotlist([override])))
 
 
 @functools.cache
@@ -168,10 +168,10 @@ def _flat_yaml(text: str) -> Flat:
 
 
 def _current(keys: Flat, method: str, where: str, own_method: str = "") -> Flat:
-    """Keys under today's names, without those of other methods' sections, which must have their default values.
+    """Keys under their current names, without those of other methods' sections, which must have their default values.
 
     Args:
-        own_method: a recipe's, whose section has no effect where another method was chosen.
+        own_method: the recipe's method, whose section may have any values if another method was chosen.
 
     Raises:
         UsageError: a key of another method's section, set to another value.
@@ -181,7 +181,7 @@ def _current(keys: Flat, method: str, where: str, own_method: str = "") -> Flat:
     kept = _without_other_methods(current, method)
     for key, value in current.items():
         if key not in kept and _section(key) != own_method and value != defaults()[key]:
-            raise UsageError(f"{key}: is read by method={_section(key)} alone, and the method is {method}")
+            raise UsageError(f"{key}: only method={_section(key)} reads this key, and the method is {method}")
     return kept
 
 
@@ -200,7 +200,7 @@ def _section(key: str) -> str:
 
 
 def _without_other_methods(keys: Flat, method: str) -> Flat:
-    """Unknown keys are kept, to be refused as such."""
+    """The keys without those of other methods' sections. Unknown keys are kept: merging refuses them."""
     foreign = METHODS.keys() - {method} if method in METHODS else set()
     return {key: value for key, value in keys.items() if key not in defaults() or _section(key) not in foreign}
 
@@ -241,7 +241,7 @@ def _refuse_base_60(node: yaml.Node | None, key: str) -> None:
 
 @contextlib.contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Turn what omegaconf and YAML raise into one line: the file, the full key, what is wrong, the nearest key."""
+    """Turn errors of omegaconf and YAML into one line: the file, the full key, the problem and a similar key."""
     try:
         yield
     except UsageError as error:
@@ -277,7 +277,7 @@ def _keys(parents: Sequence[str]) -> list[str]:
 
 
 def flat(tree: Any, prefix: str = "") -> Flat:
-    """Every full key below a node of a config, or of any JSON, and its value."""
+    """Every full key below a node of a config, or of any JSON object, and its value."""
     keys: Flat = {}
     for name, value in tree.items():
         keys |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -301,10 +301,7 @@ def _idle_sections(config: Config) -> set[str]:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that `load` reads back to an equal one; comments say what "auto" stands for.
-
-    Equal apart from sections without effect, which are left out.
-    """
+    """The configuration as YAML, without sections that have no effect; comments say what "auto" stands for."""
     lines = OmegaConf.to_yaml(OmegaConf.create(container(config))).splitlines()
     section = ""
     for number, line in enumerate(lines):
@@ -322,13 +319,13 @@ def fixed(config: Config) -> dict[str, str]:
 
 
 def follows(config: Config, key: str) -> bool:
-    """Whether a key has its value, which is not its default, because of others alone."""
+    """Whether a key's value differs from its default only because it follows from other keys."""
     keys = flat(container(config))
     if key not in defaults() or keys[key] == defaults()[key]:
         return False
     try:
         return _saved({name: value for name, value in keys.items() if name != key}, "") == config
-    except UsageError:  # it is needed
+    except UsageError:  # the others are not valid without it
         return False
 
 
@@ -339,21 +336,21 @@ def differences(old: Config, new: Config) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
-def without_effect(config: Config, words: Sequence[str]) -> list[str]:
-    """A line for each key that KEY=VALUE words changed from its default for nothing: the config does not look at it.
+def without_effect(config: Config, overrides: Sequence[str]) -> list[str]:
+    """A line for each key that an override changed from its default although this configuration does not use it.
 
-    Keys of recipes are not looked at: with another method than a recipe's own, they may well have no effect.
+    Recipes are not checked: with another method than their own, their keys may well have no effect.
     """
     written: Flat = {}
-    for word in words:
-        written |= migrate(flat_word(word), config.method)[0]
+    for override in overrides:
+        written |= migrate(parse_override(override), config.method)[0]
     values, usual = (flat(OmegaConf.to_container(OmegaConf.structured(each))) for each in (config, Config()))
     lines = []
     for key, value in written.items():
         section, _, name = key.partition(".")
         own = getattr(config, section, None)
         cause = own.unused(config).get(name.partition(".")[0]) if isinstance(own, Section) else None
-        # The default as it is written, or as what it becomes.
+        # Compared both as written and as resolved: either may be the default.
         changed = value != defaults().get(key) and values.get(key) != usual.get(key)
         if cause and changed:
             lines.append(f"{key}={values.get(key)}: has no effect with {cause}")

@@ -1,4 +1,4 @@
-"""Keys that were renamed: recipes, command lines and runs of older versions still work.
+"""Renamed keys: recipes, command lines and runs of older versions still work.
 
 A flat configuration maps full keys, such as "train.steps", to values.
 """
@@ -15,7 +15,7 @@ RENAMED = {
     "linearize.map": "linearize.feature_map",
     "train.dtype": "train.precision",
 }
-"""Keys, or the beginnings of keys, and what they are called now."""
+"""The current names of keys, or of the beginnings of keys."""
 MOVED = {
     "sparsity.before": ("before", "slope"),
     "sparsity.rescale": ("rescale", "slope"),
@@ -25,13 +25,13 @@ MOVED = {
     "sparsity.decay": ("decay", "slope", "sr_ste", "fst"),
     "sparsity.dense_finish": ("dense_finish", "fst"),
 }
-"""Keys that moved into the sections of methods: the name there, and the methods."""
+"""Keys that moved into the sections of methods: their name there, and the methods."""
 DEFAULTED = ("train.compile", "train.cuda_graph", "sparsity.renew_every")
 """Keys whose null meant the default, which has a value now."""
 
 
 def migrate(flat: Mapping[str, Any], *methods: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """A flat configuration under today's keys, and the renamed keys with their new names.
+    """A flat configuration under the current keys, and the renamed keys with their new names.
 
     Args:
         methods: a key that moved goes into the section of the first of these that reads it.

@@ -1,4 +1,4 @@
-"""What `slope config` and docs/config.md say of every key: its type, default and meaning, from the schema itself."""
+"""The reference of all keys, for `slope config` and docs/config.md: type, default and meaning, from the schema."""
 
 import ast
 import functools
@@ -26,11 +26,11 @@ TYPES = {
     "dict[str, Any]": "mapping",
     "dict[str, list[int]]": "mapping",
 }
-"""The types of keys in words."""
+"""The names of types in the reference, by annotation."""
 
 
 class Key(NamedTuple):
-    """A key: its full name, its type in words, its default as YAML, and its meaning."""
+    """A key: its full name, its type as in TYPES, its default as YAML, and its meaning."""
 
     name: str
     type: str
@@ -39,7 +39,7 @@ class Key(NamedTuple):
 
 
 def sections() -> Mapping[str, tuple[str, list[Key]]]:
-    """The docstring and the keys of each section, in order; that of "" holds the one key outside of sections."""
+    """The docstring and the keys of each section, in order; "" stands for keys outside of sections."""
     module = ast.parse(inspect.getsource(schema))
     classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
     documented: dict[str, tuple[str, list[Key]]] = {"": ("", list(_keys(classes["Config"], "")))}
@@ -52,12 +52,12 @@ def sections() -> Mapping[str, tuple[str, list[Key]]]:
 
 
 def _keys(node: ast.ClassDef, prefix: str) -> Iterator[Key]:
-    """The annotated fields of a class that are no sections, each with the string below it."""
+    """The annotated fields of a class that are not sections, each with the string below it."""
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
         annotation, name = ast.unparse(statement.annotation), f"{prefix}{statement.target.id}"
-        if annotation.startswith("ClassVar") or annotation.endswith("Config"):
+        if annotation.endswith("Config"):
             continue
         kind = TYPES[annotation.removesuffix(" | None")] + (" or null" if annotation.endswith(" | None") else "")
         documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
@@ -67,7 +67,7 @@ def _keys(node: ast.ClassDef, prefix: str) -> Iterator[Key]:
 
 
 def _default(name: str) -> str:
-    """The default as it is written; if it depends on the method, what it becomes: the usual one (and the others)."""
+    """The default as written; if it depends on the method, the usual resolved one (and the others)."""
     becomes = {method: keys[name] for method, keys in _by_method().items() if name in keys}
     usual = next(iter(becomes.values()), None)
     others = ", ".join(f"{method}: {_text(value)}" for method, value in becomes.items() if value != usual)
@@ -76,7 +76,7 @@ def _default(name: str) -> str:
 
 @functools.cache
 def _by_method() -> Mapping[str, dict[str, Any]]:
-    """What the defaults of a method's keys become, of those that it does not have to be given."""
+    """The resolved defaults of each method, without the keys that the method requires."""
     given: dict[str, dict[str, Any]] = {"wanda": {"sparsity": SparsityConfig(start=1.0)}}
     becomes = {method: flat(container(Config(method=method, **given.get(method, {})))) for method in METHODS}
     del becomes["wanda"]["sparsity.start"]
@@ -88,33 +88,33 @@ def _text(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def explain(word: str | None) -> list[str]:
-    """Lines about a key, about all keys of a section, or about every section.
+def explain(query: str | None) -> list[str]:
+    """Lines about a key, all keys of a section, or (None) all sections.
 
     Raises:
-        UsageError: there is no such key or section, with the nearest names.
+        UsageError: there is no such key or section; the message suggests similar names.
     """
     documented = sections()
     names = [name for name in documented if name]
     methods = [f"  {name:12}{meaning}" for name, meaning in METHODS.items()]
-    if word is None:
+    if query is None:
         lines = [f"  {name:12}{documented[name][0].splitlines()[0]}" for name in names]
         more = "For the keys of a section: slope config SECTION; for one key: slope config SECTION.KEY"
         return ["method", *methods, "", "sections", *lines, "", more]
-    if word in names:
-        text, keys = documented[word]
+    if query in names:
+        text, keys = documented[query]
         return [text, "", *(line for key in keys for line in _lines(key))]
     everything = {key.name: key for _, keys in documented.values() for key in keys}
-    if word in everything:
-        return [*_lines(everything[word]), *(methods if word == "method" else [])]
-    section, _, name = word.partition(".")
+    if query in everything:
+        return [*_lines(everything[query]), *(methods if query == "method" else [])]
+    section, _, name = query.partition(".")
     if same := [key for key in everything if key.endswith(f".{name or section}")]:
         hint = f"did you mean {' or '.join(same)}?"
     elif name and section in names:
-        hint = did_you_mean(word, [key.name for key in documented[section][1]])
+        hint = did_you_mean(query, [key.name for key in documented[section][1]])
     else:
         hint = did_you_mean(section, ["method", *names])
-    raise UsageError(f"{word}: unknown key; {hint}")
+    raise UsageError(f"{query}: unknown key; {hint}")
 
 
 def _lines(key: Key) -> list[str]:
@@ -124,10 +124,10 @@ def _lines(key: Key) -> list[str]:
 def markdown() -> str:
     """The text of docs/config.md."""
     lines = ["# Configuration", ""]
-    lines += ["Every key with its type, default and meaning; of a default that depends on the method, those of methods"]
-    lines += ["with another are in brackets. A recipe is YAML with these keys; on the command line they are KEY=VALUE."]
+    lines += ["Every key with its type, default and meaning. If the default depends on the method, those of other"]
+    lines += ["methods are in brackets. A recipe is YAML with these keys; on the command line they are KEY=VALUE."]
     lines += ["`slope config KEY` prints the same, and `slope pretrain RECIPE --dry-run` the values of a run."]
-    lines += ["", "This page is made by `python -m slope_cli.config.reference`."]
+    lines += ["", "This page is generated by `python -m slope_cli.config.reference`."]
     lines += ["", "## method", "", "| method | what it trains |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in METHODS.items()]
     for name, (text, keys) in sections().items():

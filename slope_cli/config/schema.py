@@ -1,8 +1,8 @@
 """The configuration of a run as dataclasses: every key with its type, default, meaning and check.
 
-`sparsity` holds what all sparse methods share; a section named like a method holds what that method alone reads. What a
-method does in which step is in slope_cli.methods. The docstring under a key is what `slope config KEY` and
-docs/config.md say about it. A value out of range is a UsageError that says what to set.
+`sparsity` holds the keys that all sparse methods share; a section named after a method holds the keys that only this
+method reads. slope_cli.methods defines what a method does in each step. `slope config KEY` and docs/config.md print the
+docstring under a key. A value out of range is a UsageError that says what to set.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from slope_cli.errors import UsageError
 
@@ -24,7 +24,7 @@ METHODS: Mapping[str, str] = {
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
 FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
-"""Sections and keys that may change between two starts of one run: they do not touch what is computed."""
+"""Sections and keys that may change between two starts of one run: they do not affect the results."""
 AUTO: Mapping[str, str] = {
     "sparsity.backend": "for each product the kernel that was measured faster",
     "train.precision": "bf16 on a GPU, fp32 on a CPU",
@@ -32,7 +32,7 @@ AUTO: Mapping[str, str] = {
     "train.compile": "true on a GPU, false on a CPU",
     "train.cuda_graph": "true on a GPU, false on a CPU",
 }
-"""What "auto" becomes where only the machine can tell."""
+"""What "auto" resolves to if that depends on the machine."""
 INIT = "init"
 """The model.name that stands for the shape of model.init."""
 EMBEDDED = "embedded"
@@ -46,13 +46,11 @@ FEATURE_MAPS = ("hedgehog", "t2r")
 class Section:
     """A part of the configuration."""
 
-    SECTION: ClassVar[str]
-
     def check(self, config: Config) -> None:
-        """UsageError if the values do not fit those of other sections; for a method's own section."""
+        """For a method's own section: UsageError if its values conflict with other sections."""
 
     def unused(self, config: Config) -> dict[str, str]:
-        """Keys of this section without effect in this configuration, each with the cause as KEY=VALUE."""
+        """Keys of this section that have no effect in this configuration, each with the cause as KEY=VALUE."""
         return {}
 
     def _all(self, because: str) -> dict[str, str]:
@@ -60,7 +58,8 @@ class Section:
 
     def _need(self, ok: bool, key: str, rule: str) -> None:
         if not ok:
-            raise UsageError(f"{self.SECTION}.{key}={getattr(self, key)}: {rule}")
+            section = next(f.name for f in fields(Config) if f.default_factory is type(self))
+            raise UsageError(f"{section}.{key}={getattr(self, key)}: {rule}")
 
     def _one_of(self, key: str, *choices: object) -> None:
         self._need(getattr(self, key) in choices, key, f"choose one of {', '.join(map(str, choices))}")
@@ -82,12 +81,10 @@ class Section:
 class ModelConfig(Section):
     """The model, and the weights that it starts from."""
 
-    SECTION: ClassVar[str] = "model"
-
     name: str = "gpt2-nano"
     """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
     init: str | None = None
-    """A run, or a folder of `slope export` or transformers, with whose weights this run begins; null: random."""
+    """A run, or a folder of `slope export` or transformers, whose weights initialize this run; null: random."""
     dropout: float | None = None
     """The rate of every dropout in the model; null for the shape's own rates."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -102,8 +99,6 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training text."""
 
-    SECTION: ClassVar[str] = "data"
-
     path: str = EMBEDDED
     """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
     verify: bool = True
@@ -112,30 +107,28 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True)
 class SparsityConfig(Section):
-    """What all sparse methods share."""
-
-    SECTION: ClassVar[str] = "sparsity"
+    """The keys that all sparse methods share."""
 
     n: int = 2
-    """Weights that are kept of every sparsity.m consecutive ones in a row of a weight matrix."""
+    """The weights kept of every sparsity.m consecutive ones in a row of a weight matrix."""
     m: int = 4
     """See sparsity.n."""
     pattern_overrides: dict[str, list[int]] = field(default_factory=dict)
     """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
     target_modules: list[str] = field(default_factory=list)
     """Regular expressions for the names of the layers that become sparse, or "mlp" for the feed-forward layers; [] for
-    every layer that can, with method=fst for [mlp]."""
+    every layer that can be sparse, or with method=fst for [mlp]."""
     exclude_modules: list[str] = field(default_factory=list)
     """Regular expressions for the names of further layers that stay dense."""
     mask: str | None = None
-    """How masks are first chosen: magnitude (of the weights), random, or wanda (magnitude times the norm of the
+    """How the first masks are chosen: magnitude (of the weights), random, or wanda (magnitude times the norm of the
     inputs); null for the method's default."""
     calibration: int = 32
-    """Training sequences over which sparsity.mask=wanda takes the norms of the inputs."""
+    """Training sequences from which sparsity.mask=wanda computes the norms of the inputs."""
     start: float = 0.0
     """The share of the run after which the layers become sparse."""
     backend: str = "auto"
-    """What computes the products of 2:4 layers on a GPU: cusparselt, dense or reference (plain torch)."""
+    """The backend of 2:4 matrix products on a GPU: cusparselt, dense or reference (plain torch)."""
 
     def __post_init__(self) -> None:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
@@ -155,7 +148,7 @@ class SparsityConfig(Section):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise UsageError(f"sparsity.{key}: {pattern!r} is no regular expression ({error})") from None
+                    raise UsageError(f"sparsity.{key}: {pattern!r} is not a regular expression ({error})") from None
 
     def unused(self, config: Config) -> dict[str, str]:
         if config.method in ("dense", "linearize"):
@@ -166,8 +159,6 @@ class SparsityConfig(Section):
 @dataclass(kw_only=True)
 class SlopeConfig(Section):
     """method=slope: double-pruned layers (SLoPe, arXiv 2405.16325)."""
-
-    SECTION: ClassVar[str] = "slope"
 
     before: str = "dense"
     """What the layers are until sparsity.start: dense, or sr_ste (under a mask that follows the weights)."""
@@ -180,7 +171,7 @@ class SlopeConfig(Section):
     backward_rescale: bool = False
     """Scale the input gradient by the ratio of norms of W^R and W^{R,C}."""
     decay: float = 6e-6
-    """Until sparsity.start, with slope.before=sr_ste: this times the pruned weights is added to their gradient."""
+    """With slope.before=sr_ste, until sparsity.start: this times the pruned weights is added to their gradient."""
 
     def __post_init__(self) -> None:
         self._one_of("before", "dense", "sr_ste")
@@ -197,8 +188,6 @@ class SlopeConfig(Section):
 class SrSteConfig(Section):
     """method=sr_ste: dense weights under a mask that follows them (arXiv 2102.04010)."""
 
-    SECTION: ClassVar[str] = "sr_ste"
-
     mask_update_interval: int = 1
     """Steps between two updates of the masks; 0 for none."""
     decay: float = 6e-6
@@ -211,8 +200,6 @@ class SrSteConfig(Section):
 @dataclass(kw_only=True)
 class FstConfig(Section):
     """method=fst: transposable masks, unbiased pruning of the output's gradient, a dense end (arXiv 2404.01847)."""
-
-    SECTION: ClassVar[str] = "fst"
 
     mask_update_interval: int = 40
     """Steps between two updates of the masks; 0 for none."""
@@ -235,10 +222,8 @@ class FstConfig(Section):
 class LinearizeConfig(Section):
     """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs, arXiv 2410.10254)."""
 
-    SECTION: ClassVar[str] = "linearize"
-
     window: int = 64
-    """Tokens that softmax attention sees, the token itself among them; the linear branch sees those before."""
+    """Tokens that softmax attention sees, including the token itself; the linear branch sees the earlier ones."""
     kind: str = "standard"
     """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
     feature_map: str = "hedgehog"
@@ -248,13 +233,13 @@ class LinearizeConfig(Section):
     mix: float = 0.1
     """The weight of the window against the linear branch at the start, between 0 and 1."""
     keep_softmax: list[int] = field(default_factory=list)
-    """Numbers of the layers that keep their softmax attention, from 0."""
+    """Indices, from 0, of the layers that keep softmax attention."""
     transfer: float = 0.5
     """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
     transfer_lr: float = 1e-2
     """Peak learning rate of the feature maps and mix factors in the transfer."""
     adjust_maps: bool = False
-    """Train feature maps and mix factors beside the adapters too, at the adapters' learning rate."""
+    """Keep training feature maps and mix factors along with the adapters, at the adapters' learning rate."""
     mse_weight: float = 1000.0
     """Weight, in the transfer's loss, of the squared error of a layer's output."""
     entropy_weight: float = 0.0
@@ -300,8 +285,6 @@ class LinearizeConfig(Section):
 @dataclass(kw_only=True)
 class AdapterConfig(Section):
     """The low-rank adapters of method=slope and method=linearize."""
-
-    SECTION: ClassVar[str] = "adapters"
 
     rank: float = 0.0156
     """The rank: a whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
@@ -349,8 +332,6 @@ class AdapterConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the learning rate."""
 
-    SECTION: ClassVar[str] = "optim"
-
     name: str = "adamw"
     """adamw, or lamb (You et al. 2020) for very large batches."""
     lr: float = 6e-4
@@ -370,7 +351,7 @@ class OptimConfig(Section):
     power: float = 0.5
     """Exponent of the polynomial schedule."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    """Maximum norm of the gradient; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         self._one_of("name", "adamw", "lamb")
@@ -383,16 +364,17 @@ class OptimConfig(Section):
     def unused(self, config: Config) -> dict[str, str]:
         if config.method != "linearize":
             return {}
-        adapters = "lr" if config.linearize.transfer == 1 or not config.adapters.rank else ""
-        why = "linearize.transfer=1" if config.linearize.transfer == 1 else "adapters.rank=0"
-        return {"weight_decay": "method=linearize"} | ({adapters: why} if adapters else {})
+        unused = {"weight_decay": "method=linearize"}
+        if config.linearize.transfer == 1:
+            unused["lr"] = "linearize.transfer=1"
+        elif not config.adapters.rank:
+            unused["lr"] = "adapters.rank=0"
+        return unused
 
 
 @dataclass(kw_only=True)
 class TrainConfig(Section):
     """Steps, batches, and how they are computed."""
-
-    SECTION: ClassVar[str] = "train"
 
     steps: int = 1000
     """Optimizer steps of the run."""
@@ -429,18 +411,16 @@ class TrainConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Forward passes in one step."""
+        """Forward passes per optimizer step."""
         return self.tokens_per_step // (self.micro_batch * self.seq_len)
 
 
 @dataclass(kw_only=True)
 class LogConfig(Section):
-    """What is logged, validated, sampled and saved, and how often."""
-
-    SECTION: ClassVar[str] = "log"
+    """Logging, validation, sampling and checkpoints."""
 
     every: int = 10
-    """Steps between two lines of a log that is not a terminal."""
+    """Steps between two progress lines if standard error is not a terminal."""
     val_every: int = 250
     """Steps between validations; 0 for one at the end alone."""
     val_tokens: int = 262_144
@@ -454,7 +434,7 @@ class LogConfig(Section):
     save_every: int = 500
     """Steps between checkpoints; 0 for one at the end alone."""
     keep: int = 2
-    """How many of the newest checkpoints are kept."""
+    """The number of newest checkpoints to keep."""
     tensorboard: bool = True
     """Mirror the metrics to TensorBoard files."""
 
@@ -466,7 +446,7 @@ class LogConfig(Section):
 
 @dataclass(kw_only=True)
 class Config:
-    """The whole configuration; values that follow from others are filled in."""
+    """The whole configuration; values that follow from other keys are filled in."""
 
     method: str = "slope"
     """What is trained; see `slope config method`."""
@@ -486,7 +466,7 @@ class Config:
         if self.method not in METHODS:
             raise UsageError(f"method={self.method}: choose one of {', '.join(METHODS)}")
         if self.model.name == INIT and self.method != "linearize":
-            raise UsageError(f"model.name={INIT}: is for method=linearize alone; name a shape")
+            raise UsageError(f"model.name={INIT}: is only for method=linearize; name a shape")
         s, wanda = self.sparsity, self.method == "wanda"
         s.mask = s.mask or ("wanda" if wanda else "magnitude")
         s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
@@ -500,6 +480,6 @@ class Config:
 
     @property
     def own_section(self) -> Section | None:
-        """The section that the method alone reads, if it has one."""
+        """The section that only this method reads, if it has one."""
         section: Section | None = getattr(self, self.method, None)
         return section

@@ -61,8 +61,8 @@ class Blocks:
 def shuffled(indices: NDArray[np.int64], length: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """The images of indices, (N,) int64, under a keyed random permutation of range(length), without a table of it.
 
-    A balanced Feistel network permutes the smallest even number of bits that hold the range. A value that falls outside
-    the range is permuted again until it is inside. ValueError if an index is outside.
+    A balanced Feistel network permutes the smallest even number of bits that hold the range. A value outside the range
+    is permuted again until it is inside. ValueError if an index is outside.
     """
     if length < 1 or (indices.size and (indices.min() < 0 or indices.max() >= length)):
         raise ValueError(f"index outside range({length})")
@@ -102,8 +102,8 @@ def sample_indices(
 ) -> NDArray[np.int64]:
     """The blocks of one micro-batch on one rank: (micro_batch,) int64 in range(length).
 
-    Every block comes once per epoch, and each epoch has its own order. The set of samples of a step depends on the
-    product world * micro_batch * accumulation only. UsageError if there are no blocks.
+    Every block occurs once per epoch, and each epoch has its own order. The set of samples of a step depends only on
+    the product world * micro_batch * accumulation. UsageError if there are no blocks.
     """
     if length < 1:
         raise UsageError("the training text is shorter than one sequence: lower train.seq_len or prepare more text")
@@ -170,7 +170,7 @@ def _sentence_pair(
     blocks: Blocks, index: int, special: MaskingIds, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     room = blocks.seq_len - 3
-    start = int(rng.integers(0, 5))  # a block has 4 tokens more than a sample takes: each gets its turn
+    start = int(rng.integers(0, 5))  # a block has 4 tokens more than a sample: this lets every token occur
     text = blocks[index][start : start + room]
     split = int(rng.integers(1, room))
     first, second = text[:split], text[split:]
@@ -206,10 +206,10 @@ def _mask_in_place(
 class Prefetcher:
     """Makes the batches of the next step in a thread while the current step runs.
 
-    It matters for BERT, whose masking takes the host half as long as a step takes the GPU.
+    BERT needs it: its masking on the host takes half as long as a step on the GPU.
 
     Args:
-        make: a pure function from the number of a step, below `steps`, to its batches.
+        make: a pure function from a step, below `steps`, to its batches.
     """
 
     def __init__(self, make: Callable[[int], list[Batch]], steps: int) -> None:
@@ -233,7 +233,7 @@ class Prefetcher:
 def val_batches(
     file: TokenFile, *, seq_len: int, tokens: int, micro_batch: int, masking: MaskingIds | None = None, seed: int = 0
 ) -> Iterator[Batch]:
-    """Evenly spaced blocks of a validation file, each time the same: at most `tokens` tokens, but at least one block.
+    """Evenly spaced blocks of a validation file, always the same: at most `tokens` tokens, but at least one block.
 
     Yields causal batches, or masked ones if `masking` is given; the last may be smaller. A file shorter than a block
     gives one shorter block, and one with fewer than 2 tokens (6 if masked) nothing.
@@ -255,7 +255,7 @@ def val_batches(
 def bigram_loss(train: Sequence[TokenFile], val: Sequence[TokenFile], vocab_size: int) -> float:
     """The loss on `val`, in nats per token, of a bigram model counted on `train` with 0.1 added to each count.
 
-    A model with a lower loss has learnt more than pairs of tokens. It needs vocab_size² counts: for up to 4096 ids.
+    A model with a lower loss has learnt more than token pairs. It needs vocab_size² counts: use it for up to 4096 ids.
     UsageError if `val` has no pair of tokens.
     """
     train_counts = _pair_counts(train, vocab_size) + 0.1
@@ -269,7 +269,7 @@ def bigram_loss(train: Sequence[TokenFile], val: Sequence[TokenFile], vocab_size
 
 
 def _pair_counts(files: Sequence[TokenFile], vocab_size: int) -> NDArray[np.int64]:
-    """How often each token follows each other one: (vocab_size, vocab_size) int64."""
+    """The counts of all token pairs: (vocab_size, vocab_size) int64."""
     counts = np.zeros(vocab_size * vocab_size, np.int64)
     for file in files:
         for start in range(0, max(file.header.tokens - 1, 0), BIGRAM_CHUNK):

@@ -17,16 +17,16 @@ MANIFEST = "dataset.json"
 UNFINISHED = ".parts"
 NO_VALIDATION = (
     "only a source of two segments or more (documents, or parts of at most 16,384 characters of a long one) "
-    "has some: join short files to one source as NAME=FOLDER, or prepare more text"
+    "has some: combine short files into one source as NAME=FOLDER, or prepare more text"
 )
-"""Why a data set may have no validation text, and what to do about it."""
+"""Why a data set may have no validation text, and how to get some."""
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A prepared folder: `train/<source>.tok`, `val/<source>.tok`, `tokenizer/`, and `dataset.json`, written last.
 
-    val: by source, without those that are too short. made_from: the inputs and settings, as JSON.
+    val: by source, without sources that are too short. made_from: the inputs and settings, as JSON.
     """
 
     folder: Path
@@ -83,19 +83,13 @@ def open_dataset(folder: Path | str, verify: bool = True) -> Dataset:
     )
 
 
-def write_manifest(
-    folder: Path,
-    files: Sequence[TokenFile],
-    tokenizer: str,
-    vocab_size: int,
-    separator_id: int,
-    made_from: dict[str, Any],
-) -> None:
+def write_manifest(folder: Path, files: Sequence[TokenFile], made_from: dict[str, Any]) -> None:
     """Write `dataset.json`, which makes the folder a data set: call it when everything else is on the disk."""
+    header = files[0].header
     manifest = {
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
-        "separator_id": separator_id,
+        "tokenizer": header.tokenizer,
+        "vocab_size": header.vocab_size,
+        "separator_id": header.separator_id,
         "tokenizer_files": {
             path.name: file_sha256(path) for path in sorted((folder / "tokenizer").iterdir()) if path.is_file()
         },
@@ -114,7 +108,7 @@ def write_manifest(
 
 
 def show(dataset: Dataset) -> None:
-    """Print the documents, tokens and text bytes of each source, and of all, to standard output."""
+    """Print the documents, tokens and text bytes of each source, and their sums, to standard output."""
     rows = []
     for train in dataset.train:
         header, val = train.header, dataset.val.get(train.header.source)
@@ -124,7 +118,7 @@ def show(dataset: Dataset) -> None:
     columns = ("source", "documents", "tokens", "bytes", "val tokens", "val bytes")
     cells = [[source, *(f"{count:,}" for count in counts)] for source, *counts in rows]
     about = f"tokenizer {dataset.tokenizer_name}, {dataset.vocab_size:,} ids, fingerprint {dataset.fingerprint[:16]}"
-    tables.show(str(dataset.folder), [tables.Table("Sources", columns, cells, note=about)])
+    tables.Document(str(dataset.folder), [tables.Table("Sources", columns, cells, note=about)]).show()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""`slope data prepare`: text in, a folder of token files out; in parallel, and resumable after any kind of stop.
+"""`slope data prepare`: tokenize text into a folder of token files, in parallel, resumable after any kind of stop.
 
 This process reads the text and cuts it into chunks. `write_parts` writes a part file for each split of a chunk, and at
-the end the parts become one file for each split of a source. Parts that a stopped process left are checked and kept.
+the end the parts become one file for each split of a source. The parts of a stopped process are checked and kept.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def prepare(
     stopped, and returns at once when it is finished. It needs twice the disk space of the result.
 
     Args:
-        workers: the number of processes, by default that of the cores; 1 works in this process. The result does not
-            depend on it. Others are spawned, so a script that calls this needs an `if __name__ == "__main__"` guard.
+        workers: the number of processes, by default one per core; 1 works in this process. The result does not depend
+            on it. Workers are spawned, so a script that calls this needs an `if __name__ == "__main__"` guard.
         progress: show progress on standard error.
-        stop: a flag that is open already; by default one is opened here.
+        stop: an open flag; by default one is opened here.
 
     Raises:
         UsageError: an input or option is wrong, or the folder contains something else.
@@ -84,7 +84,7 @@ def prepare(
         chunks = _chunks(items, text_key, Fraction(str(val_fraction)), chunking, check)
         _write_parts(chunks, target, workers, check, display)
         files = _merge(target, check)
-        write_manifest(out, files, target.tokenizer, target.vocab_size, target.separator_id, made_from)
+        write_manifest(out, files, made_from)
         shutil.rmtree(out / UNFINISHED)
         (out / LOCK).unlink()
         if val_fraction and all(file.header.split == "train" for file in files):
@@ -98,7 +98,7 @@ def is_held_out(number: int, share: Fraction) -> bool:
     """Whether segment `number`, from 0, of its source is validation text.
 
     Of the first n segments ceil((n - 1) * share) are, evenly spaced from the second on: none of one, at least one of
-    two. That is about this share of the text if segments are many and of similar length.
+    two. With many segments of similar length that is about this share of the text.
     """
     return number > 0 and math.ceil(number * share) > math.ceil((number - 1) * share)
 
@@ -144,7 +144,7 @@ def _open_finished(out: Path, made_from: dict[str, Any], display: Progress) -> D
 
 
 def _settle_parts(out: Path, made_from: dict[str, Any]) -> None:
-    """Keep the parts of an earlier start if they are made from the same; UsageError if not."""
+    """Keep the parts of an earlier start; UsageError if they were made from something else."""
     parts, plan = out / UNFINISHED, out / UNFINISHED / "plan.json"
     parts.mkdir(exist_ok=True)
     if any(parts.glob("*.tok")):
@@ -153,7 +153,7 @@ def _settle_parts(out: Path, made_from: dict[str, Any]) -> None:
         except SlopeError as error:
             raise SlopeError(f"{error}; delete the folder {out} and prepare again") from None
         _require_same(out, earlier, made_from, "an unfinished preparation")
-    else:  # without parts, an earlier start that failed does not bind this one
+    else:  # an earlier start left no parts, so its settings do not matter
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
         write_sealed(plan, made_from)
 
@@ -162,7 +162,7 @@ def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str
     if differing := [key for key in new if old.get(key) != new[key]]:
         raise UsageError(
             f"{out}: contains {what} made with other {', '.join(differing)}; "
-            f"give the same command as then, or another folder, or delete this one"
+            f"repeat that command, choose another folder, or delete this one"
         )
 
 
@@ -194,7 +194,7 @@ def _write_parts(
     chunks: Iterator[Chunk], target: Target, workers: int | None, check: Callable[[], None], display: Progress
 ) -> None:
     """Write the part files of each chunk, unless an earlier start did."""
-    # Reading bytes takes longer than tokenizing them: more processes would only slow it down.
+    # Bytes are tokenized faster than they are read: more processes would only slow it down.
     workers = workers or (1 if target.byte_level else len(os.sched_getaffinity(0)))
     position = tokens = kept = 0
 
@@ -232,7 +232,7 @@ def _tokens_in(paths: Iterable[Path]) -> int | None:
 
 
 def _merge(target: Target, check: Callable[[], None]) -> list[TokenFile]:
-    """Write one file for each split of a source, of its parts in order; `check` is called for each part."""
+    """Join the parts of each split of a source, in order, into one file; `check` is called for each part."""
 
     def split_and_source(part: TokenFile) -> tuple[str, str]:
         return part.header.split, part.header.source

@@ -1,4 +1,4 @@
-"""Where text comes from: find inputs, open them whatever their compression, and cut their documents into segments."""
+"""Text sources: find inputs, decompress them, and cut their documents into segments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARD = re.compile(r"[-_.]\d+([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?$")
 
 @dataclass(frozen=True)
 class FileInput:
-    """One file of a source. Its size in bytes and its modification time tell whether it is still the same file."""
+    """One file of a source. Its size in bytes and its modification time identify its content."""
 
     source: str
     path: Path
@@ -69,8 +69,8 @@ class Chunking:
     """Sizes in characters: documents are cut into segments, and segments are grouped into chunks.
 
     Segments that begin before `short_until` in their source are short, so that one of them is a small part of a small
-    source. Chunks are small, because a kill loses those at work; inputs above `large_input` bytes have larger ones,
-    because small ones would be too many.
+    source. Chunks are small, because a killed process loses its current ones; inputs above `large_input` bytes have
+    larger ones, to limit their number.
     """
 
     short_segment: int = 1 << 14
@@ -94,7 +94,7 @@ DEFAULT_CHUNKING = Chunking()
 
 
 class Segment(NamedTuple):
-    """A document or a part of one, see `cut`. position: bytes of the file, or rows of the data set, read so far."""
+    """A document or a part of one, see `cut`. position: the bytes of the file, or rows of the data set, read so far."""
 
     text: str
     ends_document: bool
@@ -111,21 +111,21 @@ def find_inputs(
     config_name: str | None = None,
     chunking: Chunking = DEFAULT_CHUNKING,
 ) -> list[Input]:
-    """The inputs that the words of a command line mean, grouped by source, in a fixed order.
+    """The inputs that command-line arguments name, grouped by source, in a fixed order.
 
-    A word is a file, a folder (all files below it except hidden ones), the name of a Hugging Face data set, or any of
-    these as NAME=WORD, where NAME is the source. Otherwise `source_name` names it, so that shards are one source. But a
-    folder that would be more than 16 sources, or that contains only plain texts of one segment each, is one source with
-    the folder's name: texts so short cannot be divided into training and validation text. An `Input` stays as it is.
+    An argument is a file, a folder (all files below it except hidden ones), the name of a Hugging Face data set, or any
+    of these as SOURCE=ARGUMENT. Otherwise `source_name` names the source, so that shards are one source. But a folder
+    that would be more than 16 sources, or that contains only plain texts of one segment each, is one source with the
+    folder's name: such short texts cannot be split into training and validation text. An `Input` is kept as it is.
 
     UsageError if an input is missing, empty, not readable or given twice, or if there is none.
     """
     items: list[Input] = []
-    for word in given:
-        if not isinstance(word, str):
-            items.append(word)
+    for argument in given:
+        if not isinstance(argument, str):
+            items.append(argument)
             continue
-        source, name = _split_name(word)
+        source, name = _split_name(argument)
         path = Path(name).expanduser()
         if path.is_dir():
             items += _folder_inputs(path, source, chunking)
@@ -158,13 +158,13 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-") or "text"
 
 
-def _split_name(word: str) -> tuple[str | None, str]:
-    """The source's name, if the word gives one, and the rest of the word."""
-    if "=" not in word or Path(word).expanduser().exists():
-        return None, word
-    source, rest = word.split("=", 1)
+def _split_name(argument: str) -> tuple[str | None, str]:
+    """The source's name, if the argument gives one, and the rest."""
+    if "=" not in argument or Path(argument).expanduser().exists():
+        return None, argument
+    source, rest = argument.split("=", 1)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source):
-        raise UsageError(f"{word}: name a source with letters, digits, dots, dashes and underscores only")
+        raise UsageError(f"{argument}: name a source with letters, digits, dots, dashes and underscores only")
     return source, rest
 
 
@@ -205,7 +205,7 @@ def _hub_input(name: str, source: str | None, config_name: str | None, split: st
 def read_segments(item: Input, text_key: str, before: int, chunking: Chunking = DEFAULT_CHUNKING) -> Iterator[Segment]:
     """Read the text of an input in order, cut into segments; its source has `before` characters before it.
 
-    UsageError, which names file and line, if it is damaged, not text, or empty. SlopeError if a download stops halfway.
+    UsageError, naming file and line, if it is damaged, not text, or empty. SlopeError if a download stops halfway.
     """
     if isinstance(item, HubInput):
         segments = _hub_segments(item, text_key, before, chunking)
@@ -287,7 +287,7 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Zstandard frames one after the other. Unlike the library's own reader it reports a truncated one (EOFError)."""
+    """Consecutive Zstandard frames. Unlike the library's own reader, it reports a truncated one (EOFError)."""
 
     def __init__(self, raw: BinaryIO) -> None:
         zstandard = needed("zstandard", "to read .zst files")
@@ -376,7 +376,7 @@ def _parquet_texts(stream: BinaryIO, path: Path, text_key: str) -> Iterator[str]
     pyarrow = needed("pyarrow", "to read parquet files")
     parquet = needed("pyarrow.parquet", "to read parquet files")
     try:
-        # Parquet is read from its end, so an outer compression has to be undone as a whole.
+        # Parquet is read from its end, so an outer compression must be undone first.
         table = parquet.ParquetFile(stream if path.suffix == ".parquet" else io.BytesIO(stream.read()))
         if text_key not in table.schema_arrow.names:
             raise _no_such_field(path, "column", text_key, table.schema_arrow.names)
@@ -415,7 +415,7 @@ def hub_texts(item: HubInput, text_key: str) -> Iterator[str]:
 
 
 def needed(module: str, purpose: str) -> ModuleType:
-    """Import a module that only some inputs need; UsageError that says what to install if it is missing."""
+    """Import a module that only some inputs need; if it is missing, a UsageError says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The token file: a checked header and a memory map of ids."""
+"""The token file: a header with a checksum, and memory-mapped token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER_BYTES = 4096
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """The header of a token file. sha256: of the payload. text_bytes: of the UTF-8 text that the tokens came from."""
+    """The header of a token file. sha256: of the payload. text_bytes: of the source text in UTF-8."""
 
     source: str
     split: str
@@ -117,9 +117,9 @@ def write_token_file(
     tokenizer: str,
     text_bytes: int = 0,
 ) -> TokenFile:
-    """Write one-dimensional chunks of integer ids one after the other, atomically.
+    """Write one-dimensional chunks of integer ids in order, atomically.
 
-    SlopeError if an id is outside the vocabulary or the disk is full; an old file of that name then stays.
+    SlopeError if an id is outside the vocabulary or the disk is full; then an existing file is kept.
     """
     dtype, digest = token_dtype(vocab_size), hashlib.sha256()
     count, documents, max_id = 0, 0, -1

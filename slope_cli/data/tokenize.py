@@ -1,4 +1,4 @@
-"""Chunks of text become part files of tokens, in this process or in several."""
+"""Tokenize chunks of text into part files, in this process or in several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH_TEXTS = 32
 POLL_SECONDS = 0.1
 SPLITS = ("train", "val")
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGUSR2)
-"""The signals that a terminal and SLURM send to a whole process group; the parent of the workers acts on them."""
+"""The signals that a terminal and SLURM send to a whole process group; only the parent of the workers handles them."""
 
 
 class Piece(NamedTuple):
@@ -48,9 +48,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Target:
-    """The data set in the making: its folder, which already contains the tokenizer, and the tokenizer's properties.
+    """The data set to be written: its folder, which already contains the tokenizer, and the tokenizer's properties.
 
-    tokenizer: its name. begin_id: the id with which it begins a text, unless that is the separator.
+    tokenizer: its name. begin_id: the id that begins a text, unless it is the separator.
     """
 
     out: Path
@@ -61,13 +61,13 @@ class Target:
     begin_id: int | None = None
 
     def parts(self, chunk: Chunk) -> dict[str, Path]:
-        """The part file of each split that the chunk has pieces of."""
+        """The part file of each split in the chunk."""
         name = f"{chunk.source}-{chunk.number:06d}"
         splits = {piece.split for piece in chunk.pieces}
         return {split: self.out / UNFINISHED / f"{name}.{split}.tok" for split in SPLITS if split in splits}
 
     def write(self, path: Path, ids: Iterable[Tokens], source: str, split: str, text_bytes: int) -> TokenFile:
-        """Write a token file of this data set, as `write_token_file` does."""
+        """Write a token file of this data set."""
         return write_token_file(
             path,
             ids,
@@ -81,7 +81,7 @@ class Target:
 
 
 class ChunkTokenizer:
-    """Turns chunks into part files; each worker has one."""
+    """Tokenizes chunks into part files; each worker has one."""
 
     def __init__(self, target: Target) -> None:
         # The processes are the parallelism: the library's own threads would compete for the same cores.
@@ -121,10 +121,10 @@ class ChunkTokenizer:
 def write_parts(
     chunks: Iterable[Chunk], target: Target, workers: int, check: Callable[[], None]
 ) -> Generator[tuple[Chunk, int]]:
-    """Write the part files of chunks, in this process if `workers` is 1, else in so many others.
+    """Write the part files of chunks, in this process if `workers` is 1, else in that many others.
 
     Takes the chunks as they are needed, at most two per worker. Yields each when its parts are on the disk, in any
-    order, with its number of tokens. `check` is called often while this process waits; if it raises, the chunks at work
+    order, with its number of tokens. `check` is called often while this process waits; if it raises, the running chunks
     are finished first. SlopeError if the disk is full or a worker was killed.
     """
     if workers == 1:
@@ -136,7 +136,7 @@ def write_parts(
     running: dict[Future[int], Chunk] = {}
 
     def finished(most: int) -> Iterator[tuple[Chunk, int]]:
-        """Wait until no more than `most` chunks are at work."""
+        """Wait until at most `most` chunks are running."""
         while len(running) > most:
             check()
             for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
@@ -158,10 +158,10 @@ def write_parts(
                 "a tokenizing process was killed (out of memory?); run the same command again, with fewer workers"
             ) from error
         except (KeyboardInterrupt, GeneratorExit):
-            held_end.close()  # do not wait for the chunks at work
+            held_end.close()  # do not wait for the running chunks
             raise
         finally:
-            pool.shutdown(cancel_futures=True)  # waits for the chunks at work
+            pool.shutdown(cancel_futures=True)  # waits for the running chunks
 
 
 @contextmanager

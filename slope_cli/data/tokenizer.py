@@ -1,4 +1,4 @@
-"""Tokenizers: the built-in bytes, those of a folder, and those of the Hugging Face Hub, all as fast tokenizers."""
+"""Fast tokenizers: built-in bytes, from a folder, or from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """Load the tokenizer `bytes`, the one in a folder, or the one of that name on the Hugging Face Hub.
+    """Load the built-in tokenizer `bytes`, or the one in a folder or on the Hugging Face Hub.
 
     A folder contains `tokenizer.json`, or GPT-2's `vocab.json` + `merges.txt`, or BERT's `vocab.txt` (uncased unless a
     `tokenizer_config.json` beside it says otherwise). UsageError if there is none, or it has no fast backend.
@@ -72,7 +72,7 @@ def save_tokenizer(tok: PreTrainedTokenizerFast, folder: Path) -> None:
 
     UsageError if the tokenizer has no fast backend, SlopeError if the files cannot be written.
     """
-    # transformers would save how the tokenizer was loaded: the same one would get another hash on an offline node.
+    # transformers would save how the tokenizer was loaded, which would change its hash on an offline node.
     for name in ("is_local", "local_files_only"):
         tok.init_kwargs.pop(name, None)
     try:
@@ -81,7 +81,7 @@ def save_tokenizer(tok: PreTrainedTokenizerFast, folder: Path) -> None:
         raise SlopeError(f"{folder}: cannot save the tokenizer: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(f"{folder}: this tokenizer writes no tokenizer.json; use one with a fast backend")
-    for path in folder.iterdir():  # to the disk, as transformers does not: a manifest may be written next
+    for path in folder.iterdir():  # transformers does not sync them, and a manifest may be written next
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -137,7 +137,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
 
 
 def require_same_tokens(text: str, tok: PreTrainedTokenizerFast, model: str, other: PreTrainedTokenizerFast) -> None:
-    """Raise UsageError unless the tokenizers of a prepared text and a model, both so named, give the same ids."""
+    """UsageError unless the tokenizers of a prepared text and a model give the same ids; text, model: their names."""
     if tok.get_vocab() != other.get_vocab() or _rules(tok) != _rules(other):
         raise UsageError(
             f"{text}: was prepared with another tokenizer than that of {model}; "
@@ -146,6 +146,6 @@ def require_same_tokens(text: str, tok: PreTrainedTokenizerFast, model: str, oth
 
 
 def _rules(tok: PreTrainedTokenizerFast) -> list[Any]:
-    """The parts of a tokenizer that decide on its ids; its files may differ in others."""
+    """The parts of a tokenizer that determine its ids; others may differ."""
     parts = json.loads(tok.backend_tokenizer.to_str())
     return [parts[key] for key in ("normalizer", "model")]

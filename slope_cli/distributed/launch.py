@@ -1,4 +1,4 @@
-"""What surrounds a run: signals that ask it to stop, and its device."""
+"""The process of a run, and its device."""
 
 import os
 import sys

@@ -43,7 +43,7 @@ def evaluate(
         data_folder: prepared data with validation text; None for the run's own.
         perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
         task_names: keys of `lm_tasks.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
-        limit: at most so many rows of each task, the first ones (of MMLU: of each subject).
+        limit: the maximum number of rows of each task (of MMLU: of each subject); None for all.
         batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
         branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
         out: a file to which the result is written as JSON.
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it only this branch of a linearized model is active."""
+    """Activate only this branch of a linearized model."""
     if branch is None:
         return contextlib.nullcontext()
     if branch not in BRANCHES:
@@ -97,7 +97,7 @@ def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractConte
 
 
 def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str]:
-    """A result of `evaluate` as lines of text; positions: with the loss by position, over all sources."""
+    """A result of `evaluate` as lines of text; positions: include the loss by position over all sources."""
     title = result.get("run") or result.get("folder") or ""
     title += f", step {result['step']}" if result["step"] else ""
     lines = [title + (f", branch {result['branch']}" if "branch" in result else "")]
@@ -113,11 +113,11 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
         lines += ["zero-shot, by lm-eval", *(_task_line(name, row) for name, row in scores.items())]
         if near := [name for name, row in scores.items() if not row["above_chance"]]:
             lines.append(
-                f"near chance (less than two standard errors above it), as small models are: {', '.join(near)}"
+                f"near chance (less than two standard errors above it), as is usual for small models: {', '.join(near)}"
             )
         lines += [
             f"{name}: {row['truncated']:,} of {row['n']:,} rows are longer than the model's positions; "
-            "their beginning was left out"
+            "their beginning was truncated"
             for name, row in scores.items()
             if row["truncated"]
         ]

@@ -43,8 +43,8 @@ class Layout(NamedTuple):
         lists: fields with a list of texts, all of one length.
         answer: the field with the right answer.
         answers: the possible answers of a row.
-        rule, holds: one more condition, in words and as a function.
-        subject: the field that names the sub-task of a row.
+        rule, holds: a further condition, as a message and as a function.
+        subject: the field that names the subtask of a row.
     """
 
     folder: str
@@ -128,17 +128,17 @@ def check_names(names: Iterable[str]) -> list[str]:
 
 
 def load(names: Sequence[str], folder: Path | None) -> list[LoadedTask]:
-    """Load the tasks called `names` with their rows.
+    """Load tasks with their rows.
 
     Args:
+        names: as returned by `check_names`.
         folder: contains <task>/<split>.jsonl or .jsonl.gz with raw rows; None downloads them from the Hub, as lm-eval
             does.
 
     Raises:
-        UsageError: lm-eval is not installed, a task is unknown or has no file, or a row does not fit its task.
+        UsageError: lm-eval is not installed, a task has no file, or a row does not fit its task.
         SlopeError: the rows cannot be downloaded.
     """
-    names = check_names(names)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--task-data {folder}: no such folder")
     try:
@@ -179,7 +179,7 @@ def _from_files(manager: TaskManager, name: str, folder: Path) -> LoadedTask:
 
 
 def _children(manager: TaskManager, name: str) -> list[str] | None:
-    """The names that a tag or a group stands for; None for a task."""
+    """The members of a tag or group; None for a task."""
     entry = manager.task_index[name]
     if entry.yaml_path is None:  # a tag
         return sorted(entry.tags)
@@ -187,7 +187,7 @@ def _children(manager: TaskManager, name: str) -> list[str] | None:
 
 
 def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task that `name` stands for, with lm-eval's own settings for it, its functions included."""
+    """Each task of a name, tag or group, with lm-eval's own settings for it, including functions."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     children = _children(manager, name)
@@ -198,7 +198,7 @@ def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, A
 
 
 def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | Group]:
-    """The task of this name, or its group filled with those of its tasks that are in `tasks`; nothing if none is."""
+    """The task of this name, or its group with those of its tasks that are in `tasks`; empty if there are none."""
     from lm_eval.api.group import Group
 
     children, entry = _children(manager, name), manager.task_index[name]
@@ -214,7 +214,7 @@ def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]
 
 
 def _task(config: dict[str, Any], split: str, rows: list[Row]) -> ConfigurableTask:
-    """lm-eval's own task with other rows; without examples in the prompt, so that it needs no other split."""
+    """lm-eval's own task with other rows; zero-shot, so that it needs no other split."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -229,7 +229,7 @@ def _task(config: dict[str, Any], split: str, rows: list[Row]) -> ConfigurableTa
 
 
 def _rows_file(folder: Path, config: dict[str, Any]) -> tuple[str, Path]:
-    """The split that lm-eval would score, or the next best if only that has a file; and the file."""
+    """The split that lm-eval would score, or another one if only that has a file; and the file."""
     splits = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
     for split in splits:
         for ending in ENDINGS:
@@ -244,7 +244,7 @@ def read_rows(path: Path, layout: Layout, subjects: Iterable[str | None] = ()) -
 
     Raises:
         UsageError: the file cannot be read or contains no rows, or a row lacks a field or has an unknown answer or
-            subject; names file, line and field.
+            subject; the message names file, line and field.
     """
     known, rows = set(subjects), []
     open_text: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
@@ -308,7 +308,7 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
     """lm-eval's wrapper of a causal model, with `batch` requests at a time; bf16 on a GPU."""
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval begins a text without context with the token for the beginning or the end of a text, if there is one.
+    # Without context, lm-eval begins with the beginning- or end-of-text token, if there is one.
     has_ends = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
     precision = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"} if model.device.type == "cuda" else {}
     with quiet():
@@ -322,16 +322,16 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
 
 
 def score(lm: HFLM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
-    """Score one task without examples in the prompt.
+    """Score one task zero-shot.
 
     Args:
-        limit: at most so many rows, the first ones, of the task; of a group, of each of its tasks.
+        limit: the maximum number of rows, of a group in each of its tasks; None for all.
 
     Returns:
         acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
         expected accuracy of random choices; `above_chance`, whether acc exceeds it by more than two standard errors of
-        random choices; `n` rows of `split`; `truncated`, the number of rows with a prompt longer than the model's
-        positions, which loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
+        random choices; `n` rows of `split`; `truncated`, the number of rows whose prompt is longer than the model's
+        positions and loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
 
     Raises:
         UsageError: a choice is longer than the model's positions.
@@ -393,7 +393,7 @@ def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars, prints and log lines of lm-eval and of the libraries that load its rows."""
+    """Suppress the progress bars, prints and logs of lm-eval and of the libraries that load its rows."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels, nowhere = [log.level for log in logs], io.StringIO()
     for log in logs:

@@ -25,7 +25,7 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.loss import autocast, forward
 
 LONGEST = 1024
-"""The longest block for a model whose folder does not record the length that it was trained on."""
+"""The longest block for a model whose folder does not record its training length."""
 BATCH = 8
 
 
@@ -98,10 +98,10 @@ def measure(
     source after its last whole block is left out.
 
     Args:
-        tokens: at most so many of each source, evenly spaced; None for all blocks.
+        tokens: the maximum of each source, in evenly spaced blocks; None for all blocks.
         seq_len: tokens of a block; None for the run's own, or 1,024 at most.
         batch: blocks at a time; None for the run's micro-batch.
-        first_bucket: positions of the first bucket of the loss by position; each later one ends at twice the position.
+        first_bucket: positions in the first bucket of the loss by position; each later one ends at twice the position.
 
     Returns:
         loss (nats per token), its standard error over blocks (None for a single block), perplexity, tokens (predicted
@@ -122,9 +122,10 @@ def measure(
     sources = {}
     for source, file in dataset.val.items():
         most = tokens or file.header.tokens
-        how: dict[str, Any] = {"micro_batch": micro_batch, "masking": masking, "seed": loaded.seed}
-        losses = _block_losses(loaded, file, val_batches(file, seq_len=length, tokens=most, **how))
-        if losses is not None:
+        batches = val_batches(
+            file, seq_len=length, tokens=most, micro_batch=micro_batch, masking=masking, seed=loaded.seed
+        )
+        if (losses := _block_losses(loaded, file, batches)) is not None:
             sources[source] = losses
             print(f"{source}: {losses.tokens:,} tokens, loss {losses.nats / losses.tokens:.4f}", file=sys.stderr)
     if not sources:
@@ -135,7 +136,7 @@ def measure(
 
 
 def _block_losses(loaded: Loaded, file: TokenFile, batches: Iterator[Batch]) -> BlockLosses | None:
-    """The losses of a source; None if no token of it is predicted."""
+    """The losses of a source; None if none of its tokens is predicted."""
     device, parts = loaded.model.device, []
     with torch.no_grad(), autocast(device):
         for batch in batches:
@@ -168,7 +169,7 @@ def _token_losses(loaded: Loaded, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _statistics(sources: Sequence[BlockLosses], first_bucket: int) -> dict[str, Any]:
-    """Loss and perplexity over all blocks of some sources, which are no sample: only blocks within one vary."""
+    """Loss and perplexity over all blocks of some sources, which are not a sample: only blocks within a source vary."""
     tokens = sum(losses.tokens for losses in sources)
     nats = sum(losses.nats for losses in sources)
     error = math.sqrt(sum(losses.variance() for losses in sources)) / tokens

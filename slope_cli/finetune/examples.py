@@ -1,4 +1,4 @@
-"""The interface of all tasks, and one or two texts as an input of BERT.
+"""The interface of all tasks, and BERT's inputs for one or two texts.
 
 Shape letters: B examples of a batch, T tokens of the longest, L outputs of the head.
 """
@@ -60,11 +60,11 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, path: Path) -> list[Any]:
-        """The rows of an official file; UsageError, which names the place, if the file or a row is not as published."""
+        """The rows of an official file; UsageError, naming the place, if the file or a row is not as published."""
 
     @abstractmethod
     def from_hub(self, record: Mapping[str, Any], where: str) -> Any:
-        """The row of a record on the Hub; UsageError, which begins with `where`, for a missing field or label."""
+        """The row of a record on the Hub; UsageError, beginning with `where`, for a missing field or label."""
 
     def trainable(self, rows: list[Any]) -> list[Any]:
         """The rows that can be trained on; UsageError if there are none."""
@@ -88,7 +88,7 @@ def join(first: list[int], second: list[int] | None, special: MaskingIds) -> tup
 
 
 def cut(first: list[int], second: list[int] | None, room: int) -> tuple[list[int], list[int] | None]:
-    """Cut two texts at their ends, always the longer one, until both fit in `room` tokens; or one text alone."""
+    """Truncate one text, or the longer of two texts until both fit in `room` tokens."""
     if second is None:
         return first[:room], None
     kept = min(len(first), max(room - len(second), room - room // 2))

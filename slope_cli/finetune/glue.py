@@ -55,12 +55,10 @@ class GlueTask(Task):
 
     @property
     def hub(self) -> tuple[str, str | None]:
-        """Name and configuration of the data set on the Hugging Face Hub."""
         return "nyu-mll/glue", self.name.lower().replace("-", "")
 
     @property
     def outputs(self) -> int:
-        """One for each class, or one for a score."""
         return max(1, len(self.classes))
 
     def read(self, path: Path) -> list[Row]:
@@ -101,7 +99,6 @@ class GlueTask(Task):
         return score
 
     def from_hub(self, record: Mapping[str, Any], where: str) -> Row:
-        """The row of a record, whose class is a number already; UsageError for a missing field or no label."""
         texts = self.hub_texts or self.texts
         if missing := [name for name in (*texts, "label") if record.get(name) in (None, "")]:
             raise UsageError(f"{where}: no {missing[0]}")
@@ -121,7 +118,6 @@ class GlueTask(Task):
         return result
 
     def evaluate(self, rows: Sequence[Row], examples: Sequence[Example], logits: Logits) -> Evaluation:
-        """The `scores`, and the prediction for each row."""
         logits_NL = np.stack(logits).astype(np.float64)
         predicted = logits_NL.argmax(1).astype(np.float64) if self.classes else logits_NL[:, 0]
         lines = []
@@ -164,8 +160,8 @@ def _tsv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 # ---------------------------------------------------------------------------------------------------------- metrics
 #
-# Not those of torchmetrics: its Matthews coefficient is not 0 for a model that predicts one class only (0.026 on the
-# dev set of CoLA), and its correlations with a constant are 0 although they are undefined.
+# torchmetrics is not used: its Matthews coefficient is not 0 for a model that predicts only one class (0.026 on the dev
+# set of CoLA), and its correlations with a constant are 0 although they are undefined.
 
 
 def accuracy(predicted: Numbers, labels: Numbers) -> float:
@@ -174,7 +170,7 @@ def accuracy(predicted: Numbers, labels: Numbers) -> float:
 
 
 def f1(predicted: Numbers, labels: Numbers) -> float:
-    """The harmonic mean of precision and recall of class 1; 0 if it occurs nowhere."""
+    """The harmonic mean of precision and recall of class 1; 0 if it never occurs."""
     right = float(((predicted == 1) & (labels == 1)).sum())
     return 2 * right / max(1.0, float((predicted == 1).sum() + (labels == 1).sum()))
 
@@ -185,14 +181,14 @@ def matthews(predicted: Numbers, labels: Numbers) -> float:
 
 
 def pearson(predicted: Numbers, labels: Numbers) -> float | None:
-    """The linear correlation; None, for undefined, if either is constant."""
+    """The linear correlation; None (undefined) if either is constant."""
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
         return None
     return float(np.corrcoef(predicted, labels)[0, 1])
 
 
 def spearman(predicted: Numbers, labels: Numbers) -> float | None:
-    """The correlation of ranks, in which equal numbers share their mean rank; None if either is constant."""
+    """The correlation of ranks, with the mean rank for ties; None if either is constant."""
     return pearson(_ranks(predicted), _ranks(labels))
 
 

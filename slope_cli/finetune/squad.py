@@ -27,7 +27,7 @@ QUESTION_TOKENS = 64
 STRIDE = 128
 """Tokens from the start of a window to the start of the next."""
 BEST = 20
-"""How many of the likeliest starts of a window are combined with as many of its likeliest ends."""
+"""The number of likeliest starts of a window that are combined with as many of its likeliest ends."""
 ANSWER_TOKENS = 30
 """The longest answer that is predicted."""
 
@@ -64,13 +64,11 @@ class SquadTask(Task):
 
     @property
     def hub(self) -> tuple[str, str | None]:
-        """Name and configuration of the data set on the Hugging Face Hub."""
         return "rajpurkar/squad", None
 
     @property
     def outputs(self) -> int:
-        """Two for each token: as the first and as the last of the answer."""
-        return 2
+        return 2  # for each token, as the first and as the last of the answer
 
     def read(self, path: Path) -> list[Question]:
         """The questions of train-v1.1.json or dev-v1.1.json.
@@ -94,7 +92,6 @@ class SquadTask(Task):
         ]
 
     def from_hub(self, record: Mapping[str, Any], where: str) -> Question:
-        """The question of a record; UsageError for a missing field."""
         columns = record.get("answers") or {}
         pairs = zip(columns.get("text", ()), columns.get("answer_start", ()), strict=False)
         answers = [{"text": text, "answer_start": start} for text, start in pairs]
@@ -108,7 +105,6 @@ class SquadTask(Task):
         return sound
 
     def examples(self, rows: Sequence[Question], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> list[Window]:
-        """Every window of every question, in order."""
         special, result = masking_ids(tokenizer), []
         ids: list[int] = []
         spans: list[Span] = []
@@ -177,7 +173,7 @@ def _question(record: Any, context: str, where: str) -> Question:
 
 
 def _window_spans(length: int, room: int) -> Iterator[Span]:
-    """First and end token of each window of `room` tokens: STRIDE apart, or less if they would hardly overlap."""
+    """First and end token of each window of `room` tokens: STRIDE apart, or less to overlap enough."""
     begin = 0
     while True:
         yield begin, min(begin + room, length)
@@ -187,7 +183,7 @@ def _window_spans(length: int, room: int) -> Iterator[Span]:
 
 
 def token_span(begin: int, end: int, spans: Sequence[Span]) -> Span | None:
-    """The first and the last token that hold characters from `begin` up to, not including, `end`; None if none does."""
+    """The first and the last token with characters from `begin` up to, not including, `end`; None if there is none."""
     inside = [index for index, (first, after) in enumerate(spans) if first < end and begin < after]
     return (inside[0], inside[-1]) if inside else None
 
@@ -236,7 +232,7 @@ def exact_match(prediction: str, answers: Iterable[str]) -> float:
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
-    """The F1 of the bags of words, after normalisation, for the answer with the highest."""
+    """The highest F1 of the bags of words, after normalisation, over the answers."""
     return max(_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers)
 
 

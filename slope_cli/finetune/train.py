@@ -49,7 +49,7 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a fine-tuning depends on besides the model and the rows; UsageError for a bad value."""
+    """The settings of a fine-tuning; UsageError for a bad value."""
 
     task: str
     epochs: int
@@ -93,8 +93,8 @@ def finetune(
         task_name: CoLA, SST-2, MRPC, STS-B, RTE or SQuAD, in any spelling.
         data: the folder of the official files: [TASK/]train.tsv and dev.tsv, or train-v1.1.json and dev-v1.1.json;
             None for the Hugging Face Hub.
-        out: None for FOLDER/finetune/TASK-SEED. If it contains the result of this very fine-tuning, that is returned;
-            an interrupted fine-tuning starts again.
+        out: None for FOLDER/finetune/TASK-SEED. If it contains the result of the same fine-tuning, that is
+            returned; an interrupted fine-tuning starts again.
         epochs, batch, seq_len: passes over the rows, examples of a step, longest input in tokens; None for 3, 32 and
             128 (CoLA: 5 epochs; SQuAD: 2, 24 and 384).
         lr, seed: the peak learning rate; the seed of the head, the order of examples and dropout.
@@ -146,7 +146,7 @@ def _letters(name: str) -> str:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a fine-tuning writes a file of this name, or its temporary one."""
+    """Whether a fine-tuning writes this file, or a temporary one for it."""
     return path.name.removeprefix(".").removesuffix(".tmp") in (RESULT, PREDICTIONS, metrics.JSONL)
 
 
@@ -210,14 +210,14 @@ def _not_empty(rows: list[Any], where: Path | str) -> list[Any]:
 
 
 def build(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
-    """A model with a new head that takes over the encoder, `model.bert`, with its sparse layers and adapters.
+    """A model with a new head on the encoder, `model.bert`, with its sparse layers and adapters.
 
     The encoder is not copied, and loses its pooler if the architecture has none. The weight of the head is drawn from
     `seed`, normal with the config's initializer_range; its bias is 0.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = task.outputs
-    with torch.device("meta"):  # encoder and head of this one are replaced
+    with torch.device("meta"):  # its encoder and head are replaced
         built: Any = task.architecture(config)
     bert: Any = model.bert
     if built.bert.pooler is None:
@@ -343,7 +343,7 @@ def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out
 
 
 def step_indices(count: int, s: Settings) -> Iterator[NDArray[np.int64]]:
-    """The examples of each step: every one once an epoch, in an order that depends only on seed and epoch.
+    """The examples of each step: each once per epoch, in an order that depends only on seed and epoch.
 
     A batch may span two epochs, so that all but the last have the same size.
     """
@@ -365,7 +365,7 @@ def _predict(model: nn.Module, examples: list[Example], s: Settings, pad: int) -
 
 
 def _inputs(examples: Sequence[Example], s: Settings, pad: int, device: torch.device) -> dict[str, Tensor]:
-    # On a GPU all batches have one shape: the sparse library searches an algorithm for each number of tokens.
+    # On a GPU all batches have one shape, because cuSPARSELt searches an algorithm for each number of tokens.
     arrays = collate(examples, pad, s.seq_len if device.type == "cuda" else None)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 

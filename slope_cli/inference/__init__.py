@@ -1,1 +1,1 @@
-"""What a trained model is used for: generated text, exported folders."""
+"""Uses of a trained model: generating text, and export."""

@@ -1,4 +1,4 @@
-"""A trained run as a folder that transformers and PEFT load, checked before it is called done."""
+"""Export of a trained run as a folder that transformers and PEFT load, checked before it appears."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not an empty folder; choose another")
     out = out.resolve()
-    logging.disable_progress_bar()  # a bar that is full at once, in the middle of a log
+    logging.disable_progress_bar()  # they would only clutter the log
     run_folder.require_run(run)
     loaded = load_model(run)
     config, model = loaded.config, loaded.model
@@ -69,7 +69,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
                 peft.merge(reloaded, folder / peft.FOLDER)
             if linear:
                 saved.read(folder / saved.FOLDER, reloaded)
-            difference = _difference(_logits(reloaded), expected)
+            difference = float((_logits(reloaded) - expected).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE:
                 reason = f"the logits of what was saved differ by {difference:.1e} of their size"
                 raise SlopeError(f"{out}: not written: {reason}")
@@ -86,12 +86,8 @@ def _logits(model: PreTrainedModel) -> Tensor:
         return forward(model.eval(), {"input_ids": ids_BT}).logits
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def _architecture(run: Path, config: Config) -> str:
-    """The shape's name and what the run changed of it, or the family and its sizes."""
+    """The shape's name and the run's overrides, or the family and its sizes."""
     if config.model.name == INIT:
         settings = base_model.description(run)["config"]
         family = settings["model_type"]

@@ -13,7 +13,7 @@ from sparse_kernels import dense_weights
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """The ids of a prompt as text begins in training: after the beginning of text, if the tokenizer puts one there.
 
-    No end of text follows, whatever the tokenizer puts there: the text is to go on.
+    No end of text follows, even if the tokenizer adds one: the text is to be continued.
     """
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     begin = begin_id(tokenizer)
@@ -32,11 +32,11 @@ def continue_text(
     compiled: bool = False,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The prompt and what the model makes of it, sampled; with temperature 0 the likeliest token each time.
+    """The prompt and its continuation, sampled; with temperature 0 always the likeliest token.
 
     Args:
         tokens: how many to add at most; fewer where the model's positions end.
-        compiled: compile what linearized attention does with a token; pays for many tokens, or texts, on a GPU.
+        compiled: compile linearized attention's decoding step; pays off for many tokens, or texts, on a GPU.
         dtype: of the products; None for bf16 on a GPU, and float32 elsewhere.
 
     Raises:

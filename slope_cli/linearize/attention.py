@@ -11,9 +11,9 @@ are near, gamma cancels and y_n is softmax attention's.
 
 Queries are taken in chunks of C. A chunk sees a band of K keys, its own and the R before it (in a two-sided layer also
 the R after it): that holds all near keys and a few far ones. The far keys outside of the band come as a sum over them,
-the state, phi_k(k)^T·[v, 1]; its last column, from the ones, adds up to the denominator. What a decoder remembers is
-therefore the last R keys and values and the state of those before: the same function serves training, a prompt in any
-pieces, and single tokens, which are chunks of one.
+the state, phi_k(k)^T·[v, 1]; its last column, from the ones, adds up to the denominator. A decoder therefore keeps the
+last R keys and values and the state of those before: the same function serves training, a prompt in any pieces, and
+single tokens, which are chunks of one.
 
 Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head (H = G·P), T queries, S keys
 (the remembered ones, then those of the queries), D head dimension, E = D + 1 (values and a column of ones),
@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 Branch = Literal["both", "window", "linear"]
 BRANCHES: tuple[Branch, ...] = ("both", "window", "linear")
-"""Which part of an attention counts."""
+"""The part of attention that is active."""
 SHORTEST_CHUNK = 64
-"""Narrower chunks than this make more states than they save scores."""
+"""Shorter chunks cost more in states than they save in scores."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def attend(
             scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far[..., : cut.far], cut, pattern
         )
         v_BGN1KE = _bands(v_BGSE, cut, cut.band)[:, :, :, None]
-        if far_BGNPCJ is not None and branch == "both" and dropped_BH is None:  # nothing asks what each of them adds
+        if far_BGNPCJ is not None and branch == "both" and dropped_BH is None:  # no need to keep them apart
             near_BGNPCK, far_BGNPCJ = near_BGNPCK + F.pad(far_BGNPCJ, (0, cut.band - cut.far)), None
         if far_BGNPCJ is not None:
             banded_BGNPCE = far_BGNPCJ @ v_BGN1KE[..., : cut.far, :]

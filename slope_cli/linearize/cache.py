@@ -1,4 +1,4 @@
-"""What a linearized layer remembers while a model decodes, as a layer of transformers' cache.
+"""The memory of a linearized layer while a model decodes, as a layer of transformers' cache.
 
 Shape suffixes: B sequences, G KV heads, W remembered keys, D head dimension, E = D + 1 (values and a
 column of ones), F features, T new tokens (1: one new token), S = W + T.
@@ -44,8 +44,8 @@ class Ring(NamedTuple):
 class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     """The last W keys and values of a sequence, and the float32 state of all before: of one size at any length.
 
-    The W lie in a ring, of which the next token takes the oldest place. Left padding is remembered as tokens that are
-    not real. Beams are reordered as in every cache; nothing can be taken back (`crop`): a state forgets its addends.
+    The W are a ring buffer: the next token replaces the oldest. Left padding is kept as tokens that are not real. Beams
+    are reordered as in every cache; tokens cannot be removed (`crop`), because the state is a sum.
     """
 
     is_sliding = False
@@ -69,7 +69,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are: what is remembered is joined to them in `recall`."""
+        """The new keys and values as they are: `recall` joins the remembered ones to them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states
@@ -110,7 +110,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of a cache that forgets nothing: the mask is the plain one of padding."""
+        """As for a full cache: the mask is the plain padding mask."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -122,7 +122,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         self.__init__(self.pattern, self.features)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take for each sequence the memory of another."""
+        """Give each sequence the memory of the beam that it continues."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -139,16 +139,16 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """ValueError for anything but 0 tokens."""
         if tokens_to_remove:
-            raise ValueError("a linearized layer cannot take tokens back: decode without an assistant model")
+            raise ValueError("a linearized layer cannot remove tokens: decode without an assistant model")
 
     def offload(self) -> None:
-        """Nothing: what is remembered is small, and needed at once."""
+        """Does nothing: the memory is small, and always needed."""
 
     def prefetch(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def nbytes(self) -> int:
-        """Bytes that are remembered."""
+        """Bytes of the memory."""
         if not self.is_initialized:
             return 0
         return self.oldest_1.nbytes + sum(tensor.nbytes for tensor in self._tensors().values())

@@ -1,4 +1,4 @@
-"""The recurrent form: one token of a sliding window, what is remembered changed in place.
+"""The recurrent form: one token of a sliding window at a time, the memory updated in place.
 
 It computes what `attend` computes for a chunk of one, but reads each remembered number once. A terrace, whose window
 loses a block at a time, and decoding with gradients go through `attend`.
@@ -75,8 +75,8 @@ def _step(
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left (…, P, I) times right (…, I, J), in left's precision.
 
-    To a compiler it is a reduction: it reads `right` as it is and casts on the way. A matrix product would want all
-    that is remembered copied into float32.
+    To a compiler it is a reduction: it reads `right` as it is and casts on the way. A matrix product would copy the
+    whole memory into float32.
     """
     if torch.compiler.is_compiling():
         return (left[..., None] * right[..., None, :, :]).sum(-2)

@@ -28,7 +28,7 @@ class LinearWindow(nn.Module):
     Trainable: the feature map of queries (one W for each query head), that of keys (one for each KV head), and `mix`,
     (H,), whose sigmoid is gamma.
 
-    mode: what the layer answers with: "linear", the linearized attention; "softmax", the original one; "transfer", the
+    mode: what the layer computes: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
     branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
     compiled: whether torch.compile makes the kernels of single tokens, and of the loss in transfer; worth it on a GPU,

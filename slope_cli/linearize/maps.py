@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 FEWEST = 16
-"""Columns of a Hedgehog of small heads: with as few features as such heads have dimensions it learns little."""
+"""Minimum columns of a Hedgehog by default: with as few features as small heads have dimensions it learns little."""
 SMALLEST = 1e-12
 """Features are at least this, so that the weights of far tokens, products of features, are positive."""
 
@@ -61,7 +61,7 @@ def make_map(name: str, heads: int, head_dim: int, columns: int | None, generato
 
 
 def _identity(heads: int, head_dim: int, columns: int, generator: Generator) -> Tensor:
-    """W of each head (D, M): the identity, and beyond its columns random ones, which equal ones would stay equal."""
+    """W of each head (D, M): the identity, then random columns, because equal ones would stay equal."""
     drawn_HDM: Tensor = torch.randn(heads, head_dim, columns, generator=generator) * head_dim**-0.5
     square = min(head_dim, columns)
     drawn_HDM[:, :, :square] = torch.eye(head_dim, square)

@@ -12,7 +12,7 @@ from slope_cli.linearize.swap import added_state, linearize_attention, load_adde
 
 FOLDER = "linearize"
 KEYS = ("feature_map", "features", "window", "mix", "window_dropout", "keep_softmax")
-"""What settings.json says in the configuration's words; beside them it has `terrace`, a truth value, and `seed`."""
+"""The config keys in settings.json, which also has `terrace` (a boolean) and `seed`."""
 
 
 def write(folder: Path, model: PreTrainedModel, config: LinearizeConfig, *, seed: int) -> None:
@@ -25,7 +25,7 @@ def write(folder: Path, model: PreTrainedModel, config: LinearizeConfig, *, seed
 
 
 def settings(folder: Path) -> LinearizeConfig:
-    """What a model was linearized with; UsageError for settings of another version."""
+    """The settings that a model was linearized with; UsageError if they are of another version."""
     file = folder / "settings.json"
     try:
         written = dict(json.loads(file.read_text(encoding="utf-8")))

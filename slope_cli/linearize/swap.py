@@ -1,9 +1,9 @@
 """Linearized attention inside transformers' own models: put in, taken out, switched, saved.
 
 Every supported architecture calls one attention function with (module, q, k, v, mask, scaling) after positions are
-embedded, and updates its cache just before. So the function here serves all of them: where the attention module has
-a `linear`, a LinearWindow, that answers; elsewhere it is softmax attention as before. A hook before each module puts
-LinearWindow's own layer into a cache that has seen nothing yet.
+embedded, and updates its cache just before. So the function here serves all of them: if the attention module has a
+`linear`, a LinearWindow, that computes the output; otherwise softmax attention does, as before. A pre-forward hook of
+each module puts LinearWindow's own layer into a cache that is still empty.
 
 Shape suffixes: B sequences, H query heads, G KV heads, T queries, S keys, D head dimension.
 """
@@ -37,11 +37,11 @@ PROJECTIONS = {
     "v": r"\.(v_proj|value|attn\.c_attn)$",
     "o": r"\.(o_proj|out_proj|attn\.c_proj|attention\.output\.dense)$",
 }
-"""How the layers are called that make q, k and v, and that take attention's output; GPT-2's c_attn makes all three."""
+"""Names of the layers that compute q, k and v, and that read attention's output; GPT-2's c_attn computes all three."""
 
 
 def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0) -> list[str]:
-    """Let each attention layer but those of config.keep_softmax answer with linearized attention, in place.
+    """Linearize each attention layer but those of config.keep_softmax, in place.
 
     What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
     changed or moved, so `restore_attention` gives back the model as it was. Attention dropout does not reach
@@ -69,7 +69,7 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
     for index, (name, module) in enumerate(modules):
         if index in config.keep_softmax:
             continue
-        _put_in(module, config, causal=causal, generator=generator, before=before)
+        _add_linear_window(module, config, causal=causal, generator=generator, before=before)
         swapped.append(name)
     # The model's own setting decides which mask is made: the plain one of padding.
     model.config._attn_implementation = NAME
@@ -96,9 +96,8 @@ def restore_attention(model: PreTrainedModel) -> list[str]:
 
 def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
     """Every LinearWindow of a model by the name of its attention module, in order; empty if it is not linearized."""
-    suffix = ".linear"
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LinearWindow)}
-    return {name.removesuffix(suffix): module for name, module in found.items()}
+    windows = ((name, module) for name, module in model.named_modules() if isinstance(module, LinearWindow))
+    return {name.removesuffix(".linear"): window for name, window in windows}
 
 
 @contextlib.contextmanager
@@ -162,10 +161,10 @@ def load_added_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
     """The modules that call the attention function: they know their layer and whether they are causal."""
     own = ("layer_idx", "is_causal", "config")
-    found = [(name, module) for name, module in model.named_modules() if all(hasattr(module, key) for key in own)]
-    if getattr(model.config, "add_cross_attention", False) or not found:
+    modules = [(name, module) for name, module in model.named_modules() if all(hasattr(module, key) for key in own)]
+    if getattr(model.config, "add_cross_attention", False) or not modules:
         raise UsageError(f"{type(model).__name__}: only models of self-attention can be linearized")
-    return found
+    return modules
 
 
 def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
@@ -178,7 +177,9 @@ def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
 
 
-def _put_in(module: Any, config: LinearizeConfig, *, causal: bool, generator: torch.Generator, before: str) -> None:
+def _add_linear_window(
+    module: Any, config: LinearizeConfig, *, causal: bool, generator: torch.Generator, before: str
+) -> None:
     shape = module.config
     heads = shape.num_attention_heads
     linear = LinearWindow(
@@ -193,7 +194,7 @@ def _put_in(module: Any, config: LinearizeConfig, *, causal: bool, generator: to
     linear.softmax_config, linear.softmax_name = shape, before
     linear.hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
     module.linear = linear
-    # A config of its own: who switches the model's to an attention kernel does not switch linearized layers off.
+    # A config of its own: changing the model's attention kernel must not switch linearized layers off.
     module.config = copy.copy(shape)
     module.config._attn_implementation = NAME
 
@@ -260,7 +261,7 @@ def _softmax(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' scaled dot product attention, which wants its mask whole."""
+    """transformers' scaled dot product attention, which needs a full mask."""
     T, S = query.shape[2], key.shape[2]
     mask, reach = None, S if sliding_window is None else sliding_window
     if keep_BS is not None or reach < S or 1 < T < S:

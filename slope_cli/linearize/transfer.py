@@ -57,7 +57,7 @@ def transfer_losses(
 
     Args:
         inputs: of the model: input_ids (B, T), and attention_mask (B, T) where there is padding.
-        scale: 1 / the number of batches whose gradients are added up, say.
+        scale: for example 1 / the number of batches whose gradients are added up.
         compiled: compile each layer's loss, forward and backward; the model around it is the caller's to compile.
 
     Raises:
@@ -95,7 +95,7 @@ def _observed(
 
     try:
         for linear in names:
-            # No compiled block can hold a backward pass: it ends before, and goes on after it. The loss is compiled.
+            # A compiled block cannot contain a backward pass: it is split there. The loss itself is compiled.
             linear.observer = torch.compiler.disable(observe, recursive=False)
         yield
     finally:
@@ -133,7 +133,7 @@ def _compiled_loss() -> Callable[..., LayerLoss]:
 
 
 def _entropy(linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, scale: float, keep_BT: Tensor | None) -> Tensor:
-    """The mean cross-entropy of weights, of which only a chunk of queries' are held, in the backward pass too."""
+    """The mean cross-entropy of weights, held for one chunk of queries at a time, in the backward pass too."""
     (B, _, T, D) = q_BHTD.shape
     if keep_BT is None:
         keep_BT = torch.ones(B, T, dtype=torch.bool, device=q_BHTD.device)

@@ -1,7 +1,7 @@
 """Parameters, bytes and floating-point operations of a run, counted from its shapes: nothing is allocated.
 
-Embeddings and heads are counted as they are. Bytes are exact for the training state, apart from the four in which AdamW
-counts its steps for each parameter tensor; activations are an estimate.
+Embeddings and heads are counted as they are. Bytes are exact for the training state, apart from AdamW's 4-byte step
+count of each parameter tensor; activations are an estimate.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Account:
     all_adapter_parameters: of adapters, trained or not.
     linear_weights, pruned_layer_weights: entries of the weights of all linear layers, and of those that are pruned.
     state_bytes, dense_state_bytes: of the training state, by its parts.
-    derived_bytes: what sparse layers compute with beside the state, never saved; the device decides which.
+    derived_bytes: of derived copies that sparse layers compute with, never saved; which ones depends on the device.
     activation_bytes: an estimate. It and the operations are None in a run that linearizes.
     dense_flops_per_token: forward and backward of every linear layer and of attention; real_flops_per_token: without
     the products with pruned weights and without adapters; adapter_flops_per_token: of these.
@@ -120,7 +120,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     """Count a run.
 
     Args:
-        model: as it is before it enters the run's first phase; it is brought to the last one. "meta" will do.
+        model: as it is before it enters the run's first phase; it is brought into the last one. It may be on "meta".
     """
     before = adapters_of(model)
     old, end = {name: _parameters(adapter) for name, adapter in before.items()}, phases_of(config).end
@@ -184,11 +184,11 @@ def _attention_flops(config: Config, model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """What decoding one sequence in 16 bits remembers.
+    """The memory for decoding one sequence in 16 bits.
 
     layers, linear_layers: attention layers, and those that are linearized.
     state_bytes: of all linearized layers, windows and float32 states, at any length.
-    cache_bytes_per_token: what the same layers would remember of each token as softmax attention.
+    cache_bytes_per_token: of the same layers' cache with softmax attention, for each token.
     """
 
     layers: int
@@ -198,12 +198,12 @@ class AttentionMemory:
 
     @property
     def break_even(self) -> int:
-        """Tokens from which on the linearized layers remember less."""
+        """The number of tokens from which the linearized layers need less memory."""
         return -(-self.state_bytes // self.cache_bytes_per_token)
 
 
 def attention_memory(model: PreTrainedModel) -> AttentionMemory:
-    """Count what a linearized model remembers; nothing is allocated."""
+    """Compute the decoding memory of a linearized model; nothing is allocated."""
     windows = linear_windows(model).values()
     linear = softmax = 0
     for window in windows:

@@ -1,4 +1,4 @@
-"""The one transition between phases: layers, attention, adapters and the optimizer brought from one to a later one."""
+"""The transition from one phase to a later one: of layers, attention, adapters and the optimizer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ from sparse_kernels import (
 )
 
 Calibrate = Callable[[PreTrainedModel], None]
-"""Feeds a model the sequences over which the norms of its inputs are taken."""
+"""Feeds a model the calibration sequences, over which the norms of layers' inputs are measured."""
 UNTOUCHED = Phase(0)
 """A dense model with softmax attention and no adapters, as it is built."""
 
@@ -45,8 +45,8 @@ def apply(
     Works on the meta device, where only shapes are made.
 
     Args:
-        calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, which is for a model whose masks
-            are about to be read from a checkpoint.
+        calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, for a model whose masks are then
+            read from a checkpoint.
 
     Raises:
         UsageError: a setting that does not fit the model.
@@ -98,11 +98,13 @@ def _convert(
         sparsify(model, **how)
     if optimizer is not None:
         for layer in report.swapped:
-            _hand_over(optimizer, old[layer.name], model.get_submodule(layer.name), transposed=layer.transposed)
+            _replace_in_optimizer(
+                optimizer, old[layer.name], model.get_submodule(layer.name), transposed=layer.transposed
+            )
 
 
-def _hand_over(optimizer: torch.optim.Optimizer, old: Any, new: Any, *, transposed: bool) -> None:
-    """Put the parameters of a new layer where those of the old one were, its weight's state in the new shape."""
+def _replace_in_optimizer(optimizer: torch.optim.Optimizer, old: Any, new: Any, *, transposed: bool) -> None:
+    """Replace an old layer's parameters by those of the new one, with the weight's state in the new shape."""
 
     def like(dense: Tensor) -> Tensor:
         if isinstance(new, SparseLinear):
@@ -116,7 +118,7 @@ def _hand_over(optimizer: torch.optim.Optimizer, old: Any, new: Any, *, transpos
 
 
 def _linearize(model: PreTrainedModel, config: Config) -> None:
-    """Freeze a model and make its attention linear; adapters that are to be added later must fit it now."""
+    """Freeze a model and linearize its attention; UsageError if adapters that are added later would not fit."""
     if phases_of(config).adapter_step is not None:
         try:
             check_adapters(model, projections(model, config.linearize.targets), config.adapters.rank, beside=True)

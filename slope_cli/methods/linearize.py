@@ -9,7 +9,7 @@ def linearize(config: Config) -> list[Phase]:
     """Feature maps and mix factors learn each layer's own softmax attention, then adapters learn from text.
 
     The weights, dense or sparse, never change. Unlike in LoLCATs, a sparse layer's adapter from pretraining is trained
-    too, side by side with the new one: it is the part of such a layer that was made to be trained late.
+    too, side by side with the new one: it is the part of such a layer that is meant to be trained late.
     """
     own, steps = config.linearize, config.train.steps
     alone = own.transfer == 1 or not config.adapters.rank

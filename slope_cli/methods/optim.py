@@ -14,7 +14,7 @@ from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Phases, Rat
 from sparse_kernels import decay_pruned
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What both optimizers keep for each parameter, in its shape."""
+"""The state that both optimizers keep for each parameter, in its shape."""
 
 
 def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.optim.Optimizer:
@@ -49,20 +49,20 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
-    # You et al. 2020 with the decay within the update that the trust ratio scales. No bias correction (adam_debias is
-    # this library's word for that), which the ratio takes back where there is one. The step clips by itself.
+    # You et al. 2020 with the decay within the update that the trust ratio scales. No bias correction (adam_debias=True
+    # in this library), which the trust ratio would cancel. Clipping is done by the training step.
     optimizer: torch.optim.Optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
     optimizer.clamp = math.inf  # type: ignore[attr-defined]  # the library's 10 would hold back every large matrix
     return optimizer
 
 
 def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
-    """Give adapters that join their own group: their learning rate, their decay, and a fresh state."""
+    """Give added adapters their own group, with its learning rate, decay and fresh state."""
     optimizer.add_param_group(_adapter_group(parameters, config.adapters.weight_decay))
 
 
 def _adapter_group(parameters: Iterable[nn.Parameter], decay: float) -> dict[str, Any]:
-    # adam: LAMB's trust ratio can make nothing of a matrix that starts at zero.
+    # adam: LAMB's trust ratio does not work for a matrix that starts at zero.
     return {"params": list(parameters), "weight_decay": decay, "group": ADAPTERS, "adam": True}
 
 
@@ -115,7 +115,7 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
 def replace_parameter(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, like: Callable[[Tensor], Tensor]
 ) -> None:
-    """Let `new` take the place of `old` in its group, with the state of `old` brought into its shape by `like`."""
+    """Replace `old` by `new` in its group, with the state of `old` brought into the new shape by `like`."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
@@ -123,10 +123,10 @@ def replace_parameter(
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Let a CUDA graph hold the optimizer's step: state that exists already, learning rates in device memory.
+    """Prepare the optimizer's step for capture in a CUDA graph: state allocated, learning rates in device memory.
 
     Returns:
-        Whether it can: LAMB's step cannot.
+        Whether it can be captured: LAMB's cannot.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return False

@@ -17,7 +17,7 @@ class Layers:
     """What the linear layers are.
 
     kind: dense; masked, dense weights under a mask; unmasked, such layers without it; sparse.
-    mask_update_interval: steps between two choices of the masks that may change; 0: never.
+    mask_update_interval: steps between mask updates; 0: never.
     backward_mask: how that of W^{R,C} is chosen, magnitude or random.
     rescale, backward_rescale: of sparse layers; see `sparse_kernels.sparsify`.
     transposable, mvue, straight_through: of masked layers; see `sparse_kernels.mask_layers`.
@@ -78,7 +78,7 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """In a few words."""
+        """A short description for the log."""
         what = self.layers.kind if self.step == "train" and not self.linearized else self.step
         return f"{what}, with adapters" if self.adapters else what
 
@@ -89,7 +89,7 @@ class Phase:
 
 
 class Phases(tuple[Phase, ...]):
-    """The phases of a run in order; the first begins at step 0. Of several that begin at one step, the last counts."""
+    """The phases of a run in order; the first begins at step 0. Of several that begin at one step, the last wins."""
 
     def at(self, step: int) -> Phase:
         """The phase of a step, counted from 0."""

@@ -38,7 +38,7 @@ def slope(config: Config) -> list[Phase]:
 
 
 def sr_ste(config: Config) -> list[Phase]:
-    """Masks by the present magnitudes, updated as often as sr_ste.mask_update_interval says."""
+    """Magnitude masks, updated every sr_ste.mask_update_interval steps."""
     own = config.sr_ste
     layers = Layers("masked", mask_update_interval=own.mask_update_interval, decay=own.decay)
     return [_phase(config, 0, DENSE), _phase(config, _sparse_step(config), layers)]
@@ -54,7 +54,7 @@ def fst(config: Config) -> list[Phase]:
 
 
 def wanda(config: Config) -> list[Phase]:
-    """Masks chosen once. What they prune needs no gradient, which would only count in the clipping."""
+    """Masks chosen once. Pruned weights get no gradient, which would only count in clipping."""
     return [_phase(config, 0, DENSE), _phase(config, _sparse_step(config), Layers("masked", straight_through=False))]
 
 

@@ -144,7 +144,7 @@ def _construct(name: str, config_class: type, settings: dict[str, Any]) -> PreTr
         # A copy: transformers completes rope_parameters in place, which would write into SHAPES.
         return config_class(**copy.deepcopy(settings), attn_implementation="sdpa")
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        # huggingface_hub says where it found the fault on the first line and "TypeError: what is wrong" on the last.
+        # huggingface_hub names the faulty field on the first line, and "TypeError: REASON" on the last.
         reason = (str(error).strip() or repr(error)).splitlines()[-1].strip(' "')
         raise UsageError(f"model {name}: {reason.removeprefix('TypeError: ').removeprefix('ValueError: ')}") from error
 

@@ -1,4 +1,4 @@
-"""What a model predicts of a batch, and the pretraining losses: of the next token, or of masked ones as BERT's.
+"""A model's predictions for a batch, and the pretraining losses: of the next token, or of masked ones as in BERT.
 
 Shape suffixes: B sequences, T positions, V vocabulary.
 """
@@ -68,9 +68,9 @@ def forward(model: PreTrainedModel, batch: Batch) -> Output:
 
 @contextlib.contextmanager
 def _without_padding(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, softmax attention gets no mask tensor, only its flag of causality.
+    """Within it, softmax attention gets no mask tensor, only its causal flag.
 
-    But for models that may need more than that: with a sliding window, or of a family that is unknown here.
+    Except in models that may need more than that: with a sliding window, or of an unknown family.
     """
     if model.config.model_type not in FAMILIES or getattr(model.config, "sliding_window", None) is not None:
         yield
@@ -101,7 +101,7 @@ def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, 
     # Unlabelled rows are not indexed away: a shape that depends on the data would make the host wait for the device.
     targets = (labels_BT != IGNORED_LABEL).sum()
     rows_V, labels = logits_BTV.flatten(0, 1), labels_BT.flatten()
-    # Where there is no gradient to make, the float32 copy of the logits need not be there as a whole.
+    # Without gradients, the float32 copy of the logits is made in parts.
     size = len(labels) if torch.is_grad_enabled() else ROWS_AT_ONCE
     parts = (slice(start, start + size) for start in range(0, len(labels), size))
     losses = [
@@ -121,5 +121,5 @@ def kl_divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) ->
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """What a trained model is judged and tuned in: bf16 on a GPU, its own precision elsewhere."""
+    """The autocast for evaluating and fine-tuning a trained model: bf16 on a GPU, its own precision elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

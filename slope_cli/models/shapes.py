@@ -164,7 +164,7 @@ SHAPES: dict[str, Shape] = {
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
     "opt-125m": _opt(768, 12, 12),
-    # The odd one of its family: norms after the residual sum, embeddings of width 512 projected up and down.
+    # Unlike the rest of its family: norms after the residual sum, embeddings of width 512 projected up and down.
     "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-2.7b": _opt(2560, 32, 32),
@@ -190,7 +190,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def objective(config: PreTrainedConfig) -> Objective:
-    """What models of this config are pretrained on: the next token, but in the families here that say otherwise."""
+    """The pretraining objective of models of this config: causal unless its family here says otherwise."""
     family = FAMILIES.get(config.model_type)
     return family.objective if family else "causal"
 
@@ -203,7 +203,7 @@ def shape_of(name: str) -> Shape:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a config; UsageError if it is none of those here."""
+    """The family of a config; UsageError if it is not supported."""
     if config.model_type not in FAMILIES:
         raise UsageError(f"model type {config.model_type!r} is not supported; it must be one of {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]

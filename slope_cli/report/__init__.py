@@ -1,1 +1,1 @@
-"""What a run writes and shows: metrics, progress, tables, plots."""
+"""Metrics, progress, tables and plots."""

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl always, TensorBoard, and a progress display on standard error."""
+"""The metrics log of a run, metrics.jsonl, and its copy for TensorBoard."""
 
 import contextlib
 import json
@@ -14,15 +14,15 @@ from slope_cli.utils.files import write_error
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 STEPS = ("train", "transfer")
-"""The kinds of records of which each step has one: of training, with a loss in nats; of transfer, with an mse, the
-mean squared error of a layer's output."""
+"""The kinds of records written once per step: of training, with a loss in nats; of attention transfer, with the mean
+squared error of a layer's output."""
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """All records of a run, in order; a last line that a kill cut short is left out.
 
     Raises:
-        SlopeError: there are none, or a line in the middle is damaged.
+        SlopeError: there is no log, or a line in the middle is damaged.
     """
     path = run / JSONL
     if not path.is_file():
@@ -48,8 +48,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 class MetricsLog:
     """Appends records to RUN/metrics.jsonl, a line each, flushed at once, and mirrors numbers to TensorBoard.
 
-    Opened at a step, it first drops the records beyond it: what a killed run did after its last checkpoint is done
-    again, and each step stays in the log once.
+    It first drops the records after `step`: a resumed run repeats the steps after its last checkpoint.
     """
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
@@ -69,7 +68,7 @@ class MetricsLog:
         """Record `values` of a step, counted from 1, and return the record.
 
         Raises:
-            SlopeError: metrics.jsonl cannot be written. TensorBoard's copy is given up with a warning instead.
+            SlopeError: metrics.jsonl cannot be written. TensorBoard's copy only ends, with a warning.
         """
         record = {"kind": kind, "step": step, **values}
         with self._writing():
@@ -91,12 +90,12 @@ class MetricsLog:
                 self._writer.add_text(f"{kind}/{name}", value, step)
 
     def sync(self) -> None:
-        """Bring what was written to the disk, so that no checkpoint is newer than its log."""
+        """Flush the log to the disk, so that no checkpoint is newer than its log."""
         with self._writing():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        # Each record was flushed when it was written; what a full disk refused then is refused here once more.
+        # Each record was flushed when written; after a failed write, closing fails again.
         with contextlib.suppress(OSError):
             self._file.close()
         if self._writer is not None:

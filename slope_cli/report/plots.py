@@ -9,14 +9,13 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
 
 WINDOW = 20
-"""Steps over which the training loss is smoothed; fewer at the beginning, where the line would lag behind."""
+"""Steps over which the training loss is smoothed; fewer at the beginning, where the curve would lag behind."""
 OPENING = 50
-"""The steep first 1/OPENING of a run does not decide the height of the picture."""
-
+"""The steep first 1/OPENING of a run does not affect the upper limit of the loss axis."""
 MANY = 10
-"""A legend with more names than this would hide the curves."""
+"""A legend with more names than this is drawn beside the curves."""
 MOST_ROWS = 24
-"""The rows of a legend as high as the picture."""
+"""The rows of a legend that is as high as the picture."""
 
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
@@ -25,7 +24,7 @@ _TEACHER: dict[str, Any] = {"linestyle": "-.", "linewidth": 1}
 
 
 def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Draw training and validation loss against tokens; a dotted line marks where adapters joined.
+    """Draw training and validation loss against tokens; a dotted line marks where adapters were added.
 
     Linearized runs also have a line for their teacher, and a second panel with the squared error of attention transfer.
 
@@ -116,7 +115,7 @@ def _of(kind: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first_adapter_step(records: Sequence[dict[str, Any]]) -> int | None:
-    """The step, counted from 1, at which adapters joined; None if no record says so.
+    """The step, counted from 1, at which adapters were added; None if no record says so.
 
     Logs of slope 0.1 have records of the kinds "layers" and "adapters" instead of "phase".
     """
@@ -127,7 +126,7 @@ def _first_adapter_step(records: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple[float, float]:
-    """Draw one run; returns the lowest and the highest loss that the picture should show."""
+    """Draw one run, and return the lowest and the highest loss that should be visible."""
     train, val = _of("train", records), _of("val", records)
     first = [*train, *_of("transfer", records)][0]
     per_step = first["tokens"] / first["step"]

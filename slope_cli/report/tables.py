@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NONE = "–"
 """The cell of a value that does not exist."""
@@ -11,7 +12,7 @@ NONE = "–"
 class Table:
     """A table whose cells are text.
 
-    left: the columns, beside the first, whose cells are words and not numbers.
+    left: the columns, besides the first, that hold text and are aligned left.
     """
 
     title: str
@@ -27,32 +28,39 @@ def rows_in_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def document(title: str, tables: Sequence[Table], *, above: Sequence[str] = (), below: Sequence[str] = ()) -> str:
-    """Tables in Markdown with lines of text above and below them."""
-    parts = [f"# {title}", *above]
-    for table in tables:
-        parts += [f"## {table.title}", *filter(None, [table.note]), rows_in_markdown(table.columns, table.rows)]
-    return "\n\n".join([*parts, *filter(None, ["\n".join(f"* {line}" for line in below)])]) + "\n"
+class Document(NamedTuple):
+    """Tables with lines of text above and below them."""
 
+    title: str
+    tables: Sequence[Table]
+    above: Sequence[str] = ()
+    below: Sequence[str] = ()
 
-def show(title: str, tables: Sequence[Table], *, below: Sequence[str] = ()) -> None:
-    """Print tables and the lines below them to standard output: drawn on a terminal, in Markdown elsewhere."""
-    from rich.console import Console
-    from rich.table import Table as Drawn
+    def markdown(self) -> str:
+        """The whole document in Markdown."""
+        parts = [f"# {self.title}", *self.above]
+        for table in self.tables:
+            parts += [f"## {table.title}", *filter(None, [table.note]), rows_in_markdown(table.columns, table.rows)]
+        return "\n\n".join([*parts, *filter(None, ["\n".join(f"* {line}" for line in self.below)])]) + "\n"
 
-    console = Console()
-    if not console.is_terminal:
-        print(document(title, tables, below=below), end="")
-        return
-    for table in tables:
-        drawn = Drawn(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-        for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if number == 0 or column in table.left else "right")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn, markup=False)
-    for line in below:
-        console.print(line, markup=False, highlight=False)
+    def show(self) -> None:
+        """Print it to standard output: on a terminal the drawn tables and the lines below, elsewhere Markdown."""
+        from rich.console import Console
+        from rich.table import Table as Drawn
+
+        console = Console()
+        if not console.is_terminal:
+            print(self.markdown(), end="")
+            return
+        for table in self.tables:
+            drawn = Drawn(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
+            for number, column in enumerate(table.columns):
+                drawn.add_column(column, justify="left" if number == 0 or column in table.left else "right")
+            for row in table.rows:
+                drawn.add_row(*row)
+            console.print(drawn, markup=False)
+        for line in self.below:
+            console.print(line, markup=False, highlight=False)
 
 
 def number(value: float | None, form: str = ".2f") -> str:

@@ -1,4 +1,4 @@
-"""The batches of a run on its device: of each step, of validation, and of the choice of masks by inputs."""
+"""The batches of a run on its device: for each step, for validation, and for calibrating masks."""
 
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ class Batches:
         self._prefetcher = Prefetcher(self._of_step, config.train.steps)
 
     def of_step(self, step: int) -> list[Tensors]:
-        """The micro-batches of a step, counted from 0; those of the next one are made while it runs."""
+        """The micro-batches of a step, counted from 0; the next step's are prepared while it runs."""
         return [self._to_device(batch) for batch in self._prefetcher(step)]
 
     def _of_step(self, step: int) -> list[Batch]:
@@ -76,7 +76,7 @@ class Batches:
         model.train()
 
     def close(self) -> None:
-        """End the thread that makes batches ahead."""
+        """Stop the prefetching thread."""
         self._prefetcher.close()
 
     def _to_device(self, batch: Batch) -> Tensors:

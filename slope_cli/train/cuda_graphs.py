@@ -13,7 +13,7 @@ from slope_cli.train.step import MaskUpdate, Step, StepOutput
 from sparse_kernels import backends, mask_buffers, prepare, refresh
 
 WARM_UP = 3
-"""Forward and backward passes before a capture: libraries make their handles and choose their algorithms in them."""
+"""Forward and backward passes before a capture: libraries create handles and choose algorithms in them."""
 
 
 class GraphedStep:
@@ -21,7 +21,7 @@ class GraphedStep:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        step.cache_casts = False  # a graph must hold the casts of the weights, not find them made before
+        step.cache_casts = False  # the graphs must contain the casts of the weights
         self._graphs: _Graphs | None = None
 
     @property
@@ -32,7 +32,7 @@ class GraphedStep:
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step; as `Step`."""
         if self._graphs is None:
-            # A resumed run captures in another step than the run that it repeats, and must draw the same afterwards.
+            # A resumed run captures at another step than the original run, and must draw the same numbers afterwards.
             with torch.random.fork_rng(devices=[self.step.model.device]):
                 self._graphs = _Graphs(self.step, batches)
         losses, norm = self._graphs.gradients(batches)
@@ -46,10 +46,10 @@ class GraphedStep:
 
 
 class _Graphs:
-    """The first micro-batch, a further one, the norm, the update; then the sparse layers' packed weights from the new
-    values, or the update of the masks, which brings them along.
+    """Graphs of the first micro-batch, a further one, the norm, and the update; then of the refresh of packed weights,
+    or of the mask update, which includes it.
 
-    The first writes the gradients, the further ones add to them, so none has to be cleared. The host looks at loss and
+    The first writes the gradients, the further ones add to them, so none has to be cleared. The host reads loss and
     norm between the norm's graph and the update's.
     """
 
@@ -68,7 +68,7 @@ class _Graphs:
             step.norm()
             step.optimizer.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(stream)
-        refresh(step.model)  # what one launch for all layers reads is made here, which a capture cannot
+        refresh(step.model)  # allocates the argument table of the launch for all layers, which a capture cannot
         self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
         self._first, self._first_losses = self._capture(backward)
         if count > 1:
@@ -105,16 +105,16 @@ class _Graphs:
         return losses, self._norm_value
 
     def update(self, mask_update: MaskUpdate | None) -> None:
-        """Update by the gradient of `gradients`; then the masks, if they are to be, and the packed weights."""
+        """Update by the gradient of `gradients`; then the masks, if `mask_update` is given, and the packed weights."""
         self._update()
         if mask_update is None:
             if self._refresh is not None:
                 self._refresh.replay()
         elif mask_update.backward == "random":  # another seed each time
             self._step.update_masks(mask_update)
-        elif self._mask_update is None:  # made in the first one, which makes what a capture cannot
+        elif self._mask_update is None:  # the first one runs eagerly: it allocates what a capture cannot
             self._step.update_masks(mask_update)
             self._mask_update, _ = self._capture(functools.partial(self._step.update_masks, mask_update))
         else:
             self._mask_update.replay()
-            torch.autograd.graph.increment_version(mask_buffers(self._step.model))  # a replay counts none
+            torch.autograd.graph.increment_version(mask_buffers(self._step.model))  # a replay does not count

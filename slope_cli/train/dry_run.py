@@ -1,4 +1,4 @@
-"""`--dry-run`: what would be trained, without a GPU, without data, without memory for it; nothing is written."""
+"""`--dry-run`: describe a run without GPU, data, or memory for its weights; nothing is written."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ Row = tuple[str, str]
 
 
 def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """What a run would be: as a record for JSON, and as lines of YAML that can be loaded back, all else comments.
+    """Describe a run: a record for JSON, and lines of YAML that can be loaded back, with the rest as comments.
 
     Raises:
         UsageError: the config's parts do not fit together.
@@ -50,8 +50,8 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
 def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
     """The model of a run on the meta device, as it is before its first phase.
 
-    Of a model.init that is linearized, a run says which layers are sparse and have adapters, and a folder of
-    transformers no more than their shapes.
+    If model.init is to be linearized, a run's config tells which layers are sparse and have adapters; of a transformers
+    folder only the shapes are known.
 
     Args:
         run: its folder, if it has begun.
@@ -61,20 +61,20 @@ def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
     model = build_model(init.run_shape(config), device="meta")
     if phases_of(config).end.linearized and (base := _base_run(config)) is not None:
         end = phases_of(base).end
-        # As where it is linearized: layers under a mask become sparse ones, and those that lost theirs dense ones.
+        # As in linearizing: masked layers become sparse, unmasked ones dense.
         layers = {"masked": Layers("sparse"), "unmasked": DENSE}.get(end.layers.kind, end.layers)
         apply(model, base, replace(end, layers=layers))
     return model
 
 
 def _base_run(config: Config) -> Config | None:
-    """The config of the run that is linearized; None if it is a folder of transformers, or not said."""
+    """The config of the run that is linearized; None for a transformers folder, or without model.init."""
     folder = None if config.model.init is None else Path(config.model.init).expanduser()
     return run_folder.open_config(folder) if folder is not None and run_folder.is_run(folder) else None
 
 
 def _layers(report: ModelReport | None) -> list[str]:
-    """The layer table in the model's order: neighbouring blocks whose layer is alike share a line."""
+    """The layer table in the model's order: consecutive blocks with equal layers share a line."""
     if report is None:
         return ["linear layers: all dense"]
     by_name: dict[str, list[tuple[int, LayerReport]]] = {}
@@ -86,24 +86,24 @@ def _layers(report: ModelReport | None) -> list[str]:
         f"{len(report.swapped)} of {len(report.layers)} linear layers are {report.pattern} sparse",
         f"{'layer':52}{'blocks':>9}{'out':>8}{'in':>8}  becomes",
     ]
-    for name, found in by_name.items():
-        for blocks, layer in _alike(found):
+    for name, layers in by_name.items():
+        for blocks, layer in _equal_blocks(layers):
             became = f"dense: {layer.reason}" if layer.reason else f"sparse {layer.n}:{layer.m}"
             lines.append(f"{name:52}{blocks:>9}{layer.out_features:>8}{layer.in_features:>8}  {became}")
     return lines
 
 
-def _alike(found: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:
+def _equal_blocks(layers: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[str, LayerReport]]:
     """Runs of consecutive blocks with equal layers, as "0-63", "0", or "" outside the blocks."""
 
-    def kind(place: int) -> tuple[object, ...]:
-        block, layer = found[place]
-        return block - place, layer.out_features, layer.in_features, layer.reason, layer.n, layer.m
+    def kind(index: int) -> tuple[object, ...]:
+        block, layer = layers[index]
+        return block - index, layer.out_features, layer.in_features, layer.reason, layer.n, layer.m
 
-    for _, group in groupby(range(len(found)), key=kind):
-        places = list(group)
-        first, last = found[places[0]][0], found[places[-1]][0]
-        yield "" if first < 0 else str(first) if first == last else f"{first}-{last}", found[places[0]][1]
+    for _, group in groupby(range(len(layers)), key=kind):
+        indices = list(group)
+        (first, layer), (last, _) = layers[indices[0]], layers[indices[-1]]
+        yield "" if first < 0 else str(first) if first == last else f"{first}-{last}", layer
 
 
 def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The model that a run begins with: new, of model.init, or that one linearized."""
+"""The model that a run starts from: new, loaded from model.init, or that one linearized."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def start(
     tokenizer: PreTrainedTokenizerFast,
     calibrate: Calibrate,
 ) -> PreTrainedModel:
-    """The model of a run in its first phase, before its first step; of one that linearizes it writes base.json, base/.
+    """The model of a run in its first phase, before its first step; writes base.json and base/ if it linearizes.
 
     Args:
         tokenizer: of the run's data.
@@ -48,7 +48,7 @@ def start(
     first = phases_of(config).at(0)
     if first.linearized:
         _keep_base(config, run, tokenizer)
-        # Built anew and read back: the memory of what was loaded is free by now, so it never holds the model twice.
+        # Rebuilt and read back: the loaded model is freed by now, so memory never holds it twice.
         model, now = base_model.read(run, device), UNTOUCHED
     else:
         model, now = _start_from_init(config, device, first)
@@ -68,11 +68,11 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
         return base_model.build(run, "meta").config
     init = _linearized_folder(config)
     load.require_softmax(init)
-    found = load.shape_of(init)
+    shape = load.shape_of(init)
     with _named_init(init):
-        shapes.family_of(found)
-    found._attn_implementation = "sdpa"
-    return found
+        shapes.family_of(shape)
+    shape._attn_implementation = "sdpa"
+    return shape
 
 
 # -------------------------------------------------------------------------------------------------- weights of a model
@@ -89,9 +89,9 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if initial is None:
         return model, UNTOUCHED
-    now, found = UNTOUCHED, dict(sparse_layers(initial))
-    if found and first.layers.kind == "sparse":  # a sparse run goes on with the masks of a sparse one
-        had_adapters = any(layer.adapter is not None for layer in found.values())
+    now, sparse = UNTOUCHED, dict(sparse_layers(initial))
+    if sparse and first.layers.kind == "sparse":  # a sparse run keeps the masks of a sparse model
+        had_adapters = any(layer.adapter is not None for layer in sparse.values())
         now = Phase(0, Layers("sparse"), adapters=had_adapters and first.adapters)
         apply(model, config, now)
     else:
@@ -101,7 +101,7 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
 
 
 def begins_with(init: str, model: PreTrainedModel) -> str:
-    """What is known of a model.init without its weights: "" if it may be begun with, else what it still lacks.
+    """Check model.init without its weights: "" if a run can start from it, else what it still lacks.
 
     Args:
         model: the run's own, dense; it may lie on the meta device.
@@ -136,12 +136,12 @@ def _take_over(model: PreTrainedModel, initial: PreTrainedModel, config: Config)
     theirs = dict(sparse_layers(initial))
     for name, layer in sparse_layers(model):
         if layer.adapter is not None and (adapter := theirs[name].adapter) is not None:
-            with torch.no_grad():  # B carries what the scales differ by, so that the model is the same function
+            with torch.no_grad():  # B absorbs the ratio of the scalings, so that the function stays the same
                 layer.adapter.lora_B.mul_(adapter.scaling / layer.adapter.scaling)
 
 
 def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init: str) -> None:
-    """UsageError if two models hold other tensors."""
+    """UsageError if the tensors of two models differ in name or shape."""
     own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
     if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
         if all(".adapter." in name for name in wrong):
@@ -156,12 +156,12 @@ def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init:
 
 
 def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None = None) -> list[str]:
-    """KEY=VALUE words for linearizing a run or a folder: its shape, its data, and sequences as long and as many as it
-    had, unless the recipe says how many or how long.
+    """The overrides for linearizing a run or a folder: its shape, its data, and its sequence length and batch size
+    unless the recipe sets them.
 
     Args:
-        run: what is to be trained. If it exists and began with `init`, the words are those it began with, though `init`
-            may be gone, or spelled otherwise.
+        run: the folder to train in. If it exists and started from `init`, the overrides are those it started with:
+            `init` may be gone by now, or spelled differently.
 
     Raises:
         UsageError: neither a run nor a model folder.
@@ -175,9 +175,9 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
         path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
     else:
         path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
-    said = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
-    length, sequences = said.get("seq_len", length), said.get("micro_batch", sequences)
-    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | said
+    train = (yaml.safe_load(configs.recipe_text(recipe)) or {}).get("train") or {}
+    length, sequences = train.get("seq_len", length), train.get("micro_batch", sequences)
+    sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | train
     return _overrides(str(init), path, sizes)
 
 
@@ -188,18 +188,18 @@ def _began_with(begun: Config, init: Path) -> bool:
 
 
 def _overrides(init: str, path: str | None, sizes: Mapping[str, int]) -> list[str]:
-    words = [f"model.name={INIT}", f"model.init={json.dumps(init)}"]
-    words += [f"data.path={json.dumps(path)}"] * (path is not None)
-    return words + [f"train.{name}={sizes[name]}" for name in SIZES]
+    model = [f"model.name={INIT}", f"model.init={json.dumps(init)}"]
+    data = [] if path is None else [f"data.path={json.dumps(path)}"]
+    return [*model, *data, *(f"train.{name}={sizes[name]}" for name in SIZES)]
 
 
 def _positions(folder: Path) -> int:
-    found = load.shape_of(folder)
-    return found.max_position_embeddings if found.model_type in shapes.FAMILIES else LONGEST
+    shape = load.shape_of(folder)
+    return shape.max_position_embeddings if shape.model_type in shapes.FAMILIES else LONGEST
 
 
 def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """The model that a run linearizes, in evaluation mode and frozen. A tensor that `model` froze is one in both."""
+    """The model that a run linearizes, in evaluation mode and frozen. It shares the tensors that `model` has frozen."""
     teacher = base_model.read(run, "cpu")  # so that the device never holds the model twice
     own = model.state_dict(keep_vars=True)
     for name, tensor in teacher.state_dict(keep_vars=True).items():
@@ -210,23 +210,23 @@ def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | st
 
 def _keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model of model.init and its description to a run's folder."""
-    found = _to_linearize(config)
-    _check_base(config, found, tokenizer)
-    trial = base_model.rebuild(base_model.describe(found.model), "meta")
-    apply(trial, config, phases_of(config).end)  # what does not fit shows before the write
-    base_model.write(run, found.model, dropout=config.model.dropout)
+    loaded = _to_linearize(config)
+    _check_base(config, loaded, tokenizer)
+    trial = base_model.rebuild(base_model.describe(loaded.model), "meta")
+    apply(trial, config, phases_of(config).end)  # raises before anything is written
+    base_model.write(run, loaded.model, dropout=config.model.dropout)
 
 
 def _to_linearize(config: Config) -> Loaded:
     """The model of model.init on the CPU, its pruned layers sparse layers."""
     init = _linearized_folder(config)
     load.require_softmax(init)
-    found = load_model(init)
-    shapes.family_of(found.model.config)
-    if any(True for _ in masked_layers(found.model)):
-        to_dense(found.model)
-        hf_folder.find_sparse_layers(found.model)
-    return found
+    loaded = load_model(init)
+    shapes.family_of(loaded.model.config)
+    if any(True for _ in masked_layers(loaded.model)):
+        to_dense(loaded.model)
+        hf_folder.find_sparse_layers(loaded.model)
+    return loaded
 
 
 def _linearized_folder(config: Config) -> Path:
@@ -235,9 +235,9 @@ def _linearized_folder(config: Config) -> Path:
     return Path(config.model.init).expanduser()
 
 
-def _check_base(config: Config, found: Loaded, tokenizer: PreTrainedTokenizerFast) -> None:
-    """UsageError if a model is not what the configuration and the data say."""
-    init, own = config.model.init, found.model.config
+def _check_base(config: Config, loaded: Loaded, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UsageError if a model does not match the configuration and the data."""
+    init, own = config.model.init, loaded.model.config
     if config.model.name == INIT:
         if config.model.overrides:
             key = next(iter(config.model.overrides))
@@ -250,4 +250,4 @@ def _check_base(config: Config, found: Loaded, tokenizer: PreTrainedTokenizerFas
                 raise UsageError(f"model.init={init}: is no {config.model.name}: {key} is {there} there, not {here}")
     if (positions := own.max_position_embeddings) < config.train.seq_len:
         raise UsageError(f"train.seq_len={config.train.seq_len}: {init} has only {positions} positions")
-    require_same_tokens(f"data.path={config.data.path}", tokenizer, str(init), found.tokenizer)
+    require_same_tokens(f"data.path={config.data.path}", tokenizer, str(init), loaded.tokenizer)

@@ -22,30 +22,37 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class TransferStep(Step):
     """Takes the steps of attention transfer.
 
-    The layers' losses share no gradient, so one optimizer over all maps is as many optimizers as there are layers, if
-    only each layer's gradient is clipped by itself: one layer that is far off must not slow the others down. The
-    learning rate follows the run's schedule down to its end, where LoLCATs' code watches validation and keeps the best
-    state: no state is chosen here, so a run has one course, and the last state is the one that it was made for.
+    The layers' losses share no gradient, so one optimizer over all maps acts as one per layer, as long as each layer's
+    gradient is clipped by itself: a layer with a large loss must not slow the others down. The learning rate follows
+    the run's schedule and the last state is kept; LoLCATs' code keeps the state with the best validation instead.
     """
 
     def __init__(
-        self, *args: Any, mse_weight: float, entropy_weight: float, compiled: bool = False, **how: Any
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        dtype: torch.dtype | None,
+        clip: float,
+        mse_weight: float,
+        entropy_weight: float,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
-            args, how: as `Step`; the norm that is clipped is that of a layer's gradient.
+            clip: largest norm of each layer's gradient, 0 for no clipping. It and the others are `Step`'s.
             mse_weight, entropy_weight: see `transfer_losses`.
             compiled: compile each layer's loss, and each transformer block before and after it.
         """
-        super().__init__(*args, compiled=compiled, **how)
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
 
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step.
 
         Args:
-            batches: a micro-batch each, tensors on the model's device; labels are not looked at.
-            mask_update: not looked at; no mask changes here.
+            batches: a micro-batch each, tensors on the model's device; labels are ignored.
+            mask_update: ignored; no mask changes here.
 
         Raises:
             SlopeError: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
@@ -55,7 +62,7 @@ class TransferStep(Step):
             sums = sums + self._backward(batch, 1 / len(batches))
         layers = linear_windows(self.model)
         norms_L = torch.stack([_norm(linear) for linear in layers.values()])
-        # The one time that the host waits in a step.
+        # The only time that the host waits in a step.
         table = torch.cat([sums, norms_L[None].to(sums)]).tolist()
         for name, *values in zip(layers, *table, strict=True):
             if not all(map(math.isfinite, values)):
@@ -71,7 +78,7 @@ class TransferStep(Step):
         return StepOutput(sum(errors) / len(layers), sum(totals) / len(layers), math.hypot(*norms), by_layer)
 
     def _backward(self, batch: Batch, scale: float) -> Tensor:
-        """Add one micro-batch's gradients; its share of (total, mse) of each layer, (2, layers)."""
+        """Add one micro-batch's gradients; returns its share of (total, mse) of each layer, (2, layers)."""
         inputs = {key: batch[key] for key in INPUTS if key in batch}
         with self.autocast():
             losses = transfer_losses(
@@ -88,21 +95,30 @@ class TransferStep(Step):
 class DistillStep(Step):
     """Takes steps that learn from a teacher: (1 - share) · cross-entropy + share · KL(teacher || student)."""
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, share: float, compiled: bool = False, **how: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        dtype: torch.dtype | None,
+        clip: float,
+        teacher: PreTrainedModel,
+        share: float,
+        compiled: bool = False,
+    ) -> None:
         """
         Args:
-            args, how: as `Step`.
             teacher: a model of the same vocabulary, in evaluation mode.
-            share: between 0 and 1.
+            share: between 0 and 1. The others are `Step`'s.
         """
-        super().__init__(*args, compiled=compiled, **how)
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled)
         self.teacher, self.share, self.kl_divergence = teacher, share, kl_divergence
         if compiled:
             self.kl_divergence = torch.compile(kl_divergence, dynamic=False)
             compile_blocks(teacher)
 
     def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
-        """The pretraining loss of one micro-batch, and what is optimised of its tokens: their mean."""
+        """The pretraining loss of one micro-batch, and the mixed loss to optimise."""
         with torch.no_grad():
             teacher_BTV = forward(self.teacher, batch).logits
         output = forward(self.model, batch)

@@ -57,11 +57,11 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
 
     Args:
         fresh: fail if the folder contains a run.
-        stop: one that is open already, so that it knows of signals that came before; else one is opened here.
+        stop: an open flag, which may have caught earlier signals; by default one is opened here.
 
     Returns:
-        The last validation record, with `bigram_loss` where the vocabulary is small; of a run that linearizes with the
-        perplexities of its `teacher`, and as `swapped` of itself before its first step.
+        The last validation record, with `bigram_loss` if the vocabulary is small; for a run that linearizes also the
+        perplexities of the `teacher`, and of the model before its first step as `swapped`.
 
     Raises:
         UsageError: the config does not fit the data, the machine, or what is in the folder.
@@ -82,7 +82,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
 
 @contextlib.contextmanager
 def _own_precision() -> Iterator[None]:
-    """Within it, the precision of float32 products may be set; afterwards the process has its own again."""
+    """Restore the process's float32 matmul precision at the end."""
     before = torch.get_float32_matmul_precision()
     try:
         yield
@@ -91,7 +91,7 @@ def _own_precision() -> Iterator[None]:
 
 
 class Trainer:
-    """Trains the model of one run, from its newest sound checkpoint on if there is one.
+    """Trains the model of one run, resuming from its newest sound checkpoint if there is one.
 
     Attributes:
         step: the finished steps.
@@ -99,7 +99,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: Path, device: torch.device, stop: StopFlag | None = None) -> None:
-        """Bring together everything that a step needs, and check that it fits together; raises as `pretrain`."""
+        """Set up everything that a step needs, and check that it fits together; raises as `pretrain`."""
         self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
         _set_up_torch(config, device)
         self.dataset = open_data(config, run, stop)
@@ -113,21 +113,24 @@ class Trainer:
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
-        self.model = self._open_model(checkpoint)
-        print(report or self._unreported(), file=sys.stderr)
+        if checkpoint is None:
+            self.model = init.start(config, run, device, tokenizer=self.tokenizer, calibrate=self.batches.calibrate)
+        else:
+            self.model = load.build(config, run, device, self.phase)
+        print(report or self._unswapped_line(), file=sys.stderr)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
             save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER)
         else:
             self._restore(checkpoint)
         self.take_step = self._make_step()
-        run_folder.write_config(run, config)  # not before everything has turned out to fit
+        run_folder.write_config(run, config)  # only after all checks
         print(self._start_line(), file=sys.stderr)
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
     def fit(self, stop: StopFlag) -> None:
-        """Take the steps up to the last; after each, if `stop` is set, save a checkpoint and raise Stopped."""
+        """Train to the last step; once `stop` is set, save a checkpoint after the current step and raise Stopped."""
         log_config, steps = self.config.log, self.config.train.steps
         log = metrics.MetricsLog(self.run, self.step, tensorboard=log_config.tensorboard and self.step < steps)
         progress = Progress(steps, self.step, every=log_config.every)
@@ -135,13 +138,13 @@ class Trainer:
             self.model.train()
             if self.phase.linearized and self.step == 0:
                 self._log_references(log, progress)
-            began = True
+            phase_begins = True
             while self.step < steps:
                 if (to := self.phases.at(self.step)) != self.phase:
                     self._log_phase(self.enter(to), log, progress)
-                    began = True
-                self._log_step(log, progress, note_kernels=began)
-                began = False
+                    phase_begins = True
+                self._log_step(log, progress, note_kernels=phase_begins)
+                phase_begins = False
                 self._evaluate(log, progress)
                 stopped_by = "" if self.step == steps else stop.name  # read once: a later signal is for the next step
                 if self.step == steps or stopped_by or _due(self.step, log_config.save_every):
@@ -152,10 +155,10 @@ class Trainer:
                     raise Stopped(f"{done}; run the same command to resume")
 
     def enter(self, to: Phase) -> dict[str, Any]:
-        """Bring model and optimizer into a later phase, and return what is to be logged of it."""
+        """Move model and optimizer into a later phase, and return its log record."""
         apply(self.model, self.config, to, was=self.phase, optimizer=self.optimizer, calibrate=self.batches.calibrate)
         self.phase = to
-        self.take_step = self._make_step()  # what was compiled knows nothing of this
+        self.take_step = self._make_step()  # compiled code belongs to the old phase
         adapters = [p for adapter in adapters_of(self.model).values() for p in adapter.parameters()]
         return {
             "name": to.name,
@@ -167,10 +170,10 @@ class Trainer:
         }
 
     def train_step(self) -> tuple[StepOutput, float]:
-        """Take the next step, its update and that of the masks if it is due.
+        """Take the next step, and update the masks if due.
 
         Returns:
-            What the step had before its update, and its learning rate.
+            The step's output and its learning rate.
         """
         step, seed = self.step, self.config.train.seed
         lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
@@ -185,13 +188,13 @@ class Trainer:
         return output, lr
 
     def _log_phase(self, changes: dict[str, Any], log: metrics.MetricsLog, progress: Progress) -> None:
-        # As of the first step in the phase: a checkpoint between it and the last one before must not keep the record.
+        # Logged under the phase's first step, so that resuming from a checkpoint before it drops the record.
         log.write("phase", self.step + 1, **changes)
         count = f"{changes['trained_parameters']:,} trained parameters, {changes['adapter_parameters']:,} in adapters"
         progress.say(f"step {self.step + 1}: from here on {changes['name']}: {count}")
 
     def _log_step(self, log: metrics.MetricsLog, progress: Progress, *, note_kernels: bool) -> None:
-        """Take a step and log it; note_kernels: also how many of the sparse layers' products run as what."""
+        """Take a step and log it; note_kernels: also which kernels run the sparse layers' products."""
         started = time.perf_counter()
         output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
@@ -205,14 +208,14 @@ class Trainer:
         progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
     def _make_step(self) -> Step | GraphedStep:
-        """How this run takes its steps of the present phase on this device."""
+        """What takes the steps of the present phase on this device."""
         config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
         if train.cuda_graph is True and not gpu:
             raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {self.device}")
         dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and gpu) else None
         if self.phase.linearized and gpu and dtype is not None:
-            # Linearized attention computes in float32, of q, k and v that come in 16 bits. TF32 holds these exactly,
-            # and features and states to 10 bits, as bf16's products would not.
+            # Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features
+            # and states to 10 bits, which bf16 would not.
             torch.set_float32_matmul_precision("high")
         compiled = gpu if train.compile == "auto" else bool(train.compile)
         how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}
@@ -230,7 +233,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- validation, samples, saving
 
     def _evaluate(self, log: metrics.MetricsLog, progress: Progress) -> None:
-        """Validate and sample where it is due after a step, and at the end; and validate at the end of a transfer."""
+        """Validate and sample if due after this step, and at the end; validate at the end of a transfer, too."""
         config, step = self.config.log, self.step
         last = step == self.config.train.steps
         transferred = self.phase.step == "transfer" and self.phases.at(step) != self.phase
@@ -269,7 +272,7 @@ class Trainer:
             progress.say(_validation_line(kind, record))
 
     def _save(self, progress: Progress, *, must: bool) -> None:
-        """Save a checkpoint; a failure in the middle of a run is shown and training goes on."""
+        """Save a checkpoint; unless it `must` be saved, a failure is only reported and training continues."""
         metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
@@ -279,14 +282,14 @@ class Trainer:
         except SlopeError as error:
             if must:
                 raise
-            progress.say(f"warning: {error}; training goes on")
+            progress.say(f"warning: {error}; training continues")
         else:
             progress.say(f"step {self.step}: saved {folder}")
 
     # ---------------------------------------------------------------------------------------------------- the beginning
 
     def _find_checkpoint(self) -> store.Checkpoint | None:
-        """The newest sound checkpoint of the run, which must be of this data and this configuration."""
+        """The newest sound checkpoint of the run, checked against this data and this configuration."""
         checkpoint = store.latest(self.run)
         if checkpoint is None:
             return None
@@ -297,16 +300,8 @@ class Trainer:
         run_folder.require_same_config(self.config, self.run, checkpoint.manifest)
         return checkpoint
 
-    def _open_model(self, checkpoint: store.Checkpoint | None) -> PreTrainedModel:
-        """The model in the present phase, with weights unless a checkpoint has them."""
-        config = self.config
-        if checkpoint is not None:
-            return load.build(config, self.run, self.device, self.phase)
-        calibrate = self.batches.calibrate
-        return init.start(config, self.run, self.device, tokenizer=self.tokenizer, calibrate=calibrate)
-
-    def _unreported(self) -> str:
-        """What a run says of its layers if it makes none sparse."""
+    def _unswapped_line(self) -> str:
+        """The line about the layers of a run that makes none sparse."""
         if windows := linear_windows(self.model):
             sparse = sum(1 for _ in sparse_layers(self.model))
             return (
@@ -315,7 +310,7 @@ class Trainer:
         return "dense run: no layer is sparse"
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
-        # Another version of transformers may write other files, and the first ones are what the checkpoint names.
+        # Only if needed: another version of transformers may write other files than those the checkpoint names.
         if run_folder.altered_tokenizer_files(self.run, checkpoint.manifest):
             save_tokenizer(self.tokenizer, self.run / run_folder.TOKENIZER)
         store.restore(checkpoint.folder, self.model, self.optimizer)
@@ -330,7 +325,7 @@ class Trainer:
         return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
 
     def _check_evaluation(self, shape: PreTrainedConfig) -> None:
-        """UsageError for what validation and sampling would only stumble over later: no text, no prompt."""
+        """UsageError, before training, for missing validation text or a sample prompt that does not fit."""
         if not any(True for source in self.dataset.val for _ in self.batches.validation(source)):
             raise UsageError(f"{self.dataset.folder}: has no validation text, {NO_VALIDATION}")
         if self.objective == "causal":
@@ -341,7 +336,7 @@ class Trainer:
 
 
 def _set_up_torch(config: Config, device: torch.device) -> None:
-    """Deterministic kernels if they are wanted; UsageError for a backend that this machine does not have."""
+    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -353,9 +348,10 @@ def _set_up_torch(config: Config, device: torch.device) -> None:
 
 
 def open_data(config: Config, run: Path, stop: StopFlag | None = None) -> Dataset:
-    """The data set of a run; the embedded text is made into token files inside the run's folder.
+    """The data set of a run; the embedded text is tokenized into the run's folder.
 
-    Stopped if `stop` is set while they are made.
+    Raises:
+        Stopped: `stop` was set meanwhile.
     """
     folder = run_folder.data_folder(config, run)
     if config.data.path != schema.EMBEDDED or (folder / MANIFEST).exists():
@@ -365,7 +361,7 @@ def open_data(config: Config, run: Path, stop: StopFlag | None = None) -> Datase
 
 
 def _summary(t: Trainer) -> dict[str, Any]:
-    """Draw the run's plot and collect what is worth printing of it."""
+    """Plot the run and collect the results to print."""
     records = metrics.read(t.run)
     plots.draw_loss([t.run], t.run / "loss")
     summary = dict([record for record in records if record["kind"] == "val"][-1])
@@ -379,7 +375,7 @@ def _summary(t: Trainer) -> dict[str, Any]:
 
 
 def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
-    """What `pretrain` returned of a run, for the terminal."""
+    """The summary that `pretrain` returned, for the terminal."""
     lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
     if "teacher" in summary:
         ratio = summary["perplexity"] / summary["teacher"] - 1
@@ -395,7 +391,7 @@ def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
 
 
 def _kernels(model: PreTrainedModel) -> dict[str, int]:
-    """On a GPU, how many of the sparse layers' two products run as what: the kernel library's, or cuBLAS's dense."""
+    """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
     choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
     counts = {"cusparselt": sum(choice.sparse for choice in choices)}
     return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}

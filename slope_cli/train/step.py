@@ -22,11 +22,11 @@ from sparse_kernels import update_masks
 
 
 class StepOutput(NamedTuple):
-    """What a step had before its update: means over its tokens, and the norm of the gradient before clipping.
+    """The numbers of a step before its update: means over its tokens, and the gradient norm before clipping.
 
     loss: the cross-entropy in nats of the predicted tokens, as in validation; in attention transfer the squared error
-    of attention's output, the mean over layers. total: what was optimised, which may have BERT's next-sentence loss in
-    it, or a teacher's predictions. layers: in attention transfer the squared error of each, by the attention module's
+    of attention's output, the mean over layers. total: what was optimised, which may include BERT's next-sentence loss
+    or a distillation loss. layers: in attention transfer the squared error of each layer, by the attention module's
     name.
     """
 
@@ -50,7 +50,7 @@ class StepOutput(NamedTuple):
 
 
 class MaskUpdate(NamedTuple):
-    """How the masks that may change in training are chosen again after a step's update.
+    """How masks are updated after a step.
 
     backward, seed: of sparse layers' W^{R,C}; see `sparse_kernels.update_masks`.
     """
@@ -60,7 +60,7 @@ class MaskUpdate(NamedTuple):
 
 
 class Step:
-    """Takes the steps of one model and optimizer. Make a new one when parameters join."""
+    """Takes the steps of one model and optimizer. Make a new one when parameters are added."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Step:
 
         Args:
             batches: a micro-batch each, tensors on the model's device.
-            mask_update: after the update, if there is to be one.
+            mask_update: made after the weights' update; None for none.
 
         Raises:
             SlopeError: loss or gradient is not finite; names the layer. Nothing was updated.
@@ -108,18 +108,18 @@ class Step:
         return output
 
     def targets(self, batches: Sequence[Batch]) -> Tensor | None:
-        """How many tokens the micro-batches predict together, () int64; None where each predicts as many."""
+        """How many tokens the micro-batches predict together, () int64; None if all predict equally many."""
         if len(batches) == 1 or shapes.objective(self.model.config) == "causal":
             return None
         return torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum().clamp(min=1)
 
     def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
-        """The pretraining loss of one micro-batch, and what is optimised of its tokens: their mean."""
+        """The pretraining loss of one micro-batch, and the token loss to optimise."""
         loss = loss_fn(forward(self.model, batch), batch, self.cross_entropy)
         return loss, loss.token_loss
 
     def backward(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:
-        """Add the gradient of one of `count` micro-batches; its share of (loss, total), detached, on the device.
+        """Add the gradient of one of `count` micro-batches; returns its share of (loss, total), detached, on device.
 
         Args:
             targets: as `targets` returns it. A micro-batch counts by its share of them.
@@ -161,7 +161,7 @@ class Step:
 
     def check(self, losses: Tensor, norm: Tensor, batches: Sequence[Batch]) -> StepOutput:
         """A step's output from (loss, total) and the norm on the device; raises as a step does."""
-        # The one time that the host waits in a step: the update runs while it makes the next batch.
+        # The only time that the host waits in a step: the update runs while the host prepares the next batch.
         output = StepOutput(*torch.cat([losses.float(), norm.float().reshape(1)]).tolist())
         if not math.isfinite(output.total):
             raise SlopeError(self._blame_forward(batches))
@@ -205,7 +205,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Where compiled blocks run uncompiled: for inputs of many shapes, which would each be compiled anew."""
+    """Run compiled blocks uncompiled: for inputs of many shapes, each of which would be compiled again."""
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 

@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "slope": slope_cli.__version__,
         "source": source_version(),
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := package_version(name))},
+        **{name: number for name in PACKAGES if (number := package_version(name))},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -99,7 +99,7 @@ def git_commit(package: Path) -> str | None:
     """The commit that a folder of this program is checked out at; None if git does not know its files."""
     git = ["git", "-C", str(package)]
     try:
-        # An environment inside another project's checkout lies in a repository that is not this program's.
+        # A virtual environment inside another project's checkout is in a repository that is not this program's.
         known = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, timeout=10)
         if known.returncode:
             return None
@@ -128,13 +128,13 @@ def gpu_libraries() -> dict[str, str | None]:
     """Driver, CuPy and cuSPARSELt of this machine, for the head of a result; None for what is missing."""
     from sparse_kernels import cusparselt
 
-    found = {"driver": driver(), "cupy": cupy_version(), "cusparselt": None, "cusparselt_file": None}
+    versions = {"driver": driver(), "cupy": cupy_version(), "cusparselt": None, "cusparselt_file": None}
     try:
         library = cusparselt.library()
     except cusparselt.CuSparseLtError:
-        return found
+        return versions
     file = library.path.rpartition("site-packages/")[2]  # do not leak local paths
-    return {**found, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
+    return {**versions, "cusparselt": ".".join(map(str, library.version)), "cusparselt_file": file}
 
 
 def driver() -> str | None:

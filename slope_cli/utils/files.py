@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, JSON that carries its checksum, folders that one process holds."""
+"""Files and folders that are whole or absent, JSON that carries its checksum, folders locked by one process."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from slope_cli.errors import SlopeError, UsageError
 
 LOCK = ".lock"
-"""The file in a folder whose lock says that a process is at work in it."""
+"""The file in a folder that a process locks while it works there."""
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def write_error(path: Path, error: OSError) -> Exception:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's list of names, to the disk. A rename is only safe after both."""
+    """Flush a file's bytes, or a folder's list of names, to the disk. A rename is only safe after both."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -129,7 +129,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; it is let go however the process ends.
+    """Lock a folder for this process; the lock is released however the process ends.
 
     UsageError if another process holds it, or it cannot be written.
     """
@@ -143,13 +143,13 @@ def held_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UsageError(f"{folder}: another process is at work in it") from error
         except OSError:
-            pass  # a file system without locks: to start only one process in a folder is then up to the user
+            pass  # a file system without locks: the user must start only one process in a folder
         yield
 
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) -> Iterator[None]:
-    """Make a folder, or take up one of the same purpose, and hold it for this process.
+    """Make a folder, or reuse one of the same purpose, and lock it for this process.
 
     Args:
         what: the purpose, for errors: "run", say.

@@ -33,6 +33,6 @@ def _value(hint: Any, value: Any) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (list, tuple):
         return origin(_value(parts[0], each) for each in value)
-    if origin is dict:  # JSON has no keys but text
+    if origin is dict:  # JSON keys are strings
         return {int(key) if parts[0] is int else key: _value(parts[1], each) for key, each in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""Tiny models and layers of the tests of linearized attention, and its definition written out.
+"""Tiny models, dense and linearized, and linearized attention written out from its definition.
 
 Shape suffixes: B sequences, H query heads, G KV heads, T positions, D head dimension, F features, V vocabulary.
 """
