@@ -283,7 +283,7 @@ def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> Non
 @NEEDS_LM_EVAL
 @pytest.mark.parametrize("family", ["gpt2-nano", "llama3-8b", "bert-base"])
 def test_an_export_is_worth_what_its_run_is(family: str, tmp_path: Path) -> None:
-    run, out = trained(family), tmp_path / "out"
+    run, out = trained(family, "adapters.lr=0.05"), tmp_path / "out"
     assert slope("export", run, out).code == 0
     adapters = [layer.adapter for _, layer in sparse_layers(load_model(run).model)]
     assert adapters
