@@ -27,6 +27,7 @@ from slope_cli.methods.accounting import account
 from slope_cli.models.build import build_model, model_config, run_model_config
 from slope_cli.utils.files import write_json
 from slope_cli.utils.typed_json import from_json
+from sparse_kernels import children
 from sparse_kernels.formats import BF16
 
 from . import generate, records, report
@@ -190,9 +191,11 @@ def measured(arguments: Sequence[str], seconds: float) -> Iterator[dict[str, Any
     Raises:
         SlopeError: it failed or timed out; the rows printed before are yielded.
     """
-    command = [sys.executable, "-m", "slope_cli.benchmarks.measure", *arguments]
+    work = "from slope_cli.benchmarks.measure import main; main(*sys.argv[1:])"
+    command, environment = children.python(work, arguments)
     # A process group of its own, so that torch's compile workers are killed too: they would hold the pipe open.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    started: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, **started) as process:
         assert process.stdout is not None
         late = threading.Event()
 

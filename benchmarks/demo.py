@@ -5,13 +5,13 @@ python -m slope_cli.benchmarks.demo
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from slope_cli.utils.environment import environment
 from slope_cli.utils.files import write_json
+from sparse_kernels import children
 
 from . import RESULTS
 
@@ -20,12 +20,10 @@ def main() -> None:
     """Run `slope pretrain --json` in an empty folder and write benchmarks/results/demo.json."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", "from slope_cli.cli import main; main()", "pretrain", "--json"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            check=True,
+        command, environment_of_child = children.python(
+            "from slope_cli.cli import main; main()", ["pretrain", "--json"]
         )
+        done = subprocess.run(command, cwd=folder, env=environment_of_child, stdout=subprocess.PIPE, check=True)
         seconds = time.perf_counter() - started
         config = (Path(folder) / "runs/gpt2-nano/config.yaml").read_text()
     result = json.loads(done.stdout)

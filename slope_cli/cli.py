@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from slope_cli.config import load as configs
 from slope_cli.config import schema
 from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError, one_line
+from slope_cli.report.terminal import escaped_streams, flushed_output
 
 # Without rich markup, Typer's own errors are plain lines, not boxes.
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
@@ -127,7 +128,7 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
-    text_key: Annotated[str, typer.Option(help="Field of JSONL and parquet rows that holds the text.")] = "text",
+    text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
     val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
@@ -135,7 +136,7 @@ def prepare(
         str | None, typer.Option("--config", help="Configuration of a Hugging Face data set.")
     ] = None,
 ) -> None:
-    """Turn text, JSONL, parquet (.gz .xz .zst), folders of these, or a Hugging Face data set into token files.
+    """Turn text, JSON, CSV, parquet (.gz .bz2 .xz .zst), folders of these, or a Hub data set into token files.
 
     Run the same command again to resume after a stop.
     """
@@ -241,7 +242,7 @@ def recipes(
     elif copy.exists():
         raise UsageError(f"{copy}: already exists; choose another file")
     else:
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8")
 
 
 @app.command()
@@ -330,6 +331,7 @@ def compare(
     with StopFlag() as stop:
         from slope_cli.compare import results as comparing
         from slope_cli.compare import table
+        from slope_cli.compare.variants import numbers
 
         if runs:
             result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
@@ -339,9 +341,9 @@ def compare(
                 arguments[1:],
                 out=out,
                 methods=[name for name in methods.split(",") if name],
-                seeds=_numbers("--seeds", seeds, int),
+                seeds=numbers("--seeds", seeds, int),
                 extra=variant or [],
-                lrs=_numbers("--lrs", lrs, float),
+                lrs=numbers("--lrs", lrs, float),
                 jobs=jobs,
                 allow_different=allow_different,
                 stop=stop,
@@ -352,13 +354,6 @@ def compare(
         table.document(result).show()
     if failed := len(result.failures):
         raise SlopeError(f"{failed} of {failed + len(result.runs)} runs failed; see the table")
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(number) for number in text.split(",") if number]
-    except ValueError:
-        raise UsageError(f"{option} {text}: give comma-separated numbers") from None
 
 
 @app.command("eval")
@@ -398,6 +393,8 @@ def evaluate(
         out=out,
     )
     _print(result, evaluating.report_lines(result, positions=positions), as_json)
+    if failed := result.get("failed"):
+        raise SlopeError(f"{', '.join(failed)}: could not be scored; see above, and --debug for a traceback")
 
 
 @app.command()
@@ -439,12 +436,15 @@ def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; known errors become one line and an exit code."""
-    try:
-        app(prog_name="slope")
-    except (SlopeError, OSError, MemoryError, RuntimeError) as error:
-        reason = one_line(error)
-        if "SLOPE_DEBUG" in os.environ or not reason:
-            raise
-        code = getattr(error, "exit_code", 1)
-        print(reason if code == STOPPED else f"error: {reason}", file=sys.stderr)
-        raise SystemExit(code) from None
+    os.environ["PYTHONSAFEPATH"] = "1"  # no child process imports from the working folder
+    with escaped_streams():
+        try:
+            with flushed_output():
+                app(prog_name="slope")
+        except (SlopeError, OSError, MemoryError, RuntimeError) as error:
+            reason = one_line(error)
+            if "SLOPE_DEBUG" in os.environ or not reason:
+                raise
+            code = getattr(error, "exit_code", 1)
+            print(reason if code == STOPPED else f"error: {reason}", file=sys.stderr)
+            raise SystemExit(code) from None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from slope_cli.distributed.launch import pick_device
+from slope_cli.errors import SlopeError
 from slope_cli.utils.environment import cupy_version, driver, package_version
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
@@ -18,16 +20,18 @@ _USED_BY = {
     "zstandard": "slope data prepare of .zst files",
 }
 
-GPU_STEP = "a step on the GPU"
-
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: an item, its version or state, and what to do if it is missing or fails, else empty."""
+    """One line of the report: an item, its version or state, and what to do if it is missing or fails, else empty.
+
+    stops: without it no run can train on the device, and with the settings, that are taken by default.
+    """
 
     name: str
     found: str
     fix: str = ""
+    stops: bool = False
 
 
 def examine() -> tuple[dict[str, Any], list[str]]:
@@ -40,8 +44,8 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     findings = [Finding("python", platform.python_version()), *_packages()]
     error = failure(lambda: train_a_step("cpu"))
     if not error:
-        findings += _gpu()
-        error = next((finding.fix for finding in findings if finding.name == GPU_STEP), "")
+        findings += [*_gpu(), compiler_finding()]
+        error = next((finding.fix for finding in findings if finding.stops), "")
     fix = f"training cannot work: {error}" if error else ""
     findings.append(Finding("a training step", "fails" if error else "works", fix))
     width = max(len(finding.name) for finding in findings)
@@ -66,7 +70,8 @@ def failure(work: Callable[[], object]) -> str:
             warnings.simplefilter("ignore")
             work()
     except Exception as error:  # the report names it, whatever it is
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        kind = "" if isinstance(error, SlopeError) else f"{type(error).__name__}: "
+        return f"{kind}{' '.join(str(error).split())}"[:500]
     return ""
 
 
@@ -103,15 +108,27 @@ def _gpu() -> list[Finding]:
         Finding("CUDA of torch", torch.version.cuda or "none: a CPU build", torch_fix),
     ]
     if not usable:
-        missing = Finding("GPU", "none that torch can use", "training runs on the CPU, where 2:4 saves no time")
-        return [*findings, missing]
+        granted = failure(lambda: pick_device("auto"))
+        fix = granted or "training runs on the CPU, where 2:4 saves no time"
+        return [*findings, Finding("GPU", "none that torch can use", fix, stops=bool(granted))]
     card = torch.cuda.get_device_properties(0)
     size = f"{card.total_memory / 2**30:.0f} GiB"
     findings.append(Finding("GPU", f"{card.name}, {size}, compute capability {card.major}.{card.minor}"))
     if error := failure(lambda: train_a_step("cuda")):
-        findings.append(Finding(GPU_STEP, "fails", error))
+        findings.append(Finding("a step on the GPU", "fails", error, stops=True))
     libraries = [Finding("cupy", cupy_version() or "missing", cuda.missing(0)), cusparselt_finding()]
     return [*findings, *libraries, *([] if any(finding.fix for finding in libraries) else [self_test()])]
+
+
+def compiler_finding() -> Finding:
+    """Whether torch.compile works on the device that training would use; by default only a GPU needs it."""
+    import torch
+
+    from slope_cli.train.step import require_compiler
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    error = failure(lambda: require_compiler(device))
+    return Finding("torch.compile", "fails" if error else "works", error, stops=bool(error) and device == "cuda")
 
 
 def cusparselt_finding() -> Finding:

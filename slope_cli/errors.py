@@ -27,6 +27,11 @@ def did_you_mean(unknown: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(lowered[name] for name in near)}?" if near else f"known are {', '.join(names)}"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line, or the name of a file, is text: Python keeps other bytes as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type if it has none. Other libraries' errors share no base class."""
     lines = str(error).strip().splitlines()
@@ -37,7 +42,7 @@ def one_line(error: Exception) -> str:
     """The message of a known error, in one line; empty for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return " ".join(f"{error.filename}: {error.strerror}".split())
     if isinstance(error, SlopeError | OSError):
         return text
     # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.

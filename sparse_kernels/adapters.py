@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_kernels.layers import layer_seed, sparse_layers
 from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
+from sparse_kernels.replace import obstacle, replace_module
 from sparse_kernels.selection import is_conv1d, stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -32,6 +33,7 @@ def adapters_of(model: nn.Module) -> dict[str, LowRankAdapter]:
     return {name: layer.adapter for name, layer in adapted_layers(model) if layer.adapter is not None}
 
 
+@torch.inference_mode(False)
 def add_adapters(
     model: nn.Module,
     rank: int | float,
@@ -44,7 +46,7 @@ def add_adapters(
 ) -> dict[str, LowRankAdapter]:
     """Give layers a new low-rank adapter, which at first changes nothing, in place; no weight is touched.
 
-    An nn.Linear or Conv1D becomes an AdaptedLinear with the same parameters.
+    An nn.Linear or Conv1D becomes an AdaptedLinear with the same parameters, hooks and mode, wherever it is used.
 
     Args:
         rank: a number, or a share of the layer's smaller side if below 1 (0.0156 of 1024 is 16).
@@ -64,16 +66,19 @@ def add_adapters(
     if names is None and not chosen:
         raise ValueError("the model has no sparse layer to add adapters to")
     check_adapters(model, chosen, rank, beside=beside)
-    adapters = {}
+    layers: dict[nn.Module, str] = {}
     for name in chosen:
-        layer = model.get_submodule(name)
+        layers.setdefault(model.get_submodule(name), name)  # once, under whichever of its names comes first
+    adapters = {}
+    for layer, name in layers.items():
         added = _new_adapter(layer, rank, alpha, init, layer_seed(seed, name))
         if isinstance(layer, SparseLinear | AdaptedLinear):
             layer.adapter = added if layer.adapter is None else _side_by_side(layer.adapter, added)
+            layer.adapter.train(layer.training)
             adapters[name] = layer.adapter
         else:
             weight, bias = cast(nn.Parameter, layer.weight), cast(nn.Parameter | None, layer.bias)
-            model.set_submodule(name, AdaptedLinear(weight, bias, added, conv1d=is_conv1d(layer)))
+            replace_module(model, layer, AdaptedLinear(weight, bias, added, conv1d=is_conv1d(layer)))
             adapters[name] = added
     return adapters
 
@@ -82,8 +87,8 @@ def check_adapters(model: nn.Module, names: Iterable[str], rank: int | float, *,
     """Whether `add_adapters` can give these layers adapters of this rank, changing nothing.
 
     Raises:
-        ValueError: a bad rank, a layer that is not linear, one that has an adapter (unless `beside`), or one whose
-            adapters' ranks together would exceed its smaller side.
+        ValueError: a bad rank, a layer that is not linear or would lose something (see `obstacle`), one that has an
+            adapter (unless `beside`), or one whose adapters' ranks together would exceed its smaller side.
     """
     if rank <= 0 or (rank >= 1 and rank != int(rank)):
         raise ValueError(f"rank must be a positive whole number or a share below 1, got {rank}")
@@ -91,6 +96,8 @@ def check_adapters(model: nn.Module, names: Iterable[str], rank: int | float, *,
         layer = model.get_submodule(name)
         if not (isinstance(layer, SparseLinear | AdaptedLinear) or type(layer) is nn.Linear or is_conv1d(layer)):
             raise ValueError(f"{name} is not a linear layer but a {type(layer).__name__}")
+        if not isinstance(layer, SparseLinear | AdaptedLinear) and (lost := obstacle(layer)):
+            raise ValueError(f"{name} cannot have an adapter: {lost}")
         sides = _sides(layer)
         present = getattr(layer, "adapter", None)
         if present is not None and not beside:

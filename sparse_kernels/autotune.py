@@ -4,7 +4,10 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
+import re
+import stat
 import statistics
 import subprocess
 import sys
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import cuda, cusparselt
+from sparse_kernels import children, cuda, cusparselt
 from sparse_kernels.cusparselt import CuSparseLtError
 from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random_mask
@@ -30,6 +33,12 @@ SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
 # keep searching.
 _MOST_TOKEN_COUNTS = 8
 _FORMAT = 1
+_LARGEST_FILE = 1 << 24
+_FAILED = "failed in a trial process"
+# How a kernel ends a process that would end it again: an error of the GPU's code, or SIGILL, SIGFPE, SIGSEGV.
+_BROKEN_KERNEL = re.compile(r"illegal (instruction|memory access|address)|misaligned address|exit -(4|8|11)$")
+# Not initialized, allocation failed, mapping error, execution failed, internal error, insufficient resources.
+_PASSING_STATUS = re.compile(r"failed with status (1|2|5|6|7|11):")
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,16 @@ def _choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan |
     plan = None
     if choice is None or choice.sparse:
         choice, plan = _measure(shape, device_index, choice)
-    if choice != known:
+    if choice != known and _lasting(choice):
         save_choice(key, choice)
     return choice, plan
+
+
+def _lasting(choice: Choice) -> bool:
+    """Whether the next process would find the same: not so after a time-out, or where memory was full."""
+    if choice.reason.startswith(_FAILED):
+        return bool(_BROKEN_KERNEL.search(choice.reason))
+    return not _PASSING_STATUS.search(choice.reason)
 
 
 def refusal(shape: MatmulShape) -> str:
@@ -129,8 +145,7 @@ def _measure_in_a_process(shape: MatmulShape, device_index: int) -> Choice:
     the first of those ends a process's use of the GPU.
     """
     request = json.dumps([shape.rows, shape.columns, shape.tokens, shape.bias, device_index])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", "from sparse_kernels import autotune; autotune.trial()", request]
+    command, environment = children.python("from sparse_kernels import autotune; autotune.trial()", [request])
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         if result.returncode == 0:
@@ -138,7 +153,7 @@ def _measure_in_a_process(shape: MatmulShape, device_index: int) -> Choice:
         reason = next((line for line in result.stderr.splitlines() if "Error" in line), f"exit {result.returncode}")
     except (subprocess.TimeoutExpired, OSError, ValueError, IndexError) as error:
         reason = str(error)
-    return Choice(False, f"failed in a trial process: {reason}")
+    return Choice(False, f"{_FAILED}: {reason}")
 
 
 def trial() -> None:
@@ -260,18 +275,40 @@ def warn_once(message: str) -> None:
 
 
 def saved_choices() -> dict[str, Choice]:
-    """The choices in the file, by key; none, with a warning, if it is damaged or of another format."""
+    """The lasting choices in the file, by key; none, with a warning, if it is damaged or of another format."""
     file = cache_file()
     try:
-        content = json.loads(file.read_bytes())
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            text = stream.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise ValueError(f"it is larger than {_LARGEST_FILE} bytes")
+        content = json.loads(text)
         if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']}")
-        return {key: Choice(**entry) for key, entry in content["plans"].items() if isinstance(entry["sparse"], bool)}
+            raise ValueError(f"format {content['format']!r}")
+        choices = {key: _parse(entry) for key, entry in content["plans"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warn_once(f"{file} is not a readable file of plans ({error}): its shapes are measured again")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        warn_once(f"{file} is not a readable file of plans ({str(error)[:200]}): its shapes are measured again")
         return {}
+    return {key: choice for key, choice in choices.items() if _lasting(choice)}
+
+
+def _parse(entry: dict[str, Any]) -> Choice:
+    """A choice as it stands in the file.
+
+    Raises:
+        TypeError, ValueError: a field is missing, unknown, or has a value that `_measure` never gives.
+    """
+    choice = Choice(**entry)
+    times = [time for time in (choice.sparse_ms, choice.dense_ms) if time is not None]
+    sound = isinstance(choice.sparse, bool) and isinstance(choice.reason, str) and choice.reason.isprintable()
+    sound = sound and all(type(time) in (int, float) and 0 <= time < math.inf for time in times)
+    if not sound or not all(type(value) is int for value in choice.algorithm.values()):
+        raise ValueError("a plan has a value of the wrong kind")
+    return choice
 
 
 def save_choice(key: str, choice: Choice) -> None:
@@ -292,7 +329,9 @@ def save_choice(key: str, choice: Choice) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock among processes, if the file system supports locks."""
-    with open(path, "a") as lock:
+    # No link is followed and no pipe waited for: the folder may be one that others write to.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666), "w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -12,6 +12,7 @@ from sparse_kernels.layers import layer_seed, sparse_layers
 from sparse_kernels.lora import AdaptedLinear
 from sparse_kernels.masked_linear import MaskedLinear, masked_layers
 from sparse_kernels.packed import Backend
+from sparse_kernels.replace import carry_over, replace_module
 from sparse_kernels.selection import (
     LayerReport,
     ModelReport,
@@ -27,6 +28,7 @@ Norms = Mapping[str, Tensor]
 
 
 @renamed_arguments
+@torch.inference_mode(False)
 def sparsify(
     model: nn.Module,
     *,
@@ -44,8 +46,10 @@ def sparsify(
 ) -> ModelReport:
     """Replace linear layers (nn.Linear, transformers' Conv1D, MaskedLinear) by SparseLinear, in place.
 
-    Output heads, the first layer after the input, shared weights and sides that no kernel takes stay as they are. The
-    parameters are new ones: `SparseLinear.kept` brings an optimizer's state into their shape.
+    Output heads, the first layer after the input, shared weights, sides that no kernel takes, and layers with something
+    that would be lost (`weight_norm`, parametrizations, a forward of their own) stay as they are; the report says why.
+    A module that is used at several places stays one. Hooks, the training mode and `requires_grad` are carried over.
+    The parameters are new ones: `SparseLinear.kept` brings an optimizer's state into their shape.
 
     Args:
         n, m, target_modules, exclude_modules, pattern_overrides: which layers, and their patterns; see `select_layers`.
@@ -66,18 +70,19 @@ def sparsify(
     which = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     report = select_layers(model, n=n, m=m, **which, pattern_overrides=pattern_overrides)
     _check_mask(model, report, mask, norms)
-    for row, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
+    for row, linear, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
         sparse = SparseLinear(weight_OI, bias_O, masks.nm_mask(score_OI, row.n, row.m), row.n, row.m, conv1d=conv1d)
         if rescale:
             _rescale(sparse, weight_OI)
         if backward_rescale:
             sparse.backward_rescale = True
         sparse.backend = backend
-        model.set_submodule(row.name, sparse)
+        _swap(model, linear, sparse, sparse.values)
     return report
 
 
 @renamed_arguments
+@torch.inference_mode(False)
 def mask_layers(
     model: nn.Module,
     *,
@@ -114,7 +119,7 @@ def mask_layers(
     _check_mask(model, report, mask, norms)
     if transposable and (largest := max(row.m for row in report.swapped)) > masks.LARGEST_TRANSPOSABLE:
         raise ValueError(f"transposable masks are searched for up to m={masks.LARGEST_TRANSPOSABLE}, got m={largest}")
-    for row, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
+    for row, linear, weight_OI, bias_O, score_OI, conv1d in _layers_to_swap(model, report, mask, seed, norms):
         masked = MaskedLinear(
             weight_OI,
             bias_O,
@@ -126,14 +131,22 @@ def mask_layers(
             straight_through=straight_through,
             conv1d=conv1d,
         )
-        model.set_submodule(row.name, masked)
+        _swap(model, linear, masked, masked.weight)
     return report
+
+
+def _swap(model: nn.Module, old: nn.Module, new: SparseLinear | MaskedLinear, weight: nn.Parameter) -> None:
+    """Replace a linear layer by a new one with its own parameters, of which `weight` is made from the old weight."""
+    carry_over(cast(nn.Parameter, old.weight), weight)
+    if new.bias is not None:
+        carry_over(cast(nn.Parameter, old.bias), new.bias)
+    replace_module(model, old, new)
 
 
 def _layers_to_swap(
     model: nn.Module, report: ModelReport, mask: str, seed: int, norms: Norms | None
-) -> Iterator[tuple[LayerReport, Tensor, Tensor | None, Tensor, bool]]:
-    """Of each layer to swap: its row, weight (out, in), bias, mask score (out, in), and whether it is a Conv1D."""
+) -> Iterator[tuple[LayerReport, nn.Module, Tensor, Tensor | None, Tensor, bool]]:
+    """Of each layer to swap: its row, itself, weight (out, in), bias, mask score (out, in), whether it is a Conv1D."""
     for row in report.swapped:
         linear = model.get_submodule(row.name)
         weight_OI, bias_O = stored_weight(linear).detach(), cast(Tensor | None, linear.bias)
@@ -142,7 +155,8 @@ def _layers_to_swap(
         else:
             norms_I = None if norms is None else norms.get(row.name)
             score_OI = masks.mask_score(weight_OI, mask, seed=layer_seed(seed, row.name), norms_I=norms_I)
-        yield row, weight_OI, bias_O, score_OI, linear.conv1d if isinstance(linear, MaskedLinear) else is_conv1d(linear)
+        conv1d = linear.conv1d if isinstance(linear, MaskedLinear) else is_conv1d(linear)
+        yield row, linear, weight_OI, bias_O, score_OI, conv1d
 
 
 def _check_mask(model: nn.Module, report: ModelReport, mask: str, norms: Norms | None) -> None:
@@ -208,6 +222,7 @@ def input_norms(model: nn.Module, names: Iterable[str], run: Callable[[], object
     return {name: squares[name].sqrt() for name in wanted}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def to_dense(model: nn.Module, *, adapters: str = "refuse") -> None:
     """Turn every SparseLinear, MaskedLinear and AdaptedLinear back into the nn.Linear or Conv1D it was, in place.
@@ -227,23 +242,31 @@ def to_dense(model: nn.Module, *, adapters: str = "refuse") -> None:
     layers |= {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     if adapters == "refuse" and (adapted := [name for name, layer in layers.items() if layer.adapter is not None]):
         raise ValueError(f"{adapted[0]} has an adapter: say adapters='merge' or adapters='drop'")
-    for name, layer in layers.items():
-        weight_OI = layer.weight.t() if isinstance(layer, AdaptedLinear) and layer.conv1d else layer.weight
-        if layer.adapter is not None and adapters == "merge":
-            weight_OI = weight_OI + layer.adapter.delta()
-        model.set_submodule(name, _dense(layer, weight_OI))
-    for name, masked in list(masked_layers(model)):
-        model.set_submodule(name, _dense(masked, masked.masked_weight))
+    for layer in layers.values():
+        replace_module(model, layer, _dense(layer, merged=adapters == "merge"))
+    for _, masked in list(masked_layers(model)):
+        replace_module(model, masked, _dense(masked))
 
 
-def _dense(layer: SparseLinear | MaskedLinear | AdaptedLinear, weight_OI: Tensor) -> nn.Module:
-    if layer.conv1d:
-        from transformers.pytorch_utils import Conv1D  # a model has Conv1D layers only where transformers is installed
+def _dense(layer: SparseLinear | MaskedLinear | AdaptedLinear, *, merged: bool = False) -> nn.Module:
+    """The layer as it was; merged: with its adapter's matrix, if it has one, added to the weight."""
+    dense: nn.Module
+    with torch.device("meta"):  # neither memory nor random numbers for a weight that is replaced
+        if layer.conv1d:
+            from transformers.pytorch_utils import Conv1D  # there are Conv1D layers only where there is transformers
 
-        dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        dense.weight = nn.Parameter(weight_OI.t().contiguous())
+            dense = Conv1D(layer.out_features, layer.in_features)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    adapter = None if isinstance(layer, MaskedLinear) or not merged else layer.adapter
+    if isinstance(layer, AdaptedLinear) and adapter is None:
+        dense.weight = layer.weight  # itself, since it may be tied to another layer's
     else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight_OI)
+        weight_OI = layer.masked_weight if isinstance(layer, MaskedLinear) else layer.weight
+        if isinstance(layer, AdaptedLinear) and layer.conv1d:
+            weight_OI = weight_OI.t()
+        weight_OI = weight_OI if adapter is None else weight_OI + adapter.delta()
+        dense.weight = nn.Parameter(weight_OI.t().contiguous() if layer.conv1d else weight_OI)
+        carry_over(layer.values if isinstance(layer, SparseLinear) else layer.weight, dense.weight)
     dense.register_parameter("bias", layer.bias)
     return dense

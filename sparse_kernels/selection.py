@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +12,7 @@ from sparse_kernels import masks
 from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import SIDE_MULTIPLE
 from sparse_kernels.masked_linear import MaskedLinear
+from sparse_kernels.replace import obstacle
 
 # What stays dense: "the classification heads and the first linear layer following the input" (section 4.4.2).
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|decoder|seq_relationship|classifier|score|qa_outputs)$")
@@ -119,45 +120,51 @@ def select_layers(
         n, m: keep n of every m consecutive weights of a row.
         target_modules: regular expressions searched for in layer names; if there are any, no other layer becomes
             sparse. `MLP` is one.
-        exclude_modules: regular expressions; layers whose name contains a match stay dense.
+        exclude_modules: regular expressions; layers whose name contains a match stay dense. A module that is used at
+            several places is one layer, with a name for each; any of them may match.
         pattern_overrides: other patterns for ranges of the model's first module list.
 
     Raises:
-        ValueError: no layer would be swapped, an expression matches no layer, a bad N:M, or ranges that overlap or
-            that the model does not have.
+        ValueError: no layer would be swapped, an expression matches no layer, a bad N:M, ranges that overlap or that
+            the model does not have, or two patterns for one layer.
     """
-    layers = list(_linear_layers(model))
-    names = [name for name, _ in layers]
-    patterns = _patterns(model, names, n, m, pattern_overrides)
+    layers = _linear_layers(model)
+    names = [name for places in layers.values() for name in places]
+    patterns = _patterns(model, layers.values(), n, m, pattern_overrides)
     _require_matches(model, names, exclude_modules=exclude_modules, target_modules=target_modules)
     first = _first_layers(model, names)
-    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    users = _users(model)
 
-    def reason(name: str, linear: nn.Module) -> str:
-        out_features, in_features = stored_weight(linear).shape
-        if matched := _first_match(exclude_modules, name):
+    def reason(places: Sequence[str], linear: nn.Module) -> str:
+        out_features, in_features = _sides(linear)
+        if matched := _first_match(exclude_modules, places):
             return f"matches exclude_modules {matched!r}"
-        if _HEAD.search(name):
+        if any(_HEAD.search(name) for name in places):
             return "output head"
-        if users[id(linear.weight)] > 1:
-            return "weight is shared with another layer"
-        if target_modules and not _first_match(target_modules, name):
+        if lost := obstacle(linear):
+            return lost
+        for kind, parameter in linear.named_parameters(recurse=False):
+            if users[_memory(parameter)] > 1:
+                return f"{kind} is shared with another layer"
+        if target_modules and not _first_match(target_modules, places):
             if tuple(target_modules) == (MLP,):
                 return "not in an MLP"
             return f"matches none of target_modules ({', '.join(map(repr, target_modules))})"
-        if name in first:
+        if not first.isdisjoint(places):
             return "first layer after the input"
-        layer_m = patterns[name][1]
+        if any(name.endswith("_orig_mod") for name in places):
+            return "is compiled on its own: compile afterwards"
+        layer_m = patterns[places[0]][1]
         side = SIDE_MULTIPLE if SIDE_MULTIPLE % layer_m == 0 else layer_m
         if out_features % side or in_features % side:
             return f"sides are not multiples of {side}"
         return ""
 
-    def row(name: str, linear: nn.Module) -> LayerReport:
-        sides = stored_weight(linear).shape
-        return LayerReport(name, sides[0], sides[1], reason(name, linear), *patterns[name], is_conv1d(linear))
+    def row(linear: nn.Module, places: Sequence[str]) -> LayerReport:
+        why, name = reason(places, linear), places[0]
+        return LayerReport(name, *_sides(linear), why, *patterns[name], is_conv1d(linear))
 
-    report = ModelReport(n, m, tuple(row(name, linear) for name, linear in layers))
+    report = ModelReport(n, m, tuple(row(linear, places) for linear, places in layers.items()))
     if not report.swapped:
         reasons = "; ".join(f"{count} x {why}" for why, count in Counter(x.reason for x in report.layers).items())
         raise ValueError(f"no linear layer of {type(model).__name__} can be made sparse ({reasons or 'it has none'})")
@@ -172,10 +179,35 @@ def _require_matches(model: nn.Module, names: Sequence[str], **expressions: Sequ
                 raise ValueError(f"{what}: {expression!r} matches no linear layer of {type(model).__name__}")
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # Exactly these types: a subclass may compute something else, which swapping would change.
-    kinds = (nn.Linear, MaskedLinear)
-    return ((name, module) for name, module in model.named_modules() if type(module) in kinds or is_conv1d(module))
+def _linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every linear layer with all its names: one that is used at several places is still one."""
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | MaskedLinear) or is_conv1d(module):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
+def _sides(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; of a subclass, whose weight may be packed, those that it names."""
+    if type(linear) is not nn.Linear and isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    out_features, in_features = stored_weight(linear).shape
+    return out_features, in_features
+
+
+def _users(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter's memory."""
+    held: Counter[int] = Counter()
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        held.update({_memory(tensor) for tensor in tensors if tensor is not None})
+    return held
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells tensors of the same memory; without any, as on the meta device, the tensor itself."""
+    return (tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0) or id(tensor)
 
 
 def _block_list(model: nn.Module) -> tuple[str, int]:
@@ -194,9 +226,9 @@ def _first_layers(model: nn.Module, names: Sequence[str]) -> set[str]:
 
 
 def _patterns(
-    model: nn.Module, names: Sequence[str], n: int, m: int, overrides: PatternOverrides
+    model: nn.Module, layers: Iterable[Sequence[str]], n: int, m: int, overrides: PatternOverrides
 ) -> dict[str, tuple[int, int]]:
-    """The N:M of every layer, by name; raises as `select_layers`."""
+    """The N:M of every layer, by its first name; raises as `select_layers`. layers: the names of each."""
     prefix, count = _block_list(model)
     of_block: dict[int, tuple[int, int]] = {}
     masks.check_pattern(n, m)
@@ -212,8 +244,13 @@ def _patterns(
         index = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
         return of_block.get(int(index), (n, m)) if index.isdecimal() else (n, m)
 
-    return {name: pattern_of(name) for name in names}
+    patterns = {}
+    for places in layers:
+        patterns[places[0]] = pattern_of(places[0])
+        if other := next((name for name in places if pattern_of(name) != patterns[places[0]]), None):
+            raise ValueError(f"pattern_overrides: {places[0]} and {other} are one layer, and have two patterns")
+    return patterns
 
 
-def _first_match(patterns: Sequence[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+def _first_match(patterns: Sequence[str], places: Sequence[str]) -> str | None:
+    return next((pattern for pattern in patterns if any(re.search(pattern, name) for name in places)), None)

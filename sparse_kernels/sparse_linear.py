@@ -114,11 +114,12 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling() or (self.values.is_cuda and torch.cuda.is_current_stream_capturing()):
             index_OK = self._kept_columns()
             return index_OK, self.backward_mask().gather(1, index_OK)
-        if self._index is None or not self._index.is_of(self.row_mask_bits):
-            self._index, self._survives = Derived.of(self._kept_columns(), self.row_mask_bits), None
-        if self._survives is None or not self._survives.is_of(self.backward_mask_bits):
-            survives_OK = self.backward_mask().gather(1, self._index.tensor)
-            self._survives = Derived.of(survives_OK, self.backward_mask_bits)
+        with torch.inference_mode(False):  # what is kept from a validation serves the training step after it, too
+            if self._index is None or not self._index.is_of(self.row_mask_bits):
+                self._index, self._survives = Derived.of(self._kept_columns(), self.row_mask_bits), None
+            if self._survives is None or not self._survives.is_of(self.backward_mask_bits):
+                survives_OK = self.backward_mask().gather(1, self._index.tensor)
+                self._survives = Derived.of(survives_OK, self.backward_mask_bits)
         return self._index.tensor, self._survives.tensor
 
     def _kept_columns(self) -> Tensor:
@@ -152,6 +153,7 @@ class SparseLinear(nn.Module):
         return self.backward_scale is not None
 
     @backward_rescale.setter
+    @torch.inference_mode(False)
     def backward_rescale(self, on: bool) -> None:
         self.backward_scale = torch.ones((), device=self.values.device) if on else None
         self.update_backward_scale()

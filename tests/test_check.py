@@ -1,8 +1,12 @@
 """`slope check` finds what is damaged in a run, names the file, and ends with 1."""
 
+import hashlib
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.data import prepared
@@ -27,8 +31,10 @@ def test_a_sound_run_has_no_fault() -> None:
     assert result["faults"] == []
     assert result["lines"] == [
         "config.yaml: sound",
-        "metrics.jsonl: sound",
         "step-00000006: sound",
+        "metrics.jsonl: sound",
+        "environment.jsonl: sound",
+        "starts.jsonl: sound",
         "data: sound",
         "model and tokenizer: sound",
     ]
@@ -40,6 +46,8 @@ FILES = [
     "checkpoints/step-00000006/manifest.json",
     "tokenizer/tokenizer.json",
     "metrics.jsonl",
+    "environment.jsonl",
+    "starts.jsonl",
     "config.yaml",
 ]
 
@@ -66,6 +74,72 @@ def test_a_missing_or_short_file_is_named(name: str, tmp_path: Path) -> None:
     assert Path(name).name in slope("check", run).err
     (run / name).unlink()
     assert Path(name).name in slope("check", run).err
+
+
+LOST: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
+    "emptied": (lambda _: [], "no record is left of steps 1-6"),
+    "cut": (lambda lines: lines[:3], "no record is left of steps 4-6"),
+    "cut in a line": (lambda lines: [*lines[:2], lines[2][:9]], "no record is left of steps 3-6"),
+    "a line removed": (lambda lines: lines[:1] + lines[2:], "no record is left of steps 2"),
+    "a line doubled": (lambda lines: [lines[0], *lines], "records other than those of steps are changed or lost"),
+}
+
+
+@pytest.mark.parametrize("damage", LOST)
+def test_a_log_that_lost_lines_is_named_with_their_steps(damage: str, tmp_path: Path) -> None:
+    """Each line that is left is sound; the checkpoint's manifest knows what the log was. No command has a traceback."""
+    run = copied(trained(), tmp_path)
+    log, (change, lost) = run / "metrics.jsonl", LOST[damage]
+    log.write_bytes(b"".join(change(log.read_bytes().splitlines(keepends=True))))
+    (fault,) = check(run)["faults"]
+    assert fault == f"metrics.jsonl: {log}: is not what it was when step 6 was saved: {lost}"
+    resumed = slope("pretrain", run / "config.yaml", "--out", run)
+    assert f"warning: {log}: is not what it was when step 6 was saved: {lost}" in resumed.err
+    if damage in ("emptied", "cut", "cut in a line"):
+        assert resumed.code == 1
+        assert resumed.err.splitlines()[-1].startswith(f"error: {log}: the validation is lost; the checkpoint is sound")
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut"])
+def test_a_log_of_an_earlier_version_that_lost_lines_is_named_too(damage: str, tmp_path: Path) -> None:
+    run = copied(Path(__file__).parent / "old_runs" / "sparse", tmp_path)
+    log = run / "metrics.jsonl"
+    log.write_bytes(b"" if damage == "emptied" else b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
+    assert any("no record is left of steps" in fault for fault in check(run)["faults"])
+
+
+def test_each_flipped_bit_of_a_log_is_noticed(tmp_path: Path) -> None:
+    """In digits, keys, checksums and line ends."""
+    run = copied(trained(), tmp_path)
+    for log in (run / "metrics.jsonl", run / "environment.jsonl", run / "starts.jsonl"):
+        whole, chosen = log.read_bytes(), random.Random(0)
+        for at in [*chosen.choices(range(len(whole)), k=100), *range(whole.index(b"\n") - 30, whole.index(b"\n") + 1)]:
+            log.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << chosen.randrange(8))]) + whole[at + 1 :])
+            assert any(fault.startswith(log.name) for fault in log_faults(run)), at
+        log.write_bytes(whole)
+
+
+def log_faults(run: Path) -> list[str]:
+    """The faults of a run's logs; its checkpoint is not loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slope_cli.checkpoint.verify._load", lambda *_: None)
+        return [str(fault) for fault in check(run)["faults"]]
+
+
+def test_a_run_may_drop_checkpoints_while_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes while the newest is verified, as when another process trains on."""
+    run = copied(trained("gpt2-nano", "log.save_every=3"), tmp_path)
+    digest = hashlib.file_digest
+
+    def dropping(*args: Any) -> Any:
+        store.prune(run, 1)
+        return digest(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", dropping)
+    result = check(run)
+    assert result["faults"] == []
+    assert "step-00000003: a newer checkpoint has replaced it" in result["lines"]
+    assert "model and tokenizer: sound" in result["lines"]
 
 
 def test_a_damaged_checkpoint_does_not_hide_a_sound_one(tmp_path: Path) -> None:
@@ -153,8 +227,24 @@ def test_another_config_is_named(line: str, altered: str, said: str, tmp_path: P
     text = (run / "config.yaml").read_text()
     assert line in text
     (run / "config.yaml").write_text(text.replace(line, altered, 1))
+    edited, other = check(run)["faults"]
+    assert edited.startswith(f"config.yaml: {run}/config.yaml: is not what was written, its checksum does not fit")
+    assert other == f"model and tokenizer: {run}/config.yaml was altered after step 6 ({said}); set it back"
+
+
+@pytest.mark.parametrize(("line", "altered"), [("  every: 10\n", "  every: 18\n"), ("sha256 of", "sha256 oF")])
+def test_a_changed_key_that_is_free_is_noticed_until_the_run_writes_it_again(
+    line: str, altered: str, tmp_path: Path
+) -> None:
+    """A flipped digit of a setting that no checkpoint is bound to."""
+    run = copied(trained(), tmp_path)
+    path = run / "config.yaml"
+    assert line in path.read_text()
+    path.write_text(path.read_text().replace(line, altered, 1))
     (fault,) = check(run)["faults"]
-    assert fault == f"model and tokenizer: {run}/config.yaml was altered after step 6 ({said}); set it back"
+    assert fault.startswith(f"config.yaml: {path}: is not what was written")
+    assert slope("pretrain", path, "--out", run).code == 0
+    assert check(run)["faults"] == []
 
 
 def test_free_keys_may_change(tmp_path: Path) -> None:

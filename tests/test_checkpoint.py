@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, never loaded damaged, nothing lost on a full disk."""
 
+import hashlib
 import os
 import resource
 import shutil
@@ -19,9 +20,14 @@ from slope_cli.checkpoint import store
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
+from slope_cli.utils.files import write_sealed
 from sparse_kernels import add_adapters, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+METADATA: dict[str, Any] = {"data": "", "config": {}, "tokenizer": {}}
+"""What every manifest has besides its files."""
 
 
 def trained_model(seed: int = 0, *, adapters: bool = True) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -45,7 +51,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(run: Path, *steps: int, keep: int = 5) -> list[Path]:
-    return [store.save(run, step, tensors(step), {"note": step}, keep=keep) for step in steps]
+    return [store.save(run, step, tensors(step), METADATA | {"note": step}, keep=keep) for step in steps]
 
 
 def flip(path: Path, where: float = 0.5) -> None:
@@ -118,13 +124,18 @@ def test_an_existing_step_is_never_written_to(tmp_path: Path) -> None:
 def test_leftovers_are_no_checkpoints_and_are_cleaned_up(tmp_path: Path) -> None:
     save(tmp_path, 1)
     parent = tmp_path / "checkpoints"
-    for name in (".tmp-step-00000002", ".dead-step-00000000", "step-notes", "damaged-0-step-00000007"):
+    for name in (".tmp-step-00000002", ".dead-step-00000000", "step-notes", "step-²", "damaged-0-step-00000007"):
         (parent / name).mkdir()
     found = store.latest(tmp_path)
     assert found is not None
     assert (found[0].name, found[1]["note"], found[2]) == ("step-00000001", 1, [])
     store.clean(tmp_path)
-    assert sorted(p.name for p in parent.iterdir()) == ["damaged-0-step-00000007", "step-00000001", "step-notes"]
+    assert sorted(p.name for p in parent.iterdir()) == [
+        "damaged-0-step-00000007",
+        "step-00000001",
+        "step-notes",
+        "step-²",
+    ]
 
 
 def test_no_checkpoint_at_all_is_no_fault(tmp_path: Path) -> None:
@@ -184,6 +195,35 @@ def test_a_checkpoint_under_another_number_is_not_taken(tmp_path: Path) -> None:
         store.latest(tmp_path)
 
 
+@pytest.mark.parametrize("content", [{}, {"step": 2}, {"rows": []}, {"step": "2", "files": {}}, {"files": {"a": 1}}])
+def test_a_sealed_file_of_another_kind_is_no_manifest(tmp_path: Path, content: dict[str, Any]) -> None:
+    """Its seal is right; the older checkpoint is taken."""
+    old, new = save(tmp_path, 1, 2)
+    write_sealed(new / store.MANIFEST, content)
+    found = store.latest(tmp_path)
+    assert found is not None
+    assert found.folder == old
+    assert "step-00000002/manifest.json: is a file of another kind" in found.faults[0]
+
+
+def test_a_checkpoint_that_is_dropped_while_it_is_verified_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is training saves and drops checkpoints while another process looks for the newest."""
+    save(tmp_path, 1)
+    digest = hashlib.file_digest
+
+    def dropping(*args: Any) -> Any:
+        monkeypatch.setattr(hashlib, "file_digest", digest)
+        save(tmp_path, 2, 3, keep=1)
+        return digest(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", dropping)
+    found = store.latest(tmp_path)
+    assert found is not None
+    assert (found.folder.name, found.faults) == ("step-00000003", [])
+
+
 def test_when_none_is_sound_each_is_named(tmp_path: Path) -> None:
     for folder in save(tmp_path, 1, 2):
         flip(folder / "__0_0.distcp")
@@ -228,7 +268,8 @@ def test_a_run_with_no_sound_checkpoint_stops_and_overwrites_nothing(
     with pytest.raises(SlopeError, match=r"no checkpoint of .* is sound"):
         pretrain(tiny(data), run)
     after = content(run)
-    after["environment.jsonl"] = before["environment.jsonl"]  # each start adds a line
+    added = ("environment.jsonl", "starts.jsonl")  # each start adds a line
+    assert all(after.pop(name).startswith(before.pop(name)) for name in added)
     assert after == before
 
 

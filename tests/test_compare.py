@@ -1,12 +1,13 @@
 """`slope compare`: what is compared, that it can be compared, and every number against one worked out here."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -706,3 +707,41 @@ def test_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--jobs 0: must be 1 or more"):
         compared(tmp_path, methods=["dense"], jobs=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_comparison_leaves_no_process_and_the_same_command_works(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "slope_cli", "compare", str(RECIPE), *words("log.val_every=0")]
+    command += ["--methods", "dense", "--seeds", "1,2", "--jobs", "2", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "train.steps=100000"], stderr=subprocess.DEVNULL, env=environment)
+    logs = [out / name / metrics.JSONL for name in ("dense-s1", "dense-s2")]
+    _until(lambda: all(log.is_file() and log.stat().st_size for log in logs))
+    process.kill()
+    process.wait()
+    for log in logs:
+        _until(lambda log=log: _is_free(log.parent))
+    process = subprocess.Popen([*command, "train.steps=100000"], stderr=subprocess.PIPE, text=True, env=environment)
+    lengths = [log.stat().st_size for log in logs]
+    _until(lambda: all(log.stat().st_size != length for log, length in zip(logs, lengths, strict=True)))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "failed" not in err
+
+
+def _is_free(run: Path) -> bool:
+    with (run / ".lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slope_cli.compare.variants import variants
 from slope_cli.config import load as configs
 from slope_cli.config import schema
 from slope_cli.config.schema import METHODS, Config, TrainConfig
@@ -102,13 +103,124 @@ def test_text_may_be_quoted_and_where_there_may_be_none_it_may_be_null() -> None
     assert (config.model.init, config.sparsity.mask) == (None, "magnitude")
 
 
+WORDS = [
+    "12345e67",
+    "123456_7",
+    "1e3",
+    "No",
+    "yes",
+    "on",
+    "010",
+    "007",
+    "0x10",
+    "12:30",
+    ".5",
+    "+1",
+    "2001-01-01",
+    "-",
+    "=",
+]
+"""Texts that YAML reads as something else."""
+
+
+@pytest.mark.parametrize(
+    "text", [*WORDS, "/scratch/run #3", "a: b", "{a}", "%x", "&a", "*a", "!x", "é", "\x1b[31m", "'a' or 'b'"]
+)
+@pytest.mark.parametrize("key", ["data.path", "model.init", "log.sample_prompt"])
+def test_a_key_of_type_text_takes_any_word_as_written(key: str, text: str, tmp_path: Path) -> None:
+    def value(config: Config) -> object:
+        return configs.flat(configs.container(config))[key]
+
+    config = configs.load("gpt2-nano", [f"{key}={text}"])
+    assert value(config) == text
+    assert value(dumped(config, tmp_path / "dumped.yaml")) == text
+    section, _, name = key.partition(".")
+    if text in WORDS[:-2]:
+        for recipe in (
+            f"{section}: {{{name}: {text}}}\n",
+            f"{section}:\n  {name}: {text}  # why\n",
+            f"{key}: {text}\n",
+        ):
+            assert value(configs.load(written(tmp_path, recipe))) == text
+        assert value(configs.load("gpt2-nano", [f"{section}={{{name}: {text}}}"])) == text
+
+
+def test_texts_of_a_list_are_taken_as_written(tmp_path: Path) -> None:
+    texts = [word for word in WORDS if word not in ("12:30", "+1", "-")]
+    word = f"sparsity.exclude_modules=[{', '.join(texts)}, null, 'a b']"
+    assert configs.load("gpt2-nano", [word]).sparsity.exclude_modules == [*texts, "null", "a b"]
+    recipe = written(tmp_path, "sparsity:\n  exclude_modules:\n" + "".join(f"  - {text}\n" for text in texts))
+    assert configs.load(recipe).sparsity.exclude_modules == texts
+
+
+def test_text_under_an_earlier_name_is_taken_as_written(tmp_path: Path) -> None:
+    assert configs.load("gpt2-nano", ["sparsity.skip=[1e3]"]).sparsity.exclude_modules == ["1e3"]
+    assert refused("train.dtype=16").startswith("train.precision=16: choose one of")
+
+
+def test_an_empty_text_must_be_said_and_null_is_for_keys_that_may_be_null(tmp_path: Path) -> None:
+    assert refused("model.init=").startswith("model.init=: is empty; write a value")
+    assert refused("data.path=").startswith("data.path=: is empty; write a value")
+    assert configs.load("gpt2-nano", ['log.sample_prompt=""']).log.sample_prompt == ""
+    for null in ("null", "~", ""):
+        assert configs.load(written(tmp_path, f"model: {{init: {null}}}\n")).model.init is None
+        assert "data.path" in refused(recipe=written(tmp_path, f"data: {{path: {null}}}\n"))
+    assert configs.load(written(tmp_path, "model: {init: 'null'}\n")).model.init == "null"
+
+
+@pytest.mark.parametrize("number", ["010", "00", "-07", "0_10", "08", "+010"])
+@pytest.mark.parametrize(
+    "key", ["train.steps", "optim.lr", "model.overrides.n_layer", "sparsity.pattern_overrides.1-2"]
+)
+def test_an_octal_number_is_refused(key: str, number: str, tmp_path: Path) -> None:
+    value = f"[1, {number}]" if key.startswith("sparsity") else number
+    message = f"{key}: {number} would be read as an octal number; leave out the leading 0"
+    assert refused(f"{key}={value}") == message
+    recipe = written(tmp_path, f"{key}: {value}\n")
+    assert refused(recipe=recipe) == f"{recipe}: {message}"
+
+
+@pytest.mark.parametrize("key", ["data.path", "model.init", "train.steps", "model.overrides.n_layer", "fst.decay"])
+def test_the_mark_of_a_missing_value_is_refused(key: str, tmp_path: Path) -> None:
+    for word in (f"{key}=???", f"{key}='???'"):
+        assert "??? stands for a missing value" in refused(word)
+    assert "??? stands for a missing value" in refused("sparsity.exclude_modules=['???']")
+    recipe = written(tmp_path, f"{key}: ???\n")
+    assert refused(recipe=recipe).startswith(f"{recipe}: {key}=???: ??? stands for a missing value")
+
+
+def test_a_duplicate_key_is_named_with_its_line(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "# first\n\noptim:\n  lr: 1.0\n  clip: 1\n  lr: 2.0\n")
+    assert refused(recipe=recipe) == f"{recipe}: line 6 is not YAML: duplicate key lr"
+
+
+def test_aliases_of_yaml_work_and_cannot_grow_without_end(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "log: {save_every: &n 7, val_every: *n}\n")
+    assert configs.load(recipe).log.val_every == 7
+    assert refused(recipe=written(tmp_path, "model: {overrides: &a {x: *a}}\n"))
+    nests = "".join(f"  x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    assert refused(recipe=written(tmp_path, f"model:\n overrides:\n  x0: &x0 [1]\n{nests}"))
+
+
 @pytest.mark.parametrize("value", ["${optim.lr}", "${foo}", "${oc.env:HOME}"])
-def test_an_interpolation_is_refused(value: str, tmp_path: Path) -> None:
+def test_an_interpolation_is_refused_wherever_a_config_is_read(value: str, tmp_path: Path) -> None:
     for key in ("adapters.lr", "log.sample_prompt", "sparsity.exclude_modules"):
         word = f"{key}={[value]}" if key.endswith("modules") else f"{key}={value}"
         assert refused(word) == f"{word}: is an interpolation; write the value itself"
     recipe = written(tmp_path, f"adapters: {{lr: '{value}'}}\n")
     assert "is an interpolation" in refused(recipe=recipe)
+    for text in (
+        f"fst: {{decay: '{value}'}}\n",
+        f"model: {{overrides: {{x: [1, '{value}']}}}}\n",
+        f"data: {{path: '{value}'}}\n",
+    ):
+        assert "is an interpolation" in refused(recipe=written(tmp_path, text))
+    with pytest.raises(UsageError, match="is an interpolation"):
+        configs.load_saved(Path(written(tmp_path, f"method: slope\nfst: {{decay: '{value}'}}\n")))
+    with pytest.raises(UsageError, match=r"is an interpolation"):
+        configs.from_fixed({"method": "slope", "data.path": value}, "manifest")
+    with pytest.raises(UsageError, match=r"is an interpolation"):
+        variants("gpt2-nano", [], [], [f"mine: log.sample_prompt={value}"])
 
 
 @pytest.mark.parametrize(
@@ -398,6 +510,7 @@ def with_effect(config: Config) -> dict[str, object]:
     return {name: getattr(config, name) for name in configs.container(config)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", configs.recipe_names())
 @pytest.mark.parametrize("method", ["its own", *METHODS])
 def test_every_recipe_with_every_method_loads_back_equal(name: str, method: str, tmp_path: Path) -> None:

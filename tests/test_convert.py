@@ -1,6 +1,7 @@
 """sparsify, mask_layers, add_adapters and to_dense on the four families of models, and on a user's own."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -475,6 +476,29 @@ def test_backward_options_of_a_model() -> None:
     update_backward_masks(plain)
     pairs = zip(sparse_layers(model), sparse_layers(plain), strict=True)
     assert all(torch.equal(a.backward_mask_bits, b.backward_mask_bits) for (_, a), (_, b) in pairs)
+
+
+@pytest.mark.parametrize("draw", ["row masks", "masks", "backward masks", "adapters"])
+def test_every_layer_draws_its_own_random_numbers(draw: str) -> None:
+    """One seed for all would prune layers of one shape alike, and start their adapters alike."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+    for linear in model:  # as alike as can be: what differs was drawn
+        linear.load_state_dict(model[0].state_dict())
+    if draw == "masks":
+        mask_layers(model, mask="random", seed=1)
+        drawn = [layer.mask for _, layer in masked_layers(model)]
+    else:
+        sparsify(model, mask="random" if draw == "row masks" else "magnitude", seed=1)
+        update_backward_masks(model, kind="random", seed=1)
+        adapters = add_adapters(model, 4, seed=1)
+        layers = dict(sparse_layers(model))
+        drawn = {
+            "row masks": [layer.row_mask() for layer in layers.values()],
+            "backward masks": [layer.backward_mask() for layer in layers.values()],
+            "adapters": [adapter.lora_A for adapter in adapters.values()],
+        }[draw]
+    assert len(drawn) == 4
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_gaussian_adapters_of_a_model() -> None:

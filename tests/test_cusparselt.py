@@ -4,9 +4,11 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,17 +116,46 @@ def test_shapes_that_are_not_searched() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"format": 99, "plans": {}}', '{"format": 1}', '{"format": 1, "plans": {"a": {"x": 1}}}'],
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            "null",
+            '{"format": 99, "plans": {}}',
+            '{"format": 1}',
+            '{"format": 1, "plans": {"a": {"x": 1}}}',
+        ),
+        *('{"format": 1, "plans": []}', '{"format": 1, "plans": {"a": null}}', '{"format": "\\u001b[2J", "plans": {}}'),
+        *("[" * 100_000, "\xff", " " * (1 << 24) + "{}", '{"format": 1, "plans": {"a": {"sparse": true}}}'),
+        *(
+            json.dumps({"format": 1, "plans": {"gpu | a": {"sparse": True, "reason": "faster"} | wrong}})
+            for wrong in (
+                {"sparse": 1},
+                {"reason": None},
+                {"reason": "\x1b]0;title\x07"},
+                {"sparse_ms": "1"},
+                {"sparse_ms": -1.0},
+                {"sparse_ms": True},
+                {"dense_ms": float("nan")},
+                {"dense_ms": float("inf")},
+                {"algorithm": []},
+                {"algorithm": {"config_id": "17"}},
+                {"code": "import os"},
+            )
+        ),
+    ],
 )
 def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = autotune.cache_file()
     file.parent.mkdir()
-    file.write_text(content)
+    file.write_text(content, encoding="latin-1")
     autotune.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plans.json is not a readable file of plans") as caught:
         assert autotune.saved_choices() == {}
     assert len(caught) == 1
+    assert str(caught[0].message).isprintable()
     choice = autotune.Choice(True, "1.40 times the speed of dense", 1.0, 1.4, {"config_id": 17})
     autotune.save_choice("gpu | shape", choice)
     assert autotune.saved_choices() == {"gpu | shape": choice}
@@ -133,9 +164,84 @@ def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypa
     assert {entry.name for entry in file.parent.iterdir()} == {"plans.json", "plans.lock"}
 
 
+@pytest.mark.parametrize("name", ["plans.json", "plans.lock"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_strange_thing_in_the_place_of_a_file_of_plans_neither_hangs_nor_writes_elsewhere(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place, elsewhere = autotune.cache_file().with_name(name), tmp_path / "elsewhere"
+    place.parent.mkdir(parents=True)
+    if kind == "link":
+        place.symlink_to(elsewhere)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    autotune.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert autotune.saved_choices() == {}
+        autotune.save_choice("key", autotune.Choice(False, "slower"))
+        kept = autotune.saved_choices()
+    assert not elsewhere.exists()
+    assert kept.keys() == {"key"} or any("cannot be kept" in str(warning.message) for warning in caught)
+
+
+CRASH = "failed in a trial process: torch.AcceleratorError: CUDA error: an illegal instruction was encountered"
+
+
+@pytest.mark.parametrize(
+    ("reason", "lasting"),
+    [
+        ("failed in a trial process: Command '['python', '-P']' timed out after 300 seconds", False),
+        ("failed in a trial process: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("failed in a trial process: MemoryError", False),
+        ("failed in a trial process: [Errno 12] Cannot allocate memory: 'python'", False),
+        ("failed in a trial process: exit -9", False),
+        ("failed in a trial process: exit -15", False),
+        ("failed in a trial process: ImportError: libcuda.so.1", False),
+        ("cusparseLtMatmulSearch failed with status 2: allocation failed", False),
+        ("cusparseLtMatmulSearch failed with status 11: insufficient resources", False),
+        (CRASH, True),
+        ("failed in a trial process: exit -4", True),
+        ("failed in a trial process: exit -11", True),
+        ("cusparseLtMatmulPlanInit failed with status 10: not supported", True),
+        ("cuSPARSELt's product differs from the dense one", True),
+        ("0.80 times the speed of dense", True),
+    ],
+)
+def test_only_a_lasting_reason_keeps_a_shape_dense_in_later_processes(
+    reason: str, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier version has written the others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = autotune.Choice(True, "1.40 times the speed of dense", 1.0, 1.4)
+    autotune.save_choice("failed", autotune.Choice(False, reason))
+    autotune.save_choice("other", other)
+    assert autotune.saved_choices().keys() == ({"failed", "other"} if lasting else {"other"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_trial_process_that_fails_without_a_gpu_says_why_and_nothing_lasting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a process of its own, which imports nothing from the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path)]))
+    half = MatmulShape(768, 768, 8192, torch.float16, bias=True)
+    choice = autotune._measure_in_a_process(half, 0)
+    assert not choice.sparse
+    assert re.match("failed in a trial process: [^\n]*(CUDA|NVIDIA)", choice.reason)
+    assert not autotune._lasting(choice)
+    assert not (tmp_path / "imported").exists()
+
+
 def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
     code = """
 import sys
+import warnings
 from sparse_kernels import autotune
 for number in range(20):
     autotune.save_choice(f"{sys.argv[1]} | {number}", autotune.Choice(False, ""))

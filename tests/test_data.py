@@ -1,11 +1,15 @@
 """Token files, data sets, the order of the samples, and batches."""
 
+import gc
+import hashlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -31,6 +35,7 @@ from slope_cli.data.batches import (
 from slope_cli.data.dataset import Dataset, open_dataset, show, write_manifest
 from slope_cli.data.token_file import HEADER_BYTES, TokenFile, Tokens, write_token_file
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.utils.files import read_sealed, write_sealed
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
 SPECIAL = MaskingIds(cls=1, sep=2, mask=3, pad=0, vocab_size=100, never_mask=(0, 1, 2, 3, 4))
@@ -183,6 +188,98 @@ def test_check_model(dataset: Dataset) -> None:
         dataset.check_model(vocab_size=79, seq_len=8)
     with pytest.raises(UsageError, match=r"78 training tokens are fewer.*lower train\.seq_len"):
         dataset.check_model(vocab_size=80, seq_len=78)
+
+
+def forged(path: Path, **fields: object) -> None:
+    """Change fields of a token file's header, and seal it again, as anyone can."""
+    content = path.read_bytes()
+    start = len(b"SLOPETOK1\n") + 65
+    header = json.dumps(json.loads(content[start:HEADER_BYTES]) | fields).encode().ljust(HEADER_BYTES - start)
+    digest = hashlib.sha256(header).hexdigest().encode() + b"\n"
+    path.write_bytes(b"SLOPETOK1\n" + digest + header + content[HEADER_BYTES:])
+
+
+def test_ids_above_a_forged_header_never_reach_a_model(tmp_path: Path) -> None:
+    """On a GPU they are a device assert, which ends the process."""
+    path = tmp_path / "train/x.tok"
+    write(path, np.arange(200))
+    forged(path, max_id=99, vocab_size=100)
+    file = TokenFile.open(path)
+    blocks = Blocks([file], seq_len=10)
+    assert blocks[8].max() == 90
+    validation = partial(val_batches, file, seq_len=10, tokens=200, micro_batch=4)
+    loss = partial(bigram_loss, [file], [file], 100)
+    for use in (file.verify, lambda: blocks[9], loss, lambda: list(validation())):
+        with pytest.raises(SlopeError, match=r"x\.tok: contains the token id 1\d\d, but its header says at most 99"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_id": 1000}, {"separator_id": 1000}, {"tokens": -1}, {"tokens": 1.5}, {"tokens": "9"}, {"tokens": True},
+        {"dtype": "|O"}, {"dtype": ">u2"}, {"dtype": 2}, {"split": "../x"}, {"source": None}, {"vocab_size": []},
+        {"max_id": None}, {"other": 1},
+    ],
+)  # fmt: skip
+def test_a_forged_header_is_one_line_that_names_the_file(tmp_path: Path, fields: dict[str, object]) -> None:
+    write(tmp_path / "x.tok", np.arange(200))
+    forged(tmp_path / "x.tok", **fields)
+    with pytest.raises(SlopeError, match=r"x\.tok: (not the header|its header contradicts itself)") as caught:
+        TokenFile.open(tmp_path / "x.tok")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["absolute", "upwards", "link", "folder link", "tokenizer"])
+def test_a_manifest_reaches_no_file_outside_its_folder(dataset: Dataset, way: str) -> None:
+    outside = dataset.folder.with_name(f"{dataset.folder.name}-outside")
+    (dataset.folder / "train").rename(outside)
+    (dataset.folder / "train").mkdir()
+    manifest = read_sealed(dataset.folder / "dataset.json")
+    if way == "link":
+        for file in outside.iterdir():
+            (dataset.folder / "train" / file.name).symlink_to(file)
+    elif way == "folder link":
+        (dataset.folder / "train").rmdir()
+        (dataset.folder / "train").symlink_to(outside)
+    else:
+        (outside / "a.tok").rename(dataset.folder / "train/a.tok")
+        (outside / "b.tok").rename(dataset.folder / "train/b.tok")
+        if way == "tokenizer":
+            manifest["tokenizer_files"] = {f"../../{outside.name}/x": "0"}
+        else:
+            name = str(outside / "a.tok") if way == "absolute" else f"train/../../{outside.name}/a.tok"
+            (dataset.folder / "train/a.tok").rename(outside / "a.tok")
+            manifest["files"][0]["path"] = name
+    write_sealed(dataset.folder / "dataset.json", manifest)
+    for verify in (True, False):
+        with pytest.raises(SlopeError, match=r"dataset\.json: lists .*, which is outside the data set"):
+            open_dataset(dataset.folder, verify=verify)
+
+
+def test_a_sealed_manifest_of_another_kind_is_one_line(dataset: Dataset) -> None:
+    manifest = read_sealed(dataset.folder / "dataset.json")
+    others = [{}, {"files": []}, manifest | {"files": [3]}, manifest | {"files": [{"path": "a\0b"}]}]
+    for other in (*others, manifest | {"tokenizer_files": []}, manifest | {"vocab_size": "x"}, manifest | {"plan": 1}):
+        write_sealed(dataset.folder / "dataset.json", other)
+        with pytest.raises(SlopeError, match=r"dataset\.json: not the manifest of a data set"):
+            open_dataset(dataset.folder)
+
+
+def test_more_sources_than_files_that_a_process_may_open(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{number}.tok", np.arange(20)) for number in range(200)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
+    try:
+        blocks = Blocks(files, seq_len=10)
+        assert sum(int(blocks[index][:-1].sum()) for index in range(len(blocks))) == 200 * 190 - 19 - sum(range(10, 19))
+        bigram_loss(files, files, 1000)
+        gc.disable()
+        for file in files:  # a validation
+            assert list(val_batches(file, seq_len=10, tokens=10, micro_batch=1))
+    finally:
+        gc.enable()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # --------------------------------------------------------------------------------------------------- the order

@@ -2,14 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.runs import slope
+from support.runs import RECIPE, slope
 
 from slope_cli import doctor
+from slope_cli.train.step import require_compiler
 from slope_cli.utils.environment import driver, gpu_libraries
 from sparse_kernels import cusparselt
 
@@ -49,6 +51,53 @@ def test_a_step_that_fails_on_the_gpu_that_training_would_take_is_a_failure(monk
     done = slope("doctor")
     assert (done.code, done.err) == (1, "error: training cannot work here; see above\n")
     assert done.out.splitlines()[-1].endswith("fails; training cannot work: RuntimeError: no kernel image is available")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in an image without g++: nothing that was compiled before is left, and nothing can be."""
+    require_compiler.cache_clear()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        yield
+    require_compiler.cache_clear()
+    torch._dynamo.reset()
+
+
+@no_gpu
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_it_says_so_and_a_run_that_is_to_be_compiled_ends_in_one_line(tmp_path: Path) -> None:
+    record = json.loads(slope("doctor", "--json").out)
+    assert record["training"] is True  # on a CPU nothing is compiled by default
+    (compiling,) = [finding for finding in record["findings"] if finding["name"] == "torch.compile"]
+    assert compiling["found"] == "fails"
+    fix = "install a C++ compiler such as g++, or set train.compile=false"
+    assert "no-such-compiler" in compiling["fix"]
+    assert compiling["fix"].endswith(fix)
+    done = slope("pretrain", str(RECIPE), "train.compile=true", "--out", str(tmp_path / "run"))
+    assert (done.code, done.out) == (1, "")
+    (error,) = [line for line in done.err.splitlines() if "compile" in line]
+    assert error.startswith("error: torch.compile fails here (")
+    assert error.endswith(fix)
+    assert done.err.splitlines()[-1] == error
+
+
+@no_gpu
+def test_without_a_compiler_training_on_a_gpu_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There, steps are compiled by default. That the step itself works is made up here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    finding = doctor.compiler_finding()
+    assert (finding.found, finding.stops) == ("fails", True)
+
+
+@no_gpu
+def test_a_granted_gpu_that_torch_does_not_find_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    done = slope("doctor")
+    assert (done.code, done.err) == (1, "error: training cannot work here; see above\n")
+    assert "training cannot work: CUDA_VISIBLE_DEVICES=0, but torch finds no GPU" in done.out.splitlines()[-1]
 
 
 def program(folder: Path, text: str) -> str:

@@ -630,3 +630,55 @@ def test_wrong_words(tmp_path: Path) -> None:
         evaluate(trained(), out=tmp_path)
     with pytest.raises(UsageError, match=r"its folder is missing$"):
         evaluate(trained(), out=tmp_path / "no" / "eval.json")
+
+
+@NEEDS_LM_EVAL
+def test_what_was_scored_before_a_task_fails_is_kept_and_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = lm_tasks.score
+
+    def failing(lm: Any, task: lm_tasks.LoadedTask, *args: Any) -> dict[str, Any]:
+        if task.name == "winogrande":
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return score(lm, task, *args)
+
+    monkeypatch.setattr(lm_tasks, "score", failing)
+    out = tmp_path / "eval.json"
+    words = ("--no-perplexity", "--tasks", "piqa,winogrande,openbookqa", "--task-data", task_data(), "--out", out)
+    result = slope("eval", trained("gpt2-nano", WIDE), *words)
+    assert result.code == 1
+    assert "winogrande: failed: out of memory (CUDA out of memory)" in result.out
+    assert "piqa             acc" in result.out
+    assert "openbookqa       acc" in result.out
+    assert result.err.splitlines()[-1].startswith("error: winogrande: could not be scored")
+    kept = json.loads(out.read_text())
+    assert (set(kept["tasks"]), set(kept["failed"])) == ({"piqa", "openbookqa"}, {"winogrande"})
+
+
+@NEEDS_LM_EVAL
+def test_the_lengths_of_all_tasks_are_checked_before_any_is_scored(tmp_path: Path) -> None:
+    write(tmp_path, "piqa", rows_of("piqa"))
+    choices = {"text": [some(900, 0)] * 4, "label": [*"ABCD"]}
+    write(tmp_path, "openbookqa", [lettered(0, "question_stem") | {"choices": choices}])
+    words = ("--no-perplexity", "--tasks", "piqa,openbookqa", "--task-data", tmp_path)
+    result = slope("eval", trained(), *words)
+    assert (result.code, result.out) == (2, "")
+    assert "piqa" not in result.err
+    assert result.err.startswith("error: openbookqa: a choice has ")
+
+
+def test_a_model_folder_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "theirs"
+    assert slope("export", trained(), folder).code == 0
+    settings = json.loads((folder / "config.json").read_text())
+    theirs = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "own.py").write_text("raise SystemExit('executed')\n")
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "own", "auto_map": theirs}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for words in (("eval", folder), ("generate", folder, "The "), ("linearize", folder, "--dry-run")):
+        result = slope(*words)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith(f"error: {folder}: cannot be loaded as a model (")

@@ -114,14 +114,16 @@ def test_other_runs(more: tuple[str, ...]) -> None:
     assert close(loaded, run)
 
 
-def test_each_layer_may_have_a_rank_of_its_own() -> None:
-    """A share of the smaller side differs between layers; PEFT must read each one's rank and scale."""
+@pytest.mark.parametrize("alpha", ["2", "null"])
+def test_each_layer_may_have_a_rank_of_its_own(alpha: str) -> None:
+    """A share of the smaller side differs between layers; PEFT must read each one's rank, and alpha with it."""
     peft = pytest.importorskip("peft")
-    more = ("model.overrides.num_key_value_heads=1", "adapters.rank=0.25", "adapters.alpha=2")
+    more = ("model.overrides.num_key_value_heads=1", "adapters.rank=0.25", f"adapters.alpha={alpha}")
     out = exported("llama3-8b", *more)
     config = json.loads((out / peft_folder.FOLDER / "adapter_config.json").read_text())
     assert set(config["rank_pattern"].values()) == {4}
     assert config["r"] == 8
+    assert len({config["lora_alpha"], *config["alpha_pattern"].values()}) == (1 if alpha == "2" else 2)
     _, run, *_ = load_model(trained("llama3-8b", *more))
     assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / peft_folder.FOLDER), run)
 
@@ -251,3 +253,12 @@ def test_a_run_without_a_sound_checkpoint(tmp_path: Path) -> None:
     result = slope("export", run, tmp_path / "out")
     assert (result.code, result.out) == (1, "")
     assert shard.name in result.err
+
+
+def test_the_name_of_a_runs_folder_is_no_markdown_in_the_model_card(tmp_path: Path) -> None:
+    name = "a\x1b[31m<b>[x](y)`*_"
+    run = copied(trained(), tmp_path).rename(tmp_path / name)
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# a\\\\x1b\\[31m\\<b\\>\\[x\\](y)\\`\\*\\_\n" in card
+    assert "\x1b" not in card

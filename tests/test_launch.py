@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import slope
 
+import sparse_kernels
 from slope_cli import cli
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.distributed.signals import STOP_SIGNALS, StopFlag, Stopped
 from slope_cli.errors import UsageError
+from sparse_kernels import children
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
@@ -120,23 +124,76 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
     ("variables", "named"),
     [
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5c1f"}, "CUDA_VISIBLE_DEVICES=GPU-5c1f"),
         ({"SLURM_GPUS": "a100:2"}, "SLURM_GPUS=a100:2"),
+        ({"SLURM_GPUS": "a100:0,h100:1"}, "SLURM_GPUS=a100:0,h100:1"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "SLURM_GPUS_ON_NODE=1"),
+        ({"SLURM_GPUS_PER_TASK": "h100:1"}, "SLURM_GPUS_PER_TASK=h100:1"),
         ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),
+        ({"SLURM_STEP_GPUS": "3"}, "SLURM_STEP_GPUS=3"),
+        ({"NVIDIA_VISIBLE_DEVICES": "GPU-5c1f"}, "NVIDIA_VISIBLE_DEVICES=GPU-5c1f"),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, None),  # of the image
+        ({"NVIDIA_VISIBLE_DEVICES": "void"}, None),
         ({"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0"}, None),  # hidden on purpose
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS": "1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
         ({"SLURM_GPUS": "0"}, None),
+        ({"SLURM_GPUS": "a100:0"}, None),
+        ({"SLURM_JOB_GPUS": ""}, None),
         ({}, None),
     ],
 )
-def test_gpus_that_torch_does_not_find_are_a_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], named: str | None
+def test_granted_gpus_that_torch_does_not_find_are_an_error_unless_the_cpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str | None
 ) -> None:
-    for key in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS", "SLURM_JOB_GPUS"):
-        monkeypatch.delenv(key, raising=False)
+    for key in [key for key in os.environ if key.startswith(("CUDA_VISIBLE", "NVIDIA_VISIBLE", "SLURM"))]:
+        monkeypatch.delenv(key)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    assert pick_device("auto") == torch.device("cpu")
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {named}, but torch finds no GPU; using the CPU") if named else said == ""
+    if named is None:
+        assert pick_device("auto") == torch.device("cpu")
+    else:
+        with pytest.raises(UsageError, match=f"^{named}, but torch finds no GPU [^\n]*train.device=cpu[^\n]*$"):
+            pick_device("auto")
     assert pick_device("cpu") == torch.device("cpu")
-    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_job_without_a_gpu_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    done = slope("pretrain", "gpt2-nano", "train.steps=1", "--out", str(tmp_path / "run"))
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("error: CUDA_VISIBLE_DEVICES=0, but torch finds no GPU")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inherited", ["", os.pathsep.join(["", ".", "HERE"])])
+def test_a_child_process_imports_nothing_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inherited: str
+) -> None:
+    """Not by -c, nor by an entry of PYTHONPATH or of this process's path; this installation is found all the same."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the working folder')")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", inherited.replace("HERE", str(tmp_path / "link")))
+    monkeypatch.setattr(sys, "path", ["", ".", str(tmp_path), str(tmp_path / "link"), *sys.path])
+    command, environment = children.python(
+        "import json, sparse_kernels; print(sparse_kernels.__file__, *sys.argv[1:])", "ab"
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{sparse_kernels.__file__} a b\n"
+
+
+def test_the_workers_of_prepare_import_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    """A process in its own right, since a console script's path is not that of the tests."""
+    for name in ("json", "pickle", "struct"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')")
+    (tmp_path / "text.txt").write_text("some text\n" * 100)
+    arguments = ["data", "prepare", "text.txt", "--out", "data", "--workers", "2"]
+    command, environment = children.python("from slope_cli.cli import main; main()", arguments)
+    command.remove("-P")  # as `slope` itself is started
+    environment.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, done.stderr)
+    assert (tmp_path / "data" / "dataset.json").is_file()

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,3 +318,13 @@ def test_bad_construction() -> None:
         SparseLinear(torch.randn(6, 8), None, masks.row_mask(torch.randn(6, 8), 2, 4), 2, 4)
     with pytest.raises(ValueError, match="rank must be between"):
         LowRankAdapter(8, 4, 5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 8), (5, 24), (4, 20), (1, 3)])
+def test_bits_are_in_numpy_s_little_order(rows: int, columns: int) -> None:
+    """Kernels and checkpoints read them: the lowest bit first, each row padded with zeros to whole bytes."""
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+    assert torch.equal(masks.pack_bits(mask), bits)
+    assert torch.equal(masks.unpack_bits(bits, columns), mask)
+    assert masks.pack_bits(torch.tensor([[True, False, False, False]])).item() == 1

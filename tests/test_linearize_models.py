@@ -341,6 +341,21 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], said: str) -> None:
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("form", [{"window": 9}, {"window": 4, "kind": "terrace"}])
+def test_a_model_s_own_window_is_never_smaller_than_the_new_one(form: dict[str, Any]) -> None:
+    """Within the new window the model is its own teacher, or it is refused."""
+    model, ids_BT = tiny_model("mistral-7b", sliding_window=9), tokens(9)
+    original = logits(model, ids_BT)
+    for window in (form["window"] + 1, 60):
+        with pytest.raises(UsageError, match=f"^window={window}: the model's own sliding_window is 9; [^\n]*at most"):
+            linearize_attention(model, LinearizeConfig(**{**form, "window": window}))
+    assert not linear_windows(model)
+    linearize_attention(model, LinearizeConfig(**form))
+    randomize(model)
+    seen = 9 if form["window"] == 9 else 8
+    close(logits(model, ids_BT)[:, :seen], original[:, :seen], 1e-4)
+
+
 def test_models_that_cannot_be_linearized() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -337,6 +337,7 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 ADJUSTED = [(), ("linearize.adjust_maps=true",), ("linearize.distill=0.5",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "adjust"), [(4, ADJUSTED[0]), *((8, words) for words in ADJUSTED)])
 def test_a_killed_run_resumes_bit_for_bit(step: int, adjust: tuple[str, ...], tmp_path: Path) -> None:
     """Killed while it saves: the first time in transfer, then with the adapters."""

@@ -3,15 +3,18 @@
 import io
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from support.processes import full_disk
+from support.runs import copied, slope, trained
 
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics
 from slope_cli.report.metrics import MetricsLog
 from slope_cli.report.progress import Progress
+from slope_cli.utils import jsonl
 
 TRAIN = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.0}
 
@@ -60,14 +63,15 @@ def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0, tensorboard=False)
-    for step in range(4):  # 45 bytes each
+    for step in range(1, 5):  # 67 bytes each
         log.write("train", step, loss=1.0)
     full = pytest.raises(SlopeError, match=r"metrics\.jsonl: cannot be written, the disk \(or quota\) is full")
-    with full_disk(200):
+    with full_disk(300):
         with full:
-            log.write("train", 4, loss=1.0)
+            log.write("train", 5, loss=1.0)
         log.close()
-    assert [record["step"] for record in metrics.read(tmp_path)] == [0, 1, 2, 3]
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / metrics.JSONL).read_bytes().endswith(b"\n")  # nothing of the line is left
 
 
 def test_a_log_that_cannot_be_opened_is_an_error_of_ours_or_the_systems(tmp_path: Path) -> None:
@@ -140,4 +144,84 @@ def test_a_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_records_are_plain_json(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    assert json.loads((tmp_path / metrics.JSONL).read_text()) == {"kind": "train", "step": 1, "loss": 1 / 3}
+    record = json.loads((tmp_path / metrics.JSONL).read_text())
+    checksum = int(record.pop("crc32"), 16)
+    assert record == {"kind": "train", "step": 1, "loss": 1 / 3}
+    assert checksum == zlib.crc32(json.dumps(record)[:-1].encode())  # of the line before the key
+
+
+DAMAGED = [
+    b'{"kind": "train", "stfp": 1, "loss": 1.5}\n',
+    b'{"kind": "train", "step": 1, "lo3s": 1.5}\n',
+    b'{"kind": "train", "step": "1", "loss": 1.5}\n',
+    b'{"kind": "train", "step": 0, "loss": 1.5}\n',
+    b'{"kind": "train", "step": 1, "loss": null}\n',
+    b'{"kint": "train", "step": 1, "loss": 1.5}\n',
+    b'{"kind": "sample", "step": 1, "text": 5}\n',
+    b"[1]\n",
+    b"1\n",
+    b"\xff\n",
+    b"[" * 100_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_record_without_what_its_kind_needs_is_damaged_in_logs_without_checksums_too(
+    line: bytes, tmp_path: Path
+) -> None:
+    good = b'{"kind": "train", "step": 1, "loss": 1.5}\n'
+    (tmp_path / metrics.JSONL).write_bytes(good + line + good)
+    with pytest.raises(SlopeError, match=r"metrics\.jsonl:2 is damaged"):
+        metrics.read(tmp_path)
+
+
+def test_a_log_of_an_earlier_version_is_read_and_continued_with_checksums(tmp_path: Path) -> None:
+    path, old = tmp_path / metrics.JSONL, b'{"kind": "train", "step": 1, "loss": 1.5}\n'
+    path.write_bytes(old)
+    write(tmp_path, 2, start=1)
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2]
+    path.write_bytes(path.read_bytes() + old)  # no such line can follow one with a checksum
+    with pytest.raises(SlopeError, match=r"metrics\.jsonl:3 is damaged"):
+        metrics.read(tmp_path)
+
+
+def test_a_damaged_log_is_kept_beside_its_sound_lines_when_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 1, 2, 3, 4)
+    path = tmp_path / metrics.JSONL
+    damaged = path.read_bytes().replace(b'"step": 2', b'"step": 3')
+    path.write_bytes(damaged)
+    write(tmp_path, 4, start=3)
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 3, 4]
+    assert (tmp_path / "damaged-0-metrics.jsonl").read_bytes() == damaged
+    said = "is not what it was when step 3 was saved: 1 of its lines are damaged, no record is left of steps 2"
+    assert capsys.readouterr().err == f"warning: {path}: {said}\n"
+
+
+@pytest.mark.parametrize("whole", [b"", b'{"a": 1}\n', jsonl.encode({"text": "x" * 100_000})])
+def test_what_a_full_disk_cut_short_does_not_break_later_lines(tmp_path: Path, whole: bytes) -> None:
+    """The end of the file is no line: it is removed before the next is added."""
+    path = tmp_path / "starts.jsonl"
+    path.write_bytes(whole + jsonl.encode({"text": "y" * 100_000})[:-5])
+    before = jsonl.read(path)
+    jsonl.append(path, {"b": 2})
+    assert jsonl.read(path) == [*before, {"b": 2}]
+    with full_disk(path.stat().st_size + 9), pytest.raises(SlopeError, match=r"starts\.jsonl: cannot be written"):
+        jsonl.append(path, {"c": 3})
+    assert jsonl.read(path) == [*before, {"b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("train", "tokens"), ("train", "tokens_per_s"), ("val", "perplexity"), ("val", "by_source")]
+)
+def test_a_key_that_is_damaged_in_a_log_without_checksums_is_one_line(kind: str, key: str, tmp_path: Path) -> None:
+    """Where it is needed, by a plot or a comparison."""
+    run = copied(trained(), tmp_path)
+    lines = [json.dumps(record) for record in metrics.read(run)]
+    at = max(number for number, line in enumerate(lines) if f'"kind": "{kind}"' in line)
+    lines[at] = lines[at].replace(f'"{key}"', f'"{key[:-1]}"')
+    (run / metrics.JSONL).write_text("\n".join([*lines, ""]))
+    results = [slope("plot", run, "--out", tmp_path / "plot"), slope("compare", "--runs", run, trained())]
+    assert [result.err for result in results if "Traceback" in result.err] == []
+    assert any(f"the {kind} record of step 6 has no {key}" in result.err for result in results)

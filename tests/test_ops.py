@@ -133,6 +133,7 @@ def test_the_stamps_of_a_weight_change_when_any_of_it_is_written_or_replaced() -
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_dense_weights_give_the_same_output_and_are_gone_after(adapter: bool) -> None:
+    torch.manual_seed(0)
     model = torch.nn.Sequential(make(32, 16), torch.nn.Tanh(), make(16, 32, bias=False))
     if adapter:
         for added in add_adapters(model, 4).values():

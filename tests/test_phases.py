@@ -145,6 +145,7 @@ def test_only_methods_and_config_compare_the_names_of_methods() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_bit_for_bit(name: str, data: Path, tmp_path: Path) -> None:
     """Killed in the first save after a transition, and so started again in the later phase and before it."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -174,3 +175,30 @@ def test_a_comparison_of_many_variants_has_all_names_and_room_for_the_curves(cou
     assert all(f">{name}<" in texts for name in curves)
     coloured = (imread(png)[..., :3].max(-1) - imread(png)[..., :3].min(-1)) > 0.2
     assert np.ptp(np.nonzero(coloured[:, : 8 * 150 // 2])[1]) > 2 * 150  # curves run over most of the axes' left half
+
+
+def test_a_million_steps_are_drawn_quickly_with_their_extremes(tmp_path: Path) -> None:
+    count, spike = 1_000_000, 700_001
+    losses = [3.0 + (number % 7) / 100 for number in range(count)]
+    losses[spike] = 9.0
+    tokens = list(range(count))
+    x, y = plots._thinned(tokens, losses)
+    assert len(x) == len(y) <= plots.SHOWN + 2
+    assert (x[0], x[-1], y[x.index(spike)]) == (0, count - 1, 9.0)
+    assert x == sorted(x)
+    assert (min(y), all(losses[at] == value for at, value in zip(x, y, strict=True))) == (min(losses), True)
+    assert plots._thinned(tokens[:500], losses[:500]) == (tokens[:500], losses[:500])
+    run = written_run(tmp_path / "run", losses[:50_000], val=3.0)
+    assert len(drawn_axes(run, tmp_path / "loss").lines[0].get_xdata()) <= plots.SHOWN + 2
+    assert (tmp_path / "loss.svg").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", ["a$x_1$", "$", "run\x1b[31m", "a & <b>"])
+def test_a_name_is_drawn_as_it_is_and_not_as_a_formula(name: str, tmp_path: Path) -> None:
+    """A file name may hold what matplotlib reads as a formula, and what XML and terminals forbid."""
+    runs = [written_run(tmp_path / f"{name}{number}", [3.0, 2.0]) for number in range(2)]
+    for drawn_runs in (runs[:1], runs):
+        plots.draw_loss(drawn_runs, tmp_path / "loss")
+        ElementTree.parse(tmp_path / "loss.svg")
+    plots.draw_curves({name: {"tokens": [1, 2], "mean": [2, 1], "low": [2, 1], "high": [2, 1]}}, tmp_path / "curves")
+    ElementTree.parse(tmp_path / "curves.svg")

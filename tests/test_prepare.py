@@ -1,5 +1,6 @@
 """Preparing data: every format, the split, restarts after any stop, and one clear line for each bad input."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -30,6 +31,7 @@ from slope_cli.data.token_file import write_token_file
 from slope_cli.data.tokenize import ChunkTokenizer, Target
 from slope_cli.data.tokenizer import END_OF_TEXT, byte_characters, load_tokenizer, save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.utils import files
 from slope_cli.utils.files import held_folder, read_sealed
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
@@ -37,6 +39,7 @@ TEXTS = ["One é.\n", "Two\r\n\ttwo.", "Three 三 three 🦙", f"a {END_OF_TEXT}
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
+    ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": lambda data: zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :]),
 }
@@ -608,12 +611,58 @@ def test_a_start_that_wrote_no_part_binds_nobody(tmp_path: Path, bpe_folder: str
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.3)
     (tmp_path / "x.txt").write_text("text")
     (tmp_path / "out").mkdir()
     with held_folder(tmp_path / "out"), pytest.raises(UsageError, match="another process is at work"):
         prepared([tmp_path / "x.txt"], tmp_path / "out")
     prepared([tmp_path / "x.txt"], tmp_path / "out")
+
+
+# Waits where another process overtakes it: before it removes the parts, or before it claims the folder.
+OVERTAKEN = """
+import shutil
+import sys
+import time
+from pathlib import Path
+from slope_cli.data.prepare import prepare
+
+text, out, where = sys.argv[1:]
+
+def late(call):
+    def wait(path, *args, **options):
+        if Path(path).name == where:
+            Path(out + ".waits").touch()
+            while not Path(out + ".goes").exists():
+                time.sleep(0.01)
+        return call(path, *args, **options)
+    return wait
+
+if where == ".parts":
+    shutil.rmtree = late(shutil.rmtree)
+else:
+    Path.mkdir = late(Path.mkdir)
+prepare([text], Path(out), workers=1)
+"""
+
+
+@pytest.mark.parametrize(("where", "says"), [(".parts", "prepared: 5 tokens"), ("out", "already prepared")])
+def test_a_process_that_is_overtaken_at_its_end_or_start_succeeds(tmp_path: Path, where: str, says: str) -> None:
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("text")
+    other = subprocess.Popen(
+        [sys.executable, "-P", "-c", OVERTAKEN, str(text), str(out), where],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stderr=subprocess.PIPE,
+    )
+    wait_until((tmp_path / "out.waits").exists)
+    prepared([text], out)
+    (tmp_path / "out.goes").touch()
+    errors = other.communicate(timeout=60)[1].decode()
+    assert (other.returncode, says in errors) == (0, True), errors
+    assert sorted(path.name for path in out.iterdir()) == ["dataset.json", "tokenizer", "train", "val"]
+    open_dataset(out)
 
 
 def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
@@ -646,7 +695,7 @@ PARQUET_ENDS = b"PAR1"
         ),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not a JSON line"),
         ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: not UTF-8"),
-        ("x.json", b'["a"]', r"x\.json:1: a list instead of an object"),
+        ("x.json", b'["a"]', r"x\.json: record 1: a str instead of an object"),
         ("x.jsonl", b'{"text": 3}', r"x\.jsonl:1: 'text' is a int, not text"),
         ("x.txt.gz", gzip.compress(WHOLE, mtime=0)[:-50], r"x\.txt\.gz: truncated"),
         ("x.txt.xz", lzma.compress(WHOLE)[:-50], r"x\.txt\.xz: truncated"),

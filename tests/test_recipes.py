@@ -32,6 +32,7 @@ def test_no_recipe_has_a_key_of_an_older_version() -> None:
     assert (len(done.stdout.splitlines()), done.stderr) == (len(RECIPES), "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_dry_run_shows_a_config_that_loads_back(name: str, tmp_path: Path) -> None:
     result = slope("pretrain", name, "--dry-run")

@@ -1,5 +1,6 @@
 """A run that was killed or stopped, at whatever moment, and started again is the uninterrupted run, bit for bit."""
 
+import errno
 import os
 import random
 import shutil
@@ -8,17 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import die_in_save, finish, printed, start
 from support.runs import assert_same_run, records, tiny
 
 from slope_cli.checkpoint import store
-from slope_cli.distributed.signals import StopFlag, Stopped
+from slope_cli.distributed.signals import Stopped
 from slope_cli.errors import UsageError
 from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.train.step import StepOutput
+from slope_cli.utils import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +83,7 @@ def test_killed_at_random_moments(data: Path, finished: Path, tmp_path: Path) ->
     assert_same_run(config, run, finished)
 
 
+@pytest.mark.slow
 def test_killed_at_every_operation_of_a_save(data: Path, finished: Path, tmp_path: Path) -> None:
     """Before each write to the disk, each rename, and each removal, while step 12 is saved and step 4 is dropped."""
     config = tiny(data)
@@ -216,9 +220,9 @@ def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
 ) -> None:
     fit = Trainer.fit
 
-    def signalled(t: Trainer, stop: StopFlag) -> None:
+    def signalled(t: Trainer, *args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        fit(t, stop)
+        fit(t, *args)
 
     monkeypatch.setattr(Trainer, "fit", signalled)
     with pytest.raises(Stopped, match="after step 1, checkpoint saved"):
@@ -289,13 +293,59 @@ main()
 # ------------------------------------------------------------------------------------------ whose folder it is
 
 
-def test_a_second_process_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_second_process_in_the_same_folder_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, config = tmp_path / "run", tiny(data, "train.steps=100000", "log.save_every=0")
     child = start(config, run)
     try:
         wait_for_steps(run, 1)
+        monkeypatch.setattr(files, "LOCK_WAIT", 0.3)
         with pytest.raises(UsageError, match="another process is at work in it"):
             pretrain(config, run)
     finally:
         child.kill()
         finish(child)
+
+
+def test_a_restart_waits_for_a_process_that_is_ending(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after the failure of a node: the one before holds the lock a little longer."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    holder = "import fcntl,sys,time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+    command = [sys.executable, "-P", "-c", f"{holder}; time.sleep(1)", str(run / files.LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pretrain(tiny(data), run)
+    said = "another process is at work in it; waiting up to 30 s for it to end"
+    assert capsys.readouterr().err.splitlines().count(f"{run}: {said}") == 1
+
+
+def test_a_file_system_without_locks_is_one_warning(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    pretrain(tiny(data), run)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
+    assert warning.startswith(f"warning: {run}: its file system has no locks (No locks available)")
+
+
+def test_killed_between_the_last_save_and_the_removal_of_an_old_one(data: Path, finished: Path, tmp_path: Path) -> None:
+    """The run is at its end and saves no more, yet keeps no checkpoint too many after the next start."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.copytree(run / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000004")
+    manifest = run / "checkpoints" / "step-00000004" / store.MANIFEST
+    files.write_sealed(manifest, files.read_sealed(manifest) | {"step": 4})
+    pretrain(tiny(data), run)
+    assert [folder.name for folder in store.folders(run)] == ["step-00000012", "step-00000008"]
+    assert_same_run(tiny(data), run, finished)

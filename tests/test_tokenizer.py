@@ -128,3 +128,28 @@ def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "UsageError: tokenizer nobody/nothing: no such folder, and it could not be downloaded" in last
     assert "give `bytes` or a local folder" in last
+
+
+def test_no_code_of_a_tokenizer_is_run_and_nobody_is_asked(tmp_path: Path) -> None:
+    """A question at a terminal would hang a job; a folder of somebody else's may name a class of its own."""
+    save_tokenizer(load_tokenizer("bytes"), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    custom = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | custom))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    code = f"""
+from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.errors import SlopeError
+try:
+    load_tokenizer({str(tmp_path)!r})
+except SlopeError as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(slope_cli.__file__).parents[1]), "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, input="y\ny\n", capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) <= 1
+    assert not (tmp_path / "executed").exists()

@@ -21,7 +21,7 @@ from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
-from slope_cli.data.batches import Blocks
+from slope_cli.data.batches import Blocks, sample_indices
 from slope_cli.data.dataset import MANIFEST, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError
@@ -30,7 +30,8 @@ from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.train.step import Step, StepOutput, step_seed
 from slope_cli.utils.environment import git_commit, source_version
-from sparse_kernels import sparse_layers
+from sparse_kernels import masked_layers, sparse_layers
+from sparse_kernels.masks import nm_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -337,8 +338,8 @@ def test_a_run_of_another_config_is_refused_by_the_keys_that_differ(data: Path, 
 
 def test_before_the_first_step_the_config_may_still_change(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    longer = ("train.seq_len=65536", "train.tokens_per_step=131072", "model.overrides.n_positions=65536")
     with pytest.raises(UsageError, match="training tokens are fewer than one sequence"):
-        longer = ("train.seq_len=65536", "train.tokens_per_step=131072", "model.overrides.n_positions=65536")
         pretrain(tiny(data, *longer), run)
     assert pretrain(tiny(data, "train.steps=1"), run)["step"] == 1
     assert run_folder.open_config(run).train.steps == 1
@@ -429,7 +430,9 @@ def test_the_same_data_elsewhere_is_fine_and_other_data_is_refused(data: Path, c
     assert pretrain(tiny(tmp_path / "moved"), copy)["step"] == 12
     other = write_data(tmp_path / "other", seed=1)
     before = {
-        path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "environment.jsonl"
+        path: path.read_bytes()
+        for path in copy.rglob("*")
+        if path.is_file() and path.name not in ("environment.jsonl", "starts.jsonl")
     }
     with pytest.raises(UsageError, match="was trained on other data than"):
         pretrain(tiny(other), copy)
@@ -553,3 +556,76 @@ def test_shapes_agree_with_the_config(data: Path, finished: Path) -> None:
     assert (manifest["step"], phase.adapters) == (12, True)
     assert manifest["source"] == source_version()
     assert tokenizer.decode(tokenizer("two words").input_ids) == "two words"
+
+
+# ------------------------------------------------------------------------------- faults that a test must not let pass
+
+
+def test_validation_is_the_mean_over_targets_where_the_last_batch_is_smaller(data: Path, tmp_path: Path) -> None:
+    """Five sequences in batches of four: a mean of the batches' means would count the last sequence four times."""
+    words = ("log.val_tokens=80", "train.micro_batch=4", "train.seq_len=16", "train.tokens_per_step=64")
+    trainer = Trainer(tiny(data, *words), tmp_path / "run", CPU)
+    batches = list(trainer.batches.validation("text"))
+    assert [len(batch["labels"]) for batch in batches] == [4, 1]
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [loss_fn(forward(trainer.model, batch), batch) for batch in batches]
+    trainer.batches.close()
+    by_batch = [float(loss.token_loss) for loss in losses]
+    assert [int(loss.targets) for loss in losses] == [64, 16]
+    assert by_batch[0] != pytest.approx(by_batch[1], abs=1e-4)
+    assert trainer.validate()["loss"] == pytest.approx((4 * by_batch[0] + by_batch[1]) / 5, abs=1e-6)
+
+
+def test_each_epoch_of_a_run_has_an_order_of_its_own(data: Path, tmp_path: Path) -> None:
+    config, trainer = tiny(data, "train.micro_batch=1").train, Trainer(tiny(data), tmp_path / "run", CPU)
+    length = len(trainer.batches._blocks)
+    trainer.batches.close()
+    where = {"world": 1, "micro_batch": 1, "accumulation": 1, "seed": config.seed, "length": length}
+    samples = [int(sample_indices(step, 0, 0, **where)[0]) for step in range(2 * length)]
+    first, second = samples[:length], samples[length:]
+    assert sorted(first) == sorted(second) == list(range(length))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_masks_are_updated_from_the_weights_after_the_optimizers_step(data: Path, tmp_path: Path) -> None:
+    """The masks of sr_ste are those of the weights that the step left, not of those that it found."""
+    words = ("method=sr_ste", "sr_ste.mask_update_interval=1", "optim.lr=0.5", "optim.warmup=0")
+    trainer = Trainer(tiny(data, *words), tmp_path / "run", CPU)
+    before = {name: layer.mask.clone() for name, layer in masked_layers(trainer.model)}
+    trainer.train_step()
+    trainer.batches.close()
+    changed = 0
+    for name, layer in masked_layers(trainer.model):
+        assert torch.equal(layer.mask, nm_mask(layer.weight.detach().abs(), layer.n, layer.m)), name
+        changed += int((layer.mask != before[name]).sum())
+    assert changed > 0
+
+
+def test_the_moments_of_the_other_weights_outlive_the_adapters_entry(data: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(data), tmp_path / "run", CPU)
+    step = trainer.phases.adapter_step
+    assert step
+    for _ in range(step):
+        trainer.train_step()
+    moments = {name: t.clone() for name, t in store.state_tensors(trainer.model, trainer.optimizer).items()}
+    trainer.enter(trainer.phases.at(step))
+    after = store.state_tensors(trainer.model, trainer.optimizer)
+    trainer.batches.close()
+    kept = [name for name in moments if name.startswith("optim.") and name.endswith(("exp_avg", "exp_avg_sq"))]
+    assert kept
+    assert [name for name in kept if not torch.equal(moments[name], after[name])] == []
+    assert all(after[name].abs().sum() > 0 for name in kept if name.endswith("exp_avg_sq") and "c_fc" in name)
+
+
+def test_no_passage_of_the_validation_text_is_trained_on(tmp_path: Path) -> None:
+    dataset = open_dataset(write_data(tmp_path, seed=3))
+    (val,), (train,) = dataset.val.values(), dataset.train
+    held_out, trained = (bytes(int(i) for i in file.tokens if i < 256) for file in (val, train))
+    assert len(held_out) > 200
+    passages = [held_out[at : at + 40] for at in range(0, len(held_out) - 40, 20)]
+    assert [passage for passage in passages if passage in trained] == []
+    assert len(held_out) + len(trained) == sum(
+        len(json.loads(line)["text"]) for line in (tmp_path / "text.jsonl").read_text().splitlines()
+    )

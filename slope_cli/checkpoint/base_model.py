@@ -13,9 +13,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import hf_folder, store
+from slope_cli.errors import SlopeError, first_line
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
-from slope_cli.utils.files import read_sealed, write_sealed
+from slope_cli.utils.files import as_json, content_sha256, read_sealed, write_sealed
 from sparse_kernels import adapters_of, add_adapters, sparse_layers
 
 BASE = "base.json"
@@ -30,8 +31,9 @@ def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None) ->
     Raises:
         SlopeError: it could not be written (a full disk, say).
     """
-    store.save_base(run, store.state_tensors(model, None))
-    write_sealed(run / BASE, describe(model, dropout=dropout))
+    content = as_json(describe(model, dropout=dropout))
+    store.save_base(run, store.state_tensors(model, None), content_sha256(content))
+    write_sealed(run / BASE, content)
 
 
 def read(run: Path, device: torch.device | str) -> PreTrainedModel:
@@ -47,12 +49,23 @@ def read(run: Path, device: torch.device | str) -> PreTrainedModel:
 
 def build(run: Path, device: torch.device | str) -> PreTrainedModel:
     """The model that `write` wrote, without its weights and masks; SlopeError if its description is damaged."""
-    return rebuild(description(run), device)
+    try:
+        return rebuild(description(run), device)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SlopeError(f"{run / BASE}: describes no model ({first_line(error)})") from None
 
 
 def description(run: Path) -> dict[str, Any]:
-    """The description of the model, by `describe`; SlopeError if it is missing or damaged."""
-    return read_sealed(run / BASE)
+    """The description of the model, by `describe`; SlopeError if it is missing, damaged, or that of other weights.
+
+    The manifest of the weights, to which checkpoints are bound, holds its hash. That of an earlier version does not.
+    """
+    content, own = read_sealed(run / BASE), run / store.BASE / store.MANIFEST
+    # A run made before there were bases holds all weights in its checkpoints.
+    bound_to = read_sealed(own).get("description") if own.exists() else None
+    if bound_to not in (None, content_sha256(content)):
+        raise SlopeError(f"{run / BASE} is not what it was when {run / store.BASE} was written")
+    return content
 
 
 def describe(model: PreTrainedModel, *, dropout: float | None = None) -> dict[str, Any]:
@@ -75,7 +88,8 @@ def _tied(model: PreTrainedModel) -> bool:
 
 def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrainedModel:
     """A float32 model of a description, in training mode; the caller reads its weights and masks."""
-    settings = dict(description["config"])
+    # An implementation of attention could be one that is fetched from a hub and executed.
+    settings = {key: value for key, value in description["config"].items() if not key.endswith("_implementation")}
     config_class = getattr(transformers, shapes.FAMILIES[settings["model_type"]].config_class)
     model = build_model(config_class.from_dict(settings, attn_implementation="sdpa"), device=str(device))
     if _tied(model) and not description.get("tied", True):

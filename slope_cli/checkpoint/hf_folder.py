@@ -51,7 +51,12 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
         with torch.random.fork_rng(devices=[]):  # transformers initializes missing weights at random
             torch.default_generator.manual_seed(0)
             model, loading = kind.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         # The head that predicts the next sentence may be missing.
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(NEXT_SENTENCE)):
@@ -73,7 +78,7 @@ def settings(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is neither a run (no {run_folder.CONFIG}) nor a model folder (no config.json)")
     with _named(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if shapes.objective(config) == "causal" and any("MaskedLM" in name for name in config.architectures or ()):
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
         return config

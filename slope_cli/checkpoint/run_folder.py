@@ -11,6 +11,7 @@ RUN/loss.png, loss.svg   drawn at the end
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from slope_cli.utils.environment import source_version
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+SEAL = "# sha256 of the lines above: "
 LOG_ENDINGS = (".log", ".out", ".err")
 """A batch system may have opened its log in the folder before the run begins."""
 
@@ -69,10 +71,30 @@ def _has_begun(run: Path) -> bool:
 
 def write_config(run: Path, config: Config) -> None:
     """Write RUN/config.yaml unless it is the same; keys that may change may differ from those of an earlier start."""
-    text, path = configs.dump(config).encode(), run / CONFIG
-    if not path.is_file() or path.read_bytes() != text:
+    content, path = _sealed(configs.dump(config)), run / CONFIG
+    if not path.is_file() or path.read_bytes() != content:
         with files.atomic_file(path) as file:
-            file.write(text)
+            file.write(content)
+
+
+def _sealed(text: str) -> bytes:
+    """A configuration with the hash of its lines as a last line, a comment."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
+
+
+def verify_config(run: Path) -> Config:
+    """The configuration of a run, if RUN/config.yaml is what was written; earlier versions wrote no hash to tell.
+
+    Raises:
+        UsageError: no configuration.
+        SlopeError: another one than was written.
+    """
+    config, content = open_config(run), (run / CONFIG).read_bytes()
+    text, _, last = content.decode().rstrip("\n").rpartition("\n")
+    if last.startswith("#") and _sealed(f"{text}\n") != content:
+        advice = f"if you edited it, run `slope pretrain {run / CONFIG} --out {run}`, which writes it anew"
+        raise SlopeError(f"{run / CONFIG}: is not what was written, its checksum does not fit; {advice}")
+    return config
 
 
 def open_config(run: Path) -> Config:

@@ -13,6 +13,7 @@ A mask that follows from the values is left out as well, named under "derived" i
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,13 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 
+from slope_cli.checkpoint import dcp
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import MOMENTS, init_state
-from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, write_sealed
+from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, remove, write_sealed
 from sparse_kernels import update_backward_masks
 from sparse_kernels.deprecated import TENSORS
 
@@ -38,6 +38,9 @@ FORMAT = 2
 """Of checkpoints, in their manifests; those without one are of format 1, with the tensors' names of version 0.1."""
 DERIVED = "backward_mask_bits"
 """The buffer that a checkpoint leaves out where it follows from values and row mask."""
+_BASE = {"files": dict, "tensors": list}
+_CHECKPOINT = {"files": dict, "step": int, "data": str, "config": dict, "tokenizer": dict}
+"""The keys that a manifest must have."""
 
 
 class Checkpoint(NamedTuple):
@@ -93,17 +96,14 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
     tensors = state_tensors(model, optimizer, derived=not derived)
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
-    kept = {name: x.shape for name, x in held.items() if optimizer is not None or name.startswith("model.")}
+    kept = {
+        name: saved_as.shape for name, saved_as in held.items() if optimizer is not None or name.startswith("model.")
+    }
     if kept != expected:
         wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
         raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
-    try:
-        with _single_process():
-            for place in {folder, base or folder}:
-                own = {x.saved_as: tensors[name] for name, x in held.items() if x.folder == place and name in tensors}
-                load(own, checkpoint_id=place, no_dist=True)
-    except CheckpointException as error:
-        raise SlopeError(f"{folder} cannot be read: {_reason(error)}") from None
+    for name, tensor in tensors.items():
+        held[name].read(into=tensor)
     if derived:
         update_backward_masks(model)
     if optimizer is not None:
@@ -113,17 +113,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
             count.copy_(saved_count)
 
 
-class _SavedTensor(NamedTuple):
-    folder: Path
-    saved_as: str
-    shape: tuple[int, ...]
-
-
-def _saved_tensors(folder: Path) -> dict[str, _SavedTensor]:
+def _saved_tensors(folder: Path) -> dict[str, dcp.SavedTensor]:
     """The tensors of a checkpoint or base by their current names."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
-    sized = {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
-    return {_current_name(name): _SavedTensor(folder, name, shape) for name, shape in sized.items()}
+    return {_current_name(name): saved for name, saved in dcp.saved_tensors(folder).items()}
 
 
 def _current_name(name: str) -> str:
@@ -173,22 +165,31 @@ def save(
         metadata = {**metadata, "base": file_sha256(base / MANIFEST)}
     metadata = {"step": step, **metadata} | ({"derived": [DERIVED]} if derived else {})
     _write(final, f"the checkpoint of step {step}", tensors, metadata)
+    prune(run, keep)
+    return final
+
+
+def prune(run: Path, keep: int) -> None:
+    """Drop all checkpoints but the newest `keep`."""
     with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
         for old in folders(run)[keep:]:
             dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
             os.rename(old, dead)
-            shutil.rmtree(dead)
-    return final
+            remove(dead)
 
 
-def save_base(run: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:
     """Write the model that a run without checkpoints begins with, in place of one that an earlier start left.
+
+    Args:
+        description: the hash of what else belongs to the model, for the manifest.
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
     """
     shutil.rmtree(run / BASE, ignore_errors=True)
-    _write(run / BASE, "the model that the run begins with", tensors, {"tensors": sorted(tensors)})
+    metadata = {"tensors": sorted(tensors), "description": description}
+    _write(run / BASE, "the model that the run begins with", tensors, metadata)
 
 
 def _write(final: Path, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -217,7 +218,7 @@ def _reason(error: BaseException) -> str:
 def clean(run: Path) -> None:
     """Remove what an interrupted save or prune left behind."""
     for leftover in (*run.glob(f".tmp-{BASE}"), *run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.dead-*")):
-        shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -227,10 +228,26 @@ def verify(folder: Path) -> dict[str, Any]:
         SlopeError: naming the first file that is missing, of another size, or altered.
     """
     manifest = read_sealed(folder / MANIFEST)
+    _require_kind(folder / MANIFEST, manifest, _CHECKPOINT)
     if manifest["step"] != _step(folder):
         raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
     _verify_files(folder, manifest)
     return manifest
+
+
+def _require_kind(path: Path, manifest: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    """SlopeError for a sealed file that is no manifest with these keys: a file of another kind put in its place."""
+    wrong = [key for key, kind in keys.items() if type(manifest.get(key)) is not kind]
+    entries = [] if wrong else manifest["files"].values()
+    if wrong or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        raise SlopeError(f"{path}: is a file of another kind, whose {(wrong or ['files'])[0]} is not a manifest's")
+
+
+def log_mark(manifest: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a log of the run was when a checkpoint was saved (see slope_cli.utils.jsonl); None in earlier versions."""
+    logs = manifest.get("logs")
+    mark = logs.get(name) if isinstance(logs, dict) else None
+    return mark if isinstance(mark, dict) and type(mark.get("bytes")) is int and "sha256" in mark else None
 
 
 def verify_base(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,18 +256,18 @@ def verify_base(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     base = read_sealed(path)
     if file_sha256(path) != manifest["base"]:
         raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
+    _require_kind(path, base, _BASE)
     _verify_files(path.parent, base)
     return base
 
 
 def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    present = {p.name for p in folder.iterdir()} - {MANIFEST}
     for name, entry in manifest["files"].items():
         path = folder / name
-        if name not in present:
+        if path.name != name or path.is_symlink() or not path.is_file():
             raise SlopeError(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise SlopeError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise SlopeError(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
         if file_sha256(path) != entry["sha256"]:
             raise SlopeError(f"{path} is damaged: its checksum does not fit")
 
@@ -262,18 +279,19 @@ def latest(run: Path) -> Checkpoint | None:
         SlopeError: there are checkpoints, and every one is damaged, or the base that the newest sound one needs is.
     """
     faults: list[str] = []
-    for folder in folders(run):
+    for folder in (found := folders(run)):
         try:
             manifest = verify(folder)
         except SlopeError as error:
-            faults.append(str(error))
+            if folder.exists():  # otherwise a run that is training dropped it meanwhile
+                faults.append(str(error))
             continue
         if "base" in manifest:
             verify_base(run, manifest)  # an older checkpoint needs it too
         return Checkpoint(folder, manifest, faults)
     if faults:
         raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
-    return None
+    return latest(run) if found else None
 
 
 def set_aside_newer(run: Path, step: int) -> None:
@@ -286,7 +304,7 @@ def set_aside_newer(run: Path, step: int) -> None:
 
 def folders(run: Path) -> list[Path]:
     """Every step-* folder of a run, newest first."""
-    steps = (folder for folder in run.glob("checkpoints/step-*") if folder.name.removeprefix("step-").isdigit())
+    steps = (folder for folder in run.glob("checkpoints/step-*") if re.fullmatch(r"step-[0-9]+", folder.name))
     return sorted(steps, key=_step, reverse=True)
 
 

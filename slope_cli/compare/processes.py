@@ -6,7 +6,6 @@ OUT/starts.jsonl         a line for each start: how many runs were training then
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,11 +14,12 @@ import time
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-import slope_cli
 from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import load as configs
 from slope_cli.distributed.signals import STOPPED, StopFlag, Stopped
+from slope_cli.utils import jsonl
 from slope_cli.utils.files import atomic_file
+from sparse_kernels import children
 
 POLL = 0.1
 """Seconds between two polls of the processes."""
@@ -33,19 +33,18 @@ class Child:
         config.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(config) as file:
             file.write(configs.dump(run.config).encode())
-        with (out / "starts.jsonl").open("a") as starts:
-            starts.write(json.dumps({"run": run.name, "jobs": jobs}) + "\n")
+        jsonl.append(out / "starts.jsonl", {"run": run.name, "jobs": jobs})
         self._earlier_bytes = self.log.stat().st_size if self.log.is_file() else 0
-        # This installation, not one that happens to be in the working directory.
-        path = os.pathsep.join(filter(None, (str(Path(slope_cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         # Processes that each use all cores mostly wait for one another.
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
-        command = [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()", "pretrain", str(config)]
-        command += ["--out", str(out / run.name)]
+        arguments = ["pretrain", str(config), "--out", str(out / run.name)]
+        # If this process is killed, its runs must not go on unseen, and hold their folders.
+        code = f"from slope_cli.utils.parent import end_with; end_with({os.getpid()}); "
+        command, environment = children.python(f"{code}from slope_cli.cli import main; main()", arguments)
         with self.log.open("ab") as log:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 command,
-                env={**threads, **os.environ, "PYTHONPATH": path},
+                env={**threads, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -124,7 +123,7 @@ def _stop_all(running: list[Child]) -> int:
 def most_at_once(planned: Sequence[PlannedRun], out: Path) -> int:
     """The largest number of runs that were ever trained together with one of these."""
     path, names = out / "starts.jsonl", {run.name for run in planned}
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    starts = jsonl.read(path) if path.is_file() else []
     return max((start["jobs"] for start in starts if start["run"] in names), default=1)
 
 

@@ -29,6 +29,7 @@ from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import load as configs
 from slope_cli.config import schema
 from slope_cli.config.schema import Config
+from slope_cli.config.values import flat
 from slope_cli.data.dataset import open_dataset
 from slope_cli.distributed.launch import require_one_process
 from slope_cli.distributed.signals import StopFlag, Stopped
@@ -135,7 +136,7 @@ def _earlier(path: Path) -> list[Run]:
 
 def _require_distinct(runs: Sequence[Run]) -> None:
     """UsageError for a duplicate run, or a name with two configurations."""
-    whole = [configs.flat(portable(config_of(run))) for run in runs]
+    whole = [flat(portable(config_of(run))) for run in runs]
     seen: dict[tuple[str, float | None], dict[str, Any]] = {}
     for number, (run, config) in enumerate(zip(runs, whole, strict=True)):
         if config in whole[:number]:

@@ -11,6 +11,7 @@ from typing import Any
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.config import load as configs
 from slope_cli.config.schema import Config
+from slope_cli.config.values import flat
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import account
@@ -18,6 +19,7 @@ from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
 from slope_cli.report import metrics
 from slope_cli.train.dry_run import untrained_model
+from slope_cli.utils import jsonl
 from slope_cli.utils.typed_json import from_json
 
 Terms = dict[str, int | str]
@@ -117,6 +119,8 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
     val = [{**record, "tokens": record["step"] * tokens} for record in records if record["kind"] == "val"]
     if not val or val[-1]["step"] != steps or not train:
         raise SlopeError(f"{folder / metrics.JSONL}: does not contain the validation of step {steps}")
+    metrics.require(folder, val, ("val",), "perplexity", "by_source")
+    metrics.require(folder, train, metrics.STEPS, "tokens_per_s")
     tokenizer = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(manifest["tokenizer"].items()))
     name = folder.resolve().name
     return Run(
@@ -149,7 +153,7 @@ def config_of(run: Run) -> Config:
     Raises:
         UsageError: keys or values that this version does not know.
     """
-    return configs.from_fixed({key: str(value) for key, value in configs.flat(run.config).items()}, run.run)
+    return configs.from_fixed({key: str(value) for key, value in flat(run.config).items()}, run.run)
 
 
 def without_folders(text: str) -> str:
@@ -160,7 +164,7 @@ def without_folders(text: str) -> str:
 def _environments(folder: Path) -> list[dict[str, Any]]:
     """The distinct environments of a run's starts."""
     path = folder / "environment.jsonl"
-    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
+    lines = jsonl.read(path) if path.is_file() else []
     distinct: list[dict[str, Any]] = []
     for public in ({key: value for key, value in line.items() if key not in _PRIVATE} for line in lines):
         if public not in distinct:

@@ -4,8 +4,9 @@ import itertools
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -108,6 +109,14 @@ def planned_runs(chosen: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[
         planned.append(PlannedRun(variant.name, lr, seed, replace(config, train=replace(config.train, seed=seed))))
     _refuse_duplicates("run", [run.name for run in planned])
     return planned
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The comma-separated numbers of an option; UsageError for anything else."""
+    try:
+        return [kind(number) for number in text.split(",") if number]
+    except ValueError:
+        raise UsageError(f"{option} {text}: give comma-separated numbers") from None
 
 
 def _refuse_duplicates(kind: str, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,11 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.config.migrate import migrate
 from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, Config, Section
+from slope_cli.config.values import Flat, flat, from_recipe, from_word, is_text, may_be_null, refuse_special
 from slope_cli.errors import UsageError, did_you_mean
-
-Flat = dict[str, Any]
-"""Full keys and their values."""
-
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -75,7 +72,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """
     text = recipe_text(recipe)
     with _one_line(f"{recipe}: "):
-        written = _flat_yaml(text)
+        written = from_recipe(text)
     parsed = [parse_override(override) for override in overrides]
     own_method = str(written.get("method", "slope"))
     method = next((str(keys["method"]) for keys in reversed(parsed) if "method" in keys), own_method)
@@ -92,7 +89,7 @@ def load_saved(path: Path) -> Config:
     """The configuration that `dump` wrote, in this version or an older one; raises as `load`."""
     text = recipe_text(str(path))
     with _one_line(f"{path}: "):
-        return _saved(_flat_yaml(text), f"{path}: ")
+        return _saved(from_recipe(text), f"{path}: ")
 
 
 def from_fixed(keys: Mapping[str, str], where: str) -> Config:
@@ -102,12 +99,14 @@ def from_fixed(keys: Mapping[str, str], where: str) -> Config:
         UsageError: keys or values that this version does not know; the message begins with `where`.
     """
     with _one_line(f"{where}: "):
-        return _saved({key: _literal(key, text) for key, text in keys.items()}, "")
+        values = {key: _literal(key, text) for key, text in keys.items()}
+        refuse_special(values)
+        return _saved(values, "")
 
 
 def _literal(key: str, text: str) -> Any:
-    if key in _texts():
-        return None if text == "None" and _texts()[key] else text
+    if is_text(key):
+        return None if text == "None" and may_be_null(key) else text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -142,29 +141,8 @@ def parse_override(override: str) -> Flat:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UsageError(f"{override}: is not KEY=VALUE, such as train.steps=100")
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if value and key in _texts() and not quoted:
-        return {key: None if value == "null" and _texts()[key] else value}
     with _one_line(""):
-        _refuse_base_60(yaml.compose(value, yaml.SafeLoader), key)
-        return flat(OmegaConf.to_container(OmegaConf.from_dotlist([override])))
-
-
-@functools.cache
-def _texts() -> Mapping[str, bool]:
-    """The full keys of type text, each with whether it may be null."""
-    hints = {"": get_type_hints(Config)}
-    hints |= {f"{name}.": get_type_hints(kind) for name, kind in hints[""].items() if issubclass(kind, Section)}
-    typed = {f"{prefix}{name}": kind for prefix, keys in hints.items() for name, kind in keys.items()}
-    return {key: kind is not str for key, kind in typed.items() if kind in (str, str | None)}
-
-
-def _flat_yaml(text: str) -> Flat:
-    _refuse_base_60(yaml.compose(text, yaml.SafeLoader), "")
-    tree = OmegaConf.to_container(OmegaConf.create(text))
-    if not isinstance(tree, dict):
-        raise UsageError("is not a mapping of keys to values")
-    return flat(tree)
+        return from_word(key, value)
 
 
 def _current(keys: Flat, method: str, where: str, own_method: str = "") -> Flat:
@@ -216,27 +194,12 @@ def _merge(config: DictConfig, keys: Flat) -> DictConfig:
     for key, value in keys.items():
         if known := _keys(key.split(".")):
             raise UsageError(f"{key}={value}: is a section; set its keys, such as {key}.{known[0]}")
-        if "${" in str(value):
-            raise UsageError(f"{key}={value}: is an interpolation; write the value itself")
         *parents, last = key.split(".")
         node = functools.reduce(lambda below, name: below.setdefault(name, {}), parents, tree)
         node[last] = value
     merged = OmegaConf.merge(config, OmegaConf.create(tree))
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _refuse_base_60(node: yaml.Node | None, key: str) -> None:
-    """YAML 1.1 reads 2:4 as the base-60 number 124, silently."""
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            _refuse_base_60(value, f"{key}.{name.value}".removeprefix("."))
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_base_60(value, key)
-    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
-        n, m = node.value.split(":")[:2]
-        raise UsageError(f"{key}: {node.value} would be read as a base-60 number; say sparsity.n={n} sparsity.m={m}")
 
 
 @contextlib.contextmanager
@@ -249,6 +212,8 @@ def _one_line(where: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{where}line {line} is not YAML: {error.problem}") from None
+    except RecursionError:
+        raise UsageError(f"{where}is nested too deeply") from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise UsageError(f"{where}{_reason(error)}") from None
 
@@ -274,14 +239,6 @@ def _keys(parents: Sequence[str]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------- writing and comparing
-
-
-def flat(tree: Any, prefix: str = "") -> Flat:
-    """Every full key below a node of a config, or of any JSON object, and its value."""
-    keys: Flat = {}
-    for name, value in tree.items():
-        keys |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return keys
 
 
 def container(config: Config) -> dict[str, Any]:

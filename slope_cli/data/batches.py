@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ Batch = dict[str, NDArray[np.int64]]
 IGNORED_LABEL = -100
 """The label of a position at which nothing is predicted."""
 FEISTEL_ROUNDS = 6
-BIGRAM_CHUNK = 1 << 22
+MAPPED_FILES = 64
 
 
 class Blocks:
@@ -34,15 +35,18 @@ class Blocks:
 
     def __init__(self, files: Sequence[TokenFile], seq_len: int) -> None:
         self.seq_len = seq_len
-        self._files = [file for file in files if file.header.tokens]
+        self._files = files = [file for file in files if file.header.tokens]
         self._ends = np.cumsum([file.header.tokens for file in self._files], dtype=np.int64)
         self.tokens = int(self._ends[-1]) if self._files else 0
+        # A process may open about a thousand files, and a data set may have more sources. The cache does not refer to
+        # `self`: the cycle would keep the maps until the next garbage collection.
+        self._mapped = lru_cache(MAPPED_FILES)(lambda at: files[at].tokens)
 
     def __len__(self) -> int:
         return max(self.tokens - 1, 0) // self.seq_len
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Block `index`, (T+1,) int64; IndexError outside range(len)."""
+        """Block `index`, (T+1,) int64; IndexError outside range(len), SlopeError for an id outside the vocabulary."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.seq_len
@@ -52,7 +56,7 @@ class Blocks:
         while filled < len(block):
             end = int(self._ends[at])
             first = end - self._files[at].header.tokens
-            piece = self._files[at].tokens[start + filled - first : stop - first]
+            piece = self._files[at].checked(self._mapped(at)[start + filled - first : stop - first])
             block[filled : filled + len(piece)] = piece
             filled, at = filled + len(piece), at + 1
         return block
@@ -272,7 +276,9 @@ def _pair_counts(files: Sequence[TokenFile], vocab_size: int) -> NDArray[np.int6
     """The counts of all token pairs: (vocab_size, vocab_size) int64."""
     counts = np.zeros(vocab_size * vocab_size, np.int64)
     for file in files:
-        for start in range(0, max(file.header.tokens - 1, 0), BIGRAM_CHUNK):
-            ids = file.tokens[start : start + BIGRAM_CHUNK + 1].astype(np.int64)
+        last = np.empty(0, np.int64)
+        for piece in file.pieces():
+            ids = np.concatenate((last, file.checked(piece)), dtype=np.int64)
             counts += np.bincount(ids[:-1] * vocab_size + ids[1:], minlength=len(counts))
+            last = ids[-1:]
     return counts.reshape(vocab_size, vocab_size)

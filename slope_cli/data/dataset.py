@@ -66,16 +66,26 @@ def open_dataset(folder: Path | str, verify: bool = True) -> Dataset:
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
+    try:
+        return _listed(folder, manifest, verify)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # sealed, but not by `write_manifest`
+        raise SlopeError(f"{folder / MANIFEST}: not the manifest of a data set ({error!r})") from error
+
+
+def _listed(folder: Path, manifest: dict[str, Any], verify: bool) -> Dataset:
     files = [_listed_file(folder, entry, verify) for entry in manifest["files"]]
-    if verify:
-        for name, digest in manifest["tokenizer_files"].items():
-            if file_sha256(folder / "tokenizer" / name) != digest:
-                raise SlopeError(f"{folder / 'tokenizer' / name}: damaged, its checksum is not that in {MANIFEST}")
+    for name, digest in manifest["tokenizer_files"].items():
+        path = _inside(folder, f"tokenizer/{name}")
+        if verify and file_sha256(path) != digest:
+            raise SlopeError(f"{path}: damaged, its checksum is not that in {MANIFEST}")
+    numbers = (manifest["vocab_size"], manifest["separator_id"])
+    if not all(type(number) is int for number in numbers) or not isinstance(manifest["plan"], dict):
+        raise TypeError("a wrong type")
     return Dataset(
         folder=folder,
         tokenizer_name=manifest["tokenizer"],
-        vocab_size=manifest["vocab_size"],
-        separator_id=manifest["separator_id"],
+        vocab_size=numbers[0],
+        separator_id=numbers[1],
         train=tuple(file for file in files if file.header.split == "train"),
         val={file.header.source: file for file in files if file.header.split == "val"},
         fingerprint=hashlib.sha256("\n".join(file.header.sha256 for file in files).encode()).hexdigest(),
@@ -135,8 +145,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise SlopeError(f"{error}; prepare the data again") from None
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """A path that the manifest lists; SlopeError if it, or a link in it, leads out of the folder."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise SlopeError(f"{folder / MANIFEST}: lists {name!r}, which is outside the data set; prepare the data again")
+    return folder / name
+
+
 def _listed_file(folder: Path, entry: dict[str, Any], verify: bool) -> TokenFile:
-    file = TokenFile.open(folder / entry["path"])
+    file = TokenFile.open(_inside(folder, entry["path"]))
     if (file.header.sha256, file.header.tokens) != (entry["sha256"], entry["tokens"]):
         raise SlopeError(f"{file.path}: not the file that {MANIFEST} lists; prepare the data again")
     if verify:

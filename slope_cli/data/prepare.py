@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, UNFINISHED, Dataset, open_dataset, write_manifest
+from slope_cli.data.folders import some
 from slope_cli.data.sources import DEFAULT_CHUNKING, Chunking, Input, find_inputs, read_segments
-from slope_cli.data.token_file import TokenFile, Tokens
+from slope_cli.data.token_file import TokenFile, Tokens, read_error
 from slope_cli.data.tokenize import SPLITS, Chunk, Piece, Target, write_parts
 from slope_cli.data.tokenizer import BYTES, begin_id, load_tokenizer, save_tokenizer, separator_id, vocabulary_size
 from slope_cli.distributed.signals import StopFlag
@@ -31,6 +33,9 @@ from slope_cli.utils.files import LOCK, claimed_folder, read_sealed, write_seale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+LISTED_INPUTS = 1000
 
 
 def prepare(
@@ -47,7 +52,7 @@ def prepare(
     progress: bool = True,
     stop: StopFlag | None = None,
 ) -> Dataset:
-    """Tokenize text, JSONL and parquet files, folders of these, or Hugging Face data sets into the folder `out`.
+    """Tokenize text, JSON, CSV and parquet files, folders of these, or Hugging Face data sets into the folder `out`.
 
     `find_inputs` says what inputs and their sources are, `is_held_out` which segments of a source (documents, or the
     parts that `cut` makes of long ones) go to its validation file. The same call resumes a preparation that was
@@ -69,29 +74,73 @@ def prepare(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     started, out = time.monotonic(), Path(out).expanduser()
-    items = find_inputs(inputs, split=split, config_name=config_name, chunking=chunking)
+    notes: list[str] = []
+    items = find_inputs(inputs, split=split, config_name=config_name, chunking=chunking, say=notes.append)
     tok = load_tokenizer(tokenizer)
     target = _target(out, tokenizer, tok)
     made_from = _made_from(items, text_key, val_fraction, chunking, target, tok)
     display = Progress(sum(item.size for item in items), quiet=not progress)
-    if (out / MANIFEST).exists():
-        return _open_finished(out, made_from, display)
-    claimed = claimed_folder(out, "data set", lambda _: (out / UNFINISHED).is_dir())
-    with claimed, contextlib.nullcontext(stop) if stop else StopFlag() as stop, contextlib.closing(display):
-        _settle_parts(out, made_from)
-        save_tokenizer(tok, out / "tokenizer")
-        check = partial(stop.check, out)
-        chunks = _chunks(items, text_key, Fraction(str(val_fraction)), chunking, check)
-        _write_parts(chunks, target, workers, check, display)
-        files = _merge(target, check)
-        write_manifest(out, files, made_from)
-        shutil.rmtree(out / UNFINISHED)
-        (out / LOCK).unlink()
-        if val_fraction and all(file.header.split == "train" for file in files):
-            display.say(f"{out}: has no validation text; {NO_VALIDATION}")
-        tokens = sum(file.header.tokens for file in files)
-        display.say(f"prepared: {tokens:,} tokens in {time.monotonic() - started:.1f} s")
-    return open_dataset(out, verify=False)
+    try:
+        with contextlib.closing(display), _claimed(out) as unmade:
+            if unmade:
+                with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
+                    check, share = partial(stop.check, out), Fraction(str(val_fraction))
+                    chunks = _chunks(items, text_key, share, chunking, check, notes.append)
+                    _write(target, tok, chunks, made_from, workers, check, display)
+            else:
+                _require_same(out, open_dataset(out, verify=False).made_from, made_from, "a finished data set")
+                shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a process may have been killed before it did
+    except OSError as error:
+        raise SlopeError(read_error(out, error, "written")) from error
+    dataset = open_dataset(out, verify=False)
+    for line in (*notes, *_outcome(dataset, unmade, val_fraction, time.monotonic() - started)):
+        display.say(line)
+    return dataset
+
+
+def _outcome(dataset: Dataset, is_new: bool, val_fraction: float, seconds: float) -> Iterator[str]:
+    if not is_new:
+        yield f"{dataset.folder}: already prepared from the same inputs, nothing to do"
+        return
+    if val_fraction and not dataset.val:
+        yield f"{dataset.folder}: has no validation text; {NO_VALIDATION}"
+    tokens = sum(file.header.tokens for file in (*dataset.train, *dataset.val.values()))
+    yield f"prepared: {tokens:,} tokens in {seconds:.1f} s"
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[bool]:
+    """Lock the folder. Yields whether the data set is to be made: another process may finish it at any moment."""
+    manifest = out / MANIFEST
+    with contextlib.ExitStack() as lock:
+        if not manifest.exists():
+            try:
+                lock.enter_context(
+                    claimed_folder(out, "data set", lambda _: (out / UNFINISHED).is_dir() or manifest.exists())
+                )
+            except UsageError:
+                if not manifest.exists():
+                    raise
+        yield not manifest.exists()
+        (out / LOCK).unlink(missing_ok=True)
+
+
+def _write(
+    target: Target,
+    tok: PreTrainedTokenizerFast,
+    chunks: Iterator[Chunk],
+    made_from: dict[str, Any],
+    workers: int | None,
+    check: Callable[[], None],
+    display: Progress,
+) -> None:
+    """Write the files of the data set, and the manifest last."""
+    _settle_parts(target.out, made_from)
+    save_tokenizer(tok, target.out / "tokenizer")
+    _write_parts(chunks, target, workers, check, display)
+    write_manifest(target.out, _merge(target, check), made_from)
+    # From here on another process takes the data set for finished, and may remove the parts, too.
+    shutil.rmtree(target.out / UNFINISHED, ignore_errors=True)
 
 
 def is_held_out(number: int, share: Fraction) -> bool:
@@ -125,7 +174,7 @@ def _made_from(
 ) -> dict[str, Any]:
     """Everything that the tokens depend on, as JSON."""
     return {
-        "inputs": [item.identity() for item in items],
+        "inputs": _listing([item.identity() for item in items]),
         "tokenizer": target.tokenizer,
         "tokenizer_sha256": hashlib.sha256(tok.backend_tokenizer.to_str().encode()).hexdigest(),
         "text_key": text_key,
@@ -135,12 +184,11 @@ def _made_from(
     }
 
 
-def _open_finished(out: Path, made_from: dict[str, Any], display: Progress) -> Dataset:
-    dataset = open_dataset(out, verify=False)
-    _require_same(out, dataset.made_from, made_from, "a finished data set")
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a process may have been killed before it did
-    display.say(f"{out}: already prepared from the same inputs, nothing to do")
-    return dataset
+def _listing(inputs: list[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
+    """The inputs; of very many only their number and a hash, which identify them as well."""
+    if len(inputs) <= LISTED_INPUTS:
+        return inputs
+    return {"number": len(inputs), "sha256": hashlib.sha256(json.dumps(inputs).encode()).hexdigest()}
 
 
 def _settle_parts(out: Path, made_from: dict[str, Any]) -> None:
@@ -159,6 +207,8 @@ def _settle_parts(out: Path, made_from: dict[str, Any]) -> None:
 
 
 def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+    if isinstance(listed := old.get("inputs"), list):  # any number of them, by an earlier version
+        old = old | {"inputs": _listing(listed)}
     if differing := [key for key in new if old.get(key) != new[key]]:
         raise UsageError(
             f"{out}: contains {what} made with other {', '.join(differing)}; "
@@ -167,14 +217,24 @@ def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str
 
 
 def _chunks(
-    items: list[Input], text_key: str, share: Fraction, chunking: Chunking, check: Callable[[], None]
+    items: list[Input],
+    text_key: str,
+    share: Fraction,
+    chunking: Chunking,
+    check: Callable[[], None],
+    say: Callable[[str], None],
 ) -> Iterator[Chunk]:
-    """Read all inputs; `check` is called for each segment."""
+    """Read all inputs; `check` is called for each segment, `say` with the inputs that contain no text.
+
+    UsageError if all of them contain none.
+    """
     chunk_size, read_before = chunking.chunk_size(items), 0
+    empty: list[str] = []
     for source, group in groupby(items, key=lambda item: item.source):
         number = segments = chars = size = 0
         pieces: list[Piece] = []
         for item in group:
+            chars_before = chars
             for text, ends_document, position in read_segments(item, text_key, chars, chunking):
                 check()
                 held_out, segments = is_held_out(segments, share), segments + 1
@@ -185,9 +245,15 @@ def _chunks(
                 if size >= chunk_size:
                     yield Chunk(source, number, pieces, read_before + position)
                     number, size, pieces = number + 1, 0, []
+            if chars == chars_before:
+                empty.append(item.name)
             read_before += item.size
         if pieces:
             yield Chunk(source, number, pieces, read_before)
+    if len(empty) == len(items):
+        raise UsageError(f"{some(empty)}: contains no text")
+    if empty:
+        say(f"warning: left out: {some(empty)} (contains no text)")
 
 
 def _write_parts(
@@ -240,7 +306,7 @@ def _merge(target: Target, check: Callable[[], None]) -> list[TokenFile]:
     def tokens(parts: list[TokenFile]) -> Iterator[Tokens]:
         for part in parts:
             check()
-            yield TokenFile(part.path, part.header).tokens  # not part.tokens, which would keep every file open
+            yield from part.pieces()
 
     files = []
     for split in SPLITS:

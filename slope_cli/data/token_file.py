@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, first_line
 from slope_cli.utils.files import atomic_file
 
 Tokens = NDArray[Any]
 
 MAGIC = b"SLOPETOK1\n"
 HEADER_BYTES = 4096
+READ_TOKENS = 1 << 22
+DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,73 @@ class TokenFile:
                 block = file.read(HEADER_BYTES)
             size = path.stat().st_size
         except OSError as error:
-            raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
+            raise SlopeError(read_error(path, error)) from error
         header = _parse_header(path, block)
         expected = HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
         if size != expected:
             raise SlopeError(f"{path}: has {size} bytes, but its header says {expected}; prepare the data again")
         return cls(path, header)
 
-    @cached_property
+    @property
     def tokens(self) -> Tokens:
-        """The ids, (tokens,) uint16 or uint32, as a memory map."""
+        """The ids, (tokens,) uint16 or uint32, as a new memory map: it holds a file open for as long as it lives."""
         if self.header.tokens == 0:  # an empty range cannot be mapped
             return np.empty(0, self.header.dtype)
-        return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
+        try:
+            return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
+        except (OSError, ValueError) as error:  # ValueError: it has become shorter
+            raise SlopeError(read_error(self.path, error if isinstance(error, OSError) else OSError(error))) from error
+
+    def pieces(self) -> Iterator[Tokens]:
+        """The ids in order, in arrays of READ_TOKENS, read without a memory map."""
+        dtype = np.dtype(self.header.dtype)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(HEADER_BYTES)
+                while block := file.read(READ_TOKENS * dtype.itemsize):
+                    yield np.frombuffer(block, dtype, len(block) // dtype.itemsize)
+        except OSError as error:
+            raise SlopeError(read_error(self.path, error)) from error
+
+    def checked(self, ids: Tokens) -> Tokens:
+        """Ids of this file, if none is above the largest that its header names, else SlopeError.
+
+        A header can be forged together with its checksum, and an id outside the vocabulary ends a GPU's process.
+        """
+        if ids.size and int(ids.max()) > self.header.max_id:
+            raise SlopeError(
+                f"{self.path}: contains the token id {ids.max()}, but its header says at most {self.header.max_id}; "
+                f"prepare the data again"
+            )
+        return ids
 
     def verify(self) -> None:
-        """Check the payload; SlopeError if its checksum is wrong."""
-        with open(self.path, "rb") as file:
-            file.seek(HEADER_BYTES)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.header.sha256:
+        """Check the payload; SlopeError if its checksum is wrong, or an id is above the header's largest."""
+        digest, largest = hashlib.sha256(), np.zeros(1, np.int64)
+        for piece in self.pieces():
+            digest.update(piece.data)
+            largest = np.maximum(largest, piece.max(initial=0))
+        if digest.hexdigest() != self.header.sha256:
             raise SlopeError(f"{self.path}: damaged, its checksum is wrong; prepare the data again")
+        if self.header.tokens:
+            self.checked(largest)
+
+
+ADVICE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: close some, or ask its administrator",
+    errno.ENOMEM: "the machine has too little free memory: close other programs",
+    errno.EACCES: "give yourself the right to read it (chmod +r)",
+    errno.ENOENT: "it was there before: put it back, and run the same command again",
+    errno.ESTALE: "the file system has lost it: run the same command again",
+    errno.EIO: "the disk or network failed: copy the file elsewhere",
+}
+
+
+def read_error(path: Path, error: OSError, what: str = "read") -> str:
+    """One line for a file or folder that cannot be read or written: its name, why, and what to do."""
+    advice = ADVICE.get(error.errno or 0, "mend this, and run the same command again")
+    return f"{error.filename or path}: cannot be {what}: {error.strerror or error}; {advice}"
 
 
 def _parse_header(path: Path, block: bytes) -> TokenHeader:
@@ -85,7 +133,27 @@ def _parse_header(path: Path, block: bytes) -> TokenHeader:
         raise SlopeError(f"{path}: has {len(block)} bytes, but the header alone has {HEADER_BYTES}")
     if block[len(MAGIC) : start] != _digest_line(block[start:]):
         raise SlopeError(f"{path}: damaged header, its checksum is wrong; prepare the data again")
-    return TokenHeader(**json.loads(block[start:]))
+    try:
+        header = TokenHeader(**json.loads(block[start:]))
+    except (TypeError, ValueError) as error:
+        raise SlopeError(f"{path}: not the header of a token file ({first_line(error)})") from error
+    if not _is_sound(header):
+        raise SlopeError(f"{path}: its header contradicts itself; prepare the data again")
+    return header
+
+
+def _is_sound(header: TokenHeader) -> bool:
+    """Whether every field of a header that somebody else wrote has its type, and the numbers fit each other."""
+    fields = asdict(header)
+    texts = [fields.pop(name) for name in ("source", "split", "dtype", "tokenizer", "sha256")]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(number) is int and number >= -1 for number in fields.values())
+        and header.dtype in DTYPES
+        and header.split in ("train", "val")
+        and min(header.tokens, header.documents, header.text_bytes) >= 0
+        and max(header.max_id, header.separator_id) < header.vocab_size
+    )
 
 
 def _header_block(header: TokenHeader) -> bytes:

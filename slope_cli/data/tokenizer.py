@@ -110,7 +110,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     names = {path.name for path in folder.iterdir()}
     try:
         if "tokenizer.json" in names:
-            return AutoTokenizer.from_pretrained(str(folder))
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if {"vocab.json", "merges.txt"} <= names:
             if END_OF_TEXT not in json.loads((folder / "vocab.json").read_text(encoding="utf-8")):
                 raise UsageError(f"tokenizer {folder}: vocab.json has no {END_OF_TEXT}; save it as tokenizer.json")
@@ -128,7 +128,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, HTTP and parser errors share no base class
         raise UsageError(
             f"tokenizer {name}: no such folder, and it could not be downloaded from the Hugging Face Hub "

@@ -1,7 +1,6 @@
 """The process of a run, and its device."""
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from slope_cli.errors import UsageError
@@ -22,31 +21,40 @@ def require_one_process() -> None:
             raise UsageError(f"{key}={os.environ[key]}: a run trains in one process; start a single task")
 
 
-def _given_gpus() -> str:
-    """The variable that says this process has GPUs, as KEY=VALUE; empty if there is none, or they are hidden."""
-    for key, nothing in (
-        ("CUDA_VISIBLE_DEVICES", ("", "-1", "NoDevFiles")),
-        ("SLURM_GPUS", ("", "0")),
-        ("SLURM_JOB_GPUS", ("",)),  # numbers of GPUs, so that 0 is one
-    ):
-        if (value := os.environ.get(key)) is not None:
-            return "" if value in nothing else f"{key}={value}"
+def _granted_gpus() -> str:
+    """The variable that says this process was given GPUs, as KEY=VALUE; empty if none was, or they are hidden."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # the last word: an empty one hides them on purpose
+        hidden = visible.strip() in ("", "NoDevFiles") or visible.strip().startswith("-1")
+        return "" if hidden else f"CUDA_VISIBLE_DEVICES={visible}"
+    for key, value in sorted(os.environ.items()):
+        if key.startswith("SLURM_GPUS"):  # a number, or TYPE:NUMBER for several types
+            given = any(part.rpartition(":")[2].strip() not in ("", "0") for part in value.split(","))
+        elif key in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):  # which ones, so that 0 is one
+            given = bool(value.strip())
+        else:  # "all" stands in container images, whether or not they run with a GPU
+            given = key == "NVIDIA_VISIBLE_DEVICES" and value.strip() not in ("", "all", "none", "void")
+        if given:
+            return f"{key}={value}"
     return ""
 
 
 def pick_device(name: str) -> "torch.device":
-    """The device called `name`, or for "auto" the GPU where there is one, with a warning where there should be one.
+    """The device called `name`; for "auto" the GPU, or the CPU where no GPU was granted.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here, or a GPU was granted and torch finds none.
     """
     import torch
 
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        if given := _given_gpus():
-            print(f"warning: {given}, but torch finds no GPU; using the CPU (see `slope doctor`)", file=sys.stderr)
+        if granted := _granted_gpus():
+            raise UsageError(
+                f"{granted}, but torch finds no GPU (`slope doctor` says more); "
+                "for the CPU set train.device=cpu, or CUDA_VISIBLE_DEVICES to nothing"
+            )
         return torch.device("cpu")
     try:
         device = torch.device(name)

@@ -10,8 +10,8 @@ from slope_cli.errors import SlopeError
 STOPPED = 75
 """Exit code (EX_TEMPFAIL): stopped by a signal; the same command resumes."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""SLURM is told to send USR2, because NCCL catches USR1."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM is told to send USR2, because NCCL catches USR1; a run in one process does not start NCCL."""
 
 
 class Stopped(SlopeError):
@@ -21,9 +21,10 @@ class Stopped(SlopeError):
 
 
 class StopFlag:
-    """While open, a first SIGTERM, SIGINT or SIGUSR2 only sets `name`; a second SIGINT interrupts at once.
+    """While open, the first of STOP_SIGNALS only sets `name`; a second SIGINT interrupts at once.
 
-    Python handles signals in the main thread only: a flag that is opened in another thread is never set.
+    A signal that is ignored stays ignored, as nohup and a shell's & ask for. Python handles signals in the main thread
+    only: a flag that is opened in another thread is never set.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,8 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

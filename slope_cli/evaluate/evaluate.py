@@ -1,13 +1,14 @@
 """`slope eval`: evaluate a trained model by its perplexity and on zero-shot tasks."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.distributed.launch import pick_device
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, first_line, one_line
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.perplexity import measure, open_validation
 from slope_cli.linearize.attention import BRANCHES
@@ -50,7 +51,7 @@ def evaluate(
 
     Returns:
         run or folder (its name), step, objective, branch if given, perplexity (see `measure`) or None, tasks (see
-        `lm_tasks.score`), versions.
+        `lm_tasks.score`), failed (the error of each task that could not be scored; absent without one), versions.
 
     Raises:
         UsageError: no run and no model, an unknown branch or a model without branches, data of another tokenizer,
@@ -69,17 +70,30 @@ def evaluate(
     tasks = lm_tasks.load(names, task_data) if names else []
     result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
     result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
-    result |= {"perplexity": None, "tasks": {}}
+    result |= {"perplexity": None, "tasks": {}, "versions": environment() | {"device": loaded.model.device.type}}
     with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
+        lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch or REQUESTS) if tasks else None
+        # All before any is scored: a choice that is too long should not cost hours.
+        requests = [lm_tasks.requests_of(lm, task, limit) for task in tasks] if lm else []
         if dataset is not None:
             result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
-        if tasks:
-            lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch or REQUESTS)
-            result["tasks"] = {task.name: lm_tasks.score(lm, task, limit) for task in tasks}
-    result["versions"] = environment() | {"device": loaded.model.device.type}
+            _keep(result, out)
+        for task, of_task in zip(tasks, requests, strict=True):
+            try:
+                result["tasks"][task.name] = lm_tasks.score(lm, task, limit, of_task)
+            except Exception as error:  # the other scores are kept; lm-eval's errors share no base class
+                if "SLOPE_DEBUG" in os.environ:
+                    raise
+                reason = one_line(error) or f"{type(error).__name__}: {first_line(error)}"
+                result.setdefault("failed", {})[task.name] = reason
+            _keep(result, out)
+    return result
+
+
+def _keep(result: dict[str, Any], out: Path | None) -> None:
+    """Write what is known so far."""
     if out is not None:
         write_json(out, result)
-    return result
 
 
 def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractContextManager[Any]:
@@ -121,7 +135,7 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
             for name, row in scores.items()
             if row["truncated"]
         ]
-    return lines
+    return [*lines, *(f"{name}: failed: {reason}" for name, reason in result.get("failed", {}).items())]
 
 
 def _perplexity_line(name: str, row: dict[str, Any]) -> str:

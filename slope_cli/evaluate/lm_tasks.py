@@ -317,15 +317,24 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
             tokenizer=tokenizer,
             batch_size=batch,
             prefix_token_id=None if has_ends else tokenizer.sep_token_id,
+            trust_remote_code=False,
             **precision,
         )
 
 
-def score(lm: HFLM, task: LoadedTask, limit: int | None = None) -> dict[str, Any]:
+class Requests(NamedTuple):
+    """Of what a task asks: the chance of each row, and the number of rows longer than the model's positions."""
+
+    chances: list[float]
+    truncated: int
+
+
+def score(lm: HFLM, task: LoadedTask, limit: int | None = None, requests: Requests | None = None) -> dict[str, Any]:
     """Score one task zero-shot.
 
     Args:
         limit: the maximum number of rows, of a group in each of its tasks; None for all.
+        requests: of this task and limit, if known.
 
     Returns:
         acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
@@ -334,13 +343,13 @@ def score(lm: HFLM, task: LoadedTask, limit: int | None = None) -> dict[str, Any
         positions and loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
 
     Raises:
-        UsageError: a choice is longer than the model's positions.
+        UsageError: as `requests_of`.
     """
     import lm_eval
 
     started = time.perf_counter()
+    chances, truncated = requests or requests_of(lm, task, limit)
     with quiet():
-        chances, truncated = _chances(lm, task, limit)
         output = lm_eval.evaluate(lm, task.task_dict, limit=limit, log_samples=False)
     results, groups, n = output["results"], task.task_dict.get("groups", {}), len(chances)
     chance, error = sum(chances) / n, math.sqrt(sum(p * (1 - p) for p in chances)) / n
@@ -368,17 +377,18 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
     return scores
 
 
-def _chances(lm: HFLM, task: LoadedTask, limit: int | None) -> tuple[list[float], int]:
-    """The chance of each row, and the number of rows with a request longer than the model's positions."""
+def requests_of(lm: HFLM, task: LoadedTask, limit: int | None = None) -> Requests:
+    """The requests of a task; UsageError for a choice that is longer than the model's positions."""
     chances: list[float] = []
     truncated = 0
-    for leaf in task.leaves.values():
-        leaf.build_all_requests(limit=limit, rank=0, world_size=1)
-        choices = Counter(instance.doc_id for instance in leaf.instances)
-        chances += [1 / count for count in choices.values()]
-        long = {instance.doc_id for instance in leaf.instances if _too_long(lm, task.name, *instance.args)}
-        truncated += len(long)
-    return chances, truncated
+    with quiet():
+        for leaf in task.leaves.values():
+            leaf.build_all_requests(limit=limit, rank=0, world_size=1)
+            choices = Counter(instance.doc_id for instance in leaf.instances)
+            chances += [1 / count for count in choices.values()]
+            long = {instance.doc_id for instance in leaf.instances if _too_long(lm, task.name, *instance.args)}
+            truncated += len(long)
+    return Requests(chances, truncated)
 
 
 def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint.load import Loaded, load_model
-from slope_cli.config.load import flat
 from slope_cli.config.schema import MAX_SEED, OptimConfig
+from slope_cli.config.values import flat
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
 from slope_cli.finetune import glue, squad
@@ -123,11 +123,19 @@ def finetune(
         raise UsageError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; set it lower")
     rows, source = load_rows(task, data)
     identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
-    out = out or folder / FOLDER / f"{task.name}-{seed}"
+    out = out or default_folder(folder, task.name, seed)
     with files.claimed_folder(out, "fine-tuning", _is_own_file):
         if (out / RESULT).is_file():
             return _finished_result(out, identity)
         return _run(rows, settings, loaded, out, identity)
+
+
+def default_folder(folder: Path, task: str, seed: int) -> Path:
+    """FOLDER/finetune/TASK-SEED; UsageError if it is a link, since the folder may be a stranger's."""
+    out = folder / FOLDER / f"{task}-{seed}"
+    if link := next((path for path in (out.parent, out) if path.is_symlink()), None):
+        raise UsageError(f"{link}: is a link, which is not written through; choose another folder with --out")
+    return out
 
 
 def find_task(name: str) -> Task:

@@ -19,6 +19,7 @@ from slope_cli.linearize.swap import linear_windows, restore_attention
 from slope_cli.models import shapes
 from slope_cli.models.loss import forward
 from slope_cli.report import metrics
+from slope_cli.report.tables import plain_in_markdown
 from slope_cli.utils.files import atomic_folder
 from sparse_kernels import adapted_layers, adapters_of, masked_layers, sparse_layers, to_dense
 
@@ -116,9 +117,9 @@ def _model_card(loaded: Loaded, config: Config, *, merged: bool) -> str:
         f"library_name: {'slope-cli' if linear else 'transformers'}",
         f"tags: {'[slope, linearized]' if linear else tags}",
         "---",
-        f"# {run.resolve().name}",
+        f"# {plain_in_markdown(run.resolve().name)}",
         "",
-        f"- Architecture: {_architecture(run, config)}",
+        f"- Architecture: {plain_in_markdown(_architecture(run, config))}",
         f"- Linear weights: {weights}",
         f"- {'Linearized' if linear else 'Trained'} on: {tokens:,} tokens ({step:,} steps)",
     ]

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.data.tokenizer import begin_id
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, is_utf8
 from slope_cli.linearize.swap import using
 from slope_cli.models import shapes
 from sparse_kernels import dense_weights
@@ -13,8 +13,10 @@ from sparse_kernels import dense_weights
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """The ids of a prompt as text begins in training: after the beginning of text, if the tokenizer puts one there.
 
-    No end of text follows, even if the tokenizer adds one: the text is to be continued.
+    No end of text follows, even if the tokenizer adds one: the text is to be continued. UsageError for no text.
     """
+    if not is_utf8(prompt):
+        raise UsageError("prompt: is not text in UTF-8")
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     begin = begin_id(tokenizer)
     return ids if begin is None else [begin, *ids]

@@ -63,6 +63,7 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
     if causal != all(module.is_causal for _, module in modules):
         raise UsageError(f"{type(model).__name__}: attention both causal and two-sided is not supported")
     _check(config, len(modules), causal=causal)
+    _check_reach(config, model)
     generator = torch.Generator().manual_seed(seed)
     before = model.config._attn_implementation
     swapped = []
@@ -175,6 +176,14 @@ def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
         raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
     if config.kind == "terrace" and not causal:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
+
+
+def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:
+    """UsageError if near keys would be some that the model itself never looks at."""
+    own = getattr(model.config, "sliding_window", None) if hasattr(type(model.config), "sliding_window") else None
+    largest = own if own is None or config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
+    if largest is not None and config.window > largest:
+        raise UsageError(f"window={config.window}: the model's own sliding_window is {own}; choose at most {largest}")
 
 
 def _add_linear_window(

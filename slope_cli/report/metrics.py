@@ -1,68 +1,152 @@
-"""The metrics log of a run, metrics.jsonl, and its copy for TensorBoard."""
+"""The metrics log of a run, metrics.jsonl, and its copy for TensorBoard.
+
+Each line has a checksum, and each checkpoint's manifest the length and hash of the log that it follows: so lines that
+were changed are noticed, and lines that were lost.
+"""
 
 import contextlib
-import json
+import hashlib
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from slope_cli.errors import SlopeError
-from slope_cli.utils.files import write_error
+from slope_cli.utils import files, jsonl
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 STEPS = ("train", "transfer")
 """The kinds of records written once per step: of training, with a loss in nats; of attention transfer, with the mean
 squared error of a layer's output."""
+_NEEDED = {"train": "loss", "transfer": "mse", "val": "loss", "teacher": "loss", "swapped": "loss", "sample": "text"}
+"""The key that every record of a kind has."""
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """All records of a run, in order; a last line that a kill cut short is left out.
 
     Raises:
-        SlopeError: there is no log, or a line in the middle is damaged.
+        SlopeError: there is no log, or a line is damaged.
     """
     path = run / JSONL
     if not path.is_file():
         raise SlopeError(f"{run} holds no {JSONL}: not the folder of a run")
-    return [record for record, _ in _records(path)]
+    records = []
+    for number, (record, _) in enumerate(_lines(path), 1):
+        if record is None:
+            raise SlopeError(f"{path}:{number} is damaged: not the record that was written")
+        records.append(record)
+    return records
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each record and the offset of its end."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise SlopeError(f"{path}:{number} is damaged: not a JSON record") from None
-            yield record, end
+def require(run: Path, records: Iterable[Mapping[str, Any]], kinds: Collection[str], *keys: str) -> None:
+    """SlopeError if a record of one of these kinds lacks a key, or its number, or its numbers by name."""
+    for record in records:
+        for key in keys if record["kind"] in kinds else ():
+            if not isinstance(record.get(key), int | float | dict):
+                raise SlopeError(f"{run / JSONL}: the {record['kind']} record of step {record['step']} has no {key}")
+
+
+def verify(run: Path, step: int, saved: Mapping[str, Any] | None) -> None:
+    """Verify the log that a checkpoint of a step follows.
+
+    Args:
+        saved: what `MetricsLog.sync` returned then; None for a checkpoint of an earlier version.
+
+    Raises:
+        SlopeError: naming the lines that are damaged, and the steps whose records are lost.
+    """
+    read(run)
+    if lost := _Kept(run / JSONL, step, saved).lost:
+        raise SlopeError(lost)
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """Each line as a record and as bytes; None for one that is damaged, or lacks what its kind must have."""
+    for record, line in jsonl.lines(path):
+        yield (record if record is not None and _is_sound(record) else None), line
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    kind, step = record.get("kind"), record.get("step")
+    if not isinstance(kind, str) or type(step) is not int or step < 1:
+        return False
+    needed = _NEEDED.get(kind)
+    return needed is None or isinstance(record.get(needed), str if needed == "text" else int | float)
+
+
+class _Kept:
+    """What a run that goes on after a step keeps of its log.
+
+    Attributes:
+        content: the bytes.
+        lost: a line about what is missing or damaged; empty if nothing is.
+    """
+
+    def __init__(self, path: Path, step: int, saved: Mapping[str, Any] | None) -> None:
+        self.lost = ""
+        if saved is not None and jsonl.extends(path, saved):
+            with path.open("rb") as file:
+                self.content = file.read(saved["bytes"])
+            return
+        lines = list(_lines(path)) if path.is_file() else []
+        sound = [(record, line) for record, line in lines if record is not None and record["step"] <= step]
+        self.content = b"".join(line for _, line in sound)
+        present = {record["step"] for record, _ in sound if record["kind"] in STEPS}
+        missing = [number for number in range(1, step + 1) if number not in present]
+        damaged = len(lines) - sum(record is not None for record, _ in lines)
+        if saved is not None or missing or damaged:
+            what = [f"{damaged} of its lines are damaged"] if damaged else []
+            what += [f"no record is left of {_ranges(missing)}"] if missing else []
+            what = what or ["records other than those of steps are changed or lost"]
+            self.lost = f"{path}: is not what it was when step {step} was saved: {', '.join(what)}"
+
+
+def _ranges(steps: list[int]) -> str:
+    """Steps in words: "steps 3-5, 9"."""
+    groups = [[s for _, s in group] for _, group in itertools.groupby(enumerate(steps), lambda pair: pair[1] - pair[0])]
+    return "steps " + ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
 class MetricsLog:
-    """Appends records to RUN/metrics.jsonl, a line each, flushed at once, and mirrors numbers to TensorBoard.
+    """Appends records to RUN/metrics.jsonl, a line each, and mirrors numbers to TensorBoard.
 
-    It first drops the records after `step`: a resumed run repeats the steps after its last checkpoint.
+    It first drops the records after `step`: a resumed run repeats the steps after its last checkpoint. If the log is
+    damaged, what is lost is named in a warning, and the damaged file is kept under another name.
+
+    Args:
+        saved: what `sync` returned when the checkpoint of `step` was saved.
     """
 
-    def __init__(self, run: Path, step: int, *, tensorboard: bool) -> None:
+    def __init__(self, run: Path, step: int, *, tensorboard: bool, saved: Mapping[str, Any] | None = None) -> None:
         self.path = run / JSONL
         self._writer: Any = None
+        content = self._resume(step, saved) if step else b""
         with self._writing():
-            if self.path.is_file():
-                keep = max((end for record, end in _records(self.path) if record["step"] <= step), default=0)
-                os.truncate(self.path, keep)
-            self._file: IO[str] = self.path.open("a")
+            self._file = files.open_own(self.path)
+            os.ftruncate(self._file, len(content))
+        self._bytes, self._digest = len(content), hashlib.sha256(content)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1)
+
+    def _resume(self, step: int, saved: Mapping[str, Any] | None) -> bytes:
+        """The log up to a step, which the file then begins with."""
+        kept = _Kept(self.path, step, saved)
+        if kept.lost:
+            print(f"warning: {kept.lost}", file=sys.stderr)
+        if not (self.path.is_file() and self.path.read_bytes().startswith(kept.content)):
+            with self._writing():
+                if self.path.exists():
+                    names = (self.path.with_name(f"damaged-{number}-{JSONL}") for number in itertools.count())
+                    self.path.rename(next(path for path in names if not path.exists()))
+                with files.atomic_file(self.path) as file:
+                    file.write(kept.content)
+        return kept.content
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Record `values` of a step, counted from 1, and return the record.
@@ -71,9 +155,11 @@ class MetricsLog:
             SlopeError: metrics.jsonl cannot be written. TensorBoard's copy only ends, with a warning.
         """
         record = {"kind": kind, "step": step, **values}
+        line = jsonl.encode(record)
         with self._writing():
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            jsonl.write(self._file, line)
+        self._bytes += len(line)
+        self._digest.update(line)
         if self._writer is not None:
             try:
                 self._mirror(kind, step, values)
@@ -89,15 +175,16 @@ class MetricsLog:
             elif isinstance(value, str):
                 self._writer.add_text(f"{kind}/{name}", value, step)
 
-    def sync(self) -> None:
-        """Flush the log to the disk, so that no checkpoint is newer than its log."""
+    def sync(self) -> dict[str, Any]:
+        """Flush the log to the disk, so that no checkpoint is newer than its log; its length and hash."""
         with self._writing():
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
-        # Each record was flushed when written; after a failed write, closing fails again.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
@@ -107,4 +194,4 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise write_error(self.path, error) from error
+            raise files.write_error(self.path, error) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
+from slope_cli.report.terminal import one_row
 
 WINDOW = 20
 """Steps over which the training loss is smoothed; fewer at the beginning, where the curve would lag behind."""
@@ -16,6 +17,9 @@ MANY = 10
 """A legend with more names than this is drawn beside the curves."""
 MOST_ROWS = 24
 """The rows of a legend that is as high as the picture."""
+
+SHOWN = 2000
+"""The points of a curve that a picture has room for."""
 
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
@@ -62,7 +66,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
             color = f"C{number}"
             # There are ten colours; after these the line style distinguishes the curves.
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axes.plot(curve["tokens"], curve["mean"], style, color=color, label=name, marker="o", markersize=3)
+            axes.plot(curve["tokens"], curve["mean"], style, color=color, label=one_row(name), marker="o", markersize=3)
             axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
         late = [at >= curve["tokens"][-1] / OPENING for curve in curves.values() for at in curve["tokens"]]
         high = [value for curve in curves.values() for value in curve["high"]]
@@ -71,11 +75,13 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
         _describe_axes(axes)
         axes.set(ylabel="validation loss (nats per token)", title="mean and range over seeds")
         if len(curves) <= MANY:
-            axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+            legend = axes.legend(loc="upper right", framealpha=1, edgecolor="none")
         else:  # beside the axes
             columns = -(-len(curves) // MOST_ROWS)
             axes.figure.set_size_inches(8 + 1.8 * columns, 4.5)
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", ncols=columns, edgecolor="none")
+            beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"}
+            legend = axes.legend(**beside, ncols=columns, edgecolor="none")
+        _as_written(legend)
     return files
 
 
@@ -107,6 +113,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
     records = metrics.read(run)
     if not any(_of(kind, records) for kind in metrics.STEPS):
         raise SlopeError(f"{run}: has no finished step to draw")
+    metrics.require(run, records, metrics.STEPS, "tokens")
     return records
 
 
@@ -132,9 +139,9 @@ def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple
     per_step = first["tokens"] / first["step"]
     tokens, losses = [r["tokens"] for r in train], [r["loss"] for r in train]
     smooth = _smooth(losses)
-    axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth, color=color, **_SMOOTH)
-    axes.plot([r["step"] * per_step for r in val], [r["loss"] for r in val], color=color, **_VAL)
+    _plot_steps(axes, tokens, losses, smooth, color)
+    validated = _thinned([r["step"] * per_step for r in val], [r["loss"] for r in val])
+    axes.plot(*validated, color=color, **_VAL)
     if step := _first_adapter_step(records):
         axes.axvline((step - 1) * per_step, color=color, **_JOIN)  # between the step before and this one
     teacher = [record["loss"] for record in _of("teacher", records)]
@@ -145,12 +152,32 @@ def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple
     return min(losses + shown), max(smooth[opening:] + (shown if teacher else []))
 
 
+def _plot_steps(
+    axes: Any, tokens: Sequence[float], values: Sequence[float], smooth: Sequence[float], color: str
+) -> None:
+    """Draw a value of each step, pale, and its smooth curve."""
+    axes.plot(*_thinned(tokens, values), color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(*_thinned(tokens, smooth), color=color, **_SMOOTH)
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The lowest and the highest point of each stretch of a curve, which look as all of its points would."""
+    stretch = -(-2 * len(y) // SHOWN)
+    if stretch <= 2:
+        return list(x), list(y)
+    kept = set[int]()
+    for first in range(0, len(y), stretch):
+        part = range(first, min(first + stretch, len(y)))
+        kept |= {min(part, key=y.__getitem__), max(part, key=y.__getitem__)}
+    kept |= {0, len(y) - 1}
+    return [x[i] for i in sorted(kept)], [y[i] for i in sorted(kept)]
+
+
 def _draw_transfer(axes: Any, runs: Sequence[Sequence[dict[str, Any]]]) -> None:
     """The squared error of each run's attention transfer, on its own axis and scale."""
     for number, records in enumerate(runs):
         tokens, errors = [r["tokens"] for r in records], [r["mse"] for r in records]
-        axes.plot(tokens, errors, color=f"C{number}", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, _smooth(errors), color=f"C{number}", **_SMOOTH)
+        _plot_steps(axes, tokens, errors, _smooth(errors), f"C{number}")
     _describe_axes(axes)
     axes.set(title="transfer", ylabel="mean squared error", yscale="log")
 
@@ -159,13 +186,20 @@ def _label(axes: Any, names: Sequence[str], styles: Mapping[str, Mapping[str, An
     """Axes, title and legend; with several runs, colours distinguish the runs and line styles the curves."""
     _describe_axes(axes)
     if len(names) == 1:
-        axes.set_title(Path(names[0]).resolve().name)
+        axes.set_title(one_row(Path(names[0]).resolve().name), parse_math=False)
     else:
         for number, name in enumerate(names):
-            axes.plot([], [], color=f"C{number}", label=name, **_SMOOTH)
+            axes.plot([], [], color=f"C{number}", label=one_row(name), **_SMOOTH)
     for label, style in styles.items():
         axes.plot([], [], color="C0" if len(names) == 1 else "0.4", label=label, **style)
-    axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+    legend = axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+    _as_written(legend)
+
+
+def _as_written(legend: Any) -> None:
+    """Names may have dollar signs, which would begin a formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _describe_axes(axes: Any) -> None:

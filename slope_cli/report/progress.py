@@ -8,6 +8,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from slope_cli.report.tables import clock
+from slope_cli.report.terminal import one_row
 
 
 class Progress:
@@ -35,7 +36,7 @@ class Progress:
     def update(self, done: int, text: str) -> None:
         """Show how much of the work is done, and a line of text about it."""
         self._bar.start()
-        self._bar.update(self._task, completed=done, description=text)
+        self._bar.update(self._task, completed=done, description=one_row(text))
         if self._bar.disable and self._is_due(done):
             self.say(text + self._time_left(done))
 
@@ -47,7 +48,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Show one line as it is, above the bar."""
-        self._console.print(line)
+        self._console.print(one_row(line))
 
     def close(self) -> None:
         """Stop the bar; it stays on the screen."""

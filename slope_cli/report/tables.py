@@ -1,8 +1,11 @@
 """Tables on a terminal and in Markdown, and numbers as text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from slope_cli.report.terminal import one_row
 
 NONE = "–"
 """The cell of a value that does not exist."""
@@ -25,7 +28,13 @@ class Table:
 def rows_in_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A header and rows in Markdown."""
     lines = (columns, ["---"] * len(columns), *rows)
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(one_row(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def plain_in_markdown(text: str) -> str:
+    """A text that Markdown shows as it is, such as the name of a folder."""
+    # An underscore between letters is one to Markdown, too.
+    return re.sub(r"([\\`*\[\]<>#&!|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_row(text))
 
 
 class Document(NamedTuple):
@@ -57,10 +66,10 @@ class Document(NamedTuple):
             for number, column in enumerate(table.columns):
                 drawn.add_column(column, justify="left" if number == 0 or column in table.left else "right")
             for row in table.rows:
-                drawn.add_row(*row)
+                drawn.add_row(*map(one_row, row))
             console.print(drawn, markup=False)
         for line in self.below:
-            console.print(line, markup=False, highlight=False)
+            console.print(one_row(line), markup=False, highlight=False)
 
 
 def number(value: float | None, form: str = ".2f") -> str:

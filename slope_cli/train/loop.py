@@ -40,12 +40,14 @@ from slope_cli.models.build import build_model
 from slope_cli.models.loss import Loss, forward, loss_fn
 from slope_cli.report import metrics, plots
 from slope_cli.report.progress import Progress
-from slope_cli.train import init
+from slope_cli.train import init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
+from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
-from slope_cli.utils.environment import note_environment
+from slope_cli.utils import jsonl
+from slope_cli.utils.environment import ENVIRONMENT, note_environment
 from sparse_kernels import adapters_of, backends, check_backend, sparse_layers
 
 BIGRAM_LIMIT = 4096
@@ -71,12 +73,13 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
     require_one_process()
     device = pick_device(config.train.device)
     opening = contextlib.nullcontext(stop) if stop else StopFlag()
-    with run_folder.claimed(run, config, fresh=fresh), opening as stop, _own_precision():
+    claimed = run_folder.claimed(run, config, fresh=fresh)
+    with claimed, opening as stop, starts.recorded(run) as start, _own_precision():
         store.clean(run)
         note_environment(run, device)
         trainer = Trainer(config, run, device, stop)
         with contextlib.closing(trainer.batches):
-            trainer.fit(stop)
+            trainer.fit(stop, start)
     return _summary(trainer)
 
 
@@ -111,6 +114,7 @@ class Trainer:
         self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device)
         self._check_evaluation(shape)
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
+        self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
         if checkpoint is None:
@@ -129,10 +133,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
-    def fit(self, stop: StopFlag) -> None:
+    def fit(self, stop: StopFlag, start: Start | None = None) -> None:
         """Train to the last step; once `stop` is set, save a checkpoint after the current step and raise Stopped."""
         log_config, steps = self.config.log, self.config.train.steps
-        log = metrics.MetricsLog(self.run, self.step, tensorboard=log_config.tensorboard and self.step < steps)
+        tensorboard = log_config.tensorboard and self.step < steps
+        log = metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
         progress = Progress(steps, self.step, every=log_config.every)
         with contextlib.closing(log), contextlib.closing(progress):
             self.model.train()
@@ -143,13 +148,12 @@ class Trainer:
                 if (to := self.phases.at(self.step)) != self.phase:
                     self._log_phase(self.enter(to), log, progress)
                     phase_begins = True
-                self._log_step(log, progress, note_kernels=phase_begins)
+                self._log_step(log, progress, start, note_kernels=phase_begins)
                 phase_begins = False
                 self._evaluate(log, progress)
                 stopped_by = "" if self.step == steps else stop.name  # read once: a later signal is for the next step
                 if self.step == steps or stopped_by or _due(self.step, log_config.save_every):
-                    log.sync()
-                    self._save(progress, must=self.step == steps or bool(stopped_by))
+                    self._save(progress, log.sync(), must=self.step == steps or bool(stopped_by))
                 if stopped_by:
                     done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
                     raise Stopped(f"{done}; run the same command to resume")
@@ -193,11 +197,15 @@ class Trainer:
         count = f"{changes['trained_parameters']:,} trained parameters, {changes['adapter_parameters']:,} in adapters"
         progress.say(f"step {self.step + 1}: from here on {changes['name']}: {count}")
 
-    def _log_step(self, log: metrics.MetricsLog, progress: Progress, *, note_kernels: bool) -> None:
+    def _log_step(
+        self, log: metrics.MetricsLog, progress: Progress, start: Start | None, *, note_kernels: bool
+    ) -> None:
         """Take a step and log it; note_kernels: also which kernels run the sparse layers' products."""
         started = time.perf_counter()
         output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
+        if start is not None:
+            start.step(seconds)
         if note_kernels and (kernels := _kernels(self.model)):
             log.write("products", self.step, **kernels)
             progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
@@ -271,9 +279,10 @@ class Trainer:
             log.write(kind, 1, **record)
             progress.say(_validation_line(kind, record))
 
-    def _save(self, progress: Progress, *, must: bool) -> None:
+    def _save(self, progress: Progress, log: dict[str, Any], *, must: bool) -> None:
         """Save a checkpoint; unless it `must` be saved, a failure is only reported and training continues."""
         metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
+        metadata["logs"] = {metrics.JSONL: log} | jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS)
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
         how: dict[str, Any] = {"keep": self.config.log.keep, "beside_base": self.phase.linearized}
@@ -315,6 +324,7 @@ class Trainer:
             save_tokenizer(self.tokenizer, self.run / run_folder.TOKENIZER)
         store.restore(checkpoint.folder, self.model, self.optimizer)
         store.set_aside_newer(self.run, self.step)
+        store.prune(self.run, self.config.log.keep)  # a kill may have come before it
         print(f"resuming from {checkpoint.folder}", file=sys.stderr)
 
     def _start_line(self) -> str:
@@ -363,8 +373,12 @@ def open_data(config: Config, run: Path, stop: StopFlag | None = None) -> Datase
 def _summary(t: Trainer) -> dict[str, Any]:
     """Plot the run and collect the results to print."""
     records = metrics.read(t.run)
+    val = [record for record in records if record["kind"] == "val" and {"perplexity", "by_source"} <= record.keys()]
+    if not val:
+        advice = f"the checkpoint is sound, and `slope eval {t.run}` judges it"
+        raise SlopeError(f"{t.run / metrics.JSONL}: the validation is lost; {advice}")
     plots.draw_loss([t.run], t.run / "loss")
-    summary = dict([record for record in records if record["kind"] == "val"][-1])
+    summary = dict(val[-1])
     if t.dataset.vocab_size <= BIGRAM_LIMIT:
         files = list(t.dataset.val.values())
         summary["bigram_loss"] = bigram_loss(t.dataset.train, files, t.dataset.vocab_size)

@@ -5,6 +5,7 @@ raises before anything is updated.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class Step:
         """Whether autocast may use a weight's cast again in the same forward pass."""
         self.cross_entropy: CrossEntropy = token_cross_entropy
         if compiled:
+            require_compiler(model.device.type)
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
 
@@ -195,6 +197,27 @@ class Step:
         bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
         where = bad[-1] if bad else "the norm alone"
         return f"the gradient of {where} is not finite ({len(bad)} in all); nothing was updated"
+
+
+@functools.cache
+def require_compiler(device: str) -> None:
+    """Compile a small function for a type of device, once in a process.
+
+    Raises:
+        SlopeError: it fails, most often for want of a C++ compiler.
+    """
+    try:
+        torch.compile(_small, dynamic=False)(torch.ones(4, device=device))
+    except Exception as error:  # torch's, Triton's, or the compiler's own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+        raise SlopeError(
+            f"torch.compile fails here ({reason[:300]}): install a C++ compiler such as g++, or set train.compile=false"
+        ) from error
+
+
+def _small(x: Tensor) -> Tensor:
+    return x.sin() + 1
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import slope_cli
-from slope_cli.utils import files
+from slope_cli.utils import jsonl
 
+ENVIRONMENT = "environment.jsonl"
 PACKAGES = (
     "torch",
     "transformers",
@@ -48,19 +48,14 @@ def environment() -> dict[str, Any]:
 
 
 def note_environment(run: Path, device: object) -> None:
-    """Append what this start runs on to environment.jsonl; of the environment's variables only SLURM's job number.
+    """Append what this start runs on to RUN/environment.jsonl; of the environment's variables only SLURM's job number.
 
     Raises:
-        SlopeError, UsageError: as `files.write_error`.
+        SlopeError, UsageError: as `jsonl.append`.
     """
     own: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host": platform.node()}
     own |= {"device": str(device), "slurm_job": os.environ.get("SLURM_JOB_ID")}
-    path = run / "environment.jsonl"
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(own | environment()) + "\n")
-    except OSError as error:
-        raise files.write_error(path, error) from error
+    jsonl.append(run / ENVIRONMENT, own | environment())
 
 
 def package_version(name: str) -> str | None:

@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +18,40 @@ from slope_cli.errors import SlopeError, UsageError
 
 LOCK = ".lock"
 """The file in a folder that a process locks while it works there."""
+LOCK_WAIT = 30.0
+"""Seconds to wait for another process to release a folder: the one before a restart may still be ending."""
+
+
+def open_own(path: Path, flags: int = os.O_RDWR | os.O_APPEND) -> int:
+    """Open a file for writing, or make it; UsageError if its name is a link or a pipe that leads elsewhere."""
+    try:
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UsageError(f"{path}: is a link or a pipe, and is not written to; remove it") from None
+        raise
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        raise UsageError(f"{path}: has other names (hard links), or is no plain file; put a copy in its place")
+    return handle
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder; of a link only itself."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def require_no_way_out(folder: Path) -> None:
+    """UsageError if a link anywhere in a folder leads out of it: what is written there would land elsewhere."""
+    inside = os.path.realpath(folder)
+    for parent, folders, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in (*folders, *names)):
+            if os.path.islink(path) and os.path.commonpath([inside, os.path.realpath(path)]) != inside:
+                raise UsageError(f"{path}: is a link out of {folder}, which is not written through; remove it")
 
 
 @contextlib.contextmanager
@@ -26,7 +63,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # One fixed temporary name: what a killed run left behind is overwritten, and does not pile up.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb+") as file:
+        remove(temporary)  # it may be a link that leads elsewhere
+        with open(open_own(temporary, os.O_RDWR | os.O_EXCL), "wb+") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,7 +91,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
@@ -103,48 +141,74 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that carries the hash of its content, atomically."""
     with atomic_file(path) as file:
-        file.write(_sealed(content))
+        file.write(_sealed(as_json(content)))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote; SlopeError if it is missing or not byte for byte that."""
     try:
         written = path.read_bytes()
-        content: dict[str, Any] = json.loads(written)["content"]
-        if _sealed(content) == written:
+        content = json.loads(written)["content"]
+        if isinstance(content, dict) and _sealed(content) == written:
             return content
     except FileNotFoundError:
         raise SlopeError(f"{path}: missing") from None
     except OSError as error:
         raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise SlopeError(f"{path}: damaged, its checksum does not fit")
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"sha256": digest, "content": content}, indent=1).encode() + b"\n"
+    return json.dumps({"sha256": content_sha256(content), "content": content}, indent=1).encode() + b"\n"
+
+
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """The hash of a JSON object as it is read back from a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object as it is read back from JSON: its keys are text, which is sorted otherwise than numbers."""
+    return dict(json.loads(json.dumps(content)))
 
 
 @contextlib.contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the lock is released however the process ends.
 
-    UsageError if another process holds it, or it cannot be written.
+    UsageError if another process holds it for longer than LOCK_WAIT, or it cannot be written.
     """
     try:
-        lock = open(folder / LOCK, "wb")  # noqa: SIM115 - held by the with statement below
+        lock = open(open_own(folder / LOCK, os.O_RDWR), "rb+")  # noqa: SIM115 - held by the with statement below
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock, folder)
         except BlockingIOError as error:
             raise UsageError(f"{folder}: another process is at work in it") from error
-        except OSError:
-            pass  # a file system without locks: the user must start only one process in a folder
+        except OSError as error:
+            risk = "start no second process in it"
+            print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)
         yield
+
+
+def _lock(lock: BinaryIO, folder: Path) -> None:
+    """Lock a file, if need be after a wait; BlockingIOError if another process keeps it."""
+    end, told = time.monotonic() + LOCK_WAIT, False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        if not told:
+            wait = f"waiting up to {LOCK_WAIT:.0f} s for it to end"
+            print(f"{folder}: another process is at work in it; {wait}", file=sys.stderr)
+            told = True
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -156,7 +220,8 @@ def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) ->
         may_hold: whether an entry that the folder already contains is of this purpose.
 
     Raises:
-        UsageError: it contains something else, cannot be made or written, or another process holds it.
+        UsageError: it contains something else, or a link that leads out of it, cannot be made or written, or another
+            process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,5 +232,6 @@ def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) ->
         raise UsageError(
             f"{folder}: is not empty and holds no {what} (it contains {foreign[0]}); choose another folder"
         )
+    require_no_way_out(folder)
     with held_folder(folder):
         yield

@@ -1,0 +1,148 @@
+"""The values of keys as they are written: YAML, in which a key of type text takes the word as it stands.
+
+YAML would read 12345e67 as a number, No as false and what follows " #" as a comment. What no value can mean is refused:
+an interpolation, omegaconf's ??? and numbers of another base than 10 in disguise.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+
+from slope_cli.config.migrate import migrate
+from slope_cli.config.schema import Config, Section
+from slope_cli.errors import UsageError, is_utf8
+
+Flat = dict[str, Any]
+"""Full keys and their values."""
+_TEXT, _MAP, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "null"))
+
+
+def from_recipe(text: str) -> Flat:
+    """The keys of a recipe or config file, in YAML.
+
+    Raises:
+        UsageError: it is no mapping, or has a value that is refused.
+    """
+    root = yaml.compose(text, yaml.SafeLoader) or yaml.MappingNode(_MAP, [])
+    return _flat_values(root)
+
+
+def from_word(key: str, value: str) -> Flat:
+    """The keys that KEY=VALUE sets: VALUE is YAML, or for a key of type text as written, or quoted.
+
+    Raises:
+        UsageError: an empty text, or a value that is refused.
+    """
+    refuse_special({key: value})  # before YAML, which has no escape for some bytes
+    if is_text(key):
+        if not value:
+            also = ", or null for none" if may_be_null(key) else ""
+            raise UsageError(f"{key}=: is empty; write a value, {key}='\"\"' for an empty text{also}")
+        null = value == "null" and may_be_null(key)
+        node: yaml.Node = yaml.ScalarNode(_NULL if null else _TEXT, value if null else _unquoted(value))
+    else:
+        node = yaml.compose(value, yaml.SafeLoader) or yaml.ScalarNode(_NULL, "null")
+    return _flat_values(yaml.MappingNode(_MAP, [(yaml.ScalarNode(_TEXT, key), node)]))
+
+
+def flat(tree: Any, prefix: str = "") -> Flat:
+    """Every full key below a node of a config, or of any JSON object, and its value."""
+    keys: Flat = {}
+    for name, value in tree.items():
+        keys |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return keys
+
+
+def is_text(key: str) -> bool:
+    """Whether a key, under its present name or an earlier one, is of type text."""
+    return _kind(key) in (str, str | None)
+
+
+def may_be_null(key: str) -> bool:
+    """Whether a key of type text may be null."""
+    return _kind(key) is not str
+
+
+def refuse_special(keys: Mapping[str, Any]) -> None:
+    """UsageError for no text, or what omegaconf would replace: an interpolation could bring in the environment."""
+    for key, value in keys.items():
+        if not is_utf8(f"{key}{value}"):
+            raise UsageError(f"{key}={value}: is not text in UTF-8")
+        if "${" in f"{key}{value}":
+            raise UsageError(f"{key}={value}: is an interpolation; write the value itself")
+        if value == "???" or (isinstance(value, list) and "???" in value):
+            raise UsageError(f"{key}={value}: ??? stands for a missing value; write the value itself")
+
+
+@functools.cache
+def _kind(key: str) -> Any:
+    """The type of a key, under its present name or an earlier one; None for an unknown one."""
+    (current,) = migrate({key: ""})[0]
+    section, _, name = current.rpartition(".")
+    kind = get_type_hints(Config).get(section) if section else Config
+    return get_type_hints(kind).get(name) if kind in (Config, *Section.__subclasses__()) else None
+
+
+def _unquoted(value: str) -> str:
+    """The text inside one pair of quotes, or the word as written."""
+    if value[0] not in "'\"":
+        return value
+    try:
+        node = yaml.compose(value, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return value
+    return str(node.value) if isinstance(node, yaml.ScalarNode) and value[-1] == value[0] else value
+
+
+def _flat_values(root: yaml.Node) -> Flat:
+    _settle(root, "", set())
+    tree = OmegaConf.to_container(OmegaConf.create(yaml.serialize(root, Dumper=yaml.SafeDumper)))
+    if not isinstance(tree, dict):
+        raise UsageError("is not a mapping of keys to values")
+    keys = flat(tree)
+    refuse_special(keys)
+    return keys
+
+
+def _settle(node: yaml.Node, key: str, seen: set[int]) -> None:
+    """Mark what is text as text, and refuse numbers in disguise and duplicate keys, below a node."""
+    if id(node) in seen:  # an alias, perhaps of a node around it
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        names = set()
+        for name, value in node.value:
+            if name.value in names:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {name.value}", problem_mark=name.start_mark)
+            names.add(name.value)
+            if name.tag != "tag:yaml.org,2002:merge":
+                _to_text(name)
+            _settle(value, f"{key}.{name.value}".removeprefix("."), seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _settle(value, key, seen)
+            if _kind(key) == list[str]:
+                _to_text(value)
+    elif is_text(key):
+        if node.tag != _NULL:
+            _to_text(node)
+    elif node.style in (None, ""):
+        _refuse_disguised(node, key)
+
+
+def _to_text(node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        node.tag, node.style = _TEXT, '"'
+
+
+def _refuse_disguised(node: yaml.Node, key: str) -> None:
+    """YAML 1.1 reads 2:4 as the base-60 number 124 and 010 as the octal number 8, silently."""
+    if node.tag.endswith((":int", ":float")) and ":" in node.value:
+        n, m = node.value.split(":")[:2]
+        raise UsageError(f"{key}: {node.value} would be read as a base-60 number; say sparsity.n={n} sparsity.m={m}")
+    if _kind(key) != list[str] and re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+        raise UsageError(f"{key}: {node.value} would be read as an octal number; leave out the leading 0")

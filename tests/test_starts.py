@@ -1,0 +1,82 @@
+"""A requeued job says what its starts achieved, and one whose starts only ever set up is stopped with advice."""
+
+from pathlib import Path
+
+import pytest
+from support.runs import tiny
+
+from slope_cli.distributed.signals import StopFlag, Stopped
+from slope_cli.errors import SlopeError
+from slope_cli.report import metrics
+from slope_cli.train import starts
+from slope_cli.train.loop import pretrain
+from slope_cli.utils import jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def requeued(monkeypatch: pytest.MonkeyPatch, restarts: int, job: str = "77") -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+
+
+def test_a_job_of_one_step_per_start_is_stopped_and_another_job_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = tiny(data, "train.steps=9"), tmp_path / "run"
+
+    def start(restarts: int, job: str = "77") -> None:
+        requeued(monkeypatch, restarts, job)
+        with StopFlag() as stop:
+            stop.name = "SIGUSR2"
+            pretrain(config, run, stop=stop)
+
+    for restarts in range(3):
+        with pytest.raises(Stopped):
+            start(restarts)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("restart")]
+        done = "; ".join(["1 step in 0:00:"] * restarts)
+        assert len(said) == bool(restarts)
+        assert said == [] or said[0].startswith(f"restart {restarts} of SLURM job 77; its last starts: {done[:14]}")
+    with pytest.raises(SlopeError, match="less than 10% of its time in steps; submit the job again") as caught:
+        start(3)
+    assert caught.value.exit_code == 1
+    with pytest.raises(Stopped):
+        start(0, "78")
+    assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_without_a_batch_system_a_run_may_stop_as_often_as_one_likes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(5):
+        stop = StopFlag()
+        stop.name = "SIGINT"
+        with pytest.raises(Stopped):
+            pretrain(tiny(data, "train.steps=9"), tmp_path / "run", stop=stop)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.0, 0.0), (0.0, 0.0), (0.0, 0.0, 0.2)])
+def test_a_start_that_worked_or_too_few_starts_stop_nothing(
+    shares: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requeued(monkeypatch, len(shares))
+    for share in shares:
+        record = {"slurm_job": "77", "steps": 2, "seconds": 100.0, "seconds_in_steps": 100 * share}
+        jsonl.append(tmp_path / starts.STARTS, record)
+    with (tmp_path / starts.STARTS).open("a") as file:
+        file.write('{"slurm_job": "77", "st')  # cut by a full disk
+    with starts.recorded(tmp_path) as start:
+        start.step(1.0)
+        start.step(2.0)
+    last = jsonl.read(tmp_path / starts.STARTS)[-1]
+    assert (last["steps"], last["seconds_in_steps"], last["slurm_restarts"]) == (2, 2.0, len(shares))
+
+
+def test_the_records_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requeued(monkeypatch, 5)
+    (tmp_path / starts.STARTS).write_text('[1]\n{"slurm_job": "77"}\nnot JSON\n')
+    with starts.recorded(tmp_path):
+        pass
