@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import apply
 from slope_cli.models.build import build_model, run_model_config

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from sparse_kernels import autotune
+from sparse_kernels import kernel_choice
 from sparse_kernels.matmul_plan import MatmulShape
 
 from .records import GemmRow
@@ -28,7 +28,7 @@ def gemm(widths: Sequence[int]) -> Iterator[GemmRow]:
             except Exception as error:
                 yield GemmRow(width=width, tokens=tokens, error=one_line(error))
             free()
-        autotune.forget()  # it searches a limited number of token counts per matrix
+        kernel_choice.forget()  # it searches a limited number of token counts per matrix
     for width in widths:  # last, since a fault in it would end the process
         for matrix, (rows, columns) in sides(width).items():
             row = GemmRow(width=width, tokens=TOKENS, matrix=matrix, product="torch")
@@ -49,7 +49,9 @@ def products(width: int, tokens: int) -> Iterator[GemmRow]:
         for product, rows, columns in (("forward", out, inp), ("input_grad", inp, out)):
             row = GemmRow(width=width, tokens=tokens, matrix=matrix, product=product, rows=rows, columns=columns)
             started = time.perf_counter()
-            choice, _ = autotune.choose(MatmulShape(rows, columns, tokens, torch.bfloat16, product == "forward"), 0)
+            choice, _ = kernel_choice.choose(
+                MatmulShape(rows, columns, tokens, torch.bfloat16, product == "forward"), 0
+            )
             yield replace(row, choose_s=time.perf_counter() - started, **vars(choice))
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from slope_cli.utils.environment import environment, gpu_libraries
 from slope_cli.utils.files import write_json
-from sparse_kernels import SparseLinear, autotune, cuda, layers, masks
+from sparse_kernels import SparseLinear, cuda, kernel_choice, layers, masks
 from sparse_kernels.matmul_plan import random_mask
 from sparse_kernels.packed import packed_layer
 
@@ -52,7 +52,7 @@ def copy_speed() -> float:
     """Bytes per second of a large copy, read and written counted."""
     source = torch.randint(255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    (ms,) = autotune.graph_ms(lambda: target.copy_(source), calls=5)
+    (ms,) = kernel_choice.graph_ms(lambda: target.copy_(source), calls=5)
     return 2 * source.numel() / ms * 1e3
 
 
@@ -87,7 +87,7 @@ def memory_kernels(rows: int, columns: int, speed: float) -> Iterator[KernelRow]
     """Each of KERNELS for a layer of this size, against a copy's bytes per second."""
     sets = [Operands(rows, columns) for _ in range(max(1, WORKING_SET // (4 * rows * columns)))]
     for name, (kernel, bytes_each) in KERNELS.items():
-        (ms,) = autotune.graph_ms(functools.partial(_each, kernel, sets), calls=1)
+        (ms,) = kernel_choice.graph_ms(functools.partial(_each, kernel, sets), calls=1)
         floor_us = rows * columns * bytes_each / speed * 1e6
         yield KernelRow(name, rows, columns, 1, ms / len(sets) * 1e3, floor_us)
 
@@ -107,7 +107,7 @@ def model_rewrites(speed: float) -> Iterator[KernelRow]:
         for work, bytes_each in ((layers.refresh, 4.25), (layers.update_backward_masks, 4.375)):
             rewrite = functools.partial(work, model)
             rewrite()
-            (ms,) = autotune.graph_ms(rewrite, calls=1)
+            (ms,) = kernel_choice.graph_ms(rewrite, calls=1)
             floor_us = sum(out * inp for out, inp in sizes) * bytes_each / speed * 1e6
             host = host_us(rewrite, calls=20)
             yield KernelRow(work.__name__, width, width, len(sizes), ms * 1e3, floor_us, host)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from slope_cli.checkpoint.load import load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.data.prepare import prepare
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.evaluate.evaluate import evaluate
-from slope_cli.linearize.attention import BRANCHES
+from slope_cli.linearize.linear_attention import BRANCHES
 from slope_cli.report import metrics
 from slope_cli.report.tables import Document, Table, number
 from slope_cli.train.init import linearize_overrides

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import sparse_kernels
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.methods import optim, phases_of

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import slope_cli
-from slope_cli.config import load as configs
-from slope_cli.config import schema
+from slope_cli.config import configs, schema
 from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError, one_line
 from slope_cli.report.terminal import escaped_streams, flushed_output

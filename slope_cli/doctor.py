@@ -146,13 +146,13 @@ def self_test() -> Finding:
     """Run and time a 2:4 product in bf16, check it against dense; then a layer's forward and backward pass."""
     import torch
 
-    from sparse_kernels import autotune
+    from sparse_kernels import kernel_choice
     from sparse_kernels.matmul_plan import MatmulShape
 
     name, width, tokens = "2:4 product", 4096, 4096
     shape = MatmulShape(width, width, tokens, torch.bfloat16, True)
     try:
-        choice, plan = autotune.choose(shape, 0)
+        choice, plan = kernel_choice.choose(shape, 0)
     except RuntimeError as error:
         return Finding(name, "fails", " ".join(str(error).split()))
     if plan is None and choice.sparse_ms is None:

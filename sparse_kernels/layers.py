@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import autotune, cuda, cusparselt, ops
+from sparse_kernels import cuda, cusparselt, kernel_choice, ops
 from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
@@ -173,7 +173,7 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     for _, layer in sparse_layers(model):
         probe = torch.empty(0, dtype=dtype, device=layer.values.device)
         two_of_four = (layer.n, layer.m) in ops.TWO_OF_FOUR
-        if two_of_four and ops.fast(probe, layer.values, layer.backend) and tokens >= autotune.FEWEST_TOKENS:
+        if two_of_four and ops.fast(probe, layer.values, layer.backend) and tokens >= kernel_choice.FEWEST_TOKENS:
             packed = packed_layer(layer.row_mask_bits, dtype, layer.backend)
             packed.prepare(_weight(layer), tokens, backward=backward)
 
@@ -196,8 +196,8 @@ class LayerBackend:
 
     name: str
     dtype: torch.dtype
-    forward: autotune.Choice | None
-    input_grad: autotune.Choice | None
+    forward: kernel_choice.Choice | None
+    input_grad: kernel_choice.Choice | None
 
 
 def backends(model: nn.Module) -> list[LayerBackend]:

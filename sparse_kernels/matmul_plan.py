@@ -7,8 +7,8 @@ transposed and the bias of an output feature is the bias of a row. The forward p
 the input gradient A = W^{R,C} transposed (R = in features, X = dY).
 
 The metadata of a packed matrix (see formats.py) is made once for a mask, by compressing the matrix of
-`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `autotune.choose` does not trust this
-layout: it accepts a plan only if its product agrees with the dense one.
+`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `kernel_choice.choose` does not trust
+this layout: it accepts a plan only if its product agrees with the dense one.
 """
 
 import ctypes

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_kernels import autotune, cuda
-from sparse_kernels.autotune import Choice
+from sparse_kernels import cuda, kernel_choice
 from sparse_kernels.formats import FORMATS, PackedFormat
+from sparse_kernels.kernel_choice import Choice
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
@@ -121,7 +121,7 @@ class PackedWeight:
         key = tokens, bias
         if self._packed is not None and key not in self._plans:
             shape = MatmulShape(self.rows, self.columns, tokens, self.format.dtype, bias)
-            self._plans[key] = _outside_graphs(lambda: autotune.plan_for(shape, self.target.get_device()))
+            self._plans[key] = _outside_graphs(lambda: kernel_choice.plan_for(shape, self.target.get_device()))
         return self._plans.get(key)
 
     def update_metadata(self, mask_bits: Tensor) -> list[cuda.KernelLaunch]:
@@ -219,7 +219,7 @@ class PackedLayer:
 
     def linear(self, X_BI: Tensor, weight: LayerWeight) -> Tensor:
         """X · W^R^T + bias, (B, O)."""
-        if self.forward is None and X_BI.shape[0] >= autotune.FEWEST_TOKENS:
+        if self.forward is None and X_BI.shape[0] >= kernel_choice.FEWEST_TOKENS:
             self._make_forward(weight, X_BI.shape[0])
         self._refresh_if_stale(weight)
         bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.dtype else self._bias
@@ -232,7 +232,7 @@ class PackedLayer:
 
     def input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
         """dY · W^{R,C}, (B, I)."""
-        if self.backward is None and dY_BO.shape[0] >= autotune.FEWEST_TOKENS:
+        if self.backward is None and dY_BO.shape[0] >= kernel_choice.FEWEST_TOKENS:
             self._make_backward(weight, dY_BO.shape[0])
         self._refresh_if_stale(weight)
         dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None)
@@ -334,8 +334,8 @@ class PackedLayer:
 def _choice(shape: MatmulShape, device_index: int, backend: Backend) -> Choice:
     if backend == "dense":
         return Choice(False, "backend=dense")
-    choice, _ = autotune.choose(shape, device_index)
-    if backend == "cusparselt" and not choice.sparse and autotune.plan_for(shape, device_index):
+    choice, _ = kernel_choice.choose(shape, device_index)
+    if backend == "cusparselt" and not choice.sparse and kernel_choice.plan_for(shape, device_index):
         return Choice(True, "backend=cusparselt", choice.sparse_ms, choice.dense_ms, choice.algorithm)
     return choice
 

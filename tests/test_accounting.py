@@ -8,7 +8,7 @@ from support.runs import RECIPE, small
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import optim, phases_of

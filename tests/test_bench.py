@@ -23,7 +23,7 @@ from slope_cli.benchmarks.records import (
     StepRow,
 )
 from slope_cli.benchmarks.timing import Timing
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.build import run_model_config

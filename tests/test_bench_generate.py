@@ -19,7 +19,7 @@ from slope_cli.benchmarks.generate import Decoder, FullLayer, Subject, Sweep, su
 from slope_cli.benchmarks.records import BenchResults, DecodeRow, GenerateResults, ModelResult
 from slope_cli.benchmarks.timing import Timing
 from slope_cli.checkpoint import base_model, run_folder
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize import saved

@@ -22,7 +22,7 @@ from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import processes, results, rows, summary, table, variants
 from slope_cli.compare.summary import Comparison, Curve, Spread, Summary
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slope_cli.compare.variants import variants
-from slope_cli.config import load as configs
-from slope_cli.config import schema
+from slope_cli.config import configs, schema
 from slope_cli.config.schema import METHODS, Config, TrainConfig
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of

@@ -9,8 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from support.runs import slope
 
-from slope_cli.config import load as configs
-from slope_cli.config import reference
+from slope_cli.config import configs, reference
 from slope_cli.config.schema import AUTO, METHODS, Config
 from slope_cli.errors import UsageError
 

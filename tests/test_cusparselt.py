@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_kernels import autotune, cusparselt
+from sparse_kernels import cusparselt, kernel_choice
 from sparse_kernels.cusparselt import CuSparseLtError
 from sparse_kernels.matmul_plan import MatmulShape
 
@@ -108,10 +108,10 @@ def shape(**changes: int) -> MatmulShape:
 
 
 def test_shapes_that_are_not_searched() -> None:
-    assert autotune.refusal(shape()) == ""
-    assert "multiples" in autotune.refusal(shape(tokens=8193))
-    assert "below 512" in autotune.refusal(shape(columns=256))
-    assert "fewer than 256 tokens" in autotune.refusal(shape(tokens=64))
+    assert kernel_choice.refusal(shape()) == ""
+    assert "multiples" in kernel_choice.refusal(shape(tokens=8193))
+    assert "below 512" in kernel_choice.refusal(shape(columns=256))
+    assert "fewer than 256 tokens" in kernel_choice.refusal(shape(tokens=64))
 
 
 @pytest.mark.parametrize(
@@ -148,18 +148,18 @@ def test_shapes_that_are_not_searched() -> None:
 )
 def test_damaged_or_foreign_file_of_plans(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = autotune.cache_file()
+    file = kernel_choice.cache_file()
     file.parent.mkdir()
     file.write_text(content, encoding="latin-1")
-    autotune.warn_once.cache_clear()
+    kernel_choice.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plans.json is not a readable file of plans") as caught:
-        assert autotune.saved_choices() == {}
+        assert kernel_choice.saved_choices() == {}
     assert len(caught) == 1
     assert str(caught[0].message).isprintable()
-    choice = autotune.Choice(True, "1.40 times the speed of dense", 1.0, 1.4, {"config_id": 17})
-    autotune.save_choice("gpu | shape", choice)
-    assert autotune.saved_choices() == {"gpu | shape": choice}
-    autotune.save_choice("gpu | other", choice)
+    choice = kernel_choice.Choice(True, "1.40 times the speed of dense", 1.0, 1.4, {"config_id": 17})
+    kernel_choice.save_choice("gpu | shape", choice)
+    assert kernel_choice.saved_choices() == {"gpu | shape": choice}
+    kernel_choice.save_choice("gpu | other", choice)
     assert set(json.loads(file.read_text())["plans"]) == {"gpu | shape", "gpu | other"}
     assert {entry.name for entry in file.parent.iterdir()} == {"plans.json", "plans.lock"}
 
@@ -170,7 +170,7 @@ def test_a_strange_thing_in_the_place_of_a_file_of_plans_neither_hangs_nor_write
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place, elsewhere = autotune.cache_file().with_name(name), tmp_path / "elsewhere"
+    place, elsewhere = kernel_choice.cache_file().with_name(name), tmp_path / "elsewhere"
     place.parent.mkdir(parents=True)
     if kind == "link":
         place.symlink_to(elsewhere)
@@ -178,12 +178,12 @@ def test_a_strange_thing_in_the_place_of_a_file_of_plans_neither_hangs_nor_write
         os.mkfifo(place)
     else:
         place.mkdir()
-    autotune.warn_once.cache_clear()
+    kernel_choice.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert autotune.saved_choices() == {}
-        autotune.save_choice("key", autotune.Choice(False, "slower"))
-        kept = autotune.saved_choices()
+        assert kernel_choice.saved_choices() == {}
+        kernel_choice.save_choice("key", kernel_choice.Choice(False, "slower"))
+        kept = kernel_choice.saved_choices()
     assert not elsewhere.exists()
     assert kept.keys() == {"key"} or any("cannot be kept" in str(warning.message) for warning in caught)
 
@@ -216,10 +216,10 @@ def test_only_a_lasting_reason_keeps_a_shape_dense_in_later_processes(
 ) -> None:
     """Also where an earlier version has written the others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    other = autotune.Choice(True, "1.40 times the speed of dense", 1.0, 1.4)
-    autotune.save_choice("failed", autotune.Choice(False, reason))
-    autotune.save_choice("other", other)
-    assert autotune.saved_choices().keys() == ({"failed", "other"} if lasting else {"other"})
+    other = kernel_choice.Choice(True, "1.40 times the speed of dense", 1.0, 1.4)
+    kernel_choice.save_choice("failed", kernel_choice.Choice(False, reason))
+    kernel_choice.save_choice("other", other)
+    assert kernel_choice.saved_choices().keys() == ({"failed", "other"} if lasting else {"other"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -231,10 +231,10 @@ def test_a_trial_process_that_fails_without_a_gpu_says_why_and_nothing_lasting(
     (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path)]))
     half = MatmulShape(768, 768, 8192, torch.float16, bias=True)
-    choice = autotune._measure_in_a_process(half, 0)
+    choice = kernel_choice._measure_in_a_process(half, 0)
     assert not choice.sparse
     assert re.match("failed in a trial process: [^\n]*(CUDA|NVIDIA)", choice.reason)
-    assert not autotune._lasting(choice)
+    assert not kernel_choice._lasting(choice)
     assert not (tmp_path / "imported").exists()
 
 
@@ -242,9 +242,9 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 import warnings
-from sparse_kernels import autotune
+from sparse_kernels import kernel_choice
 for number in range(20):
-    autotune.save_choice(f"{sys.argv[1]} | {number}", autotune.Choice(False, ""))
+    kernel_choice.save_choice(f"{sys.argv[1]} | {number}", kernel_choice.Choice(False, ""))
 """
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     each = [subprocess.Popen([sys.executable, "-P", "-c", code, name], env=environment) for name in "ab"]
@@ -256,7 +256,7 @@ for number in range(20):
 def test_unwritable_cache_folder_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    autotune.warn_once.cache_clear()
+    kernel_choice.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning) as caught:
-        autotune.save_choice("key", autotune.Choice(False, "slower"))
+        kernel_choice.save_choice("key", kernel_choice.Choice(False, "slower"))
     assert any("cannot be kept" in str(warning.message) for warning in caught)

@@ -19,7 +19,7 @@ from support.runs import RECIPE, copied, slope, small, trained
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, MistralConfig
 
 from slope_cli.checkpoint.load import Loaded, load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.data.dataset import TokenFile, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slope_cli.config.schema import LinearizeConfig
-from slope_cli.linearize.attention import Branch, Maps, Pattern, attend, weights_of
 from slope_cli.linearize.cache import leading_padding
+from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend, weights_of
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import make_map
 

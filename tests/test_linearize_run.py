@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from slope_cli.checkpoint import base_model, run_folder, store, verify
 from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import results
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.linearize.swap import added_state, linear_windows, projections, using
 from slope_cli.methods import phases_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.migrate import DEFAULTED, MOVED, RENAMED
 from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import UsageError
@@ -122,7 +122,7 @@ def test_old_words_are_read_with_one_warning_each() -> None:
     """In a process of its own: a line is printed once, however often the word is read."""
     source = """
 import contextlib, io, json, sys
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 for method, old, value, new in json.loads(sys.argv[1]):
     seen = io.StringIO()
     with contextlib.redirect_stderr(seen):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.evaluate.evaluate import evaluate
 from slope_cli.inference.export import export
 from slope_cli.report import metrics

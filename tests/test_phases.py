@@ -14,7 +14,7 @@ from support.runs import assert_same_run, records, tiny
 from slope_cli.checkpoint import run_folder
 from slope_cli.checkpoint.load import build, load_model
 from slope_cli.checkpoint.verify import check
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.export import export

@@ -9,7 +9,7 @@ import typer
 
 from slope_cli.benchmarks import render
 from slope_cli.cli import app
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

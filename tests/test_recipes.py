@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.runs import slope
 
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.methods import phases_of
 from slope_cli.models.shapes import SHAPES
 
@@ -25,9 +25,7 @@ def test_every_shape_has_a_recipe() -> None:
 
 def test_no_recipe_has_a_key_of_an_older_version() -> None:
     """In a process of its own, since a warning is printed once."""
-    source = (
-        "from slope_cli.config import load as configs\nfor name in configs.recipe_names(): print(configs.load(name))"
-    )
+    source = "from slope_cli.config import configs\nfor name in configs.recipe_names(): print(configs.load(name))"
     done = subprocess.run([sys.executable, "-P", "-c", source], capture_output=True, text=True, check=True)
     assert (len(done.stdout.splitlines()), done.stderr) == (len(RECIPES), "")
 

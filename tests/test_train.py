@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.data.batches import Blocks, sample_indices
 from slope_cli.data.dataset import MANIFEST, open_dataset

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
-from slope_cli.config import schema
+from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics

@@ -15,7 +15,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from slope_cli.compare.variants import PlannedRun
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.distributed.signals import STOPPED, StopFlag, Stopped
 from slope_cli.utils import jsonl
 from slope_cli.utils.files import atomic_file

@@ -26,8 +26,7 @@ from slope_cli.compare.rows import (
 )
 from slope_cli.compare.summary import Comparison, summarize
 from slope_cli.compare.variants import PlannedRun
-from slope_cli.config import load as configs
-from slope_cli.config import schema
+from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
 from slope_cli.data.dataset import open_dataset

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from slope_cli.checkpoint import run_folder, store
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
 from slope_cli.errors import SlopeError, UsageError

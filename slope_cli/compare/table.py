@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from slope_cli.compare.rows import Run, config_of
 from slope_cli.compare.summary import Comparison, Spread, Summary
-from slope_cli.config.load import container, follows
+from slope_cli.config.configs import container, follows
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
 from slope_cli.report.tables import NONE, Document, Table, bytes_text, clock, number

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of

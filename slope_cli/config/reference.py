@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from slope_cli.config import schema
-from slope_cli.config.load import container, defaults
+from slope_cli.config.configs import container, defaults
 from slope_cli.config.schema import AUTO, METHODS, Config, Section, SparsityConfig
 from slope_cli.config.values import flat
 from slope_cli.errors import UsageError, did_you_mean

@@ -11,7 +11,7 @@ from slope_cli.distributed.launch import pick_device
 from slope_cli.errors import UsageError, first_line, one_line
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.perplexity import measure, open_validation
-from slope_cli.linearize.attention import BRANCHES
+from slope_cli.linearize.linear_attention import BRANCHES
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.utils.environment import environment
 from slope_cli.utils.files import write_json

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from slope_cli.linearize.attention import Pattern, with_ones
+from slope_cli.linearize.linear_attention import Pattern, with_ones
 
 
 class Remembered(NamedTuple):

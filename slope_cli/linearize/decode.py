@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slope_cli.linearize.attention import Branch, Maps, exp_below_max, normalised
 from slope_cli.linearize.cache import LinearWindowCache, Ring, absorb_oldest, replace_oldest
+from slope_cli.linearize.linear_attention import Branch, Maps, exp_below_max, normalised
 
 
 def decode(

@@ -12,9 +12,9 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slope_cli.config.schema import LinearizeConfig
-from slope_cli.linearize.attention import Branch, Maps, Pattern, attend
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
+from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend
 from slope_cli.linearize.maps import make_map
 
 Mode = Literal["linear", "softmax", "transfer"]

@@ -23,8 +23,8 @@ from transformers.utils.import_utils import is_tracing
 
 from slope_cli.config.schema import LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize.attention import BRANCHES, Branch
 from slope_cli.linearize.cache import LinearWindowCache
+from slope_cli.linearize.linear_attention import BRANCHES, Branch
 from slope_cli.linearize.linear_window import LinearWindow, Mode
 from slope_cli.models import shapes
 

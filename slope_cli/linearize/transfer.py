@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
-from slope_cli.linearize.attention import SHORTEST_CHUNK, weights_of
 from slope_cli.linearize.cache import leading_padding
+from slope_cli.linearize.linear_attention import SHORTEST_CHUNK, weights_of
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import SMALLEST
 from slope_cli.linearize.swap import linear_windows, using

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import base_model, run_folder
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import Account, AttentionMemory, account, attention_memory

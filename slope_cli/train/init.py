@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from slope_cli.checkpoint import base_model, hf_folder, load, run_folder, store
 from slope_cli.checkpoint.load import Loaded, load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import require_same_tokens
 from slope_cli.errors import SlopeError, UsageError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_kernels import autotune, cuda
+from sparse_kernels import cuda, kernel_choice
 
 HERE = Path(__file__).parent
 
@@ -23,4 +23,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No warnings given yet, and a cache folder that all GPU tests of this run share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    autotune.warn_once.cache_clear()
+    kernel_choice.warn_once.cache_clear()

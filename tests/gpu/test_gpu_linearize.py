@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from slope_cli.checkpoint.load import load_model
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import LinearizeConfig
 from slope_cli.data.prepare import prepare
-from slope_cli.linearize.attention import Pattern
+from slope_cli.linearize.linear_attention import Pattern
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
 from slope_cli.linearize.transfer import transfer_losses

@@ -7,7 +7,7 @@ import torch
 from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_step
 
 from slope_cli.checkpoint import load
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import apply
 from slope_cli.train.step import MaskUpdate, Step, StepOutput

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import autotune, cuda, cusparselt, masks
+from sparse_kernels import cuda, cusparselt, kernel_choice, masks
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
 
@@ -102,7 +102,7 @@ def test_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, searc
 @pytest.mark.parametrize("side", [768, 4096])
 def test_float16_is_tried_in_another_process_first(side: int) -> None:
     """Its search kills the process on some shapes; here it must at most come out as dense."""
-    choice, plan = autotune.choose(MatmulShape(side, side, side, torch.float16, False), 0)
+    choice, plan = kernel_choice.choose(MatmulShape(side, side, side, torch.float16, False), 0)
     print(side, choice)  # for the log: which of them the library can do depends on its version
     torch.cuda.synchronize()
     if plan is not None:
@@ -139,45 +139,45 @@ def test_refused_shape_is_one_line() -> None:
 def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = MatmulShape(4096, 4096, 4096, torch.bfloat16, True)
-    autotune.forget()
-    choice, plan = autotune.choose(shape, 0)
+    kernel_choice.forget()
+    choice, plan = kernel_choice.choose(shape, 0)
     assert plan is not None, choice.reason
     assert choice.sparse_ms is not None
     assert choice.dense_ms is not None
     assert choice.sparse == (choice.sparse_ms < choice.dense_ms)
-    (key, entry), *others = json.loads(autotune.cache_file().read_text())["plans"].items()
+    (key, entry), *others = json.loads(kernel_choice.cache_file().read_text())["plans"].items()
     assert not others
     assert torch.cuda.get_device_name(0) in key
     assert "cuSPARSELt " in key
     assert "4096x4096x4096" in key
     assert "bfloat16" in key
     # A dense winner is read without a search; a plan is made when one is wanted all the same.
-    file = autotune.cache_file()
+    file = kernel_choice.cache_file()
     file.write_text(file.read_text().replace('"sparse": true', '"sparse": false'))
-    autotune.forget()
-    again, plan = autotune.choose(shape, 0)
+    kernel_choice.forget()
+    again, plan = kernel_choice.choose(shape, 0)
     assert not again.sparse
     assert plan is None
-    assert autotune.plan_for(shape, 0) is not None
+    assert kernel_choice.plan_for(shape, 0) is not None
     file.write_text(file.read_text().replace('"sparse": false', '"sparse": true'))
-    autotune.forget()
-    again, plan = autotune.choose(shape, 0)
+    kernel_choice.forget()
+    again, plan = kernel_choice.choose(shape, 0)
     assert plan is not None
     assert (again.sparse, again.sparse_ms, again.dense_ms) == (True, choice.sparse_ms, choice.dense_ms)
     # Another card's entry is not ours.
     content = json.loads(file.read_text())
     content["plans"] = {key.replace(torch.cuda.get_device_name(0), "NVIDIA Other"): {**entry, "sparse_ms": 1e-9}}
     file.write_text(json.dumps(content))
-    autotune.forget()
-    assert autotune.choose(shape, 0)[0].sparse_ms != 1e-9
+    kernel_choice.forget()
+    assert kernel_choice.choose(shape, 0)[0].sparse_ms != 1e-9
     assert len(json.loads(file.read_text())["plans"]) == 2
-    autotune.forget()
+    kernel_choice.forget()
 
 
 def test_the_run_s_random_numbers_are_not_drawn_on() -> None:
-    autotune.forget()
+    kernel_choice.forget()
     before = torch.cuda.get_rng_state()
-    autotune.choose(MatmulShape(512, 512, 256, torch.bfloat16, False), 0)
+    kernel_choice.choose(MatmulShape(512, 512, 256, torch.bfloat16, False), 0)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
@@ -186,7 +186,7 @@ def test_a_new_shape_inside_a_capture_is_refused() -> None:
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
         with pytest.raises(RuntimeError, match="run one step before capturing"):
-            autotune.choose(shape, 0)
+            kernel_choice.choose(shape, 0)
 
 
 def test_missing_library_falls_back_to_dense_with_one_line(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
-from slope_cli.config import schema
+from slope_cli.config import configs, schema
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError
 from slope_cli.methods import optim, phases_of
@@ -368,7 +367,7 @@ WORDS = (
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.errors import SlopeError
 from slope_cli.report.metrics import MetricsLog
 from slope_cli.train.loop import pretrain

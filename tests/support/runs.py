@@ -19,7 +19,7 @@ import torch
 
 from slope_cli import cli
 from slope_cli.checkpoint import store
-from slope_cli.config import load as configs
+from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.report import metrics
 from slope_cli.train import loop

@@ -145,7 +145,7 @@ def _measure_in_a_process(shape: MatmulShape, device_index: int) -> Choice:
     the first of those ends a process's use of the GPU.
     """
     request = json.dumps([shape.rows, shape.columns, shape.tokens, shape.bias, device_index])
-    command, environment = children.python("from sparse_kernels import autotune; autotune.trial()", [request])
+    command, environment = children.python("from sparse_kernels import kernel_choice; kernel_choice.trial()", [request])
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         if result.returncode == 0:
