@@ -25,6 +25,7 @@ from slope_cli.errors import UsageError
 from slope_cli.linearize import saved
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.models.build import model_config
+from slope_cli.train.step import require_compiler
 from slope_cli.utils.files import write_sealed
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels import sparsify
@@ -104,6 +105,7 @@ def test_a_step_of_transfer_is_compiled_where_users_have_it_compiled() -> None:
     """As torch's own operators here: for each length its own code, as a run has, whose sequences are all of one."""
     model = generate.build(tiny("llama3-8b", window=8), CPU)
     counted = []
+    require_compiler("cpu")  # whose own small graph is compiled once in a process
     with torch.compiler.set_stance("default", force_backend="aot_eager"):
         for length, compiled in ((64, False), (64, True), (96, True)):
             torch._dynamo.utils.counters.clear()
@@ -210,6 +212,7 @@ def test_an_adapter_in_a_folder_is_noted(tmp_path: Path) -> None:
     assert "without its adapters" in subject(str(tmp_path)).note
 
 
+@pytest.mark.slow
 @no_gpu
 def test_names_of_models_may_stand_with_commas(tmp_path: Path) -> None:
     folder = tmp_path / "a,b"

@@ -291,7 +291,7 @@ def test_a_killed_run_resumes_and_a_failing_one_is_a_row(tmp_path: Path) -> None
     """In processes of their own: slope-s1 was killed after step 3 of 6; `wide` cannot be built."""
     (planned,) = variants.planned_runs(variants.variants(str(RECIPE), words(), ["slope"], []), [1])
     run = tmp_path / "slope-s1"
-    pretrain(configs.load(str(RECIPE), words("log.save_every=3")), run)
+    pretrain(configs.load(str(RECIPE), words("log.save_every=3", "train.seed=1")), run)
     checkpoint_of_6 = store.folders(run)[0]
     for path in checkpoint_of_6.iterdir():
         path.unlink()
@@ -365,6 +365,7 @@ def test_a_stopped_comparison_shows_what_is_finished(tmp_path: Path) -> None:
     assert json.loads((out / "compare.json").read_text())["variants"][0]["seeds"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
     """As when the runs lay on a machine that is gone."""
     one, two = (
@@ -542,6 +543,7 @@ def test_existing_runs_are_compared_by_their_configs(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"compare.{e}" for e in ("json", "md", "png", "svg")]
 
 
+@pytest.mark.slow
 def test_runs_with_other_budgets_or_data_are_refused_unless_allowed(tmp_path: Path) -> None:
     run, other = finished() / "dense-s1", copied(finished() / "slope-s1", tmp_path)
     config = (other / run_folder.CONFIG).read_text()

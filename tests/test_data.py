@@ -341,6 +341,7 @@ def test_shuffled_looks_random_and_is_pinned() -> None:
 PINNED = [716, 366, 819, 647]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     world=st.sampled_from([1, 2, 4]),

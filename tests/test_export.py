@@ -90,6 +90,7 @@ def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
     assert "merged" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

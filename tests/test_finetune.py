@@ -108,6 +108,7 @@ def losses(out: Path) -> list[float]:
 # ------------------------------------------------------------------------------------------- what is learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_marker_word_is_learnt(task: str, data: Path, tmp_path: Path) -> None:
     """All kinds of tasks on rows that were not trained on; at chance they would be 0, 0.5, 0.0."""

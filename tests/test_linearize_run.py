@@ -169,6 +169,7 @@ def test_a_compiled_run_learns_and_writes_the_same() -> None:
 # --------------------------------------------------------------------------------------------- what stays as it is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "opt", "bert"])
 def test_weights_and_masks_are_bit_identical(kind: str) -> None:
     done = linearized(kind)
@@ -421,6 +422,7 @@ def test_a_check_hashes_each_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(hashed) == sorted(written - {folder / store.MANIFEST for folder in folders})
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
     """Killed before each operation on the disk in turn, each time on top of what the one before left."""
     config = configs.load("linearize", [*linearize_overrides(trained(*BASES["sparse"])), *WORDS, "train.steps=2"])
@@ -437,6 +439,7 @@ def test_a_start_that_was_killed_begins_again(tmp_path: Path) -> None:
     assert not list(run.glob(".*base*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", store.MANIFEST])
 def test_a_damaged_base_is_one_line_that_names_it(name: str, tmp_path: Path) -> None:
     run = copied(linearized("sparse").run, tmp_path)

@@ -255,6 +255,7 @@ def test_wanda_prunes_a_finished_dense_run_and_tunes_what_is_left(data: Path, fi
     assert differs > 0  # the inputs' norms have a say
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_masks_of_another(data: Path, tmp_path: Path) -> None:
     """As a second phase does: sparse after sparse keeps every mask; dense after sparse takes the weights with zeros."""
     first, second, dense = tmp_path / "first", tmp_path / "second", tmp_path / "dense"

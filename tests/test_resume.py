@@ -117,6 +117,7 @@ def test_killed_in_the_first_save_and_in_that_after_the_adapters_joined(
     assert_same_run(config, run, finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, 3, 5, 6, 7])
 def test_killed_after_a_save_before_at_and_after_the_adapters_and_the_mask_updates(
     data: Path, finished: Path, tmp_path: Path, every: int

@@ -217,6 +217,7 @@ def test_a_causal_model_logs_one_loss(finished: Path) -> None:
     assert not any("total" in record for record in records(finished))
 
 
+@pytest.mark.slow
 def test_kernels_that_repeat_bit_for_bit_can_be_asked_for(data: Path, tmp_path: Path) -> None:
     assert finish(start(tiny(data, "train.deterministic=true", "train.steps=2"), tmp_path / "run")) == 0
 
