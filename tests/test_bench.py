@@ -52,6 +52,7 @@ def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> Non
     assert config.train.tokens_per_step == case.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
     rows = list(measure.step(TINY, CPU, EAGER, QUICK))

@@ -318,6 +318,7 @@ def fill_disk_during_save(step: int) -> None:
     store.save = limited
 
 
+@pytest.mark.slow
 def test_when_a_periodic_save_fails_training_goes_on(data: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert finish(start(tiny(data), run, fill_disk_during_save, 8)) == 0

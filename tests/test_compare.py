@@ -256,6 +256,7 @@ def test_sources_have_columns_where_there_are_several() -> None:
 # --------------------------------------------------------------------------------- reuse, resumption, failure
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_nothing() -> None:
     result()
     before = stamps(finished())
@@ -638,6 +639,7 @@ def test_ready_made_names() -> None:
         variants.variants(str(RECIPE), ["model.overrides.n_layer=1"], ["half-depth"], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-nano", "gpt2-small", "opt-350m", "llama3-8b", "bert-base"])
 def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     """Counted here from the layers of the shape, half of the weights of those that are pruned."""

@@ -21,7 +21,7 @@ def test_code_that_moves_between_files_of_one_name_changes_the_source_hash(tmp_p
     for name in ("slope_cli", "sparse_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name)
     before = source_hash(tmp_path)
-    one, other = tmp_path / "slope_cli" / "config" / "load.py", tmp_path / "slope_cli" / "checkpoint" / "load.py"
+    one, other = (tmp_path / "slope_cli" / package / "batches.py" for package in ("data", "train"))
     code, more = one.read_bytes(), other.read_bytes()
     one.write_bytes(more)
     other.write_bytes(code)

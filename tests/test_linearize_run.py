@@ -277,6 +277,7 @@ def _token_logits(model: Any, ids_BT: Tensor) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_adapters_may_learn_from_the_softmax_model() -> None:
     """Its predictions bring them nearer to it than the text does; the record's loss is the text's cross-entropy."""
     words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
@@ -359,6 +360,7 @@ def test_a_killed_run_resumes_bit_for_bit(step: int, adjust: tuple[str, ...], tm
     assert_same_run(config, run, whole)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_what_it_began_with(tmp_path: Path) -> None:
     base = copied(trained(*BASES["sparse"]), tmp_path)
     first = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")

@@ -239,6 +239,7 @@ def test_fst_prunes_the_mlps_transposably_and_ends_dense(data: Path, tmp_path: P
         )
 
 
+@pytest.mark.slow
 def test_wanda_prunes_a_finished_dense_run_and_tunes_what_is_left(data: Path, finished: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     pretrain(tiny(data, "method=dense"), dense)

@@ -100,6 +100,7 @@ def old_layers(layers: str, adapters: bool) -> Record:
     return {"kind": "layers", "layers": layers, "adapters": adapters}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "joined"),
     [

@@ -518,6 +518,7 @@ def test_a_signal_to_the_group_spares_a_worker_that_starts(
     assert not list(out.glob(".parts/.*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_workers(tmp_path: Path, bpe_folder: str) -> None:
     out = tmp_path / "out"
     child = preparing(tmp_path / "x.txt", out, bpe_folder, SCRIPT.replace("sleep(0.2)", "sleep(600)"), parts=0)

@@ -267,6 +267,7 @@ main()
     assert store.folders(run) == [done]
 
 
+@pytest.mark.slow
 def test_a_signal_while_torch_is_imported_stops_the_run_too(data: Path, tmp_path: Path) -> None:
     """It comes at the first import of torch, whenever that is."""
     run, tests = tmp_path / "run", Path(__file__).parent
