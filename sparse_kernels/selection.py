@@ -136,16 +136,14 @@ def select_layers(
     users = _users(model)
 
     def reason(places: Sequence[str], linear: nn.Module) -> str:
-        out_features, in_features = _sides(linear)
         if matched := _first_match(exclude_modules, places):
             return f"matches exclude_modules {matched!r}"
         if any(_HEAD.search(name) for name in places):
             return "output head"
         if lost := obstacle(linear):
             return lost
-        for kind, parameter in linear.named_parameters(recurse=False):
-            if users[_memory(parameter)] > 1:
-                return f"{kind} is shared with another layer"
+        if shared := [kind for kind, p in linear.named_parameters(recurse=False) if users[_memory(p)] > 1]:
+            return f"{shared[0]} is shared with another layer"
         if target_modules and not _first_match(target_modules, places):
             if tuple(target_modules) == (MLP,):
                 return "not in an MLP"
@@ -154,11 +152,7 @@ def select_layers(
             return "first layer after the input"
         if any(name.endswith("_orig_mod") for name in places):
             return "is compiled on its own: compile afterwards"
-        layer_m = patterns[places[0]][1]
-        side = SIDE_MULTIPLE if SIDE_MULTIPLE % layer_m == 0 else layer_m
-        if out_features % side or in_features % side:
-            return f"sides are not multiples of {side}"
-        return ""
+        return _unfit_sides(linear, patterns[places[0]][1])
 
     def row(linear: nn.Module, places: Sequence[str]) -> LayerReport:
         why, name = reason(places, linear), places[0]
@@ -186,6 +180,12 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
         if isinstance(module, nn.Linear | MaskedLinear) or is_conv1d(module):
             layers.setdefault(module, []).append(name)
     return layers
+
+
+def _unfit_sides(linear: nn.Module, m: int) -> str:
+    """Why no kernel takes a layer's sides; empty if one does."""
+    side = SIDE_MULTIPLE if SIDE_MULTIPLE % m == 0 else m
+    return f"sides are not multiples of {side}" if any(length % side for length in _sides(linear)) else ""
 
 
 def _sides(linear: nn.Module) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,22 @@ def evaluate(
             result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
             _keep(result, out)
         for task, of_task in zip(tasks, requests, strict=True):
-            try:
+            with _failure_noted(result, task.name):
                 result["tasks"][task.name] = lm_tasks.score(lm, task, limit, of_task)
-            except Exception as error:  # the other scores are kept; lm-eval's errors share no base class
-                if "SLOPE_DEBUG" in os.environ:
-                    raise
-                reason = one_line(error) or f"{type(error).__name__}: {first_line(error)}"
-                result.setdefault("failed", {})[task.name] = reason
             _keep(result, out)
     return result
+
+
+@contextlib.contextmanager
+def _failure_noted(result: dict[str, Any], task_name: str) -> Iterator[None]:
+    """Note a task's error, so that the other scores are kept; raise it with --debug."""
+    try:
+        yield
+    except Exception as error:  # lm-eval's errors share no base class
+        if "SLOPE_DEBUG" in os.environ:
+            raise
+        reason = one_line(error) or f"{type(error).__name__}: {first_line(error)}"
+        result.setdefault("failed", {})[task_name] = reason
 
 
 def _keep(result: dict[str, Any], out: Path | None) -> None:

@@ -34,12 +34,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     path = run / JSONL
     if not path.is_file():
         raise SlopeError(f"{run} holds no {JSONL}: not the folder of a run")
-    records = []
-    for number, (record, _) in enumerate(_lines(path), 1):
-        if record is None:
-            raise SlopeError(f"{path}:{number} is damaged: not the record that was written")
-        records.append(record)
-    return records
+    return jsonl.read(path, _is_sound)
 
 
 def require(run: Path, records: Iterable[Mapping[str, Any]], kinds: Collection[str], *keys: str) -> None:
@@ -64,13 +59,8 @@ def verify(run: Path, step: int, saved: Mapping[str, Any] | None) -> None:
         raise SlopeError(lost)
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-    """Each line as a record and as bytes; None for one that is damaged, or lacks what its kind must have."""
-    for record, line in jsonl.lines(path):
-        yield (record if record is not None and _is_sound(record) else None), line
-
-
 def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a record has a kind, a step and what its kind must have."""
     kind, step = record.get("kind"), record.get("step")
     if not isinstance(kind, str) or type(step) is not int or step < 1:
         return False
@@ -92,7 +82,7 @@ class _Kept:
             with path.open("rb") as file:
                 self.content = file.read(saved["bytes"])
             return
-        lines = list(_lines(path)) if path.is_file() else []
+        lines = list(jsonl.lines(path, _is_sound)) if path.is_file() else []
         sound = [(record, line) for record, line in lines if record is not None and record["step"] <= step]
         self.content = b"".join(line for _, line in sound)
         present = {record["step"] for record, _ in sound if record["kind"] in STEPS}

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slope_cli.errors import SlopeError
 from slope_cli.utils import files
 
+IsSound = Callable[[Mapping[str, Any]], bool]
 _KEY, _END = b', "crc32": "', b'"}\n'
 _TAIL = len(_KEY) + 8 + len(_END)
 
@@ -26,18 +27,22 @@ def encode(record: Mapping[str, Any]) -> bytes:
     return body + _KEY + f"{zlib.crc32(body):08x}".encode() + _END
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All records, without their checksums; SlopeError for a damaged line, or a file that cannot be read."""
+def read(path: Path, is_sound: IsSound = lambda _: True) -> list[dict[str, Any]]:
+    """All records, without their checksums; SlopeError for a damaged line, or a file that cannot be read.
+
+    Args:
+        is_sound: whether a record has what the records of this file must have.
+    """
     records = []
-    for number, (record, _) in enumerate(lines(path), 1):
+    for number, (record, _) in enumerate(lines(path, is_sound), 1):
         if record is None:
-            raise SlopeError(f"{path}:{number} is damaged: its checksum does not fit, or it is no JSON record")
+            raise SlopeError(f"{path}:{number} is damaged: not the record that was written")
         records.append(record)
     return records
 
 
-def lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-    """Each line as a record, None if it is damaged, and as bytes; a last line that was cut short is left out."""
+def lines(path: Path, is_sound: IsSound = lambda _: True) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """Each line as a record, None if it is damaged or not sound, and as bytes; a last line cut short is left out."""
     checked = False
     try:
         with path.open("rb") as file:
@@ -47,7 +52,7 @@ def lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
                         yield None, line
                     return
                 record, checked = _decode(line, checked)
-                yield record, line
+                yield (record if record is not None and is_sound(record) else None), line
     except OSError as error:
         raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
 
