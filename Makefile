@@ -1,6 +1,7 @@
 # make demo       the environment, then a small GPT-2 trained sparse on the text in the package (about two minutes)
 # make test       the environment, then the tests but for the slow ones
 # make test-slow  the slow ones: random kills, whole comparisons, compiled runs
+# make test-slurm the recipes of recipes/slurm on a SLURM that it starts on this machine (root; Debian, installs SLURM)
 # make check      formatting, lints and types; make format mends the first two
 
 PYTHON ?= python3
@@ -17,16 +18,21 @@ EXTRAS := dev$(if $(GPU),$(comma)cuda13)
 DONE   := $(VENV)/.done
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what they have trained
 
-.PHONY: demo test test-slow check format bench-cpu render build clean
+.PHONY: demo test test-slow test-slurm check format bench-cpu render build clean
 
 demo: $(DONE)
 	$(VENV)/bin/slope pretrain
 
 test: $(DONE)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not slurm"
 
 test-slow: $(DONE)
 	$(PYTEST) -m slow
+
+test-slurm: $(DONE)  # the processes mostly wait for their jobs
+	tests/slurm/cluster.sh up
+	$(VENV)/bin/python -m pytest --numprocesses 8 --maxschedchunk 1 -m slurm tests/slurm; \
+	  status=$$?; tests/slurm/cluster.sh down; exit $$status
 
 check: $(DONE)
 	$(VENV)/bin/ruff format --check .

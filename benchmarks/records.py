@@ -277,6 +277,34 @@ class GenerateResults(Results):
     models: list[ModelResult] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KillRow:
+    """Random SIGKILLs of a command, which was started again until it ended.
+
+    lives: its ends; lost: those that it did not reach, or that cannot be read; unequal: those that differ from the
+    uninterrupted command's, by what differs. setup_s: before it writes a file; longest_restart_s: of a start after a
+    kill, to the end.
+    """
+
+    command: str
+    kills: int
+    lives: int
+    lost: list[str]
+    unequal: list[str]
+    uninterrupted_s: float
+    setup_s: float
+    longest_restart_s: float | None
+
+
+@dataclass(kw_only=True)
+class KillResults(Results):
+    """The file of `python -m slope_cli.benchmarks.kills`."""
+
+    seed: int
+    jobs: int
+    rows: list[KillRow] = field(default_factory=list)
+
+
 @dataclass(kw_only=True)
 class BenchResults:
     """The parts of one `slope bench` and the folder of their files; None for a part that was not asked for."""

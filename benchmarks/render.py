@@ -212,6 +212,56 @@ def _generation(result: Json) -> str:
     return f"{_columns(_decoding(results), *names)}\n\n{_where(results.machine)}; bf16, window 64, random weights."
 
 
+def _cluster(result: Json) -> str:
+    """The fastest dense and sparse layout on many GPUs, by the arithmetic of benchmarks/cluster.py."""
+    fast, slow = result["networks"]
+    speedups = {(row["model"], row["gpus"], row["network"]): row["speedup"] for row in result["rows"]}
+    rows = []
+    for row in result["rows"]:
+        if row["network"] == fast:
+            cells = [cell for side in ("dense", "sparse") for cell in _on_gpus(row[side])]
+            ratios = (number(speedups[row["model"], row["gpus"], network]) for network in (fast, slow))
+            rows.append([row["model"], str(row["gpus"]), *cells, *ratios])
+    sides = [f"{side}{what}" for side in ("dense", "sparse") for what in ("", ": GiB", ": sent", ": step")]
+    below = (
+        f"H100s of 80 GB, 8 in a node; {result['tokens_per_step']:,} tokens a step, {result['tokens']:,} in a micro-"
+    )
+    below += f"batch; without adapters. Last column: with {slow} a node. – fits nowhere. Computed {result['date']}."
+    return _markdown(("model", "GPUs", *sides, "speed-up", "slow network"), rows, below)
+
+
+def _on_gpus(side: Json | None) -> list[str]:
+    """A layout with its checkpointing, the GiB of a GPU, what one sends for a step, and how long that takes."""
+    if side is None:
+        return [NONE] * 4
+    layout = f"{side['layout']}; {side['checkpointing']}".replace(", gather=", " by ")
+    memory, sent = side["memory"]["total"] / 2**30, side["sent"]["of_step"] / 1e9
+    return [layout, f"{memory:.0f}", f"{sent:,.0f} GB", f"{side['step_s']:.2f} s"]
+
+
+def _cluster_fits(result: Json) -> str:
+    """The fewest GPUs on which a model fits."""
+    sizes = [name for name in result["fits"][0] if name != "model"]
+    rows = [
+        [row["model"], *(" / ".join(NONE if n is None else str(n) for n in row[size]) for size in sizes)]
+        for row in result["fits"]
+    ]
+    below = f"Fewest GPUs, dense / sparse; one sequence of {result['length']:,} tokens at a time, blocks checkpointed."
+    return _markdown(("model", *(f"GPUs of {size}" for size in sizes)), rows, below)
+
+
+def _cluster_assumed(result: Json) -> str:
+    """What the simulation takes for granted."""
+    rows = [[name, f"{value:.3g}"] for name, value in result["assumed"].items()]
+    rows += [[f"bytes per second of a node, {name}", f"{value:.3g}"] for name, value in result["networks"].items()]
+    times = ", ".join(f"{model} {x['dense']:.2f} / {x['sparse']:.2f} s" for model, x in result["micro_batch_s"].items())
+    files = ", ".join(f"{model}: {file}" for model, file in result["measured"].items())
+    below = (
+        f"A micro-batch on one GPU, dense / sparse, without the optimizer: {times}; from results of one GPU ({files})."
+    )
+    return _markdown(("assumed", "value"), rows, below)
+
+
 def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json) -> str:
     """Gains and costs of sparse and linearized models against dense and softmax ones."""
     rows: list[list[str]] = []
@@ -245,6 +295,9 @@ def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized:
 
 
 PLACES: dict[str, Callable[..., str]] = {
+    "cluster": _cluster,
+    "cluster-assumed": _cluster_assumed,
+    "cluster-fits": _cluster_fits,
     "cpu": _cpu,
     "demo": _demo,
     "headline": _headline,
@@ -267,10 +320,12 @@ PLACES: dict[str, Callable[..., str]] = {
 
 # The result files of a place that is not named after a single file.
 FILES = {
+    "cluster-assumed": ("cluster",),
+    "cluster-fits": ("cluster",),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
         *("quality-gpt2-small", "linearize-gpt2-small", "generate-h100"),
-    )
+    ),
 }
 
 

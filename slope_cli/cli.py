@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 
 import slope_cli
 from slope_cli.config import configs, schema
+from slope_cli.distributed import launch, peers
 from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError, one_line
 from slope_cli.report.terminal import escaped_streams, flushed_output
@@ -29,6 +31,7 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
@@ -50,9 +53,9 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file.")] = "gpt2-nano",
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained; needs no GPU and no data.")
-    ] = False,
+    dry_run: DryRun = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="With --dry-run: also memory and traffic on N GPUs.")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="With --gpus: GiB of a GPU.")] = 80,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,8 +68,11 @@ def pretrain(
         recipe, overrides = "gpt2-nano", [recipe, *overrides]
     # Path.stem would cut the name opt-1.3b to opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
+    if gpus and not dry_run:
+        raise UsageError(f"--gpus={gpus}: is for --dry-run; a run uses the GPUs of the tasks that srun starts")
+    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None}
     with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
-        _train(recipe, overrides, run, stop, dry_run=dry_run, fresh=fresh, as_json=as_json)
+        _train(recipe, overrides, run, stop, **how, fresh=fresh, as_json=as_json)
 
 
 @app.command()
@@ -75,9 +81,7 @@ def linearize(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
     out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, without loading weights.")
-    ] = False,
+    dry_run: DryRun = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,22 +106,25 @@ def _train(
     implied: Sequence[str] = (),
     *,
     dry_run: bool,
+    gpus: tuple[int, float] | None = None,
     fresh: bool,
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
+    launch.use_granted_cores()
     config = configs.load(recipe, [*implied, *overrides])
-    for line in configs.without_effect(config, overrides):
-        print(f"warning: {line}", file=sys.stderr)
+    if launch.ranks().first:
+        for line in configs.without_effect(config, overrides):
+            print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         from slope_cli.train.dry_run import describe
 
-        _print(*describe(config), as_json)
+        _print(*describe(config, gpus), as_json)
         return
     from slope_cli.train import loop
 
-    summary = loop.pretrain(config, run, fresh=fresh, stop=stop)
-    _print(summary | {"run": str(run)}, loop.report_lines(summary, run), as_json)
+    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
+        _print(summary | {"run": str(run)}, loop.report_lines(summary, run), as_json)
 
 
 @data_app.command("prepare")
@@ -134,25 +141,23 @@ def prepare(
     config_name: Annotated[
         str | None, typer.Option("--config", help="Configuration of a Hugging Face data set.")
     ] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N, I from 1: prepare only this share of the text.")] = None,
 ) -> None:
     """Turn text, JSON, CSV, parquet (.gz .bz2 .xz .zst), folders of these, or a Hub data set into token files.
 
-    Run the same command again to resume after a stop.
+    Run the same command again to resume after a stop. With --shard 1/N to N/N (sbatch --array=1-N: $SLURM_ARRAY_TASK_ID
+    of N) several machines share the work in one folder; then the same command without --shard joins it.
     """
+    launch.require_one_process()
     from slope_cli.data import prepare as preparing
     from slope_cli.data.dataset import show
 
-    dataset = preparing.prepare(
-        inputs,
-        out,
-        tokenizer=tokenizer,
-        text_key=text_key,
-        val_fraction=val_fraction,
-        workers=workers,
-        split=split,
-        config_name=config_name,
-    )
-    show(dataset)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "val_fraction": val_fraction}
+    how |= {"workers": workers, "split": split, "config_name": config_name}
+    if shard is None:
+        show(preparing.prepare(inputs, out, **how))
+    else:
+        preparing.prepare_shard(shard, inputs, out, **how)
 
 
 @data_app.command("info")
@@ -171,17 +176,15 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile linearized attention; pays for many tokens on a GPU.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
 ) -> None:
     """Generate text from a trained model."""
+    launch.require_one_process()
     from slope_cli.checkpoint.load import load_model
-    from slope_cli.distributed.launch import pick_device
     from slope_cli.inference.generate import continue_text
     from slope_cli.linearize.swap import linear_windows
 
-    loaded = load_model(model, pick_device("auto"))
+    loaded = load_model(model, launch.pick_device("auto"))
     if compiled and not linear_windows(loaded.model):
         raise UsageError(f"{model}: is not linearized, so there is nothing to compile; leave out --compile")
     how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
@@ -193,9 +196,7 @@ def generate(
 def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapters into the weights, which become dense.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that transformers' from_pretrained loads, with adapters for PEFT, and check its logits.
@@ -203,6 +204,7 @@ def export(
     For a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain
     softmax attention.
     """
+    launch.require_one_process()
     from slope_cli.inference.export import export as write
 
     result = write(run, folder, merge=merge)
@@ -286,15 +288,14 @@ def bench(
     ] = None,
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=1, help="Time limit in seconds; the rest is listed as not run.")
-    ] = None,
+    budget: Annotated[float | None, typer.Option(min=1, help="Seconds; the rest is listed as not run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Benchmark training steps, products and memory, sparse against dense, and decoding, linearized against softmax.
 
     Without a GPU: only the memory, from the shapes.
     """
+    launch.require_one_process()
     from slope_cli.benchmarks import bench, report
 
     given = [*(models or ()), *(cases or ())]  # a folder's name may contain commas
@@ -318,14 +319,14 @@ def compare(
     lrs: Annotated[str, typer.Option(help="Comma-separated learning rates; each variant shows its best.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the runs and the result.")] = Path("compare"),
     jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs.")] = 1,
-    allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Also compare runs with different data or budgets.")
-    ] = False,
+    shard: Annotated[str | None, typer.Option(help="I/N, I from 1: only this share of the runs; no files.")] = None,
+    allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train variants of a recipe on the same data and compare them.
 
-    To resume after a stop, run the same command again; finished runs are not trained again.
+    To resume after a stop, run the same command again; finished runs are not trained again. With --shard 1/N to N/N
+    the tasks of a job array train them; then the same command without --shard compares them.
     """
     with StopFlag() as stop:
         from slope_cli.compare import results as comparing
@@ -335,18 +336,10 @@ def compare(
         if runs:
             result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
         else:
-            result = comparing.compare(
-                arguments[0],
-                arguments[1:],
-                out=out,
-                methods=[name for name in methods.split(",") if name],
-                seeds=numbers("--seeds", seeds, int),
-                extra=variant or [],
-                lrs=numbers("--lrs", lrs, float),
-                jobs=jobs,
-                allow_different=allow_different,
-                stop=stop,
-            )
+            names = [name for name in methods.split(",") if name]
+            how: dict[str, Any] = {"out": out, "methods": names, "extra": variant or [], "jobs": jobs, "shard": shard}
+            how |= {"seeds": numbers("--seeds", seeds, int), "lrs": numbers("--lrs", lrs, float), "stop": stop}
+            result = comparing.compare(arguments[0], arguments[1:], **how, allow_different=allow_different)
     if as_json:
         _print(asdict(result), [], as_json)
     else:
@@ -366,16 +359,13 @@ def evaluate(
     task_data: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.jsonl[.gz]; default: the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum rows of each task (MMLU: of each subject).")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
-    branch: Annotated[
-        str | None, typer.Option(help="For a linearized model: both, window or linear; only this branch is active.")
-    ] = None,
-    positions: Annotated[
-        bool, typer.Option("--positions", help="Also show the loss by position in a block; the JSON always has it.")
-    ] = False,
+    branch: Annotated[str | None, typer.Option(help="The one active, if linearized: both, window or linear.")] = None,
+    positions: Annotated[bool, typer.Option("--positions", help="Also show the loss by position in a block.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval."""
+    launch.require_one_process()
     from slope_cli.evaluate import evaluate as evaluating
 
     result = evaluating.evaluate(
@@ -440,10 +430,14 @@ def main() -> None:
         try:
             with flushed_output():
                 app(prog_name="slope")
-        except (SlopeError, OSError, MemoryError, RuntimeError) as error:
-            reason = one_line(error)
-            if "SLOPE_DEBUG" in os.environ or not reason:
-                raise
+        except SystemExit as end:
+            peers.leave(end.code if isinstance(end.code, int) else 0, "")
+            raise
+        except Exception as error:
+            known = isinstance(error, SlopeError | OSError | MemoryError | RuntimeError)
+            reason = one_line(error) if known and "SLOPE_DEBUG" not in os.environ else ""
             code = getattr(error, "exit_code", 1)
-            print(reason if code == STOPPED else f"error: {reason}", file=sys.stderr)
+            text = (reason if code == STOPPED else f"error: {reason}") if reason else traceback.format_exc().rstrip()
+            peers.leave(code, text)
+            print(text, file=sys.stderr)
             raise SystemExit(code) from None

@@ -1,6 +1,7 @@
 """The two errors that a user sees as one line, and how they are worded; anything else keeps its traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -14,6 +15,33 @@ class UsageError(SlopeError):
     """A wrong command line, config or input: one clear line that says what to set, exit code 2."""
 
     exit_code = 2
+
+
+ADVICE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: close some, or ask its administrator",
+    errno.ENOMEM: "the machine has too little free memory: close other programs",
+    errno.EACCES: "give yourself the right to it (chmod +r to read, +w to write)",
+    errno.EPERM: "give yourself the right to it, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOENT: "put it back or correct the path, and run the same command again",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "give the path of a file",
+    errno.EEXIST: "it is there already: remove it or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: remove them",
+    errno.ENOSPC: "free some space, and run the same command again",
+    errno.EDQUOT: "free some space, and run the same command again",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or free some space",
+    errno.ESTALE: "the file system has lost it: run the same command again",
+    errno.EIO: "the disk or network failed: copy the file elsewhere",
+}
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused a file, and what to do."""
+    advice = ADVICE.get(error.errno or 0, "mend this, and run the same command again")
+    return f"{error.strerror or first_line(error)}; {advice}"
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:
@@ -42,7 +70,7 @@ def one_line(error: Exception) -> str:
     """The message of a known error, in one line; empty for a bug, which keeps its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return " ".join(f"{error.filename}: {error.strerror}".split())
+        return " ".join(f"{error.filename}: {os_reason(error)}".split())
     if isinstance(error, SlopeError | OSError):
         return text
     # A GPU says the first, PyTorch's allocator on the CPU the second, numpy raises MemoryError.

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Choice:
 # Choosing
 
 _CHOSEN: dict[tuple[MatmulShape, int], tuple[Choice, MatmulPlan | None]] = {}
+_GIVEN: dict[str, Choice] = {}
 
 
 def choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan | None]:
@@ -89,24 +90,61 @@ def plan_for(shape: MatmulShape, device_index: int) -> MatmulPlan | None:
 
 
 def forget() -> None:
-    """Forget the choices of this process; the file stays."""
+    """Forget the choices of this process, and those it was given; the file stays."""
     _CHOSEN.clear()
+    _GIVEN.clear()
+
+
+def kernel_choices() -> dict[str, dict[str, Any]]:
+    """The decisions of this process, as JSON, by GPU model, versions and product: for `use_choices` in another one.
+
+    Not those that follow from a shape alone, or from a missing library.
+    """
+    found = {key: asdict(choice) for key, choice in _GIVEN.items()}
+    for (shape, device_index), (choice, _) in _CHOSEN.items():
+        if not refusal(shape):
+            with contextlib.suppress(CuSparseLtError):
+                found[_key(shape, device_index)] = asdict(choice)
+    return found
+
+
+def use_choices(choices: Mapping[str, Any]) -> None:
+    """Decide from now on as another process did, whatever would be measured here, so that both run the same kernels.
+
+    This includes products that were decided before, but not matrices that are packed already. Choices for another GPU
+    model or other versions of the libraries have no effect. Sparse or dense is taken over, and of a sparse product not
+    which of the library's algorithms: that is searched here, and one that fails its check runs dense all the same.
+
+    Args:
+        choices: what `kernel_choices` returned.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    try:
+        given = {str(key): _parse(entry) for key, entry in choices.items()}
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"not choices of kernels: {error}") from error
+    _GIVEN.update(given)
+    for (shape, device_index), (choice, _) in [*_CHOSEN.items()]:
+        with contextlib.suppress(CuSparseLtError):
+            if not refusal(shape) and _GIVEN.get(_key(shape, device_index), choice).sparse != choice.sparse:
+                del _CHOSEN[shape, device_index]
 
 
 def _choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan | None]:
     if reason := refusal(shape):
         return Choice(False, reason), None
-    sides = shape.rows, shape.columns
-    searched = [known for (known, _), (choice, _) in _CHOSEN.items() if choice.sparse_ms is not None]
-    if sum((known.rows, known.columns) == sides for known in searched) >= _MOST_TOKEN_COUNTS:
-        return Choice(False, "too many different token counts to search them all"), None
     try:
-        handle = cusparselt.handle(device_index)
+        key = _key(shape, device_index)
     except CuSparseLtError as error:
         warn_once(str(error))
         return Choice(False, str(error)), None
-    key = _key(shape, device_index, handle.library.version)
-    known = saved_choices().get(key)
+    sides, given = (shape.rows, shape.columns), _GIVEN.get(key)
+    searched = [known for (known, _), (choice, _) in _CHOSEN.items() if choice.sparse_ms is not None]
+    if given is None and sum((known.rows, known.columns) == sides for known in searched) >= _MOST_TOKEN_COUNTS:
+        return Choice(False, "too many different token counts to search them all"), None
+    known = given or saved_choices().get(key)
     if known is not None and not known.sparse:
         return known, None
     choice = known
@@ -115,7 +153,7 @@ def _choose(shape: MatmulShape, device_index: int) -> tuple[Choice, MatmulPlan |
     plan = None
     if choice is None or choice.sparse:
         choice, plan = _measure(shape, device_index, choice)
-    if choice != known and _lasting(choice):
+    if given is None and choice != known and _lasting(choice):
         save_choice(key, choice)
     return choice, plan
 
@@ -257,13 +295,16 @@ def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
 
 
 def cache_file() -> Path:
-    """Where choices are kept: plans.json in the user's cache folder."""
+    """Where choices are kept: plans.json in SLOPE_CACHE_DIR, or in the user's cache folder."""
+    if own := os.environ.get("SLOPE_CACHE_DIR"):
+        return Path(own) / "plans.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope" / "plans.json"
 
 
-def _key(shape: MatmulShape, device_index: int, version: tuple[int, ...]) -> str:
+def _key(shape: MatmulShape, device_index: int) -> str:
+    """A product on a GPU model with these versions of the libraries; CuSparseLtError without the library."""
+    library = "cuSPARSELt " + ".".join(map(str, cusparselt.handle(device_index).library.version))
     gpu = torch.cuda.get_device_name(device_index)
-    library = "cuSPARSELt " + ".".join(map(str, version))
     sides = f"{shape.rows}x{shape.columns}x{shape.tokens}{' bias' if shape.bias else ''}"
     return " | ".join((gpu, library, f"torch {torch.__version__}", str(shape.dtype).removeprefix("torch."), sides))
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sparse_kernels import cuda, masks, reference
 from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
@@ -190,7 +191,8 @@ def linear(
     """
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
     run: Callable[..., Tensor] = linear_op
-    if X.is_cuda and not torch.compiler.is_compiling():
+    # A dispatch mode, such as that of selective activation checkpointing, sees ops alone.
+    if X.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
         run = _Linear.apply if torch.is_grad_enabled() else _linear_fast
     Y_BO = run(X_BI, values, bias, row_bits, backward_bits, backend)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], values.shape[0])

@@ -48,7 +48,7 @@ def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> Non
     assert len(case.depths) == 2 or case.depths[0] == blocks
     config = measure.case_config(case, "slope", case.depths[0])
     assert run_model_config(config).num_hidden_layers == case.depths[0]
-    assert config.train.accumulation == 1
+    assert config.train.accumulation() == 1
     assert config.train.tokens_per_step == case.tokens
 
 

@@ -328,8 +328,10 @@ def test_prepare_prints_the_table(tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(slope_cli.errors.UsageError):
-        slope("--debug", "pretrain", "optim.lrr=3", "--dry-run")
+    result = slope("--debug", "pretrain", "optim.lrr=3", "--dry-run")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Traceback")
+    assert "slope_cli.errors.UsageError" in result.err
     assert "SLOPE_DEBUG" not in os.environ
 
 
@@ -349,7 +351,7 @@ def test_no_error_prints_local_variables(tmp_path: Path) -> None:
     path.write_text(script)
     for words, code, traceback in [
         (["broken", "--known"], 2, False),
-        (["--debug", "broken", "--known"], 1, True),
+        (["--debug", "broken", "--known"], 2, True),
         (["broken"], 1, True),
     ]:
         done = subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True)
@@ -364,7 +366,10 @@ def test_no_error_prints_local_variables(tmp_path: Path) -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "out of memory (CUDA out of memory);"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory ("),
         (MemoryError(), "out of memory ("),
-        (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"),
+            "a/b: No such file or directory; put it back or correct the path",
+        ),
         (OSError("something"), "something"),
     ],
 )
@@ -383,13 +388,15 @@ def test_faults_of_the_machine_are_one_line(
     assert shown.count("\n") == 1
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(prog_name: str) -> None:
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(cli, "app", broken)
-    with pytest.raises(RuntimeError, match="a defect"):
+    with pytest.raises(SystemExit) as ended:
         cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: a defect"
 
 
 # ------------------------------------------------------------------------------------- compare, eval, finetune

@@ -269,6 +269,24 @@ def test_a_second_call_trains_nothing() -> None:
     compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])  # what the other tests look at
 
 
+def test_shards_train_their_runs_and_leave_the_comparison_to_the_whole(tmp_path: Path) -> None:
+    """As the tasks of a job array: at the end nothing is left to train."""
+    how: dict[str, Any] = {"methods": ["dense"], "seeds": [1, 2, 3]}
+    trained = [[run.run for run in compared(tmp_path, **how, shard=f"{number}/2").runs] for number in (1, 2)]
+    assert trained == [["dense-s1", "dense-s3"], ["dense-s2"]]
+    assert not list(tmp_path.glob("compare.*"))
+    starts = (tmp_path / "starts.jsonl").read_bytes()
+    assert [run.run for run in compared(tmp_path, **how).runs] == ["dense-s1", "dense-s2", "dense-s3"]
+    assert (tmp_path / "starts.jsonl").read_bytes() == starts
+    assert (tmp_path / "compare.json").is_file()
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/5"])
+def test_a_shard_that_there_is_not_is_refused(shard: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^--shard {shard}: .*sbatch --array=1-"):
+        compared(tmp_path, methods=["dense", "slope"], seeds=[1, 2], shard=shard)
+
+
 def test_each_checkpoint_is_hashed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hashed: list[Path] = []
 

@@ -540,7 +540,7 @@ def test_a_dump_leaves_out_what_has_no_effect() -> None:
     def sections(*words: str) -> set[str]:
         return set(configs.container(configs.load("gpt2-nano", words))) - {"method", "model", "data"}
 
-    always = {"optim", "train", "log"}
+    always = {"optim", "train", "distributed", "log"}
     assert sections() == {*always, "sparsity", "slope", "adapters"}
     assert sections("method=dense") == always
     assert sections(*chosen("wanda")) == {*always, "sparsity"}
@@ -589,7 +589,7 @@ def test_adapters_are_added_before_the_last_step(changes: dict[str, int], step: 
 
 def test_accumulation_follows_from_the_tokens_of_a_step() -> None:
     words = ["train.tokens_per_step=4096", "train.micro_batch=4", "train.seq_len=256"]
-    assert configs.load("gpt2-nano", words).train.accumulation == 4
+    assert configs.load("gpt2-nano", words).train.accumulation() == 4
 
 
 @pytest.mark.parametrize(

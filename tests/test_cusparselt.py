@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,3 +261,43 @@ def test_unwritable_cache_folder_is_one_warning(tmp_path: Path, monkeypatch: pyt
     with pytest.warns(RuntimeWarning) as caught:
         kernel_choice.save_choice("key", kernel_choice.Choice(False, "slower"))
     assert any("cannot be kept" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [],
+        {"a": None},
+        {"a": {"x": 1}},
+        {"a": {"sparse": 1, "reason": ""}},
+        {"a": {"sparse": True, "reason": "", "sparse_ms": -1.0}},
+    ],
+)
+def test_choices_that_are_none_are_refused_whole(content: Any) -> None:
+    """They come from the manifest of a checkpoint, or from another process."""
+    with pytest.raises(ValueError, match=r"not choices of kernels|wrong kind"):
+        kernel_choice.use_choices(content)
+    assert kernel_choice.kernel_choices() == {}
+
+
+def test_choices_for_another_gpu_are_kept_and_passed_on() -> None:
+    """A run that has moved to another model of GPU and back decides as before."""
+    choice = {"sparse": False, "reason": "0.90 times the speed of dense", "sparse_ms": 1.0, "dense_ms": 0.9}
+    given = {
+        "a GPU | cuSPARSELt 0.8.0 | torch 2.11 | bfloat16 | 768x768x8192": choice | {"algorithm": {"config_id": 3}}
+    }
+    kernel_choice.use_choices(given)
+    try:
+        assert json.loads(json.dumps(kernel_choice.kernel_choices())) == given
+    finally:
+        kernel_choice.forget()
+    assert kernel_choice.kernel_choices() == {}
+
+
+def test_the_file_of_plans_can_be_given_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path / "node"))
+    kernel_choice.save_choice("key", kernel_choice.Choice(False, "slower"))
+    assert (tmp_path / "node/plans.json").is_file()
+    assert not (tmp_path / "home").exists()

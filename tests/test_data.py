@@ -5,10 +5,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,8 +35,17 @@ from slope_cli.data.batches import (
     shuffled,
     val_batches,
 )
-from slope_cli.data.dataset import Dataset, open_dataset, show, write_manifest
-from slope_cli.data.token_file import HEADER_BYTES, TokenFile, Tokens, write_token_file
+from slope_cli.data.dataset import (
+    VERIFIED,
+    Dataset,
+    open_dataset,
+    remember_verified,
+    show,
+    verified_before,
+    write_manifest,
+)
+from slope_cli.data.token_file import HEADER_BYTES, TokenFile, TokenReader, Tokens, write_token_file
+from slope_cli.distributed.signals import Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.utils.files import read_sealed, write_sealed
 
@@ -283,6 +295,153 @@ def test_more_sources_than_files_that_a_process_may_open(tmp_path: Path) -> None
 
 
 # --------------------------------------------------------------------------------------------------- the order
+
+
+# ------------------------------------------------------------------------------- files that change while they are used
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, HEADER_BYTES + 1000)
+
+
+def rewritten(path: Path) -> None:
+    """As `cp` does over an existing file: the same inode, shorter for a moment."""
+    path.write_bytes(path.read_bytes()[:HEADER_BYTES])
+
+
+@pytest.mark.parametrize("change", [cut_off, rewritten])
+@pytest.mark.parametrize("use", ["blocks", "batches", "val", "bigram", "verify", "all"])
+def test_a_file_that_is_cut_off_while_it_is_used_is_a_line_that_names_it(
+    tmp_path: Path, change: Callable[[Path], None], use: str
+) -> None:
+    """Not SIGBUS, which ends the process, as a file that is mapped into memory has it; and no shorter text either."""
+    file = write(tmp_path / "a.tok", np.arange(40_000) % 500)
+    blocks = Blocks([file], seq_len=8)
+    assert blocks[len(blocks) - 1].tolist() == [n % 500 for n in range(39_991 // 8 * 8, 39_991 // 8 * 8 + 9)]
+    pieces = val_batches(file, seq_len=8, tokens=40_000, micro_batch=4)
+    next(pieces)
+    change(file.path)
+    uses: dict[str, Callable[[], object]] = {
+        "blocks": lambda: blocks[len(blocks) - 1],
+        "batches": lambda: causal_batch(blocks, [3, len(blocks) - 1]),
+        "val": lambda: list(pieces),
+        "bigram": lambda: bigram_loss([file], [file], 1000),
+        "verify": file.verify,
+        "all": lambda: file.tokens,
+    }
+    with pytest.raises(SlopeError, match=rf"^{re.escape(str(file.path))}: was cut off while it was used, to \d+ bytes"):
+        uses[use]()
+
+
+def test_a_file_that_is_replaced_is_read_to_its_end_or_refused(tmp_path: Path) -> None:
+    """By a rename: whoever holds the old file open reads on; whoever opens it anew must not read another text."""
+    file = write(tmp_path / "a.tok", np.arange(1, 100))
+    held = TokenReader(file)
+    other = write(tmp_path / "other/a.tok", np.arange(101, 200))
+    os.replace(other.path, file.path)
+    assert held.read(0, 99).tolist() == list(range(1, 100))
+    for use in (lambda: TokenReader(file), lambda: Blocks([file], 8)[0], file.verify):
+        with pytest.raises(SlopeError, match=r"a\.tok: was replaced while it was used"):
+            use()
+    file.path.unlink()
+    with pytest.raises(SlopeError, match=r"a\.tok: cannot be read: No such file.*put it back"):
+        Blocks([file], 8)[0]
+
+
+# ------------------------------------------------------------------------------------------ verified once, by all ranks
+
+
+def settled(dataset: Dataset) -> Dataset:
+    """The data set as it is when its files are a while old."""
+    ago = 1_000_000_000_000_000_123
+    for file in (*dataset.train, *dataset.val.values()):
+        os.utime(file.path, ns=(ago, ago))
+    time.sleep(2.1)  # the time of the last change of a file's times cannot be set
+    return open_dataset(dataset.folder, verify=False)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 64])
+def test_ranks_share_the_verification(dataset: Dataset, world: int) -> None:
+    shares = [open_dataset(dataset.folder, share=(rank, world)) for rank in range(world)]
+    names = [name for share in shares for name in share.verified]
+    assert sorted(names) == ["train/a.tok", "train/b.tok", "val/a.tok"]
+    assert max(len(share.verified) for share in shares) == -(-3 // min(world, 3))
+    assert all(share == dataset for share in shares)
+    for path in sorted(dataset.folder.glob("*/*.tok")):
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        errors = []
+        for rank in range(world):
+            try:
+                open_dataset(dataset.folder, share=(rank, world))
+            except SlopeError as error:
+                errors.append(str(error))
+        assert [str(path) in error for error in errors] == [True]
+        path.write_bytes(good)
+
+
+def test_the_largest_files_are_shared_first(tmp_path: Path) -> None:
+    sizes = {"a": 30, "b": 2000, "c": 900, "d": 1000, "e": 40}
+    files = [write(tmp_path / f"train/{name}.tok", np.ones(size)) for name, size in sizes.items()]
+    (tmp_path / "tokenizer").mkdir()
+    write_manifest(tmp_path, files, {"inputs": []})
+    shares = [{Path(name).stem for name in open_dataset(tmp_path, share=(rank, 2)).verified} for rank in range(2)]
+    assert ({"b"} <= shares[0], {"c", "d"} <= shares[1]) == (True, True)
+
+
+def test_what_was_verified_is_not_read_again_unless_it_changed(dataset: Dataset, tmp_path: Path) -> None:
+    """The change is one that its checksum finds, so that no error means: not read."""
+    memory = tmp_path / VERIFIED
+    settled(dataset)
+    remember_verified(memory, [open_dataset(dataset.folder, share=(rank, 2)) for rank in range(2)])
+    known = verified_before(memory)
+    assert known.keys() == {"train/a.tok", "train/b.tok", "val/a.tok"}
+    assert open_dataset(dataset.folder, known=known).verified == known
+    path = dataset.folder / "train/b.tok"
+    before, good = path.stat(), path.read_bytes()
+    with open(path, "r+b") as file:  # in place, and with the old time: only the inode's own time tells
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([good[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    forged = known | {"train/b.tok": TokenFile.open(path).identity}
+    open_dataset(dataset.folder, known=forged)  # not read
+    with pytest.raises(SlopeError, match=r"train/b\.tok: damaged"):
+        open_dataset(dataset.folder, known=known)
+    with pytest.raises(SlopeError, match=r"train/b\.tok: damaged"):
+        open_dataset(dataset.folder)
+    open_dataset(dataset.folder, verify=False)
+    copy = path.with_name("copy")
+    copy.write_bytes(good)
+    os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(copy, path)  # the same text in another inode: hashed again, and sound
+    assert open_dataset(dataset.folder, known=known).verified["train/b.tok"].inode != known["train/b.tok"].inode
+
+
+def test_a_memory_that_cannot_be_read_means_that_all_is_verified(dataset: Dataset, tmp_path: Path) -> None:
+    memory = tmp_path / VERIFIED
+    assert verified_before(memory) == {}
+    remember_verified(memory, [dataset])
+    assert not memory.exists()  # the files are younger than the clock's ticks can tell apart
+    remember_verified(memory, [open_dataset(settled(dataset).folder)])
+    written = memory.read_bytes()
+    remember_verified(memory, [open_dataset(dataset.folder, verify=False)])  # which verified nothing
+    assert memory.read_bytes() == written
+    memory.write_bytes(written.replace(b"train/a", b"train/A"))
+    assert verified_before(memory) == {}
+    for content in ({}, {"files": {"train/a.tok": 3}}, {"files": [1]}, {"files": {"train/a.tok": [1]}}):
+        write_sealed(memory, content)
+        assert verified_before(memory) == {}
+
+
+def test_a_stop_ends_the_verification(dataset: Dataset) -> None:
+    def check() -> None:
+        raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        open_dataset(dataset.folder, check=check)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Whoever makes a file makes its seal, so every checksum here is right.
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -15,8 +16,9 @@ import torch
 from support.runs import copied, slope, tiny, trained
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from transformers import AutoModelForCausalLM
 
-from slope_cli.checkpoint import base_model, dcp, store
+from slope_cli.checkpoint import base_model, dcp, hf_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.finetune.train import default_folder
@@ -290,3 +292,17 @@ def test_a_base_without_the_hash_of_its_description_still_loads(tmp_path: Path) 
     run = copied(Path(__file__).parent / "old_runs" / "linear", tmp_path)
     assert "description" not in files.read_sealed(run / "base" / store.MANIFEST)
     assert load_model(run).step == 8
+
+
+IMPLEMENTATIONS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+
+
+@pytest.mark.parametrize("key", [*IMPLEMENTATIONS, *(f"{key}_internal" for key in IMPLEMENTATIONS)])
+def test_a_config_json_names_no_code_for_transformers_to_fetch(key: str, tmp_path: Path) -> None:
+    """Of any kind of layer: transformers would fetch a kernel of that name from a hub and execute it."""
+    shape = {"n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 272, "bos_token_id": None, "eos_token_id": None}
+    content = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **shape, key: "stranger/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = hf_folder.settings(tmp_path)
+    assert "stranger/kernel" not in vars(config).values()
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "sdpa"

@@ -14,6 +14,7 @@ from support.runs import slope
 
 import sparse_kernels
 from slope_cli import cli
+from slope_cli.distributed import launch
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.distributed.signals import STOP_SIGNALS, StopFlag, Stopped
 from slope_cli.errors import UsageError
@@ -85,11 +86,29 @@ def test_a_signal_while_pretrain_prepares_its_text_stops_in_one_line(
     assert not (data / "dataset.json").exists()
 
 
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "3",
+}
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2"),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, "SLURM_STEP_NUM_TASKS=4"),
+        ({**TORCHRUN, "MASTER_PORT": "9"}, "2 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK=None: is not a number"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2: there are only 2"),
+        ({**SRUN, "SLURM_PROCID": "3"}, "4 processes"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2"}, "are of 2 tasks"),
+        ({**SRUN, "SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: there are only 2"),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "4"}, "by srun and by torchrun at once"),
         ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_NTASKS": "4"}, None),  # inside salloc, with no srun
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # sbatch --ntasks=8, with no srun
@@ -97,10 +116,10 @@ def test_a_signal_while_pretrain_prepares_its_text_stops_in_one_line(
         ({}, None),
     ],
 )
-def test_one_of_several_processes_is_refused(
+def test_one_of_several_processes_is_refused_where_one_works(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str | None
 ) -> None:
-    for key in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+    for key in [key for key in os.environ if key.startswith("SLURM_")] + ["WORLD_SIZE", "RANK", "MASTER_ADDR"]:
         monkeypatch.delenv(key, raising=False)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
@@ -109,6 +128,31 @@ def test_one_of_several_processes_is_refused(
     else:
         with pytest.raises(UsageError, match=named):
             require_one_process()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "counts", "hosts"),
+    [
+        ("gpu[08-10]", "1(x3)", ["gpu08", "gpu09", "gpu10"]),
+        ("a,b[1,3-4]-x", "2,1(x3)", ["a", "a", "b1-x", "b3-x", "b4-x"]),
+        ("r[1-2]n[1-2]", "1(x4)", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+    ],
+)
+def test_the_hosts_of_ranks_follow_from_slurms_lists(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, counts: str, hosts: list[str]
+) -> None:
+    own = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": "0"}
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for key, value in {**SRUN, **own, "SLURM_STEP_NUM_TASKS": str(len(hosts))}.items():
+        monkeypatch.setenv(key, value)
+    found = launch.ranks()
+    assert found.hosts == tuple(hosts)
+    assert found.address.startswith(f"{hosts[0]}:")
+    monkeypatch.setenv("SLURM_STEP_ID", "4")
+    assert launch.ranks().address != found.address, "two steps of a node do not meet"
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "77")
+    assert launch.ranks().address == "10.0.0.1:77"
 
 
 def test_a_device_that_is_not_there_is_one_line() -> None:

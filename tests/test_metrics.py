@@ -225,3 +225,15 @@ def test_a_key_that_is_damaged_in_a_log_without_checksums_is_one_line(kind: str,
     results = [slope("plot", run, "--out", tmp_path / "plot"), slope("compare", "--runs", run, trained())]
     assert [result.err for result in results if "Traceback" in result.err] == []
     assert any(f"the {kind} record of step 6 has no {key}" in result.err for result in results)
+
+
+@pytest.mark.parametrize(
+    ("line", "sound"), [(b' {"kind": "x"}\r\n', True), (b'{"kind": "x"} 1\n', False), (b'{"kind": "x"}{}\n', False)]
+)
+def test_a_line_of_an_earlier_version_is_one_record_and_spaces(line: bytes, sound: bool, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(line)
+    if sound:
+        assert jsonl.read(tmp_path / "log.jsonl") == [{"kind": "x"}]
+    else:
+        with pytest.raises(SlopeError, match=r"log\.jsonl:1 is damaged"):
+            jsonl.read(tmp_path / "log.jsonl")

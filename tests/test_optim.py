@@ -167,3 +167,28 @@ def test_adapters_of_the_first_step_have_their_own_group(data: Path, tmp_path: P
     set_rates(optimizer, 1, config)
     rates = {group["group"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({WEIGHTS: 5e-3, ADAPTERS: 2e-3})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_a_replaced_parameter_keeps_its_moments_and_its_number_of_steps(name: str) -> None:
+    """At a hand-over from a dense layer to a sparse one, say: the moments of what is kept, in its shape."""
+    model = nn.Linear(4, 3)
+    optimizer = optim.make_optimizer(model, OptimConfig(name=name))
+    for _ in range(2):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    old, new = model.weight, nn.Parameter(model.weight[:, :2].detach().clone())
+    before = {
+        key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in optimizer.state[old].items()
+    }
+    steps = [group.get("step") for group in optimizer.param_groups]
+    optim.replace_parameter(optimizer, old, new, lambda state: state[:, :2])
+    after = optimizer.state[new]
+    assert old not in optimizer.state
+    assert any(p is new for group in optimizer.param_groups for p in group["params"])
+    assert after.keys() == before.keys()
+    for key in optim.MOMENTS:
+        assert before[key].any()
+        assert torch.equal(after[key], before[key][:, :2])
+    assert all(after[key] == before[key] for key in before.keys() - set(optim.MOMENTS))
+    assert [group.get("step") for group in optimizer.param_groups] == steps

@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 
 import slope_cli
 from slope_cli.data.dataset import Dataset, open_dataset
-from slope_cli.data.prepare import is_held_out, prepare
+from slope_cli.data.prepare import is_held_out, prepare, prepare_shard
 from slope_cli.data.sources import Chunking, HubInput, Input, cut, find_inputs, hub_texts, read_segments, source_name
 from slope_cli.data.token_file import write_token_file
 from slope_cli.data.tokenize import ChunkTokenizer, Target
@@ -672,6 +672,142 @@ def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
         prepared([tmp_path / "x.txt"], tmp_path)
     with pytest.raises(UsageError, match="out: cannot be made or read"):
         prepared([tmp_path / "x.txt"], tmp_path / "x.txt" / "out")
+
+
+# -------------------------------------------------------------------------------------------------- several machines
+
+# Tasks in one folder, each slow enough to be killed halfway. Locks do nothing, as where each machine has its own.
+SHARD = """
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+from slope_cli.data.prepare import prepare_shard
+from slope_cli.data.sources import Chunking
+
+os.replace = lambda *given, replace=os.replace: (time.sleep(0.05), replace(*given))
+fcntl.flock = lambda *given: None
+shard, out, tokenizer, *inputs = sys.argv[1:]
+prepare_shard(shard, inputs, Path(out), tokenizer=tokenizer, workers=1, chunking=Chunking(chunk=500), val_fraction=0.1)
+"""
+
+
+def sharded(shard: str, inputs: list[Path | str | HubInput], out: Path, **options: object) -> None:
+    prepare_shard(shard, [str(item) for item in inputs], out, **{"progress": False, "workers": 1} | options)
+
+
+@pytest.fixture
+def many_inputs(tmp_path: Path) -> list[Path | str | HubInput]:
+    """Three sources in four formats; one input of the first contains no text."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        text = lines([f"the {number} {line} " * (line % 30) for line in range(60)])
+        (folder / f"web-{number}.jsonl.gz").write_bytes(gzip.compress(text))
+    (folder / "web-2.jsonl").write_bytes(lines(["", "the last"]))
+    (folder / "web-3.jsonl.gz").write_bytes(gzip.compress(b"\n"))
+    (folder / "book.txt.xz").write_bytes(lzma.compress(b"the thought that they think\n" * 400))
+    (folder / "cards.csv").write_text("text,n\n" + "".join(f"the card {n},{n}\n" for n in range(90)))
+    return [folder]
+
+
+@pytest.mark.slow
+def test_shards_that_are_killed_and_resumed_join_to_the_bytes_of_one_preparation(
+    tmp_path: Path, bpe_folder: str, many_inputs: list[Path | str | HubInput], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def start(shard: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", "-c", SHARD, shard, str(out), bpe_folder, *map(str, many_inputs)]
+        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT}, stderr=subprocess.PIPE, text=True)
+
+    shards = ["1/3", "2/3", "3/3"]
+    for number, killed in enumerate(map(start, shards)):
+        wait_until(lambda least=4 * number + 2: len(list(out.glob(".parts/*.tok"))) >= least)  # type: ignore[misc]
+        killed.kill()
+        killed.communicate()
+    assert not (out / "dataset.json").exists()
+    kept = len(list(out.glob(".parts/*.tok")))
+    tasks = [start(shard) for shard in shards]
+    for shard, task in zip(shards, tasks, strict=True):
+        errors = task.communicate(timeout=120)[1]
+        assert (task.returncode, f"{out}: shard {shard} is prepared; after all shards" in errors) == (0, True), errors
+    assert kept > 6
+    assert {path.name for path in out.iterdir()} == {".lock", ".parts", "tokenizer"}
+    with pytest.raises(SlopeError, match="unfinished preparation"):
+        open_dataset(out)
+    options = {"tokenizer": bpe_folder, "chunking": Chunking(chunk=500), "val_fraction": 0.1}
+    parts = [path.name for path in out.glob(".parts/*.tok")]
+    capfd.readouterr()
+    joined = prepared(many_inputs, out, progress=True, **options)
+    one = prepared(many_inputs, whole, **options)
+    assert len(one.train) == 3
+    assert (joined.fingerprint, joined.made_from) == (one.fingerprint, one.made_from)
+    assert tree(out) == tree(whole)
+    kept_chunks = re.search(r"chunks kept from an earlier start: (\d+)", capfd.readouterr().err)
+    assert kept_chunks
+    assert int(kept_chunks[1]) == len({name.rsplit(".", 2)[0] for name in parts})
+    sharded("2/3", many_inputs, out, **options)  # a task that starts late has nothing to do
+    assert tree(out) == tree(whole)
+
+
+def test_joining_does_what_shards_have_not_done(tmp_path: Path, many_inputs: list[Path | str | HubInput]) -> None:
+    """A shard that never ran, another N, a shard with no chunk, a part that is no part of this: all give one result."""
+    options = {"chunking": Chunking(chunk=3000)}
+    sharded("2/2", many_inputs, tmp_path / "out", **options)
+    parts = tree(tmp_path / "out/.parts").keys()
+    sharded("1/3", many_inputs, tmp_path / "out", **options)
+    assert tree(tmp_path / "out/.parts").keys() > parts
+    sharded("900/900", many_inputs, tmp_path / "out", **options)
+    one = tmp_path / "out/.parts" / min(path for path in parts if path.endswith("train.tok"))
+    one.with_name("web-000999.train.tok").write_bytes(one.read_bytes())
+    prepared(many_inputs, tmp_path / "out", **options)
+    prepared(many_inputs, tmp_path / "whole", **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "1/0", "-1/3", "a/b", "1/3/5", "", "1.5/3", "٣/٣"])
+def test_a_shard_that_is_none(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(UsageError, match=r"^--shard .*: must be I/N with I from 1 to N"):
+        sharded(shard, [tmp_path / "x.txt"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("taken", "says"), [("2/3", "shard-2-of-3"), ("1/2", "shard-1-of-2"), ("1/3", ""), ("", "in it")]
+)
+def test_which_shards_may_work_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, says: str) -> None:
+    """Others of the same N may, but not the same one twice, another N, or the whole."""
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.3)
+    path, out = tmp_path / "x.jsonl", tmp_path / "out"
+    path.write_bytes(lines(["one", "two", "three"]))
+    sharded("3/3", [path], out)
+    part = f"shard-{taken.replace('/', '-of-')}"
+    with held_folder(out / ".parts", part) if taken else held_folder(out):
+        if says:
+            with pytest.raises(UsageError, match=f"another process is at work (on )?{says}"):
+                sharded("2/3", [path], out)
+        else:
+            sharded("2/3", [path], out)
+    with held_folder(out, shared=True), pytest.raises(UsageError, match="another process is at work in it"):
+        prepared([path], out)
+    sharded("2/3", [path], out)
+    assert prepared([path], out).train_tokens > 0
+
+
+def test_shards_of_other_settings_are_refused_before_there_is_a_part(tmp_path: Path, bpe_folder: str) -> None:
+    """Another task may be about to write one."""
+    (tmp_path / "x.txt").write_text("text")
+    sharded("2/2", [tmp_path / "x.txt"], tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
+        sharded("1/2", [tmp_path / "x.txt"], tmp_path / "out", tokenizer=bpe_folder)
+    assert tree(tmp_path / "out").items() >= before.items()
+    prepared([tmp_path / "x.txt"], tmp_path / "out", tokenizer=bpe_folder)
+    with pytest.raises(UsageError, match="a finished data set made with other tokenizer"):
+        sharded("1/2", [tmp_path / "x.txt"], tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------- bad inputs

@@ -1,11 +1,13 @@
 """Every recipe in the package describes a run that fits together, and its header says what it is."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.runs import slope
@@ -117,11 +119,79 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
     assert again == (2, "", f"error: {copy}: already exists; choose another file\n")
 
 
-def test_slurm_scripts_are_shell() -> None:
-    scripts = [f for f in (resources.files("slope_cli.recipes") / "slurm").iterdir() if f.name.endswith(".sbatch")]
-    assert scripts
-    for script in scripts:
-        text = script.read_text()
+def scripts() -> dict[str, str]:
+    """The SLURM scripts of the package, by name."""
+    files = (resources.files("slope_cli.recipes") / "slurm").iterdir()
+    return {file.name: file.read_text() for file in files if file.name.endswith(".sbatch")}
+
+
+def test_slurm_scripts_are_shell_within_the_line_length() -> None:
+    assert sorted(scripts()) == ["compare.sbatch", "linearize.sbatch", "prepare.sbatch", "pretrain.sbatch"]
+    for text in scripts().values():
         assert text.startswith("#!/bin/bash\n")
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
-        assert "scontrol requeue" in text
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_slurm_scripts_handle_stops_alike() -> None:
+    """The same lead, log and requeue, though sbatch gives a script no way to share them."""
+    ends = {text[text.index("code=$?") :] for text in scripts().values()}
+    options = {
+        tuple(re.findall(r"^#SBATCH --(?:signal|requeue|open|output).*", text, re.M)) for text in scripts().values()
+    }
+    assert (len(ends), len(options)) == (1, 1)
+
+
+class Ran(NamedTuple):
+    """What a script did, and the words of the commands that it started."""
+
+    code: int
+    err: str
+    srun: list[str]
+    requeued: bool
+
+
+def run_script(name: str, folder: Path, code: int = 0, scontrol: int = 0, **variables: str) -> Ran:
+    """Run a script as a batch job whose srun and scontrol end with these codes."""
+    for command, end in (("srun", code), ("scontrol", scontrol)):
+        log = folder / command
+        stub = folder / "bin" / command
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(
+            f'#!/bin/bash\nprintf "%s\\n" "$@" > {log}\n[ -z "$SLURM_CPUS_PER_GPU" ] || exit 9\nexit {end}\n'
+        )
+        stub.chmod(0o755)
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
+    words = ["bash", "-s", "--", "gpt2-small", "a b"]
+    done = subprocess.run(words, input=scripts()[name], text=True, capture_output=True, env=environment)
+    asked = folder / "scontrol"
+    requeued = asked.is_file() and asked.read_text().split() == ["requeue", "7"]
+    return Ran(done.returncode, done.stderr, (folder / "srun").read_text().splitlines(), requeued)
+
+
+@pytest.mark.parametrize("name", scripts())
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137, 143])
+def test_only_a_stop_requeues_a_job(name: str, code: int, tmp_path: Path) -> None:
+    ran = run_script(name, tmp_path, code)
+    assert (ran.code, ran.err, ran.requeued) == (code, "", code == 75)
+    assert ran.srun[-2:] == ["gpt2-small", "a b"]
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_a_requeue_that_fails_is_said(name: str, tmp_path: Path) -> None:
+    ran = run_script(name, tmp_path, 75, scontrol=1)
+    assert ran.code == 75
+    assert ran.err == "job 7 stopped and can go on, but was not requeued: submit the same command again\n"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "linearize"])
+def test_a_task_for_each_gpu(name: str, tmp_path: Path) -> None:
+    ran = run_script(f"{name}.sbatch", tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_CPUS_PER_GPU="6")
+    options = ["--ntasks-per-node=8", "--cpus-per-task=6", "--kill-on-bad-exit=1"]
+    assert ran.srun == [*options, "slope", name, "gpt2-small", "a b"]
+
+
+@pytest.mark.parametrize("name", ["compare", "prepare"])
+def test_a_task_of_an_array_does_its_share(name: str, tmp_path: Path) -> None:
+    ran = run_script(f"{name}.sbatch", tmp_path, SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_COUNT="6")
+    assert ran.srun[-4:] == ["gpt2-small", "a b", "--shard", "2/6"]

@@ -190,9 +190,13 @@ def test_a_signal_stops_the_run_with_a_checkpoint(
     assert_same_run(config, run, finished)
 
 
-def test_a_signal_in_the_last_step_is_too_late(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_leaves_the_last_validation_to_the_next_start(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    assert finish(start(tiny(data), run, stop_after, 12)) == 0
+    assert finish(start(tiny(data), run, stop_after, 12)) == 75
+    assert [record["kind"] for record in records(run) if record["step"] == 12] == ["train"]
+    pretrain(tiny(data), run)
     assert_same_run(tiny(data), run, finished)
 
 

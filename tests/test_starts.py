@@ -1,8 +1,12 @@
 """A requeued job says what its starts achieved, and one whose starts only ever set up is stopped with advice."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from support.processes import die_in_save, finish, printed
+from support.processes import start as start_process
 from support.runs import tiny
 
 from slope_cli.distributed.signals import StopFlag, Stopped
@@ -80,3 +84,54 @@ def test_the_records_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / starts.STARTS).write_text('[1]\n{"slurm_job": "77"}\nnot JSON\n')
     with starts.recorded(tmp_path):
         pass
+
+
+def requeue_and_die(restarts: int, step: int) -> None:
+    """In a process of its own: it is killed when it saves the step."""
+    os.environ.update(SLURM_JOB_ID="77", SLURM_RESTART_COUNT=str(restarts))
+    die_in_save(step, 1)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_at_each_start_is_stopped(data: Path, tmp_path: Path) -> None:
+    config, run = tiny(data), tmp_path / "run"
+    for restarts in range(4):  # the first one saves step 4, the others nothing
+        assert finish(start_process(config, run, requeue_and_die, restarts, 8)) == -signal.SIGKILL
+    assert finish(start_process(config, run, requeue_and_die, 4, 8)) == 1
+    said = [line for line in printed(run).splitlines() if line.startswith("restart")]
+    assert said[0] == "restart 1 of SLURM job 77; its last starts: was killed, 4 steps saved"
+    assert said[-1].endswith("; ".join(["was killed, 0 steps saved"] * 3))
+    assert "was killed before it saved a step, or spent" in printed(run)
+
+
+@pytest.mark.parametrize(
+    ("steps", "now", "stopped"),
+    [((0, 0, 0), 0, True), ((0, 0, 0), 4, False), ((0, 4, 4), 4, False), ((4, 4, 4), 4, True)],
+)
+def test_killed_starts_count_as_no_progress_if_the_next_one_begins_at_the_same_step(
+    steps: tuple[int, ...], now: int, stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requeued(monkeypatch, len(steps))
+    (tmp_path / f"checkpoints/step-{now:08d}").mkdir(parents=True)
+    for step in steps:
+        jsonl.append(tmp_path / starts.STARTS, {"slurm_job": "77", "slurm_restarts": 0, starts.BEGINS: step})
+    if stopped:
+        with pytest.raises(SlopeError, match="was killed before it saved a step"), starts.recorded(tmp_path):
+            pass
+    else:
+        with starts.recorded(tmp_path):
+            pass
+    assert len(jsonl.read(tmp_path / starts.STARTS)) == 3 + 2 * (not stopped)
+
+
+def test_an_earlier_versions_starts_and_a_killed_one_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requeued(monkeypatch, 3)
+    job, set_up = {"slurm_job": "77", "slurm_restarts": 0}, {"steps": 1, "seconds": 60.0, "seconds_in_steps": 0.0}
+    for record in (job | set_up, job | set_up, job | {starts.BEGINS: 0}):
+        jsonl.append(tmp_path / starts.STARTS, record)
+    with pytest.raises(SlopeError), starts.recorded(tmp_path):
+        pass
+    done = "1 step in 0:01:00, 0% of it in steps"
+    assert capsys.readouterr().err.strip().endswith(f"its last starts: {done}; {done}; was killed, 0 steps saved")

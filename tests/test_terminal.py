@@ -60,6 +60,22 @@ def test_bars_and_tables_draw_but_what_they_are_given_is_escaped(capsys: pytest.
     assert plain_in_markdown("# *a* [b](c) <d> `e` run-1.3b") == r"\# \*a\* \[b\](c) \<d\> \`e\` run-1.3b"
 
 
+@pytest.mark.parametrize("words", [["broken"], ["--debug", "broken", "--known"]])
+def test_the_traceback_of_a_defect_shows_control_characters(words: list[str]) -> None:
+    code = (
+        "from slope_cli import cli\n"
+        "@cli.app.command()\n"
+        "def broken(known: bool = False) -> None:\n"
+        f"    raise (cli.UsageError if known else ValueError)({EVIL!a})\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, *words], capture_output=True)
+    assert done.returncode in (1, 2)
+    assert b"Traceback" in done.stderr
+    assert SHOWN.encode() in done.stderr
+    assert not set(b"\x1b\x07\x08\r\x7f") & set(done.stderr)
+
+
 def test_libraries_that_draw_reach_the_terminal_as_they_are() -> None:
     from tqdm import tqdm
 

@@ -79,7 +79,7 @@ def test_accumulation_is_the_same_update_as_one_big_micro_batch(data: Path, tmp_
     whole, parts = (
         trainer(tiny(data, "model.dropout=0", f"train.micro_batch={size}"), tmp_path, steps=1) for size in (4, 1)
     )
-    assert (whole.config.train.accumulation, parts.config.train.accumulation) == (1, 4)
+    assert (whole.config.train.accumulation(), parts.config.train.accumulation()) == (1, 4)
     before, after = state(whole), state(parts)
     for name in (name for name in before if name.endswith("exp_avg")):
         torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-8)

@@ -79,9 +79,21 @@ def settings(folder: Path) -> PreTrainedConfig:
         raise UsageError(f"{folder}: is neither a run (no {run_folder.CONFIG}) nor a model folder (no config.json)")
     with _named(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        forget_implementations(config)
         if shapes.objective(config) == "causal" and any("MaskedLM" in name for name in config.architectures or ()):
             raise ValueError(f"{config.model_type} predicts masked tokens; of such models only BERT is supported")
         return config
+
+
+def forget_implementations(config: PreTrainedConfig) -> None:
+    """Let transformers choose its own code for a config's model and its parts.
+
+    A config.json may name others, for attention or experts: kernels that are fetched from a hub and executed.
+    """
+    for name in [name for name in vars(config) if name.endswith(("_implementation", "_implementation_internal"))]:
+        setattr(config, name, None)
+    for part in (value for value in vars(config).values() if isinstance(value, PreTrainedConfig)):
+        forget_implementations(part)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ RUN/loss.png, loss.svg   drawn at the end
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,14 @@ def _write_or_check_config(run: Path, config: Config, *, fresh: bool) -> None:
     if is_run(run):
         if fresh:
             raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to resume it")
-        changed = configs.differences(configs.load_saved(run / CONFIG), config)
+        saved = configs.load_saved(run / CONFIG)
+        changed = configs.differences(saved, config)
         # Before its first step a run may still change: a start that failed on a wrong size must not bind the next.
         if changed and _has_begun(run):
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
+        if saved.train.micro_batch != config.train.micro_batch:
+            sizes = f"{saved.train.micro_batch} -> {config.train.micro_batch}"
+            print(f"train.micro_batch: {sizes}; from here on the results differ by rounding", file=sys.stderr)
         if not changed:
             return
     write_config(run, config)

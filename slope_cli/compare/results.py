@@ -35,6 +35,7 @@ from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import plots
 from slope_cli.utils.files import atomic_file, write_json
+from slope_cli.utils.shards import shard_of
 from slope_cli.utils.typed_json import from_json
 
 
@@ -49,6 +50,7 @@ def compare(
     lrs: Sequence[float] = (),
     jobs: int = 1,
     allow_different: bool = False,
+    shard: str | None = None,
     stop: StopFlag | None = None,
 ) -> Comparison:
     """Train each variant with each seed (and at each learning rate) in a process of its own, and compare the runs.
@@ -58,6 +60,8 @@ def compare(
     Args:
         methods, extra: see `variants.variants`.
         jobs: processes at a time.
+        shard: "I/N": train and compare only the runs I, I + N, … and do not write the result. The tasks of a job array
+            do so beside one another; then the same call without it compares all runs.
         stop: an open flag; by default one is opened here.
 
     Raises:
@@ -73,6 +77,7 @@ def compare(
     require_alike(
         {run.name: terms(run.config) | {"data": data[run.config.data.path]} for run in planned}, allow_different
     )
+    planned = _share(planned, shard) if shard else planned
     finished = {run.name: last for run in planned if (last := _finished(run, out / run.name, data))}
 
     def conclude(chosen: Sequence[PlannedRun], errors: dict[str, str]) -> Comparison:
@@ -80,7 +85,8 @@ def compare(
         notes = [f"{variant.name}: {variant.note}" for variant in compared if variant.note]
         if (most := processes.most_at_once(chosen, out)) > 1:
             notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
-        return _write(summarize(add_sizes(rows, [out / run.name for run in chosen]), notes, allow_different), out)
+        result = summarize(add_sizes(rows, [out / run.name for run in chosen]), notes, allow_different)
+        return result if shard else _write(result, out)
 
     try:
         errors = processes.train(planned, finished, out, jobs, stop)
@@ -91,6 +97,13 @@ def compare(
         finally:
             raise stopped  # even if the comparison failed
     return conclude(planned, errors)
+
+
+def _share(planned: Sequence[PlannedRun], shard: str) -> Sequence[PlannedRun]:
+    number, count = shard_of(shard)
+    if count > len(planned):
+        raise UsageError(f"--shard {shard}: there are only {len(planned)} runs (sbatch --array=1-{len(planned)})")
+    return planned[number - 1 :: count]
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Comparison:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.config.migrate import migrate
-from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, Config, Section
+from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config, Section
 from slope_cli.config.values import Flat, flat, from_recipe, from_word, is_text, may_be_null, refuse_special
 from slope_cli.errors import UsageError, did_you_mean
 
@@ -270,8 +270,10 @@ def dump(config: Config) -> str:
 
 
 def fixed(config: Config) -> dict[str, str]:
-    """Every full key and its value, as text, apart from FREE_KEYS and from sections that have no effect."""
-    free = tuple(f"{key}." for key in FREE_KEYS)
+    """Every full key and its value, as text, apart from sections that have no effect, and from FREE_KEYS but for the
+    one that others are checked against.
+    """
+    free = tuple(f"{key}." for key in FREE_KEYS if key != MICRO_BATCH)
     return {key: str(value) for key, value in flat(container(config)).items() if not f"{key}.".startswith(free)}
 
 
@@ -289,7 +291,7 @@ def follows(config: Config, key: str) -> bool:
 def differences(old: Config, new: Config) -> list[str]:
     """The keys, apart from FREE_KEYS, in which two configurations differ, each as "key: old -> new"."""
     before, after = fixed(old), fixed(new)
-    keys = sorted({*before, *after})
+    keys = sorted({*before, *after} - {MICRO_BATCH})
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 

@@ -23,8 +23,9 @@ METHODS: Mapping[str, str] = {
     "wanda": "a mask chosen once, by weights and inputs, for a trained model",
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
-FREE_KEYS = ("log", "train.device", "data.path", "data.verify")
-"""Sections and keys that may change between two starts of one run: they do not affect the results."""
+MICRO_BATCH = "train.micro_batch"
+FREE_KEYS = ("log", "distributed", "train.device", MICRO_BATCH, "train.activation_checkpointing", "data")
+"""Sections and keys that may change between two starts of one run: they affect the results by rounding at most."""
 AUTO: Mapping[str, str] = {
     "sparsity.backend": "for each product the kernel that was measured faster",
     "train.precision": "bf16 on a GPU, fp32 on a CPU",
@@ -102,7 +103,11 @@ class DataConfig(Section):
     path: str = EMBEDDED
     """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
     verify: bool = True
-    """Hash every token file before training (about 2 GB/s)."""
+    """Hash every token file before training (about 2 GB/s), but for those that an earlier start of this run has hashed
+    and whose size, times and inode are still the same."""
+    local_copy: str | None = None
+    """A folder on each node's own disk to which the token files are copied first, once a node and for all runs on the
+    same data, such as $SLURM_TMPDIR; where it has no room, a warning is shown, and data.path is read."""
 
 
 @dataclass(kw_only=True)
@@ -381,7 +386,7 @@ class TrainConfig(Section):
     tokens_per_step: int = 524_288
     """Tokens of one optimizer step; a multiple of train.micro_batch * train.seq_len."""
     micro_batch: int = 8
-    """Sequences in one forward pass; how many are accumulated in a step follows from train.tokens_per_step."""
+    """Sequences in one forward pass of one GPU; how many are accumulated follows from train.tokens_per_step."""
     seq_len: int = 1024
     """Tokens of a sequence."""
     precision: str = "auto"
@@ -392,6 +397,9 @@ class TrainConfig(Section):
     """Compile each transformer block and the loss, in attention transfer the loss of each layer."""
     cuda_graph: bool | str = "auto"
     """Replay each step from CUDA graphs."""
+    activation_checkpointing: str = "none"
+    """Activations to compute again in the backward pass, for less memory: none; block, all of each transformer block;
+    selective, all but the outputs of its matrix products and of attention."""
     seed: int = 1
     """The seed of weights, masks, data order and dropout."""
     deterministic: bool = False
@@ -400,6 +408,7 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         self._positive("steps", "tokens_per_step", "micro_batch", "seq_len")
         self._one_of("precision", "auto", "bf16", "fp32")
+        self._one_of("activation_checkpointing", "none", "block", "selective")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         self._need(known, "device", "choose auto, cpu, cuda or cuda:N")
         for key in ("compile", "cuda_graph"):
@@ -409,10 +418,29 @@ class TrainConfig(Section):
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
 
-    @property
-    def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
-        return self.tokens_per_step // (self.micro_batch * self.seq_len)
+    def accumulation(self, world: int = 1) -> int:
+        """Forward passes of each of `world` processes per optimizer step; UsageError if they cannot share it."""
+        tokens = self.micro_batch * self.seq_len * world
+        if rest := self.tokens_per_step % tokens:
+            near = sorted({max(self.tokens_per_step - rest, tokens), self.tokens_per_step - rest + tokens})
+            share = self.tokens_per_step // (self.seq_len * world)
+            whole = self.tokens_per_step % (self.seq_len * world) == 0
+            fits = [n for n in range(share, 0, -1) if share % n == 0 and n < self.micro_batch][:1] if whole else []
+            advice = [f"train.micro_batch={n}" for n in fits] + [f"train.tokens_per_step={n}" for n in near]
+            rule = f"train.micro_batch * train.seq_len * {world} processes = {tokens}; set {' or '.join(advice)}"
+            raise UsageError(f"train.tokens_per_step={self.tokens_per_step}: is no multiple of {rule}")
+        return self.tokens_per_step // tokens
+
+
+@dataclass(kw_only=True)
+class DistributedConfig(Section):
+    """A run of several processes, each with a GPU of its own."""
+
+    rendezvous_timeout: float = 300.0
+    """Seconds in which all processes must have started."""
+
+    def __post_init__(self) -> None:
+        self._positive("rendezvous_timeout")
 
 
 @dataclass(kw_only=True)
@@ -460,6 +488,7 @@ class Config:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

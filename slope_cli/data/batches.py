@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slope_cli.data.dataset import NO_VALIDATION
-from slope_cli.data.token_file import TokenFile
+from slope_cli.data.token_file import TokenFile, TokenReader
 from slope_cli.errors import UsageError
 
 Batch = dict[str, NDArray[np.int64]]
 IGNORED_LABEL = -100
 """The label of a position at which nothing is predicted."""
 FEISTEL_ROUNDS = 6
-MAPPED_FILES = 64
+OPEN_FILES = 64
 
 
 class Blocks:
@@ -39,14 +39,17 @@ class Blocks:
         self._ends = np.cumsum([file.header.tokens for file in self._files], dtype=np.int64)
         self.tokens = int(self._ends[-1]) if self._files else 0
         # A process may open about a thousand files, and a data set may have more sources. The cache does not refer to
-        # `self`: the cycle would keep the maps until the next garbage collection.
-        self._mapped = lru_cache(MAPPED_FILES)(lambda at: files[at].tokens)
+        # `self`: the cycle would keep the files open until the next garbage collection.
+        self._reader = lru_cache(OPEN_FILES)(lambda at: TokenReader(files[at]))
 
     def __len__(self) -> int:
         return max(self.tokens - 1, 0) // self.seq_len
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Block `index`, (T+1,) int64; IndexError outside range(len), SlopeError for an id outside the vocabulary."""
+        """Block `index`, (T+1,) int64.
+
+        IndexError outside range(len), SlopeError for an id outside the vocabulary or a file that was changed meanwhile.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.seq_len
@@ -56,7 +59,8 @@ class Blocks:
         while filled < len(block):
             end = int(self._ends[at])
             first = end - self._files[at].header.tokens
-            piece = self._files[at].checked(self._mapped(at)[start + filled - first : stop - first])
+            piece = self._reader(at).read(start + filled - first, min(stop, end) - first)
+            self._files[at].checked(piece)
             block[filled : filled + len(piece)] = piece
             filled, at = filled + len(piece), at + 1
         return block

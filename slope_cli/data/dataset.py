@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slope_cli.data.token_file import TokenFile
+from slope_cli.data.token_file import FileIdentity, TokenFile
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import tables
 from slope_cli.utils.files import file_sha256, read_sealed, write_sealed
 
 MANIFEST = "dataset.json"
+VERIFIED = "verified.json"
+"""In the folder of a run: which token files were found whole, and by what to know that they are still the same."""
+SETTLED_NS = 2_000_000_000
+"""The age from which a file's times tell: a change within the same tick of the clock leaves them as they were."""
 UNFINISHED = ".parts"
 NO_VALIDATION = (
     "only a source of two segments or more (documents, or parts of at most 16,384 characters of a long one) "
@@ -26,7 +32,8 @@ NO_VALIDATION = (
 class Dataset:
     """A prepared folder: `train/<source>.tok`, `val/<source>.tok`, `tokenizer/`, and `dataset.json`, written last.
 
-    val: by source, without sources that are too short. made_from: the inputs and settings, as JSON.
+    val: by source, without sources that are too short. made_from: the inputs and settings, as JSON. verified: the files
+    whose payload was checked when this was opened, or before, by their paths in the manifest.
     """
 
     folder: Path
@@ -37,6 +44,7 @@ class Dataset:
     val: dict[str, TokenFile]
     fingerprint: str
     made_from: dict[str, Any]
+    verified: dict[str, FileIdentity] = field(default_factory=dict, compare=False)
 
     @property
     def train_tokens(self) -> int:
@@ -59,25 +67,41 @@ class Dataset:
             )
 
 
-def open_dataset(folder: Path | str, verify: bool = True) -> Dataset:
+def open_dataset(
+    folder: Path | str,
+    verify: bool = True,
+    *,
+    share: tuple[int, int] = (0, 1),
+    known: Mapping[str, FileIdentity] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Dataset:
     """Open a prepared folder; with `verify`, check every byte of it against its checksum.
 
-    UsageError if it is not a data set, SlopeError if it is unfinished or damaged; both name the file.
+    Args:
+        share: (rank, world): of the token files only those that fall to this rank, by size, are checked. All ranks
+            together check all of them.
+        known: files that were checked before, from `verified_before`: the same ones are not checked again.
+        check: called now and then; what it raises ends this.
+
+    Raises:
+        UsageError: it is not a data set.
+        SlopeError: it is unfinished, or the named file is damaged.
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
     try:
-        return _listed(folder, manifest, verify)
+        dataset = _listed(folder, manifest)
+        if verify:
+            _verify(dataset, manifest, share, known or {}, check)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # sealed, but not by `write_manifest`
         raise SlopeError(f"{folder / MANIFEST}: not the manifest of a data set ({error!r})") from error
+    return dataset
 
 
-def _listed(folder: Path, manifest: dict[str, Any], verify: bool) -> Dataset:
-    files = [_listed_file(folder, entry, verify) for entry in manifest["files"]]
-    for name, digest in manifest["tokenizer_files"].items():
-        path = _inside(folder, f"tokenizer/{name}")
-        if verify and file_sha256(path) != digest:
-            raise SlopeError(f"{path}: damaged, its checksum is not that in {MANIFEST}")
+def _listed(folder: Path, manifest: dict[str, Any]) -> Dataset:
+    files = [_listed_file(folder, entry) for entry in manifest["files"]]
+    for name in manifest["tokenizer_files"]:
+        _inside(folder, f"tokenizer/{name}")
     numbers = (manifest["vocab_size"], manifest["separator_id"])
     if not all(type(number) is int for number in numbers) or not isinstance(manifest["plan"], dict):
         raise TypeError("a wrong type")
@@ -91,6 +115,64 @@ def _listed(folder: Path, manifest: dict[str, Any], verify: bool) -> Dataset:
         fingerprint=hashlib.sha256("\n".join(file.header.sha256 for file in files).encode()).hexdigest(),
         made_from=manifest["plan"],
     )
+
+
+def _verify(
+    dataset: Dataset,
+    manifest: dict[str, Any],
+    share: tuple[int, int],
+    known: Mapping[str, FileIdentity],
+    check: Callable[[], None],
+) -> None:
+    """Check the tokenizer's files, and the token files of a share; notes these in `dataset.verified`."""
+    for name, digest in manifest["tokenizer_files"].items():
+        path = dataset.folder / "tokenizer" / name
+        if file_sha256(path) != digest:
+            raise SlopeError(f"{path}: damaged, its checksum is not that in {MANIFEST}")
+    files = (*dataset.train, *dataset.val.values())
+    # Whose share a file is does not depend on `known`, so that ranks that see other times do not leave one out.
+    for file in _share(files, *share):
+        name = file.path.relative_to(dataset.folder).as_posix()
+        if known.get(name) != file.identity:
+            file.verify(check)
+        dataset.verified[name] = file.identity
+
+
+def _share(files: Iterable[TokenFile], rank: int, world: int) -> list[TokenFile]:
+    """The files of one rank: of all, from the largest on, each goes to the rank that has the fewest bytes."""
+    loads = [(0, each) for each in range(world)]
+    mine = []
+    for file in sorted(files, key=lambda file: (-file.identity.size, file.path)):
+        load, taker = heapq.heappop(loads)
+        heapq.heappush(loads, (load + file.identity.size, taker))
+        if taker == rank:
+            mine.append(file)
+    return mine
+
+
+def verified_before(path: Path) -> dict[str, FileIdentity]:
+    """What `remember_verified` wrote; nothing, so that all is checked again, where this cannot be read."""
+    try:
+        files = read_sealed(path)["files"]
+        return {name: FileIdentity(*identity) for name, identity in files.items()}
+    except (SlopeError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def remember_verified(path: Path, shares: Iterable[Dataset]) -> None:
+    """Write which files were verified, all shares together, for the next start; not those that have only just changed.
+
+    It lies in the folder of the run, because that of the data may be read-only.
+    """
+    now = time.time_ns()
+    files = {
+        name: identity
+        for share in shares
+        for name, identity in share.verified.items()
+        if now - max(identity.mtime_ns, identity.ctime_ns) > SETTLED_NS
+    }
+    if files and files != verified_before(path):
+        write_sealed(path, {"files": files})
 
 
 def write_manifest(folder: Path, files: Sequence[TokenFile], made_from: dict[str, Any]) -> None:
@@ -152,10 +234,8 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _listed_file(folder: Path, entry: dict[str, Any], verify: bool) -> TokenFile:
+def _listed_file(folder: Path, entry: dict[str, Any]) -> TokenFile:
     file = TokenFile.open(_inside(folder, entry["path"]))
     if (file.header.sha256, file.header.tokens) != (entry["sha256"], entry["tokens"]):
         raise SlopeError(f"{file.path}: not the file that {MANIFEST} lists; prepare the data again")
-    if verify:
-        file.verify()
     return file

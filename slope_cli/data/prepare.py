@@ -1,7 +1,8 @@
 """`slope data prepare`: tokenize text into a folder of token files, in parallel, resumable after any kind of stop.
 
 This process reads the text and cuts it into chunks. `write_parts` writes a part file for each split of a chunk, and at
-the end the parts become one file for each split of a source. The parts of a stopped process are checked and kept.
+the end the parts become one file for each split of a source. The parts of a stopped process are checked and kept; so
+are those of `prepare_shard`, by which several machines each write a share of them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +32,32 @@ from slope_cli.data.tokenizer import BYTES, begin_id, load_tokenizer, save_token
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report.progress import Progress
-from slope_cli.utils.files import LOCK, claimed_folder, read_sealed, write_sealed
+from slope_cli.utils.files import LOCK, claimed_folder, held_folder, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 LISTED_INPUTS = 1000
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is prepared, and how. notes: the lines to print at the end."""
+
+    items: list[Input]
+    target: Target
+    tok: PreTrainedTokenizerFast
+    made_from: dict[str, Any]
+    chunking: Chunking
+    workers: int
+    display: Progress
+    notes: list[str]
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the part files."""
+        return self.target.out / UNFINISHED
 
 
 def prepare(
@@ -56,7 +78,8 @@ def prepare(
 
     `find_inputs` says what inputs and their sources are, `is_held_out` which segments of a source (documents, or the
     parts that `cut` makes of long ones) go to its validation file. The same call resumes a preparation that was
-    stopped, and returns at once when it is finished. It needs twice the disk space of the result.
+    stopped, joins what `prepare_shard` has made, and returns at once when it is finished. It needs twice the disk space
+    of the result.
 
     Args:
         workers: the number of processes, by default one per core; 1 works in this process. The result does not depend
@@ -69,33 +92,100 @@ def prepare(
         Stopped: a signal came; the finished chunks stay on the disk.
         SlopeError: the disk is full, or a process was killed.
     """
+    started = time.monotonic()
+    work = _work(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        val_fraction=val_fraction,
+        workers=workers,
+        split=split,
+        config_name=config_name,
+        chunking=chunking,
+        progress=progress,
+    )
+    unmade = _run(work, None, stop)
+    dataset = open_dataset(work.target.out, verify=False)
+    for line in (*work.notes, *_outcome(dataset, unmade, val_fraction, time.monotonic() - started)):
+        work.display.say(line)
+    return dataset
+
+
+def prepare_shard(
+    shard: str, inputs: Sequence[str | Input], out: Path, *, stop: StopFlag | None = None, **options: Any
+) -> None:
+    """Do the share "I/N" of what `prepare` does with the same arguments, beside the other shares; `prepare` joins them.
+
+    Share I, from 1, is the chunks I, I + N, … of all inputs. Each process reads all inputs, because where a chunk
+    begins depends on the text before it. What a share lacks, `prepare` does itself.
+
+    Args:
+        options: as those of `prepare`.
+
+    Raises:
+        UsageError: as `prepare`; or another process is at work on this share, or on one of another N.
+        Stopped, SlopeError: as `prepare`.
+    """
+    number, work = _shard(shard), _work(inputs, out, **options)
+    unmade = _run(work, number, stop)
+    done = "is prepared; after all shards, the same command without --shard joins them"
+    work.notes.append(f"{out}: shard {shard} {done}" if unmade else f"{out}: already prepared, nothing to do")
+    for line in work.notes:
+        work.display.say(line)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N"."""
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise UsageError(f"--shard {text}: must be I/N with I from 1 to N, as 1/8 to 8/8 (sbatch --array=1-8)")
+    return number, count
+
+
+def _work(
+    inputs: Sequence[str | Input],
+    out: Path,
+    *,
+    tokenizer: str = BYTES,
+    text_key: str = "text",
+    val_fraction: float = 0.01,
+    workers: int | None = None,
+    split: str = "train",
+    config_name: str | None = None,
+    chunking: Chunking = DEFAULT_CHUNKING,
+    progress: bool = True,
+) -> _Work:
     if not 0 <= val_fraction <= 0.5:
         raise UsageError(f"--val-fraction {val_fraction}: must be from 0 (no validation text) to 0.5")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
-    started, out = time.monotonic(), Path(out).expanduser()
     notes: list[str] = []
     items = find_inputs(inputs, split=split, config_name=config_name, chunking=chunking, say=notes.append)
     tok = load_tokenizer(tokenizer)
-    target = _target(out, tokenizer, tok)
+    target = _target(Path(out).expanduser(), tokenizer, tok)
     made_from = _made_from(items, text_key, val_fraction, chunking, target, tok)
+    # Bytes are tokenized faster than they are read: more processes would only slow it down.
+    workers = workers or (1 if target.byte_level else len(os.sched_getaffinity(0)))
     display = Progress(sum(item.size for item in items), quiet=not progress)
+    return _Work(items, target, tok, made_from, chunking, workers, display, notes)
+
+
+def _run(work: _Work, shard: tuple[int, int] | None, stop: StopFlag | None) -> bool:
+    """Write the data set, or the parts of a shard; whether the data set was still to be made."""
+    out = work.target.out
     try:
-        with contextlib.closing(display), _claimed(out) as unmade:
+        with contextlib.closing(work.display), _claimed(out, shared=shard is not None) as unmade:
             if unmade:
                 with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
-                    check, share = partial(stop.check, out), Fraction(str(val_fraction))
-                    chunks = _chunks(items, text_key, share, chunking, check, notes.append)
-                    _write(target, tok, chunks, made_from, workers, check, display)
+                    _write(work, shard, lambda: stop.check(out))
             else:
-                _require_same(out, open_dataset(out, verify=False).made_from, made_from, "a finished data set")
-                shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a process may have been killed before it did
+                _require_same(out, open_dataset(out, verify=False).made_from, work.made_from, "a finished data set")
+                shutil.rmtree(work.parts, ignore_errors=True)  # a process may have been killed before it did
     except OSError as error:
         raise SlopeError(read_error(out, error, "written")) from error
-    dataset = open_dataset(out, verify=False)
-    for line in (*notes, *_outcome(dataset, unmade, val_fraction, time.monotonic() - started)):
-        display.say(line)
-    return dataset
+    return unmade
 
 
 def _outcome(dataset: Dataset, is_new: bool, val_fraction: float, seconds: float) -> Iterator[str]:
@@ -109,38 +199,52 @@ def _outcome(dataset: Dataset, is_new: bool, val_fraction: float, seconds: float
 
 
 @contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[bool]:
+def _claimed(out: Path, shared: bool) -> Iterator[bool]:
     """Lock the folder. Yields whether the data set is to be made: another process may finish it at any moment."""
     manifest = out / MANIFEST
     with contextlib.ExitStack() as lock:
         if not manifest.exists():
             try:
                 lock.enter_context(
-                    claimed_folder(out, "data set", lambda _: (out / UNFINISHED).is_dir() or manifest.exists())
+                    claimed_folder(
+                        out, "data set", lambda _: (out / UNFINISHED).is_dir() or manifest.exists(), shared=shared
+                    )
                 )
             except UsageError:
                 if not manifest.exists():
                     raise
         yield not manifest.exists()
-        (out / LOCK).unlink(missing_ok=True)
+        if manifest.exists():  # a shard's lock stays, so that all tasks lock the same file
+            (out / LOCK).unlink(missing_ok=True)
 
 
-def _write(
-    target: Target,
-    tok: PreTrainedTokenizerFast,
-    chunks: Iterator[Chunk],
-    made_from: dict[str, Any],
-    workers: int | None,
-    check: Callable[[], None],
-    display: Progress,
-) -> None:
-    """Write the files of the data set, and the manifest last."""
-    _settle_parts(target.out, made_from)
-    save_tokenizer(tok, target.out / "tokenizer")
-    _write_parts(chunks, target, workers, check, display)
-    write_manifest(target.out, _merge(target, check), made_from)
+def _write(work: _Work, shard: tuple[int, int] | None, check: Callable[[], None]) -> None:
+    """Write the parts of a shard; without one the files of the data set, and the manifest last."""
+    out, parts = work.target.out, work.parts
+    parts.mkdir(exist_ok=True)
+    if shard:
+        with _held_shard(parts, *shard):
+            _settle_parts(work, shared=True)
+            _write_parts(work, shard, check)
+        return
+    _settle_parts(work, shared=False)
+    write_manifest(out, _merge(work.target, _write_parts(work, (1, 1), check), check), work.made_from)
     # From here on another process takes the data set for finished, and may remove the parts, too.
-    shutil.rmtree(target.out / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_shard(parts: Path, number: int, count: int) -> Iterator[None]:
+    """Lock one shard; UsageError if another process is at work on it, or on one of another number of shards.
+
+    Two processes that begin at once with different numbers of shards both see the other's lock.
+    """
+    with held_folder(parts, f"shard-{number}-of-{count}"):
+        for other in sorted(parts.glob(f"{LOCK}-shard-*")):
+            if not other.name.endswith(f"-of-{count}"):
+                with held_folder(parts, other.name.removeprefix(f"{LOCK}-")):
+                    pass
+        yield
 
 
 def is_held_out(number: int, share: Fraction) -> bool:
@@ -191,19 +295,34 @@ def _listing(inputs: list[dict[str, Any]]) -> list[dict[str, Any]] | dict[str, A
     return {"number": len(inputs), "sha256": hashlib.sha256(json.dumps(inputs).encode()).hexdigest()}
 
 
-def _settle_parts(out: Path, made_from: dict[str, Any]) -> None:
-    """Keep the parts of an earlier start; UsageError if they were made from something else."""
-    parts, plan = out / UNFINISHED, out / UNFINISHED / "plan.json"
-    parts.mkdir(exist_ok=True)
-    if any(parts.glob("*.tok")):
+def _settle_parts(work: _Work, shared: bool) -> None:
+    """Write the plan and the tokenizer, or keep those of an earlier start; UsageError if it made something else.
+
+    shared: other processes do the same at the same time. The first to put its file or folder in its place wins, which
+    needs no lock: those of a file system may not reach from one machine to another.
+    """
+    out, plan, tokenizer = work.target.out, work.parts / "plan.json", work.target.out / "tokenizer"
+    if not shared and not any(work.parts.glob("*.tok")):
+        # An earlier start left no parts, so its settings do not matter.
+        shutil.rmtree(tokenizer, ignore_errors=True)
+        plan.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=work.parts, prefix=".new-") as new:
+        if not plan.exists():
+            write_sealed(Path(new) / plan.name, work.made_from)
+            with contextlib.suppress(FileExistsError):
+                (os.link if shared else os.rename)(Path(new) / plan.name, plan)
         try:
             earlier = read_sealed(plan)
         except SlopeError as error:
             raise SlopeError(f"{error}; delete the folder {out} and prepare again") from None
-        _require_same(out, earlier, made_from, "an unfinished preparation")
-    else:  # an earlier start left no parts, so its settings do not matter
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
-        write_sealed(plan, made_from)
+        _require_same(out, earlier, work.made_from, "an unfinished preparation")
+        if not tokenizer.exists():
+            save_tokenizer(work.tok, Path(new) / tokenizer.name)
+            try:
+                os.rename(Path(new) / tokenizer.name, tokenizer)
+            except OSError:
+                if not tokenizer.exists():
+                    raise
 
 
 def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
@@ -216,18 +335,10 @@ def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str
         )
 
 
-def _chunks(
-    items: list[Input],
-    text_key: str,
-    share: Fraction,
-    chunking: Chunking,
-    check: Callable[[], None],
-    say: Callable[[str], None],
-) -> Iterator[Chunk]:
-    """Read all inputs; `check` is called for each segment, `say` with the inputs that contain no text.
-
-    UsageError if all of them contain none.
-    """
+def _chunks(work: _Work, check: Callable[[], None]) -> Iterator[Chunk]:
+    """Read all inputs; `check` is called for each segment. UsageError if all of them contain no text."""
+    items, chunking = work.items, work.chunking
+    text_key, share = work.made_from["text_key"], Fraction(str(work.made_from["val_fraction"]))
     chunk_size, read_before = chunking.chunk_size(items), 0
     empty: list[str] = []
     for source, group in groupby(items, key=lambda item: item.source):
@@ -253,37 +364,38 @@ def _chunks(
     if len(empty) == len(items):
         raise UsageError(f"{some(empty)}: contains no text")
     if empty:
-        say(f"warning: left out: {some(empty)} (contains no text)")
+        work.notes.append(f"warning: left out: {some(empty)} (contains no text)")
 
 
-def _write_parts(
-    chunks: Iterator[Chunk], target: Target, workers: int | None, check: Callable[[], None], display: Progress
-) -> None:
-    """Write the part files of each chunk, unless an earlier start did."""
-    # Bytes are tokenized faster than they are read: more processes would only slow it down.
-    workers = workers or (1 if target.byte_level else len(os.sched_getaffinity(0)))
+def _write_parts(work: _Work, shard: tuple[int, int], check: Callable[[], None]) -> list[Path]:
+    """Write the part files of each chunk of a shard, unless an earlier start did; the paths of all, in order."""
     position = tokens = kept = 0
+    paths: list[Path] = []
 
     def advance(chunk: Chunk, new_tokens: int) -> None:
         nonlocal position, tokens
         position, tokens = max(position, chunk.position), tokens + new_tokens
-        amount = f"{position / 1e6:.1f} of {display.total / 1e6:.1f} MB" if display.total else f"{position:,} rows"
-        display.update(position, f"{chunk.source}: {amount} read, {tokens / 1e6:.1f} M tokens")
+        total = work.display.total
+        amount = f"{position / 1e6:.1f} of {total / 1e6:.1f} MB" if total else f"{position:,} rows"
+        work.display.update(position, f"{chunk.source}: {amount} read, {tokens / 1e6:.1f} M tokens")
 
     def missing() -> Iterator[Chunk]:
         nonlocal kept
-        for chunk in chunks:
-            if (kept_tokens := _tokens_in(target.parts(chunk).values())) is None:
+        for chunk in islice(_chunks(work, check), shard[0] - 1, None, shard[1]):
+            parts = work.target.parts(chunk).values()
+            paths.extend(parts)
+            if (kept_tokens := _tokens_in(parts)) is None:
                 yield chunk
             else:
                 kept += 1
                 advance(chunk, kept_tokens)
 
-    with contextlib.closing(write_parts(missing(), target, workers, check)) as written:
+    with contextlib.closing(write_parts(missing(), work.target, work.workers, check)) as written:
         for chunk, new_tokens in written:
             advance(chunk, new_tokens)
     if kept:
-        display.say(f"chunks kept from an earlier start: {kept}")
+        work.display.say(f"chunks kept from an earlier start: {kept}")
+    return paths
 
 
 def _tokens_in(paths: Iterable[Path]) -> int | None:
@@ -297,7 +409,7 @@ def _tokens_in(paths: Iterable[Path]) -> int | None:
     return sum(part.header.tokens for part in parts)
 
 
-def _merge(target: Target, check: Callable[[], None]) -> list[TokenFile]:
+def _merge(target: Target, paths: list[Path], check: Callable[[], None]) -> list[TokenFile]:
     """Join the parts of each split of a source, in order, into one file; `check` is called for each part."""
 
     def split_and_source(part: TokenFile) -> tuple[str, str]:
@@ -311,7 +423,8 @@ def _merge(target: Target, check: Callable[[], None]) -> list[TokenFile]:
     files = []
     for split in SPLITS:
         (target.out / split).mkdir(exist_ok=True)
-    all_parts = [TokenFile.open(path) for path in sorted((target.out / UNFINISHED).glob("*.tok"))]
+    # Not what the folder lists: a network file system may list late what another machine has written.
+    all_parts = [TokenFile.open(path) for path in paths]
     for (split, source), group in groupby(sorted(all_parts, key=split_and_source), key=split_and_source):
         parts = list(group)
         if any(part.header.tokens for part in parts):

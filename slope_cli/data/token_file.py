@@ -1,19 +1,23 @@
-"""The token file: a header with a checksum, and memory-mapped token ids."""
+"""The token file: a header with a checksum, and token ids.
+
+It is read and not mapped into memory: where a mapped file is cut off, a signal ends the process that looks there.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slope_cli.errors import SlopeError, UsageError, first_line
+from slope_cli.errors import SlopeError, UsageError, first_line, os_reason
 from slope_cli.utils.files import atomic_file
 
 Tokens = NDArray[Any]
@@ -22,6 +26,8 @@ MAGIC = b"SLOPETOK1\n"
 HEADER_BYTES = 4096
 READ_TOKENS = 1 << 22
 DTYPES = ("<u2", "<u4")
+SEAL = slice(len(MAGIC), len(MAGIC) + 64)
+"""Where the header's own checksum is."""
 
 
 @dataclass(frozen=True)
@@ -41,48 +47,49 @@ class TokenHeader:
     sha256: str
 
 
+class FileIdentity(NamedTuple):
+    """What tells a file that was changed or replaced from the one before. header: the header's own checksum."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    header: str
+
+
 @dataclass(frozen=True)
 class TokenFile:
-    """A memory-mapped file of token ids: 4096 bytes of header, then little-endian uint16 or uint32."""
+    """A file of token ids: 4096 bytes of header, then little-endian uint16 or uint32. identity: when it was opened."""
 
     path: Path
     header: TokenHeader
+    identity: FileIdentity
 
     @classmethod
     def open(cls, path: Path) -> TokenFile:
         """Open a file and check its header and its size, but not its payload; SlopeError if they are wrong."""
         try:
             with open(path, "rb") as file:
-                block = file.read(HEADER_BYTES)
-            size = path.stat().st_size
+                block, status = file.read(HEADER_BYTES), os.fstat(file.fileno())
         except OSError as error:
             raise SlopeError(read_error(path, error)) from error
-        header = _parse_header(path, block)
+        header, size = _parse_header(path, block), status.st_size
         expected = HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
         if size != expected:
             raise SlopeError(f"{path}: has {size} bytes, but its header says {expected}; prepare the data again")
-        return cls(path, header)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(path, header, FileIdentity(size, *times, status.st_ino, block[SEAL].decode()))
 
     @property
     def tokens(self) -> Tokens:
-        """The ids, (tokens,) uint16 or uint32, as a new memory map: it holds a file open for as long as it lives."""
-        if self.header.tokens == 0:  # an empty range cannot be mapped
-            return np.empty(0, self.header.dtype)
-        try:
-            return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
-        except (OSError, ValueError) as error:  # ValueError: it has become shorter
-            raise SlopeError(read_error(self.path, error if isinstance(error, OSError) else OSError(error))) from error
+        """All ids, (tokens,) uint16 or uint32."""
+        return TokenReader(self).read(0, self.header.tokens)
 
     def pieces(self) -> Iterator[Tokens]:
-        """The ids in order, in arrays of READ_TOKENS, read without a memory map."""
-        dtype = np.dtype(self.header.dtype)
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(HEADER_BYTES)
-                while block := file.read(READ_TOKENS * dtype.itemsize):
-                    yield np.frombuffer(block, dtype, len(block) // dtype.itemsize)
-        except OSError as error:
-            raise SlopeError(read_error(self.path, error)) from error
+        """The ids in order, in arrays of READ_TOKENS."""
+        reader, tokens = TokenReader(self), self.header.tokens
+        for start in range(0, tokens, READ_TOKENS):
+            yield reader.read(start, min(start + READ_TOKENS, tokens))
 
     def checked(self, ids: Tokens) -> Tokens:
         """Ids of this file, if none is above the largest that its header names, else SlopeError.
@@ -96,33 +103,70 @@ class TokenFile:
             )
         return ids
 
-    def verify(self) -> None:
-        """Check the payload; SlopeError if its checksum is wrong, or an id is above the header's largest."""
+    def verify(self, check: Callable[[], None] = lambda: None) -> None:
+        """Check the payload; SlopeError if its checksum is wrong, or an id is above the header's largest.
+
+        check: called now and then; what it raises ends this.
+        """
+        for _ in self.verified():
+            check()
+
+    def verified(self) -> Iterator[bytes | memoryview]:
+        """All bytes of the file, in pieces; as `verify`, at the end of the last one."""
+        yield TokenReader(self).header_block()
         digest, largest = hashlib.sha256(), np.zeros(1, np.int64)
         for piece in self.pieces():
             digest.update(piece.data)
             largest = np.maximum(largest, piece.max(initial=0))
+            yield piece.data
         if digest.hexdigest() != self.header.sha256:
             raise SlopeError(f"{self.path}: damaged, its checksum is wrong; prepare the data again")
         if self.header.tokens:
             self.checked(largest)
 
 
-ADVICE = {
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "the machine has too many open files: close some, or ask its administrator",
-    errno.ENOMEM: "the machine has too little free memory: close other programs",
-    errno.EACCES: "give yourself the right to read it (chmod +r)",
-    errno.ENOENT: "it was there before: put it back, and run the same command again",
-    errno.ESTALE: "the file system has lost it: run the same command again",
-    errno.EIO: "the disk or network failed: copy the file elsewhere",
-}
+class TokenReader:
+    """A token file that is held open, to read ids from any place; for any number of threads.
+
+    SlopeError, also of `read`, if it is no longer the file that `TokenFile.open` opened, or cannot be read.
+    """
+
+    def __init__(self, file: TokenFile) -> None:
+        self._file, self._dtype = file, np.dtype(file.header.dtype)
+        try:
+            self._handle = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._handle)
+        except OSError as error:
+            raise SlopeError(read_error(file.path, error)) from error
+        if self._bytes(0, SEAL.stop)[SEAL] != file.identity.header.encode():
+            raise SlopeError(f"{file.path}: was replaced while it was used; put the old file back, or start anew")
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """The ids from `start` to before `stop`: uint16 or uint32, read-only."""
+        size = self._dtype.itemsize
+        return np.frombuffer(self._bytes(HEADER_BYTES + start * size, (stop - start) * size), self._dtype)
+
+    def header_block(self) -> bytes:
+        """The header as it lies in the file."""
+        return self._bytes(0, HEADER_BYTES)
+
+    def _bytes(self, at: int, size: int) -> bytes:
+        try:
+            block = os.pread(self._handle, size, at)
+            while len(block) < size and (more := os.pread(self._handle, size - len(block), at + len(block))):
+                block += more  # one call gives at most 2 GiB
+        except OSError as error:
+            raise SlopeError(read_error(self._file.path, error)) from error
+        if len(block) < size:
+            found, whole = os.fstat(self._handle).st_size, self._file.identity.size
+            cut = f"was cut off while it was used, to {found} bytes of {whole}"
+            raise SlopeError(f"{self._file.path}: {cut}; put the old file back")
+        return block
 
 
 def read_error(path: Path, error: OSError, what: str = "read") -> str:
     """One line for a file or folder that cannot be read or written: its name, why, and what to do."""
-    advice = ADVICE.get(error.errno or 0, "mend this, and run the same command again")
-    return f"{error.filename or path}: cannot be {what}: {error.strerror or error}; {advice}"
+    return f"{error.filename or path}: cannot be {what}: {os_reason(error)}"
 
 
 def _parse_header(path: Path, block: bytes) -> TokenHeader:
@@ -212,4 +256,4 @@ def write_token_file(
         )  # fmt: skip
         file.seek(0)
         file.write(_header_block(header))
-    return TokenFile(path, header)
+    return TokenFile.open(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from slope_cli.errors import SlopeError
 BATCH_TEXTS = 32
 POLL_SECONDS = 0.1
 SPLITS = ("train", "val")
+SHARED_MEMORY = "/dev/shm"
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGUSR2)
 """The signals that a terminal and SLURM send to a whole process group; only the parent of the workers handles them."""
 
@@ -144,7 +146,7 @@ def write_parts(
 
     lifeline, held_end = context.Pipe(duplex=False)
     with lifeline, held_end:  # the workers end when it is closed
-        with _signals_held_back():  # from a helper process that this starts
+        with _signals_held_back(), _semaphores():  # held back from a helper process that this starts
             pool = ProcessPoolExecutor(workers, context, _start_worker, (target, lifeline))
         try:
             for chunk in chunks:
@@ -162,6 +164,20 @@ def write_parts(
             raise
         finally:
             pool.shutdown(cancel_futures=True)  # waits for the running chunks
+
+
+@contextmanager
+def _semaphores() -> Iterator[None]:
+    """SlopeError if a semaphore of several processes, which is a file in /dev/shm, cannot be made."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # of the pipes between the processes
+            raise
+        raise SlopeError(
+            f"{SHARED_MEMORY}: several processes cannot share it: {error.strerror}; free space there (a container: "
+            "--shm-size), or prepare in one process (--workers 1)"
+        ) from error
 
 
 @contextmanager

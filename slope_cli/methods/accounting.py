@@ -5,6 +5,7 @@ count of each parameter tensor; activations are an estimate.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +13,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slope_cli.config.schema import Config
+from slope_cli.distributed.layouts import Sizes, Unit
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
-from slope_cli.methods.apply import apply
+from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.models import shapes
-from sparse_kernels import AdaptedLinear, MaskedLinear, adapters_of, masked_layers, sparse_layers
+from slope_cli.train.activations import transformer_blocks
+from sparse_kernels import AdaptedLinear, MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
 from sparse_kernels.formats import BF16
+
+DENSE = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
+LINEAR = DENSE | SparseLinear
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,6 @@ def count(model: nn.Module) -> Counts:
     weights = [p for p in model.parameters() if id(p) not in beside]
     sparse, masked = [x for _, x in sparse_layers(model)], [x for _, x in masked_layers(model)]
     entries = sum(x.out_features * x.in_features for x in sparse)
-    dense_layers = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
     under_mask = [x.weight.numel() for x in masked if not x.unmasked]
     masked_away = sum(x.weight.numel() * (x.m - x.n) // x.m for x in masked if not x.unmasked)
     bits = [bits for x in sparse for bits in (x.row_mask_bits, x.backward_mask_bits)]
@@ -65,7 +70,7 @@ def count(model: nn.Module) -> Counts:
         adapters=sum(map(_parameters, adapters)),
         trained_adapters=sum(_parameters(x) for x in adapters if x.lora_A.requires_grad),
         maps=sum(map(_parameters, windows)),
-        linear=entries + sum(x.weight.numel() for x in model.modules() if isinstance(x, dense_layers)),
+        linear=entries + sum(x.weight.numel() for x in model.modules() if isinstance(x, DENSE)),
         sparse=entries,
         stored_sparse=sum(x.values.numel() for x in sparse),
         pruned_layers=entries + sum(under_mask),
@@ -86,7 +91,8 @@ class Account:
     linear_weights, pruned_layer_weights: entries of the weights of all linear layers, and of those that are pruned.
     state_bytes, dense_state_bytes: of the training state, by its parts.
     derived_bytes: of derived copies that sparse layers compute with, never saved; which ones depends on the device.
-    activation_bytes: an estimate. It and the operations are None in a run that linearizes.
+    activation_bytes: an estimate, with train.activation_checkpointing as configured. It and the operations are None in
+    a run that linearizes.
     dense_flops_per_token: forward and backward of every linear layer and of attention; real_flops_per_token: without
     the products with pruned weights and without adapters; adapter_flops_per_token: of these.
     """
@@ -129,8 +135,6 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     trained = {name for name, adapter in adapters_of(model).items() if adapter.lora_A.requires_grad}
     dense = now.weights + now.sparse - now.stored_sparse
     frozen = now.weights - now.trained + now.adapters - now.trained_adapters
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    tokens, vocab = config.train.micro_batch * config.train.seq_len, model.config.vocab_size
     flops, linearized = 6 * now.linear + _attention_flops(config, model), end.linearized
     return Account(
         dense_parameters=dense,
@@ -152,13 +156,71 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         },
         dense_state_bytes=_adamw_bytes(dense),
         derived_bytes=_derived_bytes(now) if now.sparse else {},
-        # 34 bytes a token, layer and feature in 16 bits with fused attention (Korthikanti et al. 2022, section 4.1),
-        # and the logits with their gradient in float32.
-        activation_bytes=None if linearized else tokens * (34 * layers * width + 8 * vocab),
+        activation_bytes=activation_bytes(model, config).get(config.train.activation_checkpointing),
         dense_flops_per_token=None if linearized else flops,
         # Of the three products, the forward and the input gradient are sparse.
         real_flops_per_token=None if linearized else flops - 4 * (now.sparse - now.stored_sparse),
         adapter_flops_per_token=None if linearized else 6 * now.adapters,
+    )
+
+
+def activation_bytes(model: PreTrainedModel, config: Config) -> dict[str, int]:
+    """What a micro-batch keeps for its backward pass, estimated by train.activation_checkpointing; {} if linearized.
+
+    In 16 bits with fused attention a block keeps its input, two norms' outputs, the sum between them, what its products
+    and attention give, the activation function's result, and the masks of dropout: 34 bytes a token and feature in
+    GPT-2 and OPT (Korthikanti et al. 2022, section 4.1). Beside the blocks: the logits with their gradient in float32.
+    """
+    if linear_windows(model):
+        return {}
+    tokens = config.train.micro_batch * config.train.seq_len
+    width, vocab = model.config.hidden_size, model.config.vocab_size
+    inputs = selective = whole = largest = 0
+    for block in transformer_blocks(model):
+        layers = [x for x in block.modules() if isinstance(x, LINEAR)]
+        products = sum(map(_out_features, layers))
+        widest = max(map(_out_features, layers), default=0)
+        between = sum(_out_features(x) for x in layers if _out_features(x) == widest)
+        each = 2 * (products + between + 4 * width)
+        inputs, whole, largest = inputs + 2 * width, whole + each, max(largest, each)
+        selective += 2 * (products + 2 * width)
+    sizes = {"none": whole, "block": inputs + largest, "selective": min(selective + largest, whole)}
+    return {mode: tokens * (size + 8 * vocab) for mode, size in sizes.items()}
+
+
+def _out_features(layer: Any) -> int:
+    return int(layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.out_features)
+
+
+def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
+    """A model as it is, on any device, block by block: what a layout's memory and communication follow from."""
+    blocks = tuple(_unit(block) for block in transformer_blocks(model))
+    whole, inside = _unit(model), sum(blocks[1:], blocks[0]) if blocks else Unit(0, 0, 0)
+    rest = Unit(*(a - b for a, b in zip(vars(whole).values(), vars(inside).values(), strict=True)))
+    rows = {x.out_features for _, x in sparse_layers(model)} | {x.out_features for _, x in masked_layers(model)}
+    return Sizes(blocks, rest, tuple(sorted(rows)), activation_bytes(model, config))
+
+
+def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
+    """A model in each phase of a run, into whose last one it is brought; it may be on "meta"."""
+    found, was = [], UNTOUCHED
+    for phase in phases_of(config).distinct:
+        apply(model, config, phase, was=was)
+        found.append(sizes_of(model, config))
+        was = phase
+    return found
+
+
+def _unit(module: nn.Module) -> Unit:
+    now, masked = count(module), [x for _, x in masked_layers(module)]
+    updated = [x.mask for x in masked if not x.unmasked] + [x.backward_mask_bits for _, x in sparse_layers(module)]
+    return Unit(
+        parameters=now.weights + now.adapters + now.maps,
+        trained=now.trained + now.trained_adapters + now.maps,
+        dense=now.linear - now.sparse + now.adapters,
+        packed_bytes=_derived_bytes(now)["on a GPU, packed"],
+        mask_bytes=now.mask_bytes,
+        updated_mask_bytes=sum(mask.nbytes for mask in updated),
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from slope_cli.data.batches import IGNORED_LABEL
@@ -49,37 +49,38 @@ class Loss(NamedTuple):
     sentence_loss: Tensor | None = None
 
 
-def forward(model: PreTrainedModel, batch: Batch) -> Output:
+def forward(model: nn.Module, batch: Batch) -> Output:
     """Predict the tokens of a batch.
 
     Args:
-        model: of `build_model`, or any causal model of transformers.
+        model: of `build_model`, or any causal model of transformers; DistributedDataParallel may be around it.
         batch: input_ids; in a model that predicts masked tokens also token_type_ids and attention_mask, where there are
             any, int64, (B, T).
     """
-    if objective(model.config) == "causal":
-        with _without_padding(model):
+    config = getattr(model, "module", model).config
+    if objective(config) == "causal":
+        with _without_padding(config):
             return Output(model(input_ids=batch["input_ids"], use_cache=False).logits)
     inputs = {key: batch[key] for key in ("input_ids", "token_type_ids", "attention_mask") if key in batch}
-    with contextlib.nullcontext() if "attention_mask" in batch else _without_padding(model):
+    with contextlib.nullcontext() if "attention_mask" in batch else _without_padding(config):
         output = model(**inputs)
     return Output(output.prediction_logits, output.seq_relationship_logits)
 
 
 @contextlib.contextmanager
-def _without_padding(model: PreTrainedModel) -> Iterator[None]:
+def _without_padding(config: PreTrainedConfig) -> Iterator[None]:
     """Within it, softmax attention gets no mask tensor, only its causal flag.
 
     Except in models that may need more than that: with a sliding window, or of an unknown family.
     """
-    if model.config.model_type not in FAMILIES or getattr(model.config, "sliding_window", None) is not None:
+    if config.model_type not in FAMILIES or getattr(config, "sliding_window", None) is not None:
         yield
         return
-    before, model.config._attn_implementation = model.config._attn_implementation, UNPADDED
+    before, config._attn_implementation = config._attn_implementation, UNPADDED
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
 
 
 def loss_fn(output: Output, batch: Batch, cross_entropy: CrossEntropy | None = None) -> Loss:

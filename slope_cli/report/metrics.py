@@ -7,6 +7,7 @@ were changed are noticed, and lines that were lost.
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -101,7 +102,41 @@ def _ranges(steps: list[int]) -> str:
     return "steps " + ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
-class MetricsLog:
+def _kinds_of_last_step(content: bytes, step: int) -> frozenset[str]:
+    """The kinds of a sound log's last records, those of `step`."""
+    kinds, end = set(), len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        record = json.loads(content[start:end])
+        if record["step"] != step:
+            break
+        kinds.add(record["kind"])
+        end = start
+    return frozenset(kinds)
+
+
+class Log:
+    """A log that nobody sees, as on ranks other than 0.
+
+    Attributes:
+        kinds: of the records of the step that a resumed run goes on after.
+    """
+
+    kinds: frozenset[str] = frozenset()
+
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """Record `values` of a step, counted from 1, and return the record."""
+        return {"kind": kind, "step": step, **values}
+
+    def sync(self) -> dict[str, Any]:
+        """Flush the log to the disk, so that no checkpoint is newer than its log; its length and hash."""
+        return {}
+
+    def close(self) -> None:
+        """Write no more."""
+
+
+class MetricsLog(Log):
     """Appends records to RUN/metrics.jsonl, a line each, and mirrors numbers to TensorBoard.
 
     It first drops the records after `step`: a resumed run repeats the steps after its last checkpoint. If the log is
@@ -119,6 +154,7 @@ class MetricsLog:
             self._file = files.open_own(self.path)
             os.ftruncate(self._file, len(content))
         self._bytes, self._digest = len(content), hashlib.sha256(content)
+        self.kinds = _kinds_of_last_step(content, step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -139,12 +175,12 @@ class MetricsLog:
         return kept.content
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
-        """Record `values` of a step, counted from 1, and return the record.
+        """As `Log.write`.
 
         Raises:
             SlopeError: metrics.jsonl cannot be written. TensorBoard's copy only ends, with a warning.
         """
-        record = {"kind": kind, "step": step, **values}
+        record = super().write(kind, step, **values)
         line = jsonl.encode(record)
         with self._writing():
             jsonl.write(self._file, line)
@@ -166,7 +202,6 @@ class MetricsLog:
                 self._writer.add_text(f"{kind}/{name}", value, step)
 
     def sync(self) -> dict[str, Any]:
-        """Flush the log to the disk, so that no checkpoint is newer than its log; its length and hash."""
         with self._writing():
             os.fsync(self._file)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}

@@ -19,6 +19,7 @@ from slope_cli.data.batches import (
 )
 from slope_cli.data.dataset import Dataset
 from slope_cli.data.tokenizer import masking_ids
+from slope_cli.distributed.launch import Ranks
 from slope_cli.models.loss import forward
 from slope_cli.models.shapes import Objective
 
@@ -35,8 +36,17 @@ class Batches:
         tokenizer: PreTrainedTokenizerFast,
         objective: Objective,
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._config, self._dataset, self._device = config, dataset, device
+        """
+        Args:
+            ranks: which process this is; each has its own share of a step's samples.
+
+        Raises:
+            UsageError: a step's tokens are not a whole number of micro-batches on every rank.
+        """
+        self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks or Ranks()
+        self._accumulation = config.train.accumulation(self._ranks.world)
         self._blocks = Blocks(dataset.train, config.train.seq_len)
         self._masking = masking_ids(tokenizer) if objective == "masked" else None
         self._prefetcher = Prefetcher(self._of_step, config.train.steps)
@@ -46,15 +56,16 @@ class Batches:
         return [self._to_device(batch) for batch in self._prefetcher(step)]
 
     def _of_step(self, step: int) -> list[Batch]:
-        return [self._micro_batch(step, micro) for micro in range(self._config.train.accumulation)]
+        ranks = self._ranks
+        return [self._micro_batch(step, micro, ranks.rank, ranks.world) for micro in range(self._accumulation)]
 
-    def _micro_batch(self, step: int, micro: int) -> Batch:
+    def _micro_batch(self, step: int, micro: int, rank: int, world: int) -> Batch:
         train = self._config.train
-        where: dict[str, int] = {"world": 1, "micro_batch": train.micro_batch, "accumulation": train.accumulation}
-        indices = sample_indices(step, micro, 0, **where, seed=train.seed, length=len(self._blocks))
+        where = {"world": world, "micro_batch": train.micro_batch, "accumulation": train.accumulation(world)}
+        indices = sample_indices(step, micro, rank, **where, seed=train.seed, length=len(self._blocks))
         if self._masking is None:
             return causal_batch(self._blocks, indices)
-        numbers = sample_numbers(step, micro, 0, **where)
+        numbers = sample_numbers(step, micro, rank, **where)
         return masked_batch(self._blocks, indices, special=self._masking, seed=train.seed, sample_numbers=numbers)
 
     def validation(self, source: str) -> Iterator[Tensors]:
@@ -65,11 +76,11 @@ class Batches:
         return map(self._to_device, val_batches(file, seq_len=train.seq_len, masking=self._masking, **where))
 
     def calibrate(self, model: PreTrainedModel) -> None:
-        """Feed a model the first sparsity.calibration training sequences."""
+        """Feed a model the first sparsity.calibration training sequences, the same on every rank."""
         train, sequences = self._config.train, self._config.sparsity.calibration
         model.eval()
         for number, start in enumerate(range(0, sequences, train.micro_batch)):
-            whole = self._micro_batch(*divmod(number, train.accumulation))
+            whole = self._micro_batch(*divmod(number, train.accumulation()), rank=0, world=1)
             batch = {name: rows[: sequences - start] for name, rows in whole.items()}
             with torch.no_grad():
                 forward(model, self._to_device(batch))

@@ -1,7 +1,7 @@
 """`--dry-run`: describe a run without GPU, data, or memory for its weights; nothing is written."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from slope_cli.checkpoint import base_model, run_folder
 from slope_cli.config import configs
 from slope_cli.config.schema import Config
+from slope_cli.distributed.layouts import GIB, Choice, Cluster, Memory, choices, choose
 from slope_cli.methods import phases_of
-from slope_cli.methods.accounting import Account, AttentionMemory, account, attention_memory
+from slope_cli.methods.accounting import Account, AttentionMemory, account, attention_memory, phase_sizes, sizes_of
 from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import DENSE, Layers, Phases
 from slope_cli.methods.sparse import report_layers
@@ -22,10 +23,14 @@ from slope_cli.train import init
 from sparse_kernels import LayerReport, ModelReport
 
 Row = tuple[str, str]
+PARTS = [part.name.replace("_", " ") for part in fields(Memory)]
 
 
-def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
+def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Describe a run: a record for JSON, and lines of YAML that can be loaded back, with the rest as comments.
+
+    Args:
+        gpus: how many GPUs, and the GiB of each: also describe every layout of the run on them.
 
     Raises:
         UsageError: the config's parts do not fit together.
@@ -38,13 +43,60 @@ def describe(config: Config) -> tuple[dict[str, Any], list[str]]:
     rows = [*begins, *_steps(config), *_phases(phases)]
     rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
     comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
+    clustered = None
+    if gpus is not None:
+        clustered, lines = _on_gpus(config, Cluster(gpus[0], min(8, gpus[0]), int(gpus[1] * GIB)))
+        comments += ["", *lines]
     record = {
         "config": configs.container(config),
         "layers": [asdict(layer) for layer in report.layers] if report is not None else [],
         "account": asdict(counts),
         "attention": None if memory is None else asdict(memory) | {"break_even": memory.break_even},
+        "cluster": clustered,
     }
     return record, [*configs.dump(config).splitlines(), *(f"# {line}".rstrip() for line in comments)]
+
+
+def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str]]:
+    """Every layout of a run on GPUs, for the run's model and for the dense one, and what would be chosen."""
+    micro_batches, mode = config.train.accumulation(cluster.world), config.train.activation_checkpointing
+    model = untrained_model(config)
+    dense = sizes_of(model, config)
+    models = {"": phase_sizes(model, config)}
+    if models[""] != [dense] and not phases_of(config).end.linearized:
+        models["dense, "] = [dense]
+    chosen = choose(models[""], cluster, micro_batches=micro_batches, activation_checkpointing=mode)
+    rows = {
+        f"{which}{choice.layout}": choice
+        for which, phases in models.items()
+        for choice in choices(phases, cluster, activation_checkpointing=mode)
+    }
+    where = f"{cluster.world} GPUs of {cluster.memory / GIB:g} GiB, {cluster.gpus_per_node} in a node"
+    lines = [
+        f"on {where}, {micro_batches} micro-batches each; GiB:",
+        f"{'memory of a GPU':32}" + "".join(f"{name:>12}" for name in (*PARTS, "all")),
+        *(f"{name:32}" + "".join(f"{size / GIB:12.2f}" for size in _parts(choice)) for name, choice in rows.items()),
+        f"{'a GPU sends':32}{'micro-batch':>12}{'once a step':>12}{'a step':>12}{'fits':>12}",
+        *(f"{name:32}" + _sent(choice, micro_batches) for name, choice in rows.items()),
+    ]
+    sizes = models[""][-1].activation_bytes
+    each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items()) or "not counted"
+    lines.append(f"activations by train.activation_checkpointing: {each}")
+    advice = "" if chosen.fits else f", which does not fit: it may use {cluster.usable / GIB:.1f}; try more GPUs, "
+    advice += "" if chosen.fits else "a smaller train.micro_batch, or train.activation_checkpointing=block"
+    lines.append(f"chosen: {chosen.layout}{advice}")
+    record = asdict(cluster) | {"micro_batches": micro_batches, "chosen": str(chosen.layout), "fits": chosen.fits}
+    return record | {"layouts": {name: asdict(choice) for name, choice in rows.items()}}, lines
+
+
+def _parts(choice: Choice) -> list[int]:
+    return [*asdict(choice.memory).values(), choice.memory.total]
+
+
+def _sent(choice: Choice, micro_batches: int) -> str:
+    traffic = choice.traffic
+    sizes = (traffic.micro_batch, traffic.step, traffic.of_step(micro_batches))
+    return "".join(f"{size / GIB:12.2f}" for size in sizes) + f"{'yes' if choice.fits else 'no':>12}"
 
 
 def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
@@ -117,7 +169,7 @@ def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:
 def _steps(config: Config) -> list[Row]:
     train = config.train
     return [
-        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation} micro-batches)"),
+        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation()} micro-batches)"),
         ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
     ]
 
@@ -144,6 +196,7 @@ def _trained(config: Config, a: Account) -> list[Row]:
     ]
     if a.activation_bytes is not None:
         size = f"{train.micro_batch} x {train.seq_len} tokens in 16 bits"
+        size += f", checkpointing={train.activation_checkpointing}" * (train.activation_checkpointing != "none")
         rows.append(("activations, estimate", f"{bytes_text(a.activation_bytes)} for {size}"))
         flops = f"{a.dense_flops_per_token:.3e} dense-equivalent, {a.real_flops_per_token:.3e} real"
         rows.append(("FLOP a token", flops))

@@ -33,21 +33,16 @@ def start(
     run: Path,
     device: torch.device | str,
     *,
-    tokenizer: PreTrainedTokenizerFast,
     calibrate: Calibrate,
 ) -> PreTrainedModel:
-    """The model of a run in its first phase, before its first step; writes base.json and base/ if it linearizes.
-
-    Args:
-        tokenizer: of the run's data.
+    """The model of a run in its first phase, before its first step; if it linearizes, of what `keep_base` has written.
 
     Raises:
-        UsageError: model.init is no run and no model, of another shape or tokenizer, or a setting that does not fit it.
-        SlopeError: it cannot be read, or not be written to the run's folder.
+        UsageError: model.init is no run and no model, of another shape, or a setting that does not fit it.
+        SlopeError: it cannot be read.
     """
     first = phases_of(config).at(0)
     if first.linearized:
-        _keep_base(config, run, tokenizer)
         # Rebuilt and read back: the loaded model is freed by now, so memory never holds it twice.
         model, now = base_model.read(run, device), UNTOUCHED
     else:
@@ -208,8 +203,16 @@ def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | st
     return teacher.to(device).requires_grad_(False).eval()
 
 
-def _keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the model of model.init and its description to a run's folder."""
+def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the model of model.init and its description to a run's folder, as base/ and base.json.
+
+    Args:
+        tokenizer: of the run's data.
+
+    Raises:
+        UsageError: model.init is no run and no model, of another shape or tokenizer, or a setting that does not fit it.
+        SlopeError: it cannot be read, or not be written to the run's folder.
+    """
     loaded = _to_linearize(config)
     _check_base(config, loaded, tokenizer)
     trial = base_model.rebuild(base_model.describe(loaded.model), "meta")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
@@ -27,6 +28,8 @@ class TransferStep(Step):
     the run's schedule and the last state is kept; LoLCATs' code keeps the state with the best validation instead.
     """
 
+    overlaps = False  # a forward pass contains a backward pass of each layer
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -37,6 +40,7 @@ class TransferStep(Step):
         mse_weight: float,
         entropy_weight: float,
         compiled: bool = False,
+        group: Group | None = None,
     ) -> None:
         """
         Args:
@@ -44,7 +48,7 @@ class TransferStep(Step):
             mse_weight, entropy_weight: see `transfer_losses`.
             compiled: compile each layer's loss, and each transformer block before and after it.
         """
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled)
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled, group=group)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
 
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
@@ -61,6 +65,8 @@ class TransferStep(Step):
         for batch in batches:
             sums = sums + self._backward(batch, 1 / len(batches))
         layers = linear_windows(self.model)
+        self.average_gradients()
+        sums = self.group.mean_(sums)
         norms_L = torch.stack([_norm(linear) for linear in layers.values()])
         # The only time that the host waits in a step.
         table = torch.cat([sums, norms_L[None].to(sums)]).tolist()
@@ -105,13 +111,14 @@ class DistillStep(Step):
         teacher: PreTrainedModel,
         share: float,
         compiled: bool = False,
+        group: Group | None = None,
     ) -> None:
         """
         Args:
             teacher: a model of the same vocabulary, in evaluation mode.
             share: between 0 and 1. The others are `Step`'s.
         """
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled)
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled, group=group)
         self.teacher, self.share, self.kl_divergence = teacher, share, kl_divergence
         if compiled:
             self.kl_divergence = torch.compile(kl_divergence, dynamic=False)
@@ -121,7 +128,7 @@ class DistillStep(Step):
         """The pretraining loss of one micro-batch, and the mixed loss to optimise."""
         with torch.no_grad():
             teacher_BTV = forward(self.teacher, batch).logits
-        output = forward(self.model, batch)
+        output = forward(self.forward_model, batch)
         loss = loss_fn(output, batch, self.cross_entropy)
         kl = self.kl_divergence(output.logits, teacher_BTV, batch["labels"])
         return loss, (1 - self.share) * loss.token_loss + self.share * kl

@@ -6,11 +6,12 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 """
 
 import contextlib
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from slope_cli.data.batches import bigram_loss
 from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, Dataset, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
-from slope_cli.distributed.launch import pick_device, require_one_process
+from slope_cli.distributed import launch
+from slope_cli.distributed.collectives import Group, join
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.generate import continue_text, prompt_ids
@@ -41,6 +43,7 @@ from slope_cli.models.loss import Loss, forward, loss_fn
 from slope_cli.report import metrics, plots
 from slope_cli.report.progress import Progress
 from slope_cli.train import init, starts
+from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
@@ -55,7 +58,7 @@ BIGRAM_LIMIT = 4096
 
 
 def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
-    """Train, or resume training, in the folder `run`.
+    """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
     Args:
         fresh: fail if the folder contains a run.
@@ -63,24 +66,32 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
 
     Returns:
         The last validation record, with `bigram_loss` if the vocabulary is small; for a run that linearizes also the
-        perplexities of the `teacher`, and of the model before its first step as `swapped`.
+        perplexities of the `teacher`, and of the model before its first step as `swapped`. Empty on ranks other than 0.
 
     Raises:
-        UsageError: the config does not fit the data, the machine, or what is in the folder.
+        UsageError: the config does not fit the data, the machine, the processes, or what is in the folder.
         Stopped: stopped by a signal, after saving a checkpoint.
         SlopeError: a non-finite loss, a damaged file, a full disk.
     """
-    require_one_process()
-    device = pick_device(config.train.device)
+    ranks = launch.ranks()
+    device = launch.pick_device(config.train.device, ranks)
     opening = contextlib.nullcontext(stop) if stop else StopFlag()
-    claimed = run_folder.claimed(run, config, fresh=fresh)
-    with claimed, opening as stop, starts.recorded(run) as start, _own_precision():
-        store.clean(run)
-        note_environment(run, device)
-        trainer = Trainer(config, run, device, stop)
+    with opening as stop, contextlib.ExitStack() as held, _own_precision():
+        group = join(ranks, device, stop, seconds=config.distributed.rendezvous_timeout)
+
+        def begin() -> Start:
+            held.enter_context(run_folder.claimed(run, config, fresh=fresh))
+            start = held.enter_context(starts.recorded(run))
+            store.clean(run)
+            note_environment(run, device, group.members)
+            return start
+
+        start = group.first(begin)
+        trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             trainer.fit(stop, start)
-    return _summary(trainer)
+        summary = group.first(lambda: _summary(trainer))
+        return summary if ranks.first else {}
 
 
 @contextlib.contextmanager
@@ -101,62 +112,76 @@ class Trainer:
         phase: what the model is in at present.
     """
 
-    def __init__(self, config: Config, run: Path, device: torch.device, stop: StopFlag | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        device: torch.device,
+        stop: StopFlag | None = None,
+        group: Group | None = None,
+    ) -> None:
         """Set up everything that a step needs, and check that it fits together; raises as `pretrain`."""
         self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
+        self.group = group = group or Group()
+        self.speaks = group.ranks.first
         _set_up_torch(config, device)
-        self.dataset = open_data(config, run, stop)
+        self.dataset = group.in_turn(lambda: open_data(config, run, stop, verify=self.speaks))
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
-        checkpoint = self._find_checkpoint()
+        checkpoint = group.first(self._find_checkpoint)
         shape = init.run_shape(config, run if checkpoint else None)
         self.dataset.check_model(shape.vocab_size, config.train.seq_len)
         self.objective = shapes.objective(shape)
-        self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device)
+        self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device, group.ranks)
         self._check_evaluation(shape)
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
         if checkpoint is None:
-            self.model = init.start(config, run, device, tokenizer=self.tokenizer, calibrate=self.batches.calibrate)
+            if self.phase.linearized:
+                group.first(lambda: init.keep_base(config, run, self.tokenizer))
+            self.model = init.start(config, run, device, calibrate=self.batches.calibrate)
         else:
             self.model = load.build(config, run, device, self.phase)
-        print(report or self._unswapped_line(), file=sys.stderr)
+        self._say(str(report or self._unswapped_line()))
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
-            save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER)
+            group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
         else:
             self._restore(checkpoint)
         self.take_step = self._make_step()
-        run_folder.write_config(run, config)  # only after all checks
-        print(self._start_line(), file=sys.stderr)
+        group.first(lambda: run_folder.write_config(run, config))  # only after all checks
+        self._say(self._start_line())
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
     def fit(self, stop: StopFlag, start: Start | None = None) -> None:
         """Train to the last step; once `stop` is set, save a checkpoint after the current step and raise Stopped."""
         log_config, steps = self.config.log, self.config.train.steps
-        tensorboard = log_config.tensorboard and self.step < steps
-        log = metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
-        progress = Progress(steps, self.step, every=log_config.every)
+        log = self._open_log()
+        progress = Progress(steps, self.step, every=log_config.every, quiet=not self.speaks)
         with contextlib.closing(log), contextlib.closing(progress):
             self.model.train()
             if self.phase.linearized and self.step == 0:
-                self._log_references(log, progress)
+                self._log_references(log, progress, stop)
             phase_begins = True
-            while self.step < steps:
+            # What a signal has interrupted:
+            stopped_by = self._evaluate(log, progress, stop, present=self.group.broadcast(log.kinds))
+            while self.step < steps and not stopped_by:
                 if (to := self.phases.at(self.step)) != self.phase:
                     self._log_phase(self.enter(to), log, progress)
                     phase_begins = True
                 self._log_step(log, progress, start, note_kernels=phase_begins)
                 phase_begins = False
-                self._evaluate(log, progress)
-                stopped_by = "" if self.step == steps else stop.name  # read once: a later signal is for the next step
-                if self.step == steps or stopped_by or _due(self.step, log_config.save_every):
-                    self._save(progress, log.sync(), must=self.step == steps or bool(stopped_by))
-                if stopped_by:
-                    done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
-                    raise Stopped(f"{done}; run the same command to resume")
+                stopped_by = self._evaluate(log, progress, stop)
+                last = self.step == steps
+                if not (stopped_by or last):
+                    stopped_by = self.group.stopped_by(stop)
+                if last or stopped_by or _due(self.step, log_config.save_every):
+                    self._save(progress, log, must=last or bool(stopped_by))
+        if stopped_by:
+            done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
+            raise Stopped(f"{done}; run the same command to resume")
 
     def enter(self, to: Phase) -> dict[str, Any]:
         """Move model and optimizer into a later phase, and return its log record."""
@@ -183,7 +208,7 @@ class Trainer:
         lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
         due = self.phase.updates_masks(step)
         update = MaskUpdate(self.phase.layers.backward_mask, step_seed(seed, step + 1)) if due else None
-        torch.manual_seed(step_seed(seed, step))
+        torch.manual_seed(step_seed(seed, step, self.group.ranks.rank))
         try:
             output = self.take_step(self.batches.of_step(step), update)
         except SlopeError as error:
@@ -191,15 +216,13 @@ class Trainer:
         self.step += 1
         return output, lr
 
-    def _log_phase(self, changes: dict[str, Any], log: metrics.MetricsLog, progress: Progress) -> None:
+    def _log_phase(self, changes: dict[str, Any], log: metrics.Log, progress: Progress) -> None:
         # Logged under the phase's first step, so that resuming from a checkpoint before it drops the record.
         log.write("phase", self.step + 1, **changes)
         count = f"{changes['trained_parameters']:,} trained parameters, {changes['adapter_parameters']:,} in adapters"
         progress.say(f"step {self.step + 1}: from here on {changes['name']}: {count}")
 
-    def _log_step(
-        self, log: metrics.MetricsLog, progress: Progress, start: Start | None, *, note_kernels: bool
-    ) -> None:
+    def _log_step(self, log: metrics.Log, progress: Progress, start: Start | None, *, note_kernels: bool) -> None:
         """Take a step and log it; note_kernels: also which kernels run the sparse layers' products."""
         started = time.perf_counter()
         output, lr = self.train_step()
@@ -215,6 +238,13 @@ class Trainer:
             values["peak_memory"] = torch.cuda.max_memory_allocated()
         progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
+    def _open_log(self) -> metrics.Log:
+        """The log of the run; on ranks other than 0 one that nobody sees."""
+        if not self.speaks:
+            return metrics.Log()
+        tensorboard = self.config.log.tensorboard and self.step < self.config.train.steps
+        return metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
+
     def _make_step(self) -> Step | GraphedStep:
         """What takes the steps of the present phase on this device."""
         config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
@@ -225,8 +255,9 @@ class Trainer:
             # Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features
             # and states to 10 bits, which bf16 would not.
             torch.set_float32_matmul_precision("high")
+        checkpoint_activations(self.model, train.activation_checkpointing)
         compiled = gpu if train.compile == "auto" else bool(train.compile)
-        how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}
+        how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "group": self.group}
         own = config.linearize
         if self.phase.step == "transfer":
             how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
@@ -240,60 +271,102 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------- validation, samples, saving
 
-    def _evaluate(self, log: metrics.MetricsLog, progress: Progress) -> None:
-        """Validate and sample if due after this step, and at the end; validate at the end of a transfer, too."""
+    def _evaluate(self, log: metrics.Log, progress: Progress, stop: StopFlag, present: Collection[str] = ()) -> str:
+        """Validate and sample if due after this step, and at the end; validate at the end of a transfer, too.
+
+        Args:
+            present: the kinds of records that an earlier start has written.
+
+        Returns:
+            The signal that interrupted it, or "".
+        """
         config, step = self.config.log, self.step
         last = step == self.config.train.steps
         transferred = self.phase.step == "transfer" and self.phases.at(step) != self.phase
-        if last or transferred or _due(step, config.val_every):
-            progress.say(_validation_line(f"step {step}", log.write("val", step, **self.validate())))
-        if (last or _due(step, config.sample_every)) and self.objective == "causal":
+        if "val" not in present and step and (last or transferred or _due(step, config.val_every)):
+            validation = self.validate(stop)
+            if validation is None:
+                return self.group.stopped_by(stop)
+            progress.say(_validation_line(f"step {step}", log.write("val", step, **validation)))
+        sampled = "sample" in present or self.objective != "causal"
+        if self.speaks and not sampled and step and (last or _due(step, config.sample_every)):
             how: dict[str, Any] = {"tokens": config.sample_tokens, "seed": self.config.train.seed}
             how["dtype"] = self.take_step.dtype or torch.float32
             with eager():
                 text = continue_text(self.model, self.tokenizer, config.sample_prompt, **how)
             progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
+        return ""
 
-    def validate(self) -> dict[str, Any]:
-        """Mean token loss and perplexity of each source's validation text, and over all of it."""
+    def validate(self, stop: StopFlag | None = None) -> dict[str, Any] | None:
+        """Mean token loss and perplexity of each source's validation text, and over all of it.
+
+        The batches are dealt to the ranks, and their losses summed in one order, whatever the number of ranks.
+
+        Args:
+            stop: once it is set on any rank, the result is None.
+        """
         sums = {}
         self.model.eval()
-        with torch.no_grad(), self.take_step.autocast(), eager():
-            for source in self.dataset.val:
-                losses = [loss_fn(forward(self.model, batch), batch) for batch in self.batches.validation(source)]
-                if losses:
-                    sums[source] = _weighted(losses)
-        self.model.train()
+        try:
+            with torch.no_grad(), self.take_step.autocast(), eager():
+                for source in self.dataset.val:
+                    losses = self._validation_losses(source, stop)
+                    if losses is None:
+                        return None
+                    if losses:
+                        sums[source] = _weighted(losses)
+        finally:
+            self.model.train()
         loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
         by_source = {source: total / count for source, (total, count) in sums.items()}
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
 
-    def _log_references(self, log: metrics.MetricsLog, progress: Progress) -> None:
+    def _validation_losses(self, source: str, stop: StopFlag | None) -> list[tuple[float, int]] | None:
+        """Mean loss and number of targets of each batch of a source; None if a rank was stopped."""
+        rank, world = self.group.ranks.rank, self.group.ranks.world
+        own: list[Loss] = []
+        for number, batch in enumerate(self.batches.validation(source)):
+            if number % world == 0 and self.group.stopped_by(stop):
+                return None
+            if number % world == rank:
+                own.append(loss_fn(forward(self.model, batch), batch))
+        # Read from the device only now, so that it need not wait between batches.
+        dealt = self.group.gather([(float(loss.token_loss), int(loss.targets)) for loss in own])
+        rounds = itertools.zip_longest(*dealt)
+        return [loss for round_ in rounds for loss in round_ if loss is not None]
+
+    def _log_references(self, log: metrics.Log, progress: Progress, stop: StopFlag) -> None:
         """Validate what a linearized model is compared with: the original, and itself before any training.
 
         Logged as step 1, so that a restart does not log it again.
         """
         with using(self.model, mode="softmax"):
-            teacher = self.validate()
-        for kind, record in (("teacher", teacher), ("swapped", self.validate())):
+            teacher = self.validate(stop)
+        for kind, record in (("teacher", teacher), ("swapped", teacher and self.validate(stop))):
+            if record is None:
+                signal = self.group.stopped_by(stop)
+                raise Stopped(f"stopped by {signal} before the first step; run the same command to start again")
             log.write(kind, 1, **record)
             progress.say(_validation_line(kind, record))
 
-    def _save(self, progress: Progress, log: dict[str, Any], *, must: bool) -> None:
+    def _save(self, progress: Progress, log: metrics.Log, *, must: bool) -> None:
         """Save a checkpoint; unless it `must` be saved, a failure is only reported and training continues."""
-        metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
-        metadata["logs"] = {metrics.JSONL: log} | jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS)
-        derived = self.phase.layers.backward_mask_is_derived
-        tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
-        how: dict[str, Any] = {"keep": self.config.log.keep, "beside_base": self.phase.linearized}
         try:
-            folder = store.save(self.run, self.step, tensors, metadata, derived=derived, **how)
+            folder = self.group.first(lambda: self._write_checkpoint(log.sync()))
         except SlopeError as error:
             if must:
                 raise
             progress.say(f"warning: {error}; training continues")
         else:
             progress.say(f"step {self.step}: saved {folder}")
+
+    def _write_checkpoint(self, log: dict[str, Any]) -> Path:
+        metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
+        metadata["logs"] = {metrics.JSONL: log} | jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS)
+        derived = self.phase.layers.backward_mask_is_derived
+        tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
+        how: dict[str, Any] = {"keep": self.config.log.keep, "beside_base": self.phase.linearized}
+        return store.save(self.run, self.step, tensors, metadata, derived=derived, **how)
 
     # ---------------------------------------------------------------------------------------------------- the beginning
 
@@ -319,20 +392,39 @@ class Trainer:
         return "dense run: no layer is sparse"
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
+        self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer))
+        self.group.first(lambda: self._tidy(checkpoint))
+        self._say(f"resuming from {checkpoint.folder}")
+
+    def _tidy(self, checkpoint: store.Checkpoint) -> None:
+        """Bring the run's folder to what it was when a checkpoint was saved."""
         # Only if needed: another version of transformers may write other files than those the checkpoint names.
         if run_folder.altered_tokenizer_files(self.run, checkpoint.manifest):
             save_tokenizer(self.tokenizer, self.run / run_folder.TOKENIZER)
-        store.restore(checkpoint.folder, self.model, self.optimizer)
         store.set_aside_newer(self.run, self.step)
         store.prune(self.run, self.config.log.keep)  # a kill may have come before it
-        print(f"resuming from {checkpoint.folder}", file=sys.stderr)
+
+    def _say(self, line: str) -> None:
+        """Show a line; the other ranks are silent."""
+        if self.speaks:
+            print(line, file=sys.stderr)
 
     def _start_line(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         dtype = "fp32" if self.take_step.dtype is None else "bf16"
         trained = _numel(p for p in self.model.parameters() if p.requires_grad)
         tokens = self.config.train.steps * self.config.train.tokens_per_step
-        return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
+        if self.group.several:
+            train, ranks = self.config.train, self.group.ranks
+            hosts = len({member["host"] for member in self.group.members})
+            name = f"{ranks.world} x {name} on {hosts} host{'s' * (hosts > 1)}"
+            parts = f"{train.micro_batch} sequences x {train.accumulation(ranks.world)} micro-batches"
+            parts += f" x {ranks.world} ranks"
+            tokens_line = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
+        else:
+            tokens_line = ""
+        line = f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
+        return line + tokens_line
 
     def _check_evaluation(self, shape: PreTrainedConfig) -> None:
         """UsageError, before training, for missing validation text or a sample prompt that does not fit."""
@@ -357,15 +449,18 @@ def _set_up_torch(config: Config, device: torch.device) -> None:
             raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
-def open_data(config: Config, run: Path, stop: StopFlag | None = None) -> Dataset:
+def open_data(config: Config, run: Path, stop: StopFlag | None = None, *, verify: bool = True) -> Dataset:
     """The data set of a run; the embedded text is tokenized into the run's folder.
+
+    Args:
+        verify: hash its files, unless the configuration says not to.
 
     Raises:
         Stopped: `stop` was set meanwhile.
     """
     folder = run_folder.data_folder(config, run)
     if config.data.path != schema.EMBEDDED or (folder / MANIFEST).exists():
-        return open_dataset(folder, verify=config.data.verify)
+        return open_dataset(folder, verify=verify and config.data.verify)
     with resources.as_file(resources.files("slope_cli") / "assets" / "austen.jsonl.xz") as text:
         return prepare([str(text)], folder, val_fraction=0.05, workers=1, progress=False, stop=stop)
 
@@ -419,10 +514,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _weighted(losses: list[Loss]) -> tuple[float, int]:
-    """Summed token loss and number of targets over batches."""
-    counts = [int(loss.targets) for loss in losses]
-    return sum(float(loss.token_loss) * count for loss, count in zip(losses, counts, strict=True)), sum(counts)
+def _weighted(losses: list[tuple[float, int]]) -> tuple[float, int]:
+    """Summed token loss and number of targets over batches, of each batch's mean loss and targets."""
+    return sum(loss * count for loss, count in losses), sum(count for _, count in losses)
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,6 +1,7 @@
 """The starts of a run: a requeued job whose starts achieve nothing must not go on forever.
 
-RUN/starts.jsonl has a line for each start that came to its end, by itself or by a signal.
+RUN/starts.jsonl has a line for the beginning of each start, with the step that it begins from, and one for its end. A
+start whose end is missing was killed. Earlier versions wrote no line for the beginning.
 """
 
 import contextlib
@@ -11,13 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slope_cli.checkpoint import store
 from slope_cli.errors import SlopeError
 from slope_cli.report.tables import clock
 from slope_cli.utils import jsonl
 
 STARTS = "starts.jsonl"
+BEGINS = "begins_from"
+"""The key of the step in the line of a beginning."""
+KILLED = "saved_when_killed"
+"""The key, in memory, of the steps that a killed start saved."""
 IN_A_ROW = 3
-"""So many starts of one job that mostly set up end it."""
+"""So many starts of one job that mostly set up, or are killed before they save a step, end it."""
 LEAST = 0.1
 """The least share of a start's time that steps must take."""
 
@@ -42,28 +48,35 @@ class Start:
 
 @contextlib.contextmanager
 def recorded(run: Path) -> Iterator[Start]:
-    """A start of a run, recorded at its end; what the earlier starts of a requeued job achieved is said first.
+    """A start of a run, recorded at its beginning and end; what a requeued job's earlier starts achieved is said first.
 
     Raises:
-        SlopeError: each of the last starts of this job spent most of its time on setting up.
+        SlopeError: each of the last starts of this job spent most of its time on setting up, or was killed before it
+            saved a step.
     """
-    path, job = run / STARTS, _job()
+    path, job, step = run / STARTS, _job(), _newest_step(run)
     restarts = int(job["slurm_restarts"])
     if restarts and job["slurm_job"]:
-        own = [start for start in _read(path) if start.get("slurm_job") == job["slurm_job"]]
+        own = [start for start in _earlier(path, step) if start.get("slurm_job") == job["slurm_job"]]
         done = "; ".join(map(_text, own[-IN_A_ROW:])) or "they left no record"
         print(f"restart {restarts} of SLURM job {job['slurm_job']}; its last starts: {done}", file=sys.stderr)
-        if len(own) >= IN_A_ROW and all(_share(start) < LEAST for start in own[-IN_A_ROW:]):
+        if len(own) >= IN_A_ROW and not any(map(_worked, own[-IN_A_ROW:])):
             raise SlopeError(
-                f"{run}: each of the last {IN_A_ROW} starts of job {job['slurm_job']} spent less than {LEAST:.0%} of "
-                "its time in steps; submit the job again with a longer --time, or a shorter lead in "
-                "--signal=USR2@SECONDS that still exceeds a step and a save"
+                f"{run}: each of the last {IN_A_ROW} starts of job {job['slurm_job']} was killed before it saved a "
+                f"step, or spent less than {LEAST:.0%} of its time in steps; submit the job again with a longer "
+                "--time, more --mem, or a shorter lead in --signal=USR2@SECONDS that still exceeds a step and a save"
             )
     start = Start()
+    jsonl.append(path, {**job, BEGINS: step})
     try:
         yield start
     finally:
         jsonl.append(path, start.record())
+
+
+def _newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, by its name."""
+    return next((int(folder.name.rpartition("-")[2]) for folder in store.folders(run)), 0)
 
 
 def _job() -> dict[str, Any]:
@@ -72,9 +85,25 @@ def _job() -> dict[str, Any]:
     return {"slurm_job": os.environ.get("SLURM_JOB_ID"), "slurm_restarts": number}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The records that are whole; one that is damaged must not end a run."""
-    return [record for record, _ in jsonl.lines(path) if record] if path.is_file() else []
+def _earlier(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """What each start achieved before one that begins from a step.
+
+    A damaged record must not end a run, and is left out.
+    """
+    records = [record for record, _ in jsonl.lines(path) if record] if path.is_file() else []
+    begun: dict[str, Any] | None = None
+    for record in (*records, {BEGINS: step}):
+        if not isinstance(record.get(BEGINS), int):
+            begun = None
+            yield record
+            continue
+        if begun is not None:  # its end is missing
+            yield {**begun, KILLED: max(0, record[BEGINS] - begun[BEGINS])}
+        begun = record
+
+
+def _worked(start: dict[str, Any]) -> bool:
+    return start[KILLED] > 0 if KILLED in start else _share(start) >= LEAST
 
 
 def _share(start: dict[str, Any]) -> float:
@@ -82,5 +111,10 @@ def _share(start: dict[str, Any]) -> float:
 
 
 def _text(start: dict[str, Any]) -> str:
-    steps = start.get("steps", 0)
-    return f"{steps} step{'s' * (steps != 1)} in {clock(start.get('seconds', 0))}, {_share(start):.0%} of it in steps"
+    if KILLED in start:
+        return f"was killed, {_steps(start[KILLED])} saved"
+    return f"{_steps(start.get('steps', 0))} in {clock(start.get('seconds', 0))}, {_share(start):.0%} of it in steps"
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'s' * (number != 1)}"

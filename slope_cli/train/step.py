@@ -7,18 +7,22 @@ raises before anything is updated.
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError
 from slope_cli.models import shapes
 from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, token_cross_entropy
+from slope_cli.train.activations import transformer_blocks
 from sparse_kernels import update_masks
 
 
@@ -61,7 +65,14 @@ class MaskUpdate(NamedTuple):
 
 
 class Step:
-    """Takes the steps of one model and optimizer. Make a new one when parameters are added."""
+    """Takes the steps of one model and optimizer. Make a new one when parameters are added.
+
+    In a group of several processes each has micro-batches of its own, equally many. A step is one over all of them:
+    its gradient is that of the mean over the whole batch, and its numbers are the same on every rank.
+    """
+
+    overlaps = True
+    """Whether gradients are averaged during the backward pass, by DistributedDataParallel, or after it."""
 
     def __init__(
         self,
@@ -71,13 +82,16 @@ class Step:
         dtype: torch.dtype | None,
         clip: float,
         compiled: bool = False,
+        group: Group | None = None,
     ) -> None:
         """
         Args:
             dtype: of autocast's products, or None for none.
             clip: largest norm of the gradient, 0 for no clipping.
             compiled: compile each transformer block and the loss.
+            group: the processes that take the steps together; None for this one alone.
         """
+        self.group = group or Group()
         self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
         self.cache_casts = True
         """Whether autocast may use a weight's cast again in the same forward pass."""
@@ -86,6 +100,13 @@ class Step:
             require_compiler(model.device.type)
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
+        self.forward_model: nn.Module = model
+        if self.group.several and self.overlaps:
+            self.forward_model = _averaging_gradients(model)
+
+    def average_after_backward(self) -> None:
+        """Average gradients after the last micro-batch, rather than during its backward pass."""
+        self.overlaps, self.forward_model = False, self.model
 
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step.
@@ -99,8 +120,10 @@ class Step:
         """
         targets = self.targets(batches)
         losses = torch.zeros(2, device=self.model.device)
-        for batch in batches:
-            losses = losses + self.backward(batch, len(batches), targets)
+        for number, batch in enumerate(batches, start=1):
+            with self._averaging(number == len(batches)):
+                losses = losses + self.backward(batch, len(batches), targets)
+        self.average_gradients()
         norm = self.norm()
         output = self.check(losses, norm, batches)
         self.update(norm)
@@ -110,14 +133,28 @@ class Step:
         return output
 
     def targets(self, batches: Sequence[Batch]) -> Tensor | None:
-        """How many tokens the micro-batches predict together, () int64; None if all predict equally many."""
-        if len(batches) == 1 or shapes.objective(self.model.config) == "causal":
+        """How many tokens a rank's micro-batches predict, as a mean over ranks, () float64; None if all predict equally
+        many.
+        """
+        if (len(batches) == 1 and not self.group.several) or shapes.objective(self.model.config) == "causal":
             return None
-        return torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum().clamp(min=1)
+        own = torch.stack([(batch["labels"] != IGNORED_LABEL).sum() for batch in batches]).sum()
+        return self.group.mean_(own.double()).clamp(min=1 / self.group.ranks.world)
+
+    def average_gradients(self) -> None:
+        """Average the gradient over the ranks, unless the backward pass has."""
+        if not self.overlaps:
+            self.group.average_([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Within it a backward pass averages the gradient over the ranks, if it is the last of the step."""
+        if isinstance(self.forward_model, DistributedDataParallel) and not last:
+            return self.forward_model.no_sync()
+        return contextlib.nullcontext()
 
     def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
         """The pretraining loss of one micro-batch, and the token loss to optimise."""
-        loss = loss_fn(forward(self.model, batch), batch, self.cross_entropy)
+        loss = loss_fn(forward(self.forward_model, batch), batch, self.cross_entropy)
         return loss, loss.token_loss
 
     def backward(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:
@@ -133,7 +170,7 @@ class Step:
                 total = optimised if loss.sentence_loss is None else optimised + loss.sentence_loss
                 total = total / count
             else:
-                weight = loss.targets / targets
+                weight = (loss.targets / targets).float()
                 share, total = loss.token_loss.detach() * weight, optimised * weight
                 total = total if loss.sentence_loss is None else total + loss.sentence_loss / count
         torch.autograd.backward(total)
@@ -164,15 +201,34 @@ class Step:
     def check(self, losses: Tensor, norm: Tensor, batches: Sequence[Batch]) -> StepOutput:
         """A step's output from (loss, total) and the norm on the device; raises as a step does."""
         # The only time that the host waits in a step: the update runs while the host prepares the next batch.
-        output = StepOutput(*torch.cat([losses.float(), norm.float().reshape(1)]).tolist())
+        losses = self.group.mean_(losses.float())
+        output = StepOutput(*torch.cat([losses, norm.float().reshape(1)]).tolist())
         if not math.isfinite(output.total):
-            raise SlopeError(self._blame_forward(batches))
+            raise SlopeError(self._blame(self._blame_forward(batches), "the loss is not finite, in the mean alone"))
         if not math.isfinite(output.norm):
-            raise SlopeError(self._blame_gradient())
+            if self.group.several:
+                self._repeat_alone(batches)
+            raise SlopeError(self._blame(self._blame_gradient(), "the gradient is not finite, in the mean alone"))
         return output
 
+    def _blame(self, fault: str, otherwise: str) -> str:
+        """The faults of all ranks, in one sentence that is the same on each."""
+        if not self.group.several:
+            return f"{fault}; nothing was updated"
+        faults = self.group.gather(f"{self.group.ranks.name}: {fault}" if fault else "")
+        return f"{'; '.join(filter(None, faults)) or otherwise}; nothing was updated"
+
+    def _repeat_alone(self, batches: Sequence[Batch]) -> None:
+        """Compute the gradient of this rank's micro-batches again, before it is averaged."""
+        self.optimizer.zero_grad(set_to_none=True)
+        whole, self.forward_model = self.forward_model, self.model
+        with eager():
+            for batch in batches:
+                self.backward(batch, len(batches), None)
+        self.forward_model = whole
+
     def _blame_forward(self, batches: Sequence[Batch]) -> str:
-        """Run the forward pass again and name the first layer whose output is not finite."""
+        """Run the forward pass again and name the first layer whose output is not finite; "" if all losses are."""
         bad: list[str] = []
 
         def watch(name: str) -> Any:
@@ -184,19 +240,31 @@ class Step:
 
         handles = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules() if name]
         with torch.no_grad(), self.autocast(), eager():
-            for batch in batches:
-                forward(self.model, batch)
+            losses = [loss_fn(forward(self.model, batch), batch).token_loss for batch in batches]
         for handle in handles:
             handle.remove()
+        if self.group.several and all(bool(loss.isfinite()) for loss in losses):
+            return ""
         where = f"first in the output of {bad[0]}" if bad else "in the loss itself"
-        return f"the loss is not finite, {where}; nothing was updated"
+        return f"the loss is not finite, {where}"
 
     def _blame_gradient(self) -> str:
         """Name the layer nearest to the loss whose gradient is not finite."""
         named = self.model.named_parameters()
         bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        if self.group.several and not bad:
+            return ""
         where = bad[-1] if bad else "the norm alone"
-        return f"the gradient of {where} is not finite ({len(bad)} in all); nothing was updated"
+        return f"the gradient of {where} is not finite ({len(bad)} in all)"
+
+
+def _averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """A wrapper whose backward pass averages the gradient over the ranks."""
+    with warnings.catch_warnings():
+        # Its new name is missing in older versions of torch.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        # Buffers are masks, which every rank updates for itself; a broadcast would count as a change of them.
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @functools.cache
@@ -221,9 +289,8 @@ def _small(x: Tensor) -> Tensor:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block, the entries of the model's first module list, for batches of one shape."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    for block in next(lists, ()):
+    """Compile each transformer block for batches of one shape."""
+    for block in transformer_blocks(model):
         block.compile(dynamic=False)
 
 

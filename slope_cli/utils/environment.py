@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def note_environment(run: Path, device: object) -> None:
-    """Append what this start runs on to RUN/environment.jsonl; of the environment's variables only SLURM's job number.
+def note_environment(run: Path, device: object, members: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Append what this start runs on to RUN/environment.jsonl; of the environment's variables only SLURM's numbers.
+
+    Args:
+        members: what each of several processes runs on.
 
     Raises:
         SlopeError, UsageError: as `jsonl.append`.
     """
     own: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "host": platform.node()}
     own |= {"device": str(device), "slurm_job": os.environ.get("SLURM_JOB_ID")}
-    jsonl.append(run / ENVIRONMENT, own | environment())
+    own |= {"slurm_restarts": os.environ.get("SLURM_RESTART_COUNT")}
+    jsonl.append(run / ENVIRONMENT, own | environment() | ({"ranks": list(members)} if members else {}))
 
 
 def package_version(name: str) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, os_reason
 
 LOCK = ".lock"
 """The file in a folder that a process locks while it works there."""
@@ -110,7 +110,7 @@ def write_error(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SlopeError(f"{path}: cannot be written, the disk (or quota) is full: {error.strerror}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(f"{path}: cannot be written: {error.strerror}")
+        return UsageError(f"{path}: cannot be written: {os_reason(error)}")
     return error
 
 
@@ -129,7 +129,7 @@ def file_sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SlopeError(f"{path}: cannot be read: {os_reason(error)}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SlopeError(f"{path}: missing") from None
     except OSError as error:
-        raise SlopeError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SlopeError(f"{path}: cannot be read: {os_reason(error)}") from error
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise SlopeError(f"{path}: damaged, its checksum does not fit")
@@ -175,49 +175,55 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process; the lock is released however the process ends.
+def held_folder(folder: Path, part: str = "", *, shared: bool = False) -> Iterator[None]:
+    """Lock a folder, or a named part of it, for this process; the lock is released however the process ends.
 
-    UsageError if another process holds it for longer than LOCK_WAIT, or it cannot be written.
+    shared: other processes may share the lock. UsageError if another one holds it, in a way that excludes this one, for
+    longer than LOCK_WAIT, or the folder cannot be written.
     """
+    name, taken = (f"{LOCK}-{part}", f"on {part}") if part else (LOCK, "in it")
+    taken = f"{folder}: another process is at work {taken}"
     try:
-        lock = open(open_own(folder / LOCK, os.O_RDWR), "rb+")  # noqa: SIM115 - held by the with statement below
+        lock = open(open_own(folder / name, os.O_RDWR), "rb+")  # noqa: SIM115 - held by the with statement below
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise UsageError(f"{folder}: cannot be written: {os_reason(error)}") from error
     with lock:
         try:
-            _lock(lock, folder)
+            _lock(lock, taken, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process is at work in it") from error
+            raise UsageError(taken) from error
         except OSError as error:
             risk = "start no second process in it"
             print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)
         yield
 
 
-def _lock(lock: BinaryIO, folder: Path) -> None:
-    """Lock a file, if need be after a wait; BlockingIOError if another process keeps it."""
+def _lock(lock: BinaryIO, taken: str, kind: int) -> None:
+    """Lock a file, if need be after a wait, which a line from `taken` on says; BlockingIOError if it stays taken."""
     end, told = time.monotonic() + LOCK_WAIT, False
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= end:
                 raise
         if not told:
             wait = f"waiting up to {LOCK_WAIT:.0f} s for it to end"
-            print(f"{folder}: another process is at work in it; {wait}", file=sys.stderr)
+            print(f"{taken}; {wait}", file=sys.stderr)
             told = True
         time.sleep(0.1)
 
 
 @contextlib.contextmanager
-def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) -> Iterator[None]:
+def claimed_folder(
+    folder: Path, what: str, may_hold: Callable[[Path], bool], *, shared: bool = False
+) -> Iterator[None]:
     """Make a folder, or reuse one of the same purpose, and lock it for this process.
 
     Args:
         what: the purpose, for errors: "run", say.
         may_hold: whether an entry that the folder already contains is of this purpose.
+        shared: other processes may share the lock.
 
     Raises:
         UsageError: it contains something else, or a link that leads out of it, cannot be made or written, or another
@@ -227,11 +233,11 @@ def claimed_folder(folder: Path, what: str, may_hold: Callable[[Path], bool]) ->
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not may_hold(path))
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be made or read: {error.strerror}") from None
+        raise UsageError(f"{folder}: cannot be made or read: {os_reason(error)}") from None
     if foreign:
         raise UsageError(
             f"{folder}: is not empty and holds no {what} (it contains {foreign[0]}); choose another folder"
         )
     require_no_way_out(folder)
-    with held_folder(folder):
+    with held_folder(folder, shared=shared):
         yield

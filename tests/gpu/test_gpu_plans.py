@@ -174,6 +174,51 @@ def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     kernel_choice.forget()
 
 
+def test_a_process_that_is_given_choices_decides_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it measured, or would measure, or has in its file; the other way round for a product chosen before."""
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
+    shape, other = (MatmulShape(2048, 2048, tokens, torch.bfloat16, False) for tokens in (2048, 4096))
+    kernel_choice.forget()
+    try:
+        measured = {each: kernel_choice.choose(each, 0)[0] for each in (shape, other)}
+        found = kernel_choice.kernel_choices()
+        assert len(found) == 2
+        kernel_choice.use_choices(found)
+        assert all(kernel_choice.choose(each, 0)[0] is choice for each, choice in measured.items())
+        key = next(key for key in found if "2048x2048x2048" in key)
+        before = kernel_choice.cache_file().read_text()
+        for sparse in (not measured[shape].sparse, measured[shape].sparse):
+            kernel_choice.use_choices(
+                {key: found[key] | {"sparse": sparse}, key.replace("NVIDIA", "Other"): found[key]}
+            )
+            choice, plan = kernel_choice.choose(shape, 0)
+            assert (choice.sparse, plan is not None) == (sparse, sparse)
+            assert kernel_choice.plan_for(shape, 0) is not None
+            assert kernel_choice.choose(other, 0)[0] is measured[other]
+            assert kernel_choice.kernel_choices()[key]["sparse"] == sparse
+        assert kernel_choice.cache_file().read_text() == before
+    finally:
+        kernel_choice.forget()
+
+
+def test_given_choices_do_not_count_as_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that searches no more token counts of a matrix still takes over what another one has found."""
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
+    shapes = [MatmulShape(1024, 1024, 256 + 8 * at, torch.bfloat16, False) for at in range(10)]
+    kernel_choice.forget()
+    try:
+        reasons = [kernel_choice.choose(shape, 0)[0].reason for shape in shapes]
+        assert ["too many" in reason for reason in reasons] == [False] * 8 + [True] * 2
+        found = kernel_choice.kernel_choices()
+        assert len(found) == 10
+        kernel_choice.forget()
+        kernel_choice.use_choices(found)
+        again = [kernel_choice.choose(shape, 0)[0] for shape in reversed(shapes)]
+        assert [choice.reason for choice in reversed(again)] == reasons
+    finally:
+        kernel_choice.forget()
+
+
 def test_the_run_s_random_numbers_are_not_drawn_on() -> None:
     kernel_choice.forget()
     before = torch.cuda.get_rng_state()

@@ -19,24 +19,23 @@ from slope_cli.config.schema import Config
 from slope_cli.errors import SlopeError
 from slope_cli.train import loop
 
+PRELOADED = [
+    "slope_cli.train.loop",
+    "sparse_kernels",
+    "transformers.models.gpt2.modeling_gpt2",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "matplotlib.pyplot",
+    "rich.console",
+]
 # A server that has imported everything but computed nothing: what it forks starts in a moment, and with no threads.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    [
-        "slope_cli.train.loop",
-        "sparse_kernels",
-        "transformers.models.gpt2.modeling_gpt2",
-        "torch.distributed.checkpoint",
-        "torch._dynamo",
-        "matplotlib.pyplot",
-        "rich.console",
-    ]
-)
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(PRELOADED)
 
 
 def start(config: Config, run: Path, prepare_child: Callable[..., None] | None = None, *args: Any) -> BaseProcess:
     """Train in a new process, after `prepare_child(*args)` in it; what it prints is appended to RUN.log."""
-    child = _processes.Process(target=_child, args=(config, run, prepare_child, args))
+    child = forkserver.Process(target=_child, args=(config, run, prepare_child, args))
     child.start()
     return child
 

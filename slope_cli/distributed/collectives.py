@@ -1,0 +1,309 @@
+"""Everything that a run's processes say to one another: the one module with collectives.
+
+Each method of Group is called by every rank, in the same order. In a run of one process they do nothing.
+"""
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from slope_cli.distributed import checks, peers
+from slope_cli.distributed.launch import TORCHRUN, Ranks
+from slope_cli.distributed.signals import STOP_SIGNALS, StopFlag, Stopped
+from slope_cli.errors import SlopeError
+
+FIRST_SUM = 60.0
+"""Seconds that the first all-reduce may take."""
+DEVICE_TIMEOUT, HOST_TIMEOUT = timedelta(minutes=10), timedelta(hours=4)
+"""Of collectives between devices, and between hosts, where one rank may write a checkpoint while the others wait."""
+BUCKET = 64 << 20
+"""Bytes of gradients that are summed at once."""
+
+T = TypeVar("T")
+
+
+class Group:
+    """The processes of a run, as one of them sees it.
+
+    Attributes:
+        ranks: which one this is.
+        members: what each of them runs on, by rank; see `checks.describe`.
+    """
+
+    def __init__(self, ranks: Ranks | None = None, hosts: dist.ProcessGroup | None = None) -> None:
+        """
+        Args:
+            hosts: a gloo group of all ranks for everything that is not between devices; None for a single process.
+        """
+        self.ranks, self._hosts = ranks or Ranks(), hosts
+        self.members: list[dict[str, Any]] = []
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self._hosts is not None
+
+    # ----------------------------------------------------------------------------------------------- objects and errors
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, which must be picklable."""
+        if not self.several:
+            return value
+        box = [value if self.ranks.first else None]
+        dist.broadcast_object_list(box, src=0, group=self._hosts)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        if not self.several:
+            return [value]
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value, group=self._hosts)
+        return values
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises on rank 0, on every rank; the others only wait."""
+        value: Any = None
+        error: Exception | None = None
+        if self.ranks.first:
+            try:
+                value = work()
+            except Exception as raised:
+                error = raised
+        if not self.several:
+            if error is not None:
+                raise error
+            return value  # type: ignore[no-any-return]
+        value, told = self.broadcast((value, _portable(error)))
+        if told is not None:
+            raise told from error
+        return value  # type: ignore[no-any-return]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Do `work`, which contains no collective, on every rank.
+
+        Raises:
+            Exception: on every rank that of the lowest rank where `work` raised one; unless all raised the same, it
+                begins with that rank's name.
+        """
+        value: Any = None
+        error: Exception | None = None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        if not self.several:
+            if error is not None:
+                raise error
+            return value  # type: ignore[no-any-return]
+        told = self.gather((self.ranks.name, _portable(error)))
+        raised_by = [(name, other) for name, other in told if other is not None]
+        if raised_by:
+            name, other = raised_by[0]
+            if len({str(each) for _, each in raised_by}) > 1 or len(raised_by) < len(told):
+                other = _with_text(other, f"{name}: {other}")
+            raise other from error
+        return value  # type: ignore[no-any-return]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0, then on the others together; errors as in `agreed`."""
+        if self.several:
+            self.first(lambda: (work(), None)[1])
+        return self.agreed(work)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.several:
+            dist.barrier(group=self._hosts)
+
+    def stopped_by(self, stop: StopFlag | None) -> str:
+        """The signal that any rank has caught, on every rank alike, with that rank's name; "" if none has."""
+        name = "" if stop is None else stop.name
+        if not self.several:
+            return name
+        signals = [number.name for number in STOP_SIGNALS]
+        own = self.ranks.world * (1 + signals.index(name)) + self.ranks.rank if name else -1
+        number = torch.tensor([own])
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._hosts)
+        if int(number) < 0:
+            return ""
+        which, rank = divmod(int(number), self.ranks.world)
+        return f"{signals[which - 1]} on rank {rank}"
+
+    # ------------------------------------------------------------------------------------------- tensors on the device
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place."""
+        if self.several:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over the ranks, in place."""
+        return self.sum_(tensor).div_(self.ranks.world) if self.several else tensor
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Average tensors over the ranks, in place, in buckets of some of them at a time."""
+        if not self.several:
+            return
+        for bucket in _buckets(list(tensors)):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self.mean_(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in groups of one dtype and about BUCKET bytes, the same on every rank."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not buckets or buckets[-1][0].dtype != tensor.dtype or size + tensor.nbytes > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.nbytes
+    return buckets
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """An error that another process can raise."""
+    if error is None:
+        return None
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:  # errors of other libraries need not be picklable
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _with_text(error: Exception, text: str) -> Exception:
+    """An error of the same kind with another text."""
+    kind = type(error) if isinstance(error, SlopeError) else RuntimeError
+    return kind(text)
+
+
+# ----------------------------------------------------------------------------------------------------- coming together
+
+
+def join(ranks: Ranks, device: torch.device, stop: StopFlag | None = None, *, seconds: float = 300) -> Group:
+    """Meet the other processes, and check that each can take part.
+
+    Args:
+        device: of this process.
+        stop: a signal to any rank ends the meeting on all.
+        seconds: in which all must have come.
+
+    Raises:
+        UsageError: the ranks differ in GPU model or versions, or an interface variable names none.
+        SlopeError: ranks that do not come, by host; a rank whose device does not work.
+        Stopped: a rank was stopped meanwhile.
+    """
+    if ranks.world == 1:
+        return Group(ranks)
+    checks.require_interfaces()
+    if ranks.local_world == ranks.world:  # the host's own name need not lead anywhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = _open_store(ranks, seconds)
+    _await_all(ranks, store, stop, seconds)
+    _connect_peers(ranks, store)
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=PrefixStore("ranks", store),
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=DEVICE_TIMEOUT,
+        device_id=device if gpu else None,
+    )
+    group = Group(ranks, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    group.members = group.gather(checks.describe(ranks, device))
+    checks.require_alike(group.members)
+    _first_sum(group, device)
+    return group
+
+
+def _open_store(ranks: Ranks, seconds: float) -> TCPStore:
+    """The store through which the ranks meet, on rank 0's host; torchrun has opened it already."""
+    host, _, port = ranks.address.rpartition(":")
+    serves = ranks.first and not (ranks.launcher == TORCHRUN and os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
+    try:
+        how: Any = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False}
+        return TCPStore(host, int(port), is_master=serves, **how)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if serves:
+            text = f"{ranks.name}: cannot listen on port {port}, set MASTER_PORT to a free one ({reason})"
+        else:
+            text = (
+                f"{ranks.name}: rank 0 did not answer at {ranks.address} within {seconds:.0f} s; if the name does not "
+                f"lead to its host, set MASTER_ADDR ({reason})"
+            )
+        raise SlopeError(text) from None
+
+
+def _await_all(ranks: Ranks, store: TCPStore, stop: StopFlag | None, seconds: float) -> None:
+    """Wait until all ranks are there; on rank 0, which tells the others, for `seconds`, on these a little longer."""
+    deadline = time.monotonic() + seconds + (0 if ranks.first else 30)
+    store.set(f"here/{ranks.rank}", ranks.host)
+    verdict, missing = "", list(range(ranks.world))
+    while not verdict:
+        if stop is not None and stop.name:
+            store.set("stop", f"stopped by {stop.name} on {ranks.name}")
+        if ranks.first:
+            missing = [number for number in missing if not store.check([f"here/{number}"])]
+            if store.check(["stop"]):
+                verdict = store.get("stop").decode()
+            elif not missing:
+                verdict = "go"
+            elif time.monotonic() >= deadline:
+                verdict = f"{peers.names(ranks, missing)} did not come within {seconds:.0f} s"
+            if verdict:
+                store.set("verdict", verdict)
+        elif store.check(["verdict"]):
+            verdict = store.get("verdict").decode()
+        elif time.monotonic() >= deadline:
+            verdict = f"{ranks.name}: rank 0 did not say that all are there"
+        if not verdict:
+            time.sleep(0.05)
+    if verdict.startswith("stopped by"):
+        raise Stopped(f"{verdict} before the run began; run the same command again to resume")
+    if verdict != "go":
+        raise SlopeError(verdict)
+
+
+def _connect_peers(ranks: Ranks, store: TCPStore) -> None:
+    if ranks.first:
+        server, invitation = peers.listen()
+        store.set("peers", invitation)
+        peers.accept(ranks, server, invitation, FIRST_SUM)
+    else:
+        peers.connect(ranks, ranks.address.rpartition(":")[0], store.get("peers").decode(), FIRST_SUM)
+
+
+def _first_sum(group: Group, device: torch.device) -> None:
+    """Sum once over the devices of all ranks, with a time limit; SlopeError if that does not work."""
+    number = torch.ones(1, device=device)
+    work: Any = dist.all_reduce(number, async_op=True)
+    deadline = time.monotonic() + FIRST_SUM
+    while not work.is_completed():
+        if time.monotonic() >= deadline:
+            names = ", ".join(sorted({member["host"] for member in group.members}))
+            how = "set NCCL_SOCKET_IFNAME (NCCL_DEBUG=INFO says more)"
+            how = how if device.type == "cuda" else "set GLOO_SOCKET_IFNAME"
+            raise SlopeError(f"no sum over the ranks on {names} within {FIRST_SUM:.0f} s; {how}")
+        time.sleep(0.001)
+    work.wait()
+    if float(number) != group.ranks.world:
+        raise SlopeError(f"{group.ranks.name}: a sum of ones over {group.ranks.world} ranks gave {float(number):g}")

@@ -1,0 +1,99 @@
+"""Commands as several ranks on this machine, which meet by torchrun's variables."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slope_cli import cli
+from support.processes import forkserver
+
+
+class Ranks:
+    """The ranks of one command, each in a process of its own; what rank N prints is in FOLDER/rank-N.log.
+
+    Args:
+        words: of the command line.
+        variables: of the environment, besides those of torchrun.
+        prepare_child: called in each process first, with its rank.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        words: list[str],
+        folder: Path,
+        *,
+        variables: Mapping[str, str] | None = None,
+        prepare_child: Callable[[int], None] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.processes = folder, list[BaseProcess]()
+        shared: dict[str, Any] = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        for rank in range(world):
+            own: dict[str, Any] = {**shared, "RANK": rank, "LOCAL_RANK": rank, **(variables or {})}
+            arguments = (rank, {key: str(value) for key, value in own.items()}, words, folder, prepare_child)
+            self.processes.append(forkserver.Process(target=_child, args=arguments))
+            self.processes[-1].start()
+
+    def finish(self, seconds: float = 120) -> list[int]:
+        """Wait for the ends; their exit codes, minus the signal's number for those killed by one."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        assert None not in codes, f"hangs: {codes}, {self.printed()}"
+        return [code for code in codes if code is not None]
+
+    def printed(self, rank: int | None = None) -> str:
+        """What a rank printed, or all of them."""
+        files = sorted(self.folder.glob("rank-*.log" if rank is None else f"rank-{rank}.log"))
+        return "".join(file.read_text() for file in files)
+
+    def wait_for(self, text: str, rank: int = 0, seconds: float = 90) -> None:
+        """Wait until a rank has printed a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.printed(rank):
+            assert time.monotonic() < deadline, f"{text!r} is not in {self.printed()}"
+            time.sleep(0.01)
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a signal to a rank."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(
+    rank: int, variables: dict[str, str], words: list[str], folder: Path, prepare_child: Callable[[int], None] | None
+) -> None:
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    os.environ.update(variables)
+    sys.argv = ["slope", *words]
+    if prepare_child is not None:
+        prepare_child(rank)
+    try:
+        cli.main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)

@@ -1,0 +1,48 @@
+"""Every line about a file that the system refuses names the file, the reason and what to do."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slope_cli.errors import ADVICE, SlopeError, os_reason
+from slope_cli.utils import files, jsonl
+
+IN_THE_WAY = "Not a directory; a part of the path is a file: choose another path"
+
+
+def test_every_reason_has_advice() -> None:
+    for number in (*errno.errorcode, None):
+        error = OSError(number, os.strerror(number)) if number else OSError("bad data")
+        reason, _, advice = os_reason(error).partition("; ")
+        assert reason == (os.strerror(number) if number else "bad data")
+        assert advice == ADVICE.get(number or 0, "mend this, and run the same command again")
+
+
+@pytest.mark.parametrize("read", [files.file_sha256, files.read_sealed, jsonl.read])
+def test_a_file_that_cannot_be_read(read: object, tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(SlopeError) as caught:
+        read(path)  # type: ignore[operator]
+    assert str(caught.value) == f"{path}: cannot be read: Is a directory; give the path of a file"
+
+
+def test_a_folder_that_cannot_be_made_or_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for opened in (files.claimed_folder(tmp_path / "file/run", "run", bool), files.held_folder(tmp_path / "file")):
+        with pytest.raises(SlopeError) as caught, opened:
+            pass
+        assert str(caught.value).endswith(IN_THE_WAY)
+        assert str(caught.value).startswith(f"{tmp_path / 'file'}")
+
+
+def test_the_command_line_says_it_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["pretrain", "gpt2-nano", "--out", str(tmp_path / "file/run")]
+    done = subprocess.run([sys.executable, "-P", "-m", "slope_cli", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'file/run'}: cannot be made or read: {IN_THE_WAY}\n"

@@ -1,0 +1,280 @@
+"""Runs of several processes: the same run as one process makes, stopped together, ended together."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.data import prepared
+from support.ranks import Ranks
+from support.runs import RECIPE, final_state, records, sized, slope, tiny, trained
+from torch import Tensor, nn
+
+from slope_cli.distributed.collectives import Group
+from slope_cli.report import metrics
+
+LONG = ("train.steps=4000", "log.every=1", "log.save_every=0", "log.val_every=0")
+
+
+def words(*more: str, model: str = "gpt2-nano", out: Path) -> list[str]:
+    """The command line of the tiny run."""
+    data = prepared("wordpiece" if model.startswith("bert") else "bytes")
+    settings = (f"data.path={data}", "train.tokens_per_step=256", "model.dropout=0", *more)
+    return ["pretrain", str(RECIPE), *sized(model), *settings, "--out", str(out)]
+
+
+def numbers(run: Path) -> list[tuple[str, int, float]]:
+    """What a run logged of its losses."""
+    found = [(r["kind"], r["step"], r.get("loss", r.get("mse"))) for r in metrics.read(run)]
+    return [(kind, step, loss) for kind, step, loss in found if loss is not None]
+
+
+def assert_close(run: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """Two runs logged the same records, with losses that differ by rounding alone."""
+    ours, theirs = numbers(run), numbers(other)
+    assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
+    assert max(abs(a[2] - b[2]) / max(1, abs(b[2])) for a, b in zip(ours, theirs, strict=True)) < tolerance
+
+
+METHODS = {
+    "slope": ("train.steps=50", "adapters.start=0.5"),
+    "fst": ("method=fst", "train.steps=20", "fst.mask_update_interval=3"),
+    "dense then sparse": ("train.steps=20", "sparsity.start=0.3", "slope.before=sr_ste"),
+    "wanda, lamb": ("method=wanda", "train.steps=20", "sparsity.start=0.3", "optim.name=lamb"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_two_and_four_processes_make_the_same_run(method: str, tmp_path: Path) -> None:
+    for world in (1, 2, 4):
+        settings = (*METHODS[method], "train.micro_batch=1")
+        ranks = Ranks(world, words(*settings, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+    assert_close(tmp_path / "2", tmp_path / "1")
+    assert_close(tmp_path / "4", tmp_path / "1")
+
+
+def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
+    for world in (1, 2):
+        ranks = Ranks(world, words("train.steps=12", out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+    assert_close(tmp_path / "2", tmp_path / "1", 1e-5)
+    assert "2 sequences x 2 micro-batches x 2 ranks = 256 tokens" in ranks.printed(0)
+    assert ranks.printed(1) == "", "only rank 0 speaks"
+    assert "validation loss" in ranks.printed(0)
+    (start,) = [json.loads(line) for line in (tmp_path / "2/environment.jsonl").read_text().splitlines()]
+    assert [member["rank"] for member in start["ranks"]] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_masked_model_weighs_targets_over_all_ranks(tmp_path: Path) -> None:
+    more = ("train.steps=12", "train.micro_batch=1")
+    for world in (1, 2, 4):
+        ranks = Ranks(world, words(*more, model="bert-base", out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+    assert_close(tmp_path / "2", tmp_path / "1")
+    assert_close(tmp_path / "4", tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_two_processes_linearize_as_one(tmp_path: Path, share: float) -> None:
+    base = trained()
+    for world in (1, 2):
+        settings = ("train.steps=8", "train.micro_batch=2", "train.tokens_per_step=256", "train.seq_len=32")
+        settings += ("linearize.window=8", f"linearize.distill={share}", "log.val_tokens=512", "train.device=cpu")
+        command = ["linearize", str(base), *settings, "--out", str(tmp_path / f"{world}")]
+        ranks = Ranks(world, command, tmp_path / f"logs-{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+    assert_close(tmp_path / "2", tmp_path / "1")
+
+
+def test_dropout_differs_between_ranks_and_repeats(tmp_path: Path) -> None:
+    for name in "ab":
+        ranks = Ranks(2, words("train.steps=3", "model.dropout=0.5", out=tmp_path / name), tmp_path / f"logs-{name}")
+        assert ranks.finish() == [0, 0], ranks.printed()
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+
+
+def stop_in(text: str, rank: int, number: int, tmp_path: Path, *more: str) -> tuple[Ranks, Path]:
+    """Start two ranks, and send one of them a signal once rank 0 has printed a text."""
+    run = tmp_path / "run"
+    ranks = Ranks(2, words(*LONG, *more, out=run), tmp_path / "logs")
+    ranks.wait_for(text)
+    ranks.send(rank, number)
+    return ranks, run
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR2)])
+def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: int, tmp_path: Path) -> None:
+    ranks, run = stop_in("step 3/", rank, number, tmp_path)
+    assert ranks.finish(60) == [75, 0], ranks.printed()
+    name = signal.Signals(number).name
+    assert f"stopped by {name} on rank {rank} after step" in ranks.printed(0)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert metrics.read(run)[-1]["step"] == int(checkpoint.name[-8:])
+    assert "error" not in ranks.printed()
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    more = ("train.steps=30", "log.every=1", "model.dropout=0.1")
+    whole = Ranks(2, words(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
+    cut = Ranks(2, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
+    cut.wait_for("step 6/")
+    cut.send(1, signal.SIGTERM)
+    assert cut.finish() == [75, 0]
+    assert whole.finish() == [0, 0]
+    assert Ranks(2, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut").finish() == [0, 0]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    config = tiny(prepared("bytes"), "train.tokens_per_step=256", *more)
+    states = [final_state(config, tmp_path / name) for name in ("cut", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_other_numbers_of_processes(tmp_path: Path) -> None:
+    run, more = tmp_path / "run", ("train.steps=40", "log.every=1", "train.micro_batch=1", "log.save_every=0")
+    assert Ranks(1, words(*more, out=tmp_path / "whole"), tmp_path / "logs").finish() == [0]
+    for world, text in ((4, "step 5/"), (2, "step 12/"), (1, "step 20/")):
+        ranks = Ranks(world, words(*more, out=run), tmp_path / f"logs-{world}")
+        ranks.wait_for(text)
+        ranks.send(world - 1, signal.SIGTERM)
+        assert ranks.finish() == [75] + [0] * (world - 1), ranks.printed()
+    assert Ranks(4, words(*more, out=run), tmp_path / "logs").finish() == [0] * 4
+    assert_close(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_others_at_once(rank: int, tmp_path: Path) -> None:
+    ranks, _ = stop_in("step 3/", rank, signal.SIGKILL, tmp_path)
+    killed = time.monotonic()
+    codes = ranks.finish(30)
+    assert time.monotonic() - killed < 20
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 1
+    assert ranks.printed(1 - rank).splitlines()[-1] == f"error: rank {rank} died; all processes end"
+
+
+def _nan_at_step(rank: int) -> None:
+    """Let the first norm of the third step overflow on rank 1."""
+    forward, calls = nn.LayerNorm.forward, 0
+
+    def overflowing(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += self.training
+        return forward(self, x) * (float("nan") if calls > 21 else 1.0)
+
+    if rank == 1:
+        nn.LayerNorm.forward = overflowing  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = Ranks(2, words("log.every=1", out=run), tmp_path / "logs", prepare_child=_nan_at_step)
+    assert ranks.finish(60) == [1, 1]
+    (line,) = [line for line in ranks.printed().splitlines() if line.startswith("error")]
+    host = socket.gethostname()
+    assert f"rank 1 on {host}: the loss is not finite, first in the output of transformer.h.0.ln_1" in line
+    assert "rank 0" not in line
+
+
+def _fails_alone(rank: int) -> None:
+    """Let rank 1 run out of memory in its second step."""
+    forward, calls = nn.LayerNorm.forward, 0
+
+    def failing(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += self.training
+        if calls > 12:
+            raise MemoryError("out of memory")
+        return forward(self, x)
+
+    if rank == 1:
+        nn.LayerNorm.forward = failing  # type: ignore[method-assign]
+
+
+def test_an_error_of_one_rank_ends_all_and_says_whose_it_is(tmp_path: Path) -> None:
+    ranks = Ranks(2, words(*LONG, out=tmp_path / "run"), tmp_path / "logs", prepare_child=_fails_alone)
+    assert ranks.finish(60) == [1, 1]
+    assert f"error: rank 1 on {socket.gethostname()}: out of memory" in ranks.printed(1)
+    assert "Traceback" not in ranks.printed()
+
+
+@pytest.mark.parametrize(
+    ("world", "setting", "advice"),
+    [
+        (3, "train.micro_batch=2", "set train.tokens_per_step=192 or train.tokens_per_step=384"),
+        (4, "train.micro_batch=4", "set train.micro_batch=2 or train.tokens_per_step=512"),
+    ],
+)
+def test_a_step_that_the_ranks_cannot_share_is_one_line(world: int, setting: str, advice: str, tmp_path: Path) -> None:
+    ranks = Ranks(world, words(setting, out=tmp_path / "run"), tmp_path / "logs")
+    assert ranks.finish(60) == [2] * world
+    (line,) = ranks.printed().splitlines()
+    assert line.startswith("error: train.tokens_per_step=256: is no multiple")
+    assert line.endswith(advice)
+
+
+def test_a_claimed_folder_is_refused_by_all_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").touch()
+    ranks = Ranks(2, words(out=tmp_path / "run"), tmp_path / "logs")
+    assert ranks.finish(60) == [2, 2]
+    (line,) = ranks.printed().splitlines()
+    assert "thesis.tex" in line
+
+
+def _alone(rank: int) -> None:
+    """End rank 1 before it meets the others."""
+    if rank == 1:
+        os._exit(7)
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    command = words("distributed.rendezvous_timeout=3", out=tmp_path / "run")
+    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=_alone)
+    assert ranks.finish(60) == [1, 7, 1]
+    assert "error: rank 1 did not come within 3 s" in ranks.printed(0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "gpt2-nano"],
+        ["generate", "RUN", "text"],
+        ["export", "RUN", "OUT"],
+        ["finetune", "RUN", "RTE"],
+        ["bench", "memory"],
+        ["data", "prepare", "a.txt", "--out", "OUT"],
+    ],
+)
+def test_commands_of_one_process_refuse_to_start_as_several(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for key, value in {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n1")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2")
+    result = slope(*[str(tmp_path / "out") if word == "OUT" else word for word in command])
+    assert (result.code, result.out) == (2, "")
+    assert "works in one; start a single task" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_of_one_process_does_nothing() -> None:
+    group, calls = Group(), list[int]()
+    tensor = torch.ones(3)
+    work: Callable[[], Any] = lambda: calls.append(1) or 5  # noqa: E731
+    assert (group.first(work), group.agreed(work), group.in_turn(work), calls) == (5, 5, 5, [1, 1, 1])
+    assert group.gather("x") == ["x"]
+    assert group.mean_(tensor) is tensor
+    assert group.stopped_by(None) == ""
+    with pytest.raises(ZeroDivisionError):
+        group.first(lambda: 1 // 0)
