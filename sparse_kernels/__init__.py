@@ -26,6 +26,7 @@ from typing import Any
 from sparse_kernels import deprecated
 from sparse_kernels.adapters import adapted_layers, adapter_rank, adapters_of, add_adapters, check_adapters
 from sparse_kernels.convert import input_norms, mask_layers, sparsify, to_dense
+from sparse_kernels.kernel_choice import kernel_choices, use_choices
 from sparse_kernels.layers import (
     backends,
     check_backend,
@@ -64,6 +65,7 @@ __all__ = [
     "decay_pruned",
     "dense_weights",
     "input_norms",
+    "kernel_choices",
     "mask_buffers",
     "mask_layers",
     "masked_layers",
@@ -77,6 +79,7 @@ __all__ = [
     "to_dense",
     "update_backward_masks",
     "update_masks",
+    "use_choices",
     "using_backend",
 ]
 

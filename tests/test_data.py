@@ -393,7 +393,7 @@ def test_what_was_verified_is_not_read_again_unless_it_changed(dataset: Dataset,
     """The change is one that its checksum finds, so that no error means: not read."""
     memory = tmp_path / VERIFIED
     settled(dataset)
-    remember_verified(memory, [open_dataset(dataset.folder, share=(rank, 2)) for rank in range(2)])
+    remember_verified(memory, [open_dataset(dataset.folder, share=(rank, 2)).verified for rank in range(2)])
     known = verified_before(memory)
     assert known.keys() == {"train/a.tok", "train/b.tok", "val/a.tok"}
     assert open_dataset(dataset.folder, known=known).verified == known
@@ -420,11 +420,11 @@ def test_what_was_verified_is_not_read_again_unless_it_changed(dataset: Dataset,
 def test_a_memory_that_cannot_be_read_means_that_all_is_verified(dataset: Dataset, tmp_path: Path) -> None:
     memory = tmp_path / VERIFIED
     assert verified_before(memory) == {}
-    remember_verified(memory, [dataset])
+    remember_verified(memory, [dataset.verified])
     assert not memory.exists()  # the files are younger than the clock's ticks can tell apart
-    remember_verified(memory, [open_dataset(settled(dataset).folder)])
+    remember_verified(memory, [open_dataset(settled(dataset).folder).verified])
     written = memory.read_bytes()
-    remember_verified(memory, [open_dataset(dataset.folder, verify=False)])  # which verified nothing
+    remember_verified(memory, [open_dataset(dataset.folder, verify=False).verified])  # which verified nothing
     assert memory.read_bytes() == written
     memory.write_bytes(written.replace(b"train/a", b"train/A"))
     assert verified_before(memory) == {}

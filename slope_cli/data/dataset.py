@@ -159,8 +159,8 @@ def verified_before(path: Path) -> dict[str, FileIdentity]:
         return {}
 
 
-def remember_verified(path: Path, shares: Iterable[Dataset]) -> None:
-    """Write which files were verified, all shares together, for the next start; not those that have only just changed.
+def remember_verified(path: Path, shares: Iterable[Mapping[str, FileIdentity]]) -> None:
+    """Write the `Dataset.verified` of all ranks for the next start; not files that have only just changed.
 
     It lies in the folder of the run, because that of the data may be read-only.
     """
@@ -168,7 +168,7 @@ def remember_verified(path: Path, shares: Iterable[Dataset]) -> None:
     files = {
         name: identity
         for share in shares
-        for name, identity in share.verified.items()
+        for name, identity in share.items()
         if now - max(identity.mtime_ns, identity.ctime_ns) > SETTLED_NS
     }
     if files and files != verified_before(path):

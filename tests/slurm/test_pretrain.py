@@ -173,8 +173,15 @@ def test_a_run_goes_on_with_other_numbers_of_tasks(tmp_path: Path, shared: Path)
         for run in (job.run, reference)
     )
     assert losses == pytest.approx(expected, abs=1e-4)
-    ours, theirs = (final_state(config(shared, *whole), run) for run in (job.run, reference))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(
-            ours[name], tensor, rtol=1e-2, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    ours, theirs = (weights(config(shared, *whole), run) for run in (job.run, reference))
+    apart = {name: float((ours[name] - tensor).norm() / tensor.norm()) for name, tensor in theirs.items()}
+    assert max(apart.values()) < 0.01, apart
+
+
+def weights(config: Config, run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run, without the biases of keys: softmax ignores them, so their gradients are rounding alone."""
+    state = {name: tensor for name, tensor in final_state(config, run).items() if name.startswith("model.")}
+    for name, tensor in state.items():
+        if name.endswith("attn.c_attn.bias"):
+            tensor.view(3, -1)[1] = 0
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
