@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparse_kernels import cuda, cusparselt, kernel_choice, ops
 from sparse_kernels.deprecated import renamed_arguments
@@ -132,7 +133,8 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> Itera
     Args:
         dtype: of the products: the autocast dtype under autocast.
     """
-    layers = [layer for _, layer in sparse_layers(model)]
+    # A layer of which this process has only some rows stays as it is.
+    layers = [layer for _, layer in sparse_layers(model) if not isinstance(layer.values, DTensor)]
     try:
         with torch.no_grad():
             for layer in layers:

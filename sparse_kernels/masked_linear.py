@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_kernels import masks
+from sparse_kernels.sharded import local, local_rows
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -133,7 +134,11 @@ class MaskedLinear(nn.Module):
     def update_mask(self) -> None:
         """Choose the mask again from the present magnitudes, in place; does nothing once the mask is removed."""
         if not self.unmasked:
-            self.mask.copy_(self._choose(self.weight.abs()))
+            self.mask.copy_(self.chosen(self.weight))
+
+    def chosen(self, weight_RI: Tensor) -> Tensor:
+        """The mask that magnitudes choose for some rows of a weight, whole groups of m: bool, of the same shape."""
+        return self._choose(weight_RI.abs())
 
     def remove_mask(self) -> None:
         """Remove the mask for good, in place, and compute exact gradients: from now on an ordinary linear layer.
@@ -172,5 +177,6 @@ def decay_pruned(model: nn.Module, decay: float) -> None:
     the optimizer's step; before clipping, it is clipped as well. A CUDA graph that captures it keeps `decay` as it was.
     """
     for _, layer in masked_layers(model):
-        if layer.weight.grad is not None:
-            layer.weight.grad.add_(layer.weight.masked_fill(layer.mask, 0), alpha=decay)
+        if layer.weight.grad is not None:  # where a process has some rows of it, each decays its own
+            weight_RI, kept_RI = local(layer.weight), layer.mask[local_rows(layer.weight)]
+            local(layer.weight.grad).add_(weight_RI.masked_fill(kept_RI, 0), alpha=decay)

@@ -177,13 +177,47 @@ class SparseLinear(nn.Module):
         """Whether the GPU kernel can choose W^{R,C} in this way; plain torch does otherwise."""
         return kind == "magnitude" and (self.n, self.m) == (2, 4) and ops.fast_weight(self.values, self.backend)
 
+    def backward_bits(self, values_RK: Tensor, rows: slice) -> Tensor:
+        """The bits of W^{R,C}'s mask, chosen by magnitude, for some of the rows: whole groups of m.
+
+        Args:
+            values_RK: the values of these rows, where a process has no others.
+
+        Returns:
+            uint8 (in, ceil(rows/8)); those of all rows side by side are `backward_mask_bits`.
+        """
+        row_bits = self.row_mask_bits[rows]
+        if not len(values_RK):
+            return row_bits.new_empty(self.in_features, 0)
+        if (self.n, self.m) == (2, 4) and ops.fast_weight(values_RK, self.backend):
+            bits = torch.zeros(self.in_features, -(-len(values_RK) // 8), dtype=torch.uint8, device=values_RK.device)
+            cuda.launch(cuda.refresh(values_RK, row_bits, bits, update_mask=True))
+            return bits
+        row_mask_RI = masks.unpack_bits(row_bits, self.in_features)
+        mask_RI = masks.double_prune(masks.scatter(values_RK, row_mask_RI), row_mask_RI, self.n, self.m)
+        return masks.pack_bits(mask_RI.t())
+
+    def choose_backward_mask_at_random(self, kind: str, seed: int) -> None:
+        """Choose W^{R,C} again in a way that does not depend on the values, which need not be here."""
+        row_mask_OI = self.row_mask()
+        mask_OI = masks.double_prune(row_mask_OI.float(), row_mask_OI, self.n, self.m, kind=kind, seed=seed)
+        self.backward_mask_bits.copy_(masks.pack_bits(mask_OI.t()))
+
     @torch.no_grad()
     def update_backward_scale(self) -> None:
         """Compute `backward_scale` from the present masks and values, if there is one."""
         if self.backward_scale is not None:
-            W_OI = self.scattered().float()
-            forward, backward = W_OI.norm(), torch.where(self.backward_mask(), W_OI, 0).norm()
-            self.backward_scale.copy_(torch.where(backward > 0, forward / backward, 1))
+            self.set_backward_scale(*self.norms(self.values, slice(0, self.out_features)))
+
+    def norms(self, values_RK: Tensor, rows: slice) -> Tensor:
+        """The norms of some rows of W^R and of W^{R,C}: (2,) float32."""
+        W_RI = masks.scatter(values_RK.detach(), masks.unpack_bits(self.row_mask_bits[rows], self.in_features)).float()
+        return torch.stack([W_RI.norm(), torch.where(self.backward_mask()[rows], W_RI, 0).norm()])
+
+    def set_backward_scale(self, forward: Tensor, backward: Tensor) -> None:
+        """Set `backward_scale` from the norms of W^R and W^{R,C}, each ()."""
+        assert self.backward_scale is not None
+        self.backward_scale.copy_(torch.where(backward > 0, forward / backward, 1))
 
     def scattered(self, dtype: torch.dtype | None = None) -> Tensor:
         """W^R as `weight` has it, without its graph, in another dtype if one is given; by the index if there is one."""

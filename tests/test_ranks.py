@@ -278,3 +278,52 @@ def test_a_group_of_one_process_does_nothing() -> None:
     assert group.stopped_by(None) == ""
     with pytest.raises(ZeroDivisionError):
         group.first(lambda: 1 // 0)
+
+
+# -------------------------------------------------------------------------------------------------- split weights
+
+SPLIT = {
+    "sparse, adapters join": ("train.steps=20", "adapters.start=0.5"),
+    "rescaled": ("train.steps=12", "slope.backward_rescale=true", "slope.rescale=true"),
+    "random masks": ("train.steps=12", "slope.backward_mask=random"),
+    "sr_ste": ("method=sr_ste", "train.steps=12"),
+    "dense": ("method=dense", "train.steps=12"),
+    "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
+    "checkpointed": ("train.steps=8", "adapters.start=0.5", "train.activation_checkpointing=block"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", ["step", "block"])
+@pytest.mark.parametrize("method", SPLIT)
+def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp_path: Path) -> None:
+    settings = (*SPLIT[method], "train.micro_batch=1")
+    assert Ranks(1, words(*settings, out=tmp_path / "1"), tmp_path / "logs-1").finish() == [0]
+    for world in (2, 4):
+        split = ("distributed.layout=fsdp", f"distributed.gather={gather}")
+        ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+        assert_close(tmp_path / f"{world}", tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["opt-125m", "llama3-8b", "bert-base"])
+def test_models_of_every_family_can_be_split(model: str, tmp_path: Path) -> None:
+    settings = ("train.steps=8", "adapters.start=0.5")
+    for world, split in ((1, ()), (2, ("distributed.layout=fsdp",))):
+        ranks = Ranks(world, words(*settings, *split, model=model, out=tmp_path / f"{world}"), tmp_path / f"l{world}")
+        assert ranks.finish() == [0] * world, ranks.printed()
+    assert_close(tmp_path / "2", tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (("method=dense", "optim.name=lamb"), "LAMB needs the norms of whole weights"),
+        (("sparsity.start=0.5",), "layers that change their kind during the run are not split"),
+    ],
+)
+def test_what_cannot_be_split_says_so(settings: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    result = slope(*words(*settings, "distributed.layout=fsdp", out=tmp_path / "run"))
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[-1].startswith(f"error: distributed.layout=fsdp: {reason}")

@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-00000100/ holds torch.distributed.checkpoint's files and manifest.json with the SHA-256 of each.
 It is written under a temporary name, hashed, given its manifest last, synced to disk and renamed; so a folder named
-step-* is complete, and a flipped byte anywhere in it shows as a wrong hash.
+step-* is complete, and a flipped byte anywhere in it shows as a wrong hash. Each rank of a run writes and hashes files
+of its own; rank 0 does the rest once all have. Any number of processes reads what any other number wrote.
 
 A run that trains little beside a large frozen model writes that model once, in the same way, to RUN/base/. Its
 checkpoints leave out what is there and has no gradient, name the base they were saved beside, and are read with it.
@@ -15,17 +16,15 @@ import itertools
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from slope_cli.checkpoint import dcp
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import MOMENTS, init_state
 from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, remove, write_sealed
@@ -76,20 +75,29 @@ def state_tensors(
     return tensors
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    derive: bool = True,
+) -> None:
     """Read a verified checkpoint into a model, and an optimizer with the same parameters, in place.
 
-    What the checkpoint does not hold is read from the base that it was saved beside.
+    What the checkpoint does not hold is read from the base that it was saved beside. Of a tensor that is sharded, the
+    rows of this rank are read.
 
     Args:
         folder: of a checkpoint, or a run's base.
+        derive: compute the masks that follow from the values, if they were left out. Of a sharded model the caller
+            does so.
 
     Raises:
         SlopeError: its tensors are not those of this model, or it cannot be read.
     """
     manifest = read_sealed(folder / MANIFEST)
     base = folder.parents[1] / BASE if "base" in manifest else None
-    derived = DERIVED in manifest.get("derived", ())
+    derived = is_derived(manifest)
     saved = _saved_tensors(folder)
     held = saved if base is None else _saved_tensors(base) | saved
     if optimizer is not None:
@@ -104,13 +112,18 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
     for name, tensor in tensors.items():
         held[name].read(into=tensor)
-    if derived:
+    if derived and derive:
         update_backward_masks(model)
     if optimizer is not None:
         states = (optimizer.state[p] for p in model.parameters() if p in optimizer.state)
         counts = [state["step"] for state in states if "step" in state]
         for count, saved_count in zip(counts, tensors.get("optim.step", torch.empty(0)), strict=True):
             count.copy_(saved_count)
+
+
+def is_derived(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint leaves out the masks that follow from the values."""
+    return DERIVED in manifest.get("derived", ())
 
 
 def _saved_tensors(folder: Path) -> dict[str, dcp.SavedTensor]:
@@ -123,32 +136,44 @@ def _current_name(name: str) -> str:
     return ".".join(TENSORS.get(part, part) for part in name.split("."))
 
 
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it saves from one process; here that is intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def planned(
+    run: Path, tensors: Mapping[str, Tensor], *, beside_base: bool = False, group: Group | None = None
+) -> dcp.Plan:
+    """Which rank writes what of a checkpoint of these tensors; every rank calls it.
+
+    Args:
+        beside_base: leave out the tensors without gradient that the run's base holds. Runs made before
+            there were bases have none.
+
+    Raises:
+        TypeError: other ranks, which are not in `group`, have a part of a tensor.
+    """
+    group, base, metadata = group or Group(), run / BASE / MANIFEST, {}
+    if beside_base and group.first(base.parent.is_dir):
+        names, own_hash = group.first(lambda: (read_sealed(base)["tensors"], file_sha256(base)))
+        frozen = {_current_name(name) for name in names}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or name not in frozen}
+        metadata = {"base": own_hash}
+    return dcp.Plan(tensors, group, metadata)
 
 
 def save(
     run: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | dcp.Plan,
     metadata: Mapping[str, Any],
     *,
     keep: int,
     derived: bool = False,
-    beside_base: bool = False,
+    group: Group | None = None,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`.
+    """Write a checkpoint, then drop all but the newest `keep`; every rank calls it.
 
     Args:
         step: finished steps; a checkpoint of that step that is there already is left as it is.
+        tensors: or what `planned` made of them.
         metadata: goes into the manifest as it is (JSON).
         derived: the masks that follow from the values are left out.
-        beside_base: leave out the tensors without gradient that the run's base holds. Runs made before
-            there were bases have none.
 
     Returns:
         The checkpoint's folder.
@@ -156,16 +181,14 @@ def save(
     Raises:
         SlopeError: it could not be written (a full disk, say); what was there before is untouched.
     """
-    final, base = run / "checkpoints" / f"step-{step:08d}", run / BASE
-    if final.exists():
+    group = group or Group()
+    final = run / "checkpoints" / f"step-{step:08d}"
+    if group.first(final.exists):
         return final
-    if beside_base and base.is_dir():
-        frozen = {_current_name(name) for name in read_sealed(base / MANIFEST)["tensors"]}
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or name not in frozen}
-        metadata = {**metadata, "base": file_sha256(base / MANIFEST)}
-    metadata = {"step": step, **metadata} | ({"derived": [DERIVED]} if derived else {})
-    _write(final, f"the checkpoint of step {step}", tensors, metadata)
-    prune(run, keep)
+    plan = tensors if isinstance(tensors, dcp.Plan) else planned(run, tensors, group=group)
+    metadata = {"step": step, **metadata, **plan.metadata} | ({"derived": [DERIVED]} if derived else {})
+    _write(final, f"the checkpoint of step {step}", plan, metadata, group)
+    group.first(lambda: prune(run, keep))
     return final
 
 
@@ -186,33 +209,39 @@ def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> Non
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
+        TypeError: other ranks have a part of a tensor.
     """
     shutil.rmtree(run / BASE, ignore_errors=True)
     metadata = {"tensors": sorted(tensors), "description": description}
-    _write(run / BASE, "the model that the run begins with", tensors, metadata)
+    _write(run / BASE, "the model that the run begins with", dcp.Plan(tensors, Group()), metadata, Group())
 
 
-def _write(final: Path, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and their manifest to a folder that appears when it is whole; what: for the error."""
-    need = int(1.2 * sum(t.numel() * t.element_size() for t in tensors.values()))
+def _write(final: Path, what: str, plan: dcp.Plan, metadata: Mapping[str, Any], group: Group) -> None:
+    """Write a folder that appears when it is whole, with its manifest; what: for the error."""
     try:
-        with atomic_folder(final) as temporary:
-            if (free := shutil.disk_usage(temporary).free) < need:
-                raise SlopeError(f"{final.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
-            with _single_process():
-                write(dict(tensors), checkpoint_id=temporary, no_dist=True)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-            write_sealed(temporary / MANIFEST, {"format": FORMAT, "files": files, **metadata})
-    except (SlopeError, OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException
-        raise SlopeError(f"{what} cannot be written: {_reason(error)}") from None
+        with contextlib.ExitStack() as opened:
+            temporary = group.first(lambda: _open(final, plan, opened))
+            files = plan.write(temporary, group)
+
+            def commit() -> None:
+                present = {path.name for path in temporary.iterdir()}
+                if wrong := sorted(present ^ files.keys() | plan.files ^ files.keys()):
+                    raise SlopeError(f"{temporary / wrong[0]}: not all ranks see the same files there")
+                write_sealed(temporary / MANIFEST, {"format": FORMAT, "files": files, **metadata})
+                opened.close()
+
+            group.first(commit)
+    except (SlopeError, OSError, RuntimeError, MemoryError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SlopeError(f"{what} cannot be written: {reason[-1]}") from None
 
 
-def _reason(error: BaseException) -> str:
-    """The last line of an error's text; a Ctrl-C that torch has wrapped like any error is raised again."""
-    for wrapped, _ in getattr(error, "failures", {}).values():
-        if isinstance(wrapped, KeyboardInterrupt | SystemExit):
-            raise wrapped from None
-    return str(error).strip().splitlines()[-1]
+def _open(final: Path, plan: dcp.Plan, opened: contextlib.ExitStack) -> Path:
+    """A temporary folder, with room for a plan, that becomes `final` when `opened` is closed."""
+    temporary, need = opened.enter_context(atomic_folder(final)), int(1.2 * plan.whole_bytes)
+    if (free := shutil.disk_usage(temporary).free) < need:
+        raise SlopeError(f"{final.parent}: {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed")
+    return temporary
 
 
 def clean(run: Path) -> None:
@@ -221,17 +250,26 @@ def clean(run: Path) -> None:
         remove(leftover)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, group: Group | None = None) -> dict[str, Any]:
     """Hash every file of a checkpoint, but for the run's base, and compare with its manifest, which is returned.
+
+    Args:
+        group: whose ranks share the files; every rank calls it.
 
     Raises:
         SlopeError: naming the first file that is missing, of another size, or altered.
     """
-    manifest = read_sealed(folder / MANIFEST)
-    _require_kind(folder / MANIFEST, manifest, _CHECKPOINT)
-    if manifest["step"] != _step(folder):
-        raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
-    _verify_files(folder, manifest)
+    group = group or Group()
+
+    def described() -> dict[str, Any]:
+        manifest = read_sealed(folder / MANIFEST)
+        _require_kind(folder / MANIFEST, manifest, _CHECKPOINT)
+        if manifest["step"] != _step(folder):
+            raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
+        return manifest
+
+    manifest = group.first(described)
+    _verify_files(folder, manifest, group)
     return manifest
 
 
@@ -250,48 +288,69 @@ def log_mark(manifest: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     return mark if isinstance(mark, dict) and type(mark.get("bytes")) is int and "sha256" in mark else None
 
 
-def verify_base(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Hash the base that a checkpoint with this manifest was saved beside; returns and raises as `verify`."""
-    path = run / BASE / MANIFEST
-    base = read_sealed(path)
-    if file_sha256(path) != manifest["base"]:
-        raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
-    _require_kind(path, base, _BASE)
-    _verify_files(path.parent, base)
+def verify_base(run: Path, manifest: Mapping[str, Any], group: Group | None = None) -> dict[str, Any]:
+    """Hash the base that a checkpoint with this manifest was saved beside; takes, returns and raises as `verify`."""
+    path, group = run / BASE / MANIFEST, group or Group()
+
+    def described() -> dict[str, Any]:
+        base = read_sealed(path)
+        if file_sha256(path) != manifest["base"]:
+            raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
+        _require_kind(path, base, _BASE)
+        return base
+
+    base = group.first(described)
+    _verify_files(path.parent, base, group)
     return base
 
 
-def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if path.name != name or path.is_symlink() or not path.is_file():
-            raise SlopeError(f"{path} is missing")
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise SlopeError(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
-        if file_sha256(path) != entry["sha256"]:
-            raise SlopeError(f"{path} is damaged: its checksum does not fit")
+def _verify_files(folder: Path, manifest: Mapping[str, Any], group: Group) -> None:
+    """Each rank hashes its share of the files; SlopeError, the same on all, for the first one that is wrong."""
+    own = list(enumerate(manifest["files"].items()))[group.ranks.rank :: group.ranks.world]
+    faults = ((number, _fault(folder, name, entry)) for number, (name, entry) in own)
+    first = next((found for found in faults if found[1]), None)
+    if found := sorted(filter(None, group.gather(first))):
+        raise SlopeError(found[0][1])
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where none was ever saved.
+def _fault(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """What is wrong with a file of a checkpoint, or ""."""
+    path = folder / name
+    if path.name != name or path.is_symlink() or not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} has {size} bytes, its manifest says {entry['bytes']}"
+    try:
+        sound = file_sha256(path) == entry["sha256"]
+    except SlopeError as error:
+        return str(error)
+    return "" if sound else f"{path} is damaged: its checksum does not fit"
+
+
+def latest(run: Path, group: Group | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, the same on all ranks; None where none was ever saved.
+
+    Args:
+        group: whose ranks share the files; every rank calls it.
 
     Raises:
         SlopeError: there are checkpoints, and every one is damaged, or the base that the newest sound one needs is.
     """
+    group = group or Group()
     faults: list[str] = []
-    for folder in (found := folders(run)):
+    for folder in (found := group.first(lambda: folders(run))):
         try:
-            manifest = verify(folder)
+            manifest = verify(folder, group)
         except SlopeError as error:
-            if folder.exists():  # otherwise a run that is training dropped it meanwhile
+            if group.first(folder.exists):  # otherwise a run that is training dropped it meanwhile
                 faults.append(str(error))
             continue
         if "base" in manifest:
-            verify_base(run, manifest)  # an older checkpoint needs it too
+            verify_base(run, manifest, group)  # an older checkpoint needs it too
         return Checkpoint(folder, manifest, faults)
     if faults:
         raise SlopeError(f"no checkpoint of {run} is sound: {'; '.join(faults)}")
-    return latest(run) if found else None
+    return latest(run, group) if found else None
 
 
 def set_aside_newer(run: Path, step: int) -> None:

@@ -99,7 +99,7 @@ def compare(
     return conclude(planned, errors)
 
 
-def _share(planned: Sequence[PlannedRun], shard: str) -> Sequence[PlannedRun]:
+def _share(planned: list[PlannedRun], shard: str) -> list[PlannedRun]:
     number, count = shard_of(shard)
     if count > len(planned):
         raise UsageError(f"--shard {shard}: there are only {len(planned)} runs (sbatch --array=1-{len(planned)})")

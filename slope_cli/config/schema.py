@@ -436,10 +436,18 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     """A run of several processes, each with a GPU of its own."""
 
+    layout: str = "auto"
+    """ddp: every GPU has the whole state; fsdp: it is split over all GPUs; hsdp: over groups of them that do the same
+    work; auto: the fastest that fits in a GPU's memory, see `slope pretrain --dry-run --gpus N`."""
+    gather: str = "auto"
+    """How long FSDP keeps the weights that it gathered: block, for a block's forward or backward pass (least memory),
+    or step (least communication)."""
     rendezvous_timeout: float = 300.0
     """Seconds in which all processes must have started."""
 
     def __post_init__(self) -> None:
+        self._one_of("layout", "auto", "ddp", "fsdp", "hsdp")
+        self._one_of("gather", "auto", "step", "block")
         self._positive("rendezvous_timeout")
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -33,6 +32,7 @@ from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report.progress import Progress
 from slope_cli.utils.files import LOCK, claimed_folder, held_folder, read_sealed, write_sealed
+from slope_cli.utils.shards import shard_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -127,21 +127,12 @@ def prepare_shard(
         UsageError: as `prepare`; or another process is at work on this share, or on one of another N.
         Stopped, SlopeError: as `prepare`.
     """
-    number, work = _shard(shard), _work(inputs, out, **options)
+    number, work = shard_of(shard), _work(inputs, out, **options)
     unmade = _run(work, number, stop)
     done = "is prepared; after all shards, the same command without --shard joins them"
     work.notes.append(f"{out}: shard {shard} {done}" if unmade else f"{out}: already prepared, nothing to do")
     for line in work.notes:
         work.display.say(line)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N"."""
-    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
-    number, count = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= number <= count:
-        raise UsageError(f"--shard {text}: must be I/N with I from 1 to N, as 1/8 to 8/8 (sbatch --array=1-8)")
-    return number, count
 
 
 def _work(

@@ -161,6 +161,13 @@ class Group:
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
 
+def gather_equal(own: Tensor, among: dist.ProcessGroup) -> Tensor:
+    """The flat tensors of some processes, all of one size, as rows in their order."""
+    gathered = own.new_empty(dist.get_world_size(among), len(own))
+    dist.all_gather(list(gathered), own, group=among)
+    return gathered
+
+
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Tensors in groups of one dtype and about BUCKET bytes, the same on every rank."""
     buckets: list[list[Tensor]] = []

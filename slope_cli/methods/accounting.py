@@ -18,7 +18,7 @@ from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.models import shapes
-from slope_cli.train.activations import transformer_blocks
+from slope_cli.models.build import transformer_blocks
 from sparse_kernels import AdaptedLinear, MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
 from sparse_kernels.formats import BF16
 

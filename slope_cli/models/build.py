@@ -2,11 +2,12 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -70,6 +71,12 @@ def build_model(config: PreTrainedConfig, *, device: str = "cpu", seed: int = 0)
         torch.default_generator.manual_seed(seed)
         model = model_class(config)
     return model if device == "meta" else model.to(device)
+
+
+def transformer_blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The blocks of a model: the entries of its first module list."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(lists, ())
 
 
 def _canonical(name: str, config_class: type, overrides: Mapping[str, Any]) -> dict[str, Any]:

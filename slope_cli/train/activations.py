@@ -4,13 +4,14 @@ The numbers stay the same: dropout draws again what it drew. Modules, parameters
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from slope_cli.models.build import transformer_blocks
 from sparse_kernels.ops import linear_op
 
 SPARSE = (linear_op._opoverload,)
@@ -22,12 +23,6 @@ ATTENTION = tuple(
 NARROW = 8
 """A product is worth saving unless its output has more than this times the columns of its input: a low-rank adapter's
 last product costs little, and its output is as large as that of the layer."""
-
-
-def transformer_blocks(model: nn.Module) -> Iterable[nn.Module]:
-    """The entries of the model's first module list."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next(lists, ())
 
 
 class _Checkpointed:

@@ -29,6 +29,7 @@ from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
 from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.generate import continue_text, prompt_ids
@@ -47,6 +48,7 @@ from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
+from slope_cli.train.parallel import layout_of
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.utils import jsonl
@@ -127,7 +129,7 @@ class Trainer:
         _set_up_torch(config, device)
         self.dataset = group.in_turn(lambda: open_data(config, run, stop, verify=self.speaks))
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
-        checkpoint = group.first(self._find_checkpoint)
+        checkpoint = self._find_checkpoint()
         shape = init.run_shape(config, run if checkpoint else None)
         self.dataset.check_model(shape.vocab_size, config.train.seq_len)
         self.objective = shapes.objective(shape)
@@ -143,6 +145,10 @@ class Trainer:
             self.model = init.start(config, run, device, calibrate=self.batches.calibrate)
         else:
             self.model = load.build(config, run, device, self.phase)
+        layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
+        self.sharding = Sharding(layout, group.ranks.world, device, self.dtype) if layout.gather else None
+        if self.sharding is not None:
+            self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
@@ -186,6 +192,8 @@ class Trainer:
     def enter(self, to: Phase) -> dict[str, Any]:
         """Move model and optimizer into a later phase, and return its log record."""
         apply(self.model, self.config, to, was=self.phase, optimizer=self.optimizer, calibrate=self.batches.calibrate)
+        if self.sharding is not None:
+            self.sharding.split_adapters(self.model, self.optimizer)
         self.phase = to
         self.take_step = self._make_step()  # compiled code belongs to the old phase
         adapters = [p for adapter in adapters_of(self.model).values() for p in adapter.parameters()]
@@ -245,12 +253,20 @@ class Trainer:
         tensorboard = self.config.log.tensorboard and self.step < self.config.train.steps
         return metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of products, or None for that of the weights."""
+        precision, gpu = self.config.train.precision, self.device.type == "cuda"
+        return torch.bfloat16 if precision == "bf16" or (precision == "auto" and gpu) else None
+
     def _make_step(self) -> Step | GraphedStep:
         """What takes the steps of the present phase on this device."""
         config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
         if train.cuda_graph is True and not gpu:
             raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {self.device}")
-        dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and gpu) else None
+        if train.cuda_graph is True and self.sharding is not None:
+            raise UsageError(f"train.cuda_graph=true: is not for distributed.layout={self.sharding.layout.name}")
+        dtype = self.dtype
         if self.phase.linearized and gpu and dtype is not None:
             # Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features
             # and states to 10 bits, which bf16 would not.
@@ -265,8 +281,8 @@ class Trainer:
         if self.phase.step == "distill":
             teacher = init.softmax_teacher(self.run, self.model, self.device)
             return DistillStep(self.model, self.optimizer, teacher=teacher, share=own.distill, **how)
-        step = Step(self.model, self.optimizer, **how)
-        graphed = gpu if train.cuda_graph == "auto" else bool(train.cuda_graph)
+        step = Step(self.model, self.optimizer, sharding=self.sharding, **how)
+        graphed = gpu and self.sharding is None if train.cuda_graph == "auto" else bool(train.cuda_graph)
         return GraphedStep(step) if graphed else step
 
     # ------------------------------------------------------------------------------------- validation, samples, saving
@@ -288,13 +304,15 @@ class Trainer:
             if validation is None:
                 return self.group.stopped_by(stop)
             progress.say(_validation_line(f"step {step}", log.write("val", step, **validation)))
-        sampled = "sample" in present or self.objective != "causal"
-        if self.speaks and not sampled and step and (last or _due(step, config.sample_every)):
+        sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
+        if not sampled and step and (last or _due(step, config.sample_every)):
             how: dict[str, Any] = {"tokens": config.sample_tokens, "seed": self.config.train.seed}
             how["dtype"] = self.take_step.dtype or torch.float32
             with eager():
                 text = continue_text(self.model, self.tokenizer, config.sample_prompt, **how)
             progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
+            if self.sharding is not None:
+                self.sharding.reshard(self.model)
         return ""
 
     def validate(self, stop: StopFlag | None = None) -> dict[str, Any] | None:
@@ -317,6 +335,8 @@ class Trainer:
                         sums[source] = _weighted(losses)
         finally:
             self.model.train()
+            if self.sharding is not None:
+                self.sharding.reshard(self.model)
         loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
         by_source = {source: total / count for source, (total, count) in sums.items()}
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
@@ -325,11 +345,15 @@ class Trainer:
         """Mean loss and number of targets of each batch of a source; None if a rank was stopped."""
         rank, world = self.group.ranks.rank, self.group.ranks.world
         own: list[Loss] = []
-        for number, batch in enumerate(self.batches.validation(source)):
-            if number % world == 0 and self.group.stopped_by(stop):
+        batches = iter(self.batches.validation(source))
+        while dealt_now := list(itertools.islice(batches, world)):
+            if self.group.stopped_by(stop):
                 return None
-            if number % world == rank:
-                own.append(loss_fn(forward(self.model, batch), batch))
+            # With split weights every rank takes part in every forward pass: one without a batch repeats the first.
+            batch = dealt_now[rank] if rank < len(dealt_now) else dealt_now[0] if self.sharding else None
+            loss = None if batch is None else loss_fn(forward(self.model, batch), batch)
+            if loss is not None and rank < len(dealt_now):
+                own.append(loss)
         # Read from the device only now, so that it need not wait between batches.
         dealt = self.group.gather([(float(loss.token_loss), int(loss.targets)) for loss in own])
         rounds = itertools.zip_longest(*dealt)
@@ -352,7 +376,7 @@ class Trainer:
     def _save(self, progress: Progress, log: metrics.Log, *, must: bool) -> None:
         """Save a checkpoint; unless it `must` be saved, a failure is only reported and training continues."""
         try:
-            folder = self.group.first(lambda: self._write_checkpoint(log.sync()))
+            folder = self._write_checkpoint(self.group.first(log.sync))
         except SlopeError as error:
             if must:
                 raise
@@ -361,25 +385,27 @@ class Trainer:
             progress.say(f"step {self.step}: saved {folder}")
 
     def _write_checkpoint(self, log: dict[str, Any]) -> Path:
-        metadata = {"data": self.dataset.fingerprint, **run_folder.manifest_metadata(self.config, self.run)}
-        metadata["logs"] = {metrics.JSONL: log} | jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS)
+        metadata = self.group.first(lambda: run_folder.manifest_metadata(self.config, self.run))
+        marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
+        metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
-        how: dict[str, Any] = {"keep": self.config.log.keep, "beside_base": self.phase.linearized}
-        return store.save(self.run, self.step, tensors, metadata, derived=derived, **how)
+        plan = store.planned(self.run, tensors, beside_base=self.phase.linearized, group=self.group)
+        how: dict[str, Any] = {"keep": self.config.log.keep, "derived": derived}
+        return store.save(self.run, self.step, plan, metadata, group=self.group, **how)
 
     # ---------------------------------------------------------------------------------------------------- the beginning
 
     def _find_checkpoint(self) -> store.Checkpoint | None:
         """The newest sound checkpoint of the run, checked against this data and this configuration."""
-        checkpoint = store.latest(self.run)
+        checkpoint = store.latest(self.run, self.group)
         if checkpoint is None:
             return None
         for fault in checkpoint.faults:
-            print(f"warning: {fault}; resuming from {checkpoint.folder.name}", file=sys.stderr)
+            self._say(f"warning: {fault}; resuming from {checkpoint.folder.name}")
         if checkpoint.manifest["data"] != self.dataset.fingerprint:
             raise UsageError(f"{self.run} was trained on other data than {self.dataset.folder}; choose another --out")
-        run_folder.require_same_config(self.config, self.run, checkpoint.manifest)
+        self.group.first(lambda: run_folder.require_same_config(self.config, self.run, checkpoint.manifest))
         return checkpoint
 
     def _unswapped_line(self) -> str:

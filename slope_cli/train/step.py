@@ -14,16 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError
 from slope_cli.models import shapes
+from slope_cli.models.build import transformer_blocks
 from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, token_cross_entropy
-from slope_cli.train.activations import transformer_blocks
 from sparse_kernels import update_masks
+from sparse_kernels.sharded import local
 
 
 class StepOutput(NamedTuple):
@@ -83,6 +86,7 @@ class Step:
         clip: float,
         compiled: bool = False,
         group: Group | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """
         Args:
@@ -90,8 +94,9 @@ class Step:
             clip: largest norm of the gradient, 0 for no clipping.
             compiled: compile each transformer block and the loss.
             group: the processes that take the steps together; None for this one alone.
+            sharding: how the model's weights are split over them; None if each has all.
         """
-        self.group = group or Group()
+        self.group, self.sharding = group or Group(), sharding
         self.model, self.optimizer, self.dtype, self.clip = model, optimizer, dtype, clip
         self.cache_casts = True
         """Whether autocast may use a weight's cast again in the same forward pass."""
@@ -101,7 +106,7 @@ class Step:
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
         self.forward_model: nn.Module = model
-        if self.group.several and self.overlaps:
+        if self.group.several and self.overlaps and sharding is None:
             self.forward_model = _averaging_gradients(model)
 
     def average_after_backward(self) -> None:
@@ -142,12 +147,15 @@ class Step:
         return self.group.mean_(own.double()).clamp(min=1 / self.group.ranks.world)
 
     def average_gradients(self) -> None:
-        """Average the gradient over the ranks, unless the backward pass has."""
-        if not self.overlaps:
-            self.group.average_([p.grad for p in self.model.parameters() if p.grad is not None])
+        """Average the gradient over the ranks, where the backward pass has not."""
+        if self.sharding is not None or not self.overlaps:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.group.average_([grad for grad in grads if not isinstance(grad, DTensor)])
 
     def _averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Within it a backward pass averages the gradient over the ranks, if it is the last of the step."""
+        """Within it a backward pass averages the gradient over the ranks, in DDP if it is the last of the step."""
+        if self.sharding is not None:
+            self.sharding.begin_micro_batch(self.model, last=last)
         if isinstance(self.forward_model, DistributedDataParallel) and not last:
             return self.forward_model.no_sync()
         return contextlib.nullcontext()
@@ -183,16 +191,28 @@ class Step:
 
     def norm(self) -> Tensor:
         """The norm of the whole gradient, on the device."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+        grads = [p.grad for p in self._trained() if p.grad is not None]
+        split = [grad for grad in grads if isinstance(grad, DTensor)]
+        whole = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
+        if not split:
+            return whole
+        norm: Any = torch.nn.utils.get_total_norm(split)
+        return torch.hypot(norm.full_tensor(), whole.to(self.model.device))
 
     def update(self, norm: Tensor) -> None:
         """Clip by the gradient's `norm` and update; without waiting for the device."""
-        if self.clip:
+        if self.clip and self.sharding is None:
             torch.nn.utils.clip_grads_with_norm_(self._trained(), self.clip, norm)
+        elif self.clip:
+            factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_([local(p.grad) for p in self._trained() if p.grad is not None], factor)
         self.optimizer.step()
 
     def update_masks(self, mask_update: MaskUpdate) -> None:
         """Choose the masks again."""
+        if self.sharding is not None:
+            self.sharding.update_masks(self.model, mask_update.backward, mask_update.seed)
+            return
         update_masks(self.model, backward=mask_update.backward, seed=mask_update.seed)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -206,7 +226,7 @@ class Step:
         if not math.isfinite(output.total):
             raise SlopeError(self._blame(self._blame_forward(batches), "the loss is not finite, in the mean alone"))
         if not math.isfinite(output.norm):
-            if self.group.several:
+            if self.group.several and self.sharding is None:
                 self._repeat_alone(batches)
             raise SlopeError(self._blame(self._blame_gradient(), "the gradient is not finite, in the mean alone"))
         return output
@@ -251,7 +271,7 @@ class Step:
     def _blame_gradient(self) -> str:
         """Name the layer nearest to the loss whose gradient is not finite."""
         named = self.model.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
         if self.group.several and not bad:
             return ""
         where = bad[-1] if bad else "the norm alone"

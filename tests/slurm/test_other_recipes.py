@@ -1,4 +1,4 @@
-"""The other recipes on a real SLURM: arrays that share work, with a job that ends it, and linearize."""
+"""The other recipes on a real SLURM: arrays that share work, the job that ends it, and linearize."""
 
 from pathlib import Path
 
@@ -52,12 +52,13 @@ def test_linearize(tmp_path: Path, shared: Path, gpus: int) -> None:
     trained = submit("pretrain", model, RECIPE, *own, "--out", model)
     assert trained.ends() == DONE, trained.describe()
     words = (
+        "train.device=cpu",
         "train.steps=6",
-        "linearize.window=8",
         "train.seq_len=32",
         "train.tokens_per_step=128",
         "train.micro_batch=2",
     )
+    words = (*words, "linearize.window=8")
     job = submit("linearize", run, model, *words, "--out", run, options=(f"--gpus-per-node={gpus}",))
     assert job.ends() == DONE, job.describe()
     assert metrics.read(run)[-1]["step"] == 6

@@ -1,0 +1,148 @@
+"""A model whose matrices are split by rows over processes, by FSDP2 (torch.distributed.fsdp.fully_shard).
+
+FSDP2 gathers a block's matrices for its forward and backward passes, in 16 bits where products are, and reduces their
+gradients in float32. Here is what sparse layers need at its edges:
+
+* A sparse layer's `values` are split in whole groups of rows, so that each process chooses the masks of its own rows
+  from its own float32 weights, as one process would; then the bits are gathered. Masks are whole everywhere.
+* Vectors (biases, norms) stay whole and float32; their gradients are averaged after the backward pass.
+
+Shape suffixes: O out features, I in features, R rows of this process, K kept entries of a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from slope_cli.distributed.collectives import gather_equal
+from slope_cli.distributed.layouts import Layout
+from slope_cli.models.build import transformer_blocks
+from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels.layers import layer_seed
+from sparse_kernels.sharded import local, local_rows
+
+
+class Sharding:
+    """How a model is split. The same object serves all phases of a run."""
+
+    def __init__(self, layout: Layout, world: int, device: torch.device, dtype: torch.dtype | None) -> None:
+        """
+        Args:
+            layout: fsdp or hsdp.
+            world: all processes; a multiple of layout.shard.
+            dtype: of products, in which matrices are gathered; None for that of the weights.
+        """
+        self.layout, self.device, self.degree = layout, device, layout.shard
+        if not dist.is_initialized():  # one process, which FSDP2 can split over as well
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        names: tuple[str, ...] = ("shard",) if world == self.degree else ("replicate", "shard")
+        shape = (world,) if world == self.degree else (world // self.degree, self.degree)
+        self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self._shards = self._mesh.get_group("shard")
+        reduced: dict[str, Any] = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+        self._in_products = MixedPrecisionPolicy(param_dtype=dtype, **reduced)
+        self._elsewhere = MixedPrecisionPolicy(**reduced)  # embeddings are looked up in float32, as on one device
+
+    # ------------------------------------------------------------------------------------------------- splitting
+
+    def split(self, model: nn.Module) -> None:
+        """Move a model to the device, block by block, and split its matrices; call it before any optimizer is made."""
+        vectors = {p for p in model.parameters() if p.dim() < 2}
+        for vector in vectors:
+            vector.data = vector.data.to(self.device)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        for block in transformer_blocks(model):
+            self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
+        self._split(model, self._elsewhere, reshard=False, whole=vectors)
+
+    def split_adapters(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Split the adapters that joined a model after it was split, in the optimizer too, which has no state of them.
+
+        They are gathered one by one from then on; in a run that resumes later, with their block.
+        """
+        split: dict[int, nn.Parameter] = {}
+        for adapter in adapters_of(model).values():
+            old = list(adapter.parameters())
+            if any(isinstance(p, dist.tensor.DTensor) for p in old):
+                continue
+            self._split(adapter, self._in_products, reshard=self.layout.gather == "block", whole=set())
+            split |= zip(map(id, old), adapter.parameters(), strict=True)
+        for group in optimizer.param_groups:
+            group["params"] = [split.get(id(p), p) for p in group["params"]]
+
+    def _split(
+        self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshard: bool, whole: set[nn.Parameter]
+    ) -> None:
+        fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+
+    def begin_micro_batch(self, model: nn.Module, *, last: bool) -> None:
+        """Say whether a micro-batch is the last of its step: until then, with gather=step, weights stay gathered."""
+        root = cast(FSDPModule, model)
+        root.set_reshard_after_backward(last or self.layout.gather == "block")
+        root.set_requires_all_reduce(last)
+
+    def reshard(self, model: nn.Module) -> None:
+        """Let a model have only its own rows, after a forward pass without a backward one."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    # ----------------------------------------------------------------------------------------------------- masks
+
+    @torch.no_grad()
+    def update_masks(self, model: nn.Module, backward: str, seed: int) -> None:
+        """As `sparse_kernels.update_masks`: each process chooses for its own rows, then the masks are gathered."""
+        sparse, masked = list(sparse_layers(model)), [layer for _, layer in masked_layers(model) if not layer.unmasked]
+        for name, random in sparse if backward != "magnitude" else ():
+            random.choose_backward_mask_at_random(backward, layer_seed(seed, name))
+        followers = [layer for _, layer in sparse] if backward == "magnitude" else []
+        own = [layer.backward_bits(local(layer.values), local_rows(layer.values)) for layer in followers]
+        own += [layer.chosen(local(layer.weight)).view(torch.uint8) for layer in masked]
+        parts = self._gather([*followers, *masked], own)
+        for followed, bits in zip(followers, parts[: len(followers)], strict=True):
+            followed.backward_mask_bits.copy_(torch.cat(bits, dim=1))  # (I, R/8) of each process -> (I, O/8)
+        for layer, rows in zip(masked, parts[len(followers) :], strict=True):
+            layer.mask.copy_(torch.cat(rows).view(torch.bool))  # (R, I) of each process -> (O, I)
+        self._update_backward_scales([layer for _, layer in sparse])
+
+    def _shape(self, layer: SparseLinear | MaskedLinear, rank: int) -> tuple[int, int]:
+        """Of the part of a layer's mask that a process chooses; each has as many rows, and the last ones fewer."""
+        size = -(-layer.out_features // self.degree)
+        count = max(0, min(size, layer.out_features - rank * size))
+        return (layer.in_features, -(-count // 8)) if isinstance(layer, SparseLinear) else (count, layer.in_features)
+
+    def _gather(self, layers: Sequence[SparseLinear | MaskedLinear], own: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The parts of each layer's mask, uint8, of all processes in their order; own: those of this process."""
+        if not layers:
+            return []
+        shapes = [[self._shape(layer, rank) for layer in layers] for rank in range(self.degree)]
+        size = sum(height * width for height, width in shapes[0])  # the first process has most
+        buffer = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        flat = torch.cat([part.flatten() for part in own])
+        buffer[: len(flat)] = flat
+        by_rank = []
+        for row, each in zip(gather_equal(buffer, self._shards), shapes, strict=True):
+            counts = [height * width for height, width in each]
+            parts = row[: sum(counts)].split(counts)
+            by_rank.append([part.view(shape) for part, shape in zip(parts, each, strict=True)])
+        return [list(parts) for parts in zip(*by_rank, strict=True)]
+
+    def _update_backward_scales(self, layers: Sequence[SparseLinear]) -> None:
+        """Compute each `backward_scale` from the norms of all rows."""
+        scaled = [layer for layer in layers if layer.backward_scale is not None]
+        if not scaled:
+            return
+        norms = [layer.norms(local(layer.values), local_rows(layer.values)) for layer in scaled]
+        squares = torch.stack(norms).square_()
+        dist.all_reduce(squares, group=self._shards)
+        for layer, (forward, backward) in zip(scaled, squares.sqrt(), strict=True):
+            layer.set_backward_scale(forward, backward)

@@ -1,0 +1,70 @@
+"""How the model of a run is laid out over its processes."""
+
+from pathlib import Path
+
+import torch
+
+from slope_cli.config.schema import Config
+from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
+from slope_cli.errors import SlopeError, UsageError
+from slope_cli.methods import phases_of
+from slope_cli.methods.accounting import phase_sizes
+from slope_cli.train.dry_run import untrained_model
+
+BITS = 8
+"""Rows whose mask is in one byte."""
+
+
+def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, device: torch.device) -> Layout:
+    """The layout that a run has on a number of processes.
+
+    Args:
+        run: its folder, if it has begun.
+        device: of one of them; on a CPU "auto" is ddp.
+
+    Raises:
+        UsageError: fsdp or hsdp for a run whose layers change their kind, or become linear, or whose optimizer is LAMB.
+        SlopeError: no layout fits in a GPU's memory.
+    """
+    keys, gpu = config.distributed, device.type == "cuda"
+    reason = _whole_because(config)
+    if keys.layout in ("fsdp", "hsdp") and reason:
+        raise UsageError(f"distributed.layout={keys.layout}: {reason}; set distributed.layout=ddp")
+    if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu or reason)):
+        return Layout("ddp")
+    if world == 1:
+        return Layout("fsdp", 1, "step" if keys.gather == "auto" else keys.gather)
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else 1 << 60
+    choice = _choice(config, run, Cluster(world, gpus_per_node, memory), rows=ROWS if gpu else BITS)
+    if keys.layout != "auto" and not choice.layout.gather:
+        rule = f"the rows of sparse layers cannot be split over {world} GPUs in groups of {ROWS}"
+        raise UsageError(f"distributed.layout={keys.layout}: {rule}")
+    if not choice.fits:
+        need, have = choice.memory.total / 1e9, memory / 1e9
+        raise SlopeError(
+            f"no layout fits: {choice.layout} needs {need:.0f} GB of a GPU that has {have:.0f}; take more GPUs, a "
+            "smaller train.micro_batch or train.activation_checkpointing=block (see `slope pretrain --dry-run --gpus N`)"
+        )
+    return choice.layout
+
+
+def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Choice:
+    return choose(
+        phase_sizes(untrained_model(config, run), config),
+        cluster,
+        micro_batches=config.train.accumulation(cluster.world),
+        activation_checkpointing=config.train.activation_checkpointing,
+        layout=config.distributed.layout,
+        gather=config.distributed.gather,
+        group=rows,
+    )
+
+
+def _whole_because(config: Config) -> str:
+    """Why every GPU must have the whole state; "" if it may be split."""
+    phases = phases_of(config)
+    if phases.end.linearized:
+        return "a run that linearizes is not split"
+    if len({phase.layers.kind for phase in phases.distinct}) > 1:
+        return "layers that change their kind during the run are not split"
+    return "LAMB needs the norms of whole weights" if config.optim.name == "lamb" else ""

@@ -1,0 +1,21 @@
+"""Weights of which a process has only some rows, as DTensors."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process has, sharing its memory; of a plain tensor all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Which rows these are: torch splits rows so that each process has as many, and the last ones fewer."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, tensor.shape[0])
+    mesh = tensor.device_mesh
+    dim = next((number for number, placement in enumerate(tensor.placements) if placement.is_shard(0)), None)
+    if dim is None:
+        return slice(0, tensor.shape[0])
+    first = min(mesh.get_local_rank(dim) * -(-tensor.shape[0] // mesh.size(dim)), tensor.shape[0])
+    return slice(first, first + tensor.to_local().shape[0])
