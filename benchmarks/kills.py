@@ -3,9 +3,10 @@
     python -m slope_cli.benchmarks.kills --work DIR --kills N --jobs J --seed S --out FILE
 
 A life of a command begins with its first start and ends when a start reaches its end; until then its process group is
-killed up to MOST times. A third of the kills is of each of `commands`, on tiny models, one thread per process.
-Half of the moments lie anywhere in the command's uninterrupted length, half after the start-up. A life that ends wrong
-keeps its folder in DIR.
+killed up to MOST times. Each of `commands`, on tiny models, one thread per process, gets an equal share of the kills.
+Half of the moments lie anywhere in the command's uninterrupted length, half after the start-up. Of a command of several
+ranks, one is killed, and the others must end within HANG seconds, or all are. A life that ends wrong keeps its folder
+in DIR.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +37,8 @@ MOST = 4
 """Kills of one life."""
 LIMIT = 600
 """Seconds after which a start counts as hanging."""
+HANG = 60
+"""Seconds in which the ranks that were not killed must end."""
 SOURCES = 6
 WORDS = "the a cat dog saw took small green house river and then but never morning light with under walked slowly"
 CLOCK = ("tokens_per_s",)
@@ -47,6 +51,8 @@ SHORT = [
 ]
 PRETRAIN = [*SHAPE, *SHORT, "model.dropout=0.1", "slope.mask_update_interval=3", "adapters.start=0.5", "train.steps=40"]
 BASE = [*SHAPE, *SHORT, "method=dense", "train.steps=10"]
+RANKS = ["train.micro_batch=1", "train.steps=30"]
+"""What differs where several ranks share the batch."""
 LINEARIZE = [*SHORT, "linearize.window=2", "train.steps=40"]
 
 
@@ -57,6 +63,12 @@ class Command:
     name: str
     words: Sequence[str]
     end: Callable[[Path], dict[str, Any]]
+    ranks: int = 1
+
+    @property
+    def folder(self) -> str:
+        """The beginning of the names of its folders."""
+        return self.name.replace(",", "").replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class Life:
     """How one life went: its kills, the seconds of the start that reached the end, and what is wrong with that."""
 
     kills: int = 0
+    hangs: int = 0
     last_start_s: float = 0.0
     lost: str = ""
     unequal: list[str] = field(default_factory=list)
@@ -89,8 +102,10 @@ def commands(work: Path) -> list[Command]:
     data, base = work / "data", work / "base"
     _made([*preparing, "--out", str(data)], work)
     _made(["pretrain", "gpt2-nano", *BASE, f"data.path={data}", "--out", str(base)], work)
+    pretraining = ["pretrain", "gpt2-nano", *PRETRAIN, f"data.path={data}"]
     return [
-        Command("pretrain", ["pretrain", "gpt2-nano", *PRETRAIN, f"data.path={data}"], run_end),
+        Command("pretrain", pretraining, run_end),
+        *(Command(f"pretrain, {ranks} ranks", [*pretraining, *RANKS], run_end, ranks) for ranks in (2, 4)),
         Command("data prepare", preparing, folder_end),
         Command("linearize", ["linearize", str(base), *LINEARIZE, f"data.path={data}"], run_end),
     ]
@@ -112,59 +127,87 @@ def folder_end(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
-def start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start `slope WORDS…` of this installation in a process group of its own; what it prints is appended to a file."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    own = str(Path(slope_cli.__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    command = [sys.executable, "-P", "-m", "slope_cli", *words]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command, cwd=log.parent, env=environment | threads, stdout=file, stderr=file, start_new_session=True
-        )
+class Start:
+    """`slope WORDS…` of this installation, each rank in a process group of its own; what they print goes to a file."""
+
+    def __init__(self, words: Sequence[str], log: Path, ranks: int = 1) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        own = str(Path(slope_cli.__file__).resolve().parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        if ranks > 1:  # as torchrun would start them
+            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        command = [sys.executable, "-P", "-m", "slope_cli", *words]
+        self.processes = []
+        for rank in range(ranks):
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            with log.open("ab") as file:
+                how: dict[str, Any] = {"stdout": file, "stderr": file, "start_new_session": True}
+                self.processes.append(subprocess.Popen(command, cwd=log.parent, env=environment | number, **how))
+
+    def ended(self, seconds: float) -> bool:
+        """Whether all ranks end within a time; they are left zombies, so that their numbers stay their own."""
+        end, flags = time.monotonic() + seconds, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while not (done := all(p.returncode is not None or os.waitid(os.P_PID, p.pid, flags) for p in self.processes)):
+            if time.monotonic() >= end:
+                break
+            time.sleep(min(0.01, max(0.0, end - time.monotonic())))
+        return done
+
+    def kill(self, rank: int | None = None) -> bool:
+        """Kill the process group of a rank, or of all; whether one had not ended before."""
+        chosen = self.processes if rank is None else [self.processes[rank]]
+        for process in chosen:
+            os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        return -signal.SIGKILL in [process.wait() for process in chosen]
+
+    def hangs(self) -> bool:
+        """Whether a rank still works HANG seconds after another was killed; then all are."""
+        others = [process for process in self.processes if process.returncode is None]
+        end = time.monotonic() + HANG
+        for process in others:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                for other in others:
+                    if other.poll() is None:
+                        os.killpg(other.pid, signal.SIGKILL)
+                        other.wait()
+                return True
+        return False
+
+    def finish(self) -> str:
+        """Wait for the end; what is wrong with it, or ''."""
+        if not self.ended(LIMIT):
+            self.kill()
+            return f"hangs for {LIMIT} s"
+        codes = {process.wait() for process in self.processes} - {0}
+        return f"exit code {min(codes)}" if codes else ""
 
 
-def kill(process: subprocess.Popen[bytes]) -> bool:
-    """Kill a process group; whether its leader had not ended before."""
-    os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
-    return process.wait() == -signal.SIGKILL
-
-
-def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether a process ends within a time; it is left a zombie, so that its number stays its own."""
-    end = time.monotonic() + seconds
-    while not (done := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-        if time.monotonic() >= end:
-            break
-        time.sleep(min(0.01, max(0.0, end - time.monotonic())))
-    return done is not None
-
-
-def finish(process: subprocess.Popen[bytes]) -> str:
-    """Wait for the end of a process; what is wrong with it, or ''."""
-    if not ended(process, LIMIT):
-        kill(process)
-        return f"hangs for {LIMIT} s"
-    return f"exit code {code}" if (code := process.wait()) else ""
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def uninterrupted(command: Command, work: Path) -> Uninterrupted:
     """Run a command without a kill."""
-    out = work / f"uninterrupted-{command.name.replace(' ', '-')}"
+    out = work / f"uninterrupted-{command.folder}"
     began, setup_s = time.monotonic(), 0.0
-    process = start([*command.words, "--out", str(out)], out.with_suffix(".log"))
-    while not ended(process, 0.01):
+    started = Start([*command.words, "--out", str(out)], out.with_suffix(".log"), command.ranks)
+    while not started.ended(0.01):
         setup_s = setup_s or (time.monotonic() - began if out.is_dir() and any(out.iterdir()) else 0.0)
     seconds = time.monotonic() - began
-    if fault := finish(process):
+    if fault := started.finish():
         raise SystemExit(f"{out.with_suffix('.log')}: {command.name}: {fault}")
     return Uninterrupted(seconds, setup_s, command.end(out))
 
 
 def _made(words: Sequence[str], work: Path) -> None:
     log = work / "made.log"
-    if fault := finish(start(words, log)):
+    if fault := Start(words, log).finish():
         raise SystemExit(f"{log}: {words[0]}: {fault}")
 
 
@@ -172,12 +215,14 @@ def live(command: Command, whole: Uninterrupted, out: Path, most: int, moments: 
     """One life, with at most so many kills. Its folder and log go unless something is wrong."""
     life, words, log = Life(), [*command.words, "--out", str(out)], out.with_suffix(".log")
     while True:
-        began, process = time.monotonic(), start(words, log)
+        began, started = time.monotonic(), Start(words, log, command.ranks)
         moment = moments.uniform(moments.choice((0.0, whole.setup_s)), whole.seconds)
-        if life.kills == most or ended(process, moment) or not kill(process):
+        rank = moments.choice([None, *range(command.ranks)]) if command.ranks > 1 else None
+        if life.kills == most or started.ended(moment) or not started.kill(rank):
             break
         life.kills += 1
-    life.lost = finish(process)
+        life.hangs += started.hangs()
+    life.lost = started.finish()
     life.last_start_s = time.monotonic() - began
     if not life.lost:
         try:
@@ -201,7 +246,7 @@ def lives(command: Command, whole: Uninterrupted, kills: int, jobs: int, seed: i
     def job(number: int, wanted: int) -> list[Life]:
         moments, done = random.Random(f"{seed} {command.name} {number}"), list[Life]()
         while wanted > 0:  # a kill that comes after the end does not count
-            out = work / f"{command.name.replace(' ', '-')}-{number}-{len(done)}"
+            out = work / f"{command.folder}-{number}-{len(done)}"
             done.append(live(command, whole, out, moments.randint(1, min(MOST, wanted)), moments))
             wanted -= done[-1].kills
         return done
@@ -217,7 +262,9 @@ def measure(command: Command, kills: int, jobs: int, seed: int, work: Path) -> K
     all_lives = list(lives(command, whole, kills, jobs, seed, work))
     return KillRow(
         command=command.name,
+        ranks=command.ranks,
         kills=sum(life.kills for life in all_lives),
+        hangs=sum(life.hangs for life in all_lives),
         lives=len(all_lives),
         lost=[life.lost for life in all_lives if life.lost],
         unequal=[", ".join(life.unequal) for life in all_lives if life.unequal],
@@ -228,7 +275,7 @@ def measure(command: Command, kills: int, jobs: int, seed: int, work: Path) -> K
 
 
 def main() -> None:
-    """Kill, print each command's row as it comes, and write the file; exit code 1 if an end is lost or unequal."""
+    """Kill, print each command's row as it comes, and write the file; exit code 1 for a hang or a wrong end."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, required=True)
@@ -245,8 +292,8 @@ def main() -> None:
         results.rows.append(measure(command, kills, words.jobs, words.seed, work))
         print(json.dumps(asdict(results.rows[-1])), flush=True)
         write_json(words.out, asdict(results))
-    if any(row.lost or row.unequal for row in results.rows):
-        raise SystemExit(f"an end is lost or unequal; see {words.out} and the folders in {work}")
+    if any(row.lost or row.unequal or row.hangs for row in results.rows):
+        raise SystemExit(f"a hang, or an end that is lost or unequal; see {words.out} and the folders in {work}")
 
 
 if __name__ == "__main__":

@@ -281,13 +281,16 @@ class GenerateResults(Results):
 class KillRow:
     """Random SIGKILLs of a command, which was started again until it ended.
 
+    ranks: its processes, of which a kill takes one or all; hangs: kills of one after which the others did not end.
     lives: its ends; lost: those that it did not reach, or that cannot be read; unequal: those that differ from the
     uninterrupted command's, by what differs. setup_s: before it writes a file; longest_restart_s: of a start after a
     kill, to the end.
     """
 
     command: str
+    ranks: int = 1
     kills: int
+    hangs: int = 0
     lives: int
     lost: list[str]
     unequal: list[str]

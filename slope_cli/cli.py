@@ -19,6 +19,7 @@ import typer
 import slope_cli
 from slope_cli.config import configs, schema
 from slope_cli.distributed import launch, peers
+from slope_cli.distributed.caches import node_caches
 from slope_cli.distributed.signals import STOPPED, StopFlag
 from slope_cli.errors import SlopeError, UsageError, one_line
 from slope_cli.report.terminal import escaped_streams, flushed_output
@@ -112,6 +113,7 @@ def _train(
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
     launch.use_granted_cores()
+    node_caches(launch.ranks())
     config = configs.load(recipe, [*implied, *overrides])
     if launch.ranks().first:
         for line in configs.without_effect(config, overrides):
@@ -122,9 +124,10 @@ def _train(
         _print(*describe(config, gpus), as_json)
         return
     from slope_cli.train import loop
+    from slope_cli.train.summary import report_lines
 
     if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
-        _print(summary | {"run": str(run)}, loop.report_lines(summary, run), as_json)
+        _print(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 
 @data_app.command("prepare")

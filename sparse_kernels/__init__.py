@@ -15,7 +15,8 @@ The three products of a layer (SLoPe, arXiv 2405.16325, equations 4.4-4.6), B to
     adapter      Y += scaling · (X · A^T) · B^T                   A[r,in], B[out,r]
 
 The only trainable weight is `values` (out, in·N/M), an ordinary parameter: optimizers, clipping and checkpoints need
-nothing special. Several processes are not supported yet: under DDP and FSDP the masks of ranks may diverge.
+nothing special. Under DDP set broadcast_buffers=False: every rank updates its masks alike. Under FSDP2 a rank has some
+rows of `values`, and `update_masks` does not work: slope_cli.distributed.sharding has what does.
 
 The baselines SR-STE, FST and Wanda train dense weights under a mask: `mask_layers` makes MaskedLinear layers,
 `update_masks` and `decay_pruned` are called in the training loop, and `sparsify` can continue from there.
@@ -32,6 +33,7 @@ from sparse_kernels.layers import (
     check_backend,
     dense_weights,
     mask_buffers,
+    measure_kernels,
     prepare,
     refresh,
     set_backend,
@@ -69,6 +71,7 @@ __all__ = [
     "mask_buffers",
     "mask_layers",
     "masked_layers",
+    "measure_kernels",
     "prepare",
     "refresh",
     "remove_masks",

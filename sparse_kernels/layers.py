@@ -13,6 +13,7 @@ from sparse_kernels import cuda, cusparselt, kernel_choice, ops
 from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
+from sparse_kernels.matmul_plan import MatmulShape
 from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -143,6 +144,18 @@ def dense_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> Itera
     finally:
         for layer in layers:
             layer.dense_weight = None
+
+
+def measure_kernels(model: nn.Module, tokens: int, dtype: torch.dtype) -> None:
+    """Decide for every product of the 2:4 layers, for this number of tokens, whether it runs sparse or dense.
+
+    Nothing is packed, and of the weights only the shapes matter: they may be split over processes.
+    """
+    for _, layer in sparse_layers(model):
+        if layer.values.is_cuda and layer.backend != "reference" and (layer.n, layer.m) == (2, 4) and dtype in FORMATS:
+            sides, device = (layer.out_features, layer.in_features), layer.values.get_device()
+            kernel_choice.choose(MatmulShape(*sides, tokens, dtype, layer.bias is not None), device)
+            kernel_choice.choose(MatmulShape(*sides[::-1], tokens, dtype, bias=False), device)
 
 
 def _weight(layer: SparseLinear) -> LayerWeight:

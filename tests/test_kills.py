@@ -14,19 +14,30 @@ from slope_cli.benchmarks import kills
 @pytest.mark.slow
 def test_killed_commands_end_as_the_uninterrupted_ones(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
-    words = ["--work", str(tmp_path / "work"), "--kills", "4", "--jobs", "2", "--seed", "3", "--out", str(out)]
+    words = ["--work", str(tmp_path / "work"), "--kills", "6", "--jobs", "2", "--seed", "3", "--out", str(out)]
     command = [sys.executable, "-P", "-m", "slope_cli.benchmarks.kills", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert [(row["command"], row["kills"]) for row in result["rows"]] == [
-        ("pretrain", 1),
-        ("data prepare", 1),
-        ("linearize", 2),
+    assert [(row["command"], row["ranks"], row["kills"]) for row in result["rows"]] == [
+        ("pretrain", 1, 1),
+        ("pretrain, 2 ranks", 2, 1),
+        ("pretrain, 4 ranks", 4, 1),
+        ("data prepare", 1, 1),
+        ("linearize", 1, 2),
     ]
     assert all(row["lost"] == row["unequal"] == [] and row["longest_restart_s"] > 0 for row in result["rows"])
+    assert all(row["hangs"] == 0 for row in result["rows"])
     assert result["machine"]["torch"]
     assert not list((tmp_path / "work").glob("*-[0-9]-[0-9]*"))  # the folders of sound ends go
+
+
+@pytest.mark.slow
+def test_five_kills_of_one_of_two_ranks_or_of_both_lose_nothing_and_leave_none_hanging(tmp_path: Path) -> None:
+    """At random moments of a run that saves after every second step."""
+    (command,) = (command for command in kills.commands(tmp_path) if command.ranks == 2)
+    row = kills.measure(command, 5, 1, 7, tmp_path)
+    assert (row.kills, row.hangs, row.lost, row.unequal) == (5, 0, [], [])
 
 
 @pytest.mark.slow

@@ -123,15 +123,17 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: i
     assert "error" not in ranks.printed()
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    more = ("train.steps=30", "log.every=1", "model.dropout=0.1")
-    whole = Ranks(2, words(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
-    cut = Ranks(2, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_stopped_run_resumes_to_the_same_bits(layout: str, tmp_path: Path) -> None:
+    """With four ranks: a sum of two does not depend on its order."""
+    more = ("train.steps=24", "log.every=1", "model.dropout=0.1", "train.micro_batch=1", f"distributed.layout={layout}")
+    whole = Ranks(4, words(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
+    cut = Ranks(4, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
     cut.wait_for("step 6/")
     cut.send(1, signal.SIGTERM)
-    assert cut.finish() == [75, 0]
-    assert whole.finish() == [0, 0]
-    assert Ranks(2, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut").finish() == [0, 0]
+    assert cut.finish() == [75, 0, 0, 0]
+    assert whole.finish() == [0] * 4
+    assert Ranks(4, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut").finish() == [0] * 4
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     config = tiny(prepared("bytes"), "train.tokens_per_step=256", *more)
     states = [final_state(config, tmp_path / name) for name in ("cut", "whole")]
@@ -304,6 +306,17 @@ def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp
         ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
         assert ranks.finish() == [0] * world, ranks.printed()
         assert_close(tmp_path / f"{world}", tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_weights_split_within_nodes_make_the_run_of_one_process(tmp_path: Path) -> None:
+    settings = ("train.steps=16", "adapters.start=0.5", "train.micro_batch=1")
+    assert Ranks(1, words(*settings, out=tmp_path / "1"), tmp_path / "logs-1").finish() == [0]
+    split = words(*settings, "distributed.layout=hsdp", out=tmp_path / "4")
+    ranks = Ranks(4, split, tmp_path / "logs-4", nodes=2)
+    assert ranks.finish() == [0] * 4, ranks.printed()
+    assert "hsdp of 2" in ranks.printed(0)
+    assert_close(tmp_path / "4", tmp_path / "1")
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def _fill_disk_of_one_rank(group: Group, run: Path, full: int) -> tuple[str, lis
     except SlopeError as raised:
         error = str(raised)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    left = sorted(os.listdir(run / "checkpoints"))
+    left = group.first(lambda: sorted(os.listdir(run / "checkpoints")))
     return error, left, store.save(run, 3, tensors, METADATA, keep=5, group=group).name
 
 

@@ -82,7 +82,7 @@ class Plan:
     Attributes:
         metadata: what the manifest is to say of the tensors.
         whole_bytes: of the tensors, over all ranks.
-        bytes: of what this rank writes.
+        copy_bytes: of host memory that a copy of what this rank writes takes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Plan:
         # Each rank does the same, so that nobody need tell the others.
         plans, self._metadata = self._planner.create_global_plan(group.gather(self._planner.create_local_plan()))
         self._plan = plans[group.ranks.rank]
-        self.bytes = sum(self._planner.lookup_object(item.index).nbytes for item in self._plan.items)
+        self.copy_bytes = sum(_host_bytes(self._planner.lookup_object(item.index)) for item in self._plan.items)
 
     def copy(self, into: dict[str, Tensor]) -> None:
         """Copy what this rank writes into host memory, so that the tensors may change before they are written.
@@ -152,6 +152,11 @@ class Plan:
     def files(self) -> set[str]:
         """The names of the files that .metadata names, and its own, once it is written; on rank 0."""
         return {place.relative_path for place in (self._metadata.storage_data or {}).values()} | {METADATA}
+
+
+def _host_bytes(tensor: Tensor) -> int:
+    """Of a copy in host memory; torch makes pinned memory in powers of two."""
+    return 1 << max(tensor.nbytes - 1, 0).bit_length() if tensor.is_cuda else tensor.nbytes
 
 
 def _hashed(folder: Path, rank: int) -> dict[str, dict[str, Any]]:

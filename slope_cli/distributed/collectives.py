@@ -38,18 +38,29 @@ class Group:
         members: what each of them runs on, by rank; see `checks.describe`.
     """
 
-    def __init__(self, ranks: Ranks | None = None, hosts: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        hosts: dist.ProcessGroup | None = None,
+        apart: dist.ProcessGroup | None = None,
+    ) -> None:
         """
         Args:
             hosts: a gloo group of all ranks for everything that is not between devices; None for a single process.
+            apart: another one.
         """
-        self.ranks, self._hosts = ranks or Ranks(), hosts
+        self.ranks, self._hosts, self._apart = ranks or Ranks(), hosts, apart
         self.members: list[dict[str, Any]] = []
 
     @property
     def several(self) -> bool:
         """Whether there is more than one process."""
         return self._hosts is not None
+
+    @property
+    def apart(self) -> "Group":
+        """The same processes with connections of their own, for one other thread in each."""
+        return Group(self.ranks, self._apart)
 
     # ----------------------------------------------------------------------------------------------- objects and errors
 
@@ -234,7 +245,8 @@ def join(ranks: Ranks, device: torch.device, stop: StopFlag | None = None, *, se
         timeout=DEVICE_TIMEOUT,
         device_id=device if gpu else None,
     )
-    group = Group(ranks, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+    hosts, apart = (dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) for _ in range(2))
+    group = Group(ranks, hosts, apart)
     group.members = group.gather(checks.describe(ranks, device))
     checks.require_alike(group.members)
     _first_sum(group, device)

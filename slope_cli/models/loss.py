@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from slope_cli.data.batches import IGNORED_LABEL
@@ -49,15 +49,15 @@ class Loss(NamedTuple):
     sentence_loss: Tensor | None = None
 
 
-def forward(model: nn.Module, batch: Batch) -> Output:
+def forward(model: PreTrainedModel, batch: Batch) -> Output:
     """Predict the tokens of a batch.
 
     Args:
-        model: of `build_model`, or any causal model of transformers; DistributedDataParallel may be around it.
+        model: of `build_model`, or any causal model of transformers.
         batch: input_ids; in a model that predicts masked tokens also token_type_ids and attention_mask, where there are
             any, int64, (B, T).
     """
-    config = getattr(model, "module", model).config
+    config = model.config
     if objective(config) == "causal":
         with _without_padding(config):
             return Output(model(input_ids=batch["input_ids"], use_cache=False).logits)

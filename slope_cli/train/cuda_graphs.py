@@ -21,7 +21,6 @@ class GraphedStep:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        step.average_after_backward()  # between two graphs: none contains a collective
         step.cache_casts = False  # the graphs must contain the casts of the weights
         self._graphs: _Graphs | None = None
 
@@ -102,7 +101,7 @@ class _Graphs:
             else:
                 self._further.replay()
                 losses += self._further_losses
-        self._step.average_gradients()
+        self._step.average_gradients()  # between two graphs: none contains a collective
         self._norm.replay()
         return losses, self._norm_value
 

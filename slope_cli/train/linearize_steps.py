@@ -28,8 +28,6 @@ class TransferStep(Step):
     the run's schedule and the last state is kept; LoLCATs' code keeps the state with the best validation instead.
     """
 
-    overlaps = False  # a forward pass contains a backward pass of each layer
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -128,7 +126,7 @@ class DistillStep(Step):
         """The pretraining loss of one micro-batch, and the mixed loss to optimise."""
         with torch.no_grad():
             teacher_BTV = forward(self.teacher, batch).logits
-        output = forward(self.forward_model, batch)
+        output = forward(self.model, batch)
         loss = loss_fn(output, batch, self.cross_entropy)
         kl = self.kl_divergence(output.logits, teacher_BTV, batch["labels"])
         return loss, (1 - self.share) * loss.token_loss + self.share * kl

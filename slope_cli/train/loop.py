@@ -6,13 +6,10 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 """
 
 import contextlib
-import itertools
-import math
 import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slope_cli.checkpoint import load, run_folder, store
-from slope_cli.config import schema
+from slope_cli.checkpoint.background import Saver
 from slope_cli.config.schema import Config
-from slope_cli.data.batches import bigram_loss
-from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, Dataset, open_dataset
-from slope_cli.data.prepare import prepare
+from slope_cli.data.dataset import NO_VALIDATION
 from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
 from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
@@ -40,8 +35,7 @@ from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
-from slope_cli.models.loss import Loss, forward, loss_fn
-from slope_cli.report import metrics, plots
+from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
 from slope_cli.train import init, starts
 from slope_cli.train.activations import checkpoint_activations
@@ -49,14 +43,14 @@ from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
 from slope_cli.train.parallel import layout_of
+from slope_cli.train.run_data import open_run_data
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
+from slope_cli.train.summary import summarize
+from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from sparse_kernels import adapters_of, backends, check_backend, sparse_layers
-
-BIGRAM_LIMIT = 4096
-"""Vocabularies up to this size are compared with a bigram model."""
+from sparse_kernels import adapters_of, backends, check_backend, kernel_choices, sparse_layers
 
 
 def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             trainer.fit(stop, start)
-        summary = group.first(lambda: _summary(trainer))
+        summary = group.first(lambda: summarize(run, trainer.dataset))
         return summary if ranks.first else {}
 
 
@@ -126,8 +120,9 @@ class Trainer:
         self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
         self.group = group = group or Group()
         self.speaks = group.ranks.first
+        self.saver = Saver(run, group)
         _set_up_torch(config, device)
-        self.dataset = group.in_turn(lambda: open_data(config, run, stop, verify=self.speaks))
+        self.dataset = open_run_data(config, run, group, stop)
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
         checkpoint = self._find_checkpoint()
         shape = init.run_shape(config, run if checkpoint else None)
@@ -150,6 +145,7 @@ class Trainer:
         if self.sharding is not None:
             self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
+        self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
             group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
@@ -166,7 +162,7 @@ class Trainer:
         log_config, steps = self.config.log, self.config.train.steps
         log = self._open_log()
         progress = Progress(steps, self.step, every=log_config.every, quiet=not self.speaks)
-        with contextlib.closing(log), contextlib.closing(progress):
+        with contextlib.closing(log), contextlib.closing(progress), self._saving(progress):
             self.model.train()
             if self.phase.linearized and self.step == 0:
                 self._log_references(log, progress, stop)
@@ -179,6 +175,7 @@ class Trainer:
                     phase_begins = True
                 self._log_step(log, progress, start, note_kernels=phase_begins)
                 phase_begins = False
+                self._report_save(progress, wait=False)
                 stopped_by = self._evaluate(log, progress, stop)
                 last = self.step == steps
                 if not (stopped_by or last):
@@ -303,7 +300,7 @@ class Trainer:
             validation = self.validate(stop)
             if validation is None:
                 return self.group.stopped_by(stop)
-            progress.say(_validation_line(f"step {step}", log.write("val", step, **validation)))
+            progress.say(validation_line(f"step {step}", log.write("val", step, **validation)))
         sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
         if not sampled and step and (last or _due(step, config.sample_every)):
             how: dict[str, Any] = {"tokens": config.sample_tokens, "seed": self.config.train.seed}
@@ -316,48 +313,8 @@ class Trainer:
         return ""
 
     def validate(self, stop: StopFlag | None = None) -> dict[str, Any] | None:
-        """Mean token loss and perplexity of each source's validation text, and over all of it.
-
-        The batches are dealt to the ranks, and their losses summed in one order, whatever the number of ranks.
-
-        Args:
-            stop: once it is set on any rank, the result is None.
-        """
-        sums = {}
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.take_step.autocast(), eager():
-                for source in self.dataset.val:
-                    losses = self._validation_losses(source, stop)
-                    if losses is None:
-                        return None
-                    if losses:
-                        sums[source] = _weighted(losses)
-        finally:
-            self.model.train()
-            if self.sharding is not None:
-                self.sharding.reshard(self.model)
-        loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
-        by_source = {source: total / count for source, (total, count) in sums.items()}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
-
-    def _validation_losses(self, source: str, stop: StopFlag | None) -> list[tuple[float, int]] | None:
-        """Mean loss and number of targets of each batch of a source; None if a rank was stopped."""
-        rank, world = self.group.ranks.rank, self.group.ranks.world
-        own: list[Loss] = []
-        batches = iter(self.batches.validation(source))
-        while dealt_now := list(itertools.islice(batches, world)):
-            if self.group.stopped_by(stop):
-                return None
-            # With split weights every rank takes part in every forward pass: one without a batch repeats the first.
-            batch = dealt_now[rank] if rank < len(dealt_now) else dealt_now[0] if self.sharding else None
-            loss = None if batch is None else loss_fn(forward(self.model, batch), batch)
-            if loss is not None and rank < len(dealt_now):
-                own.append(loss)
-        # Read from the device only now, so that it need not wait between batches.
-        dealt = self.group.gather([(float(loss.token_loss), int(loss.targets)) for loss in own])
-        rounds = itertools.zip_longest(*dealt)
-        return [loss for round_ in rounds for loss in round_ if loss is not None]
+        """The loss on validation text; None once `stop` is set on any rank."""
+        return self.validation(self.model, self.take_step, stop)
 
     def _log_references(self, log: metrics.Log, progress: Progress, stop: StopFlag) -> None:
         """Validate what a linearized model is compared with: the original, and itself before any training.
@@ -371,28 +328,51 @@ class Trainer:
                 signal = self.group.stopped_by(stop)
                 raise Stopped(f"stopped by {signal} before the first step; run the same command to start again")
             log.write(kind, 1, **record)
-            progress.say(_validation_line(kind, record))
+            progress.say(validation_line(kind, record))
 
     def _save(self, progress: Progress, log: metrics.Log, *, must: bool) -> None:
-        """Save a checkpoint; unless it `must` be saved, a failure is only reported and training continues."""
+        """Save a checkpoint, in the background unless it `must` be saved: then a failure is not only reported."""
+        self._report_save(progress, wait=True)
         try:
-            folder = self._write_checkpoint(self.group.first(log.sync))
+            folder = self._write_checkpoint(self.group.first(log.sync), wait=must)
         except SlopeError as error:
             if must:
                 raise
             progress.say(f"warning: {error}; training continues")
         else:
-            progress.say(f"step {self.step}: saved {folder}")
+            if folder is not None:
+                progress.say(f"step {self.step}: saved {folder}")
 
-    def _write_checkpoint(self, log: dict[str, Any]) -> Path:
+    def _report_save(self, progress: Progress, *, wait: bool) -> None:
+        """Show how a save in the background went, once it is done, or after a `wait` for that."""
+        try:
+            done = self.saver.finished(wait=wait)
+        except SlopeError as error:
+            progress.say(f"warning: {error}; training continues")
+        else:
+            if done is not None:
+                progress.say(f"step {done[0]}: saved {done[1]}")
+
+    @contextlib.contextmanager
+    def _saving(self, progress: Progress) -> Iterator[None]:
+        """At its end nothing is being saved; only a second Ctrl-C does not wait for that."""
+        try:
+            yield
+        except Exception:
+            self._report_save(progress, wait=True)
+            raise
+        self._report_save(progress, wait=True)
+
+    def _write_checkpoint(self, log: dict[str, Any], *, wait: bool) -> Path | None:
         metadata = self.group.first(lambda: run_folder.manifest_metadata(self.config, self.run))
         marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
         metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
+        metadata["kernels"] = kernel_choices()
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
         plan = store.planned(self.run, tensors, beside_base=self.phase.linearized, group=self.group)
         how: dict[str, Any] = {"keep": self.config.log.keep, "derived": derived}
-        return store.save(self.run, self.step, plan, metadata, group=self.group, **how)
+        return self.saver.save(self.step, plan, metadata, wait=wait, **how)
 
     # ---------------------------------------------------------------------------------------------------- the beginning
 
@@ -418,7 +398,10 @@ class Trainer:
         return "dense run: no layer is sparse"
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
-        self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer))
+        whole = self.sharding is None
+        self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer, derive=whole))
+        if self.sharding is not None and store.is_derived(checkpoint.manifest):
+            self.sharding.update_masks(self.model, "magnitude", seed=0)
         self.group.first(lambda: self._tidy(checkpoint))
         self._say(f"resuming from {checkpoint.folder}")
 
@@ -443,7 +426,8 @@ class Trainer:
         if self.group.several:
             train, ranks = self.config.train, self.group.ranks
             hosts = len({member["host"] for member in self.group.members})
-            name = f"{ranks.world} x {name} on {hosts} host{'s' * (hosts > 1)}"
+            layout = "ddp" if self.sharding is None else self.sharding.layout
+            name = f"{ranks.world} x {name} on {hosts} host{'s' * (hosts > 1)} ({layout})"
             parts = f"{train.micro_batch} sequences x {train.accumulation(ranks.world)} micro-batches"
             parts += f" x {ranks.world} ranks"
             tokens_line = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
@@ -475,56 +459,6 @@ def _set_up_torch(config: Config, device: torch.device) -> None:
             raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
-def open_data(config: Config, run: Path, stop: StopFlag | None = None, *, verify: bool = True) -> Dataset:
-    """The data set of a run; the embedded text is tokenized into the run's folder.
-
-    Args:
-        verify: hash its files, unless the configuration says not to.
-
-    Raises:
-        Stopped: `stop` was set meanwhile.
-    """
-    folder = run_folder.data_folder(config, run)
-    if config.data.path != schema.EMBEDDED or (folder / MANIFEST).exists():
-        return open_dataset(folder, verify=verify and config.data.verify)
-    with resources.as_file(resources.files("slope_cli") / "assets" / "austen.jsonl.xz") as text:
-        return prepare([str(text)], folder, val_fraction=0.05, workers=1, progress=False, stop=stop)
-
-
-def _summary(t: Trainer) -> dict[str, Any]:
-    """Plot the run and collect the results to print."""
-    records = metrics.read(t.run)
-    val = [record for record in records if record["kind"] == "val" and {"perplexity", "by_source"} <= record.keys()]
-    if not val:
-        advice = f"the checkpoint is sound, and `slope eval {t.run}` judges it"
-        raise SlopeError(f"{t.run / metrics.JSONL}: the validation is lost; {advice}")
-    plots.draw_loss([t.run], t.run / "loss")
-    summary = dict(val[-1])
-    if t.dataset.vocab_size <= BIGRAM_LIMIT:
-        files = list(t.dataset.val.values())
-        summary["bigram_loss"] = bigram_loss(t.dataset.train, files, t.dataset.vocab_size)
-    references = [record for record in records if record["kind"] in ("teacher", "swapped")]
-    summary |= {record["kind"]: record["perplexity"] for record in references}
-    samples = [record["text"] for record in records if record["kind"] == "sample"]
-    return summary | ({"sample": samples[-1]} if samples else {})
-
-
-def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
-    """The summary that `pretrain` returned, for the terminal."""
-    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
-    if "teacher" in summary:
-        ratio = summary["perplexity"] / summary["teacher"] - 1
-        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
-    if len(summary["by_source"]) > 1:
-        lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
-    if "bigram_loss" in summary:
-        lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
-    if "sample" in summary:
-        lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
-    lines.append(f"plot: {run / 'loss.png'}")
-    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines
-
-
 def _kernels(model: PreTrainedModel) -> dict[str, int]:
     """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
     choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
@@ -532,17 +466,8 @@ def _kernels(model: PreTrainedModel) -> dict[str, int]:
     return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
 
 
-def _validation_line(where: str, record: dict[str, Any]) -> str:
-    return f"{where}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _weighted(losses: list[tuple[float, int]]) -> tuple[float, int]:
-    """Summed token loss and number of targets over batches, of each batch's mean loss and targets."""
-    return sum(loss * count for loss, count in losses), sum(count for _, count in losses)
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

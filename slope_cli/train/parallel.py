@@ -1,15 +1,21 @@
-"""How the model of a run is laid out over its processes."""
+"""How the model of a run is laid out over its processes, and which kernels they all run."""
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from slope_cli.config.schema import Config
+from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import phase_sizes
 from slope_cli.train.dry_run import untrained_model
+from sparse_kernels import kernel_choices, measure_kernels, use_choices
 
 BITS = 8
 """Rows whose mask is in one byte."""
@@ -43,7 +49,7 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         need, have = choice.memory.total / 1e9, memory / 1e9
         raise SlopeError(
             f"no layout fits: {choice.layout} needs {need:.0f} GB of a GPU that has {have:.0f}; take more GPUs, a "
-            "smaller train.micro_batch or train.activation_checkpointing=block (see `slope pretrain --dry-run --gpus N`)"
+            "smaller train.micro_batch or train.activation_checkpointing=block (see `slope pretrain --dry-run --gpus`)"
         )
     return choice.layout
 
@@ -68,3 +74,19 @@ def _whole_because(config: Config) -> str:
     if len({phase.layers.kind for phase in phases.distinct}) > 1:
         return "layers that change their kind during the run are not split"
     return "LAMB needs the norms of whole weights" if config.optim.name == "lamb" else ""
+
+
+def agree_on_kernels(
+    model: nn.Module, tokens: int, dtype: torch.dtype, group: Group, saved: Mapping[str, Any] | None
+) -> None:
+    """Let all processes run the same kernels: those of an earlier start, and for new products what rank 0 measures.
+
+    Args:
+        tokens: of a micro-batch.
+        saved: `kernel_choices` of an earlier start of the run; those of other GPUs or versions have no effect.
+    """
+    with contextlib.suppress(ValueError):  # a stranger's manifest: measured again
+        use_choices(saved or {})
+    if group.several:
+        group.first(lambda: measure_kernels(model, tokens, dtype))
+        use_choices(group.broadcast(kernel_choices()))

@@ -7,7 +7,6 @@ raises before anything is updated.
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from slope_cli.data.batches import IGNORED_LABEL
@@ -71,11 +69,10 @@ class Step:
     """Takes the steps of one model and optimizer. Make a new one when parameters are added.
 
     In a group of several processes each has micro-batches of its own, equally many. A step is one over all of them:
-    its gradient is that of the mean over the whole batch, and its numbers are the same on every rank.
+    its gradient is that of the mean over the whole batch, and its numbers are the same on every rank. Gradients are
+    averaged after the backward pass, in one order: DistributedDataParallel sums those of the first step after each
+    start in another order than those of later steps, and a run that resumes would end with other bits.
     """
-
-    overlaps = True
-    """Whether gradients are averaged during the backward pass, by DistributedDataParallel, or after it."""
 
     def __init__(
         self,
@@ -105,13 +102,6 @@ class Step:
             require_compiler(model.device.type)
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
-        self.forward_model: nn.Module = model
-        if self.group.several and self.overlaps and sharding is None:
-            self.forward_model = _averaging_gradients(model)
-
-    def average_after_backward(self) -> None:
-        """Average gradients after the last micro-batch, rather than during its backward pass."""
-        self.overlaps, self.forward_model = False, self.model
 
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
         """Take one step.
@@ -126,8 +116,9 @@ class Step:
         targets = self.targets(batches)
         losses = torch.zeros(2, device=self.model.device)
         for number, batch in enumerate(batches, start=1):
-            with self._averaging(number == len(batches)):
-                losses = losses + self.backward(batch, len(batches), targets)
+            if self.sharding is not None:
+                self.sharding.begin_micro_batch(self.model, last=number == len(batches))
+            losses = losses + self.backward(batch, len(batches), targets)
         self.average_gradients()
         norm = self.norm()
         output = self.check(losses, norm, batches)
@@ -147,22 +138,13 @@ class Step:
         return self.group.mean_(own.double()).clamp(min=1 / self.group.ranks.world)
 
     def average_gradients(self) -> None:
-        """Average the gradient over the ranks, where the backward pass has not."""
-        if self.sharding is not None or not self.overlaps:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.group.average_([grad for grad in grads if not isinstance(grad, DTensor)])
-
-    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Within it a backward pass averages the gradient over the ranks, in DDP if it is the last of the step."""
-        if self.sharding is not None:
-            self.sharding.begin_micro_batch(self.model, last=last)
-        if isinstance(self.forward_model, DistributedDataParallel) and not last:
-            return self.forward_model.no_sync()
-        return contextlib.nullcontext()
+        """Average the gradient over the ranks, but for that of split weights: the backward pass has averaged it."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.group.average_([grad for grad in grads if not isinstance(grad, DTensor)])
 
     def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
         """The pretraining loss of one micro-batch, and the token loss to optimise."""
-        loss = loss_fn(forward(self.forward_model, batch), batch, self.cross_entropy)
+        loss = loss_fn(forward(self.model, batch), batch, self.cross_entropy)
         return loss, loss.token_loss
 
     def backward(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:
@@ -241,11 +223,9 @@ class Step:
     def _repeat_alone(self, batches: Sequence[Batch]) -> None:
         """Compute the gradient of this rank's micro-batches again, before it is averaged."""
         self.optimizer.zero_grad(set_to_none=True)
-        whole, self.forward_model = self.forward_model, self.model
         with eager():
             for batch in batches:
                 self.backward(batch, len(batches), None)
-        self.forward_model = whole
 
     def _blame_forward(self, batches: Sequence[Batch]) -> str:
         """Run the forward pass again and name the first layer whose output is not finite; "" if all losses are."""
@@ -276,15 +256,6 @@ class Step:
             return ""
         where = bad[-1] if bad else "the norm alone"
         return f"the gradient of {where} is not finite ({len(bad)} in all)"
-
-
-def _averaging_gradients(model: nn.Module) -> DistributedDataParallel:
-    """A wrapper whose backward pass averages the gradient over the ranks."""
-    with warnings.catch_warnings():
-        # Its new name is missing in older versions of torch.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # Buffers are masks, which every rank updates for itself; a broadcast would count as a change of them.
-        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ class Ranks:
 
     Args:
         words: of the command line.
+        nodes: on so many hosts, as the ranks see it.
         variables: of the environment, besides those of torchrun.
         prepare_child: called in each process first, with its rank.
     """
@@ -30,15 +31,17 @@ class Ranks:
         words: list[str],
         folder: Path,
         *,
+        nodes: int = 1,
         variables: Mapping[str, str] | None = None,
         prepare_child: Callable[[int], None] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.processes = folder, list[BaseProcess]()
-        shared: dict[str, Any] = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        local = world // nodes
+        shared: dict[str, Any] = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "GLOO_SOCKET_IFNAME": "lo"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         for rank in range(world):
-            own: dict[str, Any] = {**shared, "RANK": rank, "LOCAL_RANK": rank, **(variables or {})}
+            own: dict[str, Any] = {**shared, "RANK": rank, "LOCAL_RANK": rank % local, **(variables or {})}
             arguments = (rank, {key: str(value) for key, value in own.items()}, words, folder, prepare_child)
             self.processes.append(forkserver.Process(target=_child, args=arguments))
             self.processes[-1].start()

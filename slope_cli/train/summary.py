@@ -1,0 +1,45 @@
+"""What a finished run prints."""
+
+from pathlib import Path
+from typing import Any
+
+from slope_cli.data.batches import bigram_loss
+from slope_cli.data.dataset import Dataset
+from slope_cli.errors import SlopeError
+from slope_cli.report import metrics, plots
+
+BIGRAM_LIMIT = 4096
+"""Vocabularies up to this size are compared with a bigram model."""
+
+
+def summarize(run: Path, dataset: Dataset) -> dict[str, Any]:
+    """Plot a run and collect its results; SlopeError if the record of its validation is lost."""
+    records = metrics.read(run)
+    val = [record for record in records if record["kind"] == "val" and {"perplexity", "by_source"} <= record.keys()]
+    if not val:
+        advice = f"the checkpoint is sound, and `slope eval {run}` judges it"
+        raise SlopeError(f"{run / metrics.JSONL}: the validation is lost; {advice}")
+    plots.draw_loss([run], run / "loss")
+    summary = dict(val[-1])
+    if dataset.vocab_size <= BIGRAM_LIMIT:
+        summary["bigram_loss"] = bigram_loss(dataset.train, list(dataset.val.values()), dataset.vocab_size)
+    references = [record for record in records if record["kind"] in ("teacher", "swapped")]
+    summary |= {record["kind"]: record["perplexity"] for record in references}
+    samples = [record["text"] for record in records if record["kind"] == "sample"]
+    return summary | ({"sample": samples[-1]} if samples else {})
+
+
+def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
+    """A summary for the terminal."""
+    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
+    if "teacher" in summary:
+        ratio = summary["perplexity"] / summary["teacher"] - 1
+        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
+    if len(summary["by_source"]) > 1:
+        lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
+    if "bigram_loss" in summary:
+        lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
+    if "sample" in summary:
+        lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
+    lines.append(f"plot: {run / 'loss.png'}")
+    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines

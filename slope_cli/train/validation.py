@@ -1,0 +1,73 @@
+"""Validation: the loss on each source's held-out text, whatever the number of processes."""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slope_cli.data.dataset import Dataset
+from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.sharding import Sharding
+from slope_cli.distributed.signals import StopFlag
+from slope_cli.models.loss import Loss, forward, loss_fn
+from slope_cli.train.batches import Batches
+from slope_cli.train.cuda_graphs import GraphedStep
+from slope_cli.train.step import Step, eager
+
+
+class Validation:
+    """Validates a model. The batches are dealt to the ranks, and their losses summed in one order."""
+
+    def __init__(self, dataset: Dataset, batches: Batches, group: Group, sharding: Sharding | None) -> None:
+        self._dataset, self._batches, self._group, self._sharding = dataset, batches, group, sharding
+
+    def __call__(
+        self, model: PreTrainedModel, step: Step | GraphedStep, stop: StopFlag | None = None
+    ) -> dict[str, Any] | None:
+        """Mean token loss and perplexity of each source's validation text, and over all of it.
+
+        Args:
+            step: whose precision it has.
+            stop: once it is set on any rank, the result is None.
+        """
+        sums = {}
+        model.eval()
+        try:
+            with torch.no_grad(), step.autocast(), eager():
+                for source in self._dataset.val:
+                    losses = self._losses(model, source, stop)
+                    if losses is None:
+                        return None
+                    if losses:
+                        counts = sum(count for _, count in losses)
+                        sums[source] = sum(loss * count for loss, count in losses), counts
+        finally:
+            model.train()
+            if self._sharding is not None:
+                self._sharding.reshard(model)
+        loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
+        by_source = {source: total / count for source, (total, count) in sums.items()}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
+
+    def _losses(self, model: PreTrainedModel, source: str, stop: StopFlag | None) -> list[tuple[float, int]] | None:
+        """Mean loss and number of targets of each batch of a source; None if a rank was stopped."""
+        rank, world = self._group.ranks.rank, self._group.ranks.world
+        own: list[Loss] = []
+        batches = iter(self._batches.validation(source))
+        while dealt := list(itertools.islice(batches, world)):
+            if self._group.stopped_by(stop):
+                return None
+            if rank < len(dealt):
+                own.append(loss_fn(forward(model, dealt[rank]), dealt[rank]))
+            elif self._sharding is not None:  # every rank takes part in every forward pass
+                forward(model, dealt[0])
+        # Read from the device only now, so that it need not wait between batches.
+        by_rank = self._group.gather([(float(loss.token_loss), int(loss.targets)) for loss in own])
+        return [loss for row in itertools.zip_longest(*by_rank) for loss in row if loss is not None]
+
+
+def validation_line(where: str, record: dict[str, Any]) -> str:
+    """A validation record for the terminal."""
+    return f"{where}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
