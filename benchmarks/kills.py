@@ -5,8 +5,8 @@
 A life of a command begins with its first start and ends when a start reaches its end; until then its process group is
 killed up to MOST times. Each of `commands`, on tiny models, one thread per process, gets an equal share of the kills.
 Half of the moments lie anywhere in the command's uninterrupted length, half after the start-up. Of a command of several
-ranks, one is killed, and the others must end within HANG seconds, or all are. A life that ends wrong keeps its folder
-in DIR.
+ranks, all are killed, or one once they have met, and the others must end within HANG seconds. A life that ends wrong
+keeps its folder in DIR.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SHORT = [
 ]
 PRETRAIN = [*SHAPE, *SHORT, "model.dropout=0.1", "slope.mask_update_interval=3", "adapters.start=0.5", "train.steps=40"]
 BASE = [*SHAPE, *SHORT, "method=dense", "train.steps=10"]
-RANKS = ["train.micro_batch=1", "train.steps=30"]
+RANKS = ["train.micro_batch=1", "train.steps=30", "distributed.rendezvous_timeout=25"]
 """What differs where several ranks share the batch."""
 LINEARIZE = [*SHORT, "linearize.window=2", "train.steps=40"]
 
@@ -217,11 +217,16 @@ def live(command: Command, whole: Uninterrupted, out: Path, most: int, moments: 
     while True:
         began, started = time.monotonic(), Start(words, log, command.ranks)
         moment = moments.uniform(moments.choice((0.0, whole.setup_s)), whole.seconds)
-        rank = moments.choice([None, *range(command.ranks)]) if command.ranks > 1 else None
+        # Before the ranks have met, only a launcher can notice that one has died; it ends the others.
+        met = command.ranks > 1 and moment > whole.setup_s
+        rank = moments.choice([None, *range(command.ranks)]) if met else None
         if life.kills == most or started.ended(moment) or not started.kill(rank):
             break
         life.kills += 1
-        life.hangs += started.hangs()
+        life.hangs += (hangs := started.hangs())
+        with log.open("a") as file:
+            which = "all ranks" if rank is None else f"rank {rank}"
+            print(f"--- killed {which} after {moment:.2f} s" + hangs * "; the others hang", file=file)
     life.lost = started.finish()
     life.last_start_s = time.monotonic() - began
     if not life.lost:
@@ -229,7 +234,7 @@ def live(command: Command, whole: Uninterrupted, out: Path, most: int, moments: 
             life.unequal = differing(command.end(out), whole.end)
         except Exception as error:  # whatever cannot be read is lost
             life.lost = f"{type(error).__name__}: {error}"
-    if not life.lost and not life.unequal:
+    if not (life.lost or life.unequal or life.hangs):
         shutil.rmtree(out)
         log.unlink()
     return life
@@ -282,11 +287,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="lives at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument(
+        "--only", default="", help="some of pretrain, pretrain-2-ranks, pretrain-4-ranks, data-prepare, linearize"
+    )
     words = parser.parse_args()
     work = words.work.resolve()
     work.mkdir(parents=True)
     results = KillResults(seed=words.seed, jobs=words.jobs)
-    planned = commands(work)
+    planned = [command for command in commands(work) if not words.only or command.folder in words.only.split(",")]
     for number, command in enumerate(planned):
         kills = (words.kills + number) // len(planned)
         results.rows.append(measure(command, kills, words.jobs, words.seed, work))

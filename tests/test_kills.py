@@ -1,14 +1,17 @@
 """`slope_cli.benchmarks.kills`: killed commands end as the uninterrupted ones, and another end is noticed."""
 
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.ranks import Ranks
 
 from slope_cli.benchmarks import kills
+from slope_cli.distributed import peers
 
 
 @pytest.mark.slow
@@ -58,6 +61,19 @@ def test_an_end_that_is_lost_or_unequal_is_noticed_and_kept(
     assert life.lost == lost
     assert set(unequal) <= set(life.unequal)
     assert (tmp_path / "out.log").is_file()
+
+
+def _dies_before_it_connects(rank: int) -> None:
+    if rank == 1:
+        peers.connect = lambda *_: os._exit(9)
+
+
+def test_a_rank_killed_between_coming_and_connecting_leaves_none_hanging(tmp_path: Path) -> None:
+    ranks = Ranks(
+        2, ["pretrain", "gpt2-nano", "--out", str(tmp_path / "run")], tmp_path, prepare_child=_dies_before_it_connects
+    )
+    assert ranks.finish(50) == [1, 9]
+    assert "error: no connection from rank 1 within 20 s" in ranks.printed(0)
 
 
 def test_what_differs_of_two_ends_is_named(tmp_path: Path) -> None:

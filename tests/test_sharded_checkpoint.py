@@ -1,5 +1,6 @@
 """Checkpoints of several processes: written together, whole or absent, and read by any number of processes."""
 
+import functools
 import os
 import pickle
 import resource
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import forkserver
-from support.ranks import free_port
+from support.data import prepared
+from support.processes import die_in_save, forkserver
+from support.ranks import Ranks, free_port
+from support.runs import RECIPE, assert_same_run, sized, tiny
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,10 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from slope_cli.checkpoint import dcp, store
+from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group, join
 from slope_cli.distributed.launch import ranks
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import init_state
+from slope_cli.report import metrics
 from slope_cli.utils.files import read_sealed, write_sealed
 from sparse_kernels import add_adapters, sparsify
 
@@ -338,3 +343,58 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> No
         write_sealed(folder / store.MANIFEST, forged)
         with pytest.raises(SlopeError, match="is missing"):
             store.verify(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ runs of ranks
+
+
+def words(run: Path, *more: str) -> list[str]:
+    """The command line of a run of 12 steps that saves after each fourth."""
+    settings = (f"data.path={prepared('bytes')}", "train.micro_batch=1", "model.dropout=0", *more)
+    return ["pretrain", str(RECIPE), *sized("gpt2-nano"), *settings, "--out", str(run)]
+
+
+def config() -> Config:
+    return tiny(prepared("bytes"), "train.micro_batch=1", "model.dropout=0")
+
+
+@pytest.mark.slow
+def test_a_run_changes_its_layout_and_its_number_of_ranks_at_each_start(tmp_path: Path) -> None:
+    """Masks that follow from the values are computed again in each; the log is that of one process, to rounding."""
+    run, whole, more = tmp_path / "run", tmp_path / "whole", ("slope.mask_update_interval=1", "log.every=1")
+    assert Ranks(1, words(whole, *more), tmp_path / "logs").finish() == [0]
+    for world, layout, text in ((2, "fsdp", "step 3/"), (4, "ddp", "step 5/"), (4, "hsdp", "step 8/"), (1, "auto", "")):
+        started = Ranks(world, words(run, *more, f"distributed.layout={layout}"), tmp_path / f"{world}-{layout}")
+        if text:
+            started.wait_for(text)
+            started.send(world - 1, signal.SIGTERM)
+        assert started.finish() == ([75] if text else [0]) + [0] * (world - 1), started.printed()
+    ours, theirs = ([r["loss"] for r in metrics.read(folder) if r["kind"] == "train"] for folder in (run, whole))
+    assert len(ours) == len(theirs) == 12
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+
+
+def _die(doomed: int, step: int, operation: int, rank: int) -> None:
+    if rank == doomed:
+        die_in_save(step, operation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_rank_killed_at_an_operation_of_a_save_loses_nothing(doomed: int, tmp_path: Path) -> None:
+    """In the background, step 8, and at the end, step 12; before each write to the disk, rename and removal."""
+    layout = "distributed.layout=fsdp"
+    assert Ranks(2, words(tmp_path / "whole", layout), tmp_path / "logs").finish() == [0, 0]
+    for step, operation in ((8, 1), (8, 2), (8, 4), (12, 1), (12, 3), (12, 5), (12, 7)):
+        run, name = tmp_path / f"run-{step}-{operation}", f"{step}-{operation}"
+        doom = functools.partial(_die, doomed, step, operation)
+        ranks = Ranks(2, words(run, layout), tmp_path / name, prepare_child=doom)
+        codes = ranks.finish(60)
+        assert sorted(codes) in ([-signal.SIGKILL, 1], [0, 0]), ranks.printed()  # a rank other than 0 does less
+        found = store.latest(run)
+        assert found is not None
+        assert found.faults == []
+        assert Ranks(2, words(run, layout), tmp_path / f"{name}-again").finish() == [0, 0]
+        assert_same_run(config(), run, tmp_path / "whole")
+        left = [path.name for path in (run / "checkpoints").iterdir()]
+        assert sorted(left) == ["step-00000008", "step-00000012"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
-from slope_cli.train.step import Step, StepOutput, step_seed
+from slope_cli.train.step import Step, StepOutput, compile_blocks, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +114,15 @@ def test_a_single_batch_of_masked_words_is_its_own_mean_bit_for_bit() -> None:
     for p, after in zip(model.parameters(), weights, strict=True):
         assert torch.equal(p.detach() - p.grad if p.grad is not None else p.detach(), after)
     assert (output.loss, output.total) == (loss.token_loss.item(), total.item())
+
+
+@pytest.mark.slow
+def test_every_block_is_compiled_though_each_has_another_constant() -> None:
+    """GPT-2 scales the attention of each layer otherwise; torch compiles 8 variants of a function unless told more."""
+    config = model_config("gpt2-small", overrides={"n_layer": 10, "n_embd": 16, "n_head": 1, "n_positions": 8})
+    assert config.scale_attn_by_inverse_layer_idx
+    model = build_model(config)
+    torch.compiler.reset()
+    compile_blocks(model)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)

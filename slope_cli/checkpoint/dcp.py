@@ -83,6 +83,7 @@ class Plan:
         metadata: what the manifest is to say of the tensors.
         whole_bytes: of the tensors, over all ranks.
         copy_bytes: of host memory that a copy of what this rank writes takes.
+        files: once they are written, the names of the files that .metadata names, and its own.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Plan:
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor) and rows_here(tensor)[0].shape != tensor.shape and not group.several:
                 raise TypeError(f"{name}: only some of its rows are here, and this process writes alone")
-        self.metadata = metadata
+        self.metadata, self.files = metadata, set[str]()
         self.whole_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._planner = _Planner()
         self._planner.set_up_planner(dict(tensors), is_coordinator=group.ranks.first)
@@ -137,6 +138,8 @@ class Plan:
         plan = writer.prepare_global_plan([SavePlan([])] * rank + [self._plan])[rank]
         results = group.gather(group.agreed(lambda: self._write(writer, plan, folder)))
         group.first(lambda: writer.finish(self._metadata, results))
+        # Not from the metadata itself: versions of torch differ in whether `finish` completes it or a copy.
+        self.files = {result.storage_data.relative_path for own in results for result in own} | {METADATA}
         own = group.agreed(lambda: _hashed(folder, rank))
         return dict(sorted(item for files in group.gather(own) for item in files.items()))
 
@@ -147,11 +150,6 @@ class Plan:
             return writer.write_data(self._planner.finish_plan(plan), self._planner).wait()
         except OSError as error:
             raise write_error(folder, error) from error
-
-    @property
-    def files(self) -> set[str]:
-        """The names of the files that .metadata names, and its own, once it is written; on rank 0."""
-        return {place.relative_path for place in (self._metadata.storage_data or {}).values()} | {METADATA}
 
 
 def _host_bytes(tensor: Tensor) -> int:

@@ -20,6 +20,8 @@ from slope_cli.distributed.launch import TORCHRUN, Ranks
 from slope_cli.distributed.signals import STOP_SIGNALS, StopFlag, Stopped
 from slope_cli.errors import SlopeError
 
+CONNECT = 20.0
+"""Seconds in which ranks that have all come must connect to rank 0."""
 FIRST_SUM = 60.0
 """Seconds that the first all-reduce may take."""
 DEVICE_TIMEOUT, HOST_TIMEOUT = timedelta(minutes=10), timedelta(hours=4)
@@ -306,9 +308,9 @@ def _connect_peers(ranks: Ranks, store: TCPStore) -> None:
     if ranks.first:
         server, invitation = peers.listen()
         store.set("peers", invitation)
-        peers.accept(ranks, server, invitation, FIRST_SUM)
+        peers.accept(ranks, server, invitation, CONNECT)
     else:
-        peers.connect(ranks, ranks.address.rpartition(":")[0], store.get("peers").decode(), FIRST_SUM)
+        peers.connect(ranks, ranks.address.rpartition(":")[0], store.get("peers").decode(), CONNECT)
 
 
 def _first_sum(group: Group, device: torch.device) -> None:

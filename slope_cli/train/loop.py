@@ -38,11 +38,10 @@ from slope_cli.models.build import build_model
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
 from slope_cli.train import init, starts
-from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.linearize_steps import DistillStep, TransferStep
-from slope_cli.train.parallel import layout_of
+from slope_cli.train.make_step import make_step, products_dtype
+from slope_cli.train.parallel import agree_on_kernels, layout_of
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
@@ -131,6 +130,7 @@ class Trainer:
         self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device, group.ranks)
         self._check_evaluation(shape)
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
+        self.saved_kernels = checkpoint and checkpoint.manifest.get("kernels")
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
@@ -141,7 +141,9 @@ class Trainer:
         else:
             self.model = load.build(config, run, device, self.phase)
         layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
-        self.sharding = Sharding(layout, group.ranks.world, device, self.dtype) if layout.gather else None
+        self.sharding = (
+            Sharding(layout, group.ranks.world, device, products_dtype(config, device)) if layout.gather else None
+        )
         if self.sharding is not None:
             self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
@@ -250,37 +252,13 @@ class Trainer:
         tensorboard = self.config.log.tensorboard and self.step < self.config.train.steps
         return metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of products, or None for that of the weights."""
-        precision, gpu = self.config.train.precision, self.device.type == "cuda"
-        return torch.bfloat16 if precision == "bf16" or (precision == "auto" and gpu) else None
-
     def _make_step(self) -> Step | GraphedStep:
         """What takes the steps of the present phase on this device."""
-        config, train, gpu = self.config, self.config.train, self.device.type == "cuda"
-        if train.cuda_graph is True and not gpu:
-            raise UsageError(f"train.cuda_graph=true: needs a GPU, and the device is {self.device}")
-        if train.cuda_graph is True and self.sharding is not None:
-            raise UsageError(f"train.cuda_graph=true: is not for distributed.layout={self.sharding.layout.name}")
-        dtype = self.dtype
-        if self.phase.linearized and gpu and dtype is not None:
-            # Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features
-            # and states to 10 bits, which bf16 would not.
-            torch.set_float32_matmul_precision("high")
-        checkpoint_activations(self.model, train.activation_checkpointing)
-        compiled = gpu if train.compile == "auto" else bool(train.compile)
-        how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "group": self.group}
-        own = config.linearize
-        if self.phase.step == "transfer":
-            how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
-            return TransferStep(self.model, self.optimizer, **how)
-        if self.phase.step == "distill":
-            teacher = init.softmax_teacher(self.run, self.model, self.device)
-            return DistillStep(self.model, self.optimizer, teacher=teacher, share=own.distill, **how)
-        step = Step(self.model, self.optimizer, sharding=self.sharding, **how)
-        graphed = gpu and self.sharding is None if train.cuda_graph == "auto" else bool(train.cuda_graph)
-        return GraphedStep(step) if graphed else step
+        if self.device.type == "cuda" and (dtype := products_dtype(self.config, self.device)) is not None:
+            train = self.config.train
+            agree_on_kernels(self.model, train.micro_batch * train.seq_len, dtype, self.group, self.saved_kernels)
+        own: dict[str, Any] = {"group": self.group, "sharding": self.sharding}
+        return make_step(self.config, self.run, self.phase, self.model, self.optimizer, device=self.device, **own)
 
     # ------------------------------------------------------------------------------------- validation, samples, saving
 
@@ -423,18 +401,13 @@ class Trainer:
         dtype = "fp32" if self.take_step.dtype is None else "bf16"
         trained = _numel(p for p in self.model.parameters() if p.requires_grad)
         tokens = self.config.train.steps * self.config.train.tokens_per_step
+        batch = ""
         if self.group.several:
-            train, ranks = self.config.train, self.group.ranks
-            hosts = len({member["host"] for member in self.group.members})
-            layout = "ddp" if self.sharding is None else self.sharding.layout
-            name = f"{ranks.world} x {name} on {hosts} host{'s' * (hosts > 1)} ({layout})"
-            parts = f"{train.micro_batch} sequences x {train.accumulation(ranks.world)} micro-batches"
-            parts += f" x {ranks.world} ranks"
-            tokens_line = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
-        else:
-            tokens_line = ""
-        line = f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all"
-        return line + tokens_line
+            train, world = self.config.train, self.group.ranks.world
+            name = f"{world} x {name} ({'ddp' if self.sharding is None else self.sharding.layout})"
+            parts = f"{train.micro_batch} sequences x {train.accumulation(world)} micro-batches x {world} ranks"
+            batch = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
+        return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all{batch}"
 
     def _check_evaluation(self, shape: PreTrainedConfig) -> None:
         """UsageError, before training, for missing validation text or a sample prompt that does not fit."""

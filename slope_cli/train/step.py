@@ -26,6 +26,9 @@ from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, t
 from sparse_kernels import update_masks
 from sparse_kernels.sharded import local
 
+VARIANTS = 8
+"""Of a block's compiled code, at most: of phases, and with and without gradients."""
+
 
 class StepOutput(NamedTuple):
     """The numbers of a step before its update: means over its tokens, and the gradient norm before clipping.
@@ -281,7 +284,13 @@ def _small(x: Tensor) -> Tensor:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile each transformer block for batches of one shape."""
-    for block in transformer_blocks(model):
+    blocks = list(transformer_blocks(model))
+    # Blocks may differ in a constant, such as GPT-2's scale of attention, which is another one in each. Beyond its
+    # limit, 8 by default, torch would run the rest of them uncompiled.
+    limits, most = torch._dynamo.config, len(blocks) * VARIANTS
+    limits.recompile_limit = max(limits.recompile_limit, most)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, most)
+    for block in blocks:
         block.compile(dynamic=False)
 
 
