@@ -117,10 +117,11 @@ def test_a_single_batch_of_masked_words_is_its_own_mean_bit_for_bit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
 def test_every_block_is_compiled_though_each_has_another_constant() -> None:
     """GPT-2 scales the attention of each layer otherwise; torch compiles 8 variants of a function unless told more."""
-    config = model_config("gpt2-small", overrides={"n_layer": 10, "n_embd": 16, "n_head": 1, "n_positions": 8})
-    assert config.scale_attn_by_inverse_layer_idx
+    sizes = {"n_layer": 10, "n_embd": 16, "n_head": 1, "n_positions": 8}
+    config = model_config("gpt2-small", overrides={**sizes, "scale_attn_by_inverse_layer_idx": True})
     model = build_model(config)
     torch.compiler.reset()
     compile_blocks(model)

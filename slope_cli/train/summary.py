@@ -13,12 +13,12 @@ BIGRAM_LIMIT = 4096
 
 
 def summarize(run: Path, dataset: Dataset) -> dict[str, Any]:
-    """Plot a run and collect its results; SlopeError if the record of its validation is lost."""
+    """Plot a finished run and collect its results; SlopeError if the records of its steps are lost."""
     records = metrics.read(run)
     val = [record for record in records if record["kind"] == "val" and {"perplexity", "by_source"} <= record.keys()]
-    if not val:
+    if not val or not any(record["kind"] in metrics.STEPS for record in records):
         advice = f"the checkpoint is sound, and `slope eval {run}` judges it"
-        raise SlopeError(f"{run / metrics.JSONL}: the validation is lost; {advice}")
+        raise SlopeError(f"{run / metrics.JSONL}: the records of its steps are lost; {advice}")
     plots.draw_loss([run], run / "loss")
     summary = dict(val[-1])
     if dataset.vocab_size <= BIGRAM_LIMIT:
