@@ -18,7 +18,7 @@ from slope_cli.compare.summary import Comparison
 from slope_cli.report.tables import NONE, Table, bytes_text, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
-from . import RESULTS, linearize_cpu, report
+from . import RESULTS, linearize_cpu, report, scaling
 from .records import GemmRow, GenerateResults, MemoryResults, StepResults
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +239,24 @@ def _on_gpus(side: Json | None) -> list[str]:
     return [layout, f"{memory:.0f}", f"{sent:,.0f} GB", f"{side['step_s']:.2f} s"]
 
 
+def _scaling(result: Json) -> str:
+    """Weak scaling over the GPUs of a node."""
+    found = scaling.document(from_json(scaling.ScalingResults, result)).tables[0]
+    where = f"Weak scaling of {result['rows'][0]['model']}: {_where(result['machine'], result['libraries'])}."
+    return _markdown(found.columns, found.rows, where)
+
+
+def _kills(*results: Json) -> str:
+    """Random kills and how the commands ended."""
+    rows = [row for result in results for row in result["rows"]]
+    cells = [
+        [r["command"], str(r["ranks"]), str(r["kills"]), str(r["lives"]), str(len(r["lost"]) + len(r["unequal"]))]
+        for r in rows
+    ]
+    where = "; ".join(dict.fromkeys(f"{r['machine']['processor']}, torch {r['machine']['torch']}" for r in results))
+    return _markdown(("command", "processes", "kills", "lives", "lost or unequal"), cells, f"{where}.")
+
+
 def _cluster_fits(result: Json) -> str:
     """The fewest GPUs on which a model fits."""
     sizes = [name for name in result["fits"][0] if name != "model"]
@@ -299,6 +317,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "cluster-assumed": _cluster_assumed,
     "cluster-fits": _cluster_fits,
     "cpu": _cpu,
+    "kills": _kills,
+    "scaling-2xh200": _scaling,
     "demo": _demo,
     "headline": _headline,
     "kernels-h100": _gemm,
@@ -322,6 +342,7 @@ PLACES: dict[str, Callable[..., str]] = {
 FILES = {
     "cluster-assumed": ("cluster",),
     "cluster-fits": ("cluster",),
+    "kills": ("kills-pretrain", "kills-prepare", "kills-linearize"),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
         *("quality-gpt2-small", "linearize-gpt2-small", "generate-h100"),

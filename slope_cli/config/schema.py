@@ -32,6 +32,8 @@ AUTO: Mapping[str, str] = {
     "train.device": "a GPU if there is one, else the CPU",
     "train.compile": "true on a GPU, false on a CPU",
     "train.cuda_graph": "true on a GPU, false on a CPU",
+    "distributed.layout": "the fastest that fits in a GPU's memory; ddp on a CPU",
+    "distributed.gather": "the faster that fits in a GPU's memory",
 }
 """What "auto" resolves to if that depends on the machine."""
 INIT = "init"

@@ -91,8 +91,8 @@ class Sizes:
 class Layout:
     """A layout of a run: its name, on how many GPUs the state is split, and how long weights stay gathered ("" in ddp).
 
-    keeps_weights, keeps_packed: with gather=step, whether the gathered weights, and the packed copies of sparse layers,
-    stay in memory between micro-batches.
+    keeps_weights: with gather=step, whether the gathered weights stay in memory between micro-batches. keeps_packed:
+    whether the packed copies of all sparse layers stay, as they do, or those of two blocks.
     """
 
     name: str
@@ -189,10 +189,9 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     gathered, packed = 2 * whole.dense, whole.packed_bytes
     in_flight = 0
     if layout.gather:
-        keeps = layout.gather == "step"
-        kept_weights, kept_packed = keeps and layout.keeps_weights, keeps and layout.keeps_packed
-        gathered = 2 * (whole.parameters if kept_weights else rest.parameters + two_blocks * block.parameters)
-        packed = packed if kept_packed else rest.packed_bytes + two_blocks * block.packed_bytes
+        kept = layout.gather == "step" and layout.keeps_weights
+        gathered = 2 * (whole.parameters if kept else rest.parameters + two_blocks * block.parameters)
+        packed = packed if layout.keeps_packed else rest.packed_bytes + two_blocks * block.packed_bytes
         in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
     return Memory(
         weights=_split(4 * whole.parameters, shard),

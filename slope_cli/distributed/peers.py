@@ -16,10 +16,13 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from slope_cli.distributed import launch
 from slope_cli.distributed.launch import Ranks
 from slope_cli.distributed.signals import STOPPED
-from slope_cli.errors import SlopeError
+from slope_cli.errors import SlopeError, UsageError
 
+TOGETHER = 1.0
+"""Seconds that a process waits before it ends with an error that, before they have met, all of them come to."""
 GRACE = 5.0
 """Seconds in which other ranks may come to the same end by themselves, after one ended with an error."""
 LAST_WORK = 600.0
@@ -34,6 +37,9 @@ def leave(code: int, text: str) -> None:
     """End this process together with its peers, and show `text` if no other does; returns if it has none."""
     if _current is not None:
         _current.end(code, text)
+    with contextlib.suppress(UsageError):
+        if code and launch.ranks().world > 1:  # a launcher that ends the others for it would give them another code
+            time.sleep(TOGETHER)
 
 
 def listen() -> tuple[socket.socket, str]:

@@ -12,9 +12,8 @@ from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import phase_sizes
-from slope_cli.train.dry_run import untrained_model
+from slope_cli.train.dry_run import untrained_model, whole_because
 from sparse_kernels import kernel_choices, measure_kernels, use_choices
 
 BITS = 8
@@ -33,7 +32,7 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         SlopeError: no layout fits in a GPU's memory.
     """
     keys, gpu = config.distributed, device.type == "cuda"
-    reason = _whole_because(config)
+    reason = whole_because(config)
     if keys.layout in ("fsdp", "hsdp") and reason:
         raise UsageError(f"distributed.layout={keys.layout}: {reason}; set distributed.layout=ddp")
     if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu or reason)):
@@ -64,16 +63,6 @@ def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Ch
         gather=config.distributed.gather,
         group=rows,
     )
-
-
-def _whole_because(config: Config) -> str:
-    """Why every GPU must have the whole state; "" if it may be split."""
-    phases = phases_of(config)
-    if phases.end.linearized:
-        return "a run that linearizes is not split"
-    if len({phase.layers.kind for phase in phases.distinct}) > 1:
-        return "layers that change their kind during the run are not split"
-    return "LAMB needs the norms of whole weights" if config.optim.name == "lamb" else ""
 
 
 def agree_on_kernels(

@@ -37,7 +37,7 @@ def open_run_data(config: Config, run: Path, group: Group, stop: StopFlag | None
     opened = partial(open_dataset, folder, config.data.verify, check=check, known=verified_before(memory))
     dataset = group.agreed(lambda: opened(share=(group.ranks.rank, group.ranks.world)))
     checked = group.gather(dataset.verified)
-    group.first(lambda: remember_verified(memory, checked))
+    group.first(lambda: remember_verified(memory, checked) if run.is_dir() else None)
     return _on_this_node(config, dataset, group, check)
 
 
