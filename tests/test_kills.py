@@ -17,17 +17,16 @@ from slope_cli.distributed import peers
 @pytest.mark.slow
 def test_killed_commands_end_as_the_uninterrupted_ones(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
-    words = ["--work", str(tmp_path / "work"), "--kills", "6", "--jobs", "2", "--seed", "3", "--out", str(out)]
+    words = ["--work", str(tmp_path / "work"), "--kills", "3", "--jobs", "2", "--seed", "3", "--out", str(out)]
+    words += ["--only", "pretrain,data-prepare,linearize"]
     command = [sys.executable, "-P", "-m", "slope_cli.benchmarks.kills", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert [(row["command"], row["ranks"], row["kills"]) for row in result["rows"]] == [
         ("pretrain", 1, 1),
-        ("pretrain, 2 ranks", 2, 1),
-        ("pretrain, 4 ranks", 4, 1),
         ("data prepare", 1, 1),
-        ("linearize", 1, 2),
+        ("linearize", 1, 1),
     ]
     assert all(row["lost"] == row["unequal"] == [] and row["longest_restart_s"] > 0 for row in result["rows"])
     assert all(row["hangs"] == 0 for row in result["rows"])
