@@ -532,7 +532,9 @@ def test_a_dump_says_what_auto_stands_for() -> None:
     assert comments() == {f"{key.partition('.')[2]}: auto": meaning for key, meaning in schema.AUTO.items()}
     assert comments()["precision: auto"] == "bf16 on a GPU, fp32 on a CPU"
     layout = ("layout", "gather")
-    assert comments("method=linearize").keys() == {f"{key}: auto" for key in ("precision", "device", "compile", *layout)}
+    assert comments("method=linearize").keys() == {
+        f"{key}: auto" for key in ("precision", "device", "compile", *layout)
+    }
     settled = ("train.precision=fp32", "train.device=cpu", "train.compile=false", "train.cuda_graph=false")
     settled += ("distributed.layout=ddp", "distributed.gather=step")
     assert comments(*settled, "method=dense", "log.sample_prompt=auto") == {}
