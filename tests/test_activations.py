@@ -199,6 +199,7 @@ def test_what_is_held_for_the_backward_pass_is_what_is_counted() -> None:
     assert of_block["block"] < 0.1 * of_block["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad")
 @pytest.mark.parametrize("name", ["gpt2-nano", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
 def test_a_compiled_block_is_one_graph_with_the_same_gradients(name: str) -> None:
@@ -232,6 +233,7 @@ def test_a_run_may_resume_with_other_checkpointing_of_activations(tmp_path: Path
     assert_same_run(run_folder.open_config(run), run, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_linearized_run_is_the_same_bit_for_bit(mode: str, tmp_path: Path) -> None:
     words = ["train.steps=4", "linearize.window=4", "linearize.distill=0.5", "linearize.window_dropout=0.3"]

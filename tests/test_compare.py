@@ -269,6 +269,7 @@ def test_a_second_call_trains_nothing() -> None:
     compared(finished(), methods=["dense", "slope"], seeds=[1, 2, 3])  # what the other tests look at
 
 
+@pytest.mark.slow
 def test_shards_train_their_runs_and_leave_the_comparison_to_the_whole(tmp_path: Path) -> None:
     """As the tasks of a job array: at the end nothing is left to train."""
     how: dict[str, Any] = {"methods": ["dense"], "seeds": [1, 2, 3]}
@@ -731,6 +732,7 @@ def test_wrong_numbers(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_leaves_no_process_and_the_same_command_works(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-P", "-m", "slope_cli", "compare", str(RECIPE), *words("log.val_every=0")]

@@ -67,6 +67,7 @@ def _dies_before_it_connects(rank: int) -> None:
         peers.connect = lambda *_: os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_between_coming_and_connecting_leaves_none_hanging(tmp_path: Path) -> None:
     ranks = Ranks(
         2, ["pretrain", "gpt2-nano", "--out", str(tmp_path / "run")], tmp_path, prepare_child=_dies_before_it_connects

@@ -124,6 +124,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: i
     assert "error" not in ranks.printed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_stopped_run_resumes_to_the_same_bits(layout: str, tmp_path: Path) -> None:
     """With four ranks: a sum of two does not depend on its order."""

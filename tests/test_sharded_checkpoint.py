@@ -143,6 +143,7 @@ def _save_and_restore(group: Group, folder: Path, layouts: list[str]) -> tuple[l
 STEP = Path("checkpoints/step-00000001")
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_in_any_layout_reads_what_any_other_wrote(tmp_path: Path) -> None:
     store.save(tmp_path / "single", 1, reference(), METADATA, keep=2)
     for world, layouts in ((2, ["ddp", "fsdp"]), (4, ["ddp", "fsdp", "hsdp"]), (3, ["fsdp"])):
