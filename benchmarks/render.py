@@ -342,7 +342,7 @@ PLACES: dict[str, Callable[..., str]] = {
 FILES = {
     "cluster-assumed": ("cluster",),
     "cluster-fits": ("cluster",),
-    "kills": ("kills-pretrain", "kills-prepare", "kills-linearize"),
+    "kills": ("kills-pretrain", "kills-prepare", "kills-linearize", "kills-linearize-2"),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
         *("quality-gpt2-small", "linearize-gpt2-small", "generate-h100"),
