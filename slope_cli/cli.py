@@ -113,9 +113,10 @@ def _train(
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
     launch.use_granted_cores()
-    node_caches(launch.ranks())
+    ranks = launch.ranks()
+    node_caches(ranks)
     config = configs.load(recipe, [*implied, *overrides])
-    if launch.ranks().first:
+    if ranks.first:
         for line in configs.without_effect(config, overrides):
             print(f"warning: {line}", file=sys.stderr)
     if dry_run:

@@ -167,10 +167,11 @@ class SparseLinear(nn.Module):
         """
         if self.kernel_chooses(kind):
             cuda.launch(cuda.refresh(self.values, self.row_mask_bits, self.backward_mask_bits, update_mask=True))
-        else:
-            row_mask_OI = self.row_mask()
-            mask_OI = masks.double_prune(self.scattered(), row_mask_OI, self.n, self.m, kind=kind, seed=seed)
+        elif kind == "magnitude":
+            mask_OI = masks.double_prune(self.scattered(), self.row_mask(), self.n, self.m)
             self.backward_mask_bits.copy_(masks.pack_bits(mask_OI.t()))
+        else:
+            self.choose_backward_mask_at_random(kind, seed)
         self.update_backward_scale()
 
     def kernel_chooses(self, kind: str) -> bool:

@@ -276,7 +276,7 @@ def test_a_group_of_one_process_does_nothing() -> None:
     group, calls = Group(), list[int]()
     tensor = torch.ones(3)
     work: Callable[[], Any] = lambda: calls.append(1) or 5  # noqa: E731
-    assert (group.first(work), group.agreed(work), group.in_turn(work), calls) == (5, 5, 5, [1, 1, 1])
+    assert (group.first(work), group.agreed(work), calls) == (5, 5, [1, 1])
     assert group.gather("x") == ["x"]
     assert group.mean_(tensor) is tensor
     assert group.stopped_by(None) == ""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, UNFINISHED, Dataset, open_dataset, write_manifest
 from slope_cli.data.folders import some
@@ -60,19 +60,26 @@ class _Work:
         return self.target.out / UNFINISHED
 
 
+class Options(TypedDict, total=False):
+    """How text is prepared, with the defaults of `_work`.
+
+    workers: the number of processes, by default one per core; 1 works in this process. The result does not depend on
+    it. Workers are spawned, so a script that prepares needs an `if __name__ == "__main__"` guard. progress: show
+    progress on standard error.
+    """
+
+    tokenizer: str
+    text_key: str
+    val_fraction: float
+    workers: int | None
+    split: str
+    config_name: str | None
+    chunking: Chunking
+    progress: bool
+
+
 def prepare(
-    inputs: Sequence[str | Input],
-    out: Path,
-    *,
-    tokenizer: str = BYTES,
-    text_key: str = "text",
-    val_fraction: float = 0.01,
-    workers: int | None = None,
-    split: str = "train",
-    config_name: str | None = None,
-    chunking: Chunking = DEFAULT_CHUNKING,
-    progress: bool = True,
-    stop: StopFlag | None = None,
+    inputs: Sequence[str | Input], out: Path, *, stop: StopFlag | None = None, **options: Unpack[Options]
 ) -> Dataset:
     """Tokenize text, JSON, CSV and parquet files, folders of these, or Hugging Face data sets into the folder `out`.
 
@@ -82,10 +89,8 @@ def prepare(
     of the result.
 
     Args:
-        workers: the number of processes, by default one per core; 1 works in this process. The result does not depend
-            on it. Workers are spawned, so a script that calls this needs an `if __name__ == "__main__"` guard.
-        progress: show progress on standard error.
         stop: an open flag; by default one is opened here.
+        options: see `Options`.
 
     Raises:
         UsageError: an input or option is wrong, or the folder contains something else.
@@ -93,27 +98,21 @@ def prepare(
         SlopeError: the disk is full, or a process was killed.
     """
     started = time.monotonic()
-    work = _work(
-        inputs,
-        out,
-        tokenizer=tokenizer,
-        text_key=text_key,
-        val_fraction=val_fraction,
-        workers=workers,
-        split=split,
-        config_name=config_name,
-        chunking=chunking,
-        progress=progress,
-    )
+    work = _work(inputs, out, **options)
     unmade = _run(work, None, stop)
     dataset = open_dataset(work.target.out, verify=False)
-    for line in (*work.notes, *_outcome(dataset, unmade, val_fraction, time.monotonic() - started)):
+    for line in (*work.notes, *_outcome(dataset, unmade, time.monotonic() - started)):
         work.display.say(line)
     return dataset
 
 
 def prepare_shard(
-    shard: str, inputs: Sequence[str | Input], out: Path, *, stop: StopFlag | None = None, **options: Any
+    shard: str,
+    inputs: Sequence[str | Input],
+    out: Path,
+    *,
+    stop: StopFlag | None = None,
+    **options: Unpack[Options],
 ) -> None:
     """Do the share "I/N" of what `prepare` does with the same arguments, beside the other shares; `prepare` joins them.
 
@@ -179,11 +178,11 @@ def _run(work: _Work, shard: tuple[int, int] | None, stop: StopFlag | None) -> b
     return unmade
 
 
-def _outcome(dataset: Dataset, is_new: bool, val_fraction: float, seconds: float) -> Iterator[str]:
+def _outcome(dataset: Dataset, is_new: bool, seconds: float) -> Iterator[str]:
     if not is_new:
         yield f"{dataset.folder}: already prepared from the same inputs, nothing to do"
         return
-    if val_fraction and not dataset.val:
+    if dataset.made_from["val_fraction"] and not dataset.val:
         yield f"{dataset.folder}: has no validation text; {NO_VALIDATION}"
     tokens = sum(file.header.tokens for file in (*dataset.train, *dataset.val.values()))
     yield f"prepared: {tokens:,} tokens in {seconds:.1f} s"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from slope_cli.distributed import checks, peers
 from slope_cli.distributed.launch import TORCHRUN, Ranks
@@ -84,21 +84,13 @@ class Group:
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises on rank 0, on every rank; the others only wait."""
-        value: Any = None
-        error: Exception | None = None
-        if self.ranks.first:
-            try:
-                value = work()
-            except Exception as raised:
-                error = raised
         if not self.several:
-            if error is not None:
-                raise error
-            return value  # type: ignore[no-any-return]
-        value, told = self.broadcast((value, _portable(error)))
+            return work()
+        own, error = _attempt(work) if self.ranks.first else (None, None)
+        value, told = self.broadcast((own, _portable(error)))
         if told is not None:
             raise told from error
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
 
     def agreed(self, work: Callable[[], T]) -> T:
         """Do `work`, which contains no collective, on every rank.
@@ -107,16 +99,9 @@ class Group:
             Exception: on every rank that of the lowest rank where `work` raised one; unless all raised the same, it
                 begins with that rank's name.
         """
-        value: Any = None
-        error: Exception | None = None
-        try:
-            value = work()
-        except Exception as raised:
-            error = raised
         if not self.several:
-            if error is not None:
-                raise error
-            return value  # type: ignore[no-any-return]
+            return work()
+        value, error = _attempt(work)
         told = self.gather((self.ranks.name, _portable(error)))
         raised_by = [(name, other) for name, other in told if other is not None]
         if raised_by:
@@ -124,13 +109,7 @@ class Group:
             if len({str(each) for _, each in raised_by}) > 1 or len(raised_by) < len(told):
                 other = _with_text(other, f"{name}: {other}")
             raise other from error
-        return value  # type: ignore[no-any-return]
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0, then on the others together; errors as in `agreed`."""
-        if self.several:
-            self.first(lambda: (work(), None)[1])
-        return self.agreed(work)
+        return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -172,6 +151,27 @@ class Group:
             self.mean_(flat)
             parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `work` returns, or raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def begin_alone(device: torch.device) -> None:
+    """Let torch's engine work in a run of one process, which needs no group otherwise."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def sum_among(tensor: Tensor, among: dist.ProcessGroup) -> Tensor:
+    """Sum a tensor over some processes, in place."""
+    dist.all_reduce(tensor, group=among)
+    return tensor
 
 
 def gather_equal(own: Tensor, among: dist.ProcessGroup) -> Tensor:

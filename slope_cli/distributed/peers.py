@@ -8,7 +8,6 @@ other side will never answer, in a save, in a kernel.
 import contextlib
 import json
 import os
-import secrets
 import selectors
 import socket
 import sys
@@ -45,7 +44,7 @@ def leave(code: int, text: str) -> None:
 def listen() -> tuple[socket.socket, str]:
     """Rank 0's end: a listening socket, and what the others need to connect to it."""
     server = socket.create_server(("", 0), backlog=1024)
-    return server, f"{server.getsockname()[1]} {secrets.token_hex(16)}"
+    return server, f"{server.getsockname()[1]} {os.urandom(16).hex()}"
 
 
 def accept(ranks: Ranks, server: socket.socket, invitation: str, seconds: float) -> "Peers":

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from slope_cli.distributed.collectives import gather_equal
+from slope_cli.distributed.collectives import begin_alone, gather_equal, sum_among
 from slope_cli.distributed.layouts import Layout
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
@@ -39,9 +38,7 @@ class Sharding:
             dtype: of products, in which matrices are gathered; None for that of the weights.
         """
         self.layout, self.device, self.degree = layout, device, layout.shard
-        if not dist.is_initialized():  # one process, which FSDP2 can split over as well
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        begin_alone(device)
         names: tuple[str, ...] = ("shard",) if world == self.degree else ("replicate", "shard")
         shape = (world,) if world == self.degree else (world // self.degree, self.degree)
         self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -72,7 +69,7 @@ class Sharding:
         split: dict[int, nn.Parameter] = {}
         for adapter in adapters_of(model).values():
             old = list(adapter.parameters())
-            if any(isinstance(p, dist.tensor.DTensor) for p in old):
+            if any(isinstance(p, DTensor) for p in old):
                 continue
             self._split(adapter, self._in_products, reshard=self.layout.gather == "block", whole=set())
             split |= zip(map(id, old), adapter.parameters(), strict=True)
@@ -142,7 +139,6 @@ class Sharding:
         if not scaled:
             return
         norms = [layer.norms(local(layer.values), local_rows(layer.values)) for layer in scaled]
-        squares = torch.stack(norms).square_()
-        dist.all_reduce(squares, group=self._shards)
+        squares = sum_among(torch.stack(norms).square_(), self._shards)
         for layer, (forward, backward) in zip(scaled, squares.sqrt(), strict=True):
             layer.set_backward_scale(forward, backward)

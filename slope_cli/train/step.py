@@ -142,6 +142,8 @@ class Step:
 
     def average_gradients(self) -> None:
         """Average the gradient over the ranks, but for that of split weights: the backward pass has averaged it."""
+        if not self.group.several:  # nothing to do between the graphs of a step
+            return
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.group.average_([grad for grad in grads if not isinstance(grad, DTensor)])
 

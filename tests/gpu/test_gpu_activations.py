@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import inductor
 
 from slope_cli.config import configs
 from slope_cli.methods import optim, phases_of
@@ -13,13 +14,7 @@ from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.step import MaskUpdate, Step
 from sparse_kernels import add_adapters, sparsify
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore:The CUDA Graph is empty",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",
-    "ignore:torch.distributed is disabled",
-    "ignore:TensorFloat32 tensor cores",
-)  # Inductor's own
+pytestmark = inductor.QUIET
 
 _COMMON = {"vocab_size": 272, "hidden_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8}
 SIZES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support import inductor
 from torch import nn
 
 from slope_cli.checkpoint import store
@@ -36,13 +37,7 @@ from sparse_kernels import (
 from sparse_kernels.formats import BF16
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random_mask
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore:The CUDA Graph is empty",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",
-    "ignore:torch.distributed is disabled",
-    "ignore:TensorFloat32 tensor cores",
-)  # Inductor's own
+pytestmark = inductor.QUIET
 
 SIZES = {
     "gpt2": ("gpt2-nano", {"n_embd": 512, "n_layer": 2, "n_head": 8}),
