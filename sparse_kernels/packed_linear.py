@@ -1,0 +1,190 @@
+"""PackedLinear, an inference-only layer: 2:4 kept entries in 16 bits, metadata in tile order, and adapters.
+
+Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a row; R ranks of all adapters.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_kernels import masks, tile_metadata
+from sparse_kernels.lora import AdaptedLinear
+from sparse_kernels.masked_linear import MaskedLinear
+from sparse_kernels.selection import stored_weight
+from sparse_kernels.sparse_linear import SparseLinear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Segments = tuple[tuple[int, int], ...]
+"""(rows, rank) of each of the layers that were fused, in order; rank 0: it has no adapter."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a 2:4 weight W^R, or several that read the same input, stacked by rows; never trained.
+
+    Attributes:
+        values: buffer (out, in/2), the kept entries of W^R row by row in column order: bf16, fp16 or float32.
+        metadata: uint8 buffer (n,), where they sit, in the order of `tile_metadata`.
+        bias: buffer (out,) or None, of the values' dtype, as the adapters are.
+        lora_A: buffer (R, in) or None, the layers' adapters stacked.
+        lora_B: buffer (out, r) or None, with its scaling; r is the largest rank, and shorter ones are zero-padded. The
+            rows of each segment multiply the segment's own slice of X · lora_A^T.
+        segments: (rows, rank) of each layer.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        segments: Segments,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """A layer of zeros.
+
+        Raises:
+            ValueError: `in_features` is not a multiple of 4, or a dtype that values cannot have.
+        """
+        super().__init__()
+        if in_features % 4 or dtype not in DTYPES:
+            raise ValueError(f"a packed layer needs inputs in fours and {DTYPES}, got {in_features} and {dtype}")
+        self.in_features, self.out_features = in_features, sum(rows for rows, _ in segments)
+        self.segments = tuple((rows, rank) for rows, rank in segments)
+        ranks = [rank for _, rank in segments]
+        places = tile_metadata.PADDING * 0x11
+        size = tile_metadata.metadata_bytes(self.out_features, in_features)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("values", zeros(self.out_features, in_features // 2))
+        self.register_buffer("metadata", torch.full((size,), places, dtype=torch.uint8, device=device))
+        self.register_buffer("bias", zeros(self.out_features) if bias else None)
+        self.register_buffer("lora_A", zeros(sum(ranks), in_features) if any(ranks) else None)
+        self.register_buffer("lora_B", zeros(self.out_features, max(ranks)) if any(ranks) else None)
+
+    @classmethod
+    @torch.no_grad()
+    def fuse(cls, layers: Sequence[nn.Module], dtype: torch.dtype) -> "PackedLinear":
+        """One layer of those that read the same input; of a single one, that layer packed.
+
+        Args:
+            layers: SparseLinear, PackedLinear, or any other linear layer with at most two entries other than zero in
+                every 4 along a row; with or without adapters.
+            dtype: of the values.
+
+        Raises:
+            ValueError: a layer that is not 2:4, inputs of different lengths, or values that the dtype cannot hold.
+        """
+        parts = [_part(layer) for layer in layers]
+        inputs = parts[0].mask_OI.shape[1]
+        if any(part.mask_OI.shape[1] != inputs for part in parts):
+            raise ValueError(f"layers to fuse read inputs of {[part.mask_OI.shape[1] for part in parts]} features")
+        segments = tuple(segment for part in parts for segment in part.segments)
+        has_bias, device = any(part.bias_O is not None for part in parts), parts[0].mask_OI.device
+        fused = cls(inputs, segments, bias=has_bias, dtype=dtype, device=device)
+        fused.metadata.copy_(tile_metadata.encode(torch.cat([part.mask_OI for part in parts])))
+        row = rank = 0
+        for part in parts:
+            rows = slice(row, row := row + len(part.mask_OI))
+            fused.values[rows] = part.values_OK + 0.0  # -0.0 becomes 0.0
+            if fused.bias is not None and part.bias_O is not None:
+                fused.bias[rows] = part.bias_O
+            if part.adapter is not None and fused.lora_A is not None and fused.lora_B is not None:
+                A_RI, B_OR = part.adapter
+                fused.lora_A[rank : (rank := rank + len(A_RI))] = A_RI
+                fused.lora_B[rows, : B_OR.shape[1]] = B_OR
+        if not all(buffer.isfinite().all() for buffer in fused.buffers()):
+            raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
+        return fused
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in X's dtype; under autocast in the autocast dtype, as nn.Linear."""
+        device = X.device.type
+        if torch.is_autocast_enabled(device):
+            X = X.to(torch.get_autocast_dtype(device))
+        X_BI = X.reshape(-1, self.in_features)
+        Y_BO = self._product(X_BI)
+        if self.lora_A is not None and self.lora_B is not None:
+            Y_BO = Y_BO + self._adapters(X_BI, self.lora_A.to(X.dtype), self.lora_B.to(X.dtype))
+        return Y_BO.view(*X.shape[:-1], self.out_features)
+
+    def _product(self, X_BI: Tensor) -> Tensor:
+        """X · W^R^T + bias: (B, I) -> (B, O)."""
+        bias_O = None if self.bias is None else self.bias.to(X_BI.dtype)
+        return F.linear(X_BI, self.dense().to(X_BI.dtype), bias_O)  # [B,I] · [O,I]^T -> [B,O]
+
+    def _adapters(self, X_BI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        """Of each segment (X · A^T) · B^T, side by side: (B, I) -> (B, O)."""
+        rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
+        Z_BR = F.linear(X_BI, A_RI)  # [B,I] · [R,I]^T -> [B,R]
+        pairs = zip(Z_BR.split(ranks, 1), B_OR.split(rows), ranks, strict=True)
+        return torch.cat([F.linear(Z, B[:, :rank]) for Z, B, rank in pairs], 1)  # each [B,r] · [o,r]^T -> [B,o]
+
+    def dense(self) -> Tensor:
+        """W^R as a dense matrix (out, in) with its zeros, without adapters: a copy."""
+        return masks.scatter(self.values, self.mask())
+
+    def mask(self) -> Tensor:
+        """The mask of W^R: bool (out, in)."""
+        return tile_metadata.decode(self.metadata, self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sides}, bias={self.bias is not None}, segments={self.segments}"
+
+
+class _Part(NamedTuple):
+    """One layer to fuse: its values, mask and bias; lora_A and lora_B and segments as PackedLinear has them."""
+
+    values_OK: Tensor
+    mask_OI: Tensor
+    bias_O: Tensor | None
+    adapter: tuple[Tensor, Tensor] | None
+    segments: Segments
+
+
+def _part(layer: nn.Module) -> _Part:
+    if isinstance(layer, PackedLinear):
+        stored = None if layer.lora_A is None or layer.lora_B is None else (layer.lora_A, layer.lora_B)
+        return _Part(layer.values, layer.mask(), layer.bias, stored, layer.segments)
+    if isinstance(layer, SparseLinear) and (layer.n, layer.m) == (2, 4):
+        values_OK, mask_OI = layer.values.detach(), layer.row_mask()
+    else:
+        weight_OI = _weight(layer)
+        found = two_of_four(weight_OI)
+        if found is None:
+            raise ValueError(f"a {type(layer).__name__} is not 2:4 along its inputs")
+        values_OK, mask_OI = weight_OI[found].view(len(weight_OI), -1), found
+    bias_O = cast(Tensor | None, layer.bias)
+    adapter = layer.adapter if isinstance(layer, SparseLinear | AdaptedLinear) else None
+    if adapter is None:
+        return _Part(values_OK, mask_OI, bias_O, None, ((len(mask_OI), 0),))
+    scaled_B = adapter.scaling * adapter.lora_B.float()
+    return _Part(values_OK, mask_OI, bias_O, (adapter.lora_A, scaled_B), ((len(mask_OI), adapter.rank),))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight that a linear layer of any kind multiplies by: (out, in), without its adapter."""
+    if isinstance(layer, MaskedLinear):
+        return layer.masked_weight
+    if isinstance(layer, AdaptedLinear):
+        return layer.weight.t() if layer.conv1d else layer.weight
+    return stored_weight(layer)
+
+
+def two_of_four(weight_OI: Tensor) -> Tensor | None:
+    """The 2:4 mask that keeps every entry of a weight (out, in) but zeros; None if there is none."""
+    if weight_OI.shape[1] % 4:
+        return None
+    mask_OI = masks.nm_mask(weight_OI.abs(), 2, 4)
+    return None if bool(weight_OI.masked_fill(mask_OI, 0).any()) else mask_OI
