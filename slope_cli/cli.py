@@ -175,25 +175,25 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
+    batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest that reach this probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Generate text from a trained model."""
+    """Generate text from a trained model: the continuation of a prompt, or of each in a file."""
     launch.require_one_process()
-    from slope_cli.checkpoint.load import load_model
-    from slope_cli.inference.generate import continue_text
-    from slope_cli.linearize.swap import linear_windows
+    from slope_cli.inference import generate as generating
+    from slope_cli.inference.sampling import Sampling
 
-    loaded = load_model(model, launch.pick_device("auto"))
-    if compiled and not linear_windows(loaded.model):
-        raise UsageError(f"{model}: is not linearized, so there is nothing to compile; leave out --compile")
-    how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-    text = continue_text(loaded.model, loaded.tokenizer, prompt, compiled=compiled, **how)
-    print(text)
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    device = launch.pick_device("auto")
+    generating.generate(model, prompt, batch, sampling, device, compiled=compiled, as_json=as_json)
 
 
 @app.command()

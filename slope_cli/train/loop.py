@@ -27,7 +27,8 @@ from slope_cli.distributed.collectives import Group, join
 from slope_cli.distributed.sharding import Sharding
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.inference.generate import continue_text, prompt_ids
+from slope_cli.inference.sampling import Sampling
+from slope_cli.inference.text import prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import apply
@@ -43,6 +44,7 @@ from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.make_step import make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, layout_of
 from slope_cli.train.run_data import open_run_data
+from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.train.summary import summarize
@@ -281,10 +283,10 @@ class Trainer:
             progress.say(validation_line(f"step {step}", log.write("val", step, **validation)))
         sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
         if not sampled and step and (last or _due(step, config.sample_every)):
-            how: dict[str, Any] = {"tokens": config.sample_tokens, "seed": self.config.train.seed}
-            how["dtype"] = self.take_step.dtype or torch.float32
+            sampling = Sampling(config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.train.seed)
+            dtype = self.take_step.dtype or torch.float32
             with eager():
-                text = continue_text(self.model, self.tokenizer, config.sample_prompt, **how)
+                text = sample_text(self.model, self.tokenizer, config.sample_prompt, sampling, dtype)
             progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
             if self.sharding is not None:
                 self.sharding.reshard(self.model)
