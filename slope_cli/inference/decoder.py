@@ -175,14 +175,13 @@ class Block(nn.Module):
         self.linear: LinearWindow | None = make.linear(getattr(attention, "linear", None))
 
     def forward(self, X_NW: Tensor, rotary: Tensor | None, attend: Attend, cache: AttentionCache) -> Tensor:
-        """(N, W) -> (N, W); rotary: cosines and sines of the tokens' positions, (2, N, 1, D)."""
+        """(N, W) -> (N, W); rotary: what `_positions` has for the tokens' places, (2, N, 1, D)."""
         spec, N = self.spec, len(X_NW)
-        q, k, v = self.qkv(self.attention_norm(X_NW) if spec.pre_norm else X_NW).split(
-            [spec.heads * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2], dim=1
-        )
-        q_NHD, k_NGD, v_NGD = q.view(N, spec.heads, -1), k.view(N, spec.kv_heads, -1), v.view(N, spec.kv_heads, -1)
+        qkv_NW: Tensor = self.qkv(self.attention_norm(X_NW) if spec.pre_norm else X_NW)
+        turned, v_NGD = qkv_NW.view(N, -1, spec.head_dim).split([spec.heads + spec.kv_heads, spec.kv_heads], dim=1)
         if rotary is not None:
-            q_NHD, k_NGD = _rotated(q_NHD, rotary), _rotated(k_NGD, rotary)
+            turned = _rotated(turned, rotary)
+        q_NHD, k_NGD = turned.split([spec.heads, spec.kv_heads], dim=1)
         X_NW = X_NW + self.out(attend(cache, q_NHD, k_NGD, v_NGD).reshape(N, -1))
         X_NW = X_NW if spec.pre_norm else self.attention_norm(X_NW)
         up = self.up(self.mlp_norm(X_NW) if spec.pre_norm else X_NW)
@@ -198,8 +197,7 @@ class Decoder(nn.Module):
     """A causal language model for generating text: prompts one at a time, then one token for each of many slots.
 
     Attributes:
-        tokens: buffer (V, W), the embeddings. positions: buffer, the learned positions (T, W), or cosines and sines of
-            rotary ones, (2, T, D).
+        tokens: buffer (V, W), the embeddings. positions: buffer, as `_positions` makes it.
     """
 
     tokens: Tensor
@@ -307,21 +305,21 @@ class _Reader:
 
 
 def _positions(decoder: Any, spec: Spec, length: int, like: Tensor) -> Tensor:
-    """The learned positions (T, W), or the cosines and sines of rotary ones (2, T, D), as the model itself has them."""
+    """The learned positions (T, W), or of rotary ones the cosines, and the sines that are added to them, (2, T, D)."""
     if spec.names.positions:
         table_TW: Tensor = decoder.get_submodule(spec.names.positions).weight.detach()
         return table_TW[spec.names.offset :][:length].to(like)
     rotary = decoder.rotary_emb
     device = rotary.inv_freq.device
     cos_1TD, sin_1TD = rotary(like[:1].to(device), torch.arange(length, device=device)[None])
+    sin_1TD[..., : sin_1TD.shape[-1] // 2].neg_()
     return torch.cat([cos_1TD, sin_1TD]).to(like)
 
 
 def _rotated(X_NHD: Tensor, rotary: Tensor) -> Tensor:
-    """Queries or keys with their positions in them; the halves of a head are the pairs that are turned."""
-    first, second = X_NHD.chunk(2, dim=-1)
-    turned_NHD = torch.cat([-second, first], dim=-1)
-    return X_NHD * rotary[0] + turned_NHD * rotary[1]
+    """Heads turned by their positions: the pairs that are turned are a head's first half and its second."""
+    cos_N1D, sin_N1D = rotary
+    return torch.addcmul(X_NHD * cos_N1D, X_NHD.roll(X_NHD.shape[-1] // 2, dims=-1), sin_N1D)
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:

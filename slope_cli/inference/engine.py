@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from slope_cli.errors import UsageError
 from slope_cli.inference.decoder import Decoder, Spec
 from slope_cli.inference.sampling import Sampling, mode_of
-from slope_cli.inference.slots import Slots
+from slope_cli.inference.slots import Slots, Tokens
 from slope_cli.inference.text import TextStream, prompt_ids
 from slope_cli.models import shapes
 
@@ -124,6 +124,7 @@ class Engine:
         self._slots = Slots(self.decoder, max_batch, self.max_length)
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []  # in the order of their slots
+        self._coming: tuple[list[Generation], Tokens] | None = None  # of the step that was launched last
 
     @property
     def busy(self) -> bool:
@@ -164,10 +165,13 @@ class Engine:
             self._active.append(generation)
             pieces.append((generation, generation.add(token, self._ends)))
             self._release()
+        before, self._coming = self._coming, None
         if self._active:
             mode = mode_of((generation.sampling for generation in self._active), vocabulary)
-            tokens = self._slots.step(len(self._active), mode)
-            pieces += [(g, g.add(token, self._ends)) for g, token in zip(self._active, tokens, strict=True)]
+            self._coming = [*self._active], self._slots.step(len(self._active), mode)
+        if before is not None:  # read while the device is at the next step; texts that end here waste their part of it
+            texts = zip(before[0], before[1].read(), strict=True)
+            pieces += [(text, text.add(token, self._ends)) for text, token in texts if not text.finish_reason]
             self._release()
         return pieces
 

@@ -60,12 +60,12 @@ class Mode(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The sampling of B texts on the device, each (B,): float32, int32, float32 and int64."""
+    """The sampling of B texts on the device, each (B,): float32, int32, float32, and int64, a hash of the seed."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
-    seed: Tensor
+    key: Tensor
 
     @classmethod
     def of(cls, samplings: Iterable[Sampling], device: torch.device | str) -> "Settings":
@@ -73,25 +73,22 @@ class Settings(NamedTuple):
         rows = list(samplings)
         # A sum of all probabilities may come out a little above 1.
         top_p = [2.0 if row.top_p == 1 else row.top_p for row in rows]
+        seed_B = torch.tensor([row.seed for row in rows], dtype=torch.int64)
         return cls(
             torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
             torch.tensor([row.top_k for row in rows], dtype=torch.int32, device=device),
             torch.tensor(top_p, dtype=torch.float32, device=device),
-            torch.tensor([row.seed for row in rows], dtype=torch.int64, device=device),
+            _hash(seed_B & _32_BITS, seed_B >> 32).to(device),
         )
 
 
 def mode_of(samplings: Iterable[Sampling], vocabulary: int) -> Mode:
     """The least that serves all of these texts."""
-    mode = Mode(greedy=True, ranked=0)
-    for row in samplings:
-        if row.temperature == 0:
-            continue
-        ranked = 0
-        if row.top_k or row.top_p < 1:
-            ranked = next((size for size in RANKED if 0 < row.top_k <= size < vocabulary), vocabulary)
-        mode = Mode(greedy=False, ranked=max(mode.ranked, ranked))
-    return mode
+    sampled = [row for row in samplings if row.temperature > 0]
+    if all(row.top_k == 0 and row.top_p == 1 for row in sampled):
+        return Mode(greedy=not sampled, ranked=0)
+    sizes = [next((size for size in RANKED if 0 < row.top_k <= size), vocabulary) for row in sampled]
+    return Mode(greedy=False, ranked=min(max(sizes), vocabulary))
 
 
 def choose(logits_BV: Tensor, settings: Settings, places_B: Tensor, mode: Mode) -> Tensor:
@@ -102,33 +99,33 @@ def choose(logits_BV: Tensor, settings: Settings, places_B: Tensor, mode: Mode) 
         places_B: where in their texts the chosen tokens will be.
         mode: of `mode_of`.
     """
+    likeliest_B = logits_BV.argmax(-1)
     if mode.greedy:
-        return logits_BV.argmax(-1)
-    sampled_B1 = settings.temperature[:, None] > 0
-    scaled_BV = logits_BV / settings.temperature[:, None].clamp(min=1e-6).where(sampled_B1, 1.0)
-    noisy_BV = scaled_BV + _gumbel(settings.seed, places_B, logits_BV.shape[1]) * sampled_B1
+        return likeliest_B
+    values_BK, V = logits_BV / settings.temperature[:, None].clamp(min=1e-6), logits_BV.shape[1]
     if mode.ranked:
-        noisy_BV = noisy_BV.masked_fill(scaled_BV < _least(scaled_BV, settings, mode.ranked), -torch.inf)
-    return noisy_BV.argmax(-1)
+        values_BK, ids_BK = values_BK.topk(mode.ranked) if mode.ranked < V else values_BK.sort(descending=True)
+        values_BK = values_BK.masked_fill(values_BK < _least(values_BK, settings), -torch.inf)
+    else:
+        ids_BK = torch.arange(V, device=values_BK.device).expand_as(values_BK)
+    drawn_B1 = (values_BK + _gumbel(settings.key, places_B, ids_BK)).argmax(-1, keepdim=True)
+    return torch.where(settings.temperature > 0, ids_BK.gather(1, drawn_B1)[:, 0], likeliest_B)
 
 
-def _least(scaled_BV: Tensor, settings: Settings, ranked: int) -> Tensor:
-    """The smallest logit that a text still takes, (B, 1); -inf where it takes all."""
-    ordered = scaled_BV.sort(descending=True) if ranked == scaled_BV.shape[1] else scaled_BV.topk(ranked)
+def _least(ordered_BK: Tensor, settings: Settings) -> Tensor:
+    """The smallest of the K largest logits, in descending order, that a text still takes: (B, 1)."""
     top_k_B1, top_p_B1 = settings.top_k[:, None], settings.top_p[:, None]
-    among_k_BK = (torch.arange(ranked, device=scaled_BV.device) < top_k_B1) | (top_k_B1 == 0)
-    share_BK = ordered.values.masked_fill(~among_k_BK, -torch.inf).softmax(-1)
+    among_k_BK = (torch.arange(ordered_BK.shape[1], device=ordered_BK.device) < top_k_B1) | (top_k_B1 == 0)
+    share_BK = ordered_BK.masked_fill(~among_k_BK, -torch.inf).softmax(-1)
     kept_BK = among_k_BK & (share_BK.cumsum(-1) - share_BK < top_p_B1)
-    least_B1 = ordered.values.masked_fill(~kept_BK, torch.inf).amin(-1, keepdim=True)
-    return least_B1.masked_fill((top_k_B1 == 0) & (top_p_B1 > 1), -torch.inf)
+    return ordered_BK.masked_fill(~kept_BK, torch.inf).amin(-1, keepdim=True)
 
 
-def _gumbel(seed_B: Tensor, places_B: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise (B, V), float32: the argmax of logits with it is a sample of their softmax."""
-    key_B = _hash(places_B.long(), _hash(seed_B & _32_BITS, seed_B >> 32))
-    bits_BV = _hash(torch.arange(vocabulary, device=seed_B.device), key_B[:, None])
-    uniform_BV = ((bits_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # a float32 below 1
-    return -torch.log(-torch.log1p(-uniform_BV))
+def _gumbel(key_B: Tensor, places_B: Tensor, ids_BK: Tensor) -> Tensor:
+    """Gumbel noise (B, K), float32: the argmax of logits with it is a sample of their softmax."""
+    bits_BK = _hash(ids_BK, _hash(places_B.long(), key_B)[:, None])
+    uniform_BK = ((bits_BK.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # a float32 below 1
+    return -torch.log(-torch.log1p(-uniform_BK))
 
 
 def _hash(number: Tensor, key: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Slots:
         self.lengths[last] = self._used[last] = 0
 
     @torch.no_grad()
-    def step(self, used: int, mode: Mode) -> list[int]:
-        """Add a token to each text of the first `used` slots: these tokens."""
+    def step(self, used: int, mode: Mode) -> "Tokens":
+        """Add a token to each text of the first `used` slots."""
         size = min(1 << (used - 1).bit_length(), self.count)
         if self._pool is None:
             self._run(size, mode)
@@ -64,8 +64,7 @@ class Slots:
             if (size, mode) not in self._graphs:
                 self._graphs[size, mode] = self._captured(size, mode)
             self._graphs[size, mode].replay()
-        tokens: list[int] = self.ids[:used].tolist()
-        return tokens
+        return Tokens(self.ids[:used])
 
     def _run(self, size: int, mode: Mode) -> None:
         """All of a step that the device does: from the tensors of this object to them."""
@@ -90,3 +89,22 @@ class Slots:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._run(size, mode)
         return graph
+
+
+class Tokens:
+    """The tokens of a step, on their way to the host while the device goes on."""
+
+    def __init__(self, ids_B: Tensor) -> None:
+        on_gpu = ids_B.is_cuda
+        self._ids = torch.empty(len(ids_B), dtype=ids_B.dtype, pin_memory=on_gpu)
+        self._ids.copy_(ids_B, non_blocking=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[int]:
+        """Them, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids: list[int] = self._ids.tolist()
+        return ids
