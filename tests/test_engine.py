@@ -9,11 +9,12 @@ import pytest
 import torch
 from support.models import CAUSAL, VOCABULARY, linearized, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_cli.errors import UsageError
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.products import DenseLinear
-from slope_cli.inference.sampling import Sampling
+from slope_cli.inference.sampling import Sampling, mode_of
 from sparse_kernels import adapters_of, add_adapters, mask_layers, sparse_layers, sparsify
 from sparse_kernels.packed_linear import PackedLinear
 
@@ -227,6 +228,41 @@ def test_the_model_is_read_not_changed() -> None:
         for _, layer in sparse_layers(model):
             layer.values.neg_()
     assert Engine(model, sparse=True).generate([prompt], GREEDY)[0].ids == expected(model, prompt) != text
+
+
+class _HostReads(TorchDispatchMode):
+    """Refuses what no CUDA graph can hold: shapes or control flow that depend on data, and data from the host."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "is_nonzero")
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.forbidden), name
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        assert not any(index is not None and index.dtype == torch.bool for index in indices), name
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["gpt2-nano", "opt-125m", "llama3-8b", "window", "terrace", "sparse"])
+def test_a_step_is_fit_for_a_cuda_graph(kind: str) -> None:
+    """Nothing of it reaches the host, and all that it leaves is in the same places."""
+    forms = {"window": {"window": 5}, "terrace": {"window": 4, "kind": "terrace"}}
+    model = linearized("llama3-8b", **forms[kind]) if kind in forms else None
+    model = model or (adapted(sparse(tiny_model("llama3-8b"))) if kind == "sparse" else tiny_model(kind))
+    engine = Engine(model, max_batch=4, sparse=True)
+    for settings in (GREEDY, Sampling(), Sampling(top_k=5), Sampling(top_p=0.9)):
+        for prompt in prompts()[3:6]:
+            engine.submit(prompt, settings)
+        engine.step()
+        slots, mode = engine._slots, mode_of([settings], VOCABULARY)
+        left = [slots.ids, slots.lengths, *(tensor for cache in slots.caches for tensor in cache.changing())]
+        places = [tensor.data_ptr() for tensor in left]
+        with _HostReads():
+            slots._run(4, mode)
+        left = [slots.ids, slots.lengths, *(tensor for cache in slots.caches for tensor in cache.changing())]
+        assert [tensor.data_ptr() for tensor in left] == places
+        for _ in engine.stream():
+            pass
 
 
 def test_bf16_is_the_precision_of_weights_products_and_cache() -> None:
