@@ -1,9 +1,9 @@
-"""`slope bench`: training steps, single products and memory, sparse against dense; and decoding, linearized attention
-against softmax attention.
+"""`slope bench`: training steps, single products and memory, sparse against dense; generating text by the engine; and
+decoding with linearized against softmax attention.
 
 All work on the GPU runs in separate processes (measure.py), one per case, so that a crash, a hang or a full memory
-costs only one case. Results are written to the output folder after every row: memory.json, step.json, gemm.json
-and generate.json, bench.md, and speed.png and .svg.
+costs only one case. Results are written to the output folder after every row, to a JSON file for each kind, and at the
+end bench.md, and speed.png and .svg.
 """
 
 import contextlib
@@ -30,46 +30,65 @@ from slope_cli.utils.typed_json import from_json
 from sparse_kernels import children
 from sparse_kernels.formats import BF16
 
-from . import generate, records, report
+from . import generate, linearize_decoding, products, records, report
 from .measure import case_config, fastest
-from .records import AllocatorRow, Bytes, Case, CaseResult, DecodeRow, GemmRow, Speedup, StepRow, StepSummary
+from .records import (
+    AllocatorRow,
+    Bytes,
+    Case,
+    CaseResult,
+    DecodeRow,
+    GemmRow,
+    GenerateRow,
+    Plan,
+    ProductRow,
+    Speedup,
+    StepRow,
+    StepSummary,
+)
 
-KINDS = ("all", "step", "gemm", "memory", "generate")
-Row = TypeVar("Row", StepRow, AllocatorRow, GemmRow, DecodeRow)
+KINDS = ("all", "step", "gemm", "memory", "generate", "products", "linearize")
+DEFAULT = {"generate": generate.DEFAULT, "products": products.DEFAULT, "linearize": linearize_decoding.DEFAULT}
+"""The models of the kinds that have no cases."""
+Row = TypeVar("Row", StepRow, AllocatorRow, GemmRow, DecodeRow, GenerateRow, ProductRow)
 
 LONGEST = 1800.0
 """Seconds after which a case without a budget is taken to hang."""
 
 
 def run(
-    what: str, names: Sequence[str] = (), out: Path | None = None, budget: float | None = None
+    what: str,
+    names: Sequence[str] = (),
+    out: Path | None = None,
+    budget: float | None = None,
+    plan: Plan | None = None,
 ) -> records.BenchResults:
     """Measure, and write the results.
 
     Args:
-        what: one of KINDS. Without a GPU only memory is estimated: of decoding for "generate", else of training.
-        names: cases, or for "generate" names that `generate.subject` takes; by default all. "all" of named cases has no
-            decoding.
+        what: one of KINDS. Without a GPU training steps and products of training are left out, memory is estimated, and
+            that of decoding for "linearize"; "generate" and "products" need a plan for the CPU.
+        names: cases, or for a kind of DEFAULT models; by default all. "all" of named cases has no kind of DEFAULT.
         out: the folder; by default a new one in the current folder.
         budget: seconds, after which the remaining measurements are listed as not run.
+        plan: of "generate" and "products"; None for the usual one.
 
     Raises:
-        UsageError: an unknown measurement or name, or a folder that cannot be written.
+        UsageError: an unknown measurement or name, a plan that does not fit, or a folder that cannot be written.
     """
     if what not in KINDS:
         raise UsageError(f"{what}: choose one of {', '.join(KINDS)}")
-    chosen = choose([] if what == "generate" else names)
-    subjects = names if names and what == "generate" else generate.DEFAULT
-    for name in subjects:
-        generate.subject(name)  # refuse a wrong name now
+    chosen, plan = choose([] if what in DEFAULT else names), plan or Plan()
+    models = {kind: names if names and kind == what else usual for kind, usual in DEFAULT.items()}
     gpu = torch.cuda.is_available()
+    _refuse(what, models, plan, gpu)
     folder = out or _new_folder(gpu)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}") from None
     bench = Bench(folder, chosen, budget)
-    if not gpu and what != "generate":
+    if not gpu and what not in DEFAULT:
         bench.say("no GPU here: training steps and products cannot be measured; memory is estimated from the shapes")
         what = "memory"
     if what in ("all", "memory"):
@@ -81,9 +100,28 @@ def run(
     if what in ("all", "memory") and gpu:
         bench.allocator()
     if what == "generate" or (what == "all" and not names):
-        bench.generate(subjects, gpu)
+        bench.generate(models["generate"], plan)
+    if what == "products" or (what == "all" and not names):
+        bench.products(models["products"], plan)
+    if what == "linearize" or (what == "all" and not names):
+        bench.linearize(models["linearize"], gpu)
     report.write(bench.results, folder)
     return bench.results
+
+
+def _refuse(what: str, models: dict[str, Sequence[str]], plan: Plan, gpu: bool) -> None:
+    """UsageError now for what would fail later: a wrong name, a plan that does not fit, no GPU."""
+    if what in ("generate", "products") and not gpu and plan.device != "cpu":
+        raise UsageError(f"no GPU here: {what} cannot be measured; --device cpu measures plain torch on this processor")
+    if what == "generate":
+        for name in models[what]:
+            generate.model_entry(name, plan)
+    elif what == "products":
+        for name in models[what]:
+            products.matrices(name)
+    elif what in ("all", "linearize"):
+        for name in models["linearize"]:
+            linearize_decoding.subject(name)
 
 
 def choose(names: Sequence[str]) -> list[Case]:
@@ -151,16 +189,40 @@ class Bench:
             results.rows.append(row)
         self.say("; ".join(filter(None, (f"products: {len(results.rows)} measured", results.not_run))))
 
-    def generate(self, subjects: Sequence[str], gpu: bool) -> None:
-        """Estimate the memory of decoding of subjects (see `generate.subject`), and measure the rest on a GPU."""
-        self.results.generate = records.GenerateResults()
+    def generate(self, names: Sequence[str], plan: Plan) -> None:
+        """Measure the engine with each model."""
+        self.results.generate = records.GenerateResults(plan=plan)
+        for name in names:
+            entry = generate.model_entry(name, plan)
+            self.results.generate.models.append(entry)
+            for row in self._rows(GenerateRow, ["generate", name, json.dumps(asdict(plan))], "generate", entry):
+                entry.rows.append(row)
+                found = [] if row.step_ms is None else [f"{row.step_ms:.2f} ms"]
+                found += [] if row.ratio is None else [f"{row.ratio:.3f} times dense"]
+                self.say(f"{name}, {row.part}, batch {row.batch}, {row.variant}: {row.error or ', '.join(found)}")
+            if entry.not_run:
+                self.say(f"{name}: {entry.not_run}")
+            report.write(self.results, self._folder)
+
+    def products(self, names: Sequence[str], plan: Plan) -> None:
+        """Measure the products of each model's block for few tokens."""
+        self.results.products = results = records.ProductResults(plan=plan)
+        for row in self._rows(ProductRow, ["products", *names, json.dumps(asdict(plan))], "products", results):
+            results.rows.append(row)
+            place = f"{row.model}, {row.matrix} {row.rows} x {row.columns}, {row.tokens} tokens"
+            self.say(f"{place}: {row.error or f'{row.ratio:.3f} times dense'}")
+
+    def linearize(self, subjects: Sequence[str], gpu: bool) -> None:
+        """Estimate memory of linearized decoding (see `linearize_decoding.subject`), and measure it on a GPU."""
+        self.results.linearize = records.LinearizeResults()
         if not gpu:
             self.say("no GPU here: decoding cannot be timed; its memory is estimated from the shapes")
         for name in subjects:
-            entry = records.ModelResult(memory=generate.memory_row(generate.subject(name)), not_run="not run: no GPU")
-            self.results.generate.models.append(entry)
-            self._write("generate")
-            for row in self._rows(DecodeRow, ["generate", name], "generate", entry) if gpu else ():
+            memory = linearize_decoding.memory_row(linearize_decoding.subject(name))
+            entry = records.ModelResult(memory=memory, not_run="not run: no GPU")
+            self.results.linearize.models.append(entry)
+            self._write("linearize")
+            for row in self._rows(DecodeRow, ["linearize", name], "linearize", entry) if gpu else ():
                 entry.rows.append(row)
                 where = " ".join(str(value) for value in (row.part, row.side, row.batch, row.length) if value)
                 speed = row.tokens_per_s and f"{row.tokens_per_s:,.0f} tokens/s"

@@ -1,366 +1,188 @@
-"""The measurements of `slope bench generate`: decoding with linearized against softmax attention of one model.
+"""The measurements of `slope bench generate`: what users get of the engine, variants of one model side by side.
 
-    python -m slope_cli.benchmarks.measure generate llama-small
+    python -m slope_cli.benchmarks.measure generate opt-6.7b '{"batches": [1, 16]}'
 
-Both sides are one model with random weights, in its two modes, and decode greedily in one loop over
-model(ids, past_key_values=…), replayed from a CUDA graph; speed does not depend on the weights. The softmax side is the
-fastest that torch's fused attention knows: keys and values lie in a full buffer of their final length, without a mask
-and without copies as it grows. Caches are filled with random numbers; the cost of a prompt is not part of a step.
-
-Shape suffixes: B sequences, G KV heads, T tokens, D head dimension, V vocabulary.
+All variants are timed in alternating rounds, each by the step of the engine itself: on a GPU its CUDA graph, and the
+copy of the new tokens to the host. Weights are random; every text has the same number of tokens at every step.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
 
-from slope_cli.checkpoint import base_model, load, peft, run_folder
-from slope_cli.config.schema import Config, LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize import saved
-from slope_cli.linearize.cache import LinearWindowCache
-from slope_cli.linearize.swap import linear_windows, linearize_attention, using
-from slope_cli.methods import phases_of
-from slope_cli.methods.accounting import attention_memory
-from slope_cli.models import shapes
-from slope_cli.models.build import build_model, model_config
-from slope_cli.train.linearize_steps import TransferStep
+from slope_cli.inference.cache import AttentionCache, SoftmaxCache
+from slope_cli.inference.decoder import Decoder, Spec
+from slope_cli.inference.sampling import Sampling, mode_of
+from slope_cli.inference.slots import Slots
 
-from .records import DecodeMemory, DecodeRow
-from .timing import Peak, Timing, free, one_line, random_model, synchronize
+from . import variants
+from .records import GenerateRow, GeneratingModel, Plan
+from .timing import Peak, Timing, copy_bandwidth, free, one_line
+from .transformers_generate import transformers_rows
+from .variants import TRANSFORMERS, Variants
 
-SMALL = "llama-small"
-_SMALL = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "vocab_size": 32000}
-_SMALL |= {"num_attention_heads": 12, "num_key_value_heads": 12}
-DEFAULT = (SMALL, "llama3-8b")
-"""GPT-2 small's size with rotary positions, and a large model with few KV heads."""
-SIDES = ("softmax", "linear", "linear compiled")
-LONGEST = 16384
-"""Tokens up to which every model has positions here."""
-CLOSE = 0.03
-"""The relative precision of the largest batch."""
-TIMING = Timing(warm_up=2, rounds=5, round_seconds=0.05, most_calls=50)
+DEFAULT = ("gpt2-small", "opt-1.3b", "opt-6.7b", "llama3-8b", "mistral-7b")
+TIMING = Timing(warm_up=2, rounds=5, round_seconds=0.1, most_calls=100, heat_seconds=1.0)
+GREEDY = Sampling(temperature=0)
+MODE = mode_of([GREEDY], 0)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Lengths in tokens, up to LONGEST, and batches in sequences, at which a model is measured."""
-
-    lengths: Sequence[int] = (512, 2048, 4096, 8192, 16384)
-    batches: Sequence[int] = (1, 16)
-    largest_lengths: Sequence[int] = (4096, 16384)
-    transfer_lengths: Sequence[int] = (1024, 2048, 4096, 8192)
-
-
-SWEEP = Sweep()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to decode with: its shape, the form of its linearized layers, and its parts that are not timed."""
-
-    name: str
-    config: PreTrainedConfig
-    settings: LinearizeConfig
-    note: str = ""
-
-
-def subject(name: str) -> Subject:
-    """The model of this name: a shape, a run, or a folder of transformers.
+def model_entry(name: str, plan: Plan) -> GeneratingModel:
+    """The entry of a model before it is measured.
 
     Raises:
-        UsageError: none of these, or a model that does not predict the next token.
+        UsageError: a model or a plan that cannot be measured.
         SlopeError: files that cannot be read.
     """
-    folder, settings, note = Path(name), LinearizeConfig(), ""
-    if name == SMALL:
-        config = model_config("llama3-8b", overrides=_SMALL, dropout=0.0)
-    elif name in shapes.SHAPES:
-        config = model_config(name, dropout=0.0)
-    elif run_folder.is_run(folder):
-        config, settings, note = _of_run(folder)
-    elif (folder / "config.json").is_file():
-        config, maps = load.shape_of(folder), folder / saved.FOLDER
-        settings = saved.settings(maps) if maps.is_dir() else settings
-        note = _left_out(False, (folder / peft.FOLDER).is_dir())  # only the weights show whether they are sparse
-    else:
-        raise UsageError(f"{name}: neither a run nor a model folder; shapes are {SMALL}, {', '.join(shapes.SHAPES)}")
-    if shapes.family_of(config).objective != "causal":
-        raise UsageError(f"{name}: predicts masked tokens and cannot decode; choose a causal model")
-    config._attn_implementation = "sdpa"
-    # The weights are random, so the model may have positions for all lengths here.
-    positions = shapes.FAMILIES[config.model_type].positions
-    setattr(config, positions, max(config.max_position_embeddings, LONGEST))
-    return Subject(folder.resolve().name if folder.is_dir() else name, config, settings, note)
+    config, blocks, folder = variants.shape(name, plan.depth)
+    variants.names(plan.variants, plan.against, trained=folder is not None)
+    positions = Spec.of(config).positions
+    if not 2 <= plan.context <= positions:
+        raise UsageError(f"--context {plan.context}: must be from 2 to the {positions} positions of {name}")
+    label = name if folder is None else folder.resolve().name
+    return GeneratingModel(model=label, blocks=config.num_hidden_layers, all_blocks=blocks)
 
 
-def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeConfig, str]:
-    config = run_folder.open_config(folder)
-    phases = phases_of(config)
-    adapted, sparse = phases.end.adapters, phases.end.layers.kind in ("sparse", "masked")
-    if phases.end.linearized:
-        base = base_model.description(folder)
-        adapted, sparse = adapted or bool(base["adapters"]), bool(base["sparse"])
-    return load.shape_of(folder), config.linearize, _left_out(sparse, adapted)
-
-
-def _left_out(sparse: bool, adapted: bool) -> str:
-    parts = ["sparse layers"] * sparse + ["adapters"] * adapted
-    return f"timed as a dense model, without its {' and '.join(parts)}" if parts else ""
-
-
-def memory_row(chosen: Subject) -> DecodeMemory:
-    """The bytes of the cache of one sequence; nothing is allocated."""
-    model = build_model(chosen.config, device="meta")
-    linearize_attention(model, chosen.settings)
-    memory = attention_memory(model)
-    softmax = memory.cache_bytes_per_token
-    return DecodeMemory(
-        model=chosen.name,
-        note=chosen.note,
-        layers=memory.layers,
-        linear_layers=memory.linear_layers,
-        window=chosen.settings.window,
-        kind=chosen.settings.kind,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear_bytes=memory.state_bytes,
-        softmax_bytes=softmax,
-        kept_bytes=softmax // memory.linear_layers * (memory.layers - memory.linear_layers),
-        break_even=memory.break_even,
-    )
-
-
-class FullLayer(DynamicLayer):  # type: ignore[misc]
-    """A softmax layer's full cache of one length: a new token replaces the oldest, and all are attended to."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = keys, values
-        self.place_1 = torch.zeros(1, dtype=torch.long, device=keys.device)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write one token in place, and return all keys and values."""
-        self.keys.index_copy_(2, self.place_1, key_states)
-        self.values.index_copy_(2, self.place_1, value_states)
-        self.place_1.add_(1).remainder_(self.keys.shape[2])
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The number of keys that a query sees, and the place of the first."""
-        return int(self.keys.shape[2]), 0
-
-
-def build(chosen: Subject, device: torch.device) -> Any:
-    """The linearized model with random weights; 16-bit on a GPU, but for maps and mix factors."""
-    model = random_model(chosen.config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    linearize_attention(model, chosen.settings)
-    return model.eval().requires_grad_(False)
-
-
-def filled_cache(model: Any, side: str, batch: int, length: int) -> Cache:
-    """A cache of random numbers, as large as after `length` tokens."""
-    dtype, device = model.get_input_embeddings().weight.dtype, model.device
-    windows = {model.get_submodule(name).layer_idx: window for name, window in linear_windows(model).items()}
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers: list[Any] = []
-    for index in range(config.num_hidden_layers):
-        if side == "softmax" or index not in windows:
-            shape = (batch, heads, length, dim)
-            layers.append(FullLayer(*(torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))))
-            continue
-        cache: LinearWindowCache = windows[index].new_cache()
-        nothing_BGTD = torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
-        cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
-        for tensor in (cache.keys, cache.values):
-            tensor.normal_()
-        cache.state_BGFE.uniform_()
-        cache.keep_BW.fill_(True)
-        cache.tokens_B.fill_(length)
-        cache.seen = length
-        layers.append(cache)
-    return Cache(layers=layers)
-
-
-class Decoder:
-    """Greedy decoding of `batch` sequences of `length` tokens, a step at a time.
-
-    Attributes:
-        graphed: whether a step is replayed from a CUDA graph; a terrace's is not, since its cache makes new tensors.
-        remembered: bytes of the cache.
-    """
-
-    def __init__(
-        self, model: Any, side: str, batch: int, length: int, *, graphed: bool, timing: Timing = TIMING
-    ) -> None:
-        self._model, self._side = model, side
-        self._limit = model.config.max_position_embeddings
-        self._ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        self._positions_11 = torch.full((1, 1), min(length, self._limit - 1), device=model.device)
-        self._cache = filled_cache(model, side, batch, length)
-        self.remembered = sum(_nbytes(layer) for layer in self._cache.layers)
-        self.graphed = False
-        for _ in range(timing.warm_up):
-            self.run()
-        if graphed and not any(window.pattern.terrace for window in linear_windows(model).values()):
-            self._capture()
-
-    def run(self) -> None:
-        """Take a step: each sequence's likeliest next token becomes its input."""
-        softmax, compiled = self._side == "softmax", self._side.endswith("compiled")
-        with torch.no_grad(), using(self._model, mode="softmax" if softmax else "linear", compiled=compiled):
-            inputs = {"position_ids": self._positions_11.expand_as(self._ids_B1), "past_key_values": self._cache}
-            logits_B1V = self._model(input_ids=self._ids_B1, use_cache=True, **inputs).logits
-            self._ids_B1.copy_(logits_B1V.argmax(-1))
-            self._positions_11.add_(1).remainder_(self._limit)
-
-    def _capture(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph has memory of its own
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.run()
-        self.run, self.graphed = graph.replay, True  # type: ignore[method-assign]
-        self.run()
-
-
-def _nbytes(layer: Any) -> int:
-    return int(layer.nbytes() if isinstance(layer, LinearWindowCache) else layer.keys.nbytes + layer.values.nbytes)
-
-
-def rows(name: str, device: torch.device, sweep: Sweep = SWEEP, timing: Timing = TIMING) -> Iterator[DecodeRow]:
-    """All rows of one subject: the largest batches first, then speed by length, then the memory of transfer."""
-    chosen = subject(name)
-    try:
-        model = build(chosen, device)
-    except Exception as error:
-        yield DecodeRow(model=chosen.name, part="largest", error=one_line(error))
-        return
-    compiled = device.type == "cuda"  # as in `slope linearize`
-    points = itertools.product(sweep.batches, sweep.lengths)
-    measured = itertools.chain(
-        *(largest_rows(model, chosen, length, timing) for length in sweep.largest_lengths),
-        *(speed_rows(model, batch, length, timing=timing) for batch, length in points),
-        (transfer_row(model, length, compiled=compiled, timing=timing) for length in sweep.transfer_lengths),
-    )
-    yield from (replace(row, model=chosen.name) for row in measured)
-
-
-def speed_rows(
-    model: Any, batch: int, length: int, part: str = "speed", sides: Sequence[str] = SIDES, timing: Timing = TIMING
-) -> Iterator[DecodeRow]:
-    """The speed of each side."""
-    for side in sides:
-        row = DecodeRow(part=part, side=side, batch=batch, length=length)
-        try:
-            yield _timed(model, row, timing)
-        except Exception as error:  # the other sides are still measured
-            yield replace(row, error=one_line(error))
-        free()
-
-
-def _timed(model: Any, row: DecodeRow, timing: Timing) -> DecodeRow:
-    assert row.batch is not None
-    assert row.length is not None
-    peak, decoder, note = Peak(model.device), None, ""
-    make = functools.partial(Decoder, model, row.side, row.batch, row.length, timing=timing)
-    if model.device.type == "cuda":
-        try:
-            decoder = make(graphed=True)
-        except Exception as error:
-            note = f"without a CUDA graph: {one_line(error)}"
-    if decoder is None:  # out here, where the error no longer holds what the first attempt allocated
-        free()
-        decoder = make(graphed=False)
-    (seconds,) = timing.medians(decoder.run)
-    row = replace(row, step_ms=seconds * 1e3, tokens_per_s=row.batch / seconds, graphed=decoder.graphed, note=note)
-    return replace(row, remembered_bytes=decoder.remembered, peak_bytes=peak.total())
-
-
-def largest_rows(model: Any, chosen: Subject, length: int, timing: Timing = TIMING) -> Iterator[DecodeRow]:
-    """The largest batch of each side, then the speeds at the largest that both hold, and at linear's own."""
-    largest: dict[str, int] = {}
-    for side, size in zip(("softmax", "linear"), memory_row(chosen).remembered(length), strict=True):
-        free()
-        runs = functools.partial(_refusal, model, side, length=length, timing=timing)
-        largest[side], limit = largest_batch(runs, torch.cuda.mem_get_info()[0] // size)
-        row = DecodeRow(part="largest", side=side, length=length, batch=largest[side], limit=limit)
-        yield replace(row, bytes_per_sequence=size)
-    if min(largest.values()):
-        yield from speed_rows(model, min(largest.values()), length, "both", timing=timing)
-        if largest["linear"] > largest["softmax"]:
-            yield from speed_rows(model, largest["linear"], length, "own", SIDES[1:], timing)
-
-
-def largest_batch(refusal: Callable[[int], str], most: int) -> tuple[int, str]:
-    """The largest batch that runs, to within CLOSE, or 0, and why the next one does not.
-
-    Args:
-        refusal: why a batch does not run, or nothing.
-        most: an upper bound.
-    """
-    fits, fails, limit = 0, most + 1, ""
-    while fails - fits > max(1, CLOSE * fits):
-        batch = (fits + fails) // 2 if fits or fails < 3 else round(0.8 * fails)
-        if reason := refusal(batch):
-            fails, limit = batch, reason
-        else:
-            fits = batch
-    return fits, limit
-
-
-def _refusal(model: Any, side: str, batch: int, length: int, timing: Timing) -> str:
-    """Why steps of this batch do not run, or nothing."""
-    reason = ""
-    try:
-        Decoder(model, side, batch, length, graphed=False, timing=timing)
-        synchronize()
-    except (RuntimeError, MemoryError) as error:
-        reason = one_line(error)
+def rows(name: str, plan: Plan, device: torch.device, timing: Timing = TIMING) -> Iterator[GenerateRow]:
+    """All rows of a model: its variants' first tokens, then steps by batch, then those of transformers if asked for."""
+    config, _, folder = variants.shape(name, plan.depth)
+    chosen = variants.names(plan.variants, plan.against, trained=folder is not None)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    prompt = min(plan.prompt, Spec.of(config).positions)
+    dense_ms: dict[int, float | None] = {}
+    source = Variants(config, folder, device, dtype, max(plan.context, prompt))
+    for row in engine_rows(chosen, replace(plan, prompt=prompt), source, timing):
+        if (row.part, row.variant) == ("decode", "dense"):
+            dense_ms[row.batch] = row.step_ms
+        yield row
+    del source
     free()
-    return reason
+    for row in transformers_rows(config, plan, device, dtype) if TRANSFORMERS in plan.against else ():
+        dense = dense_ms.get(row.batch)
+        yield replace(row, dense_ms=dense, ratio=dense / row.step_ms if dense and row.step_ms else None)
 
 
-def transfer_row(model: Any, length: int, *, compiled: bool, timing: Timing = TIMING) -> DecodeRow:
-    """The peak of one step of attention transfer of one sequence, above weights and moments."""
-    row = DecodeRow(part="transfer", length=length, compiled=compiled)
-    maps = [parameter for window in linear_windows(model).values() for parameter in window.parameters()]
-    try:
-        for parameter in maps:
-            parameter.requires_grad_(True)
-        torch.compiler.reset()  # a run has one length: code compiled for another is not its own
-        settings = Config()
-        step = TransferStep(
-            model,
-            torch.optim.AdamW(maps),
-            dtype=torch.bfloat16 if model.device.type == "cuda" else None,
-            clip=settings.optim.clip,
-            mse_weight=settings.linearize.mse_weight,
-            entropy_weight=settings.linearize.entropy_weight,
-            compiled=compiled,
-        )
-        batch = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=model.device)}
-        for _ in range(timing.warm_up):
-            step([batch])
-        peak = Peak(model.device)
-        step([batch])
-        return replace(row, peak_bytes=peak.above_start())
-    except Exception as error:
-        return replace(row, error=one_line(error))
-    finally:
-        for parameter in maps:
-            parameter.grad = None
-            parameter.requires_grad_(False)
+def engine_rows(chosen: list[str], plan: Plan, source: Variants, timing: Timing) -> Iterator[GenerateRow]:
+    """The rows of the engine's variants; "dense" is the first of them."""
+    decoders: dict[str, Decoder] = {}
+    for name in chosen:
+        try:
+            decoders[name] = source.make(name)
+        except Exception as error:  # the other variants are still measured
+            yield GenerateRow(part="prefill", variant=name, tokens=plan.prompt, error=one_line(error))
         free()
+    bandwidth = copy_bandwidth(source.dense.tokens.device)
+    yield from _compared(decoders, "prefill", 1, plan.prompt, timing, bandwidth)
+    for batch in plan.batches:
+        yield from _compared(decoders, "decode", batch, plan.context, timing, bandwidth)
+
+
+@dataclass
+class _Measured:
+    """One variant's work, and its row without times."""
+
+    row: GenerateRow
+    work: Callable[[], object]
+
+
+def _compared(
+    decoders: dict[str, Decoder], part: str, batch: int, tokens: int, timing: Timing, bandwidth: float
+) -> Iterator[GenerateRow]:
+    """The rows of all variants, timed in alternating rounds; those that fail come first."""
+    memories: dict[tuple[bool, bool], list[AttentionCache]] = {}  # alike variants share them
+    ready: list[_Measured] = []
+    for name, decoder in decoders.items():
+        row = GenerateRow(part=part, variant=name, tokens=tokens, batch=batch, weight_bytes=weight_bytes(decoder))
+        fault = ""
+        try:
+            ready.append(_prepared(decoder, row, memories, timing))
+        except Exception as error:  # the other variants are still measured
+            fault = one_line(error)
+        if fault:  # out here, where the error no longer holds what was allocated
+            free()
+            yield replace(row, error=fault)
+    times = timing.medians(*(each.work for each in ready)) if ready else []
+    dense_s = next((s for s, each in zip(times, ready, strict=True) if each.row.variant == "dense"), None)
+    for seconds, each in zip(times, ready, strict=True):
+        size = each.row.read_bytes
+        yield replace(
+            each.row,
+            step_ms=seconds * 1e3,
+            dense_ms=None if dense_s is None else dense_s * 1e3,
+            ratio=None if dense_s is None else dense_s / seconds,
+            tokens_per_s=batch / seconds if part == "decode" else None,
+            bound_ms=None if size is None else size / bandwidth * 1e3,
+        )
+    del ready, memories
+    free()
+
+
+def _prepared(
+    decoder: Decoder, row: GenerateRow, memories: dict[tuple[bool, bool], list[AttentionCache]], timing: Timing
+) -> _Measured:
+    """The work of a row, done a few times, so that graphs are captured and kernels chosen."""
+    first: Any = decoder.blocks[0]
+    kind = (first.linear is not None, first.linear is not None and first.linear.compiled)
+    caches = memories.get(kind) or decoder.caches(row.batch, row.tokens)
+    remembered = sum(tensor.nbytes for cache in caches for tensor in _remembered(cache))
+    slots = Slots(decoder, row.batch, row.tokens, caches)
+    ids = torch.randint(decoder.spec.vocabulary, (row.tokens,)).tolist()
+    if row.part == "prefill":
+        work: Callable[[], object] = functools.partial(slots.fill, 0, ids, GREEDY, MODE)
+    else:
+        if kind not in memories:
+            fill(slots, ids[1:])
+        slots.lengths.fill_(row.tokens - 1)  # and so they stay: there is room for one token more
+        work = functools.partial(slots.step, row.batch, MODE)
+        row = replace(row, read_bytes=read_bytes(decoder) + sum(map(_read, caches)))
+    memories[kind] = caches
+    peak = Peak(decoder.tokens.device)
+    for _ in range(timing.warm_up):
+        work()
+    above = peak.above_start()
+    total = None if above is None or row.weight_bytes is None else row.weight_bytes + remembered + above
+    return _Measured(replace(row, peak_bytes=total), work)
+
+
+def fill(slots: Slots, ids: list[int]) -> None:
+    """Let every slot remember the same text."""
+    slots.fill(0, ids, GREEDY, MODE)
+    for cache in slots.caches:
+        for slot in range(1, slots.count):
+            cache.move(0, slot, len(ids))
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of all that a decoder holds on its device."""
+    return sum(_nbytes(tensor) for tensor in (*decoder.buffers(), *decoder.parameters()))
+
+
+def read_bytes(decoder: Decoder) -> int:
+    """Bytes of the weights that a step reads: all but the tables of which it takes a few rows."""
+    tied = not isinstance(decoder.head, torch.nn.Module)  # the output head reads the whole table of tokens
+    return weight_bytes(decoder) - decoder.positions.nbytes - (0 if tied else decoder.tokens.nbytes)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of the parts of PyTorch's semi-structured one."""
+    if isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+        return sum(part.nbytes for part in (tensor.packed, tensor.meta) if part is not None)
+    return tensor.nbytes
+
+
+def _remembered(cache: AttentionCache) -> list[Tensor]:
+    return [cache.keys, cache.values] if isinstance(cache, SoftmaxCache) else cache.changing()
+
+
+def _read(cache: AttentionCache) -> int:
+    """Bytes of it that a step of all its slots reads."""
+    size = sum(tensor.nbytes for tensor in _remembered(cache))
+    if isinstance(cache, SoftmaxCache) and cache.window:
+        places = cache.keys.shape[2]
+        return size * min(cache.window, places) // places
+    return size

@@ -1,9 +1,11 @@
-"""The measurements of `slope bench` on the GPU: training steps, the bytes of their state, single products, decoding.
+"""The measurements of `slope bench` on the GPU, by kind.
 
     python -m slope_cli.benchmarks.measure step opt-2.7b
     python -m slope_cli.benchmarks.measure state opt-2.7b gpt2-small
     python -m slope_cli.benchmarks.measure gemm 2560 4096
-    python -m slope_cli.benchmarks.measure generate llama-small
+    python -m slope_cli.benchmarks.measure linearize llama-small
+    python -m slope_cli.benchmarks.measure generate opt-6.7b '{"batches": [1, 16]}'
+    python -m slope_cli.benchmarks.measure products opt-6.7b '{"tokens": [1, 16]}'
 
 Each row is printed as a line of JSON as soon as it is measured. `slope bench` runs this in a separate process, so that
 a crash or a hang of the GPU costs only one case.
@@ -34,12 +36,25 @@ from slope_cli.models import shapes
 from slope_cli.models.build import build_model, run_model_config
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.step import MaskUpdate, Step, StepOutput
+from slope_cli.utils.typed_json import from_json
 
-from . import generate
+from . import generate, linearize_decoding, products
 from .gemm import gemm
-from .records import AllocatorRow, Case, DecodeRow, GemmRow, OfMethod, StepRow, cases
+from .records import (
+    AllocatorRow,
+    Case,
+    DecodeRow,
+    GemmRow,
+    GenerateRow,
+    OfMethod,
+    Plan,
+    ProductRow,
+    StepRow,
+    cases,
+)
 from .timing import Peak, Timing, free, one_line, random_model
 
+Row = StepRow | AllocatorRow | GemmRow | DecodeRow | GenerateRow | ProductRow
 STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.2, most_calls=20, heat_seconds=3.0)
 
 
@@ -230,18 +245,21 @@ def measure_state(row: AllocatorRow, config: Config, device: torch.device) -> Al
 
 
 def main(kind: str, *names: str) -> None:
-    """Measure on the GPU, and print rows."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    """Measure on the GPU, and print rows; of "generate" and "products" the last name is a Plan in JSON."""
+    plan = from_json(Plan, json.loads(names[-1])) if kind in ("generate", "products") else Plan()
+    device = torch.device(plan.device or f"cuda:{torch.cuda.current_device()}")
     # Every variant compiles the code of a block again.
     torch._dynamo.config.recompile_limit = 64
-    measures: dict[str, Callable[[], Iterator[StepRow | AllocatorRow | GemmRow | DecodeRow]]] = {
+    measures: dict[str, Callable[[], Iterator[Row]]] = {
         "step": lambda: (row for name in names for row in step(cases()[name], device)),
         "state": lambda: (row for name in names for row in state(cases()[name], device)),
         "gemm": lambda: gemm([int(name) for name in names]),
-        "generate": lambda: (row for name in names for row in generate.rows(name, device)),
+        "linearize": lambda: (row for name in names for row in linearize_decoding.rows(name, device)),
+        "generate": lambda: (row for name in names[:-1] for row in generate.rows(name, plan, device)),
+        "products": lambda: (row for name in names[:-1] for row in products.rows(name, plan, device)),
     }
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "gemm":
+        if kind in ("gemm", "products"):
             os.environ["XDG_CACHE_HOME"] = folder  # do not reuse the times of an earlier process
         for row in measures[kind]():
             print(json.dumps(asdict(row)), flush=True)

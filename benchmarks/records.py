@@ -1,4 +1,4 @@
-"""The result files of `slope bench`: memory.json, step.json, gemm.json and generate.json.
+"""The result files of `slope bench`, one for each kind of measurement.
 
 Times are in milliseconds, sizes in bytes. None: not measured, also in a row with an error.
 """
@@ -271,10 +271,101 @@ class ModelResult(Incomplete):
 
 
 @dataclass(kw_only=True)
+class LinearizeResults(Results):
+    """linearize.json."""
+
+    models: list[ModelResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `slope bench generate` and `slope bench products` measure.
+
+    batches: texts that are continued at once. context: tokens of each that a step's attention reads. prompt: at most so
+    many are read before the first token. variants, against: names that `variants` knows; none for the usual ones.
+    depth: only so many blocks; None for all. tokens: of single products. device: "cpu", or "" for the GPU.
+    """
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    context: int = 1024
+    prompt: int = 2048
+    variants: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    depth: int | None = None
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    device: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRow:
+    """A measurement of one variant of a model.
+
+    part: "prefill", from a prompt of `tokens` to its first new token on the host; "decode", a step that adds a token to
+    each of `batch` texts of `tokens`. dense_ms: of the dense model in the same engine, in the same rounds if
+    `alternated`; ratio: dense_ms over step_ms. read_bytes: weights, keys, values and states that a step reads;
+    bound_ms: reading them at the bandwidth with which the device copies. weight_bytes: on the device. peak_bytes:
+    weights, what is remembered of the texts, and the allocator's peak above these; None on a CPU.
+    """
+
+    part: str
+    variant: str
+    tokens: int
+    batch: int = 1
+    error: str = ""
+    alternated: bool = True
+    step_ms: float | None = None
+    dense_ms: float | None = None
+    ratio: float | None = None
+    tokens_per_s: float | None = None
+    read_bytes: int | None = None
+    bound_ms: float | None = None
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(kw_only=True)
+class GeneratingModel(Incomplete):
+    """The rows of a model, of which `blocks` of `all_blocks` were timed."""
+
+    model: str
+    blocks: int
+    all_blocks: int
+    rows: list[GenerateRow] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class GenerateResults(Results):
     """generate.json."""
 
-    models: list[ModelResult] = field(default_factory=list)
+    plan: Plan = field(default_factory=Plan)
+    models: list[GeneratingModel] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRow:
+    """A product of a model's block, (rows, columns) times `tokens` inputs: 2:4 by PackedLinear against a dense one.
+
+    bound: how many times fewer bytes its weights have.
+    """
+
+    model: str
+    matrix: str
+    rows: int
+    columns: int
+    tokens: int
+    error: str = ""
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    ratio: float | None = None
+    bound: float | None = None
+
+
+@dataclass(kw_only=True)
+class ProductResults(Results, Incomplete):
+    """products.json."""
+
+    plan: Plan = field(default_factory=Plan)
+    rows: list[ProductRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +407,9 @@ class BenchResults:
     memory: MemoryResults | None = None
     step: StepResults | None = None
     gemm: GemmResults | None = None
+    linearize: LinearizeResults | None = None
     generate: GenerateResults | None = None
+    products: ProductResults | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The folder and the existing parts, by name."""

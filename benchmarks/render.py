@@ -18,8 +18,8 @@ from slope_cli.compare.summary import Comparison
 from slope_cli.report.tables import NONE, Table, bytes_text, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
-from . import RESULTS, linearize_cpu, report, scaling
-from .records import GemmRow, GenerateResults, MemoryResults, StepResults
+from . import RESULTS, generate_report, linearize_cpu, report, scaling
+from .records import GemmRow, GenerateResults, LinearizeResults, MemoryResults, ProductResults, StepResults
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -201,15 +201,31 @@ def _small_llama(result: Json) -> str:
     return _markdown(whole.columns, rows, f"{whole.note} ([More settings](../benchmarks/results/linearize-cpu.md).)")
 
 
-def _decoding(results: GenerateResults) -> Table:
+def _decoding(results: LinearizeResults) -> Table:
     """The speeds at the largest batches, of what was run."""
     return report.largest_batches([replace(entry, not_run="") for entry in results.models])
 
 
-def _generation(result: Json) -> str:
-    results = from_json(GenerateResults, result)
+def _linearized_decoding(result: Json) -> str:
+    results = from_json(LinearizeResults, result)
     names = ("model", "tokens", "largest batch: softmax", "largest batch: linear", *report.SPEED_COLUMNS)
     return f"{_columns(_decoding(results), *names)}\n\n{_where(results.machine)}; bf16, window 64, random weights."
+
+
+def _generating(result: Json) -> str:
+    """Tokens per second of the engine's variants by batch."""
+    results = from_json(GenerateResults, result)
+    found = generate_report.by_batch(results)
+    rows = [row[:-1] for row in found.rows]
+    return _markdown(found.columns[:-1], rows, f"{found.note} {_where(results.machine)}.")
+
+
+def _few_tokens(result: Json) -> str:
+    """Speed-ups of single products by tokens."""
+    results = from_json(ProductResults, result)
+    found = generate_report.products(results)[0]
+    rows = [row[:-1] for row in found.rows]
+    return _markdown(found.columns[:-1], rows, f"{found.note} {_where(results.machine)}.")
 
 
 def _cluster(result: Json) -> str:
@@ -304,7 +320,7 @@ def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized:
         perplexities = run["teacher"], run["adapted"], run["adapted"] / run["teacher"]
         rows.append([name, *map(number, perplexities)])
     names = ("model", "tokens", "softmax tokens/s", "compiled tokens/s", "speed-up")
-    for model, length, softmax, linear, ratio in _cells(_decoding(from_json(GenerateResults, generation)), *names):
+    for model, length, softmax, linear, ratio in _cells(_decoding(from_json(LinearizeResults, generation)), *names):
         if length == "16,384":
             name = f"decoding, {model}, {length} tokens, largest batches"
             rows.append([name, f"{softmax} tokens/s", f"{linear} tokens/s", ratio])
@@ -327,7 +343,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "step-h100-renewed": _step,
     "step-h200": _step,
     "training-h100": _training,
-    "generate-h100": _generation,
+    "generate-h200": _generating,
+    "products-h200": _few_tokens,
+    "linearize-decoding-h100": _linearized_decoding,
     "linearize-cpu": _small_llama,
     "linearize-demo": _demo_linearized,
     "linearize-gpt2-small": _linearized,
@@ -345,7 +363,7 @@ FILES = {
     "kills": ("kills-pretrain", "kills-prepare", "kills-linearize", "kills-linearize-2"),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
-        *("quality-gpt2-small", "linearize-gpt2-small", "generate-h100"),
+        *("quality-gpt2-small", "linearize-gpt2-small", "linearize-decoding-h100"),
     ),
 }
 

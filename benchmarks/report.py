@@ -9,7 +9,7 @@ from slope_cli.report.plots import picture
 from slope_cli.report.tables import NONE, Document, Table, bytes_text, number
 from slope_cli.utils.files import atomic_file
 
-from . import records
+from . import generate_report, records
 from .records import BenchResults, CaseResult, DecodeRow, GemmResults, GemmRow, MemoryResults, MemoryRow, ModelResult
 
 TITLE = "slope bench"
@@ -35,9 +35,13 @@ def tables(results: BenchResults) -> list[Table]:
         every += [_break_even(gemm.rows), _products(gemm)]
     if memory := results.memory:
         every += [whole_models(memory.cases), _allocator(memory)]
-    if decoding := results.generate:
+    if decoding := results.linearize:
         models = decoding.models
         every += [largest_batches(models), _speed(models), _remembered(models), _transfer(models)]
+    if results.generate:
+        every += generate_report.tables(results.generate)
+    if results.products:
+        every += generate_report.products(results.products)
     return [table for table in every if table.rows]
 
 
@@ -272,17 +276,18 @@ def write(results: BenchResults, folder: Path) -> None:
 
 
 def draw(results: BenchResults, out: Path) -> list[Path]:
-    """Draw the speed-ups of whole models and of products, and decoding by length; returns the files written."""
+    """Draw the speed-ups of whole models and of products, and decoding by length and batch; returns what it wrote."""
     panels: list[Callable[[Any], None]] = []
     if results.step and (cases := [case for case in results.step.cases if case.summary]):
         panels.append(partial(_draw_steps, cases=cases))
     if results.gemm and (products := break_even(results.gemm.rows)):
         panels.append(partial(_draw_products, products=products))
-    if results.generate:
-        models = results.generate.models
+    if results.linearize:
+        models = results.linearize.models
         panels += [partial(_draw_remembered, entries=models)] if models else []
         measured = any(row.part == "speed" for entry in models for row in entry.rows)
         panels += [partial(_draw_speed, entries=models)] if measured else []
+    panels += generate_report.panels(results.generate.models) if results.generate else []
     if not panels:
         return []
     with picture(out, panels=len(panels)) as (all_axes, files):

@@ -102,3 +102,28 @@ def random_model(shape: PreTrainedConfig, device: torch.device, dtype: torch.dty
             return model_class(shape)
     finally:
         torch.set_default_dtype(before)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes together."""
+    source = torch.ones((2**31 if device.type == "cuda" else 2**26) // 4, device=device)
+    target = torch.empty_like(source)
+    timing = Timing(warm_up=0, rounds=5, round_seconds=0.05, most_calls=50)
+    (duration,) = timing.medians(lambda: target.copy_(source))
+    return 2 * source.nbytes / duration
+
+
+def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Work that a GPU repeats from a CUDA graph; on a CPU the work itself. It must allocate the same each time."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, at the first calls
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay

@@ -285,30 +285,61 @@ def check(run: Run, as_json: AsJson = False) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="step, gemm, memory, generate, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="step, gemm, memory, generate, products, linearize, or all.")] = "all",
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models, as --cases; for generate also runs and model folders."),
+        typer.Argument(metavar="[MODEL]...", help="Models, as --cases; for generate, linearize also folders."),
     ] = None,
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds; the rest is listed as not run.")] = None,
+    batches: Annotated[str, typer.Option(help="generate: numbers of texts, comma-separated.")] = "1,2,4,8,16,32,64",
+    context: Annotated[int, typer.Option(help="generate: tokens of each text.")] = 1024,
+    prompt: Annotated[int, typer.Option(min=1, help="generate: tokens before the first one, at most.")] = 2048,
+    variants: Annotated[str, typer.Option(help="generate: such as dense,sparse,sparse-r1.56; default: all.")] = "",
+    against: Annotated[str, typer.Option(help="generate: also transformers, semi_structured, int8.")] = "",
+    depth: Annotated[int | None, typer.Option(min=1, help="generate: only so many blocks.")] = None,
+    tokens: Annotated[str, typer.Option(help="products: numbers of tokens, comma-separated.")] = "1,2,4,8,16,32,64",
+    device: Annotated[str, typer.Option(help="generate, products: cpu; default: the GPU.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Benchmark training steps, products and memory, sparse against dense, and decoding, linearized against softmax.
+    """Benchmark training steps, products and memory, sparse against dense; generating; and linearized decoding.
 
     Without a GPU: only the memory, from the shapes.
     """
     launch.require_one_process()
-    from slope_cli.benchmarks import bench, report
+    from slope_cli.benchmarks import bench, records, report
 
     given = [*(models or ()), *(cases or ())]  # a folder's name may contain commas
-    names = [name for text in given for name in ([text] if Path(text).exists() else text.split(",")) if name]
-    result = bench.run(what, names, out, budget)
+    names = [name for text in given for name in ([text] if Path(text).exists() else _parts(text))]
+    if device not in ("", "cpu"):
+        raise UsageError(f"--device {device}: must be cpu, or be left out for the GPU")
+    plan = records.Plan(
+        batches=_counts("--batches", batches),
+        context=context,
+        prompt=prompt,
+        variants=tuple(_parts(variants)),
+        against=tuple(_parts(against)),
+        depth=depth,
+        tokens=_counts("--tokens", tokens),
+        device=device,
+    )
+    result = bench.run(what, names, out, budget, plan)
     if as_json:
         _print(result.to_json(), [], as_json)
     else:
         report.show(result)
+
+
+def _parts(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers of at least 1; UsageError for anything else."""
+    if not all(part.isascii() and part.isdigit() and int(part) for part in _parts(text) or [""]):
+        raise UsageError(f"{option} {text}: must be whole numbers of at least 1, comma-separated")
+    return tuple(sorted({int(part) for part in _parts(text)}))
 
 
 @app.command()

@@ -1,322 +1,298 @@
-"""slope bench generate: the memory of decoding, the loop that is timed (here on a CPU), and its files.
-
-Shape suffixes: B sequences, T positions.
-"""
+"""slope bench generate and products: variants, bytes and times (here on a CPU), and their files."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.models import SHAPES, linearized, tiny_model, tokens
+from support.models import SHAPES, tiny_model
 from support.runs import slope
-from transformers.cache_utils import Cache
 
-from slope_cli.benchmarks import bench, generate, report
-from slope_cli.benchmarks.generate import Decoder, FullLayer, Subject, Sweep, subject
-from slope_cli.benchmarks.records import BenchResults, DecodeRow, GenerateResults, ModelResult
-from slope_cli.benchmarks.timing import Timing
-from slope_cli.checkpoint import base_model, run_folder
-from slope_cli.config import configs
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.benchmarks import bench, generate, generate_report, products, render, report, variants
+from slope_cli.benchmarks.records import (
+    BenchResults,
+    GenerateResults,
+    GenerateRow,
+    GeneratingModel,
+    Plan,
+    ProductResults,
+    ProductRow,
+)
+from slope_cli.benchmarks.timing import Timing, copy_bandwidth
+from slope_cli.benchmarks.variants import USUAL, Variants
 from slope_cli.errors import UsageError
-from slope_cli.linearize import saved
-from slope_cli.linearize.swap import linear_windows
+from slope_cli.inference.cache import LinearCache, SoftmaxCache
 from slope_cli.models.build import model_config
-from slope_cli.train.step import require_compiler
-from slope_cli.utils.files import write_sealed
 from slope_cli.utils.typed_json import from_json
-from sparse_kernels import sparsify
+from sparse_kernels import masks
+from sparse_kernels.packed_linear import PackedLinear
 
-CPU = torch.device("cpu")
-CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b")
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, QUICK = torch.device("cpu"), Timing(warm_up=1, rounds=2)
+OLD_RUN = Path(__file__).parent / "old_runs" / "sparse"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = Timing(warm_up=2, rounds=5)
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "copy_bandwidth", lambda device: 1e9)
 
 
-def tiny(name: str, **settings: Any) -> Subject:
-    return Subject(name, model_config(name, overrides=SHAPES[name]), LinearizeConfig(**settings))
+def source(name: str, length: int = 64) -> Variants:
+    torch.manual_seed(0)
+    return Variants(model_config(name, overrides=SHAPES[name], dropout=0.0), None, CPU, torch.bfloat16, length)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_a_full_cache_gives_the_logits_of_a_growing_one(name: str) -> None:
-    model, ids_BT = tiny_model(name), tokens(20)
-    with torch.no_grad():
-        grown = model(ids_BT[:, :-1], use_cache=True).past_key_values
-        # One place is still to be filled: that of the first token, which `update` overwrites.
-        sides = [(torch.cat([x[:, :, :1], x], dim=2) for x in (layer.keys, layer.values)) for layer in grown.layers]
-        full = Cache(layers=[FullLayer(*pair) for pair in sides])
-        at = torch.full((2, 1), 19)
-        expected = model(ids_BT[:, -1:], past_key_values=grown, position_ids=at, use_cache=True).logits
-        found = model(ids_BT[:, -1:], past_key_values=full, position_ids=at, use_cache=True).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+# Of 16 bits, two blocks of width 32 with 4 heads and 2 KV heads of 8, MLP 48, vocabulary 96, 64 positions.
+BLOCK = 64 * 32 + 32 * 32 + 2 * 48 * 32 + 32 * 48
+REST = 2 * (2 * 64 + 32 + 96 * 32)  # norms and the head
+TABLES = 2 * (96 * 32 + 2 * 64 * 8)  # embeddings; cosines and sines
+# 2:4 values are half of the entries; metadata, a bit for each two, is of sides in whole tiles of 64 x 32.
+SPARSE_BLOCK = BLOCK + (64 * 32 + 64 * 32 + 128 * 32 + 64 * 64) // 8
+# Rank 2 for each of q, k, v; o; gate, up; down.
+ADAPTERS = 2 * 2 * ((3 * 32 + 64) + (32 + 32) + (2 * 32 + 96) + (48 + 32))
 
 
 @pytest.mark.parametrize(
-    "settings", [{"window": 8}, {"window": 8, "keep_softmax": (1,)}, {"window": 4, "kind": "terrace"}]
+    ("name", "expected"),
+    [
+        ("dense", 2 * 2 * BLOCK + REST),
+        ("sparse", 2 * SPARSE_BLOCK + REST),
+        ("sparse-r6.25", 2 * SPARSE_BLOCK + REST + 2 * ADAPTERS),
+    ],
 )
-@pytest.mark.parametrize("name", CAUSAL)
-def test_the_estimated_memory_is_that_of_the_cache(name: str, settings: dict[str, Any]) -> None:
-    chosen = tiny(name, **settings)
-    estimated = generate.memory_row(chosen)
-    model = generate.build(chosen, CPU).to(torch.bfloat16)
-    for length in (40, 90):
-        softmax, linear = estimated.remembered(length)
-        for side, size in (("softmax", softmax), ("linear", linear)):
-            assert Decoder(model, side, 3, length, graphed=False).remembered == pytest.approx(3 * size, abs=64)
-    assert estimated.break_even * estimated.softmax_bytes >= estimated.linear_bytes
-    assert (estimated.kept_bytes > 0) == ("keep_softmax" in settings)
+def test_bytes_that_a_step_reads(name: str, expected: int) -> None:
+    decoder = source("llama3-8b").make(name)
+    assert generate.read_bytes(decoder) == expected
+    assert generate.weight_bytes(decoder) == expected + TABLES
+    plan = Plan(batches=(3,), context=64, prompt=32)
+    *_, row = generate.engine_rows([name], plan, source("llama3-8b"), QUICK)
+    assert row.read_bytes == expected + 2 * 2 * (3 * 2 * 64 * 8) * 2  # keys and values of two layers
+    assert row.bound_ms == pytest.approx(row.read_bytes / 1e6)  # at 1 GB/s
+    assert row.tokens_per_s == pytest.approx(3e3 / (row.step_ms or 0))
 
 
-def test_bytes_of_real_shapes() -> None:
-    small, large = (generate.memory_row(subject(name)) for name in generate.DEFAULT)
-    assert (small.softmax_bytes, small.break_even) == (12 * 2 * 768 * 2, 129)
-    assert (large.softmax_bytes, large.break_even) == (32 * 2 * 8 * 128 * 2, 193)
-    assert large.parameters > 8e9
+def test_a_tied_head_and_a_sliding_window_are_read_once_and_in_part() -> None:
+    dense = source("gpt2-nano").dense
+    assert generate.weight_bytes(dense) - generate.read_bytes(dense) == dense.positions.nbytes
+    config = model_config("mistral-7b", overrides={**SHAPES["mistral-7b"], "sliding_window": 16})
+    windowed = Variants(config, None, CPU, torch.bfloat16, 64)
+    *_, row = generate.engine_rows(["dense"], Plan(batches=(1,), context=64, prompt=8), windowed, QUICK)
+    assert row.read_bytes == generate.read_bytes(windowed.dense) + 2 * 2 * (2 * 16 * 8) * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CAUSAL)
-def test_both_modes_are_timed_at_every_length(name: str) -> None:
-    model = generate.build(tiny(name, window=8), CPU)
-    sides = ("softmax", "linear")
-    rows = [row for n in (16, 300) for row in generate.speed_rows(model, 2, n, sides=sides, timing=QUICK)]
-    assert [row.error for row in rows] == [""] * 4
-    assert all(row.step_ms and row.tokens_per_s == pytest.approx(2e3 / row.step_ms) for row in rows)
-    remembered = [row.remembered_bytes or 0 for row in rows]
-    assert 0 < remembered[0] < remembered[2]
-    assert 0 < remembered[1] == remembered[3]
-    row = generate.transfer_row(model, 64, compiled=False, timing=QUICK)
-    assert (row.error, row.peak_bytes) == ("", None)
-    maps = [parameter for window in linear_windows(model).values() for parameter in window.parameters()]
-    assert not any(parameter.requires_grad for parameter in maps)
-    assert all(parameter.grad is None for parameter in maps)
+def test_variants_share_what_they_do_not_change() -> None:
+    made = source("llama3-8b")
+    decoders = {name: made.make(name) for name in variants.VARIANTS}
+
+    def part(name: str, block: int = 0) -> Any:
+        return decoders[name].blocks[block].qkv  # type: ignore[union-attr]
+
+    for name, decoder in decoders.items():
+        assert decoder.tokens is made.dense.tokens
+        linear, softmax = decoder.caches(1, 8), not variants.VARIANTS[name].linear
+        assert all(isinstance(cache, SoftmaxCache if softmax else LinearCache) for cache in linear)
+    assert part("linearized").weight is made.dense.blocks[0].qkv.weight  # type: ignore[union-attr]
+    assert made.dense.blocks[0].linear is None
+    for name in ("sparse", "sparse-r1.56", "sparse-r6.25", "sparse-linearized"):
+        assert isinstance(part(name), PackedLinear)
+        assert part(name).values is part("sparse").values
+        assert part(name).values is not part(name, 1).values
+    assert part("sparse-r6.25").segments == ((32, 2), (16, 2), (16, 2))
+    assert part("sparse-r1.56").lora_A.shape == (3, 32)  # of rank 1 at least
+    assert part("sparse").lora_A is None
+    dense_OI = made.dense.blocks[0].qkv.weight  # type: ignore[union-attr]
+    torch.testing.assert_close(part("sparse").dense(), dense_OI * masks.nm_mask(dense_OI.abs(), 2, 4))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
-@pytest.mark.filterwarnings("ignore:The .grad")
-def test_a_step_of_transfer_is_compiled_where_users_have_it_compiled() -> None:
-    """As torch's own operators here: for each length its own code, as a run has, whose sequences are all of one."""
-    model = generate.build(tiny("llama3-8b", window=8), CPU)
-    counted = []
-    require_compiler("cpu")  # whose own small graph is compiled once in a process
-    with torch.compiler.set_stance("default", force_backend="aot_eager"):
-        for length, compiled in ((64, False), (64, True), (96, True)):
-            torch._dynamo.utils.counters.clear()
-            row = generate.transfer_row(model, length, compiled=compiled, timing=QUICK)
-            assert (row.error, row.compiled) == ("", compiled)
-            counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert counted[0] == 0
-    assert counted[1] == counted[2] > 2
+def test_int8_is_close_to_dense() -> None:
+    made = source("gpt2-nano")
+    ids_N = torch.arange(9)
+    logits = [made.make(name).prefill(made.dense.caches(1, 9), 0, ids_N) for name in ("dense", "int8")]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.1, atol=0.05)
+    weights = [generate.weight_bytes(made.make(name)) for name in ("dense", "int8")]
+    assert weights[1] < 0.7 * weights[0]
 
 
-def test_a_side_that_fails_costs_only_itself() -> None:
-    model = generate.build(tiny("gpt2-nano", window=8), CPU)
-    window = next(iter(linear_windows(model).values()))
-    window.map_q.weight.data = torch.zeros(1, 1, 1)
-    rows = list(generate.speed_rows(model, 1, 16, sides=("linear", "softmax"), timing=QUICK))
-    assert rows[0].error.startswith("RuntimeError: ")
-    assert (rows[1].error, rows[1].step_ms is None) == ("", False)
-
-
-@pytest.mark.parametrize(("most", "limit"), [(1000, 937), (5, 3), (1, 1), (1, 0), (10, 0), (16000, 15999), (7, 7)])
-def test_the_largest_batch_is_found(most: int, limit: int) -> None:
-    tried = []
-
-    def runs(batch: int) -> str:
-        tried.append(batch)
-        return "" if batch <= limit else f"no room for {batch}"
-
-    found, reason = generate.largest_batch(runs, most)
-    assert limit * (1 - generate.CLOSE) - 1 < found <= limit
-    assert reason == ("" if found == most else reason)
-    assert len(tried) < 20
-    assert 0 not in tried
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
-def test_all_rows_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = Sweep(lengths=(16, 300), batches=(1,), largest_lengths=(300,), transfer_lengths=(64, 128))
-    estimated = generate.memory_row(subject("gpt2-nano"))
-    room = 4 * 300 * estimated.softmax_bytes  # of four sequences as softmax attention remembers them
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
-    rows = list(generate.rows("gpt2-nano", CPU, sweep, QUICK))
+@pytest.mark.parametrize("name", ["gpt2-nano", "opt-125m", "mistral-7b"])
+def test_all_variants_are_timed_and_a_failing_one_costs_only_itself(name: str) -> None:
+    plan = Plan(batches=(1, 3), context=40, prompt=50)
+    rows = list(generate.engine_rows([*USUAL, "semi_structured"], plan, source(name), QUICK))
     json.dumps([asdict(row) for row in rows])
-    assert [row.error for row in rows] == [""] * len(rows)
-    assert {row.model for row in rows} == {"gpt2-nano"}
-    parts = [(row.part, row.side) for row in rows]
-    three, own = [("both", side) for side in generate.SIDES], [("own", side) for side in generate.SIDES[1:]]
-    largest = [("largest", "softmax"), ("largest", "linear")]
-    speed = [("speed", side) for _ in range(2) for side in generate.SIDES]
-    assert parts == [*largest, *three, *own, *speed, ("transfer", ""), ("transfer", "")]
-    assert [row.compiled for row in rows[-2:]] == [False] * 2  # without a GPU
-    assert [row.batch for row in rows[:3]] == [4, rows[1].batch, 4]
-    assert rows[1].batch == pytest.approx(room / estimated.linear_bytes, rel=generate.CLOSE, abs=1)
+    assert rows[0].variant == "semi_structured"
+    assert "CUDA" in rows[0].error
+    assert [(row.part, row.batch, row.tokens, row.variant) for row in rows[1:]] == [
+        (*place, variant) for place in (("prefill", 1, 50), ("decode", 1, 40), ("decode", 3, 40)) for variant in USUAL
+    ]
+    for row in rows[1:]:
+        assert row.error == ""
+        assert row.dense_ms is not None
+        assert row.ratio == pytest.approx(row.dense_ms / (row.step_ms or 0))
+        assert row.peak_bytes is None
+        assert (row.tokens_per_s is None) == (row.bound_ms is None) == (row.part == "prefill")
 
 
-def test_runs_and_folders_bring_their_shape_and_settings(tmp_path: Path) -> None:
-    model, settings = linearized("llama3-8b", window=8), LinearizeConfig(window=8)
-    folder = tmp_path / "exported"
-    tiny_model("llama3-8b").save_pretrained(folder)
-    plain = subject(str(folder))
-    assert (plain.name, plain.settings, plain.config.num_hidden_layers) == ("exported", LinearizeConfig(), 2)
-    saved.write(folder / saved.FOLDER, model, settings, seed=0)
-    assert subject(str(folder)).settings == settings
-    run = tmp_path / "run"
-    run.mkdir()
-    words = ["model.name=llama3-8b", "linearize.window=8"]
-    (run / run_folder.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
-    write_sealed(run / base_model.BASE, base_model.describe(tiny_model("llama3-8b")))
-    found = subject(str(run))
-    assert (found.settings.window, found.config.hidden_size) == (8, 32)
-    assert found.config.max_position_embeddings == generate.LONGEST
+def test_texts_keep_their_length_while_steps_are_timed() -> None:
+    decoder = source("llama3-8b").make("dense")
+    slots = generate.Slots(decoder, 3, 20)
+    generate.fill(slots, list(range(19)))
+    slots.lengths.fill_(19)
+    for _ in range(4):
+        slots.step(3, generate.MODE)
+        assert slots.lengths.tolist() == [19] * 3
+    for cache in slots.caches:
+        assert isinstance(cache, SoftmaxCache)
+        assert cache.keys[:, :, :19].abs().amin(dim=(1, 3)).gt(0).all()
+        torch.testing.assert_close(cache.keys[0, :, :19], cache.keys[2, :, :19], rtol=0, atol=0)
 
 
-def test_what_is_timed_without_is_said(tmp_path: Path) -> None:
-    model = tiny_model("llama3-8b")
-    dense = base_model.describe(model)
-    sparsify(model)
-    sparse = base_model.describe(model)
-    start = "timed as a dense model, without its"
-    for place, (description, transfer, note) in enumerate(
-        (
-            (dense, 1, ""),
-            (dense, 0.5, f"{start} adapters"),
-            (sparse, 1, f"{start} sparse layers"),
-            (sparse, 0.5, f"{start} sparse layers and adapters"),
-        )
-    ):
-        run = tmp_path / str(place)
-        run.mkdir()
-        words = ["model.name=llama3-8b", "linearize.window=8", f"linearize.transfer={transfer}"]
-        (run / run_folder.CONFIG).write_text(configs.dump(configs.load("linearize", words)))
-        write_sealed(run / base_model.BASE, description)
-        memory = generate.memory_row(subject(str(run)))
-        assert memory.note == note
-        found = report.tables(decoding(replace(entry(), memory=memory)))
-        assert [table.rows[0][-1].startswith(note) for table in found[:3]] == [True] * 3
-        assert (f"{note}; linear: RuntimeError" in found[0].rows[0][-1]) == bool(note)
-
-
-def test_an_adapter_in_a_folder_is_noted(tmp_path: Path) -> None:
-    tiny_model("llama3-8b").save_pretrained(tmp_path)
-    assert subject(str(tmp_path)).note == ""
-    (tmp_path / "adapter").mkdir()
-    assert "without its adapters" in subject(str(tmp_path)).note
+def test_a_trained_folder_is_compared_with_a_dense_model_of_its_shape() -> None:
+    plan = Plan(batches=(2,), context=32, prompt=16)
+    entry = generate.model_entry(str(OLD_RUN), plan)
+    assert entry.model == "sparse"
+    assert entry.blocks == entry.all_blocks
+    rows = list(generate.rows(str(OLD_RUN), plan, CPU, QUICK))
+    assert [(row.variant, row.error) for row in rows] == [("dense", ""), ("trained", "")] * 2
+    assert (rows[3].weight_bytes or 0) < (rows[2].weight_bytes or 0)
 
 
 @pytest.mark.slow
-@no_gpu
-def test_names_of_models_may_stand_with_commas(tmp_path: Path) -> None:
-    folder = tmp_path / "a,b"
-    tiny_model("gpt2-nano").save_pretrained(folder)
-    words = ("llama-small,gpt2-nano", folder, "--cases", "gpt2-small,", "--out", tmp_path / "out", "--json")
-    done = slope("bench", "generate", *words)
-    assert done.code == 0, done.err
-    entries = json.loads(done.out)["generate"]["models"]
-    assert [entry["memory"]["model"] for entry in entries] == ["llama-small", "gpt2-nano", "a,b", "gpt2-small"]
+def test_transformers_generate_is_timed_by_token() -> None:
+    plan = Plan(batches=(1, 2), context=40, prompt=16, variants=("dense",), against=("transformers",), depth=1)
+    rows = [row for row in generate.rows("gpt2-nano", plan, CPU, QUICK) if row.variant == "transformers"]
+    assert [(row.batch, row.error, row.alternated) for row in rows] == [(1, "", False), (2, "", False)]
+    assert all(row.ratio and row.dense_ms and row.step_ms for row in rows)
 
 
-def test_what_cannot_decode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"^gpt5: neither a run nor a model folder; shapes are llama-small, gpt2-nano, "
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    tiny_model("gpt2-nano").save_pretrained(tmp_path)
+    for name, plan, text in (
+        ("gpt5", Plan(), "^gpt5: neither the shape of a model nor a folder; "),
+        ("bert-base", Plan(), "^bert-base: predicts masked tokens"),
+        ("gpt2-nano", Plan(context=257), "^--context 257: must be from 2 to the 256 positions of gpt2-nano$"),
+        ("opt-125m", Plan(depth=13), "^--depth 13: opt-125m cannot be cut to that: it has 12 blocks$"),
+        (str(tmp_path), Plan(depth=1), "it is trained; measure it whole$"),
+        ("opt-125m", Plan(variants=("spares",)), "^--variants spares: is unknown; .*sparse"),
+        ("opt-125m", Plan(variants=("trained",)), "^--variants trained: is unknown; "),
+        ("opt-125m", Plan(against=("vllm",)), "^--against vllm: is unknown; "),
     ):
-        bench.run("generate", ["gpt5"])
-    with pytest.raises(UsageError, match=r"^bert-base: predicts masked tokens and cannot decode"):
-        subject("bert-base")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
-    with pytest.raises(UsageError, match=r"^model type 'gpt_neox' is not supported; it must be one of gpt2, "):
-        subject(str(tmp_path))
+        with pytest.raises(UsageError, match=text):
+            bench.run("generate", [name], tmp_path, plan=replace(plan, device="cpu"))
+    for words in (("--batches", "1,x"), ("--batches", ""), ("--tokens", "0.5"), ("--device", "tpu")):
+        done = slope("bench", "generate", "gpt2-nano", *words)
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
 
 
 @no_gpu
-def test_without_a_gpu_the_command_estimates_the_memory(tmp_path: Path) -> None:
-    done = slope("bench", "generate", "llama-small", "gpt2-small", "--out", tmp_path, "--json")
-    assert (done.code, len(done.err.splitlines())) == (0, 1)
-    assert done.err.startswith("no GPU here: decoding cannot be timed")
-    entries = json.loads(done.out)["generate"]["models"]
-    assert [entry["memory"]["model"] for entry in entries] == ["llama-small", "gpt2-small"]
-    assert [entry["not_run"] for entry in entries] == ["not run: no GPU"] * 2
+def test_without_a_gpu_the_option_is_named() -> None:
+    for kind in ("generate", "products"):
+        with pytest.raises(UsageError, match=f"^no GPU here: {kind} cannot be measured; --device cpu "):
+            bench.run(kind, ["gpt2-nano"])
+
+
+@pytest.mark.slow
+def test_the_command_measures_on_a_cpu(tmp_path: Path) -> None:
+    words = ("--device", "cpu", "--out", tmp_path, "--json", "--batches", "2,1", "--context", "16", "--prompt", "8")
+    done = slope("bench", "generate", "gpt2-nano", "--depth", "1", "--variants", "sparse", *words)
+    assert done.code == 0, done.err
+    (model,) = json.loads(done.out)["generate"]["models"]
+    assert (model["model"], model["blocks"], model["all_blocks"], model["not_run"]) == ("gpt2-nano", 1, 4, "")
+    found = [(row["part"], row["batch"], row["variant"]) for row in model["rows"]]
+    assert found == [
+        (*place, name) for place in (("prefill", 1), ("decode", 1), ("decode", 2)) for name in ("dense", "sparse")
+    ]
     assert {file.name for file in tmp_path.iterdir()} == {"bench.md", "generate.json", "speed.png", "speed.svg"}
-    text = (tmp_path / "bench.md").read_text()
-    assert "not run: no GPU" in text
-    assert "129 tokens" in text
-
-
-def row(part: str, side: str, length: int, **found: Any) -> DecodeRow:
-    return DecodeRow(model="tiny", part=part, side=side, length=length, **found)
-
-
-def entry() -> ModelResult:
-    speed: dict[str, Any] = {"batch": 100, "remembered_bytes": 2**20, "graphed": True, "step_ms": 1.0}
-    rows = [
-        row("largest", "softmax", 4096, batch=100, limit="out of memory"),
-        row("largest", "linear", 4096, batch=1000, limit="RuntimeError: too many"),
-        row("both", "softmax", 4096, tokens_per_s=1e3, **speed),
-        row("both", "linear", 4096, tokens_per_s=2e3, **speed),
-        row("both", "linear compiled", 4096, tokens_per_s=3e3, **speed),
-        row("own", "linear", 4096, tokens_per_s=5e3, **speed),
-        row("speed", "softmax", 512, tokens_per_s=9e2, **speed),
-        row("speed", "linear", 512, tokens_per_s=6e2, **speed),
-        row("speed", "linear compiled", 512, batch=100, error="broken"),
-        row("transfer", "", 1024, peak_bytes=2**30),
-        row("transfer", "", 2048, error="out of memory", compiled=True),
+    assert "gpt2-nano, 1 of 4 blocks" in (tmp_path / "bench.md").read_text()
+    done = slope("bench", "products", "gpt2-nano", "--tokens", "3", *words)
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["products"]["rows"]
+    assert [(row["matrix"], row["rows"], row["columns"], row["tokens"], row["error"]) for row in rows] == [
+        ("qkv", 384, 128, 3, ""),
+        ("out", 128, 128, 3, ""),
+        ("up", 512, 128, 3, ""),
+        ("down", 128, 512, 3, ""),
     ]
-    memory = generate.memory_row(tiny("llama3-8b", window=8))
-    return ModelResult(memory=memory, rows=rows, not_run="stopped after 9 s")
 
 
-def decoding(*models: ModelResult) -> BenchResults:
-    return BenchResults(generate=GenerateResults(machine={"gpu": "H"}, libraries={}, models=list(models)))
-
-
-def test_the_speed_of_linear_attention_is_that_of_its_faster_side() -> None:
-    found = report.largest_batches([entry()])
-    cells = dict(zip(found.columns, found.rows[0], strict=True))
-    assert cells == {
-        "model": "llama3-8b",
-        "tokens": "4,096",
-        "largest batch: softmax": "100",
-        "largest batch: linear": "1,000",
-        "ratio": "10.00",
-        "target: ratio": "8",
-        "batch": "100",
-        "softmax tokens/s": "1,000",
-        "linear tokens/s": "2,000",
-        "compiled tokens/s": "3,000",
-        "speed-up": "3.00",
-        "target: speed-up": "2",
-        "linear at its largest, tokens/s": "5,000",
-        "remarks": "linear: RuntimeError: too many",
+def test_products_of_a_block_are_those_of_the_engine() -> None:
+    assert products.matrices("llama3-8b") == {
+        "qkv": (6144, 4096, False),
+        "out": (4096, 4096, False),
+        "up": (28672, 4096, False),
+        "down": (4096, 14336, False),
     }
-    failed = [replace(each, error="broken", tokens_per_s=None) for each in entry().rows]
-    cells = dict(zip(found.columns, report.largest_batches([replace(entry(), rows=failed)]).rows[0], strict=True))
-    assert {cells[name] for name in (*report.SPEED_COLUMNS, "ratio", "batch")} == {"–"}
-    assert report.largest_batches([replace(entry(), rows=[], not_run="")]).rows == []
+    assert products.matrices("opt-6.7b")["qkv"] == (12288, 4096, True)
+    assert products.matrices("gpt2-small")["down"] == (768, 3072, True)
 
 
-def test_tables_and_pictures_of_decoding(tmp_path: Path) -> None:
-    result = decoding(entry())
-    assert from_json(GenerateResults, json.loads(json.dumps(asdict(result.generate)))) == result.generate
-    found = report.tables(result)
-    assert [table.title for table in found] == [
-        "Decoding at the largest batches",
-        "Decoding by length",
-        "Memory of a sequence",
-        "Memory of attention transfer",
-    ]
+def test_both_sides_of_a_product_are_timed_in_turn() -> None:
+    dense, sparse = products.layers(32, 64, True, CPU, torch.float32)
+    assert len({weight.data_ptr() for weight, _ in dense}) == len({layer.values.data_ptr() for layer in sparse}) == 2
+    X_NI = torch.randn(3, 64)
+    weight_OI, bias_O = dense[0]
+    expected = torch.nn.functional.linear(X_NI, weight_OI * masks.nm_mask(weight_OI.abs(), 2, 4), bias_O)
+    torch.testing.assert_close(sparse[0](X_NI), expected)
+    assert all(seconds > 0 for seconds in products.times(dense, sparse, X_NI, QUICK))
+    rows = list(products.rows("gpt2-nano", Plan(tokens=(1, 5)), CPU, QUICK))
+    assert [row.tokens for row in rows] == [1, 5] * 4
+    assert rows[0].bound == pytest.approx(4 * 128 * 384 / (128 * 384 * (2 + 1 / 8)))  # float32 here
+    assert all(row.ratio == pytest.approx((row.dense_ms or 0) / (row.sparse_ms or 1)) for row in rows)
+
+
+def test_the_bandwidth_of_a_copy_counts_reads_and_writes() -> None:
+    assert 1e8 < copy_bandwidth(CPU) < 1e13
+
+
+def measured() -> Iterator[GenerateRow]:
+    sizes: dict[str, Any] = {"weight_bytes": 2**30, "peak_bytes": 2**31}
+    yield GenerateRow(part="prefill", variant="dense", tokens=99, step_ms=9.0, ratio=1.0, **sizes)
+    yield GenerateRow(part="prefill", variant="sparse", tokens=99, step_ms=6.0, ratio=1.5, weight_bytes=2**29)
+    for batch in (1, 4):
+        sizes = {"tokens": 64, "batch": batch, "bound_ms": 1.0, "dense_ms": 4.0}
+        yield GenerateRow(
+            part="decode", variant="dense", step_ms=4.0, ratio=1.0, tokens_per_s=250.0, read_bytes=1000, **sizes
+        )
+        yield GenerateRow(
+            part="decode", variant="sparse", step_ms=2.0, ratio=2.0, tokens_per_s=500.0, read_bytes=400, **sizes
+        )
+    yield GenerateRow(part="decode", variant="int8", tokens=64, batch=4, error="out of memory")
+
+
+def test_tables_and_pictures_of_generating(tmp_path: Path) -> None:
+    model = GeneratingModel(model="opt", blocks=2, all_blocks=9, rows=list(measured()), not_run="stopped after 9 s")
+    results = GenerateResults(machine={"gpu": "H", "torch": "2"}, libraries={}, models=[model])
+    assert from_json(GenerateResults, json.loads(json.dumps(asdict(results)))) == results
+    found = generate_report.tables(results)
     assert all(len(cells) == len(table.columns) for table in found for cells in table.rows)
-    assert found[0].rows[0][-1] == "linear: RuntimeError: too many"
-    assert found[0].rows[1][-1] == "stopped after 9 s"
-    assert found[1].rows[0][-1] == "linear compiled: broken"
-    assert [cells[2] for cells in found[3].rows] == ["eager", "compiled"]  # earlier results do not say it
-    report.write(result, tmp_path)
-    assert "llama3-8b, linear" in (tmp_path / "speed.svg").read_text()
-    assert "generate: gpu H." in (tmp_path / "bench.md").read_text()
+    assert found[0].rows == [
+        ["opt, 2 of 9 blocks", "dense", "250 (1.00)", "250 (1.00)", ""],
+        ["opt, 2 of 9 blocks", "sparse", "500 (2.00)", "500 (2.00)", ""],
+        ["opt, 2 of 9 blocks", "int8", "–", "–", "out of memory"],
+        ["opt, 2 of 9 blocks", "", "", "", "stopped after 9 s"],
+    ]
+    cells = dict(zip(found[1].columns, found[1].rows[1], strict=True))
+    assert (cells["its bound"], cells["of the bound"], cells["speed-up"]) == ("2.500", "50%", "2.000")
+    cells = dict(zip(found[2].columns, found[2].rows[1], strict=True))
+    assert (cells["of dense"], cells["speed-up"], cells["peak memory"]) == ("0.500", "1.500", "–")
+    report.write(BenchResults(generate=results), tmp_path)
+    assert "sparse" in (tmp_path / "speed.svg").read_text()
+    text = render.PLACES["generate-h200"](asdict(results))
+    assert "| opt, 2 of 9 blocks | sparse | 500 (2.00) | 500 (2.00) |" in text
+
+
+def test_tables_of_products(tmp_path: Path) -> None:
+    place: dict[str, Any] = {"model": "opt", "matrix": "up", "rows": 64, "columns": 4096, "bound": 1.78}
+    rows = [
+        ProductRow(**place, tokens=1, dense_ms=0.03, sparse_ms=0.02, ratio=1.5),
+        ProductRow(**place, tokens=2, error="broken"),
+    ]
+    results = ProductResults(machine={"gpu": "H", "torch": "2"}, libraries={}, rows=rows)
+    ratios, times = generate_report.products(results)
+    assert ratios.rows == [["opt", "up", "64 × 4,096", "1.78", "1.50", "–", "broken"]]
+    assert times.rows == [["opt", "up", "64 × 4,096", "30.0 / 20.0", "–"]]
+    report.write(BenchResults(products=results), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"bench.md"}
+    assert "| opt | up | 64 × 4,096 | 1.78 | 1.50 |" in render.PLACES["products-h200"](asdict(results))

@@ -9,6 +9,7 @@ Shape suffixes: B slots.
 import torch
 from torch import Tensor
 
+from slope_cli.inference.cache import AttentionCache
 from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 
@@ -21,10 +22,13 @@ class Slots:
             how many it has.
     """
 
-    def __init__(self, decoder: Decoder, count: int, max_length: int) -> None:
+    def __init__(
+        self, decoder: Decoder, count: int, max_length: int, caches: list[AttentionCache] | None = None
+    ) -> None:
+        """caches: memories for as many texts or more, of this decoder or one of its shape; None for new ones."""
         device = decoder.tokens.device
         self.decoder, self.count, self.max_length = decoder, count, max_length
-        self.caches = decoder.caches(count, max_length)
+        self.caches = decoder.caches(count, max_length) if caches is None else caches
         self.ids = torch.zeros(count, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(count, dtype=torch.int32, device=device)
         self._used = torch.zeros(count, dtype=torch.int32, device=device)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slope_cli.benchmarks import generate
+from slope_cli.benchmarks import linearize_decoding
 from slope_cli.config.schema import LinearizeConfig
 from slope_cli.models.build import model_config
 
@@ -23,7 +23,7 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size
 
 def decoded(model: Any, side: str, *, graphed: bool) -> list[list[int]]:
     torch.manual_seed(0)
-    decoder = generate.Decoder(model, side, 3, 64, graphed=graphed)
+    decoder = linearize_decoding.Decoder(model, side, 3, 64, graphed=graphed)
     assert decoder.graphed == graphed
     steps = []
     for _ in range(40 - graphed):  # capturing takes the first one
@@ -32,11 +32,11 @@ def decoded(model: Any, side: str, *, graphed: bool) -> list[list[int]]:
     return steps
 
 
-@pytest.mark.parametrize("side", generate.SIDES)
+@pytest.mark.parametrize("side", linearize_decoding.SIDES)
 def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
-    chosen = generate.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeConfig(window=8))
+    chosen = linearize_decoding.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeConfig(window=8))
     torch.manual_seed(1)
-    model = generate.build(chosen, torch.device("cuda")).float()
+    model = linearize_decoding.build(chosen, torch.device("cuda")).float()
     expected = decoded(model, side.removesuffix(" compiled"), graphed=False)
     found = decoded(model, side, graphed=True)
     assert found == expected[1:]
@@ -46,9 +46,10 @@ def test_graphs_and_compiled_steps_decode_the_same_tokens(side: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_speed_rows_and_the_peak_of_transfer_grow_as_they_should(compiled: bool) -> None:
-    chosen = generate.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeConfig(window=64))
-    model = generate.build(chosen, torch.device("cuda"))
-    rows = list(generate.speed_rows(model, 4, 128))
+    chosen = linearize_decoding.Subject("tiny", model_config("llama3-8b", overrides=SHAPE), LinearizeConfig(window=64))
+    model = linearize_decoding.build(chosen, torch.device("cuda"))
+    rows = list(linearize_decoding.speed_rows(model, 4, 128))
     assert [(row.error, row.graphed, row.note) for row in rows] == [("", True, "")] * 3
-    peaks = [generate.transfer_row(model, length, compiled=compiled).peak_bytes or 0 for length in (1024, 4096)]
+    rows = [linearize_decoding.transfer_row(model, length, compiled=compiled) for length in (1024, 4096)]
+    peaks = [row.peak_bytes or 0 for row in rows]
     assert 0 < peaks[1] < 4.5 * peaks[0]
