@@ -111,6 +111,10 @@ def run(
 
 def _refuse(what: str, models: dict[str, Sequence[str]], plan: Plan, gpu: bool) -> None:
     """UsageError now for what would fail later: a wrong name, a plan that does not fit, no GPU."""
+    if what not in ("all", "generate", "products") and plan != Plan():
+        raise UsageError(
+            f"{what}: has no options but --cases, --out and --budget; the others are of generate and products"
+        )
     if what in ("generate", "products") and not gpu and plan.device != "cpu":
         raise UsageError(f"no GPU here: {what} cannot be measured; --device cpu measures plain torch on this processor")
     if what == "generate":

@@ -77,9 +77,10 @@ def engine_rows(chosen: list[str], plan: Plan, source: Variants, timing: Timing)
             yield GenerateRow(part="prefill", variant=name, tokens=plan.prompt, error=one_line(error))
         free()
     bandwidth = copy_bandwidth(source.dense.tokens.device)
-    yield from _compared(decoders, "prefill", 1, plan.prompt, timing, bandwidth)
-    for batch in plan.batches:
-        yield from _compared(decoders, "decode", batch, plan.context, timing, bandwidth)
+    parts = [("prefill", 1, plan.prompt), *(("decode", batch, plan.context) for batch in plan.batches)]
+    for part, batch, tokens in parts:
+        yield from _compared(decoders, part, batch, tokens, timing, bandwidth)
+        free()
 
 
 @dataclass
@@ -118,8 +119,6 @@ def _compared(
             tokens_per_s=batch / seconds if part == "decode" else None,
             bound_ms=None if size is None else size / bandwidth * 1e3,
         )
-    del ready, memories
-    free()
 
 
 def _prepared(

@@ -25,7 +25,7 @@ from .records import Plan, ProductRow
 from .timing import Timing, free, graphed, one_line
 
 DEFAULT = ("opt-6.7b", "llama3-8b")
-TIMING = Timing(warm_up=0, rounds=5, round_seconds=0.03, most_calls=200)
+TIMING = Timing(warm_up=0, rounds=5, round_seconds=0.03, most_calls=200, heat_seconds=0.2)
 CACHED = 256 * 2**20
 """Bytes of 2:4 matrices in turn: several times those of any GPU's cache."""
 

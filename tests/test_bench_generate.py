@@ -78,6 +78,7 @@ def test_bytes_that_a_step_reads(name: str, expected: int) -> None:
 def test_a_tied_head_and_a_sliding_window_are_read_once_and_in_part() -> None:
     dense = source("gpt2-nano").dense
     assert generate.weight_bytes(dense) - generate.read_bytes(dense) == dense.positions.nbytes
+    assert variants.sharing(dense).head.keywords["weight"] is dense.tokens  # type: ignore[union-attr]
     config = model_config("mistral-7b", overrides={**SHAPES["mistral-7b"], "sliding_window": 16})
     windowed = Variants(config, None, CPU, torch.bfloat16, 64)
     *_, row = generate.engine_rows(["dense"], Plan(batches=(1,), context=64, prompt=8), windowed, QUICK)
@@ -181,6 +182,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=text):
             bench.run("generate", [name], tmp_path, plan=replace(plan, device="cpu"))
+    with pytest.raises(UsageError, match="^step: has no options but "):
+        bench.run("step", plan=Plan(depth=1))
     for words in (("--batches", "1,x"), ("--batches", ""), ("--tokens", "0.5"), ("--device", "tpu")):
         done = slope("bench", "generate", "gpt2-nano", *words)
         assert (done.code, len(done.err.splitlines())) == (2, 1)
