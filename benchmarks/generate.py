@@ -68,7 +68,7 @@ def rows(name: str, plan: Plan, device: torch.device, timing: Timing = TIMING) -
 
 
 def engine_rows(chosen: list[str], plan: Plan, source: Variants, timing: Timing) -> Iterator[GenerateRow]:
-    """The rows of the engine's variants; "dense" is the first of them."""
+    """The rows of the engine's variants, "dense" among them; one that fails is not tried again."""
     decoders: dict[str, Decoder] = {}
     for name in chosen:
         try:
@@ -79,7 +79,10 @@ def engine_rows(chosen: list[str], plan: Plan, source: Variants, timing: Timing)
     bandwidth = copy_bandwidth(source.dense.tokens.device)
     parts = [("prefill", 1, plan.prompt), *(("decode", batch, plan.context) for batch in plan.batches)]
     for part, batch, tokens in parts:
-        yield from _compared(decoders, part, batch, tokens, timing, bandwidth)
+        for row in _compared(decoders, part, batch, tokens, timing, bandwidth):
+            if row.error:  # it would fail for more texts, too, and a CUDA graph that fails may harm those after it
+                del decoders[row.variant]
+            yield row
         free()
 
 
@@ -97,7 +100,7 @@ def _compared(
     """The rows of all variants, timed in alternating rounds; those that fail come first."""
     memories: dict[tuple[bool, bool], list[AttentionCache]] = {}  # alike variants share them
     ready: list[_Measured] = []
-    for name, decoder in decoders.items():
+    for name, decoder in [*decoders.items()]:
         row = GenerateRow(part=part, variant=name, tokens=tokens, batch=batch, weight_bytes=weight_bytes(decoder))
         fault = ""
         try:

@@ -144,15 +144,16 @@ def panels(models: Sequence[GeneratingModel]) -> list[Any]:
 
 def _draw(axes: Any, models: Sequence[GeneratingModel], field: str) -> None:
     styles = ("-", "--", ":", "-.")
+    names = list(dict.fromkeys(row.variant for model in models for row in _decode(model)))
     for place, model in enumerate(models):
-        for number_, variant in enumerate(dict.fromkeys(row.variant for row in _decode(model))):
+        for variant in names:
             rows = [row for row in _decode(model) if row.variant == variant and getattr(row, field) is not None]
             if not rows or (field == "ratio" and variant == "dense"):
                 continue
             label = f"{model.model}, {variant}" if len(models) > 1 else variant
             points = [row.batch for row in rows], [getattr(row, field) for row in rows]
             style = styles[place % len(styles)]
-            axes.plot(*points, style, marker="o", markersize=4, color=f"C{number_}", label=label)
+            axes.plot(*points, style, marker="o", markersize=4, color=f"C{names.index(variant)}", label=label)
     title, label = PANELS[field]
     batches = sorted({row.batch for model in models for row in _decode(model)})
     axes.set(title=title, xlabel="texts at once", ylabel=label, xscale="log")

@@ -136,6 +136,17 @@ def test_all_variants_are_timed_and_a_failing_one_costs_only_itself(name: str) -
         assert (row.tokens_per_s is None) == (row.bound_ms is None) == (row.part == "prefill")
 
 
+def test_a_variant_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = source("gpt2-nano")
+    broken = made.make("sparse")
+    del broken.blocks[1].down.values  # type: ignore[union-attr]
+    monkeypatch.setattr(made, "make", lambda name: broken if name == "sparse" else made.dense)
+    rows = list(generate.engine_rows(["dense", "sparse"], Plan(batches=(1, 2), context=9, prompt=5), made, QUICK))
+    found = [(row.part, row.variant, bool(row.error)) for row in rows]
+    dense = [(part, "dense", False) for part in ("prefill", "decode", "decode")]
+    assert found == [("prefill", "sparse", True), *dense]
+
+
 def test_texts_keep_their_length_while_steps_are_timed() -> None:
     decoder = source("llama3-8b").make("dense")
     slots = generate.Slots(decoder, 3, 20)
@@ -182,7 +193,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=text):
             bench.run("generate", [name], tmp_path, plan=replace(plan, device="cpu"))
-    with pytest.raises(UsageError, match="^step: has no options but "):
+    with pytest.raises(UsageError, match=r"^step: has no options but "):
         bench.run("step", plan=Plan(depth=1))
     for words in (("--batches", "1,x"), ("--batches", ""), ("--tokens", "0.5"), ("--device", "tpu")):
         done = slope("bench", "generate", "gpt2-nano", *words)
