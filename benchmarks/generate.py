@@ -135,7 +135,7 @@ def _prepared(
     slots = Slots(decoder, row.batch, row.tokens, caches)
     ids = torch.randint(decoder.spec.vocabulary, (row.tokens,)).tolist()
     if row.part == "prefill":
-        work: Callable[[], object] = functools.partial(slots.fill, 0, ids, GREEDY, MODE)
+        work: Callable[[], object] = functools.partial(first_token, slots, ids)
     else:
         if kind not in memories:
             fill(slots, ids[1:])
@@ -151,9 +151,15 @@ def _prepared(
     return _Measured(replace(row, peak_bytes=total), work)
 
 
+def first_token(slots: Slots, ids: list[int]) -> int:
+    """Read a prompt into the first slot: the token after it, on the host."""
+    (token,) = slots.fill(0, [ids], [GREEDY], MODE).read()
+    return token
+
+
 def fill(slots: Slots, ids: list[int]) -> None:
     """Let every slot remember the same text."""
-    slots.fill(0, ids, GREEDY, MODE)
+    first_token(slots, ids)
     for cache in slots.caches:
         for slot in range(1, slots.count):
             cache.move(0, slot, len(ids))

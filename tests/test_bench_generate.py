@@ -24,7 +24,7 @@ from slope_cli.benchmarks.records import (
 from slope_cli.benchmarks.timing import Timing, copy_bandwidth
 from slope_cli.benchmarks.variants import USUAL, Variants
 from slope_cli.errors import UsageError
-from slope_cli.inference.cache import LinearCache, SoftmaxCache
+from slope_cli.inference.cache import LinearCache, Prompts, SoftmaxCache
 from slope_cli.models.build import model_config
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels import masks
@@ -111,8 +111,8 @@ def test_variants_share_what_they_do_not_change() -> None:
 
 def test_int8_is_close_to_dense() -> None:
     made = source("gpt2-nano")
-    ids_N = torch.arange(9)
-    logits = [made.make(name).prefill(made.dense.caches(1, 9), 0, ids_N) for name in ("dense", "int8")]
+    ids_1T, prompts = torch.arange(9)[None], Prompts(0, [9])
+    logits = [made.make(name).prefill(made.dense.caches(1, 9), prompts, ids_1T) for name in ("dense", "int8")]
     torch.testing.assert_close(logits[1], logits[0], rtol=0.1, atol=0.05)
     weights = [generate.weight_bytes(made.make(name)) for name in ("dense", "int8")]
     assert weights[1] < 0.7 * weights[0]
