@@ -11,8 +11,6 @@ import io
 import json
 import logging
 import math
-import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,16 +19,21 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:  # lm-eval is an optional dependency
-    from lm_eval.api.group import Group
+    from lm_eval.api.group import Group as TaskGroup
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
 Row = dict[str, Any]
+Pair = tuple[str, str]
+Answer = tuple[float, bool]
 ENDINGS = (".jsonl", ".jsonl.gz")
 
 
@@ -197,9 +200,9 @@ def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, A
         yield from _configs(manager, child)
 
 
-def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | Group]:
+def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | TaskGroup]:
     """The task of this name, or its group with those of its tasks that are in `tasks`; empty if there are none."""
-    from lm_eval.api.group import Group
+    from lm_eval.api.group import Group as TaskGroup
 
     children, entry = _children(manager, name), manager.task_index[name]
     if children is None:
@@ -207,7 +210,7 @@ def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]
     items = [item for child in children for item in _tree(manager, child, tasks)]
     if entry.yaml_path is None or not items:
         return items
-    group = Group.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
+    group = TaskGroup.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
     for item in items:
         group.add(item)
     return [group]
@@ -323,47 +326,86 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
 
 
 class Requests(NamedTuple):
-    """Of what a task asks: the chance of each row, and the number of rows longer than the model's positions."""
+    """What a task asks.
 
+    Attributes:
+        pairs: each context with a continuation, once.
+        chances: of each row, the accuracy of a random choice.
+        truncated: the number of rows that are longer than the model's positions.
+    """
+
+    pairs: list[Pair]
     chances: list[float]
     truncated: int
 
 
-def score(lm: HFLM, task: LoadedTask, limit: int | None = None, requests: Requests | None = None) -> dict[str, Any]:
+def answers_of(lm: HFLM, pairs: Sequence[Pair], group: Group | None = None) -> dict[Pair, Answer]:
+    """The log-likelihood of each continuation after its context, and whether it is the likeliest one.
+
+    Args:
+        group: the ranks to which the pairs are dealt, those of one context to the same rank, which reads it once; every
+            rank calls this with the same pairs and gets all answers.
+    """
+    from lm_eval.api.instance import Instance
+
+    group = group or Group()
+    numbers = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
+    own = [pair for pair in pairs if numbers[pair[0]] % group.ranks.world == group.ranks.rank]
+
+    def answer() -> dict[Pair, Answer]:
+        requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(own)]
+        with quiet():
+            return dict(zip(own, lm.loglikelihood(requests), strict=True))
+
+    return {pair: found for part in group.gather(group.agreed(answer)) for pair, found in part.items()}
+
+
+def score(
+    task: LoadedTask, requests: Requests, answers: Mapping[Pair, Answer], limit: int | None = None
+) -> dict[str, Any]:
     """Score one task zero-shot.
 
     Args:
+        requests: of this task and limit.
+        answers: to its pairs.
         limit: the maximum number of rows, of a group in each of its tasks; None for all.
-        requests: of this task and limit, if known.
 
     Returns:
         acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
         expected accuracy of random choices; `above_chance`, whether acc exceeds it by more than two standard errors of
         random choices; `n` rows of `split`; `truncated`, the number of rows whose prompt is longer than the model's
         positions and loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
-
-    Raises:
-        UsageError: as `requests_of`.
     """
     import lm_eval
 
-    started = time.perf_counter()
-    chances, truncated = requests or requests_of(lm, task, limit)
     with quiet():
-        output = lm_eval.evaluate(lm, task.task_dict, limit=limit, log_samples=False)
-    results, groups, n = output["results"], task.task_dict.get("groups", {}), len(chances)
+        output = lm_eval.evaluate(_answering(answers), task.task_dict, limit=limit, log_samples=False)
+    chances, results, groups = requests.chances, output["results"], task.task_dict.get("groups", {})
+    n = len(chances)
     chance, error = sum(chances) / n, math.sqrt(sum(p * (1 - p) for p in chances)) / n
     scores = _scores(results[task.name])
     scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error, "n": n, "split": task.split}
-    scores |= {"truncated": truncated, "version": output["versions"].get(task.name)}
+    scores |= {"truncated": requests.truncated, "version": output["versions"].get(task.name)}
     if groups:
         scores["groups"] = {name: _scores(results[name]) for name in groups if name != task.name}
         scores["subjects"] = {
             name.removeprefix(f"{task.name}_"): _scores(results[name]) | {"n": output["n-samples"][name]["effective"]}
             for name in task.leaves
         }
-    print(f"{task.name}: {n:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return scores
+
+
+def _answering(answers: Mapping[Pair, Answer]) -> LM:
+    """A model that knows these answers already, for lm-eval."""
+    from lm_eval.api.model import LM
+
+    class Answering(LM):  # type: ignore[misc] # lm-eval has no types
+        def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
+            return [answers[request.args] for request in requests]
+
+        loglikelihood_rolling = generate_until = loglikelihood  # no task here asks for them
+
+    return Answering()
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
@@ -379,16 +421,18 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
 
 def requests_of(lm: HFLM, task: LoadedTask, limit: int | None = None) -> Requests:
     """The requests of a task; UsageError for a choice that is longer than the model's positions."""
+    pairs: dict[Pair, None] = {}
     chances: list[float] = []
     truncated = 0
     with quiet():
         for leaf in task.leaves.values():
             leaf.build_all_requests(limit=limit, rank=0, world_size=1)
+            pairs |= dict.fromkeys(instance.args for instance in leaf.instances)
             choices = Counter(instance.doc_id for instance in leaf.instances)
             chances += [1 / count for count in choices.values()]
             long = {instance.doc_id for instance in leaf.instances if _too_long(lm, task.name, *instance.args)}
             truncated += len(long)
-    return Requests(chances, truncated)
+    return Requests(list(pairs), chances, truncated)
 
 
 def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:
