@@ -147,12 +147,6 @@ def _failure_noted(result: dict[str, Any], task_name: str) -> Iterator[None]:
         result.setdefault("failed", {})[task_name] = reason
 
 
-def _keep(result: dict[str, Any], out: Path | None) -> None:
-    """Write what is known so far."""
-    if out is not None:
-        write_json(out, result)
-
-
 def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractContextManager[Any]:
     """Activate only this branch of a linearized model."""
     if branch is None:
