@@ -30,8 +30,8 @@ from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.evaluate import evaluate, report_lines
-from slope_cli.evaluate.lm_tasks import LAYOUTS
 from slope_cli.evaluate.perplexity import measure
+from slope_cli.evaluate.rows import LAYOUTS
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment

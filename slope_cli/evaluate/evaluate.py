@@ -48,7 +48,7 @@ def evaluate(
     Args:
         data_folder: prepared data with validation text; None for the run's own.
         perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
-        task_names: keys of `lm_tasks.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
+        task_names: keys of `rows.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
         limit: the maximum number of rows of each task (of MMLU: of each subject); None for all.
         batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
         branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
@@ -65,16 +65,11 @@ def evaluate(
         SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written, ranks that
             do not come.
     """
-    ranks = launch.ranks()
-    place = launch.pick_device(device, ranks)
+    place = launch.pick_device(device, ranks := launch.ranks())
     group = join(ranks, place)
-    if not perplexity and not task_names:
-        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
+    group.first(lambda: _check(perplexity or bool(task_names), out))
     names = lm_tasks.check_names(task_names)
-    group.first(lambda: _require_file(out))
     loaded = load_model(folder, place, group=group)
-    if names and loaded.objective == "masked":
-        raise UsageError(f"{folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
     dataset = open_validation(loaded, data_folder, group) if perplexity else None
     result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
     result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
@@ -83,8 +78,7 @@ def evaluate(
     with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
         tasks = _Tasks(loaded, names, task_data, limit=limit, batch=batch or REQUESTS, group=group)
         if dataset is not None:
-            how: dict[str, Any] = {"tokens": tokens, "seq_len": seq_len, "batch": batch}
-            result["perplexity"] = measure(loaded, dataset, **how, group=group)
+            result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch, group=group)
             keep()
         for name in names:
             with _failure_noted(result, name):
@@ -107,6 +101,8 @@ class _Tasks:
         group: Group,
     ) -> None:
         """All is read and checked before any is scored: a choice that is too long should not cost hours."""
+        if names and loaded.objective == "masked":
+            raise UsageError(f"{loaded.folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
         self._limit, self._group, self._tasks = limit, group, dict[str, lm_tasks.LoadedTask]()
         self._lm: Any = None
 
@@ -129,8 +125,10 @@ class _Tasks:
         return scores
 
 
-def _require_file(out: Path | None) -> None:
-    """UsageError if the result cannot be written there."""
+def _check(asked: bool, out: Path | None) -> None:
+    """UsageError if nothing is asked, or the result cannot be written there."""
+    if not asked:
+        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
 
