@@ -112,9 +112,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
-    launch.use_granted_cores()
-    ranks = launch.ranks()
-    node_caches(ranks)
+    ranks = _one_of_several()
     config = configs.load(recipe, [*implied, *overrides])
     if ranks.first:
         for line in configs.without_effect(config, overrides):
@@ -368,8 +366,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval."""
-    launch.require_one_process()
+    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval.
+
+    As several tasks of srun, or under torchrun, each has the whole model and does its share.
+    """
+    ranks = _one_of_several()
     from slope_cli.evaluate import evaluate as evaluating
 
     result = evaluating.evaluate(
@@ -385,7 +386,8 @@ def evaluate(
         branch=branch,
         out=out,
     )
-    _print(result, evaluating.report_lines(result, positions=positions), as_json)
+    if ranks.first:
+        _print(result, evaluating.report_lines(result, positions=positions), as_json)
     if failed := result.get("failed"):
         raise SlopeError(f"{', '.join(failed)}: could not be scored; see above, and --debug for a traceback")
 
@@ -421,6 +423,14 @@ def doctor(as_json: AsJson = False) -> None:
     _print(result, lines, as_json)
     if not result["training"]:
         raise SlopeError("training cannot work here; see above")
+
+
+def _one_of_several() -> launch.Ranks:
+    """Set up this process as one that srun or torchrun may have started with others; before torch is imported."""
+    launch.use_granted_cores()
+    ranks = launch.ranks()
+    node_caches(ranks)
+    return ranks
 
 
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

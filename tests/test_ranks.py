@@ -97,6 +97,20 @@ def test_two_processes_linearize_as_one(tmp_path: Path, share: float) -> None:
     assert_close(tmp_path / "2", tmp_path / "1")
 
 
+def _has_allocated(rank: int) -> None:
+    """Let torch say that the GPU of rank 1 has allocated more than that of rank 0."""
+    torch.cuda.max_memory_allocated = lambda: (3 + rank) << 30  # type: ignore[assignment]
+
+
+def test_the_peak_memory_of_a_run_is_that_of_the_rank_with_most(tmp_path: Path) -> None:
+    command = words("train.steps=4", "log.val_every=2", out=tmp_path / "run")
+    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=_has_allocated)
+    assert ranks.finish() == [0, 0], ranks.printed()
+    noted = [(r["step"], r["peak_memory"]) for r in metrics.read(tmp_path / "run") if "peak_memory" in r]
+    assert noted == [(2, 4 << 30), (4, 4 << 30)]
+    assert "peak memory of a GPU, the largest of all: 4.00 GiB" in ranks.printed(0).splitlines()
+
+
 def test_dropout_differs_between_ranks_and_repeats(tmp_path: Path) -> None:
     for name in "ab":
         ranks = Ranks(2, words("train.steps=3", "model.dropout=0.5", out=tmp_path / name), tmp_path / f"logs-{name}")

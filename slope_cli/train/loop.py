@@ -243,8 +243,6 @@ class Trainer:
             progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
-        if self.device.type == "cuda":
-            values["peak_memory"] = torch.cuda.max_memory_allocated()
         progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
     def _open_log(self) -> metrics.Log:
@@ -280,6 +278,8 @@ class Trainer:
             validation = self.validate(stop)
             if validation is None:
                 return self.group.stopped_by(stop)
+            peak = max(self.group.gather(torch.cuda.max_memory_allocated()))  # since the start; 0 without a GPU
+            validation |= {"peak_memory": peak} if peak else {}
             progress.say(validation_line(f"step {step}", log.write("val", step, **validation)))
         sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
         if not sampled and step and (last or _due(step, config.sample_every)):
