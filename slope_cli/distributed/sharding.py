@@ -6,6 +6,7 @@ gradients in float32. Here is what sparse layers need at its edges:
 * A sparse layer's `values` are split in whole groups of rows, so that each process chooses the masks of its own rows
   from its own float32 weights, as one process would; then the bits are gathered. Masks are whole everywhere.
 * Vectors (biases, norms) stay whole and float32; their gradients are averaged after the backward pass.
+* Weights that are gathered for a block are packed for each product, in memory that layers of the same sides share.
 
 Shape suffixes: O out features, I in features, R rows of this process, K kept entries of a row.
 """
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from slope_cli.distributed.collectives import begin_alone, gather_equal, sum_among
 from slope_cli.distributed.layouts import Layout
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, share_packed, sparse_layers
 from sparse_kernels.layers import layer_seed
 from sparse_kernels.sharded import local, local_rows
 
@@ -60,6 +61,8 @@ class Sharding:
         for block in transformer_blocks(model):
             self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
         self._split(model, self._elsewhere, reshard=False, whole=vectors)
+        if self.layout.gather == "block":
+            share_packed(model)
 
     def split_adapters(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Split the adapters that joined a model after it was split, in the optimizer too, which has no state of them.
