@@ -296,6 +296,7 @@ SPLIT = {
     "sparse, adapters join": ("train.steps=20", "adapters.start=0.5"),
     "rescaled": ("train.steps=12", "slope.backward_rescale=true", "slope.rescale=true"),
     "random masks": ("train.steps=12", "slope.backward_mask=random"),
+    "wanda": ("train.steps=8", "sparsity.mask=wanda"),
     "sr_ste": ("method=sr_ste", "train.steps=12"),
     "dense": ("method=dense", "train.steps=12"),
     "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
