@@ -125,7 +125,7 @@ class PackedWeight:
         key = tokens, bias
         if self._packed is not None and key not in self._plans:
             shape = MatmulShape(self.rows, self.columns, tokens, self.format.dtype, bias)
-            self._plans[key] = _outside_graphs(lambda: kernel_choice.plan_for(shape, self.target.get_device()))
+            self._plans[key] = outside_graphs(lambda: kernel_choice.plan_for(shape, self.target.get_device()))
         return self._plans.get(key)
 
     def update_metadata(self, mask_bits: Tensor) -> list[cuda.KernelLaunch]:
@@ -143,7 +143,7 @@ class PackedWeight:
         self._mask = stamp(mask_bits)
 
 
-def _outside_graphs(make: Callable[[], T]) -> T:
+def outside_graphs(make: Callable[[], T]) -> T:
     """Run what measures, or allocates for good, in a thread of its own.
 
     Inductor's CUDA graphs claim whatever the calling thread allocates in their first run, and let nothing outlive it.
@@ -262,7 +262,7 @@ class PackedLayer:
         """W^R of a frozen layer as a dense matrix (O, I), kept while the values, which no optimizer writes, are."""
         if self._dense is None:
             device, dtype = weight.values.device, self.format.dtype
-            self._dense = _outside_graphs(lambda: torch.empty(weight.sides, dtype=dtype, device=device))
+            self._dense = outside_graphs(lambda: torch.empty(weight.sides, dtype=dtype, device=device))
         if self._dense_of != (now := (stamp(weight.row_mask_bits), stamp(weight.values))):
             cuda.launch(cuda.refresh(*weight[:3], w=self._dense))
             self._dense_of = now
@@ -335,7 +335,7 @@ class PackedLayer:
             targets["w"] = self.forward.target
         if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.dtype:
             if self._bias is None:
-                self._bias = _outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
+                self._bias = outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
             if bias_O.dtype == weight.values.dtype:  # the kernel converts a bias of the values' dtype
                 targets |= {"bias": bias_O, "bias_out": self._bias}
             else:
@@ -355,7 +355,7 @@ class PackedLayer:
     def _make(self, mask_bits: Tensor, shape: MatmulShape) -> PackedWeight:
         self._stamps = {}  # the new matrix holds nothing yet
         device_index = mask_bits.get_device()
-        return _outside_graphs(
+        return outside_graphs(
             lambda: PackedWeight(mask_bits, shape.columns, self.format, _choice(shape, device_index, self.backend))
         )
 

@@ -4,15 +4,16 @@ Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_kernels import masks, tile_metadata
+from sparse_kernels import few_tokens, masks, tile_metadata
 from sparse_kernels.lora import AdaptedLinear
 from sparse_kernels.masked_linear import MaskedLinear
+from sparse_kernels.packed_product import pack, packed_linear, parts
 from sparse_kernels.selection import stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -59,6 +60,7 @@ class PackedLinear(nn.Module):
             raise ValueError(f"a packed layer needs inputs in fours and {DTYPES}, got {in_features} and {dtype}")
         self.in_features, self.out_features = in_features, sum(rows for rows, _ in segments)
         self.segments = tuple((rows, rank) for rows, rank in segments)
+        self._operands: _Operands | None = None
         ranks = [rank for _, rank in segments]
         places = tile_metadata.PADDING * 0x11
         size = tile_metadata.metadata_bytes(self.out_features, in_features)
@@ -107,16 +109,50 @@ class PackedLinear(nn.Module):
             raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
         return fused
 
-    def forward(self, X: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in X's dtype; under autocast in the autocast dtype, as nn.Linear."""
+    def forward(self, X: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out) in X's dtype, plus `residual` of that shape; under autocast in the autocast dtype."""
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
         X_BI = X.reshape(-1, self.in_features)
-        Y_BO = self._product(X_BI)
-        if self.lora_A is not None and self.lora_B is not None:
-            Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
+        residual_BO = None if residual is None else residual.reshape(-1, self.out_features)
+        Y_BO: Tensor
+        if X.is_cuda and X.dtype == self.values.dtype and not self._refusal(X):
+            Y_BO = packed_linear(X_BI, *self.prepare(), residual_BO)
+        else:
+            Y_BO = self._product(X_BI)
+            if self.lora_A is not None and self.lora_B is not None:
+                Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
+            Y_BO = Y_BO if residual_BO is None else Y_BO + residual_BO
         return Y_BO.view(*X.shape[:-1], self.out_features)
+
+    def _refusal(self, X: Tensor) -> str:
+        """Why the kernels cannot take this layer; empty if they can."""
+        if len(self.segments) > few_tokens.MOST_SEGMENTS or any(rows % 16 for rows, _ in self.segments):
+            return "more segments, or other sides, than the kernels take"
+        return few_tokens.refusal(self.out_features, self.in_features, X.dtype, X.device.index)
+
+    def prepare(self) -> "_Operands":
+        """What the kernels read, made at the first product on a GPU: values and metadata in one place, which the
+        buffers are views of from then on. A compiled module needs it before it is compiled."""
+        made = self._operands
+        if made is not None and (torch.compiler.is_compiling() or made.packed.data_ptr() == self.values.data_ptr()):
+            return made
+        packed = pack(self.values, self.metadata)
+        self.values, self.metadata = parts(packed, self.out_features, self.in_features, self.values.dtype)
+        rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
+        A, B = self.lora_A, self.lora_B
+        if A is not None and B is not None:
+            width = -(-B.shape[1] // few_tokens.RANKS) * few_tokens.RANKS
+            if any(rank != width for rank in ranks):  # the kernels read as many ranks for each segment
+                A = torch.cat([F.pad(part, (0, 0, 0, width - len(part))) for part in A.split(ranks)])
+                B = F.pad(B, (0, width - B.shape[1]))
+        self._operands = _Operands(packed, rows, self.bias, A, B)
+        return self._operands
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._operands = None  # padded adapters are copies
 
     def _product(self, X_BI: Tensor) -> Tensor:
         """X · W^R^T + bias: (B, I) -> (B, O)."""
@@ -142,6 +178,16 @@ def fused_adapters(X_BI: Tensor, A_RI: Tensor, B_Or: Tensor, segments: Segments)
     Z_BR = F.linear(X_BI, A_RI.to(X_BI.dtype))  # [B,I] · [R,I]^T -> [B,R]
     pairs = zip(Z_BR.split(ranks, 1), B_Or.to(X_BI.dtype).split(rows), ranks, strict=True)
     return torch.cat([F.linear(Z, B_or[:, :rank]) for Z, B_or, rank in pairs], 1)  # [B,r] · [o,r]^T -> [B,o]
+
+
+class _Operands(NamedTuple):
+    """What `packed_linear` takes beside X and the residual."""
+
+    packed: Tensor
+    rows: list[int]
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
 
 
 class _Part(NamedTuple):
