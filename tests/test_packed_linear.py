@@ -138,9 +138,11 @@ def test_a_new_layer_is_zero_and_takes_another_ones_state() -> None:
     empty = PackedLinear(12, packed.segments)
     X = torch.randn(4, 12)
     assert not empty(X).any()
-    empty.load_state_dict(packed.state_dict())
+    empty.load_state_dict(packed.state_dict())  # the dense copy that the product kept is stale
     assert torch.equal(empty(X), packed(X))
     assert torch.equal(copy.deepcopy(packed)(X), packed(X))
+    with torch.inference_mode():
+        assert torch.equal(empty.double().to(torch.bfloat16)(X), packed(X))
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), packed(X))
     assert "segments=((20, 2), (8, 3))" in repr(packed)
