@@ -1,5 +1,6 @@
 """A packed export loads in slope and in transformers, is the run's model, and is never loaded wrong."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -209,6 +210,52 @@ def test_a_loaded_model_is_for_inference_alone_and_can_be_compiled(tmp_path: Pat
         model.save_pretrained(tmp_path)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(logits(compiled), logits(model))
+
+
+# ------------------------------------------------------------------------------- the reference loader of docs/
+
+
+def loader() -> Any:
+    spec = importlib.util.spec_from_file_location("packed_loader", ROOT / "docs" / "packed_loader.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_loader_gives_the_same_logits(family: str) -> None:
+    folder = exported(family)
+    packed = auto(family).from_pretrained(folder, dtype=torch.float32)
+    dense = auto(family).from_config(packed.config, dtype=torch.float32)
+    tensors = loader().dense(folder, torch.float32)
+    for name in packed_linears(packed):
+        if type(dense.get_submodule(name)).__name__ == "Conv1D":
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].t()
+    missing, unexpected = dense.load_state_dict(tensors, strict=False)
+    assert set(missing) <= set(dense.all_tied_weights_keys)
+    assert not unexpected
+    dense.tie_weights()
+    assert difference(dense, packed) <= TOLERANCE
+
+
+def test_the_reference_loaders_layers_and_its_checks(tmp_path: Path) -> None:
+    source = (ROOT / "docs" / "packed_loader.py").read_text()
+    assert len(source.splitlines()) < 100
+    packed = auto("llama3-8b").from_pretrained(exported())
+    layers = loader().load(exported())[1]
+    X = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert layers.keys() == packed_linears(packed).keys()
+    for name, layer in packed_linears(packed).items():
+        assert torch.equal(layers[name].weight(), layer.dense())
+        if layer.in_features == 32:
+            assert torch.equal(layers[name](X), layer(X))
+    folder = altered(tmp_path)
+    weights = folder / "packed-00001-of-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="is damaged"):
+        loader().load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- damage
