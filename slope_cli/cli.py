@@ -114,9 +114,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
-    launch.use_granted_cores()
-    ranks = launch.ranks()
-    node_caches(ranks)
+    ranks = _one_of_several()
     config = configs.load(recipe, [*implied, *overrides])
     if ranks.first:
         for line in configs.without_effect(config, overrides):
@@ -177,25 +175,25 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
+    batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest that reach this probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Generate text from a trained model."""
+    """Generate text from a trained model: the continuation of a prompt, or of each in a file."""
     launch.require_one_process()
-    from slope_cli.checkpoint.load import load_model
-    from slope_cli.inference.generate import continue_text
-    from slope_cli.linearize.swap import linear_windows
+    from slope_cli.inference import generate as generating
+    from slope_cli.inference.sampling import Sampling
 
-    loaded = load_model(model, launch.pick_device("auto"))
-    if compiled and not linear_windows(loaded.model):
-        raise UsageError(f"{model}: is not linearized, so there is nothing to compile; leave out --compile")
-    how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-    text = continue_text(loaded.model, loaded.tokenizer, prompt, compiled=compiled, **how)
-    print(text)
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    device = launch.pick_device("auto")
+    generating.generate(model, prompt, batch, sampling, device, compiled=compiled, as_json=as_json)
 
 
 @app.command()
@@ -391,8 +389,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval."""
-    launch.require_one_process()
+    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval.
+
+    As several tasks of srun, or under torchrun, each has the whole model and does its share.
+    """
+    ranks = _one_of_several()
     from slope_cli.evaluate import evaluate as evaluating
 
     result = evaluating.evaluate(
@@ -408,7 +409,8 @@ def evaluate(
         branch=branch,
         out=out,
     )
-    _print(result, evaluating.report_lines(result, positions=positions), as_json)
+    if ranks.first:
+        _print(result, evaluating.report_lines(result, positions=positions), as_json)
     if failed := result.get("failed"):
         raise SlopeError(f"{', '.join(failed)}: could not be scored; see above, and --debug for a traceback")
 
@@ -444,6 +446,14 @@ def doctor(as_json: AsJson = False) -> None:
     _print(result, lines, as_json)
     if not result["training"]:
         raise SlopeError("training cannot work here; see above")
+
+
+def _one_of_several() -> launch.Ranks:
+    """Set up this process as one that srun or torchrun may have started with others; before torch is imported."""
+    launch.use_granted_cores()
+    ranks = launch.ranks()
+    node_caches(ranks)
+    return ranks
 
 
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

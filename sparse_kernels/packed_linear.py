@@ -122,7 +122,7 @@ class PackedLinear(nn.Module):
         X_BI = X.reshape(-1, self.in_features)
         Y_BO = self._product(X_BI)
         if self.lora_A is not None and self.lora_B is not None:
-            Y_BO = Y_BO + self._adapters(X_BI, self.lora_A.to(X.dtype), self.lora_B.to(X.dtype))
+            Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
         return Y_BO.view(*X.shape[:-1], self.out_features)
 
     def _product(self, X_BI: Tensor) -> Tensor:
@@ -139,13 +139,6 @@ class PackedLinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = source, self.dense().to(dtype)
         return self._kept[1]
-
-    def _adapters(self, X_BI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
-        """Of each segment (X · A^T) · B^T, side by side: (B, I) -> (B, O)."""
-        rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
-        Z_BR = F.linear(X_BI, A_RI)  # [B,I] · [R,I]^T -> [B,R]
-        pairs = zip(Z_BR.split(ranks, 1), B_OR.split(rows), ranks, strict=True)
-        return torch.cat([F.linear(Z, B[:, :rank]) for Z, B, rank in pairs], 1)  # each [B,r] · [o,r]^T -> [B,o]
 
     def dense(self) -> Tensor:
         """W^R as a dense matrix (out, in) with its zeros, without adapters: a copy."""
@@ -165,6 +158,14 @@ class PackedLinear(nn.Module):
         return f"{sides}, bias={self.bias is not None}, segments={self.segments}"
 
 
+def fused_adapters(X_BI: Tensor, A_RI: Tensor, B_Or: Tensor, segments: Segments) -> Tensor:
+    """Of each segment (X · A^T) · B^T, side by side: (B, I) -> (B, O); A and B as PackedLinear has them."""
+    rows, ranks = ([*part] for part in zip(*segments, strict=True))
+    Z_BR = F.linear(X_BI, A_RI.to(X_BI.dtype))  # [B,I] · [R,I]^T -> [B,R]
+    pairs = zip(Z_BR.split(ranks, 1), B_Or.to(X_BI.dtype).split(rows), ranks, strict=True)
+    return torch.cat([F.linear(Z, B_or[:, :rank]) for Z, B_or, rank in pairs], 1)  # [B,r] · [o,r]^T -> [B,o]
+
+
 class _Part(NamedTuple):
     """One layer to fuse: its values, mask and bias; lora_A and lora_B and segments as PackedLinear has them."""
 
@@ -177,31 +178,40 @@ class _Part(NamedTuple):
 
 def _part(layer: nn.Module) -> _Part:
     if isinstance(layer, PackedLinear):
-        stored = None if layer.lora_A is None or layer.lora_B is None else (layer.lora_A, layer.lora_B)
-        return _Part(layer.values, layer.mask(), layer.bias, stored, layer.segments)
-    if isinstance(layer, SparseLinear) and (layer.n, layer.m) == (2, 4):
+        values_OK, mask_OI = layer.values, layer.mask()
+    elif isinstance(layer, SparseLinear) and (layer.n, layer.m) == (2, 4):
         values_OK, mask_OI = layer.values.detach(), layer.row_mask()
     else:
-        weight_OI = _weight(layer)
+        weight_OI = dense_weight(layer)
         found = two_of_four(weight_OI)
         if found is None:
             raise NotTwoOfFourError(f"a {type(layer).__name__} is not 2:4 along its inputs")
         values_OK, mask_OI = weight_OI[found].view(len(weight_OI), -1), found
-    bias_O = cast(Tensor | None, layer.bias)
-    adapter = layer.adapter if isinstance(layer, SparseLinear | AdaptedLinear) else None
-    if adapter is None:
-        return _Part(values_OK, mask_OI, bias_O, None, ((len(mask_OI), 0),))
-    scaled_B = adapter.scaling * adapter.lora_B.float()
-    return _Part(values_OK, mask_OI, bias_O, (adapter.lora_A, scaled_B), ((len(mask_OI), adapter.rank),))
+    return _Part(values_OK, mask_OI, cast(Tensor | None, layer.bias), *adapter_of(layer, len(mask_OI)))
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: nn.Module) -> Tensor:
     """The weight that a linear layer of any kind multiplies by: (out, in), without its adapter."""
+    if isinstance(layer, PackedLinear):
+        return layer.dense()
+    if isinstance(layer, SparseLinear):
+        return layer.scattered()
     if isinstance(layer, MaskedLinear):
         return layer.masked_weight
     if isinstance(layer, AdaptedLinear):
         return layer.weight.t() if layer.conv1d else layer.weight
     return stored_weight(layer)
+
+
+def adapter_of(layer: nn.Module, rows: int) -> tuple[tuple[Tensor, Tensor] | None, Segments]:
+    """(lora_A, lora_B) of a linear layer of any kind with this many rows, None without an adapter; and its segments."""
+    if isinstance(layer, PackedLinear):
+        stored = None if layer.lora_A is None or layer.lora_B is None else (layer.lora_A, layer.lora_B)
+        return stored, layer.segments
+    adapter = layer.adapter if isinstance(layer, SparseLinear | AdaptedLinear) else None
+    if adapter is None:
+        return None, ((rows, 0),)
+    return (adapter.lora_A, adapter.scaling * adapter.lora_B.float()), ((rows, adapter.rank),)
 
 
 def two_of_four(weight_OI: Tensor) -> Tensor | None:

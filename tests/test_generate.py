@@ -1,5 +1,8 @@
 """Text from a run: repeatable, greedy without temperature, within the positions, with adapters if it has them."""
 
+import io
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,17 @@ from support.runs import copied, slope, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_cli.checkpoint.load import load_model
-from slope_cli.errors import UsageError
-from slope_cli.inference.generate import continue_text
+from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
+from slope_cli.inference.engine import Engine
+from slope_cli.inference.generate import generate
+from slope_cli.inference.sampling import Sampling
+from slope_cli.train.sample import sample_text
 from sparse_kernels import sparse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 POSITIONS = 64
+GREEDY = Sampling(tokens=5, temperature=0)
 
 
 def generated(*words: str, run: Path | None = None) -> str:
@@ -52,29 +59,6 @@ def test_one_likely_token_is_greedy_too() -> None:
     assert generated("The ", "--top-k", "1", "--tokens", "20") == greedy
 
 
-def tokens_added(prompt: str, tokens: int) -> int:
-    """How many tokens the model adds when nothing but their number ends it."""
-    _, net, tokenizer, *_ = load_model(trained())
-    lengths: list[int] = []
-    generate = net.generate
-    tokenizer.eos_token = None
-
-    def watched(**more: object) -> torch.Tensor:
-        out: torch.Tensor = generate(**more)
-        lengths.append(out.shape[1])
-        return out
-
-    net.generate = watched
-    continue_text(net, tokenizer, prompt, tokens=tokens)
-    return lengths[0] - len(prompt)
-
-
-def test_it_stops_where_the_positions_end() -> None:
-    assert tokens_added("The ", 10) == 10
-    assert tokens_added("The ", 1000) == POSITIONS - 4
-    assert tokens_added("x" * (POSITIONS - 1), 1000) == 1
-
-
 def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
     """OPT's shape says that id 2 ends a text, in bytes an unprintable character; the run's tokenizer says 256."""
     _, net, tokenizer, *_ = load_model(trained("opt-125m"))
@@ -85,52 +69,20 @@ def test_it_stops_at_the_end_of_text_of_the_tokenizer_used() -> None:
             net.model.decoder.final_layer_norm.weight.zero_()
             net.model.decoder.final_layer_norm.bias.fill_(1.0)
             net.lm_head.weight[end] = 1.0
-        assert continue_text(net, tokenizer, "The ", tokens=5, temperature=0) == expected
+        assert sample_text(net, tokenizer, "The ", GREEDY, torch.float32) == expected
+        assert "The " + Engine(net, tokenizer).generate(["The "], GREEDY)[0].text == expected
 
 
 def test_adapters_take_part() -> None:
     _, net, tokenizer, *_ = load_model(trained())
-    with_adapters = continue_text(net, tokenizer, "The ", tokens=30, temperature=0)
-    assert generated("The ", "--temperature", "0", "--tokens", "30") == with_adapters + "\n"
+    with_adapters = Engine(net, tokenizer).generate(["The "], GREEDY)[0].text
+    assert generated("The ", "--temperature", "0", "--tokens", "5") == f"The {with_adapters}\n"
     ids = tokenizer("The ", return_tensors="pt").input_ids
     before = net(input_ids=ids).logits
     for _, layer in sparse_layers(net):
         assert layer.adapter is not None
         layer.adapter = None
     assert not torch.allclose(before, net(input_ids=ids).logits, atol=1e-3)
-
-
-class _Counted(TorchDispatchMode):
-    """Counts the operations that make dense weights of kept values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "scatter" in str(operation) or "index_put" in str(operation)
-        return operation(*args, **(kwargs or {}))
-
-
-def test_dense_weights_are_made_once_for_a_text_not_for_each_token() -> None:
-    _, net, tokenizer, *_ = load_model(trained())
-    counts = []
-    for tokens in (4, 40):
-        with _Counted() as counted:
-            continue_text(net, tokenizer, "The ", tokens=tokens, temperature=0)
-        counts.append(counted.count)
-    assert counts[0] == counts[1] > 0
-    assert all(layer.dense_weight is None for _, layer in sparse_layers(net))
-
-
-def test_text_is_sampled_in_the_precision_that_is_asked_for() -> None:
-    _, net, tokenizer, *_ = load_model(trained())
-    dtypes: dict[str, torch.dtype] = {}
-    _, layer = next(iter(sparse_layers(net)))
-    layer.register_forward_hook(lambda _, inputs, output: dtypes.update({"layer": output.dtype}))
-    for dtype in (torch.float32, torch.bfloat16):
-        continue_text(net, tokenizer, "The ", tokens=2, dtype=dtype)
-        assert dtypes["layer"] == dtype
 
 
 def test_a_run_that_stopped_before_its_adapters(tmp_path: Path) -> None:
@@ -148,14 +100,6 @@ def test_a_run_that_stopped_before_its_adapters(tmp_path: Path) -> None:
     assert generated("The ", run=whole).startswith("The ")
 
 
-def test_the_model_stays_in_its_mode() -> None:
-    _, net, tokenizer, *_ = load_model(trained())
-    for training in (True, False):
-        net.train(training)
-        continue_text(net, tokenizer, "The ", tokens=2)
-        assert net.training is training
-
-
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -171,6 +115,136 @@ def test_a_prompt_that_cannot_be_continued(prompt: str, message: str) -> None:
 def test_a_masked_model_does_not_continue_text() -> None:
     message = "error: BertForPreTraining: predicts masked tokens and cannot continue text; use a causal model\n"
     assert slope("generate", trained("bert-base"), "the") == (2, "", message)
-    _, net, tokenizer, *_ = load_model(trained("bert-base"))
-    with pytest.raises(UsageError, match="masked"):
-        continue_text(net, tokenizer, "the", tokens=1)
+
+
+def test_a_model_of_another_family(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=32)).save_pretrained(tmp_path)
+    save_tokenizer(load_tokenizer("bytes"), tmp_path)
+    result = slope("generate", tmp_path, "The ")
+    message = "model type 'gpt_neox': text is generated by gpt2, opt, llama, mistral only; use one of these"
+    assert (result.code, result.err) == (2, f"error: {message}\n")
+
+
+# ------------------------------------------------------------------------------------------------ many prompts, forms
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    prompts = [f"The {word} " for word in ("sea", "wind", "rain", "house", "long road")] * 4
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\n".join(prompts[:3]) + "\r\n\n" + "\n".join(prompts[3:]) + "\n")
+    lines.write_text("".join(json.dumps({"prompt": prompt, "id": 7}) + "\n" for prompt in prompts))
+    words = ("--tokens", "6", "--seed", "3", "--top-p", "0.9")
+    alone = {prompt: generated(prompt, *words) for prompt in prompts[:5]}
+    assert generated("--batch", str(text), *words) == "".join(alone[prompt] for prompt in prompts)
+    results = [json.loads(line) for line in generated("--batch", str(lines), "--json", *words).splitlines()]
+    assert [result["prompt"] for result in results] == prompts
+    for result in results:
+        assert list(result) == ["prompt", "text", "tokens", "finish_reason", "tokens_per_second"]
+        assert result["prompt"] + result["text"] + "\n" == alone[result["prompt"]]
+        assert result["finish_reason"] == "length" if result["tokens"] == 6 else "stop"
+        assert result["tokens_per_second"] > 0
+
+
+def test_it_ends_before_a_stop_string() -> None:
+    whole = generated("The ", "--temperature", "0", "--tokens", "20")
+    stop = whole.removeprefix("The ")[2:4]
+    result = json.loads(generated("The ", "--temperature", "0", "--tokens", "20", "--stop", stop, "--json"))
+    assert result["text"] == whole.removeprefix("The ").partition(stop)[0]
+    assert result["finish_reason"] == "stop"
+
+
+def test_a_terminal_shows_the_text_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def flush(self) -> None:
+            shown.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    how: dict[str, Any] = {"prompt": "The ", "file": None, "device": torch.device("cpu")}
+    generate(trained(), **how, sampling=Sampling(tokens=20, temperature=0, top_k=50))
+    expected = generated("The ", "--temperature", "0", "--tokens", "20")
+    assert shown[0] == "The "
+    assert expected.startswith(shown[-1])
+    assert len(set(shown)) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"The \n" + b"x" * 70, "a.txt, line 2: has 70 tokens and the model only 64 positions; shorten it"),
+        ("a.jsonl", b'{"prompt": "The "}\n\n{"prompt": ""}', "a.jsonl, line 3: is empty; give some text to continue"),
+        ("a.jsonl", b'{"text": "The "}', 'a.jsonl, line 1: is not a JSON object with "prompt", a text'),
+        ("a.jsonl", b"The ", 'a.jsonl, line 1: is not a JSON object with "prompt", a text'),
+        ("a.txt", b"\xff", "a.txt: is not text in UTF-8"),
+        ("none.txt", None, "none.txt: No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_used(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = slope("generate", trained(), "--batch", tmp_path / name)
+    assert result.code in (1, 2)
+    assert message in result.err
+    assert result.out == ""
+
+
+def test_a_file_without_prompts_and_words_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    assert slope("generate", trained(), "--batch", tmp_path / "empty.txt") == (0, "", "")
+    for words in ((), ("The ", "--batch", tmp_path / "empty.txt")):
+        result = slope("generate", trained(), *words)
+        assert (result.code, "give either a prompt or --batch FILE" in result.err) == (2, True)
+
+
+# ------------------------------------------------------------------------------------------------ samples in training
+
+
+def test_a_sample_of_training_is_the_text_of_the_engine() -> None:
+    for model in ("gpt2-nano", "opt-125m", "llama3-8b"):
+        _, net, tokenizer, *_ = load_model(trained(model))
+        for sampling in (GREEDY, Sampling(tokens=99, temperature=0.8, top_k=50, seed=3)):
+            expected = "The " + Engine(net, tokenizer).generate(["The "], sampling)[0].text
+            assert sample_text(net, tokenizer, "The ", sampling, torch.float32) == expected
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the operations that make dense weights of kept values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "scatter" in str(operation) or "index_put" in str(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_dense_weights_are_made_once_for_a_sample_not_for_each_token() -> None:
+    _, net, tokenizer, *_ = load_model(trained())
+    counts = []
+    for tokens in (4, 40):
+        with _Counted() as counted:
+            sample_text(net, tokenizer, "The ", Sampling(tokens, temperature=0), torch.float32)
+        counts.append(counted.count)
+    assert counts[0] == counts[1] > 0
+    assert all(layer.dense_weight is None for _, layer in sparse_layers(net))
+
+
+def test_a_sample_leaves_mode_and_random_state_and_has_the_precision_of_training() -> None:
+    _, net, tokenizer, *_ = load_model(trained())
+    dtypes: dict[str, torch.dtype] = {}
+    _, layer = next(iter(sparse_layers(net)))
+    layer.register_forward_hook(lambda _, inputs, output: dtypes.update({"layer": output.dtype}))
+    before = torch.get_rng_state()
+    for training, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        net.train(training)
+        sample_text(net, tokenizer, "The ", Sampling(tokens=2), dtype)
+        assert (net.training, dtypes["layer"]) == (training, dtype)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -19,7 +19,8 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.data.prepare import prepare
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.inference.generate import continue_text
+from slope_cli.inference.engine import Engine
+from slope_cli.inference.sampling import Sampling
 
 Array = NDArray[np.float32]
 
@@ -198,8 +199,9 @@ def test_generation_begins_and_ends_as_in_llama2c(converted: Path) -> None:
         shown.append(ids[-1])
     assert shown
     expected = tokenizer.decode(ids, skip_special_tokens=True)
-    assert continue_text(model, tokenizer, "the", tokens=12, temperature=0) == expected
-    assert continue_text(model, tokenizer, "", tokens=3, temperature=0)
+    first, second = Engine(model, tokenizer).generate(["the", ""], Sampling(tokens=12, temperature=0))
+    assert "the" + first.text == expected
+    assert second.ids
 
 
 def test_documents_are_separated_as_the_model_was_trained(converted: Path, tmp_path: Path) -> None:

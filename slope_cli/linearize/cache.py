@@ -151,14 +151,34 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         """Bytes of the memory."""
         if not self.is_initialized:
             return 0
-        return self.oldest_1.nbytes + sum(tensor.nbytes for tensor in self._tensors().values())
+        return self.oldest_1.nbytes + sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def first(self, rows: int) -> "LinearWindowCache":
+        """The memory of the first sequences: what is changed in place is changed in this one, too."""
+        view = LinearWindowCache(self.pattern, self.features)
+        view.dtype, view.device, view.oldest_1, view.is_initialized = self.dtype, self.device, self.oldest_1, True
+        for name, tensor in self.tensors().items():
+            setattr(view, name, tensor[:rows])
+        return view
+
+    def put(self, row: int, other: "LinearWindowCache") -> None:
+        """Let sequence `row` be the only one of `other`."""
+        W = max(self.pattern.lookback, 1)
+        order_W = (torch.arange(self.pattern.lookback, device=self.device) - self.oldest_1 + other.oldest_1) % W
+        own, new = self.tensors(), other.tensors()
+        for name in ("keys", "values"):
+            own[name][row] = new[name][0, :, order_W]
+        own["keep_BW"][row] = new["keep_BW"][0, order_W]
+        for name in ("state_BGFE", "tokens_B"):
+            own[name][row] = new[name][0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered of each sequence, by name; the first dimension is that of the sequences."""
         names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B")
         return {name: getattr(self, name) for name in names}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             setattr(self, name, change(tensor))
 
 

@@ -17,7 +17,7 @@ from slope_cli.data.tokenizer import require_same_tokens
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, Calibrate, apply
-from slope_cli.methods.phases import Layers, Phase
+from slope_cli.methods.phases import Phase
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
 from sparse_kernels import masked_layers, sparse_layers, to_dense
@@ -37,6 +37,8 @@ def start(
 ) -> PreTrainedModel:
     """The model of a run in its first phase, before its first step; if it linearizes, of what `keep_base` has written.
 
+    On the meta device its shapes alone: model.init is not read, and nothing is calibrated.
+
     Raises:
         UsageError: model.init is no run and no model, of another shape, or a setting that does not fit it.
         SlopeError: it cannot be read.
@@ -47,7 +49,7 @@ def start(
         model, now = base_model.read(run, device), UNTOUCHED
     else:
         model, now = _start_from_init(config, device, first)
-    apply(model, config, first, was=now, calibrate=calibrate)
+    apply(model, config, first, was=now, calibrate=None if model.device.type == "meta" else calibrate)
     return model
 
 
@@ -76,7 +78,7 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
 def _start_from_init(config: Config, device: torch.device | str, first: Phase) -> tuple[PreTrainedModel, Phase]:
     """A model with the weights of model.init, or new ones, and the phase that it is in."""
     initial = None
-    if config.model.init is not None:
+    if config.model.init is not None and str(device) != "meta":
         folder = Path(config.model.init).expanduser()
         with _named_init(folder):
             load.require_initial(folder)
@@ -87,7 +89,7 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
     now, sparse = UNTOUCHED, dict(sparse_layers(initial))
     if sparse and first.layers.kind == "sparse":  # a sparse run keeps the masks of a sparse model
         had_adapters = any(layer.adapter is not None for layer in sparse.values())
-        now = Phase(0, Layers("sparse"), adapters=had_adapters and first.adapters)
+        now = Phase(0, first.layers, adapters=had_adapters and first.adapters)
         apply(model, config, now)
     else:
         to_dense(initial, adapters="merge")

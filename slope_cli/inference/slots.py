@@ -1,0 +1,112 @@
+"""The texts that are being continued, on the device: what each remembers, and the step that adds a token to all.
+
+Texts in use are in the first slots. A step runs over the next power of two of them, so that a few CUDA graphs serve all
+numbers of texts; the slots behind those in use stay at place 0.
+
+Shape suffixes: B slots, P prompts, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from slope_cli.inference.cache import Prompts
+from slope_cli.inference.decoder import Decoder
+from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
+
+
+class Slots:
+    """Texts of up to `max_length` tokens in `count` slots.
+
+    Attributes:
+        ids, lengths: (count,), int64 and int32: the newest token of each text, which the model has not read yet, and
+            how many it has.
+    """
+
+    def __init__(self, decoder: Decoder, count: int, max_length: int) -> None:
+        device = decoder.tokens.device
+        self.decoder, self.count, self.max_length = decoder, count, max_length
+        self.caches = decoder.caches(count, max_length)
+        self.ids = torch.zeros(count, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.int32, device=device)
+        self._used = torch.zeros(count, dtype=torch.int32, device=device)
+        self._settings = Settings.of([Sampling()] * count, device)
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def fill(self, slot: int, prompts: list[list[int]], samplings: list[Sampling], mode: Mode) -> "Tokens":
+        """Begin texts in slots from this one on, which are not in use: the first token after each prompt."""
+        device, lengths = self.ids.device, [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        logits_PV = self.decoder.prefill(self.caches, Prompts(slot, lengths), torch.tensor(padded, device=device))
+        settings = Settings.of(samplings, device)
+        lengths_P = torch.tensor(lengths, dtype=torch.int32, device=device)
+        new = slice(slot, slot + len(prompts))
+        self.ids[new], self.lengths[new], self._used[new] = choose(logits_PV, settings, lengths_P, mode), lengths_P, 1
+        for own, setting in zip(self._settings, settings, strict=True):
+            own[new] = setting
+        return Tokens(self.ids[new])
+
+    def release(self, slot: int, last: int, length: int) -> None:
+        """End the text of a slot in use; the one in the last such slot, of so many tokens, takes its place."""
+        if slot != last:
+            for cache in self.caches:
+                cache.move(last, slot, length)
+            for own in (self.ids, self.lengths, *self._settings):
+                own[slot] = own[last]
+        self.lengths[last] = self._used[last] = 0
+
+    @torch.no_grad()
+    def step(self, used: int, mode: Mode) -> "Tokens":
+        """Add a token to each text of the first `used` slots."""
+        size = min(1 << (used - 1).bit_length(), self.count)
+        if self._pool is None:
+            self._run(size, mode)
+        else:
+            if (size, mode) not in self._graphs:
+                self._graphs[size, mode] = self._captured(size, mode)
+            self._graphs[size, mode].replay()
+        return Tokens(self.ids[:used])
+
+    def _run(self, size: int, mode: Mode) -> None:
+        """All of a step that the device does: from the tensors of this object to them."""
+        ids_B, lengths_B = self.ids[:size], self.lengths[:size]
+        logits_BV = self.decoder.decode(self.caches, ids_B, lengths_B)
+        settings = Settings(*(own[:size] for own in self._settings))
+        ids_B.copy_(choose(logits_BV, settings, lengths_B + 1, mode))
+        lengths_B.add_(self._used[:size]).clamp_(max=self.max_length - 1)  # a text at its end waits there
+
+    def _captured(self, size: int, mode: Mode) -> torch.cuda.CUDAGraph:
+        changing: list[Tensor] = [self.ids, self.lengths, *(t for cache in self.caches for t in cache.changing())]
+        before = [tensor.clone() for tensor in changing]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, at the first calls
+            for _ in range(2):
+                self._run(size, mode)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, old in zip(changing, before, strict=True):
+            tensor.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._run(size, mode)
+        return graph
+
+
+class Tokens:
+    """The tokens of a step, on their way to the host while the device goes on."""
+
+    def __init__(self, ids_B: Tensor) -> None:
+        on_gpu = ids_B.is_cuda
+        self._ids = torch.empty(len(ids_B), dtype=ids_B.dtype, pin_memory=on_gpu)
+        self._ids.copy_(ids_B, non_blocking=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[int]:
+        """Them, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids: list[int] = self._ids.tolist()
+        return ids

@@ -1,0 +1,79 @@
+"""Between text and tokens: a prompt's ids, and the text of tokens as they come."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from slope_cli.data.tokenizer import begin_id
+from slope_cli.errors import UsageError, is_utf8
+
+CONTEXT = 8
+"""Tokens before a piece of text that it is decoded with: some tokenizers treat the first token of a text specially."""
+UNFINISHED = "\ufffd"
+"""What bytes are decoded to that are no character, or not yet one."""
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The ids of a prompt as text begins in training: after the beginning of text, if the tokenizer puts one there.
+
+    No end of text follows, even if the tokenizer adds one: the text is to be continued. UsageError for no text.
+    """
+    if not is_utf8(prompt):
+        raise UsageError("prompt: is not text in UTF-8")
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    begin = begin_id(tokenizer)
+    return ids if begin is None else [begin, *ids]
+
+
+class TextStream:
+    """The text of a continuation, in pieces of whole characters, up to a stop string.
+
+    Attributes:
+        text: what `push` and `end` have returned so far.
+        stopped: whether a stop string has come; nothing follows it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids = list(prompt[-CONTEXT:])
+        self._decoded = len(self._ids)  # of these, the text is known
+        self._held = ""  # text that may be the beginning of a stop string
+        self.text, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """Add a token; the new text that is certain by now."""
+        self._ids.append(token)
+        new = self._new_text()
+        if new.endswith(UNFINISHED):
+            return ""
+        self._ids, self._decoded = self._ids[-CONTEXT:], min(len(self._ids), CONTEXT)
+        return self._add(new, last=False)
+
+    def end(self) -> str:
+        """The rest of the text, when no token follows."""
+        return "" if self.stopped else self._add(self._new_text(), last=True)
+
+    def _new_text(self) -> str:
+        before, after = (
+            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._ids[: self._decoded], self._ids)
+        )
+        return str(after[len(before) :])
+
+    def _add(self, new: str, *, last: bool) -> str:
+        found = self._held + new
+        places = [place for stop in self._stop if (place := found.find(stop)) >= 0]
+        if places:
+            self.stopped, piece, self._held = True, found[: min(places)], ""
+        else:
+            held = 0 if last else _beginning(found, self._stop)
+            piece, self._held = found[: len(found) - held], found[len(found) - held :]
+        self.text += piece
+        return piece
+
+
+def _beginning(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    return next(
+        (size for size in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-size:]) for s in stops)), 0
+    )

@@ -1,0 +1,70 @@
+"""The generation engine on a GPU: its CUDA graphs give the texts that a CPU computes step by step."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.models import CAUSAL, VOCABULARY, linearized, tiny_model
+
+from slope_cli.inference.engine import Engine
+from slope_cli.inference.sampling import Sampling
+from sparse_kernels import adapters_of, add_adapters, sparse_layers, sparsify
+
+# What Inductor imports when it compiles for the first time.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+
+LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+
+
+def texts(model: Any, device: str, settings: list[Sampling], **how: Any) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+    engine = Engine(model, device=device, dtype=torch.float32, max_batch=4, **how)
+    found = [engine.submit(prompt, sampling) for prompt, sampling in zip(prompts, settings, strict=True)]
+    for _ in engine.stream():
+        pass
+    assert bool(engine._slots._graphs) == (device == "cuda")
+    return [text.ids for text in found]
+
+
+GREEDY = [Sampling(tokens=12 + i, temperature=0) for i in range(len(LENGTHS))]
+MIXED = [
+    Sampling(tokens=12 + i, temperature=(0, 1.5, 0.8)[i % 3], top_k=(0, 7, 90)[i % 3], top_p=(1, 0.9)[i % 2], seed=i)
+    for i in range(len(LENGTHS))
+]
+
+
+@pytest.mark.parametrize("settings", [GREEDY, MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_softmax_model(name: str, settings: list[Sampling]) -> None:
+    model = tiny_model(name)
+    assert texts(model, "cuda", settings) == texts(model, "cpu", settings)
+
+
+def test_a_sliding_window() -> None:
+    model = tiny_model("mistral-7b", sliding_window=7)
+    assert texts(model, "cuda", GREEDY) == texts(model, "cpu", GREEDY)
+
+
+@pytest.mark.parametrize("form", [{"window": 5}, {"window": 4, "kind": "terrace"}, {"window": 8, "keep_softmax": [1]}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_linearized_model(form: dict[str, Any], compiled: bool) -> None:
+    model = linearized("llama3-8b", **form)
+    assert texts(model, "cuda", GREEDY, compiled=compiled) == texts(model, "cpu", GREEDY)
+
+
+def test_a_sparse_model_with_adapters() -> None:
+    model = tiny_model("llama3-8b")
+    sparsify(model)
+    add_adapters(model, 3, [name for name, _ in sparse_layers(model)])
+    for adapter in adapters_of(model).values():
+        adapter.lora_B.data.normal_(generator=torch.Generator().manual_seed(5)).mul_(0.3)
+    assert texts(model, "cuda", GREEDY) == texts(model, "cpu", GREEDY)
+
+
+def test_bf16_is_the_default_and_texts_repeat() -> None:
+    engine = Engine(tiny_model("llama3-8b"), device="cuda", max_batch=4)
+    assert engine.decoder.tokens.dtype == torch.bfloat16
+    sampling = Sampling(tokens=40, top_k=30, seed=3)
+    first, second = (engine.generate([[5, 6, 7]] * 4, sampling) for _ in range(2))
+    assert len({tuple(text.ids) for text in (*first, *second)}) == 1
