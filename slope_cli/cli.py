@@ -202,7 +202,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
-    dtype: Annotated[PackedDtype, typer.Option(help="Of packed weights.")] = "bfloat16",
+    dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that transformers' from_pretrained loads, and check its logits.
@@ -215,26 +215,18 @@ def export(
     if form == "packed":
         if merge:
             raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
-        _export_packed(run, folder, dtype, as_json)
+        from slope_cli.inference.export_packed import export_packed, report_lines
+
+        result = export_packed(run, folder, dtype or "bfloat16")
+        _print(result, report_lines(result), as_json)
         return
+    if dtype is not None:
+        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
     from slope_cli.inference.export import export as write
 
     result = write(run, folder, merge=merge)
     text = f"{folder}: step {result['step']}, reloaded logits differ by {result['logits_difference']:.1e} of their size"
     _print(result, [text], as_json)
-
-
-def _export_packed(source: Path, folder: Path, dtype: PackedDtype, as_json: bool) -> None:
-    import torch
-
-    from slope_cli.inference.export_packed import export_packed
-
-    result = export_packed(source, folder, getattr(torch, dtype))
-    text = (
-        f"{result['packed']} layers packed in {dtype}, logits differ by {result['logits_difference']:.1e} of their size"
-    )
-    dense = [f"  {name}: {reason}" for name, reason in result["dense"].items()]
-    _print(result, [f"{folder}: {text}", f"{len(dense)} linear layers stay dense:", *dense], as_json)
 
 
 @app.command("convert-llama2c")

@@ -21,9 +21,8 @@ import sparse_kernels.transformers as plugin
 from slope_cli.checkpoint.load import load_model
 from slope_cli.inference.export import TOLERANCE
 from slope_cli.linearize.swap import linear_windows
-from sparse_kernels import add_adapters, masks, sparse_layers, tile_metadata
-from sparse_kernels.packed_linear import PackedLinear
-from sparse_kernels.packing import pack_layers, packed_linears
+from sparse_kernels import masks, sparse_layers, tile_metadata
+from sparse_kernels.packing import packed_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
@@ -385,8 +384,10 @@ def test_a_packed_folder_is_no_start_for_training_and_is_not_packed_again(tmp_pa
 
 
 def test_options_that_exclude_each_other(tmp_path: Path) -> None:
-    result = slope("export", "--format", "packed", "--merge", trained(), tmp_path / "out")
-    assert (result.code, result.err[:14]) == (2, "error: --merge")
+    for option, words in (("--merge", ("--format", "packed", "--merge")), ("--dtype", ("--dtype", "float16"))):
+        result = slope("export", *words, trained(), tmp_path / "out")
+        assert result.code == 2
+        assert result.err.startswith(f"error: {option}: ")
 
 
 # --------------------------------------------------------------------------------------- folders of others
@@ -440,28 +441,3 @@ def test_an_export_with_its_adapters_is_packed_like_its_run(tmp_path: Path) -> N
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-# ------------------------------------------------------------------------------------------- packing a model
-
-
-def test_adapters_of_layers_that_stay_dense_are_merged() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))
-    with torch.no_grad():
-        model[2].weight *= masks.row_mask(model[2].weight, 2, 4)
-    for adapter in add_adapters(model, 4, ["0", "2"], alpha=6).values():
-        nn.init.normal_(adapter.lora_B)
-    X = torch.randn(5, 32)
-    expected = model(X)
-    assert pack_layers(model, torch.float32) == dict.fromkeys(("0", "4"), "not 2:4 along its inputs")
-    assert [type(layer) for layer in model[::2]] == [nn.Linear, PackedLinear, nn.Linear]
-    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_layer_that_the_dtype_cannot_hold_is_named() -> None:
-    model = nn.Sequential(nn.Linear(16, 16))
-    with torch.no_grad():
-        model[0].weight.mul_(masks.row_mask(model[0].weight, 2, 4)).mul_(1e9)
-    with pytest.raises(ValueError, match="0: a value is not finite in float16"):
-        pack_layers(model, torch.float16)

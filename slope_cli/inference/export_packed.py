@@ -1,6 +1,7 @@
 """Export for inference: 2:4 layers as kept values and metadata, in a folder for sparse_kernels.transformers."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,24 @@ ROUNDING = 0.1
 """Largest difference of float32 logits, relative to their largest magnitude, that rounding the weights may make."""
 
 
-def export_packed(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def export_packed(source: Path, out: Path, dtype_name: str = "bfloat16") -> dict[str, Any]:
     """Write a model to the folder `out`, its 2:4 layers packed, its adapters beside them.
 
     The folder appears when all of it is written, read back and compared, and not before.
 
     Args:
         source: a run, an export, or any folder of a model that transformers reads, with zeros in its weights.
-        dtype: of all weights: bfloat16, float16 or float32.
+        dtype_name: of all weights: bfloat16, float16 or float32.
 
     Returns:
-        What was written: the folder, the step (None for a folder), how many layers are packed, which linear layers are
-        not and why, and the largest relative difference of the reloaded model's float32 logits: rounding, mostly.
+        What was written: the folder, the step (None for a folder), the dtype, how many layers are packed, which linear
+        layers stay dense and why, and by how much rounding changes float32 logits, relative to the largest magnitude.
 
     Raises:
         UsageError: `out` is not empty, `source` is no run and no model, is packed already, or has no 2:4 layer.
         SlopeError: no sound checkpoint, weights that the dtype cannot hold, or the reloaded model's logits differ.
     """
-    out = empty_folder(out)
+    out, dtype = empty_folder(out), getattr(torch, dtype_name)
     hf_folder.require_trainable(source)
     loaded = load_model(source)
     model = loaded.model
@@ -54,7 +55,7 @@ def export_packed(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16) 
     expected = sample_logits(model)
     rounding = relative_difference(expected, original)
     if not rounding <= ROUNDING:
-        reason = f"rounding to {_name(dtype)} changes the logits by {rounding:.1e} of their size"
+        reason = f"rounding to {dtype_name} changes the logits by {rounding:.1e} of their size"
         raise SlopeError(f"{out}: not written: {reason}; choose another dtype")
     packed, linearized = len(packed_linears(model)), bool(linear_windows(model))
     try:
@@ -64,17 +65,23 @@ def export_packed(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16) 
                 restore_attention(model)
             save_tokenizer(loaded.tokenizer, folder)
             save_packed(model, folder, dtype)
-            card = _model_card(loaded, packed, dense, dtype, linearized=linearized)
+            card = _model_card(loaded, packed, len(dense), dtype_name, linearized=linearized)
             (folder / "README.md").write_text(card, encoding="utf-8")
             reloaded, _ = hf_folder.load(folder, "cpu")
             require_same_logits(reloaded, expected, out)
     except SafetensorError as error:  # on a full disk, for one
         raise SlopeError(f"{out}: cannot be written: {error}") from None
-    return {"folder": str(out), "step": loaded.step, "packed": packed, "dense": dense, "logits_difference": rounding}
+    written = {"folder": str(out), "step": loaded.step, "dtype": dtype_name, "packed": packed, "dense": dense}
+    return written | {"logits_difference": rounding}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def report_lines(result: Mapping[str, Any]) -> list[str]:
+    """What `export_packed` wrote, as text."""
+    packed, dense = result["packed"], result["dense"]
+    rounding = f"rounding changes the logits by {result['logits_difference']:.1e} of their size"
+    layers = [f"  {name}: {reason}" for name, reason in dense.items()]
+    first = f"{result['folder']}: {packed} layers packed in {result['dtype']}; {rounding}"
+    return [first, f"{len(dense)} linear layers stay dense:", *layers]
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -93,7 +100,7 @@ def _write_maps(loaded: Loaded, folder: Path) -> None:
         saved.write(folder, loaded.model, loaded.config.linearize, seed=loaded.config.train.seed)
 
 
-def _model_card(loaded: Loaded, packed: int, dense: dict[str, str], dtype: torch.dtype, *, linearized: bool) -> str:
+def _model_card(loaded: Loaded, packed: int, dense: int, dtype: str, *, linearized: bool) -> str:
     """README.md of the folder."""
     auto = "AutoModelForCausalLM" if loaded.objective == "causal" else "AutoModelForPreTraining"
     lines = [
@@ -103,7 +110,7 @@ def _model_card(loaded: Loaded, packed: int, dense: dict[str, str], dtype: torch
         "---",
         f"# {plain_in_markdown(loaded.folder.resolve().name)}",
         "",
-        f"- Linear layers: {packed} packed 2:4 sparse in {_name(dtype)}, format {VERSION} of slope; {len(dense)} dense",
+        f"- Linear layers: {packed} packed 2:4 sparse in {dtype}, format {VERSION} of slope; {dense} dense",
         "- Low-rank adapters, if the model has any, are part of the packed layers",
         "- Loads with: transformers after `import sparse_kernels.transformers` (pip install slope-cli), or slope",
         "- For inference alone",
