@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels import few_tokens, masks, tile_metadata
 from sparse_kernels.lora import AdaptedLinear
 from sparse_kernels.masked_linear import MaskedLinear
+from sparse_kernels.packed import Stamp, stamp
 from sparse_kernels.packed_product import pack, packed_linear, parts
 from sparse_kernels.selection import stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
@@ -20,6 +21,10 @@ from sparse_kernels.sparse_linear import SparseLinear
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Segments = tuple[tuple[int, int], ...]
 """(rows, rank) of each of the layers that were fused, in order; rank 0: it has no adapter."""
+
+
+class NotTwoOfFourError(ValueError):
+    """A weight has more than two entries other than zero in some 4 of a row."""
 
 
 class PackedLinear(nn.Module):
@@ -61,6 +66,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, sum(rows for rows, _ in segments)
         self.segments = tuple((rows, rank) for rows, rank in segments)
         self._operands: _Operands | None = None
+        self._kept: tuple[tuple[torch.dtype, Stamp, Stamp], Tensor] | None = None
         ranks = [rank for _, rank in segments]
         places = tile_metadata.PADDING * 0x11
         size = tile_metadata.metadata_bytes(self.out_features, in_features)
@@ -85,7 +91,8 @@ class PackedLinear(nn.Module):
             dtype: of the values.
 
         Raises:
-            ValueError: a layer that is not 2:4, inputs of different lengths, or values that the dtype cannot hold.
+            NotTwoOfFourError: a layer that is not 2:4.
+            ValueError: inputs of different lengths, or values that the dtype cannot hold.
         """
         parts = [_part(layer) for layer in layers]
         inputs = parts[0].mask_OI.shape[1]
@@ -157,11 +164,26 @@ class PackedLinear(nn.Module):
     def _product(self, X_BI: Tensor) -> Tensor:
         """X · W^R^T + bias: (B, I) -> (B, O)."""
         bias_O = None if self.bias is None else self.bias.to(X_BI.dtype)
-        return F.linear(X_BI, self.dense().to(X_BI.dtype), bias_O)  # [B,I] · [O,I]^T -> [B,O]
+        return F.linear(X_BI, self._dense_in(X_BI.dtype), bias_O)  # [B,I] · [O,I]^T -> [B,O]
+
+    def _dense_in(self, dtype: torch.dtype) -> Tensor:
+        """W^R in a dtype. On a CPU it is kept: making it takes a hundred times as long as a product with one token."""
+        if self.values.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.dense().to(dtype)
+        source = dtype, stamp(self.values), stamp(self.metadata)
+        if self._kept is None or self._kept[0] != source:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = source, self.dense().to(dtype)
+        return self._kept[1]
 
     def dense(self) -> Tensor:
         """W^R as a dense matrix (out, in) with its zeros, without adapters: a copy."""
         return masks.scatter(self.values, self.mask())
+
+    @property
+    def weight(self) -> Tensor:
+        """The same, as SparseLinear has it: models ask a linear layer for its weight's dtype or device."""
+        return self.dense()
 
     def mask(self) -> Tensor:
         """The mask of W^R: bool (out, in)."""
@@ -209,7 +231,7 @@ def _part(layer: nn.Module) -> _Part:
         weight_OI = dense_weight(layer)
         found = two_of_four(weight_OI)
         if found is None:
-            raise ValueError(f"a {type(layer).__name__} is not 2:4 along its inputs")
+            raise NotTwoOfFourError(f"a {type(layer).__name__} is not 2:4 along its inputs")
         values_OK, mask_OI = weight_OI[found].view(len(weight_OI), -1), found
     return _Part(values_OK, mask_OI, cast(Tensor | None, layer.bias), *adapter_of(layer, len(mask_OI)))
 

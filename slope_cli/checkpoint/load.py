@@ -64,7 +64,8 @@ def load_model(
     """The model in the folder of a run, of an export, or of any causal model of transformers.
 
     An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
-    a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it.
+    a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it. Packed layers stay packed:
+    they are for inference alone.
 
     Args:
         checkpoint: the result of `store.latest` for a run, so that nothing is hashed twice.
@@ -139,7 +140,8 @@ def is_linearized(folder: Path) -> bool:
     return (folder / saved.FOLDER).is_dir()
 
 
-def require_softmax(folder: Path) -> None:
-    """UsageError if a folder is linearized: no other run can start from it."""
+def require_initial(folder: Path) -> None:
+    """UsageError if no other run can start from a folder: it is linearized, or packed for inference."""
+    hf_folder.require_trainable(folder)
     if is_linearized(folder):
         raise UsageError(f"{folder}: is linearized already; give the model that it was made of")

@@ -64,7 +64,7 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
     if run is not None and (run / base_model.BASE).is_file():
         return base_model.build(run, "meta").config
     init = _linearized_folder(config)
-    load.require_softmax(init)
+    load.require_initial(init)
     shape = load.shape_of(init)
     with _named_init(init):
         shapes.family_of(shape)
@@ -81,7 +81,7 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
     if config.model.init is not None and str(device) != "meta":
         folder = Path(config.model.init).expanduser()
         with _named_init(folder):
-            load.require_softmax(folder)
+            load.require_initial(folder)
             initial = load_model(folder).model
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if initial is None:
@@ -110,7 +110,7 @@ def begins_with(init: str, model: PreTrainedModel) -> str:
     if not folder.exists():
         return "does not exist yet"
     with _named_init(folder):
-        load.require_softmax(folder)
+        load.require_initial(folder)
         theirs = build_model(load.shape_of(folder), device="meta")
     _require_same_shapes(model, theirs, init)
     return "has no checkpoint yet" if run_folder.is_run(folder) and not store.folders(folder) else ""
@@ -225,7 +225,7 @@ def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> 
 def _to_linearize(config: Config) -> Loaded:
     """The model of model.init on the CPU, its pruned layers sparse layers."""
     init = _linearized_folder(config)
-    load.require_softmax(init)
+    load.require_initial(init)
     loaded = load_model(init)
     shapes.family_of(loaded.model.config)
     if any(True for _ in masked_layers(loaded.model)):
