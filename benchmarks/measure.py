@@ -259,7 +259,7 @@ def main(kind: str, *names: str) -> None:
         "products": lambda: (row for name in names[:-1] for row in products.rows(name, plan, device)),
     }
     with tempfile.TemporaryDirectory() as folder:
-        if kind in ("gemm", "products"):
+        if kind == "gemm":
             os.environ["XDG_CACHE_HOME"] = folder  # do not reuse the times of an earlier process
         for row in measures[kind]():
             print(json.dumps(asdict(row)), flush=True)

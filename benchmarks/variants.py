@@ -7,8 +7,6 @@ Shape suffixes: N tokens, O out features, I in features.
 """
 
 import copy
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -114,6 +112,7 @@ class Variants:
         self._folder, self._length, self._hidden = folder, max_length, int(config.hidden_size)
         model = random_model(config, device, dtype).eval().requires_grad_(False)
         self.dense = Decoder(model, dtype, device, sparse=False, max_length=max_length)
+        self._packed: dict[tuple[int, str], PackedLinear] = {}  # by block and part
 
     def make(self, name: str) -> Decoder:
         """The decoder of a variant."""
@@ -121,28 +120,22 @@ class Variants:
             return self._trained()
         variant = {**VARIANTS, **AGAINST}[name]
         rank = max(1, round(variant.adapters * self._hidden)) if variant.adapters else 0
-        convert: dict[str, Callable[[Any], nn.Module]] = {
-            "dense": lambda layer: layer,
-            "sparse": lambda layer: adapted(layer, rank),
-            "semi_structured": SemiStructuredLinear,
-            "int8": Int8Linear,
-        }
-        own = sharing(self._sparse if variant.layers == "sparse" else self.dense)
-        for block in cast(Any, own.blocks):
+        own = sharing(self.dense)
+        for index, block in enumerate(cast(Any, own.blocks)):
             for part in PRODUCTS:
-                setattr(block, part, convert[variant.layers](getattr(block, part)))
+                setattr(block, part, self._product(index, part, variant.layers, rank))
             if variant.linear:
                 block.linear = linear_window(block, own.tokens.device, compiled=variant.compiled)
         return own
 
-    @functools.cached_property
-    def _sparse(self) -> Decoder:
-        own = sharing(self.dense)
-        for block in cast(Any, own.blocks):
-            for part in PRODUCTS:
-                layer: DenseLinear = getattr(block, part)
-                setattr(block, part, pruned(layer.weight, layer.bias, layer.segments))
-        return own
+    def _product(self, block: int, part: str, layers: str, rank: int) -> nn.Module:
+        dense = cast(DenseLinear, self.dense.get_submodule(f"blocks.{block}.{part}"))
+        if layers == "sparse":
+            if (block, part) not in self._packed:
+                self._packed[block, part] = pruned(dense.weight, dense.bias, dense.segments)
+            return adapted(self._packed[block, part], rank)
+        other = {"semi_structured": SemiStructuredLinear, "int8": Int8Linear}.get(layers)
+        return dense if other is None else other(dense)
 
     def _trained(self) -> Decoder:
         assert self._folder is not None
@@ -178,6 +171,8 @@ def pruned(weight_OI: Tensor, bias_O: Tensor | None, segments: Segments) -> Pack
 
 def adapted(layer: PackedLinear, rank: int) -> PackedLinear:
     """A layer with the values of another, and random adapters of this rank; 0 for none."""
+    if layer.values.is_cuda:
+        layer.prepare()  # what kernels read is made once, and shared as well
     segments = tuple((rows, rank) for rows, _ in layer.segments)
     bias, dtype, device = layer.bias is not None, layer.values.dtype, layer.values.device
     own = PackedLinear(layer.in_features, segments, bias=bias, dtype=dtype, device=device)
@@ -189,7 +184,7 @@ def adapted(layer: PackedLinear, rank: int) -> PackedLinear:
 
 
 class SemiStructuredLinear(nn.Module):
-    """PyTorch's own 2:4 layer: (N, I) -> (N, O). It raises where PyTorch has no such product, as on a CPU."""
+    """PyTorch's own 2:4 layer, as DenseLinear. It raises where PyTorch has no such product, as on a CPU."""
 
     bias: Tensor | None
 
@@ -199,12 +194,14 @@ class SemiStructuredLinear(nn.Module):
         self.register_buffer("weight", torch.sparse.to_sparse_semi_structured(pruned_OI))
         self.register_buffer("bias", layer.bias)
 
-    def forward(self, X_NI: Tensor) -> Tensor:
-        return F.linear(X_NI, cast(Tensor, self.weight), self.bias)  # [N,I] · [O,I]^T -> [N,O]
+    def forward(self, X_NI: Tensor, residual_NO: Tensor | None = None) -> Tensor:
+        """(N, I) -> (N, O), plus the residual."""
+        Y_NO = F.linear(X_NI, cast(Tensor, self.weight), self.bias)  # [N,I] · [O,I]^T -> [N,O]
+        return Y_NO if residual_NO is None else Y_NO + residual_NO
 
 
 class Int8Linear(nn.Module):
-    """Weights in 8 bits with a scale for each row, by PyTorch's own operator: (N, I) -> (N, O)."""
+    """Weights in 8 bits with a scale for each row, by PyTorch's own operator; as DenseLinear."""
 
     bias: Tensor | None
 
@@ -215,7 +212,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale_O)
         self.register_buffer("bias", layer.bias)
 
-    def forward(self, X_NI: Tensor) -> Tensor:
+    def forward(self, X_NI: Tensor, residual_NO: Tensor | None = None) -> Tensor:
+        """(N, I) -> (N, O), plus the residual."""
         # [N,I] · [O,I]^T -> [N,O]
         Y_NO: Tensor = torch.ops.aten._weight_int8pack_mm(X_NI.contiguous(), self.weight, self.scale)
-        return Y_NO if self.bias is None else Y_NO + self.bias
+        Y_NO = Y_NO if self.bias is None else Y_NO + self.bias
+        return Y_NO if residual_NO is None else Y_NO + residual_NO

@@ -25,9 +25,13 @@ _FEWEST_PLANNED, _MOST_PLANNED = 256, 8192
 
 
 def pack(values_OK: Tensor, metadata: Tensor) -> Tensor:
-    """Values and metadata in one uint8 buffer, as the kernels and the library read them."""
-    buffer = torch.cat([values_OK.reshape(-1).view(torch.uint8), metadata])
-    return F.pad(buffer, (0, -len(buffer) % 256))
+    """Values and metadata in one uint8 buffer, as the kernels and the library read them; that whose parts they are."""
+    whole, size = values_OK.untyped_storage(), values_OK.nbytes
+    padding = -(size + len(metadata)) % 256
+    places = whole.data_ptr(), whole.data_ptr() + size, size + len(metadata) + padding
+    if values_OK.is_contiguous() and (values_OK.data_ptr(), metadata.data_ptr(), whole.nbytes()) == places:
+        return metadata.new_empty(0).set_(whole)
+    return F.pad(torch.cat([values_OK.reshape(-1).view(torch.uint8), metadata]), (0, padding))
 
 
 def parts(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

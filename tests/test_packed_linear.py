@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_kernels import MaskedLinear, SparseLinear, add_adapters, masks, tile_metadata
 from sparse_kernels.packed_linear import PackedLinear
+from sparse_kernels.packed_product import pack, parts
 from sparse_kernels.packing import pack_layers
 
 RANKS = st.lists(st.sampled_from([0, 1, 3, 4]), min_size=1, max_size=3)
@@ -150,6 +151,20 @@ def test_a_new_layer_is_zero_and_takes_another_ones_state() -> None:
 
 
 # ------------------------------------------------------------------------------------------- packing a model
+
+
+def test_what_is_packed_is_not_copied_again() -> None:
+    layer = PackedLinear(64, ((48, 0),), dtype=torch.bfloat16)
+    layer.values.normal_()
+    packed = pack(layer.values, layer.metadata)
+    assert len(packed) % 256 == 0
+    values, metadata = parts(packed, 48, 64, torch.bfloat16)
+    assert torch.equal(values, layer.values)
+    assert torch.equal(metadata, layer.metadata)
+    again = pack(values, metadata)
+    assert (again.data_ptr(), len(again)) == (packed.data_ptr(), len(packed))
+    for others in ((values[:-1], metadata), (values.clone(), metadata), (values, metadata.clone())):
+        assert pack(*others).data_ptr() != packed.data_ptr()
 
 
 def test_adapters_of_layers_that_stay_dense_are_merged() -> None:

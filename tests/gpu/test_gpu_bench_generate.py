@@ -28,6 +28,9 @@ def test_every_variant_runs_from_graphs(name: str) -> None:
     config = model_config(name, overrides=SHAPES[name], dropout=0.0)
     source = variants.Variants(config, None, CUDA, torch.bfloat16, 128)
     plan = Plan(batches=(1, 3, 64), context=128, prompt=100)
+    first, second = (source.make(name).blocks[1].qkv for name in ("sparse", "sparse-r6.25"))  # type: ignore[union-attr]
+    assert first.prepare().packed.data_ptr() == second.prepare().packed.data_ptr()
+    del first, second
     rows = list(generate.engine_rows([*variants.VARIANTS, *variants.AGAINST], plan, source, QUICK))
     assert [(row.variant, row.error) for row in rows if row.variant not in variants.AGAINST and row.error] == []
     for row in rows:
