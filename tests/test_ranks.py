@@ -125,10 +125,17 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_a_stopped_run_resumes_to_the_same_bits(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("distributed.layout=ddp",),
+        ("distributed.layout=fsdp",),
+        ("distributed.layout=fsdp", "optim.name=lamb"),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
     """With four ranks: a sum of two does not depend on its order."""
-    more = ("train.steps=24", "log.every=1", "model.dropout=0.1", "train.micro_batch=1", f"distributed.layout={layout}")
+    more = ("train.steps=24", "log.every=1", "model.dropout=0.1", "train.micro_batch=1", *settings)
     whole = Ranks(4, words(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
     cut = Ranks(4, words(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
     cut.wait_for("step 6/")
@@ -292,6 +299,7 @@ SPLIT = {
     "random masks": ("train.steps=12", "slope.backward_mask=random"),
     "sr_ste": ("method=sr_ste", "train.steps=12"),
     "dense": ("method=dense", "train.steps=12"),
+    "lamb": ("optim.name=lamb", "train.steps=12", "adapters.start=0.5", "optim.weight_decay=0.1"),
     "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
     "checkpointed": ("train.steps=8", "adapters.start=0.5", "train.activation_checkpointing=block"),
 }
@@ -334,7 +342,6 @@ def test_models_of_every_family_can_be_split(model: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (("method=dense", "optim.name=lamb"), "LAMB needs the norms of whole weights"),
         (("sparsity.start=0.5",), "layers that change their kind during the run are not split"),
     ],
 )

@@ -98,7 +98,7 @@ def whole_because(config: Config) -> str:
         return "a run that linearizes is not split"
     if len({phase.layers.kind for phase in phases.distinct}) > 1:
         return "layers that change their kind during the run are not split"
-    return "LAMB needs the norms of whole weights" if config.optim.name == "lamb" else ""
+    return ""
 
 
 def _parts(choice: Choice) -> list[int]:

@@ -28,7 +28,7 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         device: of one of them; on a CPU "auto" is ddp.
 
     Raises:
-        UsageError: fsdp or hsdp for a run whose layers change their kind, or become linear, or whose optimizer is LAMB.
+        UsageError: fsdp or hsdp for a run whose layers change their kind, or become linear.
         SlopeError: no layout fits in a GPU's memory.
     """
     keys, gpu = config.distributed, device.type == "cuda"
