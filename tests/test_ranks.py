@@ -130,7 +130,8 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: i
     [
         ("distributed.layout=ddp",),
         ("distributed.layout=fsdp",),
-        ("distributed.layout=fsdp", "optim.name=lamb"),
+        ("distributed.layout=fsdp", "optim.name=lamb", "sparsity.start=0.1"),
+        ("distributed.layout=fsdp", "method=fst", "sparsity.start=0.1", "fst.mask_update_interval=5"),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
@@ -299,6 +300,11 @@ SPLIT = {
     "random masks": ("train.steps=12", "slope.backward_mask=random"),
     "sr_ste": ("method=sr_ste", "train.steps=12"),
     "dense": ("method=dense", "train.steps=12"),
+    "dense, then sparse": ("train.steps=12", "sparsity.start=0.4", "adapters.start=0.7", "slope.rescale=true"),
+    "sr_ste, then sparse": ("train.steps=12", "sparsity.start=0.4", "slope.before=sr_ste"),
+    "dense, then sr_ste": ("method=sr_ste", "train.steps=12", "sparsity.start=0.4"),
+    "fst": ("method=fst", "train.steps=12", "sparsity.start=0.2", "fst.dense_finish=0.3", "fst.mask_update_interval=2"),
+    "dense, then wanda": ("method=wanda", "train.steps=12", "sparsity.start=0.4"),
     "lamb": ("optim.name=lamb", "train.steps=12", "adapters.start=0.5", "optim.weight_decay=0.1"),
     "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
     "checkpointed": ("train.steps=8", "adapters.start=0.5", "train.activation_checkpointing=block"),
@@ -309,18 +315,22 @@ SPLIT = {
 @pytest.mark.parametrize("gather", ["step", "block"])
 @pytest.mark.parametrize("method", SPLIT)
 def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp_path: Path) -> None:
-    settings = (*SPLIT[method], "train.micro_batch=1")
-    assert Ranks(1, words(*settings, out=tmp_path / "1"), tmp_path / "logs-1").finish() == [0]
+    settings, whole = (*SPLIT[method], "train.micro_batch=1"), 2 if method == "fst" else 1  # each rank prunes at random
+    assert Ranks(whole, words(*settings, out=tmp_path / "whole"), tmp_path / "logs").finish() == [0] * whole
     for world in (2, 4) if method == "sparse, adapters join" else (2,):
         split = ("distributed.layout=fsdp", f"distributed.gather={gather}")
         ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
         assert ranks.finish() == [0] * world, ranks.printed()
-        assert_close(tmp_path / f"{world}", tmp_path / "1")
+        assert_close(tmp_path / f"{world}", tmp_path / "whole")
+        config = tiny(prepared("bytes"), "train.tokens_per_step=256", "model.dropout=0", *settings)
+        ours, theirs = final_state(config, tmp_path / f"{world}"), final_state(config, tmp_path / "whole")
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow
 def test_weights_split_within_nodes_make_the_run_of_one_process(tmp_path: Path) -> None:
-    settings = ("train.steps=16", "adapters.start=0.5", "train.micro_batch=1")
+    settings = ("train.steps=16", "sparsity.start=0.3", "adapters.start=0.5", "train.micro_batch=1")
     assert Ranks(1, words(*settings, out=tmp_path / "1"), tmp_path / "logs-1").finish() == [0]
     split = words(*settings, "distributed.layout=hsdp", out=tmp_path / "4")
     ranks = Ranks(4, split, tmp_path / "logs-4", nodes=2)
@@ -341,9 +351,7 @@ def test_models_of_every_family_can_be_split(model: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [
-        (("sparsity.start=0.5",), "layers that change their kind during the run are not split"),
-    ],
+    [],
 )
 def test_what_cannot_be_split_says_so(settings: tuple[str, ...], reason: str, tmp_path: Path) -> None:
     result = slope(*words(*settings, "distributed.layout=fsdp", out=tmp_path / "run"))

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from slope_cli.distributed.collectives import begin_alone, gather_equal, sum_among
 from slope_cli.distributed.layouts import Layout
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels import MaskedLinear, SparseLinear, masked_layers, sparse_layers
 from sparse_kernels.layers import layer_seed
 from sparse_kernels.sharded import local, local_rows
 
 
 class Sharding:
-    """How a model is split. The same object serves all phases of a run."""
+    """How a model is split. The same object serves all phases of a run, each of which has another model."""
 
     def __init__(self, layout: Layout, world: int, device: torch.device, dtype: torch.dtype | None) -> None:
         """
@@ -50,7 +49,7 @@ class Sharding:
     # ------------------------------------------------------------------------------------------------- splitting
 
     def split(self, model: nn.Module) -> None:
-        """Move a model to the device, block by block, and split its matrices; call it before any optimizer is made."""
+        """Move a model to the device, block by block, and split its matrices, which are new parameters then."""
         vectors = {p for p in model.parameters() if p.dim() < 2}
         for vector in vectors:
             vector.data = vector.data.to(self.device)
@@ -60,21 +59,6 @@ class Sharding:
         for block in transformer_blocks(model):
             self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
         self._split(model, self._elsewhere, reshard=False, whole=vectors)
-
-    def split_adapters(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Split the adapters that joined a model after it was split, in the optimizer too, which has no state of them.
-
-        They are gathered one by one from then on; in a run that resumes later, with their block.
-        """
-        split: dict[int, nn.Parameter] = {}
-        for adapter in adapters_of(model).values():
-            old = list(adapter.parameters())
-            if any(isinstance(p, DTensor) for p in old):
-                continue
-            self._split(adapter, self._in_products, reshard=self.layout.gather == "block", whole=set())
-            split |= zip(map(id, old), adapter.parameters(), strict=True)
-        for group in optimizer.param_groups:
-            group["params"] = [split.get(id(p), p) for p in group["params"]]
 
     def _split(
         self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshard: bool, whole: set[nn.Parameter]

@@ -13,7 +13,7 @@ from slope_cli.distributed.collectives import sum_among
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Phases, Rate
 from sparse_kernels import decay_pruned
-from sparse_kernels.sharded import local
+from sparse_kernels.sharded import local, of_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state that both optimizers keep for each parameter, in its shape."""
@@ -159,13 +159,22 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
 
 
 def replace_parameter(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, like: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    like: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Replace `old` by `new` in its group, with the state of `old` brought into the new shape by `like`."""
+    """Replace `old` by `new` in its group, with the state of `old`.
+
+    Args:
+        like: brings whole moments into the new shape, if it is another one. Split moments are gathered for it, and
+            split again.
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
-        optimizer.state[new] = state | {key: like(state[key]) for key in MOMENTS}
+        changed = {} if like is None else {key: of_whole(state[key], like) for key in MOMENTS}
+        optimizer.state[new] = state | changed
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:

@@ -93,12 +93,7 @@ def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str
 
 def whole_because(config: Config) -> str:
     """Why every GPU must have the whole state of a run; "" if it may be split."""
-    phases = phases_of(config)
-    if phases.end.linearized:
-        return "a run that linearizes is not split"
-    if len({phase.layers.kind for phase in phases.distinct}) > 1:
-        return "layers that change their kind during the run are not split"
-    return ""
+    return "a run that linearizes is not split" if phases_of(config).end.linearized else ""
 
 
 def _parts(choice: Choice) -> list[int]:

@@ -6,6 +6,7 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -30,7 +31,6 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.generate import continue_text, prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
-from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
@@ -41,7 +41,7 @@ from slope_cli.train import init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.make_step import make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, layout_of
+from slope_cli.train.parallel import agree_on_kernels, enter, layout_of
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
@@ -137,7 +137,7 @@ class Trainer:
         if checkpoint is None:
             if self.phase.linearized:
                 group.first(lambda: init.keep_base(config, run, self.tokenizer))
-            self.model = init.start(config, run, device, calibrate=self.batches.calibrate)
+            self.model = init.start(config, run, device, calibrate=self.batches.input_norms)
         else:
             self.model = load.build(config, run, device, self.phase)
         layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
@@ -190,11 +190,12 @@ class Trainer:
 
     def enter(self, to: Phase) -> dict[str, Any]:
         """Move model and optimizer into a later phase, and return its log record."""
-        apply(self.model, self.config, to, was=self.phase, optimizer=self.optimizer, calibrate=self.batches.calibrate)
-        if self.sharding is not None:
-            self.sharding.split_adapters(self.model, self.optimizer)
+        now: dict[str, Any] = {"was": self.phase, "model": self.model, "optimizer": self.optimizer}
+        how: dict[str, Any] = {"sharding": self.sharding, "calibrate": self.batches.input_norms}
+        self.model, self.optimizer = enter(self.config, self.run, to, **now, **how)
         self.phase = to
         self.take_step = self._make_step()  # compiled code belongs to the old phase
+        gc.collect()  # a model that was split is tied into circles by FSDP2, and would stay on the GPU
         adapters = [p for adapter in adapters_of(self.model).values() for p in adapter.parameters()]
         return {
             "name": to.name,

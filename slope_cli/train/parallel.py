@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from slope_cli.checkpoint import load
 from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import phase_sizes
+from slope_cli.methods.apply import Calibrate, apply
+from slope_cli.methods.phases import Phase
 from slope_cli.train.dry_run import untrained_model, whole_because
 from sparse_kernels import kernel_choices, measure_kernels, use_choices
+from sparse_kernels.sharded import whole
 
 BITS = 8
 """Rows whose mask is in one byte."""
@@ -28,7 +35,7 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         device: of one of them; on a CPU "auto" is ddp.
 
     Raises:
-        UsageError: fsdp or hsdp for a run whose layers change their kind, or become linear.
+        UsageError: fsdp or hsdp for a run that linearizes.
         SlopeError: no layout fits in a GPU's memory.
     """
     keys, gpu = config.distributed, device.type == "cuda"
@@ -63,6 +70,43 @@ def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Ch
         gather=config.distributed.gather,
         group=rows,
     )
+
+
+def enter(
+    config: Config,
+    run: Path,
+    to: Phase,
+    *,
+    was: Phase,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    sharding: Sharding | None,
+    calibrate: Calibrate,
+) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """Bring a model and its optimizer into a later phase; returns what they are from then on.
+
+    Whole weights change in place. FSDP2 lets no parameter of a module be replaced, so a split model is built once more,
+    as when a run resumes: whole in the host's memory, where it gets the weights of the split one, changes, and is split
+    again. The optimizer's moments stay split; those that change their shape are gathered one by one.
+    """
+    if sharding is None:
+        apply(model, config, to, was=was, optimizer=optimizer, calibrate=calibrate)
+        return model, optimizer
+    built = load.build(config, run, "cpu", was)
+    with torch.no_grad():
+        own = built.state_dict(keep_vars=True)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            own[name].copy_(whole(tensor))
+    continued = optim.build_optimizer(built, config, phases_of(config))
+    for old, new in zip(model.parameters(), built.parameters(), strict=True):
+        if old in optimizer.state:
+            continued.state[new] = optimizer.state[old]
+    apply(built, config, to, was=was, optimizer=continued, calibrate=lambda _, names: calibrate(model, names))
+    plain = list(built.parameters())
+    sharding.split(built)
+    for old, new in zip(plain, built.parameters(), strict=True):
+        optim.replace_parameter(continued, old, new)
+    return built, continued
 
 
 def agree_on_kernels(
