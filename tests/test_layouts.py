@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -182,6 +183,21 @@ def test_every_phase_of_a_run_must_fit() -> None:
     assert not both["ddp"].fits
     assert both["fsdp, gather=block"].traffic == alone["fsdp, gather=block"].traffic
     assert both["ddp"].memory.total == memory_of(dense, Layout("ddp"), "block").total
+
+
+def test_a_split_teacher_has_rows_of_its_own() -> None:
+    config = configs.load(
+        str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "linearize.distill=1"]
+    )
+    transfer, distill = phase_sizes(build_model(run_model_config(config), device="meta"), config)
+    assert (transfer.teacher, distill.teacher) == (False, True)
+    alone, block, place = replace(distill, teacher=False), Layout("fsdp", 2, "block"), Cluster(2)
+    assert memory_of(distill, Layout("ddp")) == memory_of(alone, Layout("ddp"))
+    weights = distill.whole.parameters
+    added = memory_of(distill, block).total - memory_of(alone, block).total
+    assert added == 4 * weights // 2 + 2 * weights  # its rows in float32, and both blocks in 16 bits
+    sent = traffic_of(distill, block, place).micro_batch - traffic_of(alone, block, place).micro_batch
+    assert sent == 2 * weights / 2
 
 
 @pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize"])

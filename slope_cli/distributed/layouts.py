@@ -68,13 +68,15 @@ class Sizes:
     """A model in one phase of a run.
 
     rest: all outside the blocks. rows: output features of every sparse or masked layer. activation_bytes: of one
-    micro-batch, by train.activation_checkpointing; empty where there is no estimate.
+    micro-batch, by train.activation_checkpointing; empty where there is no estimate. teacher: whether a frozen model of
+    the same size runs before it; it shares whole weights, and split ones it has again, gathered block by block.
     """
 
     blocks: tuple[Unit, ...]
     rest: Unit
     rows: tuple[int, ...] = ()
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
+    teacher: bool = False
 
     @property
     def whole(self) -> Unit:
@@ -187,14 +189,17 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     whole, rest, block, shard = sizes.whole, sizes.rest, sizes.largest, layout.shard
     two_blocks = len(sizes.blocks[:2])  # the one at work, and the next one on its way
     gathered, packed = 2 * whole.dense, whole.packed_bytes
-    in_flight = 0
+    in_flight, weights = 0, 4 * whole.parameters
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
-        gathered = 2 * (whole.parameters if kept else rest.parameters + two_blocks * block.parameters)
+        by_block = rest.parameters + two_blocks * block.parameters
+        gathered = 2 * (whole.parameters if kept else by_block)
+        if sizes.teacher:
+            weights, gathered = 2 * weights, gathered + 2 * by_block
         packed = packed if layout.keeps_packed else rest.packed_bytes + two_blocks * block.packed_bytes
         in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
     return Memory(
-        weights=_split(4 * whole.parameters, shard),
+        weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
         moments=_split(8 * whole.trained, shard),
         masks=whole.mask_bytes,
@@ -222,7 +227,7 @@ def traffic_of(sizes: Sizes, layout: Layout, cluster: Cluster) -> Traffic:
         return Traffic(step=step, step_network=step if world > cluster.gpus_per_node else 0.0)
     reduced, masks = ring(gradient, shard), ring(whole.updated_mask_bytes, shard)
     times = 2 if layout.gather == "block" else 0
-    micro_batch = times * ring(weights, shard) + reduced
+    micro_batch = (times + sizes.teacher) * ring(weights, shard) + reduced
     step = masks + (0 if times else ring(weights, shard))
     across = shard > cluster.gpus_per_node
     found = Traffic(micro_batch, step, micro_batch if across else 0.0, step if across else 0.0)

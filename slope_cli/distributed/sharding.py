@@ -5,7 +5,8 @@ gradients in float32. Here is what sparse layers need at its edges:
 
 * A sparse layer's `values` are split in whole groups of rows, so that each process chooses the masks of its own rows
   from its own float32 weights, as one process would; then the bits are gathered. Masks are whole everywhere.
-* Vectors (biases, norms) stay whole and float32; their gradients are averaged after the backward pass.
+* Vectors (biases, norms), and the maps of linearized attention, stay whole and float32; their gradients are averaged
+  after the backward pass.
 
 Shape suffixes: O out features, I in features, R rows of this process, K kept entries of a row.
 """
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from slope_cli.distributed.collectives import begin_alone, gather_equal, sum_among
 from slope_cli.distributed.layouts import Layout
+from slope_cli.linearize.swap import linear_windows
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import MaskedLinear, SparseLinear, masked_layers, sparse_layers
 from sparse_kernels.layers import layer_seed
@@ -36,7 +38,7 @@ class Sharding:
             world: all processes; a multiple of layout.shard.
             dtype: of products, in which matrices are gathered; None for that of the weights.
         """
-        self.layout, self.device, self.degree = layout, device, layout.shard
+        self.layout, self.device, self.dtype, self.degree = layout, device, dtype, layout.shard
         begin_alone(device)
         names: tuple[str, ...] = ("shard",) if world == self.degree else ("replicate", "shard")
         shape = (world,) if world == self.degree else (world // self.degree, self.degree)
@@ -50,15 +52,21 @@ class Sharding:
 
     def split(self, model: nn.Module) -> None:
         """Move a model to the device, block by block, and split its matrices, which are new parameters then."""
-        vectors = {p for p in model.parameters() if p.dim() < 2}
-        for vector in vectors:
-            vector.data = vector.data.to(self.device)
+        whole = {p for p in model.parameters() if p.dim() < 2}
+        whole |= {p for window in linear_windows(model).values() for p in window.parameters()}
+        for p in whole:
+            p.data = p.data.to(self.device)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         for block in transformer_blocks(model):
-            self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
-        self._split(model, self._elsewhere, reshard=False, whole=vectors)
+            self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=whole)
+        self._split(model, self._elsewhere, reshard=False, whole=whole)
+
+    def split_frozen(self, model: nn.Module) -> None:
+        """Split a model that has forward passes alone: it is gathered block by block, whatever the layout."""
+        self.split(model)
+        cast(FSDPModule, model).set_reshard_after_forward(True)
 
     def _split(
         self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshard: bool, whole: set[nn.Parameter]

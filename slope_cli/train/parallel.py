@@ -1,7 +1,7 @@
 """How the model of a run is laid out over its processes, and which kernels they all run."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import phase_sizes
 from slope_cli.methods.apply import Calibrate, apply
 from slope_cli.methods.phases import Phase
-from slope_cli.train.dry_run import untrained_model, whole_because
+from slope_cli.train.dry_run import untrained_model
 from sparse_kernels import kernel_choices, measure_kernels, use_choices
+from sparse_kernels.convert import Norms
 from sparse_kernels.sharded import whole
 
 BITS = 8
@@ -35,21 +36,19 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         device: of one of them; on a CPU "auto" is ddp.
 
     Raises:
-        UsageError: fsdp or hsdp for a run that linearizes.
+        UsageError: fsdp or hsdp for sparse layers whose rows cannot be split.
         SlopeError: no layout fits in a GPU's memory.
     """
     keys, gpu = config.distributed, device.type == "cuda"
-    reason = whole_because(config)
-    if keys.layout in ("fsdp", "hsdp") and reason:
-        raise UsageError(f"distributed.layout={keys.layout}: {reason}; set distributed.layout=ddp")
-    if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu or reason)):
+    if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu)):
         return Layout("ddp")
     if world == 1:
         return Layout("fsdp", 1, "step" if keys.gather == "auto" else keys.gather)
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else 1 << 60
-    choice = _choice(config, run, Cluster(world, gpus_per_node, memory), rows=ROWS if gpu else BITS)
+    rows = ROWS if gpu else BITS
+    choice = _choice(config, run, Cluster(world, gpus_per_node, memory), rows)
     if keys.layout != "auto" and not choice.layout.gather:
-        rule = f"the rows of sparse layers cannot be split over {world} GPUs in groups of {ROWS}"
+        rule = f"the rows of sparse layers cannot be split over {world} GPUs in groups of {rows}"
         raise UsageError(f"distributed.layout={keys.layout}: {rule}")
     if not choice.fits:
         need, have = choice.memory.total / 1e9, memory / 1e9
@@ -101,7 +100,12 @@ def enter(
     for old, new in zip(model.parameters(), built.parameters(), strict=True):
         if old in optimizer.state:
             continued.state[new] = optimizer.state[old]
-    apply(built, config, to, was=was, optimizer=continued, calibrate=lambda _, names: calibrate(model, names))
+
+    def calibrated(_: PreTrainedModel, names: Sequence[str]) -> Norms:
+        with torch.autocast(sharding.device.type, sharding.dtype, enabled=sharding.dtype is not None):
+            return calibrate(model, names)  # the split model is on the devices, its weights in 16 bits
+
+    apply(built, config, to, was=was, optimizer=continued, calibrate=calibrated)
     plain = list(built.parameters())
     sharding.split(built)
     for old, new in zip(plain, built.parameters(), strict=True):
