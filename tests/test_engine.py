@@ -148,6 +148,17 @@ def test_more_texts_than_slots_are_the_same_texts(slots: int) -> None:
     assert [text.ids for text in Engine(model, max_batch=slots).generate(prompts(), GREEDY)] == alone
 
 
+@pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b"])
+def test_prompts_are_read_together_up_to_a_number_of_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_model(name), max_batch=10)
+    together = [text.ids for text in engine.generate(prompts(), GREEDY)]
+    monkeypatch.setattr("slope_cli.inference.engine.PREFILL", 60)
+    assert [text.ids for text in engine.generate(prompts(), GREEDY)] == together
+    for prompt in prompts():
+        engine.submit(prompt)
+    assert [len(engine._admitted()) for _ in range(6)] == [5, 2, 1, 1, 1, 0]  # 5 x 8, 2 x 21, 34, 55 and 89 tokens
+
+
 @pytest.mark.parametrize("model", ["llama3-8b", "linear"])
 def test_texts_of_different_ends_and_settings_do_not_disturb_one_another(model: str) -> None:
     net = linearized("llama3-8b", window=5) if model == "linear" else tiny_model(model)

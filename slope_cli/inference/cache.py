@@ -3,8 +3,8 @@
 A slot is the place of one text. Steps run over the first slots, so that nothing has to be gathered: texts that end make
 room by `move`.
 
-Shape suffixes: B slots of a step, H query heads, G KV heads, T tokens of a prompt or places of a slot, D head
-dimension.
+Shape suffixes: B slots of a step, P prompts, T tokens of a prompt or places of a slot, H query heads, G KV heads,
+D head dimension.
 """
 
 from typing import NamedTuple, Protocol
@@ -24,11 +24,18 @@ class Step(NamedTuple):
     lengths: Tensor
 
 
+class Prompts(NamedTuple):
+    """Prompts that are read together, padded at their ends: the slot of the first one, and the tokens of each."""
+
+    slot: int
+    lengths: list[int]
+
+
 class AttentionCache(Protocol):
     """The attention of one layer over what it remembers; queries, keys and values have their positions in them."""
 
-    def prefill(self, slot: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """A whole prompt, which `slot` then remembers and nothing else: (T, H, D)."""
+    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+        """Whole prompts, which their slots then remember and nothing else: (P, T, H, D), anything for padding."""
 
     def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
         """One token for each of the first B slots: (B, H, D). Fit for a CUDA graph."""
@@ -48,20 +55,20 @@ class SoftmaxCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.scale, self.window = scale, window
 
-    def prefill(self, slot: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """See AttentionCache."""
-        q_1HTD, k_1GTD, v_1GTD = (X.transpose(0, 1)[None] for X in (q_THD, k_TGD, v_TGD))
-        T, mask_TT = len(q_THD), None
-        self.keys[slot, :, :T], self.values[slot, :, :T] = k_1GTD[0], v_1GTD[0]
+    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+        """See AttentionCache. Padding comes after all that a token sees, and later tokens overwrite it."""
+        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in (q_PTHD, k_PTGD, v_PTGD))
+        (P, H, T, _), mask_TT = q_PHTD.shape, None
+        for kept, new in ((self.keys, k_PGTD), (self.values, v_PGTD)):
+            kept[prompts.slot : prompts.slot + P, :, :T] = new
         if 0 < self.window < T:
-            mask_TT = torch.ones(T, T, dtype=torch.bool, device=q_THD.device).tril().triu(1 - self.window)
+            mask_TT = torch.ones(T, T, dtype=torch.bool, device=q_PHTD.device).tril().triu(1 - self.window)
             # The fused kernels take a mask or shared KV heads, not both.
-            shared = q_THD.shape[1] // k_TGD.shape[1]
-            k_1GTD, v_1GTD = (X.repeat_interleave(shared, dim=1) for X in (k_1GTD, v_1GTD))
-        y_1HTD = F.scaled_dot_product_attention(
-            q_1HTD, k_1GTD, v_1GTD, mask_TT, is_causal=mask_TT is None, scale=self.scale, enable_gqa=True
+            k_PGTD, v_PGTD = (X.repeat_interleave(H // X.shape[1], dim=1) for X in (k_PGTD, v_PGTD))
+        y_PHTD = F.scaled_dot_product_attention(
+            q_PHTD, k_PGTD, v_PGTD, mask_TT, is_causal=mask_TT is None, scale=self.scale, enable_gqa=True
         )
-        return y_1HTD[0].transpose(0, 1)
+        return y_PHTD.transpose(1, 2)
 
     def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
         """See AttentionCache."""
@@ -89,14 +96,17 @@ class LinearCache:
         nothing_BGTD = like.new_zeros(slots, heads, 0, dim)
         self.memory.lazy_initialization(nothing_BGTD, nothing_BGTD)
 
-    def prefill(self, slot: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """See AttentionCache."""
-        q_1HTD, k_1GTD, v_1GTD = (X.transpose(0, 1)[None] for X in (q_THD, k_TGD, v_TGD))
-        memory = self.linear.new_cache()
-        memory.update(k_1GTD, v_1GTD)
-        y_1HTD: Tensor = self.linear(q_1HTD, k_1GTD, v_1GTD, self.scale, None, memory)
-        self.memory.put(slot, memory)
-        return y_1HTD[0].transpose(0, 1)
+    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+        """See AttentionCache. Each prompt by itself: a window ends with the last token that is there."""
+        y_PTHD = torch.zeros_like(q_PTHD)
+        for row, length in enumerate(prompts.lengths):
+            q_1HTD, k_1GTD, v_1GTD = (X[row, :length].transpose(0, 1)[None] for X in (q_PTHD, k_PTGD, v_PTGD))
+            memory = self.linear.new_cache()
+            memory.update(k_1GTD, v_1GTD)
+            y_1HTD = self.linear(q_1HTD, k_1GTD, v_1GTD, self.scale, None, memory)
+            self.memory.put(prompts.slot + row, memory)
+            y_PTHD[row, :length] = y_1HTD[0].transpose(0, 1)
+        return y_PTHD
 
     def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
         """See AttentionCache."""

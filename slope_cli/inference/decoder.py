@@ -2,8 +2,8 @@
 
 transformers' own modules stay as they are; weights that need no cast are shared with them.
 
-Shape suffixes: N tokens (of one prompt, or one of each slot), B slots, W width, V vocabulary, H query heads, G KV
-heads, D head dimension, T positions.
+Shape suffixes: N tokens (of prompts, or one of each slot), B slots, P prompts, T their tokens or positions, W width,
+V vocabulary, H query heads, G KV heads, D head dimension.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
-from slope_cli.inference.cache import AttentionCache, LinearCache, SoftmaxCache, Step
+from slope_cli.inference.cache import AttentionCache, LinearCache, Prompts, SoftmaxCache, Step
 from slope_cli.inference.products import product
 from slope_cli.linearize.linear_window import LinearWindow
 
@@ -194,7 +194,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model for generating text: prompts one at a time, then one token for each of many slots.
+    """A causal language model for generating text: prompts, then one token for each of many slots.
 
     Attributes:
         tokens: buffer (V, W), the embeddings. positions: buffer, as `_positions` makes it.
@@ -248,10 +248,20 @@ class Decoder(nn.Module):
         ]
 
     @torch.no_grad()
-    def prefill(self, caches: list[AttentionCache], slot: int, ids_N: Tensor) -> Tensor:
-        """Read a prompt of N >= 1 ids into a slot; the logits of the token after it, (1, V), float32."""
-        X_NW = self._blocks(ids_N, slice(0, len(ids_N)), caches, lambda cache, *qkv: cache.prefill(slot, *qkv))
-        return self._logits(X_NW[-1:])
+    def prefill(self, caches: list[AttentionCache], prompts: Prompts, ids_PT: Tensor) -> Tensor:
+        """Read prompts of a token or more each: the logits of the tokens after them, (P, V), float32.
+
+        ids_PT: padded at the end with any ids.
+        """
+        P, T = ids_PT.shape
+
+        def attend(cache: AttentionCache, *qkv: Tensor) -> Tensor:
+            return cache.prefill(prompts, *(X.unflatten(0, (P, T)) for X in qkv)).flatten(0, 1)
+
+        places_N = torch.arange(T, device=ids_PT.device).repeat(P)
+        X_NW = self._blocks(ids_PT.flatten(), places_N, caches, attend)
+        last_P = [row * T + length - 1 for row, length in enumerate(prompts.lengths)]
+        return self._logits(X_NW[last_P])
 
     @torch.no_grad()
     def decode(self, caches: list[AttentionCache], ids_B: Tensor, lengths_B: Tensor) -> Tensor:
@@ -262,14 +272,14 @@ class Decoder(nn.Module):
         step = Step(lengths_B.long(), lengths_B + 1)
         return self._logits(self._blocks(ids_B, step.places, caches, lambda cache, *qkv: cache.decode(step, *qkv)))
 
-    def _blocks(self, ids_N: Tensor, places: Tensor | slice, caches: list[AttentionCache], attend: Attend) -> Tensor:
+    def _blocks(self, ids_N: Tensor, places_N: Tensor, caches: list[AttentionCache], attend: Attend) -> Tensor:
         X_NW, rotary = self.tokens[ids_N], None
         if self.project_in is not None:
             X_NW = self.project_in(X_NW)
         if self.spec.names.positions:
-            X_NW = X_NW + self.positions[places]
+            X_NW = X_NW + self.positions[places_N]
         else:
-            rotary = self.positions[:, places][:, :, None]
+            rotary = self.positions[:, places_N][:, :, None]
         for block, cache in zip(self.blocks, caches, strict=True):
             X_NW = block(X_NW, rotary, attend, cache)
         return X_NW

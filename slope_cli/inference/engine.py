@@ -14,6 +14,9 @@ from slope_cli.inference.slots import Slots, Tokens
 from slope_cli.inference.text import TextStream, prompt_ids
 from slope_cli.models import shapes
 
+PREFILL = 4096
+"""Tokens, padding among them, up to which prompts are read together."""
+
 
 class Generation:
     """A prompt and its continuation so far.
@@ -157,13 +160,12 @@ class Engine:
         `finish_reason` set, and their slots are free for the next step.
         """
         pieces, vocabulary = [], self.decoder.spec.vocabulary
-        while self._waiting and len(self._active) < self.max_batch:
-            generation = self._waiting.popleft()
-            generation.start()
-            mode = mode_of([generation.sampling], vocabulary)
-            token = self._slots.fill(len(self._active), generation.prompt_ids, generation.sampling, mode)
-            self._active.append(generation)
-            pieces.append((generation, generation.add(token, self._ends)))
+        while new := self._admitted():
+            samplings = [text.sampling for text in new]
+            how = [text.prompt_ids for text in new], samplings, mode_of(samplings, vocabulary)
+            tokens = self._slots.fill(len(self._active), *how).read()
+            self._active += new
+            pieces += [(text, text.add(token, self._ends)) for text, token in zip(new, tokens, strict=True)]
             self._release()
         before, self._coming = self._coming, None
         if self._active:
@@ -187,6 +189,18 @@ class Engine:
         for _ in self.stream():
             pass
         return generations
+
+    def _admitted(self) -> list[Generation]:
+        """Those of the waiting texts, in their order, whose prompts are read next, together."""
+        new: list[Generation] = []
+        longest = 0
+        while self._waiting and len(self._active) + len(new) < self.max_batch:
+            longest = max(longest, len(self._waiting[0].prompt_ids))
+            if new and longest * (len(new) + 1) > PREFILL:
+                break
+            new.append(self._waiting.popleft())
+            new[-1].start()
+        return new
 
     def _new(self, prompt: str | Sequence[int], sampling: Sampling) -> Generation:
         if self._tokenizer is None and (isinstance(prompt, str) or sampling.stop):

@@ -3,12 +3,13 @@
 Texts in use are in the first slots. A step runs over the next power of two of them, so that a few CUDA graphs serve all
 numbers of texts; the slots behind those in use stay at place 0.
 
-Shape suffixes: B slots.
+Shape suffixes: B slots, P prompts, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
+from slope_cli.inference.cache import Prompts
 from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 
@@ -33,17 +34,18 @@ class Slots:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @torch.no_grad()
-    def fill(self, slot: int, prompt: list[int], sampling: Sampling, mode: Mode) -> int:
-        """Begin a text in a slot that is not in use: the first token after the prompt."""
-        device = self.ids.device
-        logits_1V = self.decoder.prefill(self.caches, slot, torch.tensor(prompt, device=device))
-        settings = Settings.of([sampling], device)
-        places_1 = torch.tensor([len(prompt)], dtype=torch.int32, device=device)
-        self.ids[slot] = choose(logits_1V, settings, places_1, mode)[0]
-        self.lengths[slot], self._used[slot] = len(prompt), 1
-        for own, new in zip(self._settings, settings, strict=True):
-            own[slot] = new[0]
-        return int(self.ids[slot])
+    def fill(self, slot: int, prompts: list[list[int]], samplings: list[Sampling], mode: Mode) -> "Tokens":
+        """Begin texts in slots from this one on, which are not in use: the first token after each prompt."""
+        device, lengths = self.ids.device, [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        logits_PV = self.decoder.prefill(self.caches, Prompts(slot, lengths), torch.tensor(padded, device=device))
+        settings = Settings.of(samplings, device)
+        lengths_P = torch.tensor(lengths, dtype=torch.int32, device=device)
+        new = slice(slot, slot + len(prompts))
+        self.ids[new], self.lengths[new], self._used[new] = choose(logits_PV, settings, lengths_P, mode), lengths_P, 1
+        for own, setting in zip(self._settings, settings, strict=True):
+            own[new] = setting
+        return Tokens(self.ids[new])
 
     def release(self, slot: int, last: int, length: int) -> None:
         """End the text of a slot in use; the one in the last such slot, of so many tokens, takes its place."""
