@@ -97,7 +97,6 @@ class TextResponse(Response):
             scope[Gate.NOTE] = [f"{texts} text{'s'[: texts > 1]}", f"{read} + {new} tokens"]
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._job.admitted()
         texts, reasons = [""] * self._job.texts, [""] * self._job.texts
         async for piece in self._job.pieces():
             texts[piece.choice] += piece.text
@@ -160,14 +159,8 @@ class Gate:
                 refusal = error_body(401, "the key in the Authorization header is not the server's")
                 await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, noting)
         finally:
-            words = (
-                scope["method"],
-                scope["path"],
-                status,
-                f"{time.monotonic() - started:.2f} s",
-                scope.get(self.NOTE),
-            )
-            print(one_row("  ".join(word for word in words if word)), file=sys.stderr, flush=True)
+            words = [scope["method"], scope["path"], status, f"{time.monotonic() - started:.2f} s"]
+            print(one_row("  ".join([*words, *scope.get(self.NOTE, ())])), file=sys.stderr, flush=True)
 
     def _may_pass(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
@@ -179,7 +172,9 @@ async def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = [str(part) for part in first["loc"][1:] if not isinstance(part, int)]
-        sentence = f"{place[0] if place else 'the request'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        sentence = f"{place[0] if place else 'the request'}: {first['msg']}"
+        if not place and "json" not in request.headers.get("content-type", ""):
+            sentence = "the request: must be JSON, with the header Content-Type: application/json"
         return JSONResponse(error_body(400, sentence, place[0] if place else None), 400)
     if isinstance(error, AnyHTTPException):
         asked = f"{request.method} {request.url.path}"

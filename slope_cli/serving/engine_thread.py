@@ -61,21 +61,30 @@ class Job:
         self.prompt_tokens = await self._admitted
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces as they come, until all texts are finished; raises what ends them before."""
+        """The pieces as they come, until all texts are finished; raises what ends them before.
+
+        Those that have come meanwhile are one: a request that is slow to send takes less of the loop.
+        """
+        await self.admitted()
         unfinished = self.texts
         while unfinished:
-            event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            self.tokens[event.choice] = event.tokens
-            unfinished -= bool(event.finish_reason)
-            yield event
+            events, joined = [await self._events.get()], dict[int, Piece]()
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            for event in events:
+                if isinstance(event, Exception):
+                    raise event
+                before = joined.get(event.choice)
+                joined[event.choice] = event if before is None else event._replace(text=before.text + event.text)
+            for piece in joined.values():
+                self.tokens[piece.choice] = piece.tokens
+                unfinished -= bool(piece.finish_reason)
+                yield piece
 
     def take(self, event: list[int] | Piece | Exception) -> None:
         """The lengths of the prompts; then new text, or the end of all."""
         if isinstance(event, list):
-            if not self._admitted.done():
-                self._admitted.set_result(event)
+            self._admitted.set_result(event)
         elif isinstance(event, Exception) and not self._admitted.done():
             self._admitted.set_exception(event)
         else:

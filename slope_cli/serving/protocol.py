@@ -97,9 +97,9 @@ class TextRequest(BaseModel):
         """UsageError for a parameter that would not have the effect that it asks for."""
         for name, value in (self.model_extra or {}).items():
             neutral = _NEUTRAL.get(name)
-            if name in _WITHOUT_EFFECT or value is None or (type(value) is type(neutral) and value == neutral):
-                continue
-            raise UsageError(f"{name!a}: is not supported by this server; leave it out")
+            asks = value != neutral or isinstance(value, bool) != isinstance(neutral, bool)  # logprobs=0 asks for some
+            if asks and value is not None and name not in _WITHOUT_EFFECT:
+                raise UsageError(f"{name!a}: is not supported by this server; leave it out")
 
     def samplings(self) -> list[Sampling]:
         """Those of n texts for each prompt; without a seed, of random ones. UsageError for a value out of range."""

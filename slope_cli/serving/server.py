@@ -1,6 +1,7 @@
 """`slope serve`: a trained model over HTTP until a signal ends it."""
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 import uvicorn
@@ -23,6 +25,8 @@ from slope_cli.serving.engine_thread import EngineThread
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 API_KEY = "SLOPE_API_KEY"
 """The variable of the environment with the key that requests must have, if they must have one."""
+
+STOPS = "the server stops"
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,18 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, address: str, grace: float) -> None:
         super().__init__(config)
-        self._address, self._grace = address, grace
+        self._address, self._grace, self._loop = address, grace, asyncio.get_running_loop()
 
     def stop(self) -> None:
         """Stop as if a signal had come."""
         self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops the server; another one ends its texts at once."""
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self.thread.cut, STOPS)
+        else:
+            super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -84,7 +95,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no further requests, and wait for the answers of those that are here."""
         print(f"stopping; {self.thread.texts} texts have {self._grace:g} s", file=sys.stderr, flush=True)
-        cut = asyncio.get_running_loop().call_later(self._grace, self.thread.cut, "the server stops")
+        cut = self._loop.call_later(self._grace, self.thread.cut, STOPS)
         await super().shutdown(sockets)
         cut.cancel()
 
@@ -123,14 +134,15 @@ async def _serve(
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that has the address and does not listen yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SlopeError(f"{host}, port {port}: {reason}; choose another --host or --port") from None
+    with contextlib.ExitStack() as closed:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = closed.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise SlopeError(f"{host}, port {port}: {error.strerror}; choose another --host or --port") from None
+        closed.pop_all()
     return listener
 
 
