@@ -112,9 +112,11 @@ def seconds(model: Sizes, computing: Compute, choice: Choice, mode: str, cluster
     """A step: micro-batches, each with its communication beside it, the last also with that of the step; the update."""
     micro_batches = TOKENS_PER_STEP // (TOKENS * cluster.world)
     whole, layout, traffic = model.whole, choice.layout, choice.traffic
-    packing = (2 * whole.parameters + whole.packed_bytes) / HBM if whole.packed_bytes else 0.0
-    often = {"": 1, "step": 1, "block": 2 * micro_batches}[layout.gather]
-    update = OPTIMIZER * whole.trained / layout.shard / HBM + often * packing
+    # Both copies from one reading of the values; or one for each pass over a block that was gathered for it.
+    passes = micro_batches * (3 if mode == "block" else 2) if layout.gather == "block" else 1
+    written = whole.packed_bytes / (2 if layout.gather == "block" else 1)
+    packing = passes * (2 * whole.parameters + written) / HBM if whole.packed_bytes else 0.0
+    update = OPTIMIZER * whole.trained / layout.shard / HBM + packing
 
     def beside(communicating: float) -> float:
         both = computing.checkpointed(mode), communicating

@@ -34,7 +34,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingRow:
-    """tokens_per_s: of all GPUs together; peak_bytes: of rank 0's GPU; loss: of the last step."""
+    """tokens_per_s: of all GPUs together; peak_bytes: of the GPU with most; loss: of the last step."""
 
     model: str
     method: str
@@ -73,11 +73,12 @@ def measure(
     if any(codes):
         lines = (work / f"{run.name}.0.log").read_text().splitlines()
         return ScalingRow(**row, error=lines[-1] if lines else f"exit codes {codes}")
-    steps = [record for record in metrics.read(run) if record["kind"] == "train"][WARM_UP:]
+    records = metrics.read(run)
+    steps = [record for record in records if record["kind"] == "train"][WARM_UP:]
     return ScalingRow(
         **row,
         tokens_per_s=statistics.median(record["tokens_per_s"] for record in steps),
-        peak_bytes=max(record.get("peak_memory", 0) for record in steps),
+        peak_bytes=metrics.peak_memory(records),
         loss=steps[-1]["loss"],
     )
 

@@ -31,7 +31,7 @@ def summary(run: Path) -> dict[str, Any]:
         "run": run.resolve().name,
         "environment": environment,
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in train[WARM_UP:]),
-        "peak_bytes": max((record["peak_memory"] for record in train if "peak_memory" in record), default=None),
+        "peak_bytes": metrics.peak_memory(records),
         "products": {key: products[-1][key] for key in ("cusparselt", "dense")} if products else None,
         "losses": [record["loss"] for record in train],
     }

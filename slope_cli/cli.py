@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+ExportFormat = Literal["dense", "packed"]
+PackedDtype = Literal["bfloat16", "float16", "float32"]
 
 
 @app.callback(invoke_without_command=True)
@@ -112,9 +114,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
-    launch.use_granted_cores()
-    ranks = launch.ranks()
-    node_caches(ranks)
+    ranks = _one_of_several()
     config = configs.load(recipe, [*implied, *overrides])
     if ranks.first:
         for line in configs.without_effect(config, overrides):
@@ -222,17 +222,30 @@ def serve(
 
 @app.command()
 def export(
-    run: Run,
+    run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
+    form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
+    dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers' from_pretrained loads, with adapters for PEFT, and check its logits.
+    """Write a folder that transformers' from_pretrained loads, and check its logits.
 
-    For a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain
-    softmax attention.
+    Adapters are a folder for PEFT beside dense weights. For a linearized run only slope loads the feature maps, and the
+    check uses slope; from_pretrained gives plain softmax attention. With --format packed 2:4 layers are kept values and
+    metadata, with their adapters, for inference: loaded by slope, or after import sparse_kernels.transformers.
     """
     launch.require_one_process()
+    if form == "packed":
+        if merge:
+            raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
+        from slope_cli.inference.export_packed import export_packed, report_lines
+
+        result = export_packed(run, folder, dtype or "bfloat16")
+        _print(result, report_lines(result), as_json)
+        return
+    if dtype is not None:
+        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
     from slope_cli.inference.export import export as write
 
     result = write(run, folder, merge=merge)
@@ -392,8 +405,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval."""
-    launch.require_one_process()
+    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval.
+
+    As several tasks of srun, or under torchrun, each has the whole model and does its share.
+    """
+    ranks = _one_of_several()
     from slope_cli.evaluate import evaluate as evaluating
 
     result = evaluating.evaluate(
@@ -409,7 +425,8 @@ def evaluate(
         branch=branch,
         out=out,
     )
-    _print(result, evaluating.report_lines(result, positions=positions), as_json)
+    if ranks.first:
+        _print(result, evaluating.report_lines(result, positions=positions), as_json)
     if failed := result.get("failed"):
         raise SlopeError(f"{', '.join(failed)}: could not be scored; see above, and --debug for a traceback")
 
@@ -445,6 +462,14 @@ def doctor(as_json: AsJson = False) -> None:
     _print(result, lines, as_json)
     if not result["training"]:
         raise SlopeError("training cannot work here; see above")
+
+
+def _one_of_several() -> launch.Ranks:
+    """Set up this process as one that srun or torchrun may have started with others; before torch is imported."""
+    launch.use_granted_cores()
+    ranks = launch.ranks()
+    node_caches(ranks)
+    return ranks
 
 
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

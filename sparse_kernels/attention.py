@@ -1,10 +1,31 @@
 """Attention of single new tokens, one for each row of a batch, over preallocated keys and values.
 
-Shape suffixes: B rows, H query heads, G KV heads, P query heads for each KV head (H = G·P), T places, D head dimension.
+Shape suffixes: B rows, H query heads, G KV heads, P query heads for each KV head (H = G·P), S = H + 2 G, T places, D
+head dimension.
 """
+
+import functools
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_kernels import cuda
+
+SOURCE = Path(__file__).with_name("decode_attention.cu")
+_THREADS = 128
+_BLOCKS = 4  # of the kernel on a multiprocessor
+_FEWEST_KEYS = 32  # that are worth a block
+
+
+def turn(X: Tensor, rotary: Tensor) -> Tensor:
+    """Heads (…, H, D) turned by their positions: the pairs that are turned are a head's first half and its second.
+
+    rotary: (2, …, D) cosines, and sines of which the first half is negated.
+    """
+    cos, sin = rotary.unsqueeze(-2)
+    return torch.addcmul(X * cos, X.roll(X.shape[-1] // 2, dims=-1), sin)
 
 
 def decode_attention(
@@ -28,3 +49,72 @@ def decode_attention(
     scores_BGPT = scale * (q_BGPD @ keys_BGTD.mT).float()  # [B,G,P,D] · [B,G,T,D]^T -> [B,G,P,T]
     weights_BGPT = scores_BGPT.masked_fill(~seen_BT[:, None, None], -torch.inf).softmax(-1).to(q_BHD.dtype)
     return (weights_BGPT @ values_BGTD).view(B, H, D)  # [B,G,P,T] · [B,G,T,D] -> [B,G,P,D]
+
+
+def attend_new_tokens(
+    qkv_BSD: Tensor,
+    rotary: Tensor | None,
+    keys_BGTD: Tensor,
+    values_BGTD: Tensor,
+    places_B: Tensor,
+    scale: float,
+    window: int = 0,
+    space: Tensor | None = None,
+) -> Tensor:
+    """Turn the new tokens' queries and keys, store their keys and values, and attend: (B, H, D).
+
+    One launch on a GPU with 16-bit types, which reads no more keys than each row has; fit for a CUDA graph.
+
+    Args:
+        qkv_BSD: the queries of a row's H heads, then the keys and values of its G heads.
+        rotary: (2, B, D), as `turn` takes it, for each row's place; None for none.
+        keys_BGTD, values_BGTD: row b has filled the first places_B[b] of T places; the new token gets the next.
+        places_B: int32, on the device, from 0 to T - 1.
+        window: only the last `window` keys are seen, the new one included; 0 for all.
+        space: `attention_space` of these sides, which no other stream uses; None for a new one.
+    """
+    B, G, T, D = keys_BGTD.shape
+    H = qkv_BSD.shape[1] - 2 * G
+    if not _kernel_takes(qkv_BSD, H // G):
+        turned, v_BGD = qkv_BSD.split([H + G, G], dim=1)
+        turned = turned if rotary is None else turn(turned, rotary)
+        q_BHD, k_BGD = turned.split([H, G], dim=1)
+        rows_B, at_B = torch.arange(B, device=qkv_BSD.device), places_B.long()
+        keys_BGTD[rows_B, :, at_B], values_BGTD[rows_B, :, at_B] = k_BGD, v_BGD
+        return decode_attention(q_BHD, keys_BGTD, values_BGTD, places_B + 1, scale, window)
+    splits, space = _splits(B, G, T, qkv_BSD.device), attention_space(keys_BGTD, H) if space is None else space
+    out_BHD = qkv_BSD.new_empty(B, H, D)
+    operands = (qkv_BSD.contiguous(), rotary, keys_BGTD, values_BGTD, places_B, out_BHD, space)
+    arguments = (*map(cuda.address, operands), B, G, T, window, float(scale))
+    function = _function(qkv_BSD.dtype == torch.float16, D, H // G, splits, qkv_BSD.device.index)
+    cuda.launch_function(function, (B, G, splits), _THREADS, qkv_BSD.device, arguments)
+    return out_BHD
+
+
+def attention_space(keys_BGTD: Tensor, heads: int) -> Tensor:
+    """What `attend_new_tokens` needs beside its operands for at most these rows: float32, zero before and after."""
+    B, G, T, D = keys_BGTD.shape
+    device = keys_BGTD.device
+    if device.type != "cuda":
+        return torch.zeros(0, device=device)
+    most = max(rows * _splits(rows, G, T, device) for rows in range(1, B + 1))
+    return torch.zeros(B * G + most * heads * (D + 2), device=device)
+
+
+def _kernel_takes(qkv_BSD: Tensor, shared: int) -> bool:
+    """shared: query heads of a KV head."""
+    small, sides = qkv_BSD.dtype in (torch.bfloat16, torch.float16), qkv_BSD.shape[2] % 8 == 0 and shared <= 8
+    return qkv_BSD.is_cuda and small and sides and qkv_BSD.shape[2] <= 256 and not cuda.missing(qkv_BSD.device.index)
+
+
+def _splits(rows: int, kv_heads: int, places: int, device: torch.device) -> int:
+    """Into how many parts, a power of two, a row's keys are split: enough to fill the GPU."""
+    wanted = _BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count / (rows * kv_heads)
+    most = min(wanted, places / _FEWEST_KEYS, 64)
+    return 1 << max(0, int(most).bit_length() - 1)
+
+
+@functools.cache
+def _function(half: bool, dim: int, shared: int, splits: int, device_index: int) -> Any:
+    definitions = {"HALF": int(half), "D": dim, "P": shared, "KV_SPLITS": splits}
+    return cuda.compiled(SOURCE, "decode_attention", definitions, device_index)

@@ -243,12 +243,12 @@ def to_dense(model: nn.Module, *, adapters: str = "refuse") -> None:
     if adapters == "refuse" and (adapted := [name for name, layer in layers.items() if layer.adapter is not None]):
         raise ValueError(f"{adapted[0]} has an adapter: say adapters='merge' or adapters='drop'")
     for layer in layers.values():
-        replace_module(model, layer, _dense(layer, merged=adapters == "merge"))
+        replace_module(model, layer, dense_layer(layer, merged=adapters == "merge"))
     for _, masked in list(masked_layers(model)):
-        replace_module(model, masked, _dense(masked))
+        replace_module(model, masked, dense_layer(masked))
 
 
-def _dense(layer: SparseLinear | MaskedLinear | AdaptedLinear, *, merged: bool = False) -> nn.Module:
+def dense_layer(layer: SparseLinear | MaskedLinear | AdaptedLinear, *, merged: bool = False) -> nn.Module:
     """The layer as it was; merged: with its adapter's matrix, if it has one, added to the weight."""
     dense: nn.Module
     with torch.device("meta"):  # neither memory nor random numbers for a weight that is replaced

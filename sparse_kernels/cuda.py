@@ -4,7 +4,7 @@ Shape suffixes: O out features, I in features, both multiples of 16; K = I/2 kep
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
 _MARKER_THREADS = 256
 _METADATA_THREADS = 256
+_EXPAND_THREADS = 256
+_SILU_THREADS = 256
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17",)
 
@@ -70,15 +72,45 @@ def raw_stream(device_index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device_index))
 
 
+def compiled(
+    source: Path, name: str, definitions: Mapping[str, int], device_index: int, *, shared_bytes: int = 0
+) -> Any:
+    """A kernel of a source that is compiled for these definitions; CuPy keeps the result on disk.
+
+    shared_bytes: of dynamic shared memory, at most, that a block may take.
+    """
+    import cupy
+
+    options = (*OPTIONS, *(f"-D{key}={value}" for key, value in definitions.items()))
+    with torch.cuda.device(device_index):
+        function = cupy.RawModule(code=source.read_text(), options=options).get_function(name)
+        if shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        return function.kernel
+
+
 def _launch(name: str, grid: tuple[int, ...], threads: int, device: torch.device, args: tuple[int, ...]) -> None:
+    launch_function(_function(name, device.index), grid, threads, device, args)
+
+
+def launch_function(
+    function: Any,
+    grid: tuple[int, ...],
+    threads: int,
+    device: torch.device,
+    args: tuple[int | float, ...],
+    shared_bytes: int = 0,
+) -> None:
+    """Launch what `compiled` returned on torch's current stream; integers are passed in 64 bits, floats too."""
     index = device.index
     if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
-            return _launch(name, grid, threads, device, args)
-    _function(name, index)(grid, (threads,), args, 0, _stream(raw_stream(index)))
+            return launch_function(function, grid, threads, device, args, shared_bytes)
+    function(grid, (threads,), args, shared_bytes, _stream(raw_stream(index)))
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Of a tensor's first entry; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -187,7 +219,7 @@ def refresh(
     packed_t = w_t is not None and w_t.shape[1] != rows
     if update_mask:
         torch.autograd.graph.increment_version(backward_bits)
-    addresses = map(_address, (values_OK, row_bits, backward_bits, bias, w, w_t, bias_out, metadata))
+    addresses = map(address, (values_OK, row_bits, backward_bits, bias, w, w_t, bias_out, metadata))
     blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
     args = (*addresses, rows, columns, int(packed), int(packed_t))
     kernel = f"{'update' if update_mask else 'refresh'}_{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}"
@@ -223,3 +255,38 @@ def slot_markers(bits: Tensor, dtype: torch.dtype) -> Tensor:
     args = bits.data_ptr(), marked_RC.data_ptr(), bits.numel()
     _launch(f"slot_markers_{_NAMES[dtype]}", grid, _MARKER_THREADS, bits.device, args)
     return marked_RC
+
+
+def expand(values_RK: Tensor, metadata: Tensor, columns: int) -> Tensor:
+    """A packed matrix as a dense one.
+
+    Args:
+        values_RK: (R, C/2), bfloat16 or float16; C a multiple of 16.
+        metadata: uint8, in tile order (tile_metadata.py).
+
+    Returns:
+        (R, C) of the values' dtype.
+    """
+    _check(values_RK=values_RK, metadata=metadata)
+    rows = values_RK.shape[0]
+    dense_RC = values_RK.new_empty(rows, columns)
+    grid = (-(-(rows * columns // 8) // _EXPAND_THREADS),)
+    args = values_RK.data_ptr(), metadata.data_ptr(), dense_RC.data_ptr(), rows, columns
+    _launch(f"expand_{_NAMES[values_RK.dtype]}", grid, _EXPAND_THREADS, values_RK.device, args)
+    return dense_RC
+
+
+def takes(X: Tensor) -> bool:
+    """Whether the kernels for inference can take a tensor: contiguous, on a GPU that they support, in 16 bits."""
+    sound = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and X.is_contiguous() and X.shape[-1] % 16 == 0
+    return sound and not missing(X.get_device())
+
+
+def silu_mul(X_BF: Tensor) -> Tensor:
+    """silu(gate) · up of gate and up side by side: (B, 2 F) -> (B, F), F a multiple of 8; see `takes`."""
+    rows, columns = X_BF.shape
+    Y_BF = X_BF.new_empty(rows, columns // 2)
+    grid = (-(-(Y_BF.numel() // 8) // _SILU_THREADS),)
+    args = X_BF.data_ptr(), Y_BF.data_ptr(), rows, columns // 2
+    _launch(f"silu_mul_{_NAMES[X_BF.dtype]}", grid, _SILU_THREADS, X_BF.device, args)
+    return Y_BF

@@ -366,8 +366,49 @@ __device__ inline void metadata(const Marks& layer) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed> and
-// metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// expand: a packed matrix, (R, C/2) values and metadata in the order above with R rounded up to 64 and C to 32, to a dense one.
+// A thread: 8 columns.
+
+constexpr int EXPAND_THREADS = 256;
+
+template <class T> __device__ inline void expand(const T* values, const u8* metadata, T* dense, i64 rows, i64 columns) {
+  const i64 at = i64(blockIdx.x) * EXPAND_THREADS + threadIdx.x, across = columns / 8;
+  if (at >= rows * across) return;
+  const i64 r = at / across, c = at % across * 8, tile = r / 64 * ((columns + 31) / 32) + c / 32;
+  const u8* bytes = metadata + tile * 256 + r % 64 / 16 * 64 + r % 8 * 8;
+  const u32 shift = r % 16 / 8 * 4, first = u32(c / 4 % 8);
+  const Pack<T, 4> kept = load<Pack<T, 4>>(values + at * 4);
+  Pack<T, 8> out;
+#pragma unroll
+  for (u32 g = 0; g < 2; ++g) {
+    const u32 group = first + g, nibble = bytes[group < 4 ? 2 * group : 2 * group - 7] >> shift & 15;
+    spread(kept.at[2 * g], kept.at[2 * g + 1], 1u << (nibble & 3) | 1u << (nibble >> 2), from_float<T>(0.0f), out.at + 4 * g);
+  }
+  store(dense + at * 8, out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// silu_mul: silu(gate) · up of rows with `columns` entries of gate, then as many of up. A thread: 8 columns.
+
+constexpr int SILU_THREADS = 256;
+
+template <class T> __device__ inline void silu_mul(const T* gate_up, T* product, i64 rows, i64 columns) {
+  const i64 at = (i64(blockIdx.x) * SILU_THREADS + threadIdx.x) * 8;
+  if (at >= rows * columns) return;
+  const T* row = gate_up + at / columns * 2 * columns + at % columns;
+  const Pack<T, 8> gate = load<Pack<T, 8>>(row), up = load<Pack<T, 8>>(row + columns);
+  Pack<T, 8> out;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const float x = to_float(gate.at[k]);
+    out.at[k] = from_float<T>(x / (1.0f + __expf(-x)) * to_float(up.at[k]));
+  }
+  store(product + at, out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed>,
+// expand_<packed>, silu_mul_<packed> and metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -391,6 +432,16 @@ __device__ inline void metadata(const Marks& layer) {
   extern "C" __global__ void __launch_bounds__(MARKER_THREADS) slot_markers_##T(const u8* bits, T* marked, i64 bytes) {     \
     slot_markers(bits, marked, bytes);                                                                                      \
   }
+#define EXPAND(T)                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)                                                              \
+      expand_##T(const T* values, const u8* metadata, T* dense, i64 rows, i64 columns) {                                    \
+    expand(values, metadata, dense, rows, columns);                                                                         \
+  }
+#define SILU_MUL(T)                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(SILU_THREADS)                                                                \
+      silu_mul_##T(const T* gate_up, T* product, i64 rows, i64 columns) {                                                   \
+    silu_mul(gate_up, product, rows, columns);                                                                              \
+  }
 
 GATHER(bf16, float)
 GATHER(bf16, bf16)
@@ -403,6 +454,10 @@ BOTH(bf16, bf16)
 BOTH(fp16, fp16)
 MARKERS(bf16)
 MARKERS(fp16)
+EXPAND(bf16)
+EXPAND(fp16)
+SILU_MUL(bf16)
+SILU_MUL(fp16)
 
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
     metadata(const u8* bits, u8* out, i64 rows, i64 columns) {

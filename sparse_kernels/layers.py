@@ -14,7 +14,7 @@ from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
 from sparse_kernels.matmul_plan import MatmulShape
-from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers
+from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers, share
 from sparse_kernels.sparse_linear import SparseLinear
 
 
@@ -44,7 +44,7 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
     launches: list[cuda.KernelLaunch] = []
     stale: list[tuple[SparseLinear, PackedLayer]] = []
     for name, layer in sparse_layers(model):
-        packed = _packed_layers(layer)
+        packed = [own for own in _packed_layers(layer) if not own.shared]  # what is shared follows at its next product
         if layer.kernel_chooses(kind):
             chosen.append(layer)
             weight = _weight(layer)
@@ -200,9 +200,30 @@ def refresh(model: nn.Module) -> None:
     Needed after the optimizer's step where the products are replayed from a CUDA graph, which cannot see that packed
     weights are stale, unless an update of the backward masks follows, which does this too. It may itself be captured,
     after the step, if the packed weights are fresh then or the graph is replayed before the next eager product.
-    Elsewhere the layers do this on their own.
+    Elsewhere the layers do this on their own; those that share packed weights always do.
     """
-    cuda.launch_all(launch for _, layer, packed in _all_packed(model) for launch in packed.refresh(_weight(layer)))
+    own = ((layer, packed) for _, layer, packed in _all_packed(model) if not packed.shared)
+    cuda.launch_all(launch for layer, packed in own for launch in packed.refresh(_weight(layer)))
+
+
+def alike(model: nn.Module) -> list[list[SparseLinear]]:
+    """The sparse layers in groups: of one device and the same sides, all with a bias or all without."""
+    groups: dict[tuple[object, ...], list[SparseLinear]] = {}
+    for _, layer in sparse_layers(model):
+        kind = layer.row_mask_bits.device, layer.out_features, layer.in_features, layer.bias is not None
+        groups.setdefault(kind, []).append(layer)
+    return list(groups.values())
+
+
+def share_packed(model: nn.Module) -> None:
+    """Let the sparse layers of a model that are `alike` share one another's packed weights from now on.
+
+    The model then holds those of one layer of each kind, and each product writes what it reads first, unless the same
+    layer was the last: for weights that are gathered for each pass, as in FSDP. Call it again for layers that join, or
+    move to another device. Such layers cannot be captured in a CUDA graph: their products raise RuntimeError then.
+    """
+    for group in alike(model):
+        share(layer.row_mask_bits for layer in group)
 
 
 @dataclass(frozen=True)

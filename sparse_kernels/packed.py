@@ -5,17 +5,17 @@
 
 A PackedLayer belongs to its layer: it hangs on the storage of the layer's row mask, which is made, moved and freed with
 the layer. A custom op in a compiled graph gets tensors and no layer; it finds its PackedLayer there too, whatever
-Python object it is handed over that storage.
+Python object it is handed over that storage. After `share` several layers have the same one, and take turns in it.
 
-It is stale when a tensor that it comes from was written or replaced, or any optimizer has stepped (torch's fused
-optimizers count no versions): `LayerWeight.stamps` says so, in one place. Whoever replays a CUDA graph counts the
-versions of the tensors that the graph writes (torch.autograd.graph.increment_version).
+It is stale when a tensor that it comes from was written or replaced, any optimizer has stepped (torch's fused
+optimizers count no versions), or another layer has had its turn: `LayerWeight.stamps` says so, in one place. Whoever
+replays a CUDA graph counts the versions of the tensors that the graph writes (torch.autograd.graph.increment_version).
 
 Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a row; R rows, C columns of a matrix.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, TypedDict, TypeVar
 
@@ -31,6 +31,10 @@ from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cusparselt", "dense", "reference")
+
+Product = Literal["linear", "input_grad"]
+"""The products that read packed weights: `linear` W^R and the bias, `input_grad` W^{R,C}."""
+PRODUCTS: tuple[Product, ...] = ("linear", "input_grad")
 
 T = TypeVar("T")
 
@@ -121,7 +125,7 @@ class PackedWeight:
         key = tokens, bias
         if self._packed is not None and key not in self._plans:
             shape = MatmulShape(self.rows, self.columns, tokens, self.format.dtype, bias)
-            self._plans[key] = _outside_graphs(lambda: kernel_choice.plan_for(shape, self.target.get_device()))
+            self._plans[key] = outside_graphs(lambda: kernel_choice.plan_for(shape, self.target.get_device()))
         return self._plans.get(key)
 
     def update_metadata(self, mask_bits: Tensor) -> list[cuda.KernelLaunch]:
@@ -139,7 +143,7 @@ class PackedWeight:
         self._mask = stamp(mask_bits)
 
 
-def _outside_graphs(make: Callable[[], T]) -> T:
+def outside_graphs(make: Callable[[], T]) -> T:
     """Run what measures, or allocates for good, in a thread of its own.
 
     Inductor's CUDA graphs claim whatever the calling thread allocates in their first run, and let nothing outlive it.
@@ -184,9 +188,14 @@ class LayerWeight(NamedTuple):
         """(O, I)."""
         return self.values.shape[0], self.backward_mask_bits.shape[0]
 
-    def stamps(self) -> tuple[object, ...]:
-        """The optimizer steps so far and the stamp of each tensor, the bias last."""
-        return _steps, *(stamp(tensor) for tensor in self if tensor is not None)
+    def stamps(self, product: Product) -> tuple[object, ...]:
+        """The optimizer steps so far, and the stamps of the tensors from which a product's operand is written.
+
+        The row mask's address says whose they are: `values` that are gathered for a block may lie where another
+        layer's lay before.
+        """
+        own = self.bias if product == "linear" else self.backward_mask_bits
+        return _steps, stamp(self.row_mask_bits), stamp(self.values), None if own is None else stamp(own)
 
 
 class _Targets(TypedDict, total=False):
@@ -201,19 +210,22 @@ class _Targets(TypedDict, total=False):
 class PackedLayer:
     """The packed weights of one layer in one format, each made when a product first needs it.
 
+    Where layers take turns (`share`), each product of each layer writes what it reads, and that alone.
+
     Attributes:
         forward: of W^R.
         backward: of W^{R,C} transposed.
+        shared: whether layers take turns.
     """
 
-    def __init__(self, form: PackedFormat, backend: Backend) -> None:
-        self.format, self.backend = form, backend
+    def __init__(self, form: PackedFormat, backend: Backend, *, shared: bool = False) -> None:
+        self.format, self.backend, self.shared = form, backend, shared
         self.forward: PackedWeight | None = None
         self.backward: PackedWeight | None = None
         self._bias: Tensor | None = None
         self._dense: Tensor | None = None
-        self._stamps: tuple[object, ...] = ()
-        self._dense_of: Stamp | None = None
+        self._stamps: dict[Product, tuple[object, ...]] = {}
+        self._dense_of: tuple[Stamp, ...] = ()
 
     # -------------------------------------------------------------------------------------------------- products
 
@@ -221,7 +233,7 @@ class PackedLayer:
         """X · W^R^T + bias, (B, O)."""
         if self.forward is None and X_BI.shape[0] >= kernel_choice.FEWEST_TOKENS:
             self._make_forward(weight, X_BI.shape[0])
-        self._refresh_if_stale(weight)
+        self._refresh_if_stale(weight, "linear")
         bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.dtype else self._bias
         Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O)
         if Y_BO is None:  # too few tokens, or a count without a plan: a temporary dense matrix
@@ -234,7 +246,7 @@ class PackedLayer:
         """dY · W^{R,C}, (B, I)."""
         if self.backward is None and dY_BO.shape[0] >= kernel_choice.FEWEST_TOKENS:
             self._make_backward(weight, dY_BO.shape[0])
-        self._refresh_if_stale(weight)
+        self._refresh_if_stale(weight, "input_grad")
         dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None)
         if dX_BI is None:
             dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=dY_BO.device)
@@ -250,8 +262,8 @@ class PackedLayer:
         """W^R of a frozen layer as a dense matrix (O, I), kept while the values, which no optimizer writes, are."""
         if self._dense is None:
             device, dtype = weight.values.device, self.format.dtype
-            self._dense = _outside_graphs(lambda: torch.empty(weight.sides, dtype=dtype, device=device))
-        if self._dense_of != (now := stamp(weight.values)):
+            self._dense = outside_graphs(lambda: torch.empty(weight.sides, dtype=dtype, device=device))
+        if self._dense_of != (now := (stamp(weight.row_mask_bits), stamp(weight.values))):
             cuda.launch(cuda.refresh(*weight[:3], w=self._dense))
             self._dense_of = now
         return self._dense
@@ -267,18 +279,34 @@ class PackedLayer:
         for matrix, bias in ((self.forward, weight.bias is not None), (self.backward, False)):
             if matrix is not None:
                 matrix.plan(tokens, bias)
-        self._refresh_if_stale(weight)
+        for product in PRODUCTS[: 2 if backward else 1]:
+            self._refresh_if_stale(weight, product)
 
-    def refresh(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
-        """The launches, for the caller to do, that write everything from the present tensors."""
-        launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
-        launches += [] if self.backward is None else self.backward.update_metadata(weight.backward_mask_bits)
-        self._stamps = weight.stamps()
-        targets = self._targets(weight)
+    def refresh(self, weight: LayerWeight, products: Sequence[Product] = PRODUCTS) -> list[cuda.KernelLaunch]:
+        """The launches, for the caller to do, that write what these products read from the present tensors."""
+        launches: list[cuda.KernelLaunch] = []
+        if "linear" in products and self.forward is not None:
+            launches += self.forward.update_metadata(weight.row_mask_bits)
+        if "input_grad" in products and self.backward is not None:
+            launches += self.backward.update_metadata(weight.backward_mask_bits)
+        self._stamps |= {product: weight.stamps(product) for product in products}
+        targets = self._targets(weight, products)
         return [*launches, cuda.refresh(*weight[:3], **targets)] if targets else launches
 
+    def refresh_if_stale(self, weight: LayerWeight, product: Product) -> list[cuda.KernelLaunch]:
+        """The same, if what a product reads is stale: for both products in one reading, but of layers that take turns.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured of layers that take turns: a replay would not see whose it is.
+        """
+        if self.shared and weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("layers that share their packed weights cannot be captured in a CUDA graph")
+        if self._stamps.get(product) == weight.stamps(product):
+            return []
+        return self.refresh(weight, (product,) if self.shared else PRODUCTS)
+
     def update_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
-        """The same with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`."""
+        """As `refresh` with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`."""
         backward = self.backward
         if backward is not None and backward.packed and backward.metadata is None:
             # The library makes the metadata of the mask, so the mask must be there.
@@ -286,27 +314,28 @@ class PackedLayer:
             return self.refresh(weight)
         launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
         metadata = None if backward is None else backward.metadata
-        launches.append(cuda.refresh(*weight[:3], update_mask=True, **self._targets(weight), metadata=metadata))
+        targets = self._targets(weight, PRODUCTS)
+        launches.append(cuda.refresh(*weight[:3], update_mask=True, **targets, metadata=metadata))
         if backward is not None:
             backward.mask_is(weight.backward_mask_bits)
-        self._stamps = weight.stamps()
+        self._stamps = {product: weight.stamps(product) for product in PRODUCTS}
         return launches
 
-    def _refresh_if_stale(self, weight: LayerWeight) -> None:
-        stamps = weight.stamps()
-        if self._stamps[: len(stamps)] != stamps:  # a backward pass knows no bias
-            for launch in self.refresh(weight):
-                cuda.launch(launch)
+    def _refresh_if_stale(self, weight: LayerWeight, product: Product) -> None:
+        for launch in self.refresh_if_stale(weight, product):
+            cuda.launch(launch)
 
-    def _targets(self, weight: LayerWeight) -> _Targets:
+    def _targets(self, weight: LayerWeight, products: Sequence[Product]) -> _Targets:
         targets: _Targets = {}
+        if "input_grad" in products and self.backward is not None:
+            targets["w_t"] = self.backward.target
+        if "linear" not in products:
+            return targets
         if self.forward is not None:
             targets["w"] = self.forward.target
-        if self.backward is not None:
-            targets["w_t"] = self.backward.target
         if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.dtype:
             if self._bias is None:
-                self._bias = _outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
+                self._bias = outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
             if bias_O.dtype == weight.values.dtype:  # the kernel converts a bias of the values' dtype
                 targets |= {"bias": bias_O, "bias_out": self._bias}
             else:
@@ -324,9 +353,9 @@ class PackedLayer:
         self.backward = self._make(weight.backward_mask_bits, shape)
 
     def _make(self, mask_bits: Tensor, shape: MatmulShape) -> PackedWeight:
-        self._stamps = ()  # the new matrix holds nothing yet
+        self._stamps = {}  # the new matrix holds nothing yet
         device_index = mask_bits.get_device()
-        return _outside_graphs(
+        return outside_graphs(
             lambda: PackedWeight(mask_bits, shape.columns, self.format, _choice(shape, device_index, self.backend))
         )
 
@@ -344,9 +373,14 @@ def _choice(shape: MatmulShape, device_index: int, backend: Backend) -> Choice:
 # Ownership
 
 
-def _owned(row_mask_bits: Tensor) -> dict[torch.dtype, PackedLayer]:
-    """A layer's PackedLayers by dtype: an attribute of the storage of its row mask."""
-    owned: dict[torch.dtype, PackedLayer] = row_mask_bits.untyped_storage().__dict__.setdefault("packed_layers", {})
+class _Owned(dict[torch.dtype, PackedLayer]):
+    """PackedLayers by dtype: an attribute of the storage of a row mask, or of those of layers that take turns."""
+
+    shared = False
+
+
+def _owned(row_mask_bits: Tensor) -> _Owned:
+    owned: _Owned = row_mask_bits.untyped_storage().__dict__.setdefault("packed_layers", _Owned())
     return owned
 
 
@@ -356,10 +390,21 @@ def packed_layer(row_mask_bits: Tensor, dtype: torch.dtype, backend: Backend) ->
     packed = owned.get(dtype)
     if packed is None or packed.backend != backend:
         _count_steps()
-        packed = owned[dtype] = PackedLayer(FORMATS[dtype], backend)
+        packed = owned[dtype] = PackedLayer(FORMATS[dtype], backend, shared=owned.shared)
     return packed
 
 
 def packed_layers(row_mask_bits: Tensor) -> list[PackedLayer]:
     """All packed weights of the layer with this row mask."""
     return list(_owned(row_mask_bits).values())
+
+
+def share(row_masks: Iterable[Tensor]) -> None:
+    """Let the layers with these row masks, all of the same sides, take turns in the same packed weights from now on.
+
+    Safe in any order of products on one stream: each of them writes what it reads if another layer was there before.
+    """
+    owned = _Owned()
+    owned.shared = True
+    for row_mask_bits in row_masks:
+        row_mask_bits.untyped_storage().__dict__["packed_layers"] = owned

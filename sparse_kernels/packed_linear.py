@@ -4,21 +4,27 @@ Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_kernels import masks, tile_metadata
+from sparse_kernels import few_tokens, masks, tile_metadata
 from sparse_kernels.lora import AdaptedLinear
 from sparse_kernels.masked_linear import MaskedLinear
+from sparse_kernels.packed import Stamp, stamp
+from sparse_kernels.packed_product import pack, packed_linear, parts
 from sparse_kernels.selection import stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Segments = tuple[tuple[int, int], ...]
 """(rows, rank) of each of the layers that were fused, in order; rank 0: it has no adapter."""
+
+
+class NotTwoOfFourError(ValueError):
+    """A weight has more than two entries other than zero in some 4 of a row."""
 
 
 class PackedLinear(nn.Module):
@@ -59,6 +65,8 @@ class PackedLinear(nn.Module):
             raise ValueError(f"a packed layer needs inputs in fours and {DTYPES}, got {in_features} and {dtype}")
         self.in_features, self.out_features = in_features, sum(rows for rows, _ in segments)
         self.segments = tuple((rows, rank) for rows, rank in segments)
+        self._operands: _Operands | None = None
+        self._kept: tuple[tuple[torch.dtype, Stamp, Stamp], Tensor] | None = None
         ranks = [rank for _, rank in segments]
         places = tile_metadata.PADDING * 0x11
         size = tile_metadata.metadata_bytes(self.out_features, in_features)
@@ -83,7 +91,8 @@ class PackedLinear(nn.Module):
             dtype: of the values.
 
         Raises:
-            ValueError: a layer that is not 2:4, inputs of different lengths, or values that the dtype cannot hold.
+            NotTwoOfFourError: a layer that is not 2:4.
+            ValueError: inputs of different lengths, or values that the dtype cannot hold.
         """
         parts = [_part(layer) for layer in layers]
         inputs = parts[0].mask_OI.shape[1]
@@ -107,25 +116,74 @@ class PackedLinear(nn.Module):
             raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
         return fused
 
-    def forward(self, X: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in X's dtype; under autocast in the autocast dtype, as nn.Linear."""
+    def forward(self, X: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out) in X's dtype, plus `residual` of that shape; under autocast in the autocast dtype."""
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
         X_BI = X.reshape(-1, self.in_features)
-        Y_BO = self._product(X_BI)
-        if self.lora_A is not None and self.lora_B is not None:
-            Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
+        residual_BO = None if residual is None else residual.reshape(-1, self.out_features)
+        Y_BO: Tensor
+        if X.is_cuda and X.dtype == self.values.dtype and not self._refusal(X):
+            Y_BO = packed_linear(X_BI, *self.prepare(), residual_BO)
+        else:
+            Y_BO = self._product(X_BI)
+            if self.lora_A is not None and self.lora_B is not None:
+                Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
+            Y_BO = Y_BO if residual_BO is None else Y_BO + residual_BO
         return Y_BO.view(*X.shape[:-1], self.out_features)
+
+    def _refusal(self, X: Tensor) -> str:
+        """Why the kernels cannot take this layer; empty if they can."""
+        if len(self.segments) > few_tokens.MOST_SEGMENTS or any(rows % 16 for rows, _ in self.segments):
+            return "more segments, or other sides, than the kernels take"
+        return few_tokens.refusal(self.out_features, self.in_features, X.dtype, X.device.index)
+
+    def prepare(self) -> "_Operands":
+        """What the kernels read, made at the first product on a GPU: values and metadata in one place, which the
+        buffers are views of from then on. A compiled module needs it before it is compiled."""
+        made = self._operands
+        if made is not None and (torch.compiler.is_compiling() or made.packed.data_ptr() == self.values.data_ptr()):
+            return made
+        packed = pack(self.values, self.metadata)
+        self.values, self.metadata = parts(packed, self.out_features, self.in_features, self.values.dtype)
+        rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
+        A, B = self.lora_A, self.lora_B
+        if A is not None and B is not None:
+            width = -(-B.shape[1] // few_tokens.RANKS) * few_tokens.RANKS
+            if any(rank != width for rank in ranks):  # the kernels read as many ranks for each segment
+                A = torch.cat([F.pad(part, (0, 0, 0, width - len(part))) for part in A.split(ranks)])
+                B = F.pad(B, (0, width - B.shape[1]))
+        self._operands = _Operands(packed, rows, self.bias, A, B)
+        return self._operands
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._operands = None  # padded adapters are copies
 
     def _product(self, X_BI: Tensor) -> Tensor:
         """X · W^R^T + bias: (B, I) -> (B, O)."""
         bias_O = None if self.bias is None else self.bias.to(X_BI.dtype)
-        return F.linear(X_BI, self.dense().to(X_BI.dtype), bias_O)  # [B,I] · [O,I]^T -> [B,O]
+        return F.linear(X_BI, self._dense_in(X_BI.dtype), bias_O)  # [B,I] · [O,I]^T -> [B,O]
+
+    def _dense_in(self, dtype: torch.dtype) -> Tensor:
+        """W^R in a dtype. On a CPU it is kept: making it takes a hundred times as long as a product with one token."""
+        if self.values.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.dense().to(dtype)
+        source = dtype, stamp(self.values), stamp(self.metadata)
+        if self._kept is None or self._kept[0] != source:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = source, self.dense().to(dtype)
+        return self._kept[1]
 
     def dense(self) -> Tensor:
         """W^R as a dense matrix (out, in) with its zeros, without adapters: a copy."""
         return masks.scatter(self.values, self.mask())
+
+    @property
+    def weight(self) -> Tensor:
+        """The same, as SparseLinear has it: models ask a linear layer for its weight's dtype or device."""
+        return self.dense()
 
     def mask(self) -> Tensor:
         """The mask of W^R: bool (out, in)."""
@@ -142,6 +200,16 @@ def fused_adapters(X_BI: Tensor, A_RI: Tensor, B_Or: Tensor, segments: Segments)
     Z_BR = F.linear(X_BI, A_RI.to(X_BI.dtype))  # [B,I] · [R,I]^T -> [B,R]
     pairs = zip(Z_BR.split(ranks, 1), B_Or.to(X_BI.dtype).split(rows), ranks, strict=True)
     return torch.cat([F.linear(Z, B_or[:, :rank]) for Z, B_or, rank in pairs], 1)  # [B,r] · [o,r]^T -> [B,o]
+
+
+class _Operands(NamedTuple):
+    """What `packed_linear` takes beside X and the residual."""
+
+    packed: Tensor
+    rows: list[int]
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
 
 
 class _Part(NamedTuple):
@@ -163,7 +231,7 @@ def _part(layer: nn.Module) -> _Part:
         weight_OI = dense_weight(layer)
         found = two_of_four(weight_OI)
         if found is None:
-            raise ValueError(f"a {type(layer).__name__} is not 2:4 along its inputs")
+            raise NotTwoOfFourError(f"a {type(layer).__name__} is not 2:4 along its inputs")
         values_OK, mask_OI = weight_OI[found].view(len(weight_OI), -1), found
     return _Part(values_OK, mask_OI, cast(Tensor | None, layer.bias), *adapter_of(layer, len(mask_OI)))
 

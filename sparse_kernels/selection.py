@@ -133,17 +133,13 @@ def select_layers(
     patterns = _patterns(model, layers.values(), n, m, pattern_overrides)
     _require_matches(model, names, exclude_modules=exclude_modules, target_modules=target_modules)
     first = _first_layers(model, names)
-    users = _users(model)
+    users = parameter_users(model)
 
     def reason(places: Sequence[str], linear: nn.Module) -> str:
         if matched := _first_match(exclude_modules, places):
             return f"matches exclude_modules {matched!r}"
-        if any(_HEAD.search(name) for name in places):
-            return "output head"
-        if lost := obstacle(linear):
-            return lost
-        if shared := [kind for kind, p in linear.named_parameters(recurse=False) if users[_memory(p)] > 1]:
-            return f"{shared[0]} is shared with another layer"
+        if fixed := stays_itself(places, linear, users):
+            return fixed
         if target_modules and not _first_match(target_modules, places):
             if tuple(target_modules) == (MLP,):
                 return "not in an MLP"
@@ -196,7 +192,20 @@ def _sides(linear: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
-def _users(model: nn.Module) -> Counter[int]:
+def stays_itself(places: Sequence[str], linear: nn.Module, users: Counter[int]) -> str:
+    """Why no other layer may take a linear layer's place, whatever its weights; empty if one may.
+
+    places: all its names. users: of the model's `parameter_users`.
+    """
+    if any(_HEAD.search(name) for name in places):
+        return "output head"
+    if lost := obstacle(linear):
+        return lost
+    shared = [kind for kind, p in linear.named_parameters(recurse=False) if users[_memory(p)] > 1]
+    return f"{shared[0]} is shared with another layer" if shared else ""
+
+
+def parameter_users(model: nn.Module) -> Counter[int]:
     """How many modules hold each parameter's memory."""
     held: Counter[int] = Counter()
     for module in model.modules():

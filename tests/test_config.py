@@ -330,7 +330,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, what: str)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    assert refused(recipe=f"{tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: cannot be read: No such file or directory"
+    advice = "put it back or correct the path, and run the same command again"
+    missing = f"{tmp_path}/none.yaml"
+    assert refused(recipe=missing) == f"{missing}: cannot be read: No such file or directory; {advice}"
     assert "Is a directory" in refused(recipe=f"{tmp_path}/")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml: is not a text file" in refused(recipe=f"{tmp_path}/binary.yaml")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -163,6 +164,21 @@ def test_dataset_opens(dataset: Dataset) -> None:
     assert (dataset.vocab_size, dataset.separator_id, dataset.tokenizer_name) == (1000, 0, "test")
     assert dataset.train_tokens == 78
     assert open_dataset(dataset.folder, verify=False).fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_tokenizer_that_was_altered_after_the_preparation_is_found(dataset: Dataset, verify: bool) -> None:
+    """However much of the text is checked: a run would go on with other special ids, say."""
+    added = dataset.folder / "tokenizer/special_tokens_map.json"
+    (dataset.folder / "tokenizer/.nfs01").touch()  # a network file system's own
+    added.write_text('{"mask_token": "a"}')
+    with pytest.raises(SlopeError, match=r"special_tokens_map\.json: is not of this data set, .*; remove it$"):
+        open_dataset(dataset.folder, verify)
+    added.unlink()
+    open_dataset(dataset.folder, verify)
+    (dataset.folder / "tokenizer/tokenizer.json").write_text("{ }")
+    with pytest.raises(SlopeError, match=r"tokenizer\.json: damaged, its checksum is not that in dataset\.json$"):
+        open_dataset(dataset.folder, verify)
 
 
 def test_a_flipped_bit_in_any_file_of_a_dataset_is_found(dataset: Dataset) -> None:
@@ -586,6 +602,17 @@ def test_masked_batch_predicts_what_it_says(blocks: Blocks) -> None:
     assert 0.77 < (ids == SPECIAL.mask).mean() < 0.83
     assert 0.08 < (ids == labels).mean() < 0.13
     assert not np.isin(ids[ids != SPECIAL.mask], SPECIAL.never_mask).any()
+
+
+def test_masked_batch_predicts_and_draws_every_token_but_the_special_ones(tmp_path: Path) -> None:
+    """In a text that contains the special ones, too."""
+    blocks = Blocks([write(tmp_path / "x.tok", np.random.default_rng(0).integers(0, 10, 90_000))], 64)
+    indices, special = np.arange(len(blocks)), replace(SPECIAL, vocab_size=10)
+    batch = masked_batch(blocks, indices, special=special, seed=1, sample_numbers=indices)
+    ids, labels = batch["input_ids"], batch["labels"]
+    drawn = (labels != -100) & (ids != special.mask) & (ids != labels)
+    assert 0.79 < (ids[labels != -100] == special.mask).mean() < 0.81
+    assert set(labels[labels != -100].tolist()) == set(ids[drawn].tolist()) == {5, 6, 7, 8, 9}
 
 
 def test_masked_segments_come_from_the_text(blocks: Blocks) -> None:

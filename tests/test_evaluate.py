@@ -5,8 +5,10 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from support.data import SENTENCES, prepared, scratch, texts
+from support.ranks import Ranks
 from support.runs import RECIPE, copied, slope, small, trained
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, MistralConfig
 
 from slope_cli.checkpoint.load import Loaded, load_model
@@ -26,8 +30,8 @@ from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.evaluate import evaluate, report_lines
-from slope_cli.evaluate.lm_tasks import LAYOUTS
 from slope_cli.evaluate.perplexity import measure
+from slope_cli.evaluate.rows import LAYOUTS
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment
@@ -468,7 +472,8 @@ def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
     loaded = load_model(trained())
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     (task,) = lm_tasks.load(["piqa"], task_data())
-    lm_tasks.score(lm_tasks.harness(loaded.model, loaded.tokenizer, 4), task)
+    lm = lm_tasks.harness(loaded.model, loaded.tokenizer, 4)
+    lm_tasks.answers_of(lm, lm_tasks.requests_of(lm, task).pairs)
     after = loaded.model.state_dict()
     assert list(sparse_layers(loaded.model))
     assert before.keys() == after.keys()
@@ -638,10 +643,10 @@ def test_what_was_scored_before_a_task_fails_is_kept_and_printed(
 ) -> None:
     score = lm_tasks.score
 
-    def failing(lm: Any, task: lm_tasks.LoadedTask, *args: Any) -> dict[str, Any]:
+    def failing(task: lm_tasks.LoadedTask, *args: Any) -> dict[str, Any]:
         if task.name == "winogrande":
             raise RuntimeError("CUDA out of memory. Tried to allocate")
-        return score(lm, task, *args)
+        return score(task, *args)
 
     monkeypatch.setattr(lm_tasks, "score", failing)
     out = tmp_path / "eval.json"
@@ -682,3 +687,114 @@ def test_a_model_folder_with_code_of_its_own_is_refused_without_a_question(
         result = slope(*words)
         assert (result.code, result.out) == (1, "")
         assert result.err.startswith(f"error: {folder}: cannot be loaded as a model (")
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@NEEDS_LM_EVAL
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    run, tasks = trained("gpt2-nano", WIDE), ["piqa", "winogrande", "mmlu"]
+    words = ["eval", str(run), "--data", str(two_sources()), "--tasks", ",".join(tasks), "--batch", "3"]
+    words += ["--task-data", str(task_data())]
+    ranks = Ranks(2, [*words, "--out", str(tmp_path / "eval.json")], tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    assert ranks.printed(1) == "", "only rank 0 speaks"
+    two = json.loads((tmp_path / "eval.json").read_text())
+    one = evaluate(run, data_folder=two_sources(), task_names=tasks, task_data=task_data(), batch=3)
+    assert two["tasks"] == one["tasks"]
+    assert ranks.printed(0).splitlines()[-len(report_lines(two)) :] == report_lines(two)
+    assert same(two["perplexity"], one["perplexity"])
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two results agree but for the rounding of floats."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == (pytest.approx(other, rel=1e-6) if isinstance(other, float) else other))
+
+
+def test_masked_tokens_are_those_of_one_process(tmp_path: Path) -> None:
+    out, run = tmp_path / "eval.json", trained("bert-base")
+    ranks = Ranks(2, ["eval", str(run), "--out", str(out)], tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    found = json.loads(out.read_text())["perplexity"]
+    assert same(found, evaluate(run)["perplexity"])
+
+
+def test_more_processes_than_batches(tmp_path: Path) -> None:
+    words = ["eval", str(trained()), "--tokens", "64", "--batch", "2", "--json"]
+    ranks = Ranks(2, words, tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    printed = ranks.printed(0)
+    found = json.loads(printed[printed.index("{") :])["perplexity"]
+    assert same(found, evaluate(trained(), tokens=64, batch=2)["perplexity"])
+
+
+def _forward_fails(rank: int) -> None:
+    """Let rank 1 run out of memory in its first forward pass."""
+    if rank == 1:
+        nn.LayerNorm.forward = lambda *_: _raise(MemoryError("out of memory"))  # type: ignore[method-assign]
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
+    ranks = Ranks(2, ["eval", str(trained())], tmp_path / "logs", prepare_child=_forward_fails)
+    assert ranks.finish(60) == [1, 1]
+    (line,) = ranks.printed().splitlines()
+    assert line.startswith("error: out of memory (rank 1 on ")
+
+
+@NEEDS_LM_EVAL
+def test_a_task_that_fails_on_one_process_fails_on_all_and_the_others_are_scored(tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    words = ["eval", str(trained("gpt2-nano", WIDE)), "--no-perplexity", "--tasks", "piqa,openbookqa"]
+    words += ["--task-data", str(task_data()), "--out", str(out)]
+    ranks = Ranks(2, words, tmp_path / "logs", prepare_child=_first_task_fails)
+    assert ranks.finish(60) == [1, 1]
+    kept = json.loads(out.read_text())
+    assert (set(kept["tasks"]), set(kept["failed"])) == ({"openbookqa"}, {"piqa"})
+    assert kept["failed"]["piqa"].startswith("out of memory (rank 1 on ")
+    assert ranks.printed(1) == ""
+
+
+def _first_task_fails(rank: int) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    answer, calls = HFLM.loglikelihood, itertools.count()
+    if rank == 1:
+        HFLM.loglikelihood = lambda *words: _raise(MemoryError("out of memory")) if not next(calls) else answer(*words)
+
+
+@NEEDS_LM_EVAL
+def test_a_process_that_dies_in_a_task_ends_the_others_which_say_so(tmp_path: Path) -> None:
+    words = ["eval", str(trained("gpt2-nano", WIDE)), "--no-perplexity", "--tasks", "piqa"]
+    ranks = Ranks(2, [*words, "--task-data", str(task_data())], tmp_path / "logs", prepare_child=_dies_in_a_task)
+    assert ranks.finish(60) == [1, 9]
+    assert ranks.printed() == "error: rank 1 died; all processes end\n"
+
+
+def _dies_in_a_task(rank: int) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    # Rank 0 is then in lm-eval, with the streams that silence it.
+    HFLM.loglikelihood = lambda *_: os._exit(9) if rank == 1 else time.sleep(60)
+
+
+def test_wrong_words_to_several_processes_are_one_line(tmp_path: Path) -> None:
+    for number, (words, end) in enumerate(
+        (
+            ([str(trained()), "--out", str(tmp_path)], "is a folder; name a file"),
+            ([str(trained()), "--tasks", "helaswag"], "did you mean hellaswag?"),
+            ([str(tmp_path)], "nor a model folder (no config.json)"),
+        )
+    ):
+        ranks = Ranks(2, ["eval", *words], tmp_path / f"logs-{number}")
+        assert ranks.finish(60) == [2, 2]
+        (line,) = ranks.printed().splitlines()
+        assert line.endswith(end)

@@ -394,7 +394,10 @@ def test_faults_of_squad_files(fault: str, data: Path, tmp_path: Path) -> None:
         ({"lr": 0.0}, r"--lr 0.0: must be positive"),
         ({"lr": float("nan")}, r"--lr nan: must be positive"),
         ({"seed": -1}, r"--seed -1"),
-        ({"data": Path("no-such-folder")}, r"no-such-folder/train\.tsv: cannot be read"),
+        (
+            {"data": Path("no-such-folder")},
+            r"no-such-folder/train\.tsv: cannot be read: No such file or directory; put it back",
+        ),
         ({"folder": Path("no-such-run")}, r"no-such-run: is neither a run .*nor a model folder"),
     ],
 )

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from support.runs import RECIPE, slope, small
 
 from slope_cli.benchmarks import RESULTS
@@ -24,8 +25,12 @@ from slope_cli.distributed.layouts import (
     shard_degree,
     traffic_of,
 )
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.methods.accounting import account, phase_sizes, sizes_of
 from slope_cli.models.build import build_model, run_model_config
+from sparse_kernels import sparse_layers
+from sparse_kernels.formats import BF16
+from sparse_kernels.packed import packed_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GB = 1e9
@@ -45,16 +50,6 @@ def state(model: Sizes, layout: Layout) -> float:
     return (memory.total - memory.activations - memory.in_flight) / GB
 
 
-def whole_weights(shard: int) -> Layout:
-    """Gathered weights stay; two blocks at a time are packed."""
-    return Layout("fsdp", shard, "step", keeps_packed=False)
-
-
-def block_packed(shard: int) -> Layout:
-    """Two blocks at a time are gathered and packed."""
-    return Layout("fsdp", shard, "block", keeps_packed=False)
-
-
 def whole_packed(shard: int) -> Layout:
     """Packed copies stay; the weights that they were made of go."""
     return Layout("fsdp", shard, "step", keeps_weights=False)
@@ -62,26 +57,26 @@ def whole_packed(shard: int) -> Layout:
 
 def test_the_state_of_opt_13b_against_a_count_by_hand() -> None:
     # 12.58e9 weights in linear layers and 0.27e9 beside them; 16 bytes for each that is trained, 2 bits of masks and
-    # 2 x 1.125 bytes of packed weights for each entry of a sparse layer.
+    # 2 x 1.125 bytes of packed weights for each entry of a sparse layer; gathered for a block, of one of the four
+    # attention layers and of two of the MLP.
     dense, sparse = sizes("opt-13b")
     assert state(sparse, Layout("ddp")) == pytest.approx(137, rel=0.01)
     expected = {
-        1: {"dense": 207, "packed": 137, "weights": 123, "block": 111},
-        8: {"dense": 27.5, "packed": 45, "weights": 31, "block": 19},
-        64: {"dense": 5.0, "packed": 34, "weights": 19, "block": 7.4},
+        1: {"dense": 207, "packed": 137, "block": 110},
+        8: {"dense": 27.5, "packed": 45, "block": 18.3},
+        64: {"dense": 5.0, "packed": 34, "block": 6.5},
     }
     for shard, of in expected.items():
         assert state(dense, Layout("fsdp", shard, "block")) == pytest.approx(of["dense"], rel=0.01)
         assert state(sparse, whole_packed(shard)) == pytest.approx(of["packed"], rel=0.03)
-        assert state(sparse, whole_weights(shard)) == pytest.approx(of["weights"], rel=0.03)
-        assert state(sparse, block_packed(shard)) == pytest.approx(of["block"], rel=0.04)
-        kept = state(sparse, Layout("fsdp", shard, "block")) - state(sparse, block_packed(shard))
-        assert kept == pytest.approx(2.25 * 12.1, rel=0.05), "packed copies of all but two blocks"
+        assert state(sparse, Layout("fsdp", shard, "block")) == pytest.approx(of["block"], rel=0.04)
+        assert memory_of(sparse, Layout("fsdp", shard, "block")).packed == 2.25 * 9 * 5120**2
+        assert memory_of(sparse, Layout("fsdp", shard, "step")).packed == 2.25 * (40 * 12 - 3) * 5120**2
 
 
 @pytest.mark.parametrize(
     ("recipe", "at_8", "at_64"),
-    [("opt-30b", (63, 105, 71, 43), (10.7, 78, 44, 16)), ("opt-66b", (137, 230, 154, 90), (21, 172, 96, 32))],
+    [("opt-30b", (63, 105, 41), (10.7, 78, 14)), ("opt-66b", (137, 230, 87), (21, 172, 29))],
 )
 def test_the_state_of_larger_models_against_a_count_by_hand(
     recipe: str, at_8: tuple[float, ...], at_64: tuple[float, ...]
@@ -89,8 +84,7 @@ def test_the_state_of_larger_models_against_a_count_by_hand(
     dense, sparse = sizes(recipe)
     for shard, expected in ((8, at_8), (64, at_64)):
         block = Layout("fsdp", shard, "block")
-        each = whole_packed(shard), whole_weights(shard), block_packed(shard)
-        found = state(dense, block), *(state(sparse, x) for x in each)
+        found = state(dense, block), state(sparse, whole_packed(shard)), state(sparse, block)
         assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -182,6 +176,23 @@ def test_every_phase_of_a_run_must_fit() -> None:
     assert not both["ddp"].fits
     assert both["fsdp, gather=block"].traffic == alone["fsdp, gather=block"].traffic
     assert both["ddp"].memory.total == memory_of(dense, Layout("ddp"), "block").total
+
+
+@pytest.mark.parametrize("gather", ["block", "step"])
+def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: str) -> None:
+    config = configs.load(str(RECIPE), [*small("gpt2-nano"), "model.overrides.n_layer=3", "adapters.rank=0"])
+    model = build_model(run_model_config(config))
+    counted, layout = phase_sizes(model, config)[-1], Layout("fsdp", 1, gather)
+    try:
+        Sharding(layout, 1, torch.device("cpu"), None).split(model)
+        sizes_of_packed = {
+            packed_layer(x.row_mask_bits, torch.bfloat16, "auto"): x.out_features * x.in_features
+            for _, x in sparse_layers(model)
+        }
+    finally:
+        torch.distributed.destroy_process_group()
+    found = sum(2 * BF16.packed_bytes(1, entries) for entries in sizes_of_packed.values())
+    assert memory_of(counted, layout).packed == found
 
 
 @pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize"])

@@ -17,6 +17,7 @@ from slope_cli.data.local_copy import stage, staged
 from slope_cli.data.token_file import write_token_file
 from slope_cli.distributed.signals import Stopped
 from slope_cli.errors import SlopeError
+from slope_cli.utils import files
 
 ROOT = str(Path(slope_cli.__file__).parents[1])
 
@@ -140,6 +141,38 @@ def test_a_stop_while_it_copies(dataset: Dataset, tmp_path: Path) -> None:
     assert not list((tmp_path / "disk").rglob("*.tmp"))
     local, _ = copied(dataset, tmp_path / "disk")
     assert places(local).isdisjoint(places(dataset))
+
+
+def test_a_copy_waits_for_that_of_another_run_as_long_as_it_takes(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.0)
+    local, _ = copied(dataset, tmp_path / "disk")
+    folder = local.val["a"].path.parents[1]
+    waits = 0
+
+    def check() -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 3:
+            raise Stopped("stopped")
+
+    with files.held_folder(folder), pytest.raises(Stopped):
+        stage(dataset, tmp_path / "disk", print, check)
+    assert capfd.readouterr().err == f"{folder}: another process is at work in it; waiting for it to end\n"
+
+
+def test_a_lock_that_leads_elsewhere_costs_a_warning(dataset: Dataset, tmp_path: Path) -> None:
+    local, _ = copied(dataset, tmp_path / "disk")
+    lock = local.val["a"].path.parents[1] / files.LOCK
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    _, said = copied(dataset, tmp_path / "disk")
+    assert said == [
+        f"warning: data.local_copy={tmp_path / 'disk'}: {lock}: is a link or a pipe, and is not written to; remove it; "
+        f"the data are read from {dataset.folder}"
+    ]
+    assert not (tmp_path / "elsewhere").exists()
 
 
 COPY = """

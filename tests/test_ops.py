@@ -10,6 +10,7 @@ import torch
 from sparse_kernels import (
     SparseLinear,
     add_adapters,
+    cuda,
     dense_weights,
     layers,
     masks,
@@ -17,8 +18,10 @@ from sparse_kernels import (
     packed,
     reference,
     set_backend,
+    share_packed,
     using_backend,
 )
+from sparse_kernels.kernel_choice import Choice
 
 
 def make(out: int, inp: int, *, bias: bool = True) -> SparseLinear:
@@ -26,6 +29,10 @@ def make(out: int, inp: int, *, bias: bool = True) -> SparseLinear:
     weight = torch.randn(out, inp, generator=generator)
     bias_O = torch.randn(out, generator=generator) if bias else None
     return SparseLinear(weight, bias_O, masks.row_mask(weight, 2, 4), 2, 4)
+
+
+def weight_of(layer: SparseLinear) -> packed.LayerWeight:
+    return packed.LayerWeight(layer.values, layer.row_mask_bits, layer.backward_mask_bits, layer.bias)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -111,8 +118,7 @@ def test_the_stamps_of_a_weight_change_when_any_of_it_is_written_or_replaced() -
     layer = make(16, 16)
 
     def stamps() -> tuple[object, ...]:
-        bits = layer.row_mask_bits, layer.backward_mask_bits
-        return packed.LayerWeight(layer.values, *bits, layer.bias).stamps()
+        return tuple(weight_of(layer).stamps(product) for product in packed.PRODUCTS)
 
     packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "auto")
     seen = [stamps(), stamps()]
@@ -129,6 +135,90 @@ def test_the_stamps_of_a_weight_change_when_any_of_it_is_written_or_replaced() -
         change()
         seen.append(stamps())
     assert len(set(seen)) == 1 + len(changes)
+
+
+def test_a_product_is_not_stale_for_what_it_does_not_read() -> None:
+    layer = make(16, 16)
+    before = {product: weight_of(layer).stamps(product) for product in packed.PRODUCTS}
+    layer.update_backward_mask("random", 3)
+    assert weight_of(layer).stamps("linear") == before["linear"]
+    assert weight_of(layer).stamps("input_grad") != before["input_grad"]
+    torch.nn.init.ones_(layer.bias)
+    assert weight_of(layer)._replace(bias=None).stamps("input_grad") == weight_of(layer).stamps("input_grad")
+    assert weight_of(layer).stamps("linear") != before["linear"]
+
+
+# -------------------------------------------------------------------------------------------------- shared by layers
+
+
+def test_layers_of_the_same_sides_share_packed_weights() -> None:
+    model = torch.nn.Sequential(make(32, 16), make(16, 32), make(32, 16), make(16, 32, bias=False), make(16, 32))
+    alone = packed.packed_layer(model[0].row_mask_bits, torch.bfloat16, "auto")
+    share_packed(model)
+    first, second, third, fourth, fifth = (
+        packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "auto") for layer in model
+    )
+    assert (first, second) == (third, fifth)
+    assert len({alone, first, second, fourth}) == 4
+    assert (alone.shared, first.shared, fourth.shared) == (False, True, True)
+    assert packed.packed_layers(copy.deepcopy(model)[0].row_mask_bits) == []
+    held = weakref.ref(first)
+    del model, first, second, third, fourth, fifth
+    gc.collect()
+    assert held() is None
+
+
+def dense_pair(shared: packed.PackedLayer, layer: SparseLinear) -> packed.PackedLayer:
+    """Packed weights of both products, dense ones: no library is needed to write them."""
+    rows, columns = layer.out_features, layer.in_features
+    choice = Choice(False, "a test")
+    shared.forward = packed.PackedWeight(layer.row_mask_bits, columns, shared.format, choice)
+    shared.backward = packed.PackedWeight(layer.backward_mask_bits, rows, shared.format, choice)
+    return shared
+
+
+def written(launches: list[cuda.KernelLaunch], by: packed.PackedLayer, values: torch.Tensor) -> list[str]:
+    """Which of its matrices are to be written from these values."""
+    assert by.forward is not None
+    assert by.backward is not None
+    names = {by.forward.target.data_ptr(): "W^R", by.backward.target.data_ptr(): "W^{R,C}"}
+    assert all(one.args[0] == values.data_ptr() for one in launches)
+    return [names[address] for one in launches for address in one.args[4:6] if address]
+
+
+def test_layers_take_turns_and_each_product_writes_what_it_reads() -> None:
+    model = torch.nn.Sequential(*(make(32, 32) for _ in range(2))).to(torch.bfloat16)
+    share_packed(model)
+    ours = dense_pair(packed.packed_layer(model[0].row_mask_bits, torch.bfloat16, "auto"), model[0])
+    # As with FSDP2, the values of one block lie where those of the other lay before, and count no versions.
+    gathered = torch.empty_like(model[0].values)
+    first, second = (weight_of(layer)._replace(values=gathered) for layer in model)
+
+    def turn(weight: packed.LayerWeight, product: packed.Product) -> list[str]:
+        known = weight if product == "linear" else weight._replace(bias=None)
+        return written(ours.refresh_if_stale(known, product), ours, gathered)
+
+    forward = [(first, "linear"), (second, "linear")]
+    assert [turn(*each) for each in forward] == [["W^R"], ["W^R"]]
+    assert [turn(second, "input_grad"), turn(first, "input_grad")] == [["W^{R,C}"], ["W^{R,C}"]]
+    # The second micro-batch with blocks computed again: what the same layer read last is still there.
+    again = [*forward, (second, "linear"), (second, "input_grad"), (first, "linear"), (first, "input_grad")]
+    assert [turn(*each) for each in again] == [["W^R"], ["W^R"], [], ["W^{R,C}"], ["W^R"], ["W^{R,C}"]]
+    assert [turn(first, product) for product in packed.PRODUCTS] == [[], []]
+    model[0].update_backward_mask("random", 3)
+    assert [turn(first, product) for product in packed.PRODUCTS] == [[], ["W^{R,C}"]]
+    torch.optim.SGD(model.parameters()).step()
+    assert [turn(first, product) for product in packed.PRODUCTS] == [["W^R"], ["W^{R,C}"]]
+
+
+def test_one_layer_has_both_matrices_from_one_reading() -> None:
+    layer = make(32, 32).to(torch.bfloat16)
+    ours = dense_pair(packed.packed_layer(layer.row_mask_bits, torch.bfloat16, "auto"), layer)
+    weight = weight_of(layer)
+    for change in (lambda: None, torch.optim.SGD(layer.parameters()).step):
+        change()
+        assert written(ours.refresh_if_stale(weight, "linear"), ours, layer.values) == ["W^R", "W^{R,C}"]
+        assert [ours.refresh_if_stale(weight, product) for product in packed.PRODUCTS] == [[], []]
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import linearized
 from support.runs import tiny
 from torch import nn
 
 from slope_cli.checkpoint import load
 from slope_cli.config.schema import Config, OptimConfig
+from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import optim, phases_of
-from slope_cli.methods.phases import ADAPTERS, WEIGHTS, Rate
+from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Rate
 
 
 def rates(steps: int, warmup: float, *, first: int = 0, **settings: float | str) -> list[float]:
@@ -72,6 +74,15 @@ def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group() 
         "2.weight": 0.0,
         "2.bias": 0.0,
     }
+
+
+def test_feature_maps_do_not_decay_towards_zero() -> None:
+    model = linearized("gpt2-nano", window=5)
+    optimizer = optimizer_of(model, tiny("unused", "optim.weight_decay=0.3"))
+    maps = {id(p) for window in linear_windows(model).values() for p in window.parameters()}
+    groups = [(group["group"], group["weight_decay"]) for group in optimizer.param_groups for _ in group["params"]]
+    assert len(maps) == sum(name == MAPS for name, _ in groups) > 0
+    assert {decay for name, decay in groups if name == MAPS} == {0.0}
 
 
 def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:

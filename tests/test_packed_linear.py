@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_kernels import MaskedLinear, SparseLinear, add_adapters, masks, tile_metadata
 from sparse_kernels.packed_linear import PackedLinear
+from sparse_kernels.packing import pack_layers
 
 RANKS = st.lists(st.sampled_from([0, 1, 3, 4]), min_size=1, max_size=3)
 
@@ -138,9 +139,36 @@ def test_a_new_layer_is_zero_and_takes_another_ones_state() -> None:
     empty = PackedLinear(12, packed.segments)
     X = torch.randn(4, 12)
     assert not empty(X).any()
-    empty.load_state_dict(packed.state_dict())
+    empty.load_state_dict(packed.state_dict())  # the dense copy that the product kept is stale
     assert torch.equal(empty(X), packed(X))
     assert torch.equal(copy.deepcopy(packed)(X), packed(X))
+    with torch.inference_mode():
+        assert torch.equal(empty.double().to(torch.bfloat16)(X), packed(X))
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), packed(X))
     assert "segments=((20, 2), (8, 3))" in repr(packed)
+
+
+# ------------------------------------------------------------------------------------------- packing a model
+
+
+def test_adapters_of_layers_that_stay_dense_are_merged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))
+    with torch.no_grad():
+        model[2].weight *= masks.row_mask(model[2].weight, 2, 4)
+    for adapter in add_adapters(model, 4, ["0", "2"], alpha=6).values():
+        nn.init.normal_(adapter.lora_B)
+    X = torch.randn(5, 32)
+    expected = model(X)
+    assert pack_layers(model, torch.float32) == dict.fromkeys(("0", "4"), "not 2:4 along its inputs")
+    assert [type(layer) for layer in model[::2]] == [nn.Linear, PackedLinear, nn.Linear]
+    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_the_dtype_cannot_hold_is_named() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with torch.no_grad():
+        model[0].weight.mul_(masks.row_mask(model[0].weight, 2, 4)).mul_(1e9)
+    with pytest.raises(ValueError, match="0: a value is not finite in float16"):
+        pack_layers(model, torch.float16)

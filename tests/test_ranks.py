@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 import torch
 from support.data import prepared
-from support.ranks import Ranks
+from support.ranks import Ranks, together
 from support.runs import RECIPE, final_state, records, sized, slope, tiny, trained
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.layouts import Layout
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.report import metrics
+from slope_cli.train import init
+from slope_cli.train.parallel import built_on
 
 LONG = ("train.steps=4000", "log.every=1", "log.save_every=0", "log.val_every=0")
 
@@ -95,6 +101,20 @@ def test_two_processes_linearize_as_one(tmp_path: Path, share: float) -> None:
         ranks = Ranks(world, command, tmp_path / f"logs-{world}")
         assert ranks.finish() == [0] * world, ranks.printed()
     assert_close(tmp_path / "2", tmp_path / "1")
+
+
+def _has_allocated(rank: int) -> None:
+    """Let torch say that the GPU of rank 1 has allocated more than that of rank 0."""
+    torch.cuda.max_memory_allocated = lambda: (3 + rank) << 30  # type: ignore[assignment]
+
+
+def test_the_peak_memory_of_a_run_is_that_of_the_rank_with_most(tmp_path: Path) -> None:
+    command = words("train.steps=4", "log.val_every=2", out=tmp_path / "run")
+    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=_has_allocated)
+    assert ranks.finish() == [0, 0], ranks.printed()
+    noted = [(r["step"], r["peak_memory"]) for r in metrics.read(tmp_path / "run") if "peak_memory" in r]
+    assert noted == [(2, 4 << 30), (4, 4 << 30)]
+    assert "peak memory of a GPU, the largest of all: 4.00 GiB" in ranks.printed(0).splitlines()
 
 
 def test_dropout_differs_between_ranks_and_repeats(tmp_path: Path) -> None:
@@ -290,11 +310,40 @@ SPLIT = {
     "sparse, adapters join": ("train.steps=20", "adapters.start=0.5"),
     "rescaled": ("train.steps=12", "slope.backward_rescale=true", "slope.rescale=true"),
     "random masks": ("train.steps=12", "slope.backward_mask=random"),
+    "wanda": ("train.steps=8", "sparsity.mask=wanda"),
     "sr_ste": ("method=sr_ste", "train.steps=12"),
     "dense": ("method=dense", "train.steps=12"),
     "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
     "checkpointed": ("train.steps=8", "adapters.start=0.5", "train.activation_checkpointing=block"),
 }
+
+
+def _split_from_rank_0(group: Group, config: Config, layout: Layout) -> None:
+    cpu = torch.device("cpu")
+    place = built_on(config, layout, group.ranks, cpu)
+    model = init.start(config, Path(), place, calibrate=lambda _: None)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.device.type for t in tensors} == {"cpu" if group.ranks.first else "meta"}
+    Sharding(layout, group.ranks.world, cpu, None).split(model)
+    whole = init.start(config, Path(), "cpu", calibrate=lambda _: None)
+    expected = dict([*whole.named_parameters(), *whole.named_buffers()])
+    found = dict([*model.named_parameters(), *model.named_buffers()])  # one name each of tied ones
+    assert list(found) == list(expected)
+    for name, tensor in found.items():
+        assert tensor.requires_grad == expected[name].requires_grad
+        assert isinstance(tensor, DTensor) == (tensor.dim() > 1 and isinstance(tensor, nn.Parameter))
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(full, expected[name]), name
+    others = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    assert not any(value.is_meta for value in others)
+
+
+@pytest.mark.parametrize("model", ["gpt2-nano", "llama3-8b", "bert-base", "model.init"])
+def test_a_model_that_rank_0_alone_has_is_split_bit_for_bit(model: str, finished: Path) -> None:
+    more, world = ["slope.backward_rescale=true", "adapters.start=0"], 2
+    if model == "model.init":
+        model, more, world = "gpt2-nano", [f"model.init={finished}", "adapters.start=0", "train.seed=7"], 3
+    together(world, _split_from_rank_0, tiny("unused", *more, model=model), Layout("fsdp", world, "block"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.data import prepared
-from support.processes import die_in_save, forkserver
-from support.ranks import Ranks, free_port
+from support.processes import die_in_save
+from support.ranks import Ranks, together
 from support.runs import RECIPE, assert_same_run, sized, tiny
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -24,8 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from slope_cli.checkpoint import dcp, store
 from slope_cli.config.schema import Config
-from slope_cli.distributed.collectives import Group, join
-from slope_cli.distributed.launch import ranks
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import init_state
 from slope_cli.report import metrics
@@ -34,41 +32,6 @@ from sparse_kernels import add_adapters, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METADATA: dict[str, Any] = {"data": "", "config": {}, "tokenizer": {}}
-
-
-def together(world: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
-    """What `work(group, *args)` returns on each of so many ranks; an error of one fails the test."""
-    variables = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    pipes, children = [], []
-    for rank in range(world):
-        ours, theirs = forkserver.Pipe()
-        own = {key: str(value) for key, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        children.append(forkserver.Process(target=_rank, args=(theirs, own, work, args)))
-        children[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    results = []
-    for pipe in pipes:
-        assert pipe.poll(seconds), "a rank hangs"
-        results.append(pipe.recv())
-    for child in children:
-        child.kill()
-        child.join()
-    assert not [result for result in results if isinstance(result, str)], "\n".join(map(str, results))
-    return [result[0] for result in results]
-
-
-def _rank(pipe: Any, variables: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(variables)
-    torch.set_num_threads(1)
-    try:
-        group = join(ranks(), torch.device("cpu"))
-        result: Any = (work(group, *args),)
-        group.barrier()
-    except BaseException:
-        result = traceback.format_exc()
-    pipe.send(result)
-    signal.pause()
 
 
 LAYOUTS = {"ddp": 1, "fsdp": 1, "hsdp": 2}

@@ -4,6 +4,7 @@ Shape suffixes: O out features, I in features.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from slope_cli.errors import SlopeError, UsageError, first_line
 from slope_cli.linearize import saved
 from slope_cli.models import shapes
 from sparse_kernels import select_layers, sparsify
+from sparse_kernels.transformers import METHOD  # the import lets transformers load packed folders
 
 SEED = "slope_seed"
 """The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
@@ -94,6 +96,22 @@ def forget_implementations(config: PreTrainedConfig) -> None:
         setattr(config, name, None)
     for part in (value for value in vars(config).values() if isinstance(value, PreTrainedConfig)):
         forget_implementations(part)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder's layers are packed for inference."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    with _named(folder):
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+        return quantization.get("quant_method") == METHOD
+
+
+def require_trainable(folder: Path) -> None:
+    """UsageError if a folder's layers are packed for inference."""
+    if is_packed(folder):
+        raise UsageError(f"{folder}: is packed for inference; give the run or the folder that it was made of")
 
 
 @contextlib.contextmanager

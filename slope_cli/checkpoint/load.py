@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from slope_cli.checkpoint import base_model, hf_folder, run_folder, store
 from slope_cli.config.schema import Config
 from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.linearize import saved
 from slope_cli.methods import phases_of
@@ -54,15 +55,21 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    folder: Path, device: torch.device | str = "cpu", *, checkpoint: store.Checkpoint | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    checkpoint: store.Checkpoint | None = None,
+    group: Group | None = None,
 ) -> Loaded:
     """The model in the folder of a run, of an export, or of any causal model of transformers.
 
     An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
-    a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it.
+    a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it. Packed layers stay packed:
+    they are for inference alone.
 
     Args:
         checkpoint: the result of `store.latest` for a run, so that nothing is hashed twice.
+        group: whose ranks share the hashing and each load the whole model; every rank calls it.
 
     Raises:
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
@@ -71,10 +78,10 @@ def load_model(
     if not run_folder.is_run(folder):
         return Loaded(folder, *hf_folder.load(folder, device))
     config = run_folder.open_config(folder)
-    checkpoint = checkpoint or store.latest(folder)
+    checkpoint = checkpoint or store.latest(folder, group)
     if checkpoint is None:
         raise SlopeError(f"{folder} has no checkpoint yet")
-    for fault in checkpoint.faults:
+    for fault in checkpoint.faults if group is None or group.ranks.first else ():
         print(f"warning: {fault}; using {checkpoint.folder.name}", file=sys.stderr)
     manifest = checkpoint.manifest
     run_folder.require_same_config(config, folder, manifest)
@@ -133,7 +140,8 @@ def is_linearized(folder: Path) -> bool:
     return (folder / saved.FOLDER).is_dir()
 
 
-def require_softmax(folder: Path) -> None:
-    """UsageError if a folder is linearized: no other run can start from it."""
+def require_initial(folder: Path) -> None:
+    """UsageError if no other run can start from a folder: it is linearized, or packed for inference."""
+    hf_folder.require_trainable(folder)
     if is_linearized(folder):
         raise UsageError(f"{folder}: is linearized already; give the model that it was made of")

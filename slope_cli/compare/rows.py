@@ -67,7 +67,7 @@ class Run:
 
     lr: None unless the comparison tried learning rates. val: the last one is after the last step. tokens_per_s: the
     median after the first tenth of the steps. train_seconds: of the training steps alone. peak_memory: bytes, of the
-    GPU's allocator. sizes: in one run of each variant.
+    allocator of the rank with most. sizes: in one run of each variant.
     """
 
     run: str
@@ -135,7 +135,7 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
         tokens=steps * tokens,
         tokens_per_s=median(record["tokens_per_s"] for record in train if record["step"] > steps // 10),
         train_seconds=sum(tokens / record["tokens_per_s"] for record in train if record["tokens_per_s"]),
-        peak_memory=max((record["peak_memory"] for record in train if "peak_memory" in record), default=None),
+        peak_memory=metrics.peak_memory(records),
     )
 
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from slope_cli.config.migrate import migrate
 from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config, Section
 from slope_cli.config.values import Flat, flat, from_recipe, from_word, is_text, may_be_null, refuse_special
-from slope_cli.errors import UsageError, did_you_mean
+from slope_cli.errors import UsageError, did_you_mean, os_reason
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -48,7 +48,7 @@ def recipe_text(name: str) -> str:
         except UnicodeDecodeError:
             raise UsageError(f"{name}: is not a text file; give a recipe in YAML") from None
         except OSError as error:
-            raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
+            raise UsageError(f"{name}: cannot be read: {os_reason(error)}") from None
     if name not in recipe_names():
         raise UsageError(f"{name}: no recipe of this name; {did_you_mean(name, recipe_names())}")
     text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")

@@ -75,7 +75,7 @@ def open_dataset(
     known: Mapping[str, FileIdentity] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Open a prepared folder; with `verify`, check every byte of it against its checksum.
+    """Open a prepared folder and check its tokenizer; with `verify`, check every byte of the text, too.
 
     Args:
         share: (rank, world): of the token files only those that fall to this rank, by size, are checked. All ranks
@@ -91,8 +91,9 @@ def open_dataset(
     manifest = _read_manifest(folder)
     try:
         dataset = _listed(folder, manifest)
+        _verify_tokenizer(folder / "tokenizer", manifest["tokenizer_files"])
         if verify:
-            _verify(dataset, manifest, share, known or {}, check)
+            _verify(dataset, share, known or {}, check)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # sealed, but not by `write_manifest`
         raise SlopeError(f"{folder / MANIFEST}: not the manifest of a data set ({error!r})") from error
     return dataset
@@ -117,18 +118,20 @@ def _listed(folder: Path, manifest: dict[str, Any]) -> Dataset:
     )
 
 
+def _verify_tokenizer(folder: Path, listed: Mapping[str, str]) -> None:
+    """Check that the tokenizer's files are those that the text was prepared with, by their hashes, and no others."""
+    for name, digest in listed.items():
+        if file_sha256(folder / name) != digest:
+            raise SlopeError(f"{folder / name}: damaged, its checksum is not that in {MANIFEST}")
+    for path in folder.glob("[!.]*"):
+        if path.is_file() and path.name not in listed:
+            raise SlopeError(f"{path}: is not of this data set, and may change its tokenizer; remove it")
+
+
 def _verify(
-    dataset: Dataset,
-    manifest: dict[str, Any],
-    share: tuple[int, int],
-    known: Mapping[str, FileIdentity],
-    check: Callable[[], None],
+    dataset: Dataset, share: tuple[int, int], known: Mapping[str, FileIdentity], check: Callable[[], None]
 ) -> None:
-    """Check the tokenizer's files, and the token files of a share; notes these in `dataset.verified`."""
-    for name, digest in manifest["tokenizer_files"].items():
-        path = dataset.folder / "tokenizer" / name
-        if file_sha256(path) != digest:
-            raise SlopeError(f"{path}: damaged, its checksum is not that in {MANIFEST}")
+    """Check the token files of a share, and note them in `dataset.verified`."""
     files = (*dataset.train, *dataset.val.values())
     # Whose share a file is does not depend on `known`, so that ranks that see other times do not leave one out.
     for file in _share(files, *share):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from slope_cli.data.dataset import Dataset
 from slope_cli.data.token_file import TokenFile
-from slope_cli.errors import SlopeError
-from slope_cli.utils.files import LOCK, open_own
+from slope_cli.errors import SlopeError, UsageError, os_reason
+from slope_cli.utils.files import held_folder, open_own
 
-POLL_SECONDS = 0.2
 COARSEST_NS = 2_000_000_000
 """Some file systems keep times to two seconds."""
 
@@ -42,16 +38,16 @@ def stage(dataset: Dataset, directory: Path, say: Callable[[str], None], check: 
         directory.expanduser().mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         _require_own(folder)
-        with _locked(folder, check):
+        with held_folder(folder, check=check):  # a copy of another run may take an hour
             missing = [file for file in _files(dataset) if _copy_of(file, dataset, folder) is None]
             _require_room(folder, sum(file.identity.size for file in missing))
             for file in missing:
                 copied.append(folder / file.path.relative_to(dataset.folder))
                 _copy(file, copied[-1], check)
-    except OSError as error:
+    except (OSError, UsageError) as error:
         for path in copied:
             path.unlink(missing_ok=True)
-        reason = f"{error.filename or folder}: {error.strerror}"
+        reason = f"{error.filename or folder}: {os_reason(error)}" if isinstance(error, OSError) else str(error)
         say(f"warning: data.local_copy={directory}: {reason}; the data are read from {dataset.folder}")
 
 
@@ -119,17 +115,3 @@ def _copy(file: TokenFile, target: Path, check: Callable[[], None]) -> None:
         os.rename(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Lock a folder, after any wait: a copy may take an hour."""
-    with open(open_own(folder / LOCK, os.O_RDWR), "rb+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check()
-                time.sleep(POLL_SECONDS)
-        yield

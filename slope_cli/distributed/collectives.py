@@ -168,6 +168,11 @@ def begin_alone(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
+def send_from_first(tensor: Tensor) -> None:
+    """Overwrite a contiguous tensor on a device with that of rank 0, bit for bit, whatever its dtype."""
+    dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+
+
 def sum_among(tensor: Tensor, among: dist.ProcessGroup) -> Tensor:
     """Sum a tensor over some processes, in place."""
     dist.all_reduce(tensor, group=among)

@@ -7,7 +7,8 @@ chooses by, and what `slope pretrain --dry-run --gpus N` prints. Nothing here ne
 
 Weights are gathered in 16 bits, and gradients are reduced in float32 for each micro-batch. gather=block gathers the
 weights of a block before its forward and again before its backward pass, gather=step all of them once a step. A sparse
-layer gathers its kept entries, half of a dense layer's bytes, and packs them then. Masks are whole on every GPU.
+layer gathers its kept entries, half of a dense layer's bytes, and packs them then: for a step into memory of its own,
+for a block into that of all layers of the same sides. Masks are whole on every GPU.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,13 +68,15 @@ class Unit:
 class Sizes:
     """A model in one phase of a run.
 
-    rest: all outside the blocks. rows: output features of every sparse or masked layer. activation_bytes: of one
-    micro-batch, by train.activation_checkpointing; empty where there is no estimate.
+    rest: all outside the blocks. rows: output features of every sparse or masked layer. shared_packed_bytes: of both
+    packed copies of one sparse layer of each kind. activation_bytes: of one micro-batch, by
+    train.activation_checkpointing; empty where there is no estimate.
     """
 
     blocks: tuple[Unit, ...]
     rest: Unit
     rows: tuple[int, ...] = ()
+    shared_packed_bytes: int = 0
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -91,15 +94,13 @@ class Sizes:
 class Layout:
     """A layout of a run: its name, on how many GPUs the state is split, and how long weights stay gathered ("" in ddp).
 
-    keeps_weights: with gather=step, whether the gathered weights stay in memory between micro-batches. keeps_packed:
-    whether the packed copies of all sparse layers stay, as they do, or those of two blocks.
+    keeps_weights: with gather=step, whether the gathered weights stay in memory between micro-batches.
     """
 
     name: str
     shard: int = 1
     gather: str = ""
     keeps_weights: bool = True
-    keeps_packed: bool = True
 
     def __str__(self) -> str:
         how = f", gather={self.gather}" if self.gather else ""
@@ -191,7 +192,7 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
         gathered = 2 * (whole.parameters if kept else rest.parameters + two_blocks * block.parameters)
-        packed = packed if layout.keeps_packed else rest.packed_bytes + two_blocks * block.packed_bytes
+        packed = sizes.shared_packed_bytes if layout.gather == "block" else packed
         in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
     return Memory(
         weights=_split(4 * whole.parameters, shard),

@@ -102,6 +102,7 @@ class Peers:
     def __init__(self, ranks: Ranks, sockets: dict[int, socket.socket]) -> None:
         global _current
         self._ranks, self._sockets = ranks, sockets
+        self._stream = sys.stderr  # what silences a library redirects it meanwhile
         self._said: dict[int, dict[str, Any]] = {}
         self._gone: set[int] = set()
         self._ending = False
@@ -151,7 +152,7 @@ class Peers:
         if self._ranks.first:
             self._dismiss(self._died(lost) if lost else "", same=bool(lost))
         elif lost and self._ranks.rank == 1:  # which speaks for all
-            print(self._died(lost), file=sys.stderr)
+            self._say(self._died(lost))
         _exit(1)
 
     def _lost(self) -> list[int]:
@@ -183,8 +184,7 @@ class Peers:
                 code = 1
             elif text:
                 text = "" if self._said.get(0, {}).get("same") else _named(text, self._ranks.name)
-            if text:
-                print(text, file=sys.stderr)
+            self._say(text)
             _exit(0 if code == STOPPED else code)
         failed = code not in (0, STOPPED)
         others = self._sockets.keys()
@@ -199,13 +199,16 @@ class Peers:
 
     def _dismiss(self, text: str, *, same: bool = False) -> None:
         """Answer the others, who then end, and wait until they have; same: none of them shows a text of its own."""
-        if text:
-            print(text, file=sys.stderr)
+        self._say(text)
         for number in self._sockets:
             self._send(number, {"same": same or self._said.get(number, {}).get("text") == text, "code": 0})
         self._wait(lambda: self._said.keys() <= self._gone, 30)
         if self._ranks.world > self._ranks.local_world:
             time.sleep(0.5)  # a launcher hears of the ends on other hosts later than this process does
+
+    def _say(self, text: str) -> None:
+        if text:
+            print(text, file=self._stream, flush=True)
 
     def _send(self, number: int, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it has died

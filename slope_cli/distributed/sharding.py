@@ -5,12 +5,14 @@ gradients in float32. Here is what sparse layers need at its edges:
 
 * A sparse layer's `values` are split in whole groups of rows, so that each process chooses the masks of its own rows
   from its own float32 weights, as one process would; then the bits are gathered. Masks are whole everywhere.
+* Rank 0 alone has the model before it is split, and sends the others one block at a time.
 * Vectors (biases, norms) stay whole and float32; their gradients are averaged after the backward pass.
+* Weights that are gathered for a block are packed for each product, in memory that layers of the same sides share.
 
 Shape suffixes: O out features, I in features, R rows of this process, K kept entries of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,10 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from slope_cli.distributed.collectives import begin_alone, gather_equal, sum_among
+from slope_cli.distributed.collectives import begin_alone, gather_equal, send_from_first, sum_among
 from slope_cli.distributed.layouts import Layout
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, share_packed, sparse_layers
 from sparse_kernels.layers import layer_seed
 from sparse_kernels.sharded import local, local_rows
 
@@ -50,16 +52,41 @@ class Sharding:
     # ------------------------------------------------------------------------------------------------- splitting
 
     def split(self, model: nn.Module) -> None:
-        """Move a model to the device, block by block, and split its matrices; call it before any optimizer is made."""
-        vectors = {p for p in model.parameters() if p.dim() < 2}
-        for vector in vectors:
-            vector.data = vector.data.to(self.device)
+        """Bring a model to the device, block by block, and split its matrices; call it before any optimizer is made.
+
+        Args:
+            model: rank 0's, on any device. The others' may lie on "meta": they get its tensors.
+        """
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+                setattr(module, name, self._sent(buffer))
+        self._bring(model, lambda parameter: parameter.dim() < 2)
+        vectors = {p for p in model.parameters() if p.dim() < 2}
         for block in transformer_blocks(model):
+            self._bring(block, lambda parameter: parameter not in vectors)
             self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
+        self._bring(model, lambda parameter: parameter not in vectors and not isinstance(parameter, DTensor))
         self._split(model, self._elsewhere, reshard=False, whole=vectors)
+        if self.layout.gather == "block":
+            share_packed(model)
+
+    def _bring(self, module: nn.Module, which: Callable[[nn.Parameter], bool]) -> None:
+        """Replace parameters by rank 0's, on the device; what is shared stays so."""
+        brought: dict[nn.Parameter, nn.Parameter] = {}
+        for inner in module.modules():
+            for name, old in list(inner.named_parameters(recurse=False)):
+                if which(old):
+                    if old not in brought:
+                        brought[old] = nn.Parameter(self._sent(old.detach()), requires_grad=old.requires_grad)
+                    setattr(inner, name, brought[old])
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on the device."""
+        meta = tensor.is_meta
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) if meta else tensor.to(self.device)
+        own = own.contiguous()
+        send_from_first(own)
+        return own
 
     def split_adapters(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Split the adapters that joined a model after it was split, in the optimizer too, which has no state of them.

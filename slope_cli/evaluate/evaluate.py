@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slope_cli.checkpoint.load import Loaded, load_model
-from slope_cli.distributed.launch import pick_device
+from slope_cli.distributed import launch
+from slope_cli.distributed.collectives import Group, join
 from slope_cli.errors import UsageError, first_line, one_line
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.perplexity import measure, open_validation
@@ -38,51 +42,95 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or a folder that transformers reads, such as `slope export` writes.
 
-    Sparse layers stay sparse, and adapters are part of the model; bf16 on a GPU, else float32.
+    Sparse layers stay sparse, and adapters are part of the model; bf16 on a GPU, else float32. Each of the processes
+    that srun or torchrun started has the whole model; blocks of text and requests of tasks are dealt to them.
 
     Args:
         data_folder: prepared data with validation text; None for the run's own.
         perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
-        task_names: keys of `lm_tasks.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
+        task_names: keys of `rows.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
         limit: the maximum number of rows of each task (of MMLU: of each subject); None for all.
         batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
         branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
         out: a file to which the result is written as JSON.
 
     Returns:
-        run or folder (its name), step, objective, branch if given, perplexity (see `measure`) or None, tasks (see
-        `lm_tasks.score`), failed (the error of each task that could not be scored; absent without one), versions.
+        The same on every rank: run or folder (its name), step, objective, branch if given, perplexity (see `measure`)
+        or None, tasks (see `lm_tasks.score`), failed (the error of each task that could not be scored; absent without
+        one), versions.
 
     Raises:
         UsageError: no run and no model, an unknown branch or a model without branches, data of another tokenizer,
             no validation text, a block longer than the positions, tasks with a masked model, and as `lm_tasks.load`.
-        SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written.
+        SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written, ranks that
+            do not come.
     """
-    if not perplexity and not task_names:
-        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
+    place = launch.pick_device(device, ranks := launch.ranks())
+    group = join(ranks, place)
+    group.first(lambda: _check(perplexity or bool(task_names), out))
     names = lm_tasks.check_names(task_names)
-    loaded = load_model(folder, pick_device(device))
-    if names and loaded.objective == "masked":
-        raise UsageError(f"{folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
-    dataset = open_validation(loaded, data_folder) if perplexity else None
-    tasks = lm_tasks.load(names, task_data) if names else []
+    loaded = load_model(folder, place, group=group)
+    dataset = open_validation(loaded, data_folder, group) if perplexity else None
     result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
     result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
     result |= {"perplexity": None, "tasks": {}, "versions": environment() | {"device": loaded.model.device.type}}
+    keep = partial(group.first, lambda: write_json(out, result) if out else None)
     with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
-        lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch or REQUESTS) if tasks else None
-        # All before any is scored: a choice that is too long should not cost hours.
-        requests = [lm_tasks.requests_of(lm, task, limit) for task in tasks] if lm else []
+        tasks = _Tasks(loaded, names, task_data, limit=limit, batch=batch or REQUESTS, group=group)
         if dataset is not None:
-            result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch)
-            _keep(result, out)
-        for task, of_task in zip(tasks, requests, strict=True):
-            with _failure_noted(result, task.name):
-                result["tasks"][task.name] = lm_tasks.score(lm, task, limit, of_task)
-            _keep(result, out)
+            result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch, group=group)
+            keep()
+        for name in names:
+            with _failure_noted(result, name):
+                result["tasks"][name] = tasks.score(name)
+            keep()
     return result
+
+
+class _Tasks:
+    """Tasks that are asked of a model: rank 0 reads the rows and scores, and every rank answers its share."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        names: Sequence[str],
+        folder: Path | None,
+        *,
+        limit: int | None,
+        batch: int,
+        group: Group,
+    ) -> None:
+        """All is read and checked before any is scored: a choice that is too long should not cost hours."""
+        if names and loaded.objective == "masked":
+            raise UsageError(f"{loaded.folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
+        self._limit, self._group, self._tasks = limit, group, dict[str, lm_tasks.LoadedTask]()
+        self._lm: Any = None
+
+        def read() -> dict[str, lm_tasks.Requests]:
+            self._tasks = {task.name: task for task in lm_tasks.load(names, folder)}
+            self._lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch)
+            return {name: lm_tasks.requests_of(self._lm, task, limit) for name, task in self._tasks.items()}
+
+        self._requests = group.first(read) if names else {}
+        if names and not group.ranks.first:
+            self._lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch)
+
+    def score(self, name: str) -> dict[str, Any]:
+        """See `lm_tasks.score`; the same on every rank, as are its errors."""
+        started, requests = time.perf_counter(), self._requests[name]
+        answers = lm_tasks.answers_of(self._lm, requests.pairs, self._group)
+        scores = self._group.first(lambda: lm_tasks.score(self._tasks[name], requests, answers, self._limit))
+        if self._group.ranks.first:
+            print(f"{name}: {scores['n']:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        return scores
+
+
+def _check(asked: bool, out: Path | None) -> None:
+    """UsageError if nothing is asked, or the result cannot be written there."""
+    if not asked:
+        raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
 
 
 @contextlib.contextmanager
@@ -95,12 +143,6 @@ def _failure_noted(result: dict[str, Any], task_name: str) -> Iterator[None]:
             raise
         reason = one_line(error) or f"{type(error).__name__}: {first_line(error)}"
         result.setdefault("failed", {})[task_name] = reason
-
-
-def _keep(result: dict[str, Any], out: Path | None) -> None:
-    """Write what is known so far."""
-    if out is not None:
-        write_json(out, result)
 
 
 def _only_branch(loaded: Loaded, branch: str | None) -> contextlib.AbstractContextManager[Any]:

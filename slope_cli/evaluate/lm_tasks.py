@@ -6,100 +6,31 @@ A local task is lm-eval's own YAML, except for the source of its rows and the sp
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
-import json
 import logging
 import math
-import sys
-import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
+from slope_cli.evaluate.rows import LAYOUTS, Row, read_rows, rows_file
 
 if TYPE_CHECKING:  # lm-eval is an optional dependency
-    from lm_eval.api.group import Group
+    from lm_eval.api.group import Group as TaskGroup
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
-Row = dict[str, Any]
-ENDINGS = (".jsonl", ".jsonl.gz")
-
-
-class Layout(NamedTuple):
-    """The fields that the rows of a task must have; a dot leads into an object.
-
-    Attributes:
-        folder: of the task, inside lm_eval/tasks.
-        texts: fields with a text.
-        lists: fields with a list of texts, all of one length.
-        answer: the field with the right answer.
-        answers: the possible answers of a row.
-        rule, holds: a further condition, as a message and as a function.
-        subject: the field that names the subtask of a row.
-    """
-
-    folder: str
-    texts: tuple[str, ...]
-    lists: tuple[str, ...]
-    answer: str
-    answers: Callable[[Row], Sequence[str | int]]
-    rule: str = ""
-    holds: Callable[[Row], bool] = lambda row: True
-    subject: str = ""
-
-    @property
-    def columns(self) -> list[str]:
-        """The top-level fields."""
-        return list(dict.fromkeys(field.partition(".")[0] for field in (*self.texts, *self.lists, self.answer)))
-
-
-def _lettered(folder: str, question: str) -> Layout:
-    """Choices with labels of their own, such as A to D, one of which is the answer."""
-    lists = ("choices.text", "choices.label")
-    return Layout(folder, (question,), lists, "answerKey", lambda row: row["choices"]["label"])
-
-
-LAYOUTS = {
-    "hellaswag": Layout(
-        "hellaswag",
-        ("activity_label", "ctx_a", "ctx_b"),
-        ("endings",),
-        "label",
-        lambda row: [str(number) for number in range(len(row["endings"]))],
-    ),
-    "piqa": Layout("piqa", ("goal", "sol1", "sol2"), (), "label", lambda row: (0, 1)),
-    "arc_easy": _lettered("arc", "question"),
-    "arc_challenge": _lettered("arc", "question"),
-    "openbookqa": _lettered("openbookqa", "question_stem"),
-    "winogrande": Layout(
-        "winogrande",
-        ("sentence", "option1", "option2"),
-        (),
-        "answer",
-        lambda row: ("1", "2"),
-        rule="the sentence needs a gap (_) and words after it",
-        holds=lambda row: bool(row["sentence"].partition("_")[2].strip()),
-    ),
-    "mmlu": Layout(
-        "mmlu/default",
-        ("question", "subject"),
-        ("choices",),
-        "answer",
-        lambda row: (0, 1, 2, 3),
-        rule="needs four choices",
-        holds=lambda row: len(row["choices"]) == 4,
-        subject="subject",
-    ),
-}
+Pair = tuple[str, str]
+Answer = tuple[float, bool]
 
 
 class LoadedTask(NamedTuple):
@@ -169,7 +100,7 @@ def _from_hub(manager: TaskManager, name: str) -> LoadedTask:
 
 def _from_files(manager: TaskManager, name: str, folder: Path) -> LoadedTask:
     layout, configs = LAYOUTS[name], dict(_configs(manager, name))
-    split, path = _rows_file(folder / name, next(iter(configs.values())))
+    split, path = rows_file(folder / name, next(iter(configs.values())))
     rows = read_rows(path, layout, subjects={config.get("dataset_name") for config in configs.values()})
     tasks = {}
     for leaf, config in configs.items():
@@ -197,9 +128,9 @@ def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, A
         yield from _configs(manager, child)
 
 
-def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | Group]:
+def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | TaskGroup]:
     """The task of this name, or its group with those of its tasks that are in `tasks`; empty if there are none."""
-    from lm_eval.api.group import Group
+    from lm_eval.api.group import Group as TaskGroup
 
     children, entry = _children(manager, name), manager.task_index[name]
     if children is None:
@@ -207,7 +138,7 @@ def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]
     items = [item for child in children for item in _tree(manager, child, tasks)]
     if entry.yaml_path is None or not items:
         return items
-    group = Group.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
+    group = TaskGroup.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
     for item in items:
         group.add(item)
     return [group]
@@ -223,82 +154,6 @@ def _task(config: dict[str, Any], split: str, rows: list[Row]) -> ConfigurableTa
     rest = {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
     dataset = {split: Dataset.from_list(rows)}
     return ConfigurableTask(config=kept | splits | rest | {"custom_dataset": lambda **_: dataset})
-
-
-# ---------------------------------------------------------------------------------------------------------- rows
-
-
-def _rows_file(folder: Path, config: dict[str, Any]) -> tuple[str, Path]:
-    """The split that lm-eval would score, or another one if only that has a file; and the file."""
-    splits = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
-    for split in splits:
-        for ending in ENDINGS:
-            if (path := folder / f"{split}{ending}").is_file():
-                return split, path
-    wanted = " or ".join(f"{split}.jsonl" for split in splits)
-    raise UsageError(f"--task-data: no {folder / wanted} (.gz)")
-
-
-def read_rows(path: Path, layout: Layout, subjects: Iterable[str | None] = ()) -> list[Row]:
-    """The rows of a JSONL file, reduced to the fields of the layout.
-
-    Raises:
-        UsageError: the file cannot be read or contains no rows, or a row lacks a field or has an unknown answer or
-            subject; the message names file, line and field.
-    """
-    known, rows = set(subjects), []
-    open_text: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_row(f"{path} line {number}", line, layout, known))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
-    if not rows:
-        raise UsageError(f"{path}: contains no rows")
-    return rows
-
-
-def _row(where: str, line: str, layout: Layout, subjects: set[str | None]) -> Row:
-    """One line as a row, its answer written as in `Layout.answers`."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise UsageError(f"{where}: is not JSON") from None
-    if fault := _fault(row, layout):
-        raise UsageError(f"{where}: {fault}")
-    if layout.subject and row[layout.subject] not in subjects:
-        raise UsageError(f"{where}: {layout.subject} {row[layout.subject]!r} is unknown to lm-eval")
-    given, allowed = str(row[layout.answer]).strip(), layout.answers(row)
-    answer = next((known for known in allowed if str(known) == given), None)
-    if answer is None:
-        raise UsageError(f"{where}: {layout.answer} {given!r} is not one of {', '.join(map(str, allowed))}")
-    return {column: row[column] for column in layout.columns} | {layout.answer: answer}
-
-
-def _fault(row: Any, layout: Layout) -> str:
-    """The first fault of a row; empty for a sound one."""
-    for field in (*layout.texts, *layout.lists, layout.answer):
-        value = _value(row, field)
-        if value is None:
-            return f"has no field {field}"
-        if field in layout.texts and not isinstance(value, str):
-            return f"{field} is not a text"
-        if field in layout.lists and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
-            return f"{field} is not a list of texts"
-    if len({len(_value(row, field)) for field in layout.lists}) > 1:
-        return f"{' and '.join(layout.lists)} have different lengths"
-    if len(layout.answers(row)) < 2:
-        return "needs at least two choices"
-    return "" if layout.holds(row) else layout.rule
-
-
-def _value(row: Any, field: str) -> Any:
-    """The value at a dotted path, or None."""
-    for part in field.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
 
 
 # ------------------------------------------------------------------------------------------------------- scoring
@@ -323,47 +178,86 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
 
 
 class Requests(NamedTuple):
-    """Of what a task asks: the chance of each row, and the number of rows longer than the model's positions."""
+    """What a task asks.
 
+    Attributes:
+        pairs: each context with a continuation, once.
+        chances: of each row, the accuracy of a random choice.
+        truncated: the number of rows that are longer than the model's positions.
+    """
+
+    pairs: list[Pair]
     chances: list[float]
     truncated: int
 
 
-def score(lm: HFLM, task: LoadedTask, limit: int | None = None, requests: Requests | None = None) -> dict[str, Any]:
+def answers_of(lm: HFLM, pairs: Sequence[Pair], group: Group | None = None) -> dict[Pair, Answer]:
+    """The log-likelihood of each continuation after its context, and whether it is the likeliest one.
+
+    Args:
+        group: the ranks to which the pairs are dealt, those of one context to the same rank, which reads it once; every
+            rank calls this with the same pairs and gets all answers.
+    """
+    from lm_eval.api.instance import Instance
+
+    group = group or Group()
+    numbers = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
+    own = [pair for pair in pairs if numbers[pair[0]] % group.ranks.world == group.ranks.rank]
+
+    def answer() -> dict[Pair, Answer]:
+        requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(own)]
+        with quiet():
+            return dict(zip(own, lm.loglikelihood(requests), strict=True))
+
+    return {pair: found for part in group.gather(group.agreed(answer)) for pair, found in part.items()}
+
+
+def score(
+    task: LoadedTask, requests: Requests, answers: Mapping[Pair, Answer], limit: int | None = None
+) -> dict[str, Any]:
     """Score one task zero-shot.
 
     Args:
+        requests: of this task and limit.
+        answers: to its pairs.
         limit: the maximum number of rows, of a group in each of its tasks; None for all.
-        requests: of this task and limit, if known.
 
     Returns:
         acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
         expected accuracy of random choices; `above_chance`, whether acc exceeds it by more than two standard errors of
         random choices; `n` rows of `split`; `truncated`, the number of rows whose prompt is longer than the model's
         positions and loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
-
-    Raises:
-        UsageError: as `requests_of`.
     """
     import lm_eval
 
-    started = time.perf_counter()
-    chances, truncated = requests or requests_of(lm, task, limit)
     with quiet():
-        output = lm_eval.evaluate(lm, task.task_dict, limit=limit, log_samples=False)
-    results, groups, n = output["results"], task.task_dict.get("groups", {}), len(chances)
+        output = lm_eval.evaluate(_answering(answers), task.task_dict, limit=limit, log_samples=False)
+    chances, results, groups = requests.chances, output["results"], task.task_dict.get("groups", {})
+    n = len(chances)
     chance, error = sum(chances) / n, math.sqrt(sum(p * (1 - p) for p in chances)) / n
     scores = _scores(results[task.name])
     scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error, "n": n, "split": task.split}
-    scores |= {"truncated": truncated, "version": output["versions"].get(task.name)}
+    scores |= {"truncated": requests.truncated, "version": output["versions"].get(task.name)}
     if groups:
         scores["groups"] = {name: _scores(results[name]) for name in groups if name != task.name}
         scores["subjects"] = {
             name.removeprefix(f"{task.name}_"): _scores(results[name]) | {"n": output["n-samples"][name]["effective"]}
             for name in task.leaves
         }
-    print(f"{task.name}: {n:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return scores
+
+
+def _answering(answers: Mapping[Pair, Answer]) -> LM:
+    """A model that knows these answers already, for lm-eval."""
+    from lm_eval.api.model import LM
+
+    class Answering(LM):  # type: ignore[misc] # lm-eval has no types
+        def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
+            return [answers[request.args] for request in requests]
+
+        loglikelihood_rolling = generate_until = loglikelihood  # no task here asks for them
+
+    return Answering()
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
@@ -379,16 +273,18 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
 
 def requests_of(lm: HFLM, task: LoadedTask, limit: int | None = None) -> Requests:
     """The requests of a task; UsageError for a choice that is longer than the model's positions."""
+    pairs: dict[Pair, None] = {}
     chances: list[float] = []
     truncated = 0
     with quiet():
         for leaf in task.leaves.values():
             leaf.build_all_requests(limit=limit, rank=0, world_size=1)
+            pairs |= dict.fromkeys(instance.args for instance in leaf.instances)
             choices = Counter(instance.doc_id for instance in leaf.instances)
             chances += [1 / count for count in choices.values()]
             long = {instance.doc_id for instance in leaf.instances if _too_long(lm, task.name, *instance.args)}
             truncated += len(long)
-    return Requests(chances, truncated)
+    return Requests(list(pairs), chances, truncated)
 
 
 def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:

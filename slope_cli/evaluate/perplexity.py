@@ -3,6 +3,7 @@
 Shape suffixes: N blocks, B blocks of a batch, T positions, V vocabulary.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from slope_cli.data.batches import IGNORED_LABEL, Batch, val_batches
 from slope_cli.data.dataset import NO_VALIDATION, Dataset, open_dataset
 from slope_cli.data.token_file import TokenFile
 from slope_cli.data.tokenizer import load_tokenizer, masking_ids, require_same_tokens
+from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.loss import autocast, forward
 
@@ -63,8 +65,8 @@ class BlockLosses(NamedTuple):
         return float(residuals_N @ residuals_N) * count / (count - 1)
 
 
-def open_validation(loaded: Loaded, folder: Path | None) -> Dataset:
-    """The data set in a folder, or the run's own if None.
+def open_validation(loaded: Loaded, folder: Path | None, group: Group | None = None) -> Dataset:
+    """The data set in a folder, or the run's own if None; each rank of the group checks its share of the bytes.
 
     Raises:
         UsageError: no data set, or one that was prepared with another tokenizer than the model's.
@@ -74,7 +76,9 @@ def open_validation(loaded: Loaded, folder: Path | None) -> Dataset:
         if loaded.config is None:
             raise UsageError(f"{loaded.folder}: is not a run with its own data; give --data, or --no-perplexity")
         folder = run_folder.data_folder(loaded.config, loaded.folder)
-    dataset, vocab_size = open_dataset(folder), loaded.model.config.vocab_size
+    group, vocab_size = group or Group(), loaded.model.config.vocab_size
+    share = group.ranks.rank, group.ranks.world
+    dataset = group.agreed(lambda: open_dataset(folder, share=share))
     for file in dataset.val.values():
         if (token_id := file.header.max_id) >= vocab_size:
             raise UsageError(f"{file.path}: token id {token_id} is above the model's vocabulary of {vocab_size}")
@@ -91,6 +95,7 @@ def measure(
     seq_len: int | None = None,
     batch: int | None = None,
     first_bucket: int = 64,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """The loss of a model on the validation text of a data set, over all of it and by source.
 
@@ -101,6 +106,7 @@ def measure(
         tokens: the maximum of each source, in evenly spaced blocks; None for all blocks.
         seq_len: tokens of a block; None for the run's own, or 1,024 at most.
         batch: blocks at a time; None for the run's micro-batch.
+        group: the ranks to which the batches are dealt; every rank calls this with the same model and gets the result.
         first_bucket: positions in the first bucket of the loss by position; each later one ends at twice the position.
 
     Returns:
@@ -113,7 +119,7 @@ def measure(
         UsageError: no validation text, or seq_len is beyond the positions.
         SlopeError: a loss that is not finite.
     """
-    config, positions = loaded.config, loaded.model.config.max_position_embeddings
+    group, config, positions = group or Group(), loaded.config, loaded.model.config.max_position_embeddings
     length = seq_len or (min(positions, LONGEST) if config is None else config.train.seq_len)
     if length > positions:
         raise UsageError(f"--seq-len {length}: the model has only {positions} positions")
@@ -125,9 +131,10 @@ def measure(
         batches = val_batches(
             file, seq_len=length, tokens=most, micro_batch=micro_batch, masking=masking, seed=loaded.seed
         )
-        if (losses := _block_losses(loaded, file, batches)) is not None:
+        if (losses := _block_losses(loaded, file, batches, group)) is not None:
             sources[source] = losses
-            print(f"{source}: {losses.tokens:,} tokens, loss {losses.nats / losses.tokens:.4f}", file=sys.stderr)
+            if group.ranks.first:
+                print(f"{source}: {losses.tokens:,} tokens, loss {losses.nats / losses.tokens:.4f}", file=sys.stderr)
     if not sources:
         raise UsageError(f"{dataset.folder}: has no validation text, {NO_VALIDATION}")
     result = _statistics(list(sources.values()), first_bucket)
@@ -135,28 +142,37 @@ def measure(
     return result | {"seq_len": length, "data": dataset.fingerprint}
 
 
-def _block_losses(loaded: Loaded, file: TokenFile, batches: Iterator[Batch]) -> BlockLosses | None:
+def _block_losses(loaded: Loaded, file: TokenFile, batches: Iterator[Batch], group: Group) -> BlockLosses | None:
     """The losses of a source; None if none of its tokens is predicted."""
-    device, parts = loaded.model.device, []
-    with torch.no_grad(), autocast(device):
-        for batch in batches:
-            tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-            nats_BT, predicted_BT = _token_losses(loaded, tensors)
-            parts.append((nats_BT.sum(1), predicted_BT.sum(1), nats_BT.sum(0), predicted_BT.sum(0)))
+    dealt = itertools.islice(batches, group.ranks.rank, None, group.ranks.world)
+    by_rank = group.gather(group.agreed(lambda: _batch_losses(loaded, dealt)))
+    parts = [part for row in itertools.zip_longest(*by_rank) for part in row if part is not None]
     if not parts:
         return None
     nats_N, tokens_N, nats_T, tokens_T = zip(*parts, strict=True)
     known = loaded.objective == "causal" and file.header.text_bytes
     losses = BlockLosses(
-        torch.cat(nats_N).cpu().numpy(),
-        torch.cat(tokens_N).cpu().numpy(),
-        torch.stack(nats_T).sum(0).cpu().numpy(),
-        torch.stack(tokens_T).sum(0).cpu().numpy(),
+        np.concatenate(nats_N),
+        np.concatenate(tokens_N),
+        np.sum(nats_T, axis=0),
+        np.sum(tokens_T, axis=0),
         bytes_per_token=file.header.text_bytes / file.header.tokens if known else None,
     )
     if not math.isfinite(losses.nats):
         raise SlopeError(f"{loaded.folder}: the loss is not finite")
     return losses if losses.tokens else None
+
+
+def _batch_losses(loaded: Loaded, batches: Iterator[Batch]) -> list[tuple[NDArray[Any], ...]]:
+    """Of each batch the first four attributes of BlockLosses: (B), (B), (T), (T), float64 and int64."""
+    device, sums = loaded.model.device, []
+    with torch.no_grad(), autocast(device):
+        for batch in batches:
+            tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+            nats_BT, predicted_BT = _token_losses(loaded, tensors)
+            sums.append((nats_BT.sum(1), predicted_BT.sum(1), nats_BT.sum(0), predicted_BT.sum(0)))
+    # Read from the device only now, so that it need not wait between batches.
+    return [tuple(tensor.cpu().numpy() for tensor in of_batch) for of_batch in sums]
 
 
 def _token_losses(loaded: Loaded, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

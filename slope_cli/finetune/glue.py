@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.data.tokenizer import masking_ids
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, os_reason
 from slope_cli.finetune.examples import Evaluation, Example, Logits, Task, cut, join, standard_error
 
 Numbers = NDArray[np.float64]
@@ -155,7 +155,7 @@ def _tsv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason})") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {os_reason(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from slope_cli.data.tokenizer import masking_ids
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, os_reason
 from slope_cli.finetune.examples import Evaluation, Example, Logits, Task, join, standard_error
 
 Span = tuple[int, int]
@@ -79,7 +79,7 @@ class SquadTask(Task):
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UsageError(f"{path}: cannot be read: {os_reason(error)}") from None
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
         except (UnicodeDecodeError, RecursionError) as error:

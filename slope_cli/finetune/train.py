@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config.schema import MAX_SEED, OptimConfig
 from slope_cli.config.values import flat
@@ -116,6 +117,7 @@ def finetune(
         seq_len=task.seq_len if seq_len is None else seq_len,
         seed=seed,
     )
+    hf_folder.require_trainable(folder)
     loaded = load_model(folder, pick_device("auto"))
     if loaded.objective != "masked":
         raise UsageError(f"{folder}: contains a {loaded.model.config.model_type} model; only BERT can be fine-tuned")

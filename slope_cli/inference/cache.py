@@ -14,14 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_cli.linearize.linear_window import LinearWindow
-from sparse_kernels.attention import decode_attention
+from sparse_kernels.attention import attend_new_tokens, attention_space, turn
 
-
-class Step(NamedTuple):
-    """Where the new tokens of a step are: (B,), int64 places from 0, and int32 lengths, the new tokens included."""
-
-    places: Tensor
-    lengths: Tensor
+Shape = tuple[int, int, int, int]
+"""(slots, G, T, D)."""
 
 
 class Prompts(NamedTuple):
@@ -32,13 +28,17 @@ class Prompts(NamedTuple):
 
 
 class AttentionCache(Protocol):
-    """The attention of one layer over what it remembers; queries, keys and values have their positions in them."""
+    """The attention of one layer over what it remembers.
 
-    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+    It is given queries, keys and values in one tensor, in this order of heads, and what `turn` takes (2, …, D) where
+    queries and keys are to be turned by their positions.
+    """
+
+    def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """Whole prompts, which their slots then remember and nothing else: (P, T, H, D), anything for padding."""
 
-    def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
-        """One token for each of the first B slots: (B, H, D). Fit for a CUDA graph."""
+    def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
+        """One token for each of the first B slots, at its place (int32): (B, H, D). Fit for a CUDA graph."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let slot `target` remember what `source` does, a text of so many tokens."""
@@ -50,14 +50,20 @@ class AttentionCache(Protocol):
 class SoftmaxCache:
     """All keys and values of every slot: (slots, G, T, D)."""
 
-    def __init__(self, shape: tuple[int, int, int, int], scale: float, window: int, like: Tensor) -> None:
-        """window: of a sliding window; 0 for none. like: a tensor of the dtype and the device."""
+    def __init__(
+        self, shape: Shape, heads: int, scale: float, window: int, like: Tensor, space: Tensor | None = None
+    ) -> None:
+        """heads: of queries. window: of a sliding window; 0 for none. like: a tensor of the dtype and the device.
+
+        space: that of another layer, whose steps come before this one's or after them.
+        """
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.scale, self.window = scale, window
+        self.space = attention_space(self.keys, heads) if space is None else space
 
-    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+    def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Padding comes after all that a token sees, and later tokens overwrite it."""
-        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in (q_PTHD, k_PTGD, v_PTGD))
+        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in _turned_heads(qkv_PTSD, rotary, self.keys.shape[1]))
         (P, H, T, _), mask_TT = q_PHTD.shape, None
         for kept, new in ((self.keys, k_PGTD), (self.values, v_PGTD)):
             kept[prompts.slot : prompts.slot + P, :, :T] = new
@@ -70,12 +76,10 @@ class SoftmaxCache:
         )
         return y_PHTD.transpose(1, 2)
 
-    def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
+    def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
-        B = len(q_BHD)
-        rows_B = torch.arange(B, device=q_BHD.device)
-        self.keys[rows_B, :, step.places], self.values[rows_B, :, step.places] = k_BGD, v_BGD
-        return decode_attention(q_BHD, self.keys[:B], self.values[:B], step.lengths, self.scale, self.window)
+        kept = self.keys[: len(qkv_BSD)], self.values[: len(qkv_BSD)]
+        return attend_new_tokens(qkv_BSD, rotary, *kept, places_B, self.scale, self.window, self.space)
 
     def move(self, source: int, target: int, length: int) -> None:
         """See AttentionCache."""
@@ -90,14 +94,15 @@ class SoftmaxCache:
 class LinearCache:
     """The window and the state of a linearized layer for every slot; each step moves all rings by one place."""
 
-    def __init__(self, linear: LinearWindow, shape: tuple[int, int, int, int], scale: float, like: Tensor) -> None:
-        slots, heads, _, dim = shape
+    def __init__(self, linear: LinearWindow, shape: Shape, scale: float, like: Tensor) -> None:
+        slots, self.kv_heads, _, dim = shape
         self.linear, self.scale, self.memory = linear, scale, linear.new_cache()
-        nothing_BGTD = like.new_zeros(slots, heads, 0, dim)
+        nothing_BGTD = like.new_zeros(slots, self.kv_heads, 0, dim)
         self.memory.lazy_initialization(nothing_BGTD, nothing_BGTD)
 
-    def prefill(self, prompts: Prompts, q_PTHD: Tensor, k_PTGD: Tensor, v_PTGD: Tensor) -> Tensor:
+    def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Each prompt by itself: a window ends with the last token that is there."""
+        q_PTHD, k_PTGD, v_PTGD = _turned_heads(qkv_PTSD, rotary, self.kv_heads)
         y_PTHD = torch.zeros_like(q_PTHD)
         for row, length in enumerate(prompts.lengths):
             q_1HTD, k_1GTD, v_1GTD = (X[row, :length].transpose(0, 1)[None] for X in (q_PTHD, k_PTGD, v_PTGD))
@@ -108,8 +113,9 @@ class LinearCache:
             y_PTHD[row, :length] = y_1HTD[0].transpose(0, 1)
         return y_PTHD
 
-    def decode(self, step: Step, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor) -> Tensor:
+    def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
+        q_BHD, k_BGD, v_BGD = _turned_heads(qkv_BSD, rotary, self.kv_heads)
         memory = self.memory.first(len(q_BHD))
         before = memory.tensors()
         y_BH1D: Tensor = self.linear(q_BHD[:, :, None], k_BGD[:, :, None], v_BGD[:, :, None], self.scale, None, memory)
@@ -126,3 +132,13 @@ class LinearCache:
     def changing(self) -> list[Tensor]:
         """All that is remembered."""
         return [self.memory.oldest_1, *self.memory.tensors().values()]
+
+
+def _turned_heads(qkv: Tensor, rotary: Tensor | None, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (…, H or G, D) of (…, H + 2 G, D), with their positions."""
+    heads = qkv.shape[-2] - 2 * kv_heads
+    turned, v = qkv.split([heads + kv_heads, kv_heads], dim=-2)
+    if rotary is not None:
+        turned = turn(turned, rotary)
+    q, k = turned.split([heads, kv_heads], dim=-2)
+    return q, k, v

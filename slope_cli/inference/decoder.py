@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
-from slope_cli.inference.cache import AttentionCache, LinearCache, Prompts, SoftmaxCache, Step
+from slope_cli.inference.cache import AttentionCache, LinearCache, Prompts, SoftmaxCache
 from slope_cli.inference.products import product
 from slope_cli.linearize.linear_window import LinearWindow
+from sparse_kernels import cuda
 
-Attend = Callable[[AttentionCache, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[AttentionCache, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -169,27 +170,20 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = make.norm(part(names.attention_norm)), make.norm(part(names.mlp_norm))
         self.qkv, self.out = make.product(*map(part, names.qkv)), make.product(part(names.out))
         self.up, self.down = make.product(*map(part, names.up)), make.product(part(names.down))
-        self.activation = _activation(part(names.activation))
+        self.activation = _activation(part(names.activation), gated=spec.gated)
         attention: Any = part(names.attention)
         self.scale = float(attention.scaling)
         self.linear: LinearWindow | None = make.linear(getattr(attention, "linear", None))
 
     def forward(self, X_NW: Tensor, rotary: Tensor | None, attend: Attend, cache: AttentionCache) -> Tensor:
-        """(N, W) -> (N, W); rotary: what `_positions` has for the tokens' places, (2, N, 1, D)."""
+        """(N, W) -> (N, W); rotary: what `_positions` has for the tokens' places, (2, N, D)."""
         spec, N = self.spec, len(X_NW)
         qkv_NW: Tensor = self.qkv(self.attention_norm(X_NW) if spec.pre_norm else X_NW)
-        turned, v_NGD = qkv_NW.view(N, -1, spec.head_dim).split([spec.heads + spec.kv_heads, spec.kv_heads], dim=1)
-        if rotary is not None:
-            turned = _rotated(turned, rotary)
-        q_NHD, k_NGD = turned.split([spec.heads, spec.kv_heads], dim=1)
-        X_NW = X_NW + self.out(attend(cache, q_NHD, k_NGD, v_NGD).reshape(N, -1))
+        attended_NHD = attend(cache, qkv_NW.view(N, -1, spec.head_dim), rotary)
+        X_NW = self.out(attended_NHD.reshape(N, -1), X_NW)
         X_NW = X_NW if spec.pre_norm else self.attention_norm(X_NW)
         up = self.up(self.mlp_norm(X_NW) if spec.pre_norm else X_NW)
-        if spec.gated:
-            gate, up = up.chunk(2, dim=1)
-            X_NW = X_NW + self.down(self.activation(gate) * up)
-        else:
-            X_NW = X_NW + self.down(self.activation(up))
+        X_NW = self.down(self.activation(up), X_NW)
         return X_NW if spec.pre_norm else self.mlp_norm(X_NW)
 
 
@@ -240,12 +234,16 @@ class Decoder(nn.Module):
         """New memories of all layers for so many texts of so many tokens."""
         spec, like = self.spec, self.tokens
         shape = (slots, spec.kv_heads, max_length, spec.head_dim)
-        return [
-            SoftmaxCache(shape, block.scale, spec.window, like)
-            if block.linear is None
-            else LinearCache(block.linear, shape, block.scale, like)
-            for block in cast(Iterable[Block], self.blocks)
-        ]
+        caches: list[AttentionCache] = []
+        space: Tensor | None = None
+        for block in cast(Iterable[Block], self.blocks):
+            if block.linear is not None:
+                caches.append(LinearCache(block.linear, shape, block.scale, like))
+            else:
+                cache = SoftmaxCache(shape, spec.heads, block.scale, spec.window, like, space)
+                caches.append(cache)
+                space = cache.space
+        return caches
 
     @torch.no_grad()
     def prefill(self, caches: list[AttentionCache], prompts: Prompts, ids_PT: Tensor) -> Tensor:
@@ -255,8 +253,9 @@ class Decoder(nn.Module):
         """
         P, T = ids_PT.shape
 
-        def attend(cache: AttentionCache, *qkv: Tensor) -> Tensor:
-            return cache.prefill(prompts, *(X.unflatten(0, (P, T)) for X in qkv)).flatten(0, 1)
+        def attend(cache: AttentionCache, qkv_NSD: Tensor, rotary: Tensor | None) -> Tensor:
+            rotary = None if rotary is None else rotary.unflatten(1, (P, T))
+            return cache.prefill(prompts, qkv_NSD.unflatten(0, (P, T)), rotary).flatten(0, 1)
 
         places_N = torch.arange(T, device=ids_PT.device).repeat(P)
         X_NW = self._blocks(ids_PT.flatten(), places_N, caches, attend)
@@ -264,13 +263,12 @@ class Decoder(nn.Module):
         return self._logits(X_NW[last_P])
 
     @torch.no_grad()
-    def decode(self, caches: list[AttentionCache], ids_B: Tensor, lengths_B: Tensor) -> Tensor:
+    def decode(self, caches: list[AttentionCache], ids_B: Tensor, places_B: Tensor) -> Tensor:
         """Read one more token into each of the first B slots: the logits of the one after it, (B, V), float32.
 
-        lengths_B: int32, the tokens that each slot remembers already. Fit for a CUDA graph.
+        places_B: int32, the tokens that each slot remembers already. Fit for a CUDA graph.
         """
-        step = Step(lengths_B.long(), lengths_B + 1)
-        return self._logits(self._blocks(ids_B, step.places, caches, lambda cache, *qkv: cache.decode(step, *qkv)))
+        return self._logits(self._blocks(ids_B, places_B, caches, lambda cache, *qkv: cache.decode(places_B, *qkv)))
 
     def _blocks(self, ids_N: Tensor, places_N: Tensor, caches: list[AttentionCache], attend: Attend) -> Tensor:
         X_NW, rotary = self.tokens[ids_N], None
@@ -279,7 +277,7 @@ class Decoder(nn.Module):
         if self.spec.names.positions:
             X_NW = X_NW + self.positions[places_N]
         else:
-            rotary = self.positions[:, places_N][:, :, None]
+            rotary = self.positions[:, places_N]
         for block, cache in zip(self.blocks, caches, strict=True):
             X_NW = block(X_NW, rotary, attend, cache)
         return X_NW
@@ -326,13 +324,19 @@ def _positions(decoder: Any, spec: Spec, length: int, like: Tensor) -> Tensor:
     return torch.cat([cos_1TD, sin_1TD]).to(like)
 
 
-def _rotated(X_NHD: Tensor, rotary: Tensor) -> Tensor:
-    """Heads turned by their positions: the pairs that are turned are a head's first half and its second."""
-    cos_N1D, sin_N1D = rotary
-    return torch.addcmul(X_NHD * cos_N1D, X_NHD.roll(X_NHD.shape[-1] // 2, dims=-1), sin_N1D)
+def _activation(module: Any, *, gated: bool) -> Callable[[Tensor], Tensor]:
+    """transformers' activation, as one kernel where it is several; gated: act(gate) · up of both side by side."""
+    name = type(module).__name__
+    several = name in ("NewGELUActivation", "FastGELUActivation")
+    activation = functools.partial(F.gelu, approximate="tanh") if several else module
+    if not gated:
+        return activation
 
+    def gate(X_NF: Tensor) -> Tensor:
+        if name in ("SiLU", "SiLUActivation") and cuda.takes(X_NF):
+            return cuda.silu_mul(X_NF)
+        gate_NF, up_NF = X_NF.chunk(2, dim=1)
+        product_NF: Tensor = activation(gate_NF) * up_NF
+        return product_NF
 
-def _activation(module: Any) -> Callable[[Tensor], Tensor]:
-    """transformers' activation, as one kernel where it is several."""
-    several = type(module).__name__ in ("NewGELUActivation", "FastGELUActivation")
-    return functools.partial(F.gelu, approximate="tanh") if several else module
+    return gate

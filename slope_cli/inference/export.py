@@ -42,15 +42,12 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         UsageError: `out` is not empty, or `run` is no run.
         SlopeError: no sound checkpoint, or the reloaded model's logits differ.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is not an empty folder; choose another")
-    out = out.resolve()
-    logging.disable_progress_bar()  # they would only clutter the log
+    out = empty_folder(out)
     run_folder.require_run(run)
     loaded = load_model(run)
     config, model = loaded.config, loaded.model
     assert config is not None
-    expected = _logits(model)
+    expected = sample_logits(model)
     adapters, linear = adapters_of(model), bool(linear_windows(model))
     conv1d = {name for name, layer in adapted_layers(model) if layer.conv1d}
     card = _model_card(loaded, config, merged=merge)
@@ -70,21 +67,43 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
                 peft.merge(reloaded, folder / peft.FOLDER)
             if linear:
                 saved.read(folder / saved.FOLDER, reloaded)
-            difference = float((_logits(reloaded) - expected).abs().max() / expected.abs().max())
-            if not difference <= TOLERANCE:
-                reason = f"the logits of what was saved differ by {difference:.1e} of their size"
-                raise SlopeError(f"{out}: not written: {reason}")
+            difference = require_same_logits(reloaded, expected, out)
     except SafetensorError as error:  # on a full disk, for one
         raise SlopeError(f"{out}: cannot be written: {error}") from None
     return {"folder": str(out), "step": loaded.step, "logits_difference": difference}
 
 
-def _logits(model: PreTrainedModel) -> Tensor:
+def empty_folder(out: Path) -> Path:
+    """The absolute path of a folder to write; UsageError if there is one that is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not an empty folder; choose another")
+    logging.disable_progress_bar()  # they would only clutter the log
+    return out.resolve()
+
+
+def sample_logits(model: PreTrainedModel) -> Tensor:
     """Logits of fixed pseudo-random tokens: (2, T, vocabulary), float32."""
     length = min(64, model.config.max_position_embeddings)
     ids_BT = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return forward(model.eval(), {"input_ids": ids_BT}).logits
+
+
+def require_same_logits(reloaded: PreTrainedModel, expected: Tensor, out: Path) -> float:
+    """The largest difference of a model's sample logits from those expected, relative to their largest magnitude.
+
+    SlopeError if it is more than rounding.
+    """
+    difference = relative_difference(sample_logits(reloaded), expected)
+    if not difference <= TOLERANCE:
+        reason = f"the logits of what was saved differ by {difference:.1e} of their size"
+        raise SlopeError(f"{out}: not written: {reason}")
+    return difference
+
+
+def relative_difference(logits: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits from those expected, relative to the largest magnitude."""
+    return float((logits - expected).abs().max() / expected.abs().max())
 
 
 def _architecture(run: Path, config: Config) -> str:

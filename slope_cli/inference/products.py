@@ -15,7 +15,7 @@ from sparse_kernels.packed_linear import PackedLinear, Segments, adapter_of, den
 
 
 def product(layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device, *, sparse: bool) -> nn.Module:
-    """One layer, (..., I) -> (..., O), of those that read the same input, their outputs side by side.
+    """One layer, (B, I) -> (B, O) plus a residual, of those that read the same input, their outputs side by side.
 
     Args:
         layers: linear layers of any kind here or of transformers, with or without adapters.
@@ -61,9 +61,13 @@ class DenseLinear(nn.Module):
         self.register_buffer("lora_A", torch.cat(A_RI) if r else None)
         self.register_buffer("lora_B", torch.cat(B_Or) if r else None)
 
-    def forward(self, X_BI: Tensor) -> Tensor:
-        """(B, I) -> (B, O)."""
-        Y_BO = F.linear(X_BI, self.weight, self.bias)  # [B,I] · [O,I]^T -> [B,O]
+    def forward(self, X_BI: Tensor, residual_BO: Tensor | None = None) -> Tensor:
+        """(B, I) -> (B, O), plus the residual."""
+        if residual_BO is None or self.bias is not None:
+            Y_BO = F.linear(X_BI, self.weight, self.bias)  # [B,I] · [O,I]^T -> [B,O]
+            Y_BO = Y_BO if residual_BO is None else Y_BO + residual_BO
+        else:
+            Y_BO = torch.addmm(residual_BO, X_BI, self.weight.t())  # [B,I] · [O,I]^T -> [B,O]
         if self.lora_A is not None and self.lora_B is not None:
             Y_BO = Y_BO + fused_adapters(X_BI, self.lora_A, self.lora_B, self.segments)
         return Y_BO

@@ -10,6 +10,7 @@ Shape suffixes: B sequences, H query heads, G KV heads, T queries, S keys, D hea
 
 import contextlib
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -199,7 +200,7 @@ def _add_linear_window(
         causal=causal,
         generator=generator,
     )
-    linear.to(next(module.parameters()).device).train(module.training)
+    linear.to(next(itertools.chain(module.parameters(), module.buffers())).device).train(module.training)
     linear.softmax_config, linear.softmax_name = shape, before
     linear.hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
     module.linear = linear

@@ -21,6 +21,7 @@ from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import AdaptedLinear, MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
 from sparse_kernels.formats import BF16
+from sparse_kernels.layers import alike
 
 DENSE = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
 LINEAR = DENSE | SparseLinear
@@ -198,7 +199,8 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
     whole, inside = _unit(model), sum(blocks[1:], blocks[0]) if blocks else Unit(0, 0, 0)
     rest = Unit(*(a - b for a, b in zip(vars(whole).values(), vars(inside).values(), strict=True)))
     rows = {x.out_features for _, x in sparse_layers(model)} | {x.out_features for _, x in masked_layers(model)}
-    return Sizes(blocks, rest, tuple(sorted(rows)), activation_bytes(model, config))
+    each = sum(layer.out_features * layer.in_features for layer, *_ in alike(model))
+    return Sizes(blocks, rest, tuple(sorted(rows)), _packed_bytes(each), activation_bytes(model, config))
 
 
 def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
@@ -218,7 +220,7 @@ def _unit(module: nn.Module) -> Unit:
         parameters=now.weights + now.adapters + now.maps,
         trained=now.trained + now.trained_adapters + now.maps,
         dense=now.linear - now.sparse + now.adapters,
-        packed_bytes=_derived_bytes(now)["on a GPU, packed"],
+        packed_bytes=_packed_bytes(now.sparse),
         mask_bytes=now.mask_bytes,
         updated_mask_bytes=sum(mask.nbytes for mask in updated),
     )
@@ -226,8 +228,12 @@ def _unit(module: nn.Module) -> Unit:
 
 def _derived_bytes(counts: Counts) -> dict[str, int]:
     """Packed for forward and input gradient; in plain torch each kept entry has an int64 index and a flag."""
-    packed = 2 * BF16.packed_bytes(1, counts.sparse)
-    return {"on a GPU, packed": packed, "on a CPU, index": 9 * counts.stored_sparse}
+    return {"on a GPU, packed": _packed_bytes(counts.sparse), "on a CPU, index": 9 * counts.stored_sparse}
+
+
+def _packed_bytes(entries: int) -> int:
+    """Of the packed weights for both products, of a weight with so many entries."""
+    return 2 * BF16.packed_bytes(1, entries)
 
 
 def _parameters(module: nn.Module) -> int:

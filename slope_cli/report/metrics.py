@@ -38,6 +38,12 @@ def read(run: Path) -> list[dict[str, Any]]:
     return jsonl.read(path, _is_sound)
 
 
+def peak_memory(records: Iterable[Mapping[str, Any]]) -> int | None:
+    """The most bytes that any rank's GPU had allocated during a run; None without a GPU."""
+    # Validations note it; in version 0.1 every step did.
+    return max((record["peak_memory"] for record in records if "peak_memory" in record), default=None)
+
+
 def require(run: Path, records: Iterable[Mapping[str, Any]], kinds: Collection[str], *keys: str) -> None:
     """SlopeError if a record of one of these kinds lacks a key, or its number, or its numbers by name."""
     for record in records:

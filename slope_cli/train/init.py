@@ -17,7 +17,7 @@ from slope_cli.data.tokenizer import require_same_tokens
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, Calibrate, apply
-from slope_cli.methods.phases import Layers, Phase
+from slope_cli.methods.phases import Phase
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
 from sparse_kernels import masked_layers, sparse_layers, to_dense
@@ -37,6 +37,8 @@ def start(
 ) -> PreTrainedModel:
     """The model of a run in its first phase, before its first step; if it linearizes, of what `keep_base` has written.
 
+    On the meta device its shapes alone: model.init is not read, and nothing is calibrated.
+
     Raises:
         UsageError: model.init is no run and no model, of another shape, or a setting that does not fit it.
         SlopeError: it cannot be read.
@@ -47,7 +49,7 @@ def start(
         model, now = base_model.read(run, device), UNTOUCHED
     else:
         model, now = _start_from_init(config, device, first)
-    apply(model, config, first, was=now, calibrate=calibrate)
+    apply(model, config, first, was=now, calibrate=None if model.device.type == "meta" else calibrate)
     return model
 
 
@@ -62,7 +64,7 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
     if run is not None and (run / base_model.BASE).is_file():
         return base_model.build(run, "meta").config
     init = _linearized_folder(config)
-    load.require_softmax(init)
+    load.require_initial(init)
     shape = load.shape_of(init)
     with _named_init(init):
         shapes.family_of(shape)
@@ -76,10 +78,10 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
 def _start_from_init(config: Config, device: torch.device | str, first: Phase) -> tuple[PreTrainedModel, Phase]:
     """A model with the weights of model.init, or new ones, and the phase that it is in."""
     initial = None
-    if config.model.init is not None:
+    if config.model.init is not None and str(device) != "meta":
         folder = Path(config.model.init).expanduser()
         with _named_init(folder):
-            load.require_softmax(folder)
+            load.require_initial(folder)
             initial = load_model(folder).model
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if initial is None:
@@ -87,7 +89,7 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
     now, sparse = UNTOUCHED, dict(sparse_layers(initial))
     if sparse and first.layers.kind == "sparse":  # a sparse run keeps the masks of a sparse model
         had_adapters = any(layer.adapter is not None for layer in sparse.values())
-        now = Phase(0, Layers("sparse"), adapters=had_adapters and first.adapters)
+        now = Phase(0, first.layers, adapters=had_adapters and first.adapters)
         apply(model, config, now)
     else:
         to_dense(initial, adapters="merge")
@@ -108,7 +110,7 @@ def begins_with(init: str, model: PreTrainedModel) -> str:
     if not folder.exists():
         return "does not exist yet"
     with _named_init(folder):
-        load.require_softmax(folder)
+        load.require_initial(folder)
         theirs = build_model(load.shape_of(folder), device="meta")
     _require_same_shapes(model, theirs, init)
     return "has no checkpoint yet" if run_folder.is_run(folder) and not store.folders(folder) else ""
@@ -223,7 +225,7 @@ def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> 
 def _to_linearize(config: Config) -> Loaded:
     """The model of model.init on the CPU, its pruned layers sparse layers."""
     init = _linearized_folder(config)
-    load.require_softmax(init)
+    load.require_initial(init)
     loaded = load_model(init)
     shapes.family_of(loaded.model.config)
     if any(True for _ in masked_layers(loaded.model)):

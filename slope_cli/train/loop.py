@@ -42,7 +42,7 @@ from slope_cli.train import init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.make_step import make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, layout_of
+from slope_cli.train.parallel import agree_on_kernels, built_on, layout_of
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
@@ -136,13 +136,14 @@ class Trainer:
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
+        layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
+        place = built_on(config, layout, group.ranks, device)
         if checkpoint is None:
             if self.phase.linearized:
                 group.first(lambda: init.keep_base(config, run, self.tokenizer))
-            self.model = init.start(config, run, device, calibrate=self.batches.calibrate)
+            self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.calibrate))
         else:
-            self.model = load.build(config, run, device, self.phase)
-        layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
+            self.model = group.agreed(lambda: load.build(config, run, place, self.phase))
         self.sharding = (
             Sharding(layout, group.ranks.world, device, products_dtype(config, device)) if layout.gather else None
         )
@@ -243,8 +244,6 @@ class Trainer:
             progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
-        if self.device.type == "cuda":
-            values["peak_memory"] = torch.cuda.max_memory_allocated()
         progress.step(log.write(output.kind, self.step, lr=lr, **values))
 
     def _open_log(self) -> metrics.Log:
@@ -280,6 +279,8 @@ class Trainer:
             validation = self.validate(stop)
             if validation is None:
                 return self.group.stopped_by(stop)
+            peak = max(self.group.gather(torch.cuda.max_memory_allocated()))  # since the start; 0 without a GPU
+            validation |= {"peak_memory": peak} if peak else {}
             progress.say(validation_line(f"step {step}", log.write("val", step, **validation)))
         sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
         if not sampled and step and (last or _due(step, config.sample_every)):

@@ -10,6 +10,7 @@ from torch import nn
 
 from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.launch import Ranks
 from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods.accounting import phase_sizes
@@ -51,6 +52,16 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
             "smaller train.micro_batch or train.activation_checkpointing=block (see `slope pretrain --dry-run --gpus`)"
         )
     return choice.layout
+
+
+def built_on(config: Config, layout: Layout, ranks: Ranks, device: torch.device) -> torch.device:
+    """Where a process builds its model. If it is to be split: rank 0 in its host's memory, the others only its shapes.
+
+    Calibration runs the model, so with sparsity.mask=wanda it is whole on rank 0's device.
+    """
+    if not layout.gather or (ranks.first and config.sparsity.mask == "wanda"):
+        return device
+    return torch.device("cpu" if ranks.first else "meta")
 
 
 def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Choice:

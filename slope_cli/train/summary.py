@@ -7,6 +7,7 @@ from slope_cli.data.batches import bigram_loss
 from slope_cli.data.dataset import Dataset
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics, plots
+from slope_cli.report.tables import bytes_text
 
 BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
@@ -39,6 +40,8 @@ def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
         lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
     if "bigram_loss" in summary:
         lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
+    if "peak_memory" in summary:
+        lines.append(f"peak memory of a GPU, the largest of all: {bytes_text(summary['peak_memory'])}")
     if "sample" in summary:
         lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
     lines.append(f"plot: {run / 'loss.png'}")

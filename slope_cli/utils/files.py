@@ -175,11 +175,18 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def held_folder(folder: Path, part: str = "", *, shared: bool = False) -> Iterator[None]:
+def held_folder(
+    folder: Path, part: str = "", *, shared: bool = False, check: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Lock a folder, or a named part of it, for this process; the lock is released however the process ends.
 
-    shared: other processes may share the lock. UsageError if another one holds it, in a way that excludes this one, for
-    longer than LOCK_WAIT, or the folder cannot be written.
+    Args:
+        shared: other processes may share the lock.
+        check: called now and then while another process holds it, in a way that excludes this one; what it raises ends
+            the wait. None waits for LOCK_WAIT at most.
+
+    Raises:
+        UsageError: another process still holds it, or the folder cannot be written.
     """
     name, taken = (f"{LOCK}-{part}", f"on {part}") if part else (LOCK, "in it")
     taken = f"{folder}: another process is at work {taken}"
@@ -189,7 +196,7 @@ def held_folder(folder: Path, part: str = "", *, shared: bool = False) -> Iterat
         raise UsageError(f"{folder}: cannot be written: {os_reason(error)}") from error
     with lock:
         try:
-            _lock(lock, taken, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, taken, check)
         except BlockingIOError as error:
             raise UsageError(taken) from error
         except OSError as error:
@@ -198,19 +205,21 @@ def held_folder(folder: Path, part: str = "", *, shared: bool = False) -> Iterat
         yield
 
 
-def _lock(lock: BinaryIO, taken: str, kind: int) -> None:
+def _lock(lock: BinaryIO, kind: int, taken: str, check: Callable[[], None] | None) -> None:
     """Lock a file, if need be after a wait, which a line from `taken` on says; BlockingIOError if it stays taken."""
     end, told = time.monotonic() + LOCK_WAIT, False
     while True:
         try:
             return fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= end:
+            if check is None and time.monotonic() >= end:
                 raise
         if not told:
-            wait = f"waiting up to {LOCK_WAIT:.0f} s for it to end"
-            print(f"{taken}; {wait}", file=sys.stderr)
+            most = "" if check else f"up to {LOCK_WAIT:.0f} s "
+            print(f"{taken}; waiting {most}for it to end", file=sys.stderr)
             told = True
+        if check is not None:
+            check()
         time.sleep(0.1)
 
 

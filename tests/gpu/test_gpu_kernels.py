@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import cuda, masks
+from sparse_kernels import cuda, masks, tile_metadata
 
 SHAPES = [(16, 16), (48, 80), (64, 128), (272, 144), (144, 272), (1040, 2064), (768, 3072)]
 HALVES = {
@@ -197,13 +197,8 @@ def masks_with_fillers() -> list[Tensor]:
 
 
 def metadata_of(bits: Tensor) -> Tensor:
-    """The order that kernels.cu speaks of, in plain torch."""
-    rows, columns = bits.shape[0], bits.shape[1] * 8
-    slots = slots_of(bits, columns).unflatten(1, (-1, 4))
-    first, last = slots.byte().argmax(-1), 3 - slots.flip(-1).byte().argmax(-1)
-    nibbles = (first | last << 2).view(rows // 64, 4, 2, 8, columns // 32, 8)  # [R/64, 4, high, 8, C/32, group]
-    packed: Tensor = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).permute(0, 3, 1, 2, 4)  # [R/64, C/32, 4, 8, group]
-    return packed[..., [0, 4, 1, 5, 2, 6, 3, 7]].to(torch.uint8).flatten()
+    """What the kernel is to write, in plain torch."""
+    return tile_metadata.encode(slots_of(bits, bits.shape[1] * 8))
 
 
 def test_strided_tensors_are_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_kernels import SparseLinear, cuda, cusparselt, layers, masks, ops, packed
 
@@ -216,6 +217,58 @@ def test_a_cast_or_moved_layer_gets_packed_weights_of_its_own() -> None:
         moved.values.neg_()
         assert error(moved(X), X.double() @ moved.weight.double().t() + moved.bias.double()) < 1e-2
         assert error(layer(X), X.double() @ layer.weight.double().t() + layer.bias.double()) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+def test_layers_that_share_packed_weights_train_as_layers_that_do_not(backend: packed.Backend) -> None:
+    """Two micro-batches a step, a part computed again in the backward pass, frozen layers, and masks that change."""
+    blocks = [
+        nn.Sequential(make(512, 768, seed=seed), nn.GELU(), make(768, 512, seed=seed, bias=seed % 2 == 0))
+        for seed in range(4)
+    ]
+    model: Any = nn.Sequential(*blocks)
+    for frozen in (model[1][0], model[2][0]):
+        frozen.requires_grad_(False)
+    twin = copy.deepcopy(using(model, backend))
+    layers.share_packed(model)
+    histories = []
+    for current in (model, twin):
+        optimizer = torch.optim.AdamW((p for p in current.parameters() if p.requires_grad), lr=1e-3, fused=True)
+        generator = torch.Generator("cuda").manual_seed(0)
+        gradients = []
+        for step in range(6):
+            for _ in range(2):
+                X = torch.randn(256, 768, device="cuda", generator=generator, requires_grad=True)
+                with torch.autocast("cuda", torch.bfloat16):
+                    Y = current[1](current[0](X))
+                    Y = current[3](checkpoint(current[2], Y, use_reentrant=False))
+                (Y.float() - X.detach().roll(1, -1)).square().mean().backward()
+                assert X.grad is not None
+                gradients.append(X.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 2:
+                layers.update_backward_masks(current)
+                layers.refresh(current)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            gradients.append(current(X))
+        histories.append(gradients)
+    for ours, theirs in zip(*histories, strict=True):
+        assert error(ours, theirs.double()) < 1e-2
+    held = {id(packed_of(layer)) for _, layer in layers.sparse_layers(model)}
+    assert len(held) == len(layers.alike(model)) == 3
+    assert all(row.forward is not None for row in layers.backends(model))
+
+
+def test_layers_that_share_packed_weights_are_refused_in_a_capture() -> None:
+    model = nn.Sequential(make(512, 512), make(512, 512, seed=1))
+    layers.share_packed(model)
+    X = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    model(X)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        X.add_(1)
+        with pytest.raises(RuntimeError, match="share their packed weights"):
+            model[1](X)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

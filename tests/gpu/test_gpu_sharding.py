@@ -1,5 +1,6 @@
 """Weights split over one process, on a GPU: FSDP2 around sparse layers, its gathers, and what the kernels read."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from support.data import write_data
 
 from slope_cli.config import configs
+from slope_cli.distributed.layouts import Layout, memory_of
+from slope_cli.methods.accounting import sizes_of
 from slope_cli.report import metrics
-from slope_cli.train.loop import pretrain
+from slope_cli.train.loop import Trainer, pretrain
+from sparse_kernels import sparse_layers
+from sparse_kernels.packed import packed_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 WORDS = (
@@ -54,6 +59,33 @@ def test_a_split_model_trains_as_a_whole_one(
     found = losses(data, tmp_path / "run", *split)
     assert len(found) == len(whole)
     assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 5e-3  # bf16: as two sizes of micro-batch
+
+
+@pytest.mark.parametrize("mode", ["selective", "block"])
+def test_blocks_that_are_computed_again_are_packed_again(
+    data: Path, whole: list[float], tmp_path: Path, mode: str
+) -> None:
+    split = ("distributed.layout=fsdp", "distributed.gather=block", "train.compile=false")
+    found = losses(data, tmp_path / "run", *split, f"train.activation_checkpointing={mode}")
+    assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 5e-3
+
+
+@pytest.mark.parametrize("gather", ["step", "block"])
+def test_a_split_model_holds_the_packed_weights_that_a_dry_run_counts(data: Path, tmp_path: Path, gather: str) -> None:
+    split = ("distributed.layout=fsdp", f"distributed.gather={gather}", "train.compile=false", "sparsity.backend=dense")
+    words = [*WORDS, f"data.path={data}", *split, "train.micro_batch=2", "adapters.rank=0"]
+    trainer = Trainer(configs.load("gpt2-nano", words), tmp_path / "run", torch.device("cuda", 0))
+    trainer.model.train()
+    with contextlib.closing(trainer.batches):
+        for _ in range(2):  # of four micro-batches each
+            trainer.train_step()
+        assert trainer.validate() is not None
+    found = {packed for _, x in sparse_layers(trainer.model) for packed in packed_layers(x.row_mask_bits)}
+    matrices = [matrix for packed in found for matrix in (packed.forward, packed.backward)]
+    assert len({matrix.target.data_ptr() for matrix in matrices}) == len(matrices) == 2 * len(found)
+    entries = sum(matrix.rows * matrix.columns for matrix in matrices)  # of dense matrices, whatever was measured
+    counted = memory_of(sizes_of(trainer.model, trainer.config), Layout("fsdp", 1, gather)).packed
+    assert entries * 9 / 8 == counted
 
 
 @pytest.mark.parametrize("gather", ["step", "block"])

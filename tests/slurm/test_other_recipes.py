@@ -1,13 +1,15 @@
 """The other recipes on a real SLURM: arrays that share work, the job that ends it, and linearize."""
 
+import json
 from pathlib import Path
 
 import pytest
-from jobs import Job, submit
+from jobs import Job, command, submit
 from support.data import texts
 from support.runs import RECIPE, small
 
 from slope_cli.data.prepare import prepare
+from slope_cli.evaluate.evaluate import evaluate
 from slope_cli.report import metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
@@ -62,3 +64,13 @@ def test_linearize(tmp_path: Path, shared: Path, gpus: int) -> None:
     job = submit("linearize", run, model, *words, "--out", run, options=(f"--gpus-per-node={gpus}",))
     assert job.ends() == DONE, job.describe()
     assert metrics.read(run)[-1]["step"] == 6
+
+
+def test_tasks_on_two_nodes_share_an_evaluation(tmp_path: Path, shared: Path) -> None:
+    run = tmp_path / "run"
+    job = submit("pretrain", run, RECIPE, *small("gpt2-nano"), f"data.path={shared / 'data'}", "--out", run)
+    assert job.ends() == DONE, job.describe()
+    shape = ("--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1")
+    printed = command("srun", *shape, "slope", "eval", run, "--batch=1", "--json")
+    found = json.loads(printed)["perplexity"]
+    assert found["loss"] == pytest.approx(evaluate(run, batch=1)["perplexity"]["loss"], rel=1e-6)

@@ -1,9 +1,11 @@
-"""Commands as several ranks on this machine, which meet by torchrun's variables."""
+"""Commands, or a function, as several ranks on this machine, which meet by torchrun's variables."""
 
 import os
+import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 
 from slope_cli import cli
+from slope_cli.distributed.collectives import join
+from slope_cli.distributed.launch import ranks
 from support.processes import forkserver
 
 
@@ -74,6 +78,41 @@ class Ranks:
         pid = self.processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
+
+
+def together(world: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+    """What `work(group, *args)` returns on each of so many ranks; an error of one fails the test."""
+    variables = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    pipes, children = [], []
+    for rank in range(world):
+        ours, theirs = forkserver.Pipe()
+        own = {key: str(value) for key, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        children.append(forkserver.Process(target=_rank, args=(theirs, own, work, args)))
+        children[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    results = []
+    for pipe in pipes:
+        assert pipe.poll(seconds), "a rank hangs"
+        results.append(pipe.recv())
+    for child in children:
+        child.kill()
+        child.join()
+    assert not [result for result in results if isinstance(result, str)], "\n".join(map(str, results))
+    return [result[0] for result in results]
+
+
+def _rank(pipe: Any, variables: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        group = join(ranks(), torch.device("cpu"))
+        result: Any = (work(group, *args),)
+        group.barrier()
+    except BaseException:
+        result = traceback.format_exc()
+    pipe.send(result)
+    signal.pause()
 
 
 def free_port() -> int:

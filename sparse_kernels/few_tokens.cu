@@ -1,0 +1,416 @@
+// The product of a packed 2:4 matrix with few tokens, Y = X · A^T + bias, which memory binds: a weight's 1.125 bytes are read
+// once, and the sparse tensor cores multiply them as they come. Compiled at run time for one shape of work, which the
+// definitions below give: HALF, STAGED, NT, MT, WM, WK, DEPTH, SLICE, SPLITS.
+//
+//   values    (R, C/2)  kept entries, row by row in column order; C a multiple of 16
+//   metadata  in the order of kernels.cu's `metadata_word`, which is the library's: R rounded up to 64 and C to 32
+//   X         (B, C), B from 1 to 8·NT;  Y (B, R);  bias (R) or null;  residual (B, R) or null, which is added
+//   lora_Z    (B, S·L), lora_B (R, L) or null: adapters' second product Z · B^T is added. The rows are S segments, which end
+//             at ends[0], ends[1] and R, multiples of 16; each has its own L columns of Z; L a multiple of 16
+//
+// A warp holds MT bands of 16 rows and takes every WK-th chunk of 128 columns; WM warps lie side by side along the rows; SPLITS
+// blocks, a cluster, share a row's columns. Of a chunk, lane 4g + t has 16 bytes of rows g and g + 8: four groups of two kept
+// entries in tiles 0, 1 (of 32 columns), and four in tiles 2, 3. Product a of the chunk's four takes each lane's a-th groups.
+// So its k runs over group a and 4 + a of tile 0, the same of tile 1, 2 and 3: the order in which the metadata's bytes lie. X
+// is in shared memory in that order; of tokens that are not there, garbage, which stays in their own sums.
+//
+// Two ways to keep memory busy. Up to 8 tokens a warp loads its weights into registers, DEPTH chunks ahead, and X comes in
+// slices of SLICE chunks. With more (STAGED), where X is as much traffic as the weights, both go through shared memory, in
+// DEPTH stages of SLICE = WK chunks.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+
+constexpr int TOKENS = 8 * NT, THREADS = 32 * WM * WK, BLOCK_ROWS = 16 * MT * WM;
+constexpr int STRIDE = SLICE * 256 + 16;  // bytes of a staged token: 16 more, so that 8 tokens lie in different banks
+
+__device__ inline float to_float(u16 x) {
+#if !HALF
+  return __uint_as_float(u32(x) << 16);
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+#endif
+}
+__device__ inline u16 from_float(float x) {
+  u16 y;
+#if !HALF
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+  return y;
+}
+
+// Weights are read once: they need no place in L1.
+__device__ inline uint4 stream16(const void* at) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at));
+  return x;
+}
+__device__ inline u32 stream4(const void* at) {
+  u32 x;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(at));
+  return x;
+}
+
+__device__ inline void multiply(float* c, const u32* a, const u32* b, u32 metadata, int pair) {
+#if !HALF
+#define SPARSE_MMA(SELECTOR)                                                                                                \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "                                  \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " #SELECTOR ";"              \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata))
+#else
+#define SPARSE_MMA(SELECTOR)                                                                                                \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "                                    \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " #SELECTOR ";"              \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata))
+#endif
+  if (pair == 0)
+    SPARSE_MMA(0x0);
+  else
+    SPARSE_MMA(0x1);
+}
+
+#if HALF
+#define DENSE_TYPES "f32.f16.f16.f32"
+#else
+#define DENSE_TYPES "f32.bf16.bf16.f32"
+#endif
+__device__ inline void multiply_dense(float* c, const u32* a, const u32* b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col." DENSE_TYPES
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// A band's part of a chunk: of rows g and g + 8 the kept entries of tiles 0, 1 and of tiles 2, 3; two words of metadata.
+struct Part {
+  uint4 upper[2], lower[2];
+  u32 words[2];
+};
+
+struct Matrix {
+  const u8* values;
+  const u8* metadata;
+  i64 rows, columns;
+};
+
+// Where a lane's 16 bytes of rows g and g + 8 of a band begin, and its word of the first tile.
+struct Band {
+  const u8 *upper, *lower, *words;
+};
+
+__device__ inline Band band_at(const Matrix& matrix, i64 row) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const i64 row_bytes = matrix.columns, across = (matrix.columns + 31) / 32;  // two bytes for each second column
+  const i64 band = min(row / 16, (matrix.rows + 15) / 16 - 1);
+  return {matrix.values + min(row + g, matrix.rows - 1) * row_bytes + 16 * t,
+          matrix.values + min(row + g + 8, matrix.rows - 1) * row_bytes + 16 * t,
+          matrix.metadata + (band / 4 * across * 32 + band % 4 * 8 + g) * 8 + t % 2 * 512 + t / 2 * 4};
+}
+
+__device__ inline void load_part(Part& part, const Band& band, u32 chunk, u32 columns) {
+  const u32 at = chunk * 128, words = chunk * 1024;
+  if (at + 128 <= columns) {
+#pragma unroll
+    for (u32 pair = 0; pair < 2; ++pair) {
+      part.upper[pair] = stream16(band.upper + at + 64 * pair);
+      part.lower[pair] = stream16(band.lower + at + 64 * pair);
+      part.words[pair] = stream4(band.words + words + 256 * pair);
+    }
+    return;
+  }
+  const u32 t = threadIdx.x % 4, tiles = (columns - at + 31) / 32;  // zeros past the end, and there any valid metadata
+#pragma unroll
+  for (u32 pair = 0; pair < 2; ++pair) {
+    const bool inside = at + 64 * pair + 16 * t < columns;
+    part.upper[pair] = inside ? stream16(band.upper + at + 64 * pair) : make_uint4(0, 0, 0, 0);
+    part.lower[pair] = inside ? stream16(band.lower + at + 64 * pair) : make_uint4(0, 0, 0, 0);
+    part.words[pair] = 2 * (t % 2) + pair < tiles ? stream4(band.words + words + 256 * pair) : 0x44444444;
+  }
+}
+
+// Lane t of four turns its words, of tiles 2·(t%2) and the next, into the metadata of products 2·(t/2) and the next.
+__device__ inline void metadata_of(const Part& part, u32* registers) {
+  const u32 first = __byte_perm(part.words[0], part.words[1], 0x6240);   // of each product and tile: group a
+  const u32 second = __byte_perm(part.words[0], part.words[1], 0x7351);  // and group 4 + a
+  const u32 upper = (first & 0x0f0f0f0f) | (second << 4 & 0xf0f0f0f0);   // of row g: 4 nibbles for each product
+  const u32 lower = (first >> 4 & 0x0f0f0f0f) | (second & 0xf0f0f0f0);   // of row g + 8
+  registers[0] = __byte_perm(upper, lower, 0x5410);
+  registers[1] = __byte_perm(upper, lower, 0x7632);
+}
+
+__device__ inline u32 part_of(const uint4& x, int k) { return k == 0 ? x.x : k == 1 ? x.y : k == 2 ? x.z : x.w; }
+
+// Start to copy SLICE chunks of all tokens, from chunk `begin` on, into shared memory; zeros past the end. A warp: a token's
+// chunk at a time.
+__device__ inline void copy_x(u32 target, const u8* X, u32 begin, u32 columns, u32 tokens) {
+  const u32 warp = threadIdx.x / 32, group = threadIdx.x % 32, place = group % 8;
+  const u32 to = target + group / 8 * 64 + (place < 4 ? 2 * place : 2 * place - 7) * 8;
+#pragma unroll 4
+  for (u32 at = warp; at < tokens * SLICE; at += THREADS / 32) {
+    const u32 token = at / SLICE, chunk = at % SLICE, column = (begin + chunk) * 128 + group * 4;
+    const u32 bytes = column < columns ? 8 : 0, from = (token * columns + (bytes ? column : 0)) * 2;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to + token * STRIDE + chunk * 256), "l"(X + from), "r"(bytes));
+  }
+}
+
+// Multiply a warp's bands of a chunk with X, of which token 0 and the chunk's first column are at `staged`.
+__device__ inline void multiply_chunk(float (*sum)[NT][4], const Part* parts, u32 staged) {
+  const u32 lane = threadIdx.x % 32;
+  u32 meta[MT][2], x[2][NT][4];
+#pragma unroll
+  for (int m = 0; m < MT; ++m) metadata_of(parts[m], meta[m]);
+  const auto read = [&](u32(*into)[4], int a) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(into[n][0]), "=r"(into[n][1]), "=r"(into[n][2]), "=r"(into[n][3])
+                   : "r"(staged + lane / 8 * 64 + (lane % 8 + n * 8) * STRIDE + 16 * a));
+  };
+  read(x[0], 0);
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+    if (a < 3) read(x[(a + 1) % 2], a + 1);  // on its way while product a runs
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        const Part& part = parts[m];
+        const u32 w[4] = {part_of(part.upper[0], a), part_of(part.lower[0], a), part_of(part.upper[1], a),
+                          part_of(part.lower[1], a)};
+        multiply(sum[m][n], w, x[a % 2][n], meta[m][a % 2], a / 2);
+      }
+  }
+}
+
+#if STAGED
+constexpr u32 ROW_BYTES = 144;  // of a staged row of a chunk: 128, and 16 more so that 8 rows lie in different banks
+constexpr u32 VALUE_BYTES = BLOCK_ROWS * ROW_BYTES, METADATA_BYTES = BLOCK_ROWS * 16;  // of a chunk
+constexpr u32 WEIGHT_BYTES = SLICE * (VALUE_BYTES + METADATA_BYTES);
+
+__device__ inline void copy16(u32 to, const u8* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+}
+
+// Start to copy the block's rows of SLICE chunks, from chunk `begin` on: [chunk][row] values, then [chunk][64 rows][tile].
+__device__ inline void copy_weights(u32 target, const Matrix& matrix, u32 row0, u32 begin) {
+  const u32 columns = matrix.columns, piece = threadIdx.x % 8, first = threadIdx.x / 8, last_row = matrix.rows - 1;
+  const u32 across = (columns + 31) / 32, last = last_row / 64;
+#pragma unroll
+  for (u32 chunk = 0; chunk < SLICE; ++chunk) {
+    const u32 at = (begin + chunk) * 128 + piece * 16;
+    const bool there = at < columns;
+    const u8* from = matrix.values + (there ? at : 0);
+#pragma unroll
+    for (u32 k = 0; k < BLOCK_ROWS * 8 / THREADS; ++k) {
+      const u32 row = first + k * (THREADS / 8);
+      copy16(target + chunk * VALUE_BYTES + row * ROW_BYTES + piece * 16, from + u64(min(row0 + row, last_row)) * columns, there);
+    }
+  }
+  target += SLICE * VALUE_BYTES;
+#pragma unroll
+  for (u32 at = threadIdx.x; at < SLICE * BLOCK_ROWS; at += THREADS) {
+    const u32 chunk = at / BLOCK_ROWS, tile = min((begin + chunk) * 4 + at / 16 % 4, across - 1);
+    const u32 rows64 = min(row0 / 64 + at / 64 % (BLOCK_ROWS / 64), last);
+    copy16(target + at * 16, matrix.metadata + (u64(rows64) * across + tile) * 256 + at % 16 * 16, true);
+  }
+}
+
+__device__ inline uint4 shared16(u32 at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+  return x;
+}
+__device__ inline u32 shared4(u32 at) {
+  u32 x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at));
+  return x;
+}
+
+// A band's part of a staged chunk: `row` is the band's first in the block.
+__device__ inline void read_part(Part& part, u32 stage, u32 row, u32 chunk) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32 values = stage + chunk * VALUE_BYTES + (row + g) * ROW_BYTES + 16 * t;
+#pragma unroll
+  for (u32 pair = 0; pair < 2; ++pair) {
+    part.upper[pair] = shared16(values + 64 * pair);
+    part.lower[pair] = shared16(values + 8 * ROW_BYTES + 64 * pair);
+  }
+  const u32 band = stage + SLICE * VALUE_BYTES + chunk * METADATA_BYTES + row / 64 * 1024 + row % 64 / 16 * 64;
+#pragma unroll
+  for (u32 k = 0; k < 2; ++k) part.words[k] = shared4(band + (2 * (t % 2) + k) * 256 + g * 8 + t / 2 * 4);
+}
+#endif
+
+struct Adapters {
+  const u16* Z;
+  const u16* B;
+  i64 rank, segments, ends[2];
+};
+
+// Add Z · B^T of a band, `row` its first row. The warps along K share the ranks.
+__device__ inline void add_adapters(float (*sum)[4], const Adapters& lora, i64 row, i64 rows, u32 tokens, u32 wk) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const i64 width = lora.segments * lora.rank, segment = (row >= lora.ends[0]) + (row >= lora.ends[1]);
+  const u16* upper = lora.B + min(row + g, rows - 1) * lora.rank + 2 * t;
+  const u16* lower = lora.B + min(row + g + 8, rows - 1) * lora.rank + 2 * t;
+  const auto pair = [](const u16* at) { return *reinterpret_cast<const u32*>(at); };
+  for (u32 k = 16 * wk; k < lora.rank; k += 16 * WK) {
+    const u32 a[4] = {pair(upper + k), pair(lower + k), pair(upper + k + 8), pair(lower + k + 8)};
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const u16* z = lora.Z + min(n * 8 + g, tokens - 1) * width + segment * lora.rank + k + 2 * t;
+      const u32 b[2] = {pair(z), pair(z + 8)};
+      multiply_dense(sum[n], a, b);
+    }
+  }
+}
+
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(1, SPLITS, 1)
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What stands at an address of shared memory in another block of the cluster.
+__device__ inline float of_block(u32 address, u32 block) {
+  float x;
+  asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %1, %2; ld.shared::cluster.f32 %0, [remote]; }"
+               : "=f"(x)
+               : "r"(address), "r"(block));
+  return x;
+}
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
+    few_tokens(const u8* values, const u8* metadata, const u8* X, const u16* bias, const u16* residual, u16* Y, i64 rows,
+               i64 columns, i64 tokens, i64 stages, const u16* lora_Z, const u16* lora_B, i64 rank, i64 segments, i64 end0,
+               i64 end1) {
+  extern __shared__ __align__(16) u8 shared[];
+  const u32 base = u32(__cvta_generic_to_shared(shared));
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % WM, wk = warp / WM;
+  const Matrix matrix{values, metadata, rows, columns};
+  const i64 row0 = i64(blockIdx.x) * BLOCK_ROWS;
+  const u32 chunks = u32(columns + 127) / 128, share = (chunks + SPLITS - 1) / SPLITS;
+  const u32 begin = min(blockIdx.y * share, chunks), end = min(begin + share, chunks);
+  float sum[MT][NT][4] = {};
+
+#if STAGED
+  const u32 turns = (end - begin + WK - 1) / WK, stage_bytes = WEIGHT_BYTES + TOKENS * STRIDE;
+  const auto copy = [&](u32 turn) {
+    if (turn < turns) {
+      copy_weights(base + turn % DEPTH * stage_bytes, matrix, row0, begin + turn * WK);
+      copy_x(base + turn % DEPTH * stage_bytes + WEIGHT_BYTES, X, begin + turn * WK, columns, tokens);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+#pragma unroll
+  for (u32 turn = 0; turn < DEPTH - 1; ++turn) copy(turn);
+  for (u32 turn = 0; turn < turns; ++turn) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2));
+    __syncthreads();  // this stage is there for all, and all are through with the one before
+    copy(turn + DEPTH - 1);
+    if (begin + turn * WK + wk < end) {
+      const u32 stage = base + turn % DEPTH * stage_bytes;
+      Part parts[MT];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) read_part(parts[m], stage, (wm * MT + m) * 16, wk);
+      multiply_chunk(sum, parts, stage + WEIGHT_BYTES + wk * 256);
+    }
+  }
+  asm volatile("cp.async.wait_all;");
+#else
+  const u32 turns = (end - begin + WK - 1) / WK, slice_bytes = TOKENS * STRIDE;
+  constexpr u32 TURNS = SLICE / WK;  // of a slice
+  Part ring[DEPTH][MT];
+  Band bands[MT];
+#pragma unroll
+  for (int m = 0; m < MT; ++m) bands[m] = band_at(matrix, row0 + (wm * MT + m) * 16);
+  const auto load = [&](Part* parts, u32 turn) {
+    const u32 chunk = begin + turn * WK + wk;
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+      if (chunk < end) load_part(parts[m], bands[m], chunk, columns);
+  };
+  copy_x(base, X, begin, columns, tokens);
+#pragma unroll
+  for (u32 d = 0; d < DEPTH; ++d)
+    if (d < turns) load(ring[d], d);
+  for (u32 first = 0; first < turns; first += DEPTH) {
+#pragma unroll
+    for (u32 d = 0; d < DEPTH; ++d) {
+      const u32 turn = first + d, slice = turn / TURNS;
+      if (turn >= turns) break;
+      if (turn % TURNS == 0) {  // X of this slice is there for all, and all are through with the one before
+        asm volatile("cp.async.wait_all;");
+        __syncthreads();
+        if ((slice + 1) * TURNS < turns)
+          copy_x(base + (slice + 1) % stages * slice_bytes, X, begin + (slice + 1) * SLICE, columns, tokens);
+      }
+      if (begin + turn * WK + wk < end)
+        multiply_chunk(sum, ring[d], base + slice % stages * slice_bytes + (turn % TURNS * WK + wk) * 256);
+      if (turn + DEPTH < turns) load(ring[d], turn + DEPTH);
+    }
+  }
+#endif
+
+  if (lora_B && blockIdx.y == 0) {
+    const Adapters lora{lora_Z, lora_B, rank, segments, {end0, end1}};
+#pragma unroll
+    for (int m = 0; m < MT; ++m) add_adapters(sum[m], lora, row0 + (wm * MT + m) * 16, rows, tokens, wk);
+  }
+  const auto write = [&](u32 token, i64 row, float y) {
+    const i64 at = token * rows + row;
+    Y[at] = from_float(y + (bias ? to_float(bias[row]) : 0.0f) + (residual ? to_float(residual[at]) : 0.0f));
+  };
+
+  // The warps along K add up in shared memory, [WK][tokens][rows of the block].
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const u32 row = (wm * MT + m) * 16 + lane / 4 + k / 2 * 8, token = n * 8 + lane % 4 * 2 + k % 2;
+        sums[(wk * TOKENS + token) * BLOCK_ROWS + row] = sum[m][n][k];
+      }
+  __syncthreads();
+  for (u32 at = threadIdx.x; at < tokens * BLOCK_ROWS; at += THREADS) {
+    const u32 token = at / BLOCK_ROWS, row = at % BLOCK_ROWS;
+    float total = 0;
+#pragma unroll
+    for (int k = 0; k < WK; ++k) total += sums[(k * TOKENS + token) * BLOCK_ROWS + row];
+    if (SPLITS > 1)
+      sums[at] = total;
+    else if (row0 + row < rows)
+      write(token, row0 + row, total);
+  }
+#if SPLITS > 1
+  // Then the blocks along K, a cluster, each for its share of the rows, in the blocks' order.
+  cluster_barrier();
+  constexpr u32 ROWS = (BLOCK_ROWS + SPLITS - 1) / SPLITS;
+  for (u32 at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
+    const u32 token = at / ROWS, row = blockIdx.y * ROWS + at % ROWS;
+    if (row >= BLOCK_ROWS) continue;
+    float total = 0;
+#pragma unroll
+    for (u32 k = 0; k < SPLITS; ++k) total += of_block(base + (token * BLOCK_ROWS + row) * 4, k);
+    if (row0 + row < rows) write(token, row0 + row, total);
+  }
+  cluster_barrier();  // no block ends while another reads its sums
+#endif
+}

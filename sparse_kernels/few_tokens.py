@@ -1,0 +1,250 @@
+"""Products of a packed 2:4 matrix with at most 64 tokens, by few_tokens.cu, compiled for one shape of work at a time.
+
+The shapes of work are measured once for each matrix shape and eight of tokens, on a GPU model, and kept on disk beside
+the library's plans (kernel_choice).
+
+Shape suffixes: B tokens, R rows and C columns of the matrix, K = C/2 kept entries of a row, L ranks of an adapter.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_kernels import cuda, kernel_choice, tile_metadata
+from sparse_kernels.kernel_choice import Choice
+from sparse_kernels.matmul_plan import random_mask
+from sparse_kernels.packed import outside_graphs
+
+SOURCE = Path(__file__).with_name("few_tokens.cu")
+MOST_TOKENS = 64
+RANKS = 16
+"""Adapters' ranks are padded to multiples of this, and layers that are fused have such numbers of rows."""
+MOST_SEGMENTS = 3
+_CHUNK = 128  # columns that a warp takes at once
+_ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
+_SHARED_BYTES = 227 * 1024  # of a block, on compute capability 9.0
+# (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
+_REGISTERS = {
+    1: ((1, 1, 16, 1), (1, 1, 8, 1), (1, 1, 8, 2), (1, 2, 8, 1), (2, 2, 4, 2)),
+    2: ((2, 2, 4, 2),),
+    4: (),
+    8: (),
+}
+_STAGED = {
+    1: ((1, 4, 2, 3), (1, 4, 2, 5), (1, 4, 4, 3), (1, 8, 2, 4)),
+    2: ((1, 4, 2, 3), (1, 4, 2, 5), (1, 4, 4, 3), (2, 4, 2, 2), (2, 4, 2, 3), (2, 8, 1, 3)),
+    4: ((1, 4, 2, 5), (1, 4, 4, 2), (2, 4, 2, 2), (2, 4, 2, 4), (2, 8, 1, 3), (2, 8, 1, 4)),
+    8: ((1, 4, 2, 3), (1, 8, 1, 3), (2, 4, 2, 2), (2, 8, 1, 3)),
+}
+_SPLITS = (1, 2, 3, 4, 6, 8)
+_L2_BYTES = 120e6  # copies of a matrix that are timed in turn, so that no cache serves them
+
+
+class Work(NamedTuple):
+    """A shape of work, as few_tokens.cu names it.
+
+    staged: whether weights go through shared memory. nt: eights of tokens. mt: bands of 16 rows that a warp holds.
+    wm, wk: warps along the rows and along the columns. depth: chunks that a warp has on their way, or stages. slice:
+    chunks of X in shared memory at once. splits: blocks, a cluster, that share a row's columns.
+    """
+
+    staged: int
+    nt: int
+    mt: int
+    wm: int
+    wk: int
+    depth: int
+    slice: int
+    splits: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.wm * self.wk
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return 16 * self.mt * self.wm
+
+    def shared_bytes(self, columns: int) -> tuple[int, int]:
+        """How many slices, or stages, are in shared memory, and the bytes of it that a block takes."""
+        x = 8 * self.nt * (self.slice * 256 + 16)
+        one_slice = math.ceil(math.ceil(columns / _CHUNK) / self.splits) <= self.slice
+        stages = self.depth if self.staged else 1 if one_slice else 2
+        size = stages * (x + self.staged * self.slice * self.rows * _ROW_BYTES)
+        return stages, max(size, self.wk * 8 * self.nt * self.rows * 4)
+
+
+class Adapters(NamedTuple):
+    """Adapters' second products, which a product adds: Z (B, S·L), B (R, L), and the rows of each of S segments.
+
+    L is a multiple of RANKS; segments' rows are multiples of 16.
+    """
+
+    Z: Tensor
+    B: Tensor
+    rows: tuple[int, ...]
+
+
+def refusal(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> str:
+    """Why the kernel cannot take a matrix (R, C); empty if it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"no kernel for {dtype}"
+    if rows % 16 or columns % 16:
+        return "sides are not multiples of 16"
+    return cuda.missing(device_index)
+
+
+def matmul(
+    work: Work,
+    values_RK: Tensor,
+    metadata: Tensor,
+    X_BC: Tensor,
+    bias_R: Tensor | None = None,
+    residual_BR: Tensor | None = None,
+    adapters: Adapters | None = None,
+) -> Tensor:
+    """Y = X · A^T + bias + residual, and adapters' products, on torch's current stream.
+
+    Args:
+        work: from `work_for`.
+        values_RK: (R, C/2), bfloat16 or float16 as all others, contiguous.
+        metadata: uint8, in tile order.
+        X_BC: (B, C), contiguous, 16-byte aligned.
+        bias_R: (R,) or None. residual_BR: (B, R) or None.
+
+    Returns:
+        (B, R); sums are float32, rounded once.
+    """
+    (tokens, columns), rows, device = X_BC.shape, values_RK.shape[0], X_BC.device
+    Y_BR = X_BC.new_empty(tokens, rows)
+    stages, shared = work.shared_bytes(columns)
+    operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
+    Z, B, parts = adapters or (None, None, (rows,))
+    ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
+    lora = (cuda.address(Z), cuda.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
+    arguments = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
+    grid = (-(-rows // work.rows), work.splits)
+    cuda.launch_function(_function(work, X_BC.dtype, device.index), grid, work.threads, device, arguments, shared)
+    return Y_BR
+
+
+@functools.cache
+def _function(work: Work, dtype: torch.dtype, device_index: int) -> Any:
+    names = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "SPLITS")
+    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=True))}
+    return cuda.compiled(SOURCE, "few_tokens", definitions, device_index, shared_bytes=_SHARED_BYTES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+_CHOSEN: dict[tuple[int, int, int, torch.dtype, int], Work] = {}
+
+
+def work_for(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
+    """The fastest work for a matrix (R, C) that the kernel takes, and so many tokens, decided once.
+
+    The first process on a GPU model compiles and measures some twenty of them for each shape; later ones read the file.
+
+    Raises:
+        RuntimeError: a new shape is met while a CUDA graph is being captured.
+    """
+    bucket = min(b for b in (1, 2, 4, 8, 16, 32, 64) if b >= tokens)
+    key = rows, columns, bucket, dtype, device_index
+    if key not in _CHOSEN:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"run one step before capturing a CUDA graph: {key[:3]} has not been measured yet")
+        _CHOSEN[key] = _choose(rows, columns, bucket, dtype, device_index)
+    return _CHOSEN[key]
+
+
+def candidates(rows: int, columns: int, tokens: int, device_index: int) -> Iterator[Work]:
+    """The shapes of work that are worth measuring."""
+    nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
+    capability = torch.cuda.get_device_capability(device_index)
+    multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    ring = [(0, *sides, slice) for sides in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
+    for staged, mt, wm, wk, depth, size in [*ring, *((1, *sides, sides[2]) for sides in _STAGED[nt])]:
+        for splits in _SPLITS if capability >= (9, 0) else (1,):
+            work = Work(staged, nt, mt, wm, wk, depth, max(size, wk), splits)
+            share, blocks = -(-chunks // splits), -(-rows // work.rows) * splits
+            idle = (splits - 1) * share >= chunks or share < wk or (size > 32 and size >= 2 * share)
+            crowded = splits > 1 and blocks > 3 * multiprocessors
+            if not idle and not crowded and work.shared_bytes(columns)[1] <= _SHARED_BYTES:
+                yield work
+
+
+def _choose(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
+    key = _key(rows, columns, tokens, dtype, device_index)
+    saved = kernel_choice.saved_choices().get(key)
+    if saved is not None and saved.algorithm.keys() == set(Work._fields):
+        return Work(**saved.algorithm)
+    with torch.cuda.device(device_index), torch.no_grad():
+        work, milliseconds = outside_graphs(lambda: _measure(rows, columns, tokens, dtype, device_index))
+    choice = Choice(True, "the fastest kernel for few tokens", milliseconds, algorithm=work._asdict())
+    kernel_choice.save_choice(key, choice)
+    return work
+
+
+def _key(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> str:
+    gpu, source = torch.cuda.get_device_name(device_index), hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]
+    return " | ".join((gpu, f"few_tokens {source}", str(dtype).removeprefix("torch."), f"{rows}x{columns}x{tokens}"))
+
+
+def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> tuple[Work, float]:
+    """The fastest work that agrees with a dense product, and its milliseconds."""
+    works = list(candidates(rows, columns, tokens, device_index))
+    with ThreadPoolExecutor(8) as threads:  # the compiler runs outside of Python's lock
+        list(threads.map(lambda work: _function(work, dtype, device_index), works))
+    device = torch.device("cuda", device_index)
+    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
+    bits = random_mask(rows, columns, generator)
+    metadata = torch.empty(tile_metadata.metadata_bytes(rows, columns), dtype=torch.uint8, device=device)
+    padded = F.pad(
+        bits, (0, -bits.shape[1] % 4, 0, -rows % 64), value=0x33
+    )  # whole tiles, as `cuda.metadata` takes them
+    cuda.launch(cuda.metadata(padded, metadata))
+    values = torch.randn(rows, columns // 2, dtype=dtype, device=device, generator=generator)
+    X_BC = torch.randn(tokens, columns, dtype=dtype, device=device, generator=generator)
+    dense_RC = torch.empty(rows, columns, dtype=dtype, device=device)
+    cuda.launch(cuda.refresh(values, bits, bits.view(columns // 8, rows), w=dense_RC))
+    expected = F.linear(X_BC, dense_RC).float()  # [B,C] · [R,C]^T -> [B,R]
+    copies = [
+        (values.clone(), metadata.clone()) for _ in range(max(2, math.ceil(_L2_BYTES / (rows * columns * 1.125))))
+    ]
+    timed = []
+    for work in works:
+        error = (matmul(work, values, metadata, X_BC).float() - expected).abs().max()
+        if error < 0.1 * expected.std():
+            timed.append((_milliseconds(functools.partial(_in_turn, work, copies, X_BC)) / len(copies), work))
+    if not timed:
+        raise RuntimeError(
+            f"no kernel computes a product of {rows} x {columns} with {tokens} tokens rightly on this GPU"
+        )
+    milliseconds, work = min(timed)
+    return work, milliseconds
+
+
+def _in_turn(work: Work, copies: list[tuple[Tensor, Tensor]], X_BC: Tensor) -> None:
+    for values, metadata in copies:
+        matmul(work, values, metadata, X_BC)
+
+
+def _milliseconds(products: Callable[[], None]) -> float:
+    return kernel_choice.graph_ms(products, calls=1, rounds=5)[0]
+
+
+def forget() -> None:
+    """Forget the choices of this process; the file stays."""
+    _CHOSEN.clear()

@@ -1,0 +1,179 @@
+"""Products and attention of few tokens on a GPU, against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_kernels import SparseLinear, few_tokens, masks, tile_metadata
+from sparse_kernels.attention import attend_new_tokens, attention_space
+from sparse_kernels.cuda import expand, silu_mul
+from sparse_kernels.lora import LowRankAdapter
+from sparse_kernels.packed_linear import PackedLinear
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+def layer(out: int, inputs: int, *, bias: bool = True, rank: int = 0, seed: int = 0) -> SparseLinear:
+    generator = torch.Generator(CUDA).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=CUDA, generator=generator)
+
+    weight = normal(out, inputs)
+    made = SparseLinear(weight, normal(out) if bias else None, masks.nm_mask(weight.abs(), 2, 4), 2, 4)
+    if rank:
+        made.adapter = LowRankAdapter(inputs, out, rank, device=CUDA)
+        made.adapter.lora_B.data.copy_(normal(out, rank))
+        made.adapter.lora_A.data.copy_(normal(rank, inputs) / inputs**0.5)
+    return made
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found.float() - expected).abs().max() < 0.03 * expected.std()
+
+
+def packed(layers: list[SparseLinear], dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
+    """Rounded first, so that both sides multiply the same weights."""
+    for each in layers:
+        for parameter in each.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+    return PackedLinear.fuse(layers, dtype)
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 65), 65, 100, 300, 1000])
+def test_every_token_count(tokens: int) -> None:
+    sparse = layer(512, 1024, rank=16)
+    made = packed([sparse])
+    X = torch.randn(tokens, 1024, device=CUDA).bfloat16()
+    residual = torch.randn(tokens, 512, device=CUDA).bfloat16()
+    weight, adapter = sparse.weight, sparse.adapter
+    assert adapter is not None
+    expected = F.linear(X.float(), weight, sparse.bias) + residual.float() + adapter(X.float())
+    close(made(X, residual), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("out", "inputs", "tokens"),
+    [
+        (16, 16, 1),
+        (48, 80, 3),
+        (80, 48, 8),
+        (208, 144, 16),
+        (1040, 272, 32),
+        (112, 2064, 64),
+        (4096, 1008, 1),
+        (16, 4112, 17),
+    ],
+)
+def test_odd_sides(dtype: torch.dtype, out: int, inputs: int, tokens: int) -> None:
+    sparse = layer(out, inputs, bias=False)
+    made = packed([sparse], dtype)
+    X = torch.randn(tokens, inputs, device=CUDA).to(dtype)
+    close(made(X), F.linear(X.float(), sparse.weight))
+    assert torch.equal(expand(made.values, made.metadata, inputs), made.dense())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 40, 70])
+@pytest.mark.parametrize("ranks", [(64, 64, 64), (4, 0, 20), (0, 0, 0), (7, 7, 7)])
+def test_fused_layers_with_adapters_of_any_rank(tokens: int, ranks: tuple[int, ...]) -> None:
+    layers = [layer(rows, 256, rank=rank, seed=rank + rows) for rows, rank in zip((512, 128, 128), ranks, strict=True)]
+    made = packed(layers)
+    X = torch.randn(tokens, 256, device=CUDA).bfloat16()
+    expected = [
+        F.linear(X.float(), each.weight, each.bias) + (0 if each.adapter is None else each.adapter(X.float()))
+        for each in layers
+    ]
+    close(made(X), torch.cat(expected, 1))
+
+
+def test_every_candidate_is_right() -> None:
+    """Also those that another GPU would choose."""
+    sparse = layer(320, 1536, rank=32)
+    made = packed([sparse])
+    operands = made.prepare()
+    assert operands.lora_A is not None
+    assert operands.lora_B is not None
+    assert sparse.adapter is not None
+    for tokens in (1, 8, 16, 31, 64):
+        X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
+        Z = F.linear(X, operands.lora_A)
+        expected = F.linear(X.float(), sparse.weight, sparse.bias) + sparse.adapter(X.float())
+        works = list(few_tokens.candidates(320, 1536, tokens, 0))
+        assert len(works) >= 5
+        for work in works:
+            adapters = few_tokens.Adapters(Z, operands.lora_B, (320,))
+            close(few_tokens.matmul(work, made.values, made.metadata, X, made.bias, None, adapters), expected)
+
+
+def test_the_choice_is_kept_on_disk_and_needs_no_capture(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
+    few_tokens.forget()
+    work = few_tokens.work_for(256, 512, 5, torch.bfloat16, 0)
+    few_tokens.forget()
+    monkeypatch.setattr(few_tokens, "_measure", None)  # a second measurement would call it
+    assert few_tokens.work_for(256, 512, 6, torch.bfloat16, 0) == work
+
+
+def test_a_graph_and_a_compiler_see_one_node() -> None:
+    made = packed([layer(256, 256, rank=8)])
+    X = torch.randn(4, 256, device=CUDA).bfloat16()
+    expected = made(X)
+    compiled = torch.compile(made, fullgraph=True)
+    assert torch.equal(compiled(X), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        Y = made(X)
+    X.mul_(2)
+    graph.replay()
+    close(Y, made(X).float())
+
+
+def test_a_moved_or_reloaded_layer_is_packed_again() -> None:
+    made = packed([layer(256, 256, rank=8)])
+    X = torch.randn(4, 256, device=CUDA).bfloat16()
+    before = made(X)
+    other = packed([layer(256, 256, rank=8, seed=1)])
+    assert torch.equal(made.cpu().cuda()(X), before)
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made(X), other(X))
+    assert tile_metadata.is_sound(made.metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(8, 8, 64), (8, 2, 128), (4, 4, 80), (16, 2, 128), (6, 2, 32), (4, 1, 256)]
+)
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_attention_of_new_tokens(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int, rotary: bool
+) -> None:
+    torch.manual_seed(heads + dim)
+    rows, places = 5, 400
+    keys, values = torch.randn(2, rows, kv_heads, places, dim, device=CUDA).to(dtype)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim, device=CUDA).to(dtype)
+    angles = torch.rand(rows, dim // 2, device=CUDA).repeat(1, 2) * 6
+    signs = torch.ones(dim, device=CUDA)
+    signs[: dim // 2] = -1
+    turned = torch.stack([angles.cos(), angles.sin() * signs]).to(dtype) if rotary else None
+    at = torch.tensor([0, 1, 49, 200, 399], dtype=torch.int32, device=CUDA)
+    reference = [tensor.float().cpu() for tensor in (keys, values)]
+    expected = attend_new_tokens(
+        qkv.float().cpu(), None if turned is None else turned.float().cpu(), *reference, at.cpu(), dim**-0.5, window
+    )
+    space = attention_space(keys, heads)
+    for _ in range(2):  # the counters are zero again
+        found = attend_new_tokens(qkv, turned, keys, values, at, dim**-0.5, window, space)
+        assert (found.float().cpu() - expected).abs().max() < 0.02
+        for cache, other in zip((keys, values), reference, strict=True):
+            assert (cache.float().cpu() - other).abs().max() < 0.03  # the new ones are stored, the others stay
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_silu_mul(rows: int) -> None:
+    X = torch.randn(rows, 2 * 352, device=CUDA).bfloat16()
+    gate, up = X.float().chunk(2, dim=1)
+    assert torch.allclose(silu_mul(X).float(), F.silu(gate) * up, atol=0.02, rtol=0.01)
