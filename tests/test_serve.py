@@ -162,16 +162,20 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert longest.usage.total_tokens == 256
 
 
-def test_a_run_is_served_too_and_has_no_chat(tmp_path: Path) -> None:
-    with serving(tmp_path, model=trained()) as server:
-        name = trained().name
+@pytest.mark.parametrize("form", ["run", "packed"])
+def test_a_run_is_served_and_has_no_chat(form: str, tmp_path: Path) -> None:
+    folder = trained()
+    if form == "packed":
+        folder = tmp_path / "small"
+        assert slope("export", trained(), folder, "--format", "packed").code == 0
+    with serving(tmp_path, model=folder) as server:
         status, answer = server.ask("/v1/completions", {"prompt": "The ", "max_tokens": 9, "temperature": 0})
-        expected = slope("generate", trained(), "The ", "--temperature", "0", "--tokens", "9").out
+        expected = slope("generate", folder, "The ", "--temperature", "0", "--tokens", "9").out
         assert (status, "The " + answer["choices"][0]["text"] + "\n") == (200, expected)
         status, answer = server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]})
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
         assert "has no chat template; use /v1/completions" in answer["error"]["message"]
-        assert server.ask("/v1/models")[1]["data"][0]["id"] == name
+        assert server.ask("/v1/models")[1]["data"][0]["id"] == folder.name
         server.wait_for(r"\nPOST  /v1/completions  200  0\.\d\d s  1 text  4 \+ 9 tokens\n")
         server.wait_for(r"\nPOST  /v1/chat/completions  400  0\.\d\d s\n")
 
@@ -263,7 +267,19 @@ def test_a_client_that_goes_away_cancels_its_text(stream: bool, tmp_path: Path) 
         first.close()
         server.wait_for_texts(0)
         assert server.ask("/v1/completions", {"prompt": "The ", "temperature": 0})[1]["choices"][0]["text"]
-        server.wait_for(r"POST  /v1/completions  (gone|200)  \d\.\d\d s  1 text  4 \+ \d\d+ tokens\n")
+        server.wait_for(r"POST  /v1/completions  (unanswered|200)  \d\.\d\d s  1 text  4 \+ \d+ tokens  cancelled\n")
+
+
+def test_clients_that_go_away_leave_the_texts_of_others_as_they_are(server: Server) -> None:
+    leaving = [server.begin(prompt=f"Leave {i}", max_tokens=200, stream=bool(i % 2)) for i in range(6)]
+    staying = [server.begin(prompt=f"Stay {i}", max_tokens=40, temperature=0, stream=True) for i in range(6)]
+    for connection in leaving:
+        connection.close()
+    for i, connection in enumerate(staying):
+        *parts, end = events(connection)
+        connection.close()
+        assert ("".join(part["choices"][0]["text"] for part in parts), end) == (greedy(f"Stay {i}", 40), "[DONE]")
+    server.wait_for_texts(0)
 
 
 def test_a_full_queue(tmp_path: Path) -> None:
@@ -302,7 +318,7 @@ def test_a_signal_lets_running_texts_finish(tmp_path: Path) -> None:
     request.close()
     assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 400)
     assert server.finish() == 0
-    assert "stopping; 1 texts have 30 s" in server.printed()
+    assert "stopping; texts that have 30 s: 1\n" in server.printed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

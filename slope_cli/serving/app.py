@@ -89,12 +89,13 @@ class TextResponse(Response):
             if work.done():
                 work.result()
         finally:
+            cancelled = ["cancelled"] if self._job.unfinished else []
             self._thread.cancel(self._job)
             work.cancel()
             gone.cancel()
             counts = self._usage()
             texts, read, new = self._job.texts, counts["prompt_tokens"], counts["completion_tokens"]
-            scope[Gate.NOTE] = [f"{texts} text{'s'[: texts > 1]}", f"{read} + {new} tokens"]
+            scope[Gate.NOTE] = [f"{texts} text{'s'[: texts > 1]}", f"{read} + {new} tokens", *cancelled]
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         texts, reasons = [""] * self._job.texts, [""] * self._job.texts
@@ -136,7 +137,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the class."""
-        started, status, size = time.monotonic(), "gone", 0
+        started, status, size = time.monotonic(), "unanswered", 0
 
         async def noting(message: Message) -> None:
             nonlocal status

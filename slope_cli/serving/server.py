@@ -37,10 +37,10 @@ class Limits:
     prompt; None for all positions of the model. grace: seconds that texts have left when a signal comes.
     """
 
-    max_batch: int = 16
-    max_queue: int = 256
-    max_length: int | None = None
-    grace: float = 30.0
+    max_batch: int
+    max_queue: int
+    max_length: int | None
+    grace: float
 
 
 def serve(folder: Path, host: str, port: int, dtype: str, device: torch.device, limits: Limits) -> None:
@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no further requests, and wait for the answers of those that are here."""
-        print(f"stopping; {self.thread.texts} texts have {self._grace:g} s", file=sys.stderr, flush=True)
+        print(f"stopping; texts that have {self._grace:g} s: {self.thread.texts}", file=sys.stderr, flush=True)
         cut = self._loop.call_later(self._grace, self.thread.cut, STOPS)
         await super().shutdown(sockets)
         cut.cancel()
