@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +354,14 @@ def test_a_second_signal_does_not_wait(number: int, tmp_path: Path) -> None:
 
 def test_an_idle_server_stops_at_once(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    server.send(signal.SIGINT)
-    assert server.finish(5) == 0
-    assert [line.partition(" ")[0] for line in server.printed().splitlines()] == ["serving", "stopping;"]
+    with contextlib.closing(HTTPConnection("127.0.0.1", server.port)) as kept, socket.socket() as silent:
+        kept.request("GET", "/v1/models")
+        kept.getresponse().read()
+        silent.connect(("127.0.0.1", server.port))
+        server.wait_for("GET")
+        server.send(signal.SIGINT)
+        assert server.finish(5) == 0
+    assert [line.partition(" ")[0] for line in server.printed().splitlines()] == ["serving", "GET", "stopping;"]
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
