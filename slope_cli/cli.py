@@ -197,6 +197,30 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which the log names.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Texts that are continued at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that wait besides; more are refused.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a text and its prompt; default: the model's positions.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running texts have when a signal comes.")] = 30.0,
+) -> None:
+    """Answer OpenAI's completions and chat over HTTP until SIGINT or SIGTERM; $SLOPE_API_KEY: a key to ask for."""
+    launch.require_one_process()
+    try:
+        from slope_cli.serving import server
+    except ModuleNotFoundError as error:
+        raise UsageError(f"slope serve: {error.name} is missing; pip install slope-cli[serve]") from None
+
+    limits = server.Limits(max_batch, max_queue, max_length, grace)
+    server.serve(model, host, port, dtype, launch.pick_device("auto"), limits)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],

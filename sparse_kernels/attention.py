@@ -16,7 +16,7 @@ from sparse_kernels import cuda
 SOURCE = Path(__file__).with_name("decode_attention.cu")
 _THREADS = 128
 _BLOCKS = 4  # of the kernel on a multiprocessor
-_FEWEST_KEYS = 32  # that are worth a block
+_FEWEST_KEYS = 64  # that are worth a block
 
 
 def turn(X: Tensor, rotary: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def attend_new_tokens(
     operands = (qkv_BSD.contiguous(), rotary, keys_BGTD, values_BGTD, places_B, out_BHD, space)
     arguments = (*map(cuda.address, operands), B, G, T, window, float(scale))
     function = _function(qkv_BSD.dtype == torch.float16, D, H // G, splits, qkv_BSD.device.index)
-    cuda.launch_function(function, (B, G, splits), _THREADS, qkv_BSD.device, arguments)
+    cuda.launch_early(function, (B, G, splits), _THREADS, qkv_BSD.device, arguments)
     return out_BHD
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: O out features, I in features, both multiples of 16; K = I/2 kept entries of a row. 2:4 only.
 """
 
+import ctypes
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +20,12 @@ _MARKER_THREADS = 256
 _METADATA_THREADS = 256
 _EXPAND_THREADS = 256
 _SILU_THREADS = 256
+_NORM_PACKS = 4
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17",)
+
+
+_Arguments = tuple[int | float, ...]
 
 
 @functools.cache
@@ -89,24 +94,82 @@ def compiled(
         return function.kernel
 
 
-def _launch(name: str, grid: tuple[int, ...], threads: int, device: torch.device, args: tuple[int, ...]) -> None:
-    launch_function(_function(name, device.index), grid, threads, device, args)
+def _launch(
+    name: str, grid: tuple[int, ...], threads: int, device: torch.device, args: tuple[int | float, ...]
+) -> None:
+    index = device.index
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return _launch(name, grid, threads, device, args)
+    _function(name, index)(grid, (threads,), args, 0, _stream(raw_stream(index)))
 
 
-def launch_function(
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def launch_early(
     function: Any,
     grid: tuple[int, ...],
     threads: int,
     device: torch.device,
-    args: tuple[int | float, ...],
+    args: _Arguments,
     shared_bytes: int = 0,
+    cluster: int = 1,
 ) -> None:
-    """Launch what `compiled` returned on torch's current stream; integers are passed in 64 bits, floats too."""
+    """Launch a kernel of inference on torch's current stream, before the one in front of it has ended if it lets it.
+
+    The kernel must wait (`griddepcontrol.wait`) before it reads what others wrote, or writes; see early.cuh.
+
+    Args:
+        function: what `compiled` returned.
+        args: integers are passed in 64 bits, floats too.
+        cluster: blocks, neighbours along y, that share their memory; more than 1 from compute capability 9.0 on.
+    """
     index = device.index
     if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
-            return launch_function(function, grid, threads, device, args, shared_bytes)
-    function(grid, (threads,), args, shared_bytes, _stream(raw_stream(index)))
+            return launch_early(function, grid, threads, device, args, shared_bytes, cluster)
+    if not _overlaps(index):
+        function(grid, (threads,), args, shared_bytes, _stream(raw_stream(index)))
+        return
+    values = [ctypes.c_double(arg) if isinstance(arg, float) else ctypes.c_int64(arg) for arg in args]
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    attributes = (_Attribute * 2)(
+        _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)),
+        _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(1, cluster, 1)),
+    )
+    count = 1 + (cluster > 1)
+    config = _Config(*(*grid, 1, 1)[:3], threads, 1, 1, shared_bytes, raw_stream(index), attributes, count)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None)
+    if status:
+        raise RuntimeError(f"a kernel could not be launched: the driver's error {status}")
+
+
+@functools.cache
+def _overlaps(device_index: int) -> bool:
+    """Whether a kernel can be launched before the one in front of it has ended."""
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -288,5 +351,17 @@ def silu_mul(X_BF: Tensor) -> Tensor:
     Y_BF = X_BF.new_empty(rows, columns // 2)
     grid = (-(-(Y_BF.numel() // 8) // _SILU_THREADS),)
     args = X_BF.data_ptr(), Y_BF.data_ptr(), rows, columns // 2
-    _launch(f"silu_mul_{_NAMES[X_BF.dtype]}", grid, _SILU_THREADS, X_BF.device, args)
+    launch_early(_function(f"silu_mul_{_NAMES[X_BF.dtype]}", X_BF.device.index), grid, _SILU_THREADS, X_BF.device, args)
     return Y_BF
+
+
+def norm(X_BW: Tensor, weight_W: Tensor, bias_W: Tensor | None, eps: float, *, layer: bool) -> Tensor:
+    """A layer norm, or a root-mean-square norm, of rows (B, W) of at most 32,768 columns; see `takes`."""
+    rows, columns = X_BW.shape
+    Y_BW = torch.empty_like(X_BW)
+    threads = min(1024, -(-columns // 8 // 32) * 32)
+    if columns > 8 * _NORM_PACKS * threads:
+        raise ValueError(f"a norm of {columns} columns is more than the kernel takes")
+    args = (*map(address, (X_BW, weight_W, bias_W, Y_BW)), columns, float(eps), int(layer))
+    launch_early(_function(f"norm_{_NAMES[X_BW.dtype]}", X_BW.device.index), (rows,), threads, X_BW.device, args)
+    return Y_BW

@@ -17,9 +17,19 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 constexpr u32 power_above(u32 x) { return x <= 1 ? 1 : 2 * power_above((x + 1) / 2); }
-constexpr u32 LANES = power_above(D / 8), KEYS = 32 / LANES, WARPS = 4, UNROLL = P <= 4 ? 4 : 2, GROUPS = WARPS * KEYS;
+constexpr u32 LANES = power_above(D / 8), KEYS = 32 / LANES, WARPS = 4, UNROLL = P <= 4 ? 8 : 4, GROUPS = WARPS * KEYS;
 constexpr u32 THREADS = 32 * WARPS;
 constexpr float LOG2_E = 1.4426950408889634f, NEVER = -1e30f;
+
+// A kernel of inference is launched before the one in front of it has ended: it lets the next one come at once, reads its
+// weights, and then awaits what others write.
+#if __CUDA_ARCH__ >= 900
+__device__ inline void let_next_come() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void let_next_come() {}
+__device__ inline void await_others() {}
+#endif
 
 __device__ inline float to_float(u16 x) {
 #if HALF
@@ -59,6 +69,7 @@ struct Sum {
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode_attention(const u16* qkv, const u16* rotary, u16* keys, u16* values, const int* filled, u16* out, float* space,
                      i64 rows, i64 kv_heads, i64 places, i64 window, double scale) {
+  let_next_come();
   const u32 row = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, group = warp * KEYS + lane / LANES;
   const u32 place = filled[row], first = window && place + 1 > window ? place + 1 - u32(window) : 0;
@@ -71,18 +82,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const u16* angle = rotary ? rotary + u64(row) * D : nullptr;
   u16* k_cache = keys + (u64(row) * kv_heads + head) * places * D;
   u16* v_cache = values + (u64(row) * kv_heads + head) * places * D;
+  // The first keys are on their way before the new token is there.
+  const bool inside = part * 8 < D;
+  uint4 k_packed[UNROLL], v_packed[UNROLL];
+  const auto load = [&](u32 at) {
+#pragma unroll
+    for (u32 u = 0; u < UNROLL; ++u) {
+      const u32 key = at + u * GROUPS + group;
+      const bool there = inside && key < end && key < place;
+      const u64 offset = u64(key) * D + part * 8;
+      k_packed[u] = there ? *reinterpret_cast<const uint4*>(k_cache + offset) : make_uint4(0, 0, 0, 0);
+      v_packed[u] = there ? *reinterpret_cast<const uint4*>(v_cache + offset) : make_uint4(0, 0, 0, 0);
+    }
+  };
+  load(begin);
+  await_others();
   __shared__ float query[P][D], most[GROUPS][P], weight[GROUPS][P];
   __shared__ float sums[GROUPS][P][D];
+  __shared__ alignas(16) u16 new_key[D], new_value[D];
   for (u32 at = threadIdx.x; at < P * D; at += THREADS)
     query[at / D][at % D] = to_float(turned(mine + (head * P + at / D) * D, angle, rows, at % D)) * float(scale) * LOG2_E;
   if (begin <= place && place < end)
     for (u32 d = threadIdx.x; d < D; d += THREADS) {
-      k_cache[u64(place) * D + d] = turned(mine + (kv_heads * P + head) * D, angle, rows, d);
-      v_cache[u64(place) * D + d] = mine[(kv_heads * (P + 1) + head) * D + d];
+      k_cache[u64(place) * D + d] = new_key[d] = turned(mine + (kv_heads * P + head) * D, angle, rows, d);
+      v_cache[u64(place) * D + d] = new_value[d] = mine[(kv_heads * (P + 1) + head) * D + d];
     }
   __syncthreads();
 
-  const bool inside = part * 8 < D;
   float q[P][8];
 #pragma unroll
   for (u32 p = 0; p < P; ++p)
@@ -96,15 +122,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (u32 k = 0; k < 8; ++k) sum.y[p][k] = 0.0f;
   }
   for (u32 at = begin; at < end; at += GROUPS * UNROLL) {
-    uint4 k_packed[UNROLL], v_packed[UNROLL];
 #pragma unroll
-    for (u32 u = 0; u < UNROLL; ++u) {
-      const u32 key = at + u * GROUPS + group;
-      const bool there = inside && key < end;
-      const u64 offset = u64(key) * D + part * 8;
-      k_packed[u] = there ? *reinterpret_cast<const uint4*>(k_cache + offset) : make_uint4(0, 0, 0, 0);
-      v_packed[u] = there ? *reinterpret_cast<const uint4*>(v_cache + offset) : make_uint4(0, 0, 0, 0);
-    }
+    for (u32 u = 0; u < UNROLL; ++u)
+      if (at + u * GROUPS + group == place && place < end && inside) {
+        k_packed[u] = *reinterpret_cast<const uint4*>(new_key + part * 8);
+        v_packed[u] = *reinterpret_cast<const uint4*>(new_value + part * 8);
+      }
     float score[UNROLL][P];
 #pragma unroll
     for (u32 u = 0; u < UNROLL; ++u) {
@@ -144,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (u32 d = 0; d < 8; ++d) sum.y[p][d] += w * v[d];
       }
     }
+    if (at + GROUPS * UNROLL < end) load(at + GROUPS * UNROLL);
   }
 
   // The groups of the block add up.
@@ -186,13 +210,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (before + 1 < KV_SPLITS) return;
   __threadfence();
   if (threadIdx.x == 0) arrived[index] = 0;
+  // The weight of each split first, all of them at once, then its sums.
+  __shared__ float split_weight[P][KV_SPLITS];
+  for (u32 at = threadIdx.x; at < P * KV_SPLITS; at += THREADS)
+    split_weight[at % P][at / P] = __ldcg(parts + at / P * P * (D + 2) + at % P * (D + 2) + D);
+  __syncthreads();
   for (u32 at = threadIdx.x; at < P * D; at += THREADS) {
     const u32 p = at / D, d = at % D;
     float all = NEVER, total = 0.0f, y = 0.0f;
-    for (u32 s = 0; s < KV_SPLITS; ++s) all = fmaxf(all, __ldcg(parts + (s * P + p) * (D + 2) + D));
+#pragma unroll
+    for (u32 s = 0; s < KV_SPLITS; ++s) all = fmaxf(all, split_weight[p][s]);
+#pragma unroll 16
     for (u32 s = 0; s < KV_SPLITS; ++s) {
       const float* from = parts + (s * P + p) * (D + 2);
-      const float w = exp2f(__ldcg(from + D) - all);
+      const float w = exp2f(split_weight[p][s] - all);
       total += w * __ldcg(from + D + 1);
       y += w * __ldcg(from + d);
     }

@@ -30,6 +30,7 @@ RANKS = 16
 """Adapters' ranks are padded to multiples of this, and layers that are fused have such numbers of rows."""
 MOST_SEGMENTS = 3
 _CHUNK = 128  # columns that a warp takes at once
+_PIECES = 96  # of adapters' first products: few_tokens.cu's MOST_PIECES
 _ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
 _SHARED_BYTES = 227 * 1024  # of a block, on compute capability 9.0
 # (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
@@ -86,14 +87,16 @@ class Work(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters' second products, which a product adds: Z (B, S·L), B (R, L), and the rows of each of S segments.
+    """Adapters that a product adds: A (S·L, C), B (R, L), the rows of each of S segments, and two counters.
 
-    L is a multiple of RANKS; segments' rows are multiples of 16.
+    L is a multiple of RANKS; segments' rows are multiples of 16. arrived: int32 (2,), zero before and after a product,
+    that no product on another stream uses.
     """
 
-    Z: Tensor
+    A: Tensor
     B: Tensor
     rows: tuple[int, ...]
+    arrived: Tensor
 
 
 def refusal(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> str:
@@ -130,19 +133,28 @@ def matmul(
     Y_BR = X_BC.new_empty(tokens, rows)
     stages, shared = work.shared_bytes(columns)
     operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
-    Z, B, parts = adapters or (None, None, (rows,))
-    ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
-    lora = (cuda.address(Z), cuda.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
+    lora = [0] * 10
+    if adapters is not None:
+        width, rank = adapters.A.shape[0], adapters.B.shape[1]
+        # As many parts as there are blocks for; each is read once more for every block's second product.
+        parts = min(max(1, _PIECES // (width // 8)), 16 if tokens <= 8 else 4)
+        # [B,C] · [S·L,C]^T -> [B,S·L], in parts to be added
+        Z = X_BC.new_empty(parts, tokens, width, dtype=torch.float32)
+        ends = [*itertools.accumulate(adapters.rows[:-1]), rows, rows][:2]
+        tensors = (adapters.A, adapters.B, Z, adapters.arrived)
+        lora = [*map(cuda.address, tensors), rank, len(adapters.rows), *ends, parts, shared]
+        shared += work.threads * 8 * work.nt
     arguments = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
     grid = (-(-rows // work.rows), work.splits)
-    cuda.launch_function(_function(work, X_BC.dtype, device.index), grid, work.threads, device, arguments, shared)
+    function = _function(work._replace(splits=1), X_BC.dtype, device.index)
+    cuda.launch_early(function, grid, work.threads, device, arguments, shared, cluster=work.splits)
     return Y_BR
 
 
 @functools.cache
 def _function(work: Work, dtype: torch.dtype, device_index: int) -> Any:
-    names = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "SPLITS")
-    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=True))}
+    names = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
+    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the splits
     return cuda.compiled(SOURCE, "few_tokens", definitions, device_index, shared_bytes=_SHARED_BYTES)
 
 
@@ -181,8 +193,9 @@ def candidates(rows: int, columns: int, tokens: int, device_index: int) -> Itera
             share, blocks = -(-chunks // splits), -(-rows // work.rows) * splits
             idle = (splits - 1) * share >= chunks or share < wk or (size > 32 and size >= 2 * share)
             crowded = splits > 1 and blocks > 3 * multiprocessors
-            if not idle and not crowded and work.shared_bytes(columns)[1] <= _SHARED_BYTES:
+            if not idle and not crowded and work.shared_bytes(columns)[1] + work.threads * 8 * nt <= _SHARED_BYTES:
                 yield work
+    yield Work(1, nt, 1, 4, 2, 3, 2)  # for matrices that are too small for any of them
 
 
 def _choose(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
@@ -205,8 +218,9 @@ def _key(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index:
 def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> tuple[Work, float]:
     """The fastest work that agrees with a dense product, and its milliseconds."""
     works = list(candidates(rows, columns, tokens, device_index))
+    kernels = {work._replace(splits=1) for work in works}
     with ThreadPoolExecutor(8) as threads:  # the compiler runs outside of Python's lock
-        list(threads.map(lambda work: _function(work, dtype, device_index), works))
+        list(threads.map(lambda work: _function(work, dtype, device_index), kernels))
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
     bits = random_mask(rows, columns, generator)

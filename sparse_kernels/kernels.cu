@@ -387,12 +387,24 @@ template <class T> __device__ inline void expand(const T* values, const u8* meta
   store(dense + at * 8, out);
 }
 
+// A kernel of inference is launched before the one in front of it has ended: it lets the next one come at once, reads its
+// weights, and then awaits what others write.
+#if __CUDA_ARCH__ >= 900
+__device__ inline void let_next_come() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void let_next_come() {}
+__device__ inline void await_others() {}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // silu_mul: silu(gate) · up of rows with `columns` entries of gate, then as many of up. A thread: 8 columns.
 
 constexpr int SILU_THREADS = 256;
 
 template <class T> __device__ inline void silu_mul(const T* gate_up, T* product, i64 rows, i64 columns) {
+  let_next_come();
+  await_others();
   const i64 at = (i64(blockIdx.x) * SILU_THREADS + threadIdx.x) * 8;
   if (at >= rows * columns) return;
   const T* row = gate_up + at / columns * 2 * columns + at % columns;
@@ -407,8 +419,64 @@ template <class T> __device__ inline void silu_mul(const T* gate_up, T* product,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// norm: rows minus their mean, over their deviation, times `weight`, plus `bias` (layer), or over their root mean square,
+// times `weight`. A block a row, which stays in registers: at most NORM_PACKS times 8 columns a thread.
+
+constexpr int NORM_PACKS = 4;
+
+// The sum over a block.
+__device__ inline float block_sum(float x) {
+  __shared__ float warps[32];
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+  __syncthreads();  // what was there has been read
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.0f;
+  for (u32 k = 0; k < blockDim.x / 32; ++k) sum += warps[k];
+  return sum;
+}
+
+template <class T>
+__device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i64 columns, float eps, bool layer) {
+  let_next_come();
+  await_others();
+  const T* row = X + blockIdx.x * columns;
+  float x[NORM_PACKS][8], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < NORM_PACKS; ++k) {
+    const i64 at = (i64(k) * blockDim.x + threadIdx.x) * 8;
+    if (at >= columns) break;
+    const Pack<T, 8> pack = load<Pack<T, 8>>(row + at);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += x[k][j] = to_float(pack.at[j]);
+  }
+  const float mean = layer ? block_sum(sum) / columns : 0.0f;
+#pragma unroll
+  for (int k = 0; k < NORM_PACKS; ++k) {
+    if ((i64(k) * blockDim.x + threadIdx.x) * 8 >= columns) break;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) squares += (x[k][j] - mean) * (x[k][j] - mean);
+  }
+  const float scale = rsqrtf(block_sum(squares) / columns + eps);
+#pragma unroll
+  for (int k = 0; k < NORM_PACKS; ++k) {
+    const i64 at = (i64(k) * blockDim.x + threadIdx.x) * 8;
+    if (at >= columns) break;
+    const Pack<T, 8> w = load<Pack<T, 8>>(weight + at);
+    Pack<T, 8> b, out;
+    if (bias) b = load<Pack<T, 8>>(bias + at);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      out.at[j] = from_float<T>((x[k][j] - mean) * scale * to_float(w.at[j]) + (bias ? to_float(b.at[j]) : 0.0f));
+    store(Y + blockIdx.x * columns + at, out);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed>,
-// expand_<packed>, silu_mul_<packed> and metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// expand_<packed>, silu_mul_<packed>, norm_<packed> and
+// metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -442,6 +510,11 @@ template <class T> __device__ inline void silu_mul(const T* gate_up, T* product,
       silu_mul_##T(const T* gate_up, T* product, i64 rows, i64 columns) {                                                   \
     silu_mul(gate_up, product, rows, columns);                                                                              \
   }
+#define NORM(T)                                                                                                             \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                        \
+      norm_##T(const T* X, const T* weight, const T* bias, T* Y, i64 columns, double eps, i64 layer) {                      \
+    norm(X, weight, bias, Y, columns, float(eps), layer);                                                                   \
+  }
 
 GATHER(bf16, float)
 GATHER(bf16, bf16)
@@ -458,6 +531,8 @@ EXPAND(bf16)
 EXPAND(fp16)
 SILU_MUL(bf16)
 SILU_MUL(fp16)
+NORM(bf16)
+NORM(fp16)
 
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
     metadata(const u8* bits, u8* out, i64 rows, i64 columns) {

@@ -123,9 +123,10 @@ class PackedLinear(nn.Module):
             X = X.to(torch.get_autocast_dtype(device))
         X_BI = X.reshape(-1, self.in_features)
         residual_BO = None if residual is None else residual.reshape(-1, self.out_features)
+        operands = self.prepare() if X.is_cuda and X.dtype == self.values.dtype else None
         Y_BO: Tensor
-        if X.is_cuda and X.dtype == self.values.dtype and not self._refusal(X):
-            Y_BO = packed_linear(X_BI, *self.prepare(), residual_BO)
+        if operands is not None:
+            Y_BO = packed_linear(X_BI, *operands, residual_BO)
         else:
             Y_BO = self._product(X_BI)
             if self.lora_A is not None and self.lora_B is not None:
@@ -133,28 +134,31 @@ class PackedLinear(nn.Module):
             Y_BO = Y_BO if residual_BO is None else Y_BO + residual_BO
         return Y_BO.view(*X.shape[:-1], self.out_features)
 
-    def _refusal(self, X: Tensor) -> str:
-        """Why the kernels cannot take this layer; empty if they can."""
-        if len(self.segments) > few_tokens.MOST_SEGMENTS or any(rows % 16 for rows, _ in self.segments):
-            return "more segments, or other sides, than the kernels take"
-        return few_tokens.refusal(self.out_features, self.in_features, X.dtype, X.device.index)
+    def prepare(self) -> "_Operands | None":
+        """What the kernels read, made at the first product on a GPU; None where the kernels cannot take this layer.
 
-    def prepare(self) -> "_Operands":
-        """What the kernels read, made at the first product on a GPU: values and metadata in one place, which the
-        buffers are views of from then on. A compiled module needs it before it is compiled."""
+        Values and metadata are in one place, which the buffers are views of from then on. While torch compiles, what
+        was made before is used.
+        """
         made = self._operands
-        if made is not None and (torch.compiler.is_compiling() or made.packed.data_ptr() == self.values.data_ptr()):
+        if torch.compiler.is_compiling() or (made and made.packed.data_ptr() == self.values.data_ptr()):
             return made
+        self._operands = None
+        if len(self.segments) > few_tokens.MOST_SEGMENTS or any(rows % 16 for rows, _ in self.segments):
+            return None
+        if few_tokens.refusal(self.out_features, self.in_features, self.values.dtype, self.values.get_device()):
+            return None
         packed = pack(self.values, self.metadata)
         self.values, self.metadata = parts(packed, self.out_features, self.in_features, self.values.dtype)
         rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
-        A, B = self.lora_A, self.lora_B
+        A, B, arrived = self.lora_A, self.lora_B, None
         if A is not None and B is not None:
+            arrived = torch.zeros(2, dtype=torch.int32, device=A.device)
             width = -(-B.shape[1] // few_tokens.RANKS) * few_tokens.RANKS
             if any(rank != width for rank in ranks):  # the kernels read as many ranks for each segment
                 A = torch.cat([F.pad(part, (0, 0, 0, width - len(part))) for part in A.split(ranks)])
                 B = F.pad(B, (0, width - B.shape[1]))
-        self._operands = _Operands(packed, rows, self.bias, A, B)
+        self._operands = _Operands(packed, rows, self.bias, A, B, arrived)
         return self._operands
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -210,6 +214,7 @@ class _Operands(NamedTuple):
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
+    arrived: Tensor | None
 
 
 class _Part(NamedTuple):

@@ -49,6 +49,7 @@ def packed_linear(
     bias_O: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    arrived: Tensor | None,
     residual_BO: Tensor | None,
 ) -> Tensor:
     """X · W^R^T + bias + residual, and of each segment (X · A^T) · B^T: (B, O).
@@ -57,20 +58,22 @@ def packed_linear(
         X_BI: (B, I), bfloat16 or float16 as all others.
         packed: from `pack`.
         rows: of each of at most 3 segments, multiples of 16; their sum is O.
-        lora_A, lora_B: (S·L, I) and (O, L), L a multiple of 16; or None.
+        lora_A, lora_B: (S·L, I) and (O, L), L a multiple of 16; or None. arrived: int32 (2,) zeros, which stay zeros.
         residual_BO: (B, O) or None.
     """
     X_BI = X_BI.contiguous()
     (tokens, columns), out = X_BI.shape, sum(rows)
     values_OK, metadata = parts(packed, out, columns, X_BI.dtype)
-    Z_BR = None if lora_A is None else F.linear(X_BI, lora_A)  # [B,I] · [S·L,I]^T -> [B,S·L]
     if 0 < tokens <= few_tokens.MOST_TOKENS:
         work = few_tokens.work_for(out, columns, tokens, X_BI.dtype, X_BI.device.index)
-        adapters = None if Z_BR is None or lora_B is None else few_tokens.Adapters(Z_BR, lora_B, tuple(rows))
+        adapters = None
+        if lora_A is not None and lora_B is not None and arrived is not None:
+            adapters = few_tokens.Adapters(lora_A, lora_B, tuple(rows), arrived)
         return few_tokens.matmul(work, values_OK, metadata, X_BI, bias_O, residual_BO, adapters)
     chunks = [_planned(X, packed, out, bias_O) for X in X_BI.split(_MOST_PLANNED)]
     Y_BO = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-    if Z_BR is not None and lora_B is not None:
+    if lora_A is not None and lora_B is not None:
+        Z_BR = F.linear(X_BI, lora_A)  # [B,I] · [S·L,I]^T -> [B,S·L]
         L, segments = lora_B.shape[1], zip(Y_BO.split([*rows], 1), lora_B.split([*rows]), strict=True)
         for (Y_Bo, B_oL), Z_BL in zip(segments, Z_BR.split(L, 1), strict=True):
             Y_Bo.addmm_(Z_BL, B_oL.t())  # [B,L] · [o,L]^T -> [B,o]

@@ -1,12 +1,27 @@
 """Weights of which a process has only some rows, as DTensors."""
 
+from collections.abc import Callable
+
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """The rows of a tensor that this process has, sharing its memory; of a plain tensor all."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, gathered from the processes that have some; of a plain tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def of_whole(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `change` makes of a whole tensor; of a split one, split in the same way."""
+    changed = change(whole(tensor))
+    if not isinstance(tensor, DTensor):
+        return changed
+    return distribute_tensor(changed, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def local_rows(tensor: Tensor) -> slice:

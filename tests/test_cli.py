@@ -26,6 +26,7 @@ COMMANDS = [
     ["data", "prepare"],
     ["data", "info"],
     ["generate"],
+    ["serve"],
     ["export"],
     ["recipes"],
     ["config"],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -178,13 +179,15 @@ def test_every_phase_of_a_run_must_fit() -> None:
     assert both["ddp"].memory.total == memory_of(dense, Layout("ddp"), "block").total
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("gather", ["block", "step"])
-def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: str) -> None:
+def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: str, frozen: bool) -> None:
     config = configs.load(str(RECIPE), [*small("gpt2-nano"), "model.overrides.n_layer=3", "adapters.rank=0"])
     model = build_model(run_model_config(config))
     counted, layout = phase_sizes(model, config)[-1], Layout("fsdp", 1, gather)
     try:
-        Sharding(layout, 1, torch.device("cpu"), None).split(model)
+        sharding = Sharding(layout, 1, torch.device("cpu"), None)
+        (sharding.split_frozen if frozen else sharding.split)(model)
         sizes_of_packed = {
             packed_layer(x.row_mask_bits, torch.bfloat16, "auto"): x.out_features * x.in_features
             for _, x in sparse_layers(model)
@@ -192,7 +195,27 @@ def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: 
     finally:
         torch.distributed.destroy_process_group()
     found = sum(2 * BF16.packed_bytes(1, entries) for entries in sizes_of_packed.values())
-    assert memory_of(counted, layout).packed == found
+    expected = memory_of(counted, layout).packed
+    if frozen:  # as a teacher beside the model
+        expected = memory_of(replace(counted, teacher=True), layout).packed - expected
+    assert expected == found
+
+
+def test_a_split_teacher_has_rows_of_its_own() -> None:
+    config = configs.load(
+        str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "linearize.distill=1"]
+    )
+    transfer, distill = phase_sizes(build_model(run_model_config(config), device="meta"), config)
+    assert (transfer.teacher, distill.teacher) == (False, True)
+    alone, block, place = replace(distill, teacher=False), Layout("fsdp", 2, "block"), Cluster(2)
+    assert memory_of(distill, Layout("ddp")) == memory_of(alone, Layout("ddp"))
+    weights = distill.whole.parameters
+    added = memory_of(distill, block).total - memory_of(alone, block).total
+    assert added == 4 * weights // 2 + 2 * weights  # its rows in float32, and both blocks in 16 bits
+    masked = replace(distill, rest=replace(distill.rest, mask_bytes=8))
+    assert memory_of(masked, block).masks == 16  # of the model and of its teacher
+    sent = traffic_of(distill, block, place).micro_batch - traffic_of(alone, block, place).micro_batch
+    assert sent == 2 * weights / 2
 
 
 @pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize"])

@@ -70,7 +70,8 @@ class Sizes:
 
     rest: all outside the blocks. rows: output features of every sparse or masked layer. shared_packed_bytes: of both
     packed copies of one sparse layer of each kind. activation_bytes: of one micro-batch, by
-    train.activation_checkpointing; empty where there is no estimate.
+    train.activation_checkpointing; empty where there is no estimate. teacher: whether a frozen model of the same size
+    runs before it; it shares whole weights, and split ones it has again, gathered block by block.
     """
 
     blocks: tuple[Unit, ...]
@@ -78,6 +79,7 @@ class Sizes:
     rows: tuple[int, ...] = ()
     shared_packed_bytes: int = 0
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
+    teacher: bool = False
 
     @property
     def whole(self) -> Unit:
@@ -188,17 +190,21 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     whole, rest, block, shard = sizes.whole, sizes.rest, sizes.largest, layout.shard
     two_blocks = len(sizes.blocks[:2])  # the one at work, and the next one on its way
     gathered, packed = 2 * whole.dense, whole.packed_bytes
-    in_flight = 0
+    weights, masks, in_flight = 4 * whole.parameters, whole.mask_bytes, 0
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
-        gathered = 2 * (whole.parameters if kept else rest.parameters + two_blocks * block.parameters)
+        by_block = rest.parameters + two_blocks * block.parameters
+        gathered = 2 * (whole.parameters if kept else by_block)
         packed = sizes.shared_packed_bytes if layout.gather == "block" else packed
+        if sizes.teacher:
+            weights, masks, gathered = 2 * weights, 2 * masks, gathered + 2 * by_block
+            packed += sizes.shared_packed_bytes
         in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
     return Memory(
-        weights=_split(4 * whole.parameters, shard),
+        weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
         moments=_split(8 * whole.trained, shard),
-        masks=whole.mask_bytes,
+        masks=masks,
         packed=packed,
         gathered=gathered,
         in_flight=in_flight,
@@ -223,7 +229,7 @@ def traffic_of(sizes: Sizes, layout: Layout, cluster: Cluster) -> Traffic:
         return Traffic(step=step, step_network=step if world > cluster.gpus_per_node else 0.0)
     reduced, masks = ring(gradient, shard), ring(whole.updated_mask_bytes, shard)
     times = 2 if layout.gather == "block" else 0
-    micro_batch = times * ring(weights, shard) + reduced
+    micro_batch = (times + sizes.teacher) * ring(weights, shard) + reduced
     step = masks + (0 if times else ring(weights, shard))
     across = shard > cluster.gpus_per_node
     found = Traffic(micro_batch, step, micro_batch if across else 0.0, step if across else 0.0)

@@ -6,7 +6,8 @@ gradients in float32. Here is what sparse layers need at its edges:
 * A sparse layer's `values` are split in whole groups of rows, so that each process chooses the masks of its own rows
   from its own float32 weights, as one process would; then the bits are gathered. Masks are whole everywhere.
 * Rank 0 alone has the model before it is split, and sends the others one block at a time.
-* Vectors (biases, norms) stay whole and float32; their gradients are averaged after the backward pass.
+* Vectors (biases, norms), and the maps of linearized attention, stay whole and float32; their gradients are averaged
+  after the backward pass.
 * Weights that are gathered for a block are packed for each product, in memory that layers of the same sides share.
 
 Shape suffixes: O out features, I in features, R rows of this process, K kept entries of a row.
@@ -23,14 +24,19 @@ from torch.distributed.tensor import DTensor
 
 from slope_cli.distributed.collectives import begin_alone, gather_equal, send_from_first, sum_among
 from slope_cli.distributed.layouts import Layout
+from slope_cli.linearize.swap import linear_windows
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels import MaskedLinear, SparseLinear, adapters_of, masked_layers, share_packed, sparse_layers
+from sparse_kernels import MaskedLinear, SparseLinear, masked_layers, share_packed, sparse_layers
 from sparse_kernels.layers import layer_seed
 from sparse_kernels.sharded import local, local_rows
 
 
 class Sharding:
-    """How a model is split. The same object serves all phases of a run."""
+    """How a model is split. The same object serves all phases of a run, each of which has another model.
+
+    Attributes:
+        place: where a process builds a model to be split: rank 0 in its host's memory, the others its shapes alone.
+    """
 
     def __init__(self, layout: Layout, world: int, device: torch.device, dtype: torch.dtype | None) -> None:
         """
@@ -39,11 +45,12 @@ class Sharding:
             world: all processes; a multiple of layout.shard.
             dtype: of products, in which matrices are gathered; None for that of the weights.
         """
-        self.layout, self.device, self.degree = layout, device, layout.shard
+        self.layout, self.device, self.dtype, self.degree = layout, device, dtype, layout.shard
         begin_alone(device)
         names: tuple[str, ...] = ("shard",) if world == self.degree else ("replicate", "shard")
         shape = (world,) if world == self.degree else (world // self.degree, self.degree)
         self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.place = torch.device("meta" if self._mesh.get_rank() else "cpu")
         self._shards = self._mesh.get_group("shard")
         reduced: dict[str, Any] = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
         self._in_products = MixedPrecisionPolicy(param_dtype=dtype, **reduced)
@@ -52,26 +59,32 @@ class Sharding:
     # ------------------------------------------------------------------------------------------------- splitting
 
     def split(self, model: nn.Module) -> None:
-        """Bring a model to the device, block by block, and split its matrices; call it before any optimizer is made.
+        """Bring a model to the device, block by block, and split its matrices; all its parameters are new ones then.
 
         Args:
-            model: rank 0's, on any device. The others' may lie on "meta": they get its tensors.
+            model: rank 0's, on any device. The others' may lie on "meta": they get rank 0's tensors.
         """
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, self._sent(buffer))
-        self._bring(model, lambda parameter: parameter.dim() < 2)
-        vectors = {p for p in model.parameters() if p.dim() < 2}
+        maps = {p for window in linear_windows(model).values() for p in window.parameters()}
+        whole = self._bring(model, lambda p: p.dim() < 2 or p in maps)
         for block in transformer_blocks(model):
-            self._bring(block, lambda parameter: parameter not in vectors)
-            self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=vectors)
-        self._bring(model, lambda parameter: parameter not in vectors and not isinstance(parameter, DTensor))
-        self._split(model, self._elsewhere, reshard=False, whole=vectors)
+            self._bring(block, lambda p: p not in whole)
+            self._split(block, self._in_products, reshard=self.layout.gather == "block", whole=whole)
+        self._bring(model, lambda p: p not in whole and not isinstance(p, DTensor))
+        self._split(model, self._elsewhere, reshard=False, whole=whole)
         if self.layout.gather == "block":
             share_packed(model)
 
-    def _bring(self, module: nn.Module, which: Callable[[nn.Parameter], bool]) -> None:
-        """Replace parameters by rank 0's, on the device; what is shared stays so."""
+    def split_frozen(self, model: nn.Module) -> None:
+        """Split a model that has forward passes alone: it is gathered block by block, whatever the layout."""
+        self.split(model)
+        cast(FSDPModule, model).set_reshard_after_forward(True)
+        share_packed(model)
+
+    def _bring(self, module: nn.Module, which: Callable[[nn.Parameter], bool]) -> set[nn.Parameter]:
+        """Replace parameters by rank 0's, on the device, and return these; what is shared stays so."""
         brought: dict[nn.Parameter, nn.Parameter] = {}
         for inner in module.modules():
             for name, old in list(inner.named_parameters(recurse=False)):
@@ -79,6 +92,7 @@ class Sharding:
                     if old not in brought:
                         brought[old] = nn.Parameter(self._sent(old.detach()), requires_grad=old.requires_grad)
                     setattr(inner, name, brought[old])
+        return set(brought.values())
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, on the device."""
@@ -87,21 +101,6 @@ class Sharding:
         own = own.contiguous()
         send_from_first(own)
         return own
-
-    def split_adapters(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Split the adapters that joined a model after it was split, in the optimizer too, which has no state of them.
-
-        They are gathered one by one from then on; in a run that resumes later, with their block.
-        """
-        split: dict[int, nn.Parameter] = {}
-        for adapter in adapters_of(model).values():
-            old = list(adapter.parameters())
-            if any(isinstance(p, DTensor) for p in old):
-                continue
-            self._split(adapter, self._in_products, reshard=self.layout.gather == "block", whole=set())
-            split |= zip(map(id, old), adapter.parameters(), strict=True)
-        for group in optimizer.param_groups:
-            group["params"] = [split.get(id(p), p) for p in group["params"]]
 
     def _split(
         self, module: nn.Module, policy: MixedPrecisionPolicy, *, reshard: bool, whole: set[nn.Parameter]

@@ -155,6 +155,8 @@ class Norm(nn.Module):
             self.register_buffer(name, None if parameter is None else parameter.detach().to(device, dtype))
 
     def forward(self, X_NW: Tensor) -> Tensor:
+        if self.weight is not None and cuda.takes(X_NW):
+            return cuda.norm(X_NW, self.weight, self.bias, self.eps, layer=self.layer)
         if self.layer:
             return F.layer_norm(X_NW, X_NW.shape[-1:], self.weight, self.bias, self.eps)
         return F.rms_norm(X_NW, X_NW.shape[-1:], self.weight, self.eps)

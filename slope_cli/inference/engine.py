@@ -139,7 +139,7 @@ class Engine:
 
         Raises:
             UsageError: an empty prompt where texts begin with no token of their own, one that leaves no room for a
-                token, or text, or stop strings, without a tokenizer.
+                token, ids that the model does not have, or text, or stop strings, without a tokenizer.
         """
         generation = self._new(prompt, sampling or Sampling())
         self._waiting.append(generation)
@@ -212,6 +212,8 @@ class Engine:
             ids = list(prompt)
         if not ids:
             raise UsageError("prompt: is empty; give some text to continue")
+        if wrong := [token for token in ids if not 0 <= token < self.decoder.spec.vocabulary]:
+            raise UsageError(f"prompt: {wrong[0]} is no token; ids are below {self.decoder.spec.vocabulary}")
         if len(ids) >= self.max_length:
             whose = "model" if self.max_length == self.positions else "engine"
             raise UsageError(

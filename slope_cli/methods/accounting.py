@@ -4,7 +4,7 @@ Embeddings and heads are counted as they are. Bytes are exact for the training s
 count of each parameter tensor; activations are an estimate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     found, was = [], UNTOUCHED
     for phase in phases_of(config).distinct:
         apply(model, config, phase, was=was)
-        found.append(sizes_of(model, config))
+        found.append(replace(sizes_of(model, config), teacher=phase.step == "distill"))
         was = phase
     return found
 

@@ -1,7 +1,6 @@
 """The transition from one phase to a later one: of layers, attention, adapters and the optimizer."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,15 @@ from sparse_kernels import (
     SparseLinear,
     add_adapters,
     check_adapters,
-    input_norms,
     mask_layers,
     masked_layers,
     remove_masks,
     sparsify,
 )
+from sparse_kernels.convert import Norms
 
-Calibrate = Callable[[PreTrainedModel], None]
-"""Feeds a model the calibration sequences, over which the norms of layers' inputs are measured."""
+Calibrate = Callable[[PreTrainedModel, Sequence[str]], Norms]
+"""Measures the norms of the inputs of a model's layers of these names over the calibration sequences."""
 UNTOUCHED = Phase(0)
 """A dense model with softmax attention and no adapters, as it is built."""
 
@@ -87,7 +86,7 @@ def _convert(
     if how["mask"] == "wanda" and calibrate is None:
         how["mask"] = "magnitude"
     elif how["mask"] == "wanda" and calibrate is not None:
-        how["norms"] = input_norms(model, names, partial(calibrate, model))
+        how["norms"] = calibrate(model, names)
     old = {name: model.get_submodule(name) for name in names}
     if to.kind == "masked":
         how |= {"transposable": to.transposable, "mvue": to.mvue, "straight_through": to.straight_through}
@@ -114,7 +113,7 @@ def _replace_in_optimizer(optimizer: torch.optim.Optimizer, old: Any, new: Any, 
     weight: nn.Parameter = new.values if isinstance(new, SparseLinear) else new.weight
     optim.replace_parameter(optimizer, old.weight, weight, like)
     if old.bias is not None:
-        optim.replace_parameter(optimizer, old.bias, new.bias, lambda state: state)
+        optim.replace_parameter(optimizer, old.bias, new.bias)
 
 
 def _linearize(model: PreTrainedModel, config: Config) -> None:

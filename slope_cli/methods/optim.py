@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from pytorch_optimizer import Lamb
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_cli.config.schema import Config, OptimConfig
+from slope_cli.distributed.collectives import sum_among
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Phases, Rate
 from sparse_kernels import decay_pruned
+from sparse_kernels.sharded import local, of_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state that both optimizers keep for each parameter, in its shape."""
@@ -49,11 +51,55 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
-    # You et al. 2020 with the decay within the update that the trust ratio scales. No bias correction (adam_debias=True
-    # in this library), which the trust ratio would cancel. Clipping is done by the training step.
-    optimizer: torch.optim.Optimizer = Lamb(groups, weight_decouple=False, adam_debias=True, **settings)
-    optimizer.clamp = math.inf  # type: ignore[attr-defined]  # the library's 10 would hold back every large matrix
-    return optimizer
+    return Lamb(groups, **settings)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020): Adam's update, with the weight's decay in it, times ||W|| / ||update|| for each matrix.
+
+    Norms are those of whole matrices, where a process has only some of their rows, too. Without bias correction, which
+    the ratio would cancel. In groups with "adam" the ratio is 1. Of a group's parameters all are split, or none.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        """
+        Args:
+            groups: as torch's optimizers take them.
+            lr, betas, eps: of groups that have none of their own.
+        """
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "adam": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p.grad is not None]:
+                init_state(self, params)
+                self._update(params, group)
+
+    def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update some parameters, each process its own rows."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        weights, grads = [local(p) for p in params], [local(cast(Tensor, p.grad)) for p in params]
+        means, squares = ([local(self.state[p][key]) for p in params] for key in MOMENTS)
+        torch._foreach_mul_(means, beta1)
+        torch._foreach_add_(means, grads, alpha=1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        updates = torch._foreach_sqrt(squares)
+        torch._foreach_add_(updates, eps)
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, means)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        if not group["adam"]:
+            norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(updates)])
+            if isinstance(params[0], DTensor):
+                norms = sum_among(norms.square_(), params[0].device_mesh.get_group("shard")).sqrt_()
+            of_weights, of_updates = norms.chunk(2)
+            ratios = torch.where((of_weights != 0) & (of_updates != 0), of_weights / (of_updates + eps), 1.0)
+            torch._foreach_mul_(updates, ratios.unbind())
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
@@ -113,13 +159,22 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
 
 
 def replace_parameter(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, like: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    like: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Replace `old` by `new` in its group, with the state of `old` brought into the new shape by `like`."""
+    """Replace `old` by `new` in its group, with the state of `old`.
+
+    Args:
+        like: brings whole moments into the new shape, if it is another one. Split moments are gathered for it, and
+            split again.
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
-        optimizer.state[new] = state | {key: like(state[key]) for key in MOMENTS}
+        changed = {} if like is None else {key: of_whole(state[key], like) for key in MOMENTS}
+        optimizer.state[new] = state | changed
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """The batches of a run on its device: for each step, for validation, and for calibrating masks."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from slope_cli.data.tokenizer import masking_ids
 from slope_cli.distributed.launch import Ranks
 from slope_cli.models.loss import forward
 from slope_cli.models.shapes import Objective
+from sparse_kernels import input_norms
+from sparse_kernels.convert import Norms
 
 Tensors = dict[str, Tensor]
 
@@ -75,7 +78,11 @@ class Batches:
         file = self._dataset.val[source]
         return map(self._to_device, val_batches(file, seq_len=train.seq_len, masking=self._masking, **where))
 
-    def calibrate(self, model: PreTrainedModel) -> None:
+    def input_norms(self, model: PreTrainedModel, names: Sequence[str]) -> Norms:
+        """The norms of the inputs of layers over the first sparsity.calibration training sequences; `input_norms`."""
+        return input_norms(model, names, functools.partial(self._calibrate, model))
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
         """Feed a model the first sparsity.calibration training sequences, the same on every rank."""
         train, sequences = self._config.train, self._config.sparsity.calibration
         model.eval()

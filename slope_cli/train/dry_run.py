@@ -65,8 +65,7 @@ def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str
     models = {"": phase_sizes(model, config)}
     if models[""] != [dense] and not phases_of(config).end.linearized:
         models["dense, "] = [dense]
-    whole, keys = whole_because(config), config.distributed
-    how: dict[str, Any] = {"layout": "ddp" if whole else keys.layout, "gather": keys.gather}
+    how: dict[str, Any] = {"layout": config.distributed.layout, "gather": config.distributed.gather}
     chosen = choose(models[""], cluster, micro_batches=micro_batches, activation_checkpointing=mode, **how)
     rows = {
         f"{which}{choice.layout}": choice
@@ -86,19 +85,9 @@ def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str
     lines.append(f"activations by train.activation_checkpointing: {each}")
     advice = "" if chosen.fits else f", which does not fit: it may use {cluster.usable / GIB:.1f}; try more GPUs, "
     advice += "" if chosen.fits else "a smaller train.micro_batch, or train.activation_checkpointing=block"
-    lines.append(f"chosen: {chosen.layout}{f', for {whole}' * bool(whole)}{advice}")
+    lines.append(f"chosen: {chosen.layout}{advice}")
     record = asdict(cluster) | {"micro_batches": micro_batches, "chosen": str(chosen.layout), "fits": chosen.fits}
     return record | {"layouts": {name: asdict(choice) for name, choice in rows.items()}}, lines
-
-
-def whole_because(config: Config) -> str:
-    """Why every GPU must have the whole state of a run; "" if it may be split."""
-    phases = phases_of(config)
-    if phases.end.linearized:
-        return "a run that linearizes is not split"
-    if len({phase.layers.kind for phase in phases.distinct}) > 1:
-        return "layers that change their kind during the run are not split"
-    return "LAMB needs the norms of whole weights" if config.optim.name == "lamb" else ""
 
 
 def _parts(choice: Choice) -> list[int]:

@@ -14,6 +14,8 @@ from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config import configs
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import require_same_tokens
+from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, Calibrate, apply
@@ -195,14 +197,33 @@ def _positions(folder: Path) -> int:
     return shape.max_position_embeddings if shape.model_type in shapes.FAMILIES else LONGEST
 
 
-def softmax_teacher(run: Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """The model that a run linearizes, in evaluation mode and frozen. It shares the tensors that `model` has frozen."""
-    teacher = base_model.read(run, "cpu")  # so that the device never holds the model twice
+def softmax_teacher(
+    run: Path,
+    model: PreTrainedModel,
+    device: torch.device | str,
+    *,
+    group: Group | None = None,
+    sharding: Sharding | None = None,
+) -> PreTrainedModel:
+    """The model that a run linearizes, in evaluation mode and frozen. It shares the tensors that `model` has frozen.
+
+    Args:
+        group: all processes of the run.
+        sharding: of `model`, if it is split: then the teacher is split as well, and shares nothing.
+
+    Raises:
+        SlopeError: it cannot be read.
+    """
+    place = "cpu" if sharding is None else sharding.place  # so that the device never holds the model twice
+    teacher = (group or Group()).agreed(lambda: base_model.read(run, place)).requires_grad_(False).eval()
+    if sharding is not None:
+        sharding.split_frozen(teacher)
+        return teacher
     own = model.state_dict(keep_vars=True)
     for name, tensor in teacher.state_dict(keep_vars=True).items():
         if name in own and not own[name].requires_grad:
             tensor.data = own[name].data
-    return teacher.to(device).requires_grad_(False).eval()
+    return teacher.to(device)
 
 
 def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slope_cli.distributed.collectives import Group
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
@@ -39,6 +40,7 @@ class TransferStep(Step):
         entropy_weight: float,
         compiled: bool = False,
         group: Group | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """
         Args:
@@ -46,7 +48,8 @@ class TransferStep(Step):
             mse_weight, entropy_weight: see `transfer_losses`.
             compiled: compile each layer's loss, and each transformer block before and after it.
         """
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled, group=group)
+        how: dict[str, Any] = {"compiled": compiled, "group": group, "sharding": sharding}
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, **how)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
 
     def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
@@ -110,13 +113,15 @@ class DistillStep(Step):
         share: float,
         compiled: bool = False,
         group: Group | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """
         Args:
             teacher: a model of the same vocabulary, in evaluation mode.
             share: between 0 and 1. The others are `Step`'s.
         """
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, compiled=compiled, group=group)
+        how: dict[str, Any] = {"compiled": compiled, "group": group, "sharding": sharding}
+        super().__init__(model, optimizer, dtype=dtype, clip=clip, **how)
         self.teacher, self.share, self.kl_divergence = teacher, share, kl_divergence
         if compiled:
             self.kl_divergence = torch.compile(kl_divergence, dynamic=False)

@@ -6,6 +6,7 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -31,7 +32,6 @@ from slope_cli.inference.sampling import Sampling
 from slope_cli.inference.text import prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
-from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
@@ -42,7 +42,7 @@ from slope_cli.train import init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.make_step import make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, built_on, layout_of
+from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
@@ -137,16 +137,15 @@ class Trainer:
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
         layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
-        place = built_on(config, layout, group.ranks, device)
+        dtype = products_dtype(config, device)
+        self.sharding = Sharding(layout, group.ranks.world, device, dtype) if layout.gather else None
+        place = built_on(config, self.sharding, device)
         if checkpoint is None:
             if self.phase.linearized:
                 group.first(lambda: init.keep_base(config, run, self.tokenizer))
-            self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.calibrate))
+            self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.input_norms))
         else:
             self.model = group.agreed(lambda: load.build(config, run, place, self.phase))
-        self.sharding = (
-            Sharding(layout, group.ranks.world, device, products_dtype(config, device)) if layout.gather else None
-        )
         if self.sharding is not None:
             self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
@@ -193,11 +192,12 @@ class Trainer:
 
     def enter(self, to: Phase) -> dict[str, Any]:
         """Move model and optimizer into a later phase, and return its log record."""
-        apply(self.model, self.config, to, was=self.phase, optimizer=self.optimizer, calibrate=self.batches.calibrate)
-        if self.sharding is not None:
-            self.sharding.split_adapters(self.model, self.optimizer)
+        now: dict[str, Any] = {"was": self.phase, "model": self.model, "optimizer": self.optimizer}
+        how: dict[str, Any] = {"sharding": self.sharding, "calibrate": self.batches.input_norms}
+        self.model, self.optimizer = enter(self.config, self.run, to, **now, **how)
         self.phase = to
         self.take_step = self._make_step()  # compiled code belongs to the old phase
+        gc.collect()  # a model that was split is tied into circles by FSDP2, and would stay on the GPU
         adapters = [p for adapter in adapters_of(self.model).values() for p in adapter.parameters()]
         return {
             "name": to.name,

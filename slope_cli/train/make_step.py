@@ -45,13 +45,15 @@ def make_step(
     checkpoint_activations(model, train.activation_checkpointing)
     compiled = _compiled(config, device, model)
     how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "group": group}
+    how["sharding"] = sharding
     own = config.linearize
     if phase.step == "transfer":
         how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
         return TransferStep(model, optimizer, **how)
     if phase.step == "distill":
-        return DistillStep(model, optimizer, teacher=init.softmax_teacher(run, model, device), share=own.distill, **how)
-    step = Step(model, optimizer, sharding=sharding, **how)
+        teacher = init.softmax_teacher(run, model, device, group=group, sharding=sharding)
+        return DistillStep(model, optimizer, teacher=teacher, share=own.distill, **how)
+    step = Step(model, optimizer, **how)
     return GraphedStep(step) if _graphed(config, device, sharding, compiled) else step
 
 

@@ -1,21 +1,28 @@
 """How the model of a run is laid out over its processes, and which kernels they all run."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from slope_cli.checkpoint import load
 from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
-from slope_cli.distributed.launch import Ranks
 from slope_cli.distributed.layouts import ROWS, Choice, Cluster, Layout, choose
+from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import phase_sizes
-from slope_cli.train.dry_run import untrained_model, whole_because
+from slope_cli.methods.apply import Calibrate, apply
+from slope_cli.methods.phases import DENSE, Phase
+from slope_cli.train.dry_run import untrained_model
 from sparse_kernels import kernel_choices, measure_kernels, use_choices
+from sparse_kernels.convert import Norms
+from sparse_kernels.sharded import whole
 
 BITS = 8
 """Rows whose mask is in one byte."""
@@ -29,21 +36,19 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
         device: of one of them; on a CPU "auto" is ddp.
 
     Raises:
-        UsageError: fsdp or hsdp for a run whose layers change their kind, or become linear, or whose optimizer is LAMB.
+        UsageError: fsdp or hsdp for sparse layers whose rows cannot be split.
         SlopeError: no layout fits in a GPU's memory.
     """
     keys, gpu = config.distributed, device.type == "cuda"
-    reason = whole_because(config)
-    if keys.layout in ("fsdp", "hsdp") and reason:
-        raise UsageError(f"distributed.layout={keys.layout}: {reason}; set distributed.layout=ddp")
-    if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu or reason)):
+    if keys.layout == "ddp" or (keys.layout == "auto" and (world == 1 or not gpu)):
         return Layout("ddp")
     if world == 1:
         return Layout("fsdp", 1, "step" if keys.gather == "auto" else keys.gather)
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else 1 << 60
-    choice = _choice(config, run, Cluster(world, gpus_per_node, memory), rows=ROWS if gpu else BITS)
+    rows = ROWS if gpu else BITS
+    choice = _choice(config, run, Cluster(world, gpus_per_node, memory), rows)
     if keys.layout != "auto" and not choice.layout.gather:
-        rule = f"the rows of sparse layers cannot be split over {world} GPUs in groups of {ROWS}"
+        rule = f"the rows of sparse layers cannot be split over {world} GPUs in groups of {rows}"
         raise UsageError(f"distributed.layout={keys.layout}: {rule}")
     if not choice.fits:
         need, have = choice.memory.total / 1e9, memory / 1e9
@@ -54,14 +59,15 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
     return choice.layout
 
 
-def built_on(config: Config, layout: Layout, ranks: Ranks, device: torch.device) -> torch.device:
-    """Where a process builds its model. If it is to be split: rank 0 in its host's memory, the others only its shapes.
+def built_on(config: Config, sharding: Sharding | None, device: torch.device) -> torch.device:
+    """Where a process builds the model of a run that begins or resumes.
 
-    Calibration runs the model, so with sparsity.mask=wanda it is whole on rank 0's device.
+    Calibration runs the model: where sparsity.mask=wanda chooses the first masks, it is whole on rank 0's device.
     """
-    if not layout.gather or (ranks.first and config.sparsity.mask == "wanda"):
+    if sharding is None:
         return device
-    return torch.device("cpu" if ranks.first else "meta")
+    calibrates = config.sparsity.mask == "wanda" and phases_of(config).at(0).layers != DENSE
+    return device if calibrates and sharding.place.type == "cpu" else sharding.place
 
 
 def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Choice:
@@ -74,6 +80,49 @@ def _choice(config: Config, run: Path | None, cluster: Cluster, rows: int) -> Ch
         gather=config.distributed.gather,
         group=rows,
     )
+
+
+def enter(
+    config: Config,
+    run: Path,
+    to: Phase,
+    *,
+    was: Phase,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    sharding: Sharding | None,
+    calibrate: Calibrate,
+) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """Bring a model and its optimizer into a later phase; returns what they are from then on.
+
+    Whole weights change in place. FSDP2 lets no parameter of a module be replaced, so a split model is built once more,
+    as when a run resumes: whole in rank 0's host memory, where it gets the weights of the split one, changes, and is
+    split again. The optimizer's moments stay split; those that change their shape are gathered one by one.
+    """
+    if sharding is None:
+        apply(model, config, to, was=was, optimizer=optimizer, calibrate=calibrate)
+        return model, optimizer
+    convert = to.layers.kind != was.layers.kind  # every process needs the new masks, to bring its moments into shape
+    built = load.build(config, run, "cpu" if convert else sharding.place, was)
+    with torch.no_grad():
+        own = built.state_dict(keep_vars=True)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            own[name].copy_(whole(tensor))
+    continued = optim.build_optimizer(built, config, phases_of(config))
+    for old, new in zip(model.parameters(), built.parameters(), strict=True):
+        if old in optimizer.state:
+            continued.state[new] = optimizer.state[old]
+
+    def calibrated(_: PreTrainedModel, names: Sequence[str]) -> Norms:
+        with torch.autocast(sharding.device.type, sharding.dtype, enabled=sharding.dtype is not None):
+            return calibrate(model, names)  # the split model is on the devices, its weights in 16 bits
+
+    apply(built, config, to, was=was, optimizer=continued, calibrate=calibrated)
+    plain = list(built.parameters())
+    sharding.split(built)
+    for old, new in zip(plain, built.parameters(), strict=True):
+        optim.replace_parameter(continued, old, new)
+    return built, continued
 
 
 def agree_on_kernels(

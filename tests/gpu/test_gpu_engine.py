@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import inductor
 from support.models import CAUSAL, VOCABULARY, linearized, tiny_model
 
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from sparse_kernels import adapters_of, add_adapters, sparse_layers, sparsify
 
-# What Inductor imports when it compiles for the first time.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+pytestmark = inductor.QUIET
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
 

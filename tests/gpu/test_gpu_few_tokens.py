@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from sparse_kernels import SparseLinear, few_tokens, masks, tile_metadata
 from sparse_kernels.attention import attend_new_tokens, attention_space
-from sparse_kernels.cuda import expand, silu_mul
+from sparse_kernels.cuda import expand, norm, silu_mul
 from sparse_kernels.lora import LowRankAdapter
 from sparse_kernels.packed_linear import PackedLinear
 
@@ -31,7 +31,7 @@ def layer(out: int, inputs: int, *, bias: bool = True, rank: int = 0, seed: int 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.shape == expected.shape
-    assert (found.float() - expected).abs().max() < 0.03 * expected.std()
+    assert (found.float() - expected).abs().max() < 0.05 * expected.std()  # sums of more tokens are rounded twice
 
 
 def packed(layers: list[SparseLinear], dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
@@ -94,17 +94,18 @@ def test_every_candidate_is_right() -> None:
     sparse = layer(320, 1536, rank=32)
     made = packed([sparse])
     operands = made.prepare()
+    assert operands is not None
     assert operands.lora_A is not None
     assert operands.lora_B is not None
+    assert operands.arrived is not None
     assert sparse.adapter is not None
     for tokens in (1, 8, 16, 31, 64):
         X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
-        Z = F.linear(X, operands.lora_A)
         expected = F.linear(X.float(), sparse.weight, sparse.bias) + sparse.adapter(X.float())
         works = list(few_tokens.candidates(320, 1536, tokens, 0))
         assert len(works) >= 5
         for work in works:
-            adapters = few_tokens.Adapters(Z, operands.lora_B, (320,))
+            adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, (320,), operands.arrived)
             close(few_tokens.matmul(work, made.values, made.metadata, X, made.bias, None, adapters), expected)
 
 
@@ -121,7 +122,7 @@ def test_a_graph_and_a_compiler_see_one_node() -> None:
     made = packed([layer(256, 256, rank=8)])
     X = torch.randn(4, 256, device=CUDA).bfloat16()
     expected = made(X)
-    compiled = torch.compile(made, fullgraph=True)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,3 +178,17 @@ def test_silu_mul(rows: int) -> None:
     X = torch.randn(rows, 2 * 352, device=CUDA).bfloat16()
     gate, up = X.float().chunk(2, dim=1)
     assert torch.allclose(silu_mul(X).float(), F.silu(gate) * up, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("columns", [64, 768, 4096, 12288])
+@pytest.mark.parametrize("layer", [False, True])
+def test_norm(columns: int, layer: bool) -> None:
+    X, weight, bias = (torch.randn(*shape, device=CUDA).bfloat16() for shape in ((5, columns), (columns,), (columns,)))
+    X += 1
+    if layer:
+        found = norm(X, weight, bias, 1e-5, layer=True)
+        expected = F.layer_norm(X.float(), (columns,), weight.float(), bias.float(), 1e-5)
+    else:
+        found = norm(X, weight, None, 1e-6, layer=False)
+        expected = F.rms_norm(X.float(), (columns,), weight.float(), 1e-6)
+    assert torch.allclose(found.float(), expected, atol=0.03, rtol=0.01)

@@ -33,6 +33,7 @@ WORDS = (
     "log.save_every=0",
     "log.sample_tokens=8",
 )
+CHANGING = [("sparsity.start=0.3",), ("optim.name=lamb",), ("method=wanda", "sparsity.start=0.3")]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,27 @@ def test_a_split_model_holds_the_packed_weights_that_a_dry_run_counts(data: Path
     entries = sum(matrix.rows * matrix.columns for matrix in matrices)  # of dense matrices, whatever was measured
     counted = memory_of(sizes_of(trainer.model, trainer.config), Layout("fsdp", 1, gather)).packed
     assert entries * 9 / 8 == counted
+
+
+@pytest.mark.parametrize("more", CHANGING)
+def test_a_split_model_changes_its_layers_and_trains_by_lamb_as_a_whole_one(
+    data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    whole = losses(data, tmp_path / "whole", "train.compile=false", *more)
+    found = losses(data, tmp_path / "split", "train.compile=false", "distributed.layout=fsdp", *more)
+    assert len(found) == len(whole)
+    assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 5e-3
+
+
+@pytest.mark.parametrize("gather", ["step", "block"])
+def test_a_split_model_linearizes_as_a_whole_one(data: Path, tmp_path: Path, gather: str) -> None:
+    losses(data, tmp_path / "base")
+    common = ("method=linearize", f"model.init={tmp_path / 'base'}", "linearize.distill=0.5", "linearize.window=16")
+    common = (*common, "train.compile=false")
+    whole = losses(data, tmp_path / "whole", *common)
+    found = losses(data, tmp_path / "split", *common, "distributed.layout=fsdp", f"distributed.gather={gather}")
+    assert len(found) == len(whole) > 0
+    assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 5e-3
 
 
 @pytest.mark.parametrize("gather", ["step", "block"])
