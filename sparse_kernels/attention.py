@@ -117,4 +117,4 @@ def _splits(rows: int, kv_heads: int, places: int, device: torch.device) -> int:
 @functools.cache
 def _function(half: bool, dim: int, shared: int, splits: int, device_index: int) -> Any:
     definitions = {"HALF": int(half), "D": dim, "P": shared, "KV_SPLITS": splits}
-    return cuda.compiled(SOURCE, "decode_attention", definitions, device_index)
+    return cuda.compiled(SOURCE, {"decode_attention": 0}, definitions, device_index)["decode_attention"]

@@ -78,20 +78,22 @@ def raw_stream(device_index: int) -> int:
 
 
 def compiled(
-    source: Path, name: str, definitions: Mapping[str, int], device_index: int, *, shared_bytes: int = 0
-) -> Any:
-    """A kernel of a source that is compiled for these definitions; CuPy keeps the result on disk.
+    source: Path, kernels: Mapping[str, int], definitions: Mapping[str, int], device_index: int
+) -> dict[str, Any]:
+    """Kernels of a source that is compiled for these definitions, by name; CuPy keeps the result on disk.
 
-    shared_bytes: of dynamic shared memory, at most, that a block may take.
+    kernels: by name, bytes of dynamic shared memory that a block may take, at most.
     """
     import cupy
 
     options = (*OPTIONS, *(f"-D{key}={value}" for key, value in definitions.items()))
     with torch.cuda.device(device_index):
-        function = cupy.RawModule(code=source.read_text(), options=options).get_function(name)
-        if shared_bytes:
-            function.max_dynamic_shared_size_bytes = shared_bytes
-        return function.kernel
+        module = cupy.RawModule(code=source.read_text(), options=options)
+        functions = {name: module.get_function(name) for name in kernels}
+        for name, shared_bytes in kernels.items():
+            if shared_bytes:
+                functions[name].max_dynamic_shared_size_bytes = shared_bytes
+        return {name: function.kernel for name, function in functions.items()}
 
 
 def _launch(
@@ -150,7 +152,7 @@ def launch_early(
     if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
             return launch_early(function, grid, threads, device, args, shared_bytes, cluster)
-    if not _overlaps(index):
+    if not overlaps(index):
         function(grid, (threads,), args, shared_bytes, _stream(raw_stream(index)))
         return
     values = [ctypes.c_double(arg) if isinstance(arg, float) else ctypes.c_int64(arg) for arg in args]
@@ -167,8 +169,8 @@ def launch_early(
 
 
 @functools.cache
-def _overlaps(device_index: int) -> bool:
-    """Whether a kernel can be launched before the one in front of it has ended."""
+def overlaps(device_index: int) -> bool:
+    """Whether kernels can be launched before the one in front of them has ended, and in clusters of blocks."""
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 

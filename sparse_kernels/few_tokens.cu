@@ -5,9 +5,8 @@
 //   values    (R, C/2)  kept entries, row by row in column order; C a multiple of 16
 //   metadata  in the order of kernels.cu's `metadata_word`, which is the library's: R rounded up to 64 and C to 32
 //   X         (B, C), B from 1 to 8·NT;  Y (B, R);  bias (R) or null;  residual (B, R) or null, which is added
-//   lora_A    (S·L, C), lora_B (R, L) or null: (X · A^T) · B^T is added. The rows are S segments, which end at ends[0],
-//             ends[1] and R, multiples of 16; each has its own L rows of A; L a multiple of 16
-//   Z, arrived  room for X · A^T, (parts, B, S·L) float32, to be added up, and two counters, zero before and after
+//   Z, lora_B (B, S·L), (R, L) or null: adapters' second product Z · B^T is added. The rows are S segments, which end at
+//             ends[0], ends[1] and R, multiples of 16; each has its own L columns of Z; L a multiple of 16
 //
 // A warp holds MT bands of 16 rows and takes every WK-th chunk of 128 columns; WM warps lie side by side along the rows; the
 // blocks along y, a cluster, share a row's columns. Of a chunk, lane 4g + t has 16 bytes of rows g and g + 8: four groups of two kept
@@ -15,8 +14,7 @@
 // So its k runs over group a and 4 + a of tile 0, the same of tile 1, 2 and 3: the order in which the metadata's bytes lie. X
 // is in shared memory in that order; of tokens that are not there, garbage, which stays in their own sums.
 //
-// Z = X · A^T comes in pieces, 8 of its columns and a part of X's each, which the first blocks compute before they begin to
-// wait for their weights; all need it when they have read theirs. There are no more such blocks than run at once.
+// Adapters' first product Z = X · A^T is a kernel before it, few_tokens_dense.
 //
 // Two ways to keep memory busy. Up to 8 tokens a warp loads its weights into registers, DEPTH chunks ahead, and X comes in
 // slices of SLICE chunks. With more (STAGED), where X is as much traffic as the weights, both go through shared memory, in
@@ -269,119 +267,32 @@ __device__ inline void read_part(Part& part, u32 stage, u32 row, u32 chunk) {
 }
 #endif
 
-constexpr u32 MOST_PIECES = 96;  // blocks with pieces, which run at once on the GPUs that this is for
-
 struct Adapters {
-  const u16* A;
+  const u16* Z;
   const u16* B;
-  float* Z;
-  u32* arrived;
-  i64 rank, segments, ends[2], parts;
-  __device__ u32 width() const { return u32(segments * rank); }
+  i64 rank, segments, ends[2];
 };
 
-__device__ inline uint4 cached16(const void* at) { return *static_cast<const uint4*>(at); }
-
-// A piece of Z: columns 8·tile to 8·tile + 7 of one part of X's columns. The warps share these: lane 4g + t has 8 of row g of A
-// and of token g at once.
-struct Piece {
-  static constexpr u32 WARPS = THREADS / 32, UNROLL = 4, SPAN = UNROLL * WARPS * 32;
-  u32 tile, part, begin, end;
-  const u8* row;
-  uint4 a[UNROLL];
-
-  __device__ inline u32 column(u32 first, u32 u) const {
-    return first + (u * WARPS + threadIdx.x / 32) * 32 + threadIdx.x % 4 * 8;
-  }
-  __device__ inline void load(u32 first) {
-#pragma unroll
-    for (u32 u = 0; u < UNROLL; ++u)
-      a[u] = column(first, u) < end ? stream16(row + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
-  }
-  __device__ inline void start(const Adapters& lora, u32 index, u32 columns) {
-    const u32 parts = u32(lora.parts), share = (columns / 16 + parts - 1) / parts * 16;
-    tile = index / parts, part = index % parts, begin = min(part * share, columns), end = min(begin + share, columns);
-    row = reinterpret_cast<const u8*>(lora.A) + u64(tile * 8 + threadIdx.x % 32 / 4) * columns * 2;
-    load(begin);
-  }
-  __device__ inline void finish(const Adapters& lora, const u8* X, u32 columns, u32 tokens, float* sums) {
-    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float sum[NT][4] = {};
-    for (u32 first = begin; first < end; first += SPAN) {
-#pragma unroll
-      for (u32 n = 0; n < NT; ++n) {
-        uint4 x[UNROLL];
-        const u8* from = X + u64(min(n * 8 + g, tokens - 1)) * columns * 2;
-#pragma unroll
-        for (u32 u = 0; u < UNROLL; ++u)
-          x[u] = column(first, u) < end ? *reinterpret_cast<const uint4*>(from + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (u32 u = 0; u < UNROLL; ++u) {
-          const u32 low[4] = {a[u].x, 0, a[u].y, 0}, high[4] = {a[u].z, 0, a[u].w, 0};
-          const u32 x_low[2] = {x[u].x, x[u].y}, x_high[2] = {x[u].z, x[u].w};
-          multiply_dense(sum[n], low, x_low);
-          multiply_dense(sum[n], high, x_high);
-        }
-      }
-      if (first + SPAN < end) load(first + SPAN);
-    }
-#pragma unroll
-    for (u32 n = 0; n < NT; ++n) {
-      sums[(warp * TOKENS + n * 8 + 2 * t) * 8 + g] = sum[n][0];
-      sums[(warp * TOKENS + n * 8 + 2 * t + 1) * 8 + g] = sum[n][1];
-    }
-    __syncthreads();
-    for (u32 at = threadIdx.x; at < tokens * 8; at += THREADS) {
-      float total = 0;
-#pragma unroll
-      for (u32 k = 0; k < WARPS; ++k) total += sums[k * TOKENS * 8 + at];
-      lora.Z[(u64(part) * tokens + at / 8) * lora.width() + tile * 8 + at % 8] = total;
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(lora.arrived, 1);
-  }
-};
-
-// Wait for all of Z. The last block to be through with it lets the counters be zero again.
-__device__ inline void await_first_product(const Adapters& lora) {
-  if (threadIdx.x == 0) {
-    u32 arrived;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(lora.arrived) : "memory");
-    while (arrived < lora.width() / 8 * lora.parts);
-  }
-  __syncthreads();
-}
-__device__ inline void leave_first_product(const Adapters& lora, u32 blocks) {
-  if (threadIdx.x == 0 && atomicAdd(lora.arrived + 1, 1) + 1 == blocks) {
-    lora.arrived[0] = lora.arrived[1] = 0;
-    __threadfence();
-  }
-}
-
-// Add Z · B^T of a band, `row` its first row. The warps along K share the ranks.
-__device__ inline void second_product(float (*sum)[4], const Adapters& lora, i64 row, i64 rows, u32 tokens, u32 wk) {
-  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, segment = (row >= lora.ends[0]) + (row >= lora.ends[1]);
-  const u16* upper = lora.B + min(row + g, rows - 1) * lora.rank + 2 * t;
-  const u16* lower = lora.B + min(row + g + 8, rows - 1) * lora.rank + 2 * t;
+// The warps along K share an adapter's ranks: of a band, B's entries that a lane multiplies, from column k on.
+__device__ inline void load_B(u32* b, const Adapters& lora, i64 row, i64 rows, u32 k) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const auto pair = [](const u16* at) { return *reinterpret_cast<const u32*>(at); };
-  // Two neighbours of Z, rounded as a product's result; not what L1 had before.
-  const auto rounded = [&](const float* at) {
-    float x = 0, y = 0;
-#pragma unroll 4
-    for (u32 k = 0; k < lora.parts; ++k) {
-      const float2 both = __ldcg(reinterpret_cast<const float2*>(at + k * tokens * lora.width()));
-      x += both.x, y += both.y;
-    }
-    return u32(from_float(x)) | u32(from_float(y)) << 16;
-  };
+  const u16* upper = lora.B + min(row + g, rows - 1) * lora.rank + k + 2 * t;
+  const u16* lower = lora.B + min(row + g + 8, rows - 1) * lora.rank + k + 2 * t;
+  b[0] = pair(upper), b[1] = pair(lower), b[2] = pair(upper + 8), b[3] = pair(lower + 8);
+}
+
+// Add Z · B^T of a band; b: what load_B read for k = 16·wk.
+__device__ inline void add_adapters(float (*sum)[4], u32* b, const Adapters& lora, i64 row, i64 rows, u32 tokens, u32 wk) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, segment = (row >= lora.ends[0]) + (row >= lora.ends[1]);
+  const u32 width = u32(lora.segments * lora.rank);
   for (u32 k = 16 * wk; k < lora.rank; k += 16 * WK) {
-    const u32 a[4] = {pair(upper + k), pair(lower + k), pair(upper + k + 8), pair(lower + k + 8)};
+    if (k > 16 * wk) load_B(b, lora, row, rows, k);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const float* z = lora.Z + min(n * 8 + g, tokens - 1) * lora.width() + segment * lora.rank + k + 2 * t;
-      const u32 b[2] = {rounded(z), rounded(z + 8)};
-      multiply_dense(sum[n], a, b);
+      const u16* at = lora.Z + min(n * 8 + g, tokens - 1) * width + segment * lora.rank + k + 2 * t;
+      const u32 z[2] = {*reinterpret_cast<const u32*>(at), *reinterpret_cast<const u32*>(at + 8)};
+      multiply_dense(sum[n], b, z);
     }
   }
 }
@@ -405,30 +316,32 @@ __device__ inline float of_block(u32, u32) { return 0; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     few_tokens(const u8* values, const u8* metadata, const u8* X, const u16* bias, const u16* residual, u16* Y, i64 rows,
-               i64 columns, i64 tokens, i64 stages, const u16* lora_A, const u16* lora_B, float* Z, u32* arrived, i64 rank,
-               i64 segments, i64 end0, i64 end1, i64 parts, i64 sums_at) {
+               i64 columns, i64 tokens, i64 stages, const u16* Z, const u16* lora_B, i64 rank, i64 segments, i64 end0,
+               i64 end1) {
   extern __shared__ __align__(16) u8 shared[];
   const u32 base = u32(__cvta_generic_to_shared(shared));
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % WM, wk = warp / WM;
   const Matrix matrix{values, metadata, rows, columns};
-  const Adapters lora{lora_A, lora_B, Z, arrived, rank, segments, {end0, end1}, parts};
+  const Adapters lora{Z, lora_B, rank, segments, {end0, end1}};
   let_next_come();
   const i64 row0 = i64(blockIdx.x) * BLOCK_ROWS;
-  const u32 splits = gridDim.y, index = blockIdx.x * splits + blockIdx.y;
+  const u32 splits = gridDim.y;
   const u32 chunks = u32(columns + 127) / 128, share = (chunks + splits - 1) / splits;
   const u32 begin = min(blockIdx.y * share, chunks), end = min(begin + share, chunks);
   float sum[MT][NT][4] = {};
-  const u32 pieces = lora_A ? lora.width() / 8 * u32(parts) : 0, pieces_at_once = min(gridDim.x * splits, MOST_PIECES);
-  Piece piece;
-  const bool has_piece = index < min(pieces, pieces_at_once);
-  const auto finish_pieces = [&] {
-    if (!has_piece) return;
-    float* sums = reinterpret_cast<float*>(shared + sums_at);
-    piece.finish(lora, X, columns, tokens, sums);
-    for (u32 next = index + pieces_at_once; next < pieces; next += pieces_at_once) {
-      piece.start(lora, next, columns);
-      piece.finish(lora, X, columns, tokens, sums);
-    }
+  // Adapters come first, while the weights are on their way.
+  const bool adapted = lora_B && blockIdx.y == 0 && 16 * wk < rank;
+  u32 b[MT][4];
+  const auto band_row = [&](int m) { return row0 + (wm * MT + m) * 16; };
+  const auto load_adapters = [&] {
+    if (adapted)
+#pragma unroll
+      for (int m = 0; m < MT; ++m) load_B(b[m], lora, band_row(m), rows, 16 * wk);
+  };
+  const auto multiply_adapters = [&] {
+    if (adapted)
+#pragma unroll
+      for (int m = 0; m < MT; ++m) add_adapters(sum[m], b[m], lora, band_row(m), rows, tokens, wk);
   };
 
 #if STAGED
@@ -442,11 +355,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 #pragma unroll
   for (u32 turn = 0; turn < DEPTH - 1; ++turn) weights_of(turn);
-  if (has_piece) piece.start(lora, index, columns);
+  load_adapters();
   await_others();
 #pragma unroll
   for (u32 turn = 0; turn < DEPTH - 1; ++turn) x_of(turn);
-  finish_pieces();
+  multiply_adapters();
   for (u32 turn = 0; turn < turns; ++turn) {
     asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2));
     __syncthreads();  // this stage is there for all, and all are through with the one before
@@ -467,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Part ring[DEPTH][MT];
   Band bands[MT];
 #pragma unroll
-  for (int m = 0; m < MT; ++m) bands[m] = band_at(matrix, row0 + (wm * MT + m) * 16);
+  for (int m = 0; m < MT; ++m) bands[m] = band_at(matrix, band_row(m));
   const auto load = [&](Part* parts, u32 turn) {
     const u32 chunk = begin + turn * WK + wk;
 #pragma unroll
@@ -477,10 +390,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (u32 d = 0; d < DEPTH; ++d)
     if (d < turns) load(ring[d], d);
-  if (has_piece) piece.start(lora, index, columns);
+  load_adapters();
   await_others();
   if (turns) copy_x(base, X, begin, columns, tokens);
-  finish_pieces();
+  multiply_adapters();
   for (u32 first = 0; first < turns; first += DEPTH) {
 #pragma unroll
     for (u32 d = 0; d < DEPTH; ++d) {
@@ -499,11 +412,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 #endif
 
-  if (lora_A && blockIdx.y == 0) {
-    await_first_product(lora);
-#pragma unroll
-    for (int m = 0; m < MT; ++m) second_product(sum[m], lora, row0 + (wm * MT + m) * 16, rows, tokens, wk);
-  }
   const auto write = [&](u32 token, i64 row, float y) {
     const i64 at = token * rows + row;
     Y[at] = from_float(y + (bias ? to_float(bias[row]) : 0.0f) + (residual ? to_float(residual[at]) : 0.0f));
@@ -511,7 +419,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   // The warps along K add up in shared memory, [WK][tokens][rows of the block].
   __syncthreads();
-  if (lora_A && blockIdx.y == 0) leave_first_product(lora, gridDim.x);
   float* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int m = 0; m < MT; ++m)
@@ -544,5 +451,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (u32 k = 0; k < splits; ++k) total += of_block(base + (token * BLOCK_ROWS + row) * 4, k);
     if (row0 + row < rows) write(token, row0 + row, total);
   }
+  cluster_barrier();  // no block ends while another reads its sums
+}
+
+// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 8. A block: 8 of its columns, and of X's columns what the blocks
+// along y, a cluster, share. Lane 4g + t has 8 columns of row g of A and of token g at once.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    few_tokens_dense(const u8* A, const u8* X, u16* Z, i64 width, i64 columns, i64 tokens) {
+  constexpr u32 WARPS = THREADS / 32, UNROLL = 4, SPAN = UNROLL * THREADS;
+  __shared__ float sums[WARPS * TOKENS * 8];  // [warp][token][row]
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32 splits = gridDim.y, share = u32(columns / 16 + splits - 1) / splits * 16;
+  const u32 begin = min(blockIdx.y * share, u32(columns)), end = min(begin + share, u32(columns));
+  const u8* row = A + (u64(blockIdx.x) * 8 + g) * columns * 2;
+  const auto column = [&](u32 first, u32 u) { return first + (u * WARPS + warp) * 32 + 8 * t; };
+  uint4 a[UNROLL];
+  const auto load = [&](u32 first) {
+#pragma unroll
+    for (u32 u = 0; u < UNROLL; ++u)
+      a[u] = column(first, u) < end ? stream16(row + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
+  };
+  let_next_come();
+  load(begin);
+  await_others();
+  float sum[NT][4] = {};
+  for (u32 first = begin; first < end; first += SPAN) {
+#pragma unroll
+    for (u32 n = 0; n < NT; ++n) {
+      const u8* from = X + min(n * 8 + g, u32(tokens) - 1) * columns * 2;
+      uint4 x[UNROLL];
+#pragma unroll
+      for (u32 u = 0; u < UNROLL; ++u)
+        x[u] = column(first, u) < end ? *reinterpret_cast<const uint4*>(from + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (u32 u = 0; u < UNROLL; ++u) {
+        const u32 low[4] = {a[u].x, 0, a[u].y, 0}, high[4] = {a[u].z, 0, a[u].w, 0};
+        const u32 x_low[2] = {x[u].x, x[u].y}, x_high[2] = {x[u].z, x[u].w};
+        multiply_dense(sum[n], low, x_low);
+        multiply_dense(sum[n], high, x_high);
+      }
+    }
+    if (first + SPAN < end) load(first + SPAN);
+  }
+#pragma unroll
+  for (u32 n = 0; n < NT; ++n) {
+    sums[(warp * TOKENS + n * 8 + 2 * t) * 8 + g] = sum[n][0];
+    sums[(warp * TOKENS + n * 8 + 2 * t + 1) * 8 + g] = sum[n][1];
+  }
+  __syncthreads();
+  for (u32 at = threadIdx.x; at < tokens * 8; at += THREADS) {
+    float total = 0;
+#pragma unroll
+    for (u32 k = 0; k < WARPS; ++k) total += sums[k * TOKENS * 8 + at];
+    sums[at] = total;
+  }
+  cluster_barrier();
+  const u32 base = u32(__cvta_generic_to_shared(sums));
+  if (blockIdx.y == 0)
+    for (u32 at = threadIdx.x; at < tokens * 8; at += THREADS) {  // what this thread wrote, and what the others did
+      float total = sums[at];
+      for (u32 k = 1; k < splits; ++k) total += of_block(base + at * 4, k);
+      Z[at / 8 * width + blockIdx.x * 8 + at % 8] = from_float(total);
+    }
   cluster_barrier();  // no block ends while another reads its sums
 }

@@ -30,7 +30,6 @@ RANKS = 16
 """Adapters' ranks are padded to multiples of this, and layers that are fused have such numbers of rows."""
 MOST_SEGMENTS = 3
 _CHUNK = 128  # columns that a warp takes at once
-_PIECES = 96  # of adapters' first products: few_tokens.cu's MOST_PIECES
 _ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
 _SHARED_BYTES = 227 * 1024  # of a block, on compute capability 9.0
 # (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
@@ -87,16 +86,14 @@ class Work(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters that a product adds: A (S·L, C), B (R, L), the rows of each of S segments, and two counters.
+    """Adapters that a product adds: A (S·L, C), B (R, L), and the rows of each of S segments.
 
-    L is a multiple of RANKS; segments' rows are multiples of 16. arrived: int32 (2,), zero before and after a product,
-    that no product on another stream uses.
+    L is a multiple of RANKS; segments' rows are multiples of 16.
     """
 
     A: Tensor
     B: Tensor
     rows: tuple[int, ...]
-    arrived: Tensor
 
 
 def refusal(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> str:
@@ -133,29 +130,36 @@ def matmul(
     Y_BR = X_BC.new_empty(tokens, rows)
     stages, shared = work.shared_bytes(columns)
     operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
-    lora = [0] * 10
-    if adapters is not None:
-        width, rank = adapters.A.shape[0], adapters.B.shape[1]
-        # As many parts as there are blocks for; each is read once more for every block's second product.
-        parts = min(max(1, _PIECES // (width // 8)), 16 if tokens <= 8 else 4)
-        # [B,C] · [S·L,C]^T -> [B,S·L], in parts to be added
-        Z = X_BC.new_empty(parts, tokens, width, dtype=torch.float32)
-        ends = [*itertools.accumulate(adapters.rows[:-1]), rows, rows][:2]
-        tensors = (adapters.A, adapters.B, Z, adapters.arrived)
-        lora = [*map(cuda.address, tensors), rank, len(adapters.rows), *ends, parts, shared]
-        shared += work.threads * 8 * work.nt
+    Z, B, parts = (None, None, (rows,)) if adapters is None else (_first(work, X_BC, adapters.A), *adapters[1:])
+    ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
+    lora = (cuda.address(Z), cuda.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
     arguments = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
     grid = (-(-rows // work.rows), work.splits)
-    function = _function(work._replace(splits=1), X_BC.dtype, device.index)
-    cuda.launch_early(function, grid, work.threads, device, arguments, shared, cluster=work.splits)
+    cuda.launch_early(_function(work, X_BC, "few_tokens"), grid, work.threads, device, arguments, shared, work.splits)
     return Y_BR
 
 
+def _first(work: Work, X_BC: Tensor, A_LC: Tensor) -> Tensor:
+    """Adapters' first product, X · A^T: (B, L), by the kernel that comes with a work."""
+    (tokens, columns), width = X_BC.shape, A_LC.shape[0]
+    Z_BL = X_BC.new_empty(tokens, width)  # [B,C] · [L,C]^T -> [B,L]
+    splits = min(8, -(-columns // (4 * work.threads))) if cuda.overlaps(X_BC.device.index) else 1
+    arguments = (*map(cuda.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
+    function = _function(work, X_BC, "few_tokens_dense")
+    cuda.launch_early(function, (width // 8, splits), work.threads, X_BC.device, arguments, 0, splits)
+    return Z_BL
+
+
+def _function(work: Work, X: Tensor, name: str) -> Any:
+    return _compiled(work._replace(splits=1), X.dtype, X.device.index)[name]
+
+
 @functools.cache
-def _function(work: Work, dtype: torch.dtype, device_index: int) -> Any:
+def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, Any]:
     names = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
     definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the splits
-    return cuda.compiled(SOURCE, "few_tokens", definitions, device_index, shared_bytes=_SHARED_BYTES)
+    kernels = {"few_tokens": _SHARED_BYTES, "few_tokens_dense": 0}
+    return cuda.compiled(SOURCE, kernels, definitions, device_index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,16 +188,15 @@ def work_for(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
 def candidates(rows: int, columns: int, tokens: int, device_index: int) -> Iterator[Work]:
     """The shapes of work that are worth measuring."""
     nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
-    capability = torch.cuda.get_device_capability(device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     ring = [(0, *sides, slice) for sides in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
     for staged, mt, wm, wk, depth, size in [*ring, *((1, *sides, sides[2]) for sides in _STAGED[nt])]:
-        for splits in _SPLITS if capability >= (9, 0) else (1,):
+        for splits in _SPLITS if cuda.overlaps(device_index) else (1,):
             work = Work(staged, nt, mt, wm, wk, depth, max(size, wk), splits)
             share, blocks = -(-chunks // splits), -(-rows // work.rows) * splits
             idle = (splits - 1) * share >= chunks or share < wk or (size > 32 and size >= 2 * share)
             crowded = splits > 1 and blocks > 3 * multiprocessors
-            if not idle and not crowded and work.shared_bytes(columns)[1] + work.threads * 8 * nt <= _SHARED_BYTES:
+            if not idle and not crowded and work.shared_bytes(columns)[1] <= _SHARED_BYTES:
                 yield work
     yield Work(1, nt, 1, 4, 2, 3, 2)  # for matrices that are too small for any of them
 
@@ -220,7 +223,7 @@ def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
     works = list(candidates(rows, columns, tokens, device_index))
     kernels = {work._replace(splits=1) for work in works}
     with ThreadPoolExecutor(8) as threads:  # the compiler runs outside of Python's lock
-        list(threads.map(lambda work: _function(work, dtype, device_index), kernels))
+        list(threads.map(lambda work: _compiled(work, dtype, device_index), kernels))
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
     bits = random_mask(rows, columns, generator)

@@ -151,14 +151,13 @@ class PackedLinear(nn.Module):
         packed = pack(self.values, self.metadata)
         self.values, self.metadata = parts(packed, self.out_features, self.in_features, self.values.dtype)
         rows, ranks = ([*part] for part in zip(*self.segments, strict=True))
-        A, B, arrived = self.lora_A, self.lora_B, None
+        A, B = self.lora_A, self.lora_B
         if A is not None and B is not None:
-            arrived = torch.zeros(2, dtype=torch.int32, device=A.device)
             width = -(-B.shape[1] // few_tokens.RANKS) * few_tokens.RANKS
             if any(rank != width for rank in ranks):  # the kernels read as many ranks for each segment
                 A = torch.cat([F.pad(part, (0, 0, 0, width - len(part))) for part in A.split(ranks)])
                 B = F.pad(B, (0, width - B.shape[1]))
-        self._operands = _Operands(packed, rows, self.bias, A, B, arrived)
+        self._operands = _Operands(packed, rows, self.bias, A, B)
         return self._operands
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -214,7 +213,6 @@ class _Operands(NamedTuple):
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
-    arrived: Tensor | None
 
 
 class _Part(NamedTuple):

@@ -49,7 +49,6 @@ def packed_linear(
     bias_O: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    arrived: Tensor | None,
     residual_BO: Tensor | None,
 ) -> Tensor:
     """X · W^R^T + bias + residual, and of each segment (X · A^T) · B^T: (B, O).
@@ -58,7 +57,7 @@ def packed_linear(
         X_BI: (B, I), bfloat16 or float16 as all others.
         packed: from `pack`.
         rows: of each of at most 3 segments, multiples of 16; their sum is O.
-        lora_A, lora_B: (S·L, I) and (O, L), L a multiple of 16; or None. arrived: int32 (2,) zeros, which stay zeros.
+        lora_A, lora_B: (S·L, I) and (O, L), L a multiple of 16; or None.
         residual_BO: (B, O) or None.
     """
     X_BI = X_BI.contiguous()
@@ -67,8 +66,8 @@ def packed_linear(
     if 0 < tokens <= few_tokens.MOST_TOKENS:
         work = few_tokens.work_for(out, columns, tokens, X_BI.dtype, X_BI.device.index)
         adapters = None
-        if lora_A is not None and lora_B is not None and arrived is not None:
-            adapters = few_tokens.Adapters(lora_A, lora_B, tuple(rows), arrived)
+        if lora_A is not None and lora_B is not None:
+            adapters = few_tokens.Adapters(lora_A, lora_B, tuple(rows))
         return few_tokens.matmul(work, values_OK, metadata, X_BI, bias_O, residual_BO, adapters)
     chunks = [_planned(X, packed, out, bias_O) for X in X_BI.split(_MOST_PLANNED)]
     Y_BO = chunks[0] if len(chunks) == 1 else torch.cat(chunks)

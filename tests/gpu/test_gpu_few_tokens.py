@@ -97,7 +97,6 @@ def test_every_candidate_is_right() -> None:
     assert operands is not None
     assert operands.lora_A is not None
     assert operands.lora_B is not None
-    assert operands.arrived is not None
     assert sparse.adapter is not None
     for tokens in (1, 8, 16, 31, 64):
         X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
@@ -105,7 +104,7 @@ def test_every_candidate_is_right() -> None:
         works = list(few_tokens.candidates(320, 1536, tokens, 0))
         assert len(works) >= 5
         for work in works:
-            adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, (320,), operands.arrived)
+            adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, (320,))
             close(few_tokens.matmul(work, made.values, made.metadata, X, made.bias, None, adapters), expected)
 
 
