@@ -663,7 +663,7 @@ def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
     without = {key: value for key, value in written.items() if key != "keep_softmax"}
     for text in (json.dumps(without), json.dumps({**written, "new": 1}), "[]", "{", '{"keep_softmax": 1}'):
         file.write_text(text)
-        for words in (("bench", "generate", folder, "--out", tmp_path / "bench"), ("generate", folder, "The ")):
+        for words in (("bench", "linearize", folder, "--out", tmp_path / "bench"), ("generate", folder, "The ")):
             result = slope(*words)
             assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
             assert result.err.startswith(f"error: {file}: is not of this version (")
@@ -672,7 +672,7 @@ def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", "{", '{"model_type": "gpt2", "n_layer": "two"}'])
 def test_a_config_of_transformers_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    for words in (("linearize", tmp_path, "--dry-run"), ("bench", "generate", tmp_path)):
+    for words in (("linearize", tmp_path, "--dry-run"), ("bench", "linearize", tmp_path)):
         result = slope(*words)
         assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
         assert result.err.startswith(f"error: {tmp_path}: cannot be loaded as a model (")

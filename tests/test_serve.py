@@ -96,7 +96,7 @@ def test_a_stream(client: openai.OpenAI) -> None:
     *texts, last = parts
     assert "".join(part.choices[0].text for part in texts) == greedy("The wind")
     assert [part.choices[0].finish_reason for part in texts] == [None] * (len(texts) - 1) + ["length"]
-    assert len(texts) > 15
+    assert len(texts) > 3  # pieces that wait are joined
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
     assert len({part.id for part in parts}) == 1
 
