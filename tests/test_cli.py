@@ -340,11 +340,11 @@ def test_no_error_prints_local_variables(tmp_path: Path) -> None:
     """Neither a known fault, nor one with --debug, nor a defect: a variable may hold a secret."""
     script = (
         "import sys\n"
-        "from slope_cli import cli\n"
+        "from slope_cli import cli, errors\n"
         "@cli.app.command()\n"
         "def broken(known: bool = False) -> None:\n"
         "    token = '-'.join(['hush', 'hush'])\n"
-        "    raise cli.UsageError('a fault') if known else ValueError('a defect')\n"
+        "    raise errors.UsageError('a fault') if known else ValueError('a defect')\n"
         "sys.argv = ['slope', *sys.argv[1:]]\n"
         "cli.main()\n"
     )
