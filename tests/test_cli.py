@@ -76,6 +76,11 @@ def test_every_command_is_in_that_list() -> None:
     assert names == {words[0] for words in COMMANDS if words}
 
 
+@pytest.mark.parametrize("words", [[], ["data"]], ids=" ".join)
+def test_no_line_of_a_list_of_commands_is_cut(words: list[str]) -> None:
+    assert "..." not in slope(*words, "--help").out.partition("Commands:")[2]
+
+
 def test_help_is_quick() -> None:
     program = shutil.which("slope", path=Path(sys.executable).parent) or shutil.which("slope")
     command = [program] if program else [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()"]

@@ -10,7 +10,8 @@ from slope_cli.distributed import launch
 
 def prepare(
     inputs: Annotated[
-        list[str], typer.Argument(help="Files, folders, NAME=PATH, or the name of a Hugging Face data set.")
+        list[str],
+        typer.Argument(metavar="INPUT", help="Files, folders, NAME=PATH, or the name of a Hugging Face data set."),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
@@ -23,10 +24,11 @@ def prepare(
     ] = None,
     shard: Annotated[str | None, typer.Option(help="I/N, I from 1: prepare only this share of the text.")] = None,
 ) -> None:
-    """Turn text, JSON, CSV, parquet (.gz .bz2 .xz .zst), folders of these, or a Hub data set into token files.
+    """Turn files of text, or a Hub data set, into token files.
 
-    Run the same command again to resume after a stop. With --shard 1/N to N/N (sbatch --array=1-N: $SLURM_ARRAY_TASK_ID
-    of N) several machines share the work in one folder; then the same command without --shard joins it.
+    The files: text, JSON, CSV, parquet (.gz .bz2 .xz .zst), and folders of these. Run the same command again to resume
+    after a stop. With --shard 1/N to N/N (sbatch --array=1-N: $SLURM_ARRAY_TASK_ID of N) several machines share the
+    work in one folder; then the same command without --shard joins it.
     """
     launch.require_one_process()
     from slope_cli.data import prepare as preparing
@@ -40,8 +42,8 @@ def prepare(
         preparing.prepare_shard(shard, inputs, out, **how)
 
 
-def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> None:
-    """Show the sources of a prepared folder and check every byte of it."""
+def info(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")]) -> None:
+    """Show what a prepared folder holds, and check its bytes."""
     from slope_cli.data.dataset import open_dataset, show
 
     show(open_dataset(folder))

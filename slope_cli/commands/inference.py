@@ -16,7 +16,7 @@ PackedDtype = Literal["bfloat16", "float16", "float32"]
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
     batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
@@ -27,7 +27,7 @@ def generate(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text from a trained model: the continuation of a prompt, or of each in a file."""
+    """Generate text: continue a prompt, or each of a file."""
     launch.require_one_process()
     from slope_cli.inference import generate as generating
     from slope_cli.inference.sampling import Sampling
@@ -49,7 +49,10 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running texts have when a signal comes.")] = 30.0,
 ) -> None:
-    """Answer OpenAI's completions and chat over HTTP until SIGINT or SIGTERM; $SLOPE_API_KEY: a key to ask for."""
+    """Serve a model over HTTP, by OpenAI's interface.
+
+    It ends by SIGINT or SIGTERM. $SLOPE_API_KEY is the key that requests must bring, if it is set.
+    """
     launch.require_one_process()
     try:
         from slope_cli.serving import server
@@ -62,17 +65,18 @@ def serve(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
-    folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
     dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that transformers' from_pretrained loads, and check its logits.
+    """Write a folder that transformers loads.
 
-    Adapters are a folder for PEFT beside dense weights. For a linearized run only slope loads the feature maps, and the
-    check uses slope; from_pretrained gives plain softmax attention. With --format packed 2:4 layers are kept values and
-    metadata, with their adapters, for inference: loaded by slope, or after import sparse_kernels.transformers.
+    What is written is read back, and its logits are compared. Adapters are a folder for PEFT beside dense weights. For
+    a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain softmax
+    attention. With --format packed 2:4 layers are kept values and metadata, with their adapters, for inference: loaded
+    by slope, or after import sparse_kernels.transformers.
     """
     launch.require_one_process()
     if form == "packed":
@@ -93,12 +97,12 @@ def export(
 
 
 def convert_llama2c(
-    model: Annotated[Path, typer.Argument(help="A llama2.c checkpoint, version 0.")],
-    tokenizer: Annotated[Path, typer.Argument(help="Its tokenizer's .bin file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A llama2.c checkpoint, version 0.")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="Its tokenizer's .bin file.")],
     out: Annotated[Path, typer.Option(help="An empty or new folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Convert a llama2.c model into a folder that transformers loads."""
+    """Convert a llama2.c model for transformers."""
     from slope_cli.benchmarks.llama2c import convert
 
     sizes = convert(model, tokenizer, out)

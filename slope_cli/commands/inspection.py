@@ -9,11 +9,11 @@ from slope_cli.commands.options import AsJson, print_result
 from slope_cli.config import configs
 from slope_cli.errors import SlopeError, UsageError
 
-Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe.")] = None,
     copy: Annotated[Path | None, typer.Option(help="Write it to this new file instead.")] = None,
 ) -> None:
     """List the recipes, or print one."""
@@ -31,19 +31,19 @@ def recipes(
 
 
 def config(
-    key: Annotated[str | None, typer.Argument(help="A key, such as optim.lr, or a section.")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.")] = None,
 ) -> None:
-    """Explain the configuration: all sections, the keys of one, or one key."""
+    """Explain all sections, the keys of one, or one key."""
     from slope_cli.config.reference import explain
 
     print("\n".join(explain(key)))
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     out: Annotated[Path, typer.Option(help="Path of the plot, without suffix.")] = Path("loss"),
 ) -> None:
-    """Plot the loss of one or more runs as PNG and SVG."""
+    """Plot the loss of runs as PNG and SVG."""
     from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):
@@ -51,7 +51,10 @@ def plot(
 
 
 def check(run: Run, as_json: AsJson = False) -> None:
-    """Verify a run: config, log, every byte of its checkpoints, and the sparse layers of the newest one."""
+    """Verify every byte of a run.
+
+    Its config, log and checkpoints, and the sparse layers of the newest one.
+    """
     from slope_cli.checkpoint.verify import check as verify
 
     result = verify(run)
@@ -61,7 +64,7 @@ def check(run: Run, as_json: AsJson = False) -> None:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: what is installed, what is missing, and how to fix it."""
+    """Say what is missing on this machine, and how to fix it."""
     from slope_cli.doctor import examine
 
     result, lines = examine()

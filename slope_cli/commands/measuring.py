@@ -25,7 +25,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model: perplexity on validation text, and zero-shot tasks scored by lm-eval.
+    """Measure a model's perplexity and its zero-shot accuracy.
+
+    Perplexity is that of validation text; tasks are scored by lm-eval.
 
     As several tasks of srun, or under torchrun, each has the whole model and does its share.
     """
@@ -52,10 +54,12 @@ def evaluate(
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="step, gemm, memory, generate, products, linearize, or all.")] = "all",
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="step, gemm, memory, generate, products, linearize, or all.")
+    ] = "all",
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models, as --cases; for generate, linearize also folders."),
+        typer.Argument(metavar="MODEL", help="Models, as --cases; for generate, linearize also folders."),
     ] = None,
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
@@ -70,9 +74,10 @@ def bench(
     device: Annotated[str, typer.Option(help="generate, products: cpu; default: the GPU.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Benchmark training steps, products and memory, sparse against dense; generating; and linearized decoding.
+    """Benchmark sparse against dense on this machine.
 
-    Without a GPU: only the memory, from the shapes.
+    Training steps, products, memory, generating, and linearized decoding. Without a GPU: only the memory, from the
+    shapes.
     """
     launch.require_one_process()
     from slope_cli.benchmarks import bench, records, report

@@ -14,13 +14,15 @@ from slope_cli.config import configs, schema
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file.")] = "gpt2-nano",
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `slope recipes`) or YAML file.")
+    ] = "gpt2-nano",
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     dry_run: DryRun = False,
@@ -54,10 +56,11 @@ def linearize(
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a trained model's attention into window softmax plus linear attention with a state of fixed size.
+    """Turn a trained model's attention into linear attention.
 
-    Each layer first learns its own softmax attention's output; then low-rank adapters are trained on text. Weights,
-    dense or sparse, stay as they are. To resume after a stop, run the same command again.
+    It becomes window softmax plus linear attention with a state of fixed size. Each layer first learns its own softmax
+    attention's output; then low-rank adapters are trained on text. Weights, dense or sparse, stay as they are. To
+    resume after a stop, run the same command again.
     """
     with StopFlag() as stop:
         from slope_cli.train.init import linearize_overrides
@@ -99,7 +102,7 @@ def _train(
 
 def finetune(
     folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A BERT run, or an exported one.")],
-    task: Annotated[str, typer.Argument(help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the official files; default: the hub.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
@@ -109,7 +112,10 @@ def finetune(
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a BERT on a GLUE task or on SQuAD v1.1 and evaluate it on dev; masks stay fixed."""
+    """Fine-tune a BERT on GLUE or SQuAD v1.1.
+
+    It is evaluated on dev; masks stay fixed.
+    """
     from slope_cli.finetune import train as tuning
 
     result = tuning.finetune(
@@ -133,7 +139,7 @@ def compare(
     allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train variants of a recipe on the same data and compare them.
+    """Compare variants of a recipe, trained on the same data.
 
     To resume after a stop, run the same command again; finished runs are not trained again. With --shard 1/N to N/N
     the tasks of a job array train them; then the same command without --shard compares them.

@@ -198,7 +198,7 @@ def held_folder(
         try:
             _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, taken, check)
         except BlockingIOError as error:
-            raise UsageError(taken) from error
+            raise UsageError(f"{taken}; wait until it ends, or end it") from error
         except OSError as error:
             risk = "start no second process in it"
             print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)
