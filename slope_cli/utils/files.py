@@ -82,7 +82,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when all of it is written and on the disk.
 
-    Yields the folder to write to, a sibling called .tmp-NAME, which replaces an empty folder at `path` at the end.
+    Yields the folder to write to, a sibling called .tmp-NAME, which replaces an empty folder at `path` at the end. Who
+    may read the folder may read its files.
 
     Raises:
         SlopeError: the disk is full.
@@ -94,7 +95,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         remove(temporary)
         temporary.mkdir()
         yield temporary
+        rights = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
+            if file.is_file() and file.stat().st_mode & 0o666 != rights:  # safetensors' are their owner's alone
+                file.chmod(rights)
             _sync(file)
         _sync(temporary)
         os.rename(temporary, path)
