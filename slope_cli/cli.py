@@ -127,7 +127,7 @@ def _train(
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
+    if summary := loop.pretrain(config, run, new=fresh, stop=stop):  # empty on ranks other than 0
         _print(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 

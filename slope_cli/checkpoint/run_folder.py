@@ -33,11 +33,14 @@ LOG_ENDINGS = (".log", ".out", ".err")
 
 
 @contextlib.contextmanager
-def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
+def claimed(run: Path, config: Config, *, new: bool) -> Iterator[Config]:
     """Hold the folder of a new run, or of this very run, for this process.
 
+    Yields:
+        The configuration, with the earlier lengths of a run that is or was extended.
+
     Raises:
-        UsageError: it holds something else, a run of another configuration, any run if `fresh`, cannot be written,
+        UsageError: it holds something else, a run of another configuration, any run if `new`, cannot be written,
             or another process holds it.
     """
 
@@ -45,26 +48,28 @@ def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
         return path.name == f".{CONFIG}.tmp" or path.suffix in LOG_ENDINGS or is_run(run)
 
     with files.claimed_folder(run, "run", may_hold):
-        _write_or_check_config(run, config, fresh=fresh)
-        yield
+        yield _write_or_check_config(run, config, new=new)
 
 
-def _write_or_check_config(run: Path, config: Config, *, fresh: bool) -> None:
-    """Write the configuration of a new run, or compare it with that of the existing one."""
+def _write_or_check_config(run: Path, config: Config, *, new: bool) -> Config:
+    """Write the configuration of a new run, or compare it with that of the existing one, whose lengths it gets."""
     if is_run(run):
-        if fresh:
-            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to resume it")
+        if new:
+            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --new to resume it")
         saved = configs.load_saved(run / CONFIG)
-        changed = configs.differences(saved, config)
         # Before its first step a run may still change: a start that failed on a wrong size must not bind the next.
-        if changed and _has_begun(run):
+        if begun := _has_begun(run):
+            config = configs.extended(config, saved, store.newest_step(run))
+        changed = configs.differences(configs.lengthened(saved, config) if begun else saved, config)
+        if changed and begun:
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
         if saved.train.micro_batch != config.train.micro_batch:
             sizes = f"{saved.train.micro_batch} -> {config.train.micro_batch}"
             print(f"train.micro_batch: {sizes}; from here on the results differ by rounding", file=sys.stderr)
         if not changed:
-            return
+            return config
     write_config(run, config)
+    return config
 
 
 def _has_begun(run: Path) -> bool:
@@ -133,7 +138,7 @@ def manifest_metadata(config: Config, run: Path) -> dict[str, Any]:
 def require_same_config(config: Config, run: Path, manifest: Mapping[str, Any]) -> None:
     """SlopeError naming the keys in which a configuration is not the one that a checkpoint was saved under."""
     then = configs.from_fixed(manifest["config"], f"{run}: checkpoint of step {manifest['step']}")
-    if changed := configs.differences(then, config):
+    if changed := configs.differences(configs.lengthened(then, config), config):
         raise SlopeError(
             f"{run / CONFIG} was altered after step {manifest['step']} ({'; '.join(changed)}); set it back"
         )

@@ -367,5 +367,10 @@ def folders(run: Path) -> list[Path]:
     return sorted(steps, key=_step, reverse=True)
 
 
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, by its name; 0 without any."""
+    return next(map(_step, folders(run)), 0)
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])

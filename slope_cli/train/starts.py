@@ -54,7 +54,7 @@ def recorded(run: Path) -> Iterator[Start]:
         SlopeError: each of the last starts of this job spent most of its time on setting up, or was killed before it
             saved a step.
     """
-    path, job, step = run / STARTS, _job(), _newest_step(run)
+    path, job, step = run / STARTS, _job(), store.newest_step(run)
     restarts = int(job["slurm_restarts"])
     if restarts and job["slurm_job"]:
         own = [start for start in _earlier(path, step) if start.get("slurm_job") == job["slurm_job"]]
@@ -72,11 +72,6 @@ def recorded(run: Path) -> Iterator[Start]:
         yield start
     finally:
         jsonl.append(path, start.record())
-
-
-def _newest_step(run: Path) -> int:
-    """The step of the newest checkpoint, by its name."""
-    return next((int(folder.name.rpartition("-")[2]) for folder in store.folders(run)), 0)
 
 
 def _job() -> dict[str, Any]:
