@@ -33,7 +33,9 @@ app.add_typer(data_app, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
+New = Annotated[bool, typer.Option("--new", help="Fail if the folder already contains a run.")]
+Fresh = Annotated[bool, typer.Option("--fresh", hidden=True)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder contains by a new one.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.")]
 ExportFormat = Literal["dense", "packed"]
 PackedDtype = Literal["bfloat16", "float16", "float32"]
@@ -59,6 +61,8 @@ def pretrain(
     dry_run: DryRun = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="With --dry-run: also memory and traffic on N GPUs.")] = None,
     gpu_memory: Annotated[float, typer.Option(min=1, help="With --gpus: GiB of a GPU.")] = 80,
+    new: New = False,
+    overwrite: Overwrite = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,9 +77,10 @@ def pretrain(
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     if gpus and not dry_run:
         raise UsageError(f"--gpus={gpus}: is for --dry-run; a run uses the GPUs of the tasks that srun starts")
-    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None}
+    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None, "as_json": as_json}
+    how["existing"] = _existing(new, overwrite, fresh)
     with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
-        _train(recipe, overrides, run, stop, **how, fresh=fresh, as_json=as_json)
+        _train(recipe, overrides, run, stop, **how)
 
 
 @app.command()
@@ -85,6 +90,8 @@ def linearize(
     recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
     out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
     dry_run: DryRun = False,
+    new: New = False,
+    overwrite: Overwrite = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,12 +100,23 @@ def linearize(
     Each layer first learns its own softmax attention's output; then low-rank adapters are trained on text. Weights,
     dense or sparse, stay as they are. To resume after a stop, run the same command again.
     """
+    existing = _existing(new, overwrite, fresh)
     with StopFlag() as stop:
         from slope_cli.train.init import linearize_overrides
+        from slope_cli.train.starts import goes_on
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        implied = linearize_overrides(init, recipe, run)
-        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, fresh=fresh, as_json=as_json)
+        implied = linearize_overrides(init, recipe, run if goes_on(run, existing) else None)
+        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, existing=existing, as_json=as_json)
+
+
+def _existing(new: bool, overwrite: bool, fresh: bool) -> Literal["resume", "refuse", "replace"]:
+    """What a start does with a run in its folder."""
+    if fresh:
+        print("warning: --fresh is now --new; until version 0.3 it still works", file=sys.stderr)
+    if (new or fresh) and overwrite:
+        raise UsageError("--new and --overwrite: choose one; --new refuses a run that --overwrite replaces")
+    return "replace" if overwrite else "refuse" if new or fresh else "resume"
 
 
 def _train(
@@ -110,7 +128,7 @@ def _train(
     *,
     dry_run: bool,
     gpus: tuple[int, float] | None = None,
-    fresh: bool,
+    existing: Literal["resume", "refuse", "replace"],
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
@@ -127,7 +145,7 @@ def _train(
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, new=fresh, stop=stop):  # empty on ranks other than 0
+    if summary := loop.pretrain(config, run, existing=existing, stop=stop):  # empty on ranks other than 0
         _print(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from support.data import prepared
 from support.ranks import Ranks
-from support.runs import RECIPE, assert_same_run, records, sized, tiny
+from support.runs import RECIPE, assert_same_run, records, sized, slope, tiny
 
-from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint import replaced, run_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.checkpoint.verify import check
+from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
 from slope_cli.methods import optim, phases_of
+from slope_cli.train import starts
 from slope_cli.train.loop import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,3 +123,117 @@ def test_two_processes_extend_a_run_together(tmp_path: Path) -> None:
     assert "extended from 6 to 10 steps" in ranks.printed(0)
     assert len(learning_rates(run)) == 10
     assert [record["step"] for record in records(run) if record["kind"] == "phase"] == [4]
+
+
+# ------------------------------------------------------------------------------------------- anew in the same folder
+
+
+def start_of_job(monkeypatch: pytest.MonkeyPatch, restarts: int, job: str = "77") -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+
+
+def stopped_at_once(*words: str, data: Path, run: Path, existing: run_folder.Existing = "replace") -> None:
+    """A start that a signal stops before its first step."""
+    with StopFlag() as stop:
+        stop.name = "SIGUSR2"
+        with pytest.raises(Stopped):
+            pretrain(tiny(data, *words), run, existing=existing, stop=stop)
+
+
+def test_a_replaced_run_stays_until_the_new_one_has_a_checkpoint(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "slurm-1.out").write_text("the log of the job")
+    before = records(run)
+    stopped_at_once("optim.lr=0.1", data=data, run=run)
+    assert f"{run / 'replaced'}: the run that was in {run}, until" in capsys.readouterr().err
+    assert records(run / "replaced") == before
+    assert load_model(run / "replaced").step == 12
+    assert not store.folders(run)
+    assert (run / "slurm-1.out").read_text() == "the log of the job"
+    stopped_at_once("optim.lr=0.2", data=data, run=run)  # replaces the one that achieved nothing
+    assert records(run / "replaced") == before
+    assert pretrain(tiny(data, "optim.lr=0.2", "train.steps=2"), run)["step"] == 2
+    assert not (run / "replaced").exists()
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_where_there_is_no_run_none_is_replaced(data: Path, tmp_path: Path) -> None:
+    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "run", existing="replace")["step"] == 1
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    with pytest.raises(UsageError, match="holds no run"):
+        pretrain(tiny(data), tmp_path / "letters", existing="replace")
+
+
+@pytest.mark.parametrize("moment", ["renamed", "made", "taken in"])
+def test_a_kill_while_a_run_is_moved_loses_nothing(moment: str, data: Path, run: Path) -> None:
+    before, moved = records(run), run.with_name(".replacing-run")
+    run.rename(moved)
+    if moment != "renamed":
+        run.mkdir()
+    if moment == "taken in":
+        replaced.finish(run)
+    stopped_at_once(data=data, run=run, existing="resume")
+    assert records(run / "replaced") == before
+    assert not moved.exists()
+
+
+def test_a_link_to_a_run_leads_to_the_new_one(data: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    stopped_at_once(data=data, run=tmp_path / "link")
+    assert (tmp_path / "link").resolve() == run
+    assert load_model(run / "replaced").step == 12
+
+
+def test_what_the_new_run_needs_is_not_replaced(data: Path, run: Path) -> None:
+    for words in ([f"model.init={run}"], [f"data.path={run / 'data'}"]):
+        with pytest.raises(UsageError, match="is in the run that --overwrite replaces"):
+            pretrain(tiny(data, *words), run, existing="replace")
+    assert store.newest_step(run) == 12
+
+
+def test_a_job_replaces_a_run_once_and_goes_on_when_it_is_requeued(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_of_job(monkeypatch, 0)
+    stopped_at_once(data=data, run=run)
+    start_of_job(monkeypatch, 1)
+    assert pretrain(tiny(data, "train.steps=2"), run, existing="replace")["step"] == 2
+    start_of_job(monkeypatch, 2)
+    assert starts.goes_on(run, "replace")
+    assert pretrain(tiny(data, "train.steps=2"), run, existing="refuse")["step"] == 2
+    start_of_job(monkeypatch, 0, "78")
+    assert not starts.goes_on(run, "replace")
+    with pytest.raises(UsageError, match="holds a run already"):
+        pretrain(tiny(data, "train.steps=2"), run, existing="refuse")
+    stopped_at_once(data=data, run=run)
+    stopped_at_once(data=data, run=run)  # in an interactive job each command is a start of its own
+    assert store.newest_step(run / "replaced") == 2
+
+
+def test_the_words_new_overwrite_and_fresh(run: Path) -> None:
+    refused = slope(*words(run, "--fresh"))
+    assert refused.code == 2
+    assert "warning: --fresh is now --new" in refused.err
+    assert "leave out --new to resume it" in refused.err
+    assert "--new and --overwrite: choose one" in slope(*words(run, "--new", "--overwrite")).err
+    assert "choose another --out, or --overwrite it" in slope(*words(run, "optim.lr=0.1")).err
+    assert slope(*words(run, "optim.lr=0.1", "train.steps=2", "--overwrite")).code == 0
+    assert store.newest_step(run) == 2
+    help_text = slope("pretrain", "--help").out
+    assert "--overwrite" in help_text
+    assert "--fresh" not in help_text
+
+
+def test_two_processes_replace_a_run_once_in_a_job(run: Path, tmp_path: Path) -> None:
+    for restarts in range(2):
+        variables = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts)}
+        command = words(run, "train.steps=2", "--overwrite", world=2)
+        ranks = Ranks(2, command, tmp_path / f"{restarts}", variables=variables)
+        assert ranks.finish() == [0, 0], ranks.printed()
+        assert ("the run that was in" in ranks.printed()) == (not restarts)
+    assert "finished: all of its 2 steps are done" in ranks.printed(0)
+    assert len(learning_rates(run)) == 2
+    assert not (run / "replaced").exists()

@@ -389,8 +389,8 @@ def test_a_config_altered_behind_a_runs_back_is_refused(data: Path, copy: Path) 
 
 def test_new_refuses_an_existing_run(data: Path, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already; choose another --out"):
-        pretrain(tiny(data), copy, new=True)
-    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", new=True)["step"] == 1
+        pretrain(tiny(data), copy, existing="refuse")
+    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", existing="refuse")["step"] == 1
 
 
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run that another one replaces in its folder: moved to RUN/replaced, and removed once the new one has a checkpoint.
+"""The run that another one replaces in its folder: moved to RUN/replaced, removed once the new one has a checkpoint.
 
 The folder is renamed as a whole to .replacing-RUN beside it, and becomes RUN/replaced of a new folder. A start that
 finds it under the first name was preceded by a kill, and does the rest.

@@ -33,6 +33,8 @@ from sparse_kernels.deprecated import TENSORS
 
 MANIFEST = "manifest.json"
 BASE = "base"
+REPLACED = "replaced"
+"""The folder, in a run's, of the run that it replaces; see slope_cli.checkpoint.replaced."""
 FORMAT = 2
 """Of checkpoints, in their manifests; those without one are of format 1, with the tensors' names of version 0.1."""
 DERIVED = "backward_mask_bits"
@@ -167,7 +169,7 @@ def save(
     derived: bool = False,
     group: Group | None = None,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`; every rank calls it.
+    """Write a checkpoint, then drop what it makes superfluous, as `prune`; every rank calls it.
 
     Args:
         step: finished steps; a checkpoint of that step that is there already is left as it is.
@@ -193,12 +195,14 @@ def save(
 
 
 def prune(run: Path, keep: int) -> None:
-    """Drop all checkpoints but the newest `keep`."""
+    """Once there is a checkpoint, drop all but the newest `keep`, and the run that this one replaces."""
     with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
         for old in folders(run)[keep:]:
             dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
             os.rename(old, dead)
             remove(dead)
+        if folders(run):
+            remove(run / REPLACED)
 
 
 def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:

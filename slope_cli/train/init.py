@@ -159,14 +159,14 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
     unless the recipe sets them.
 
     Args:
-        run: the folder to train in. If it exists and started from `init`, the overrides are those it started with:
+        run: the one to go on with, if there is one. If it started from `init`, the overrides are those it started with:
             `init` may be gone by now, or spelled differently.
 
     Raises:
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    if run is not None and run_folder.is_run(run) and _began_with(begun := run_folder.open_config(run), init):
+    if run is not None and _began_with(begun := run_folder.open_config(run), init):
         sizes = {name: getattr(begun.train, name) for name in SIZES}
         return _overrides(str(begun.model.init), begun.data.path, sizes)
     if run_folder.is_run(init):

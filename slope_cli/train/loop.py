@@ -54,11 +54,14 @@ from slope_cli.utils.environment import ENVIRONMENT, note_environment
 from sparse_kernels import adapters_of, backends, kernel_choices, sparse_layers
 
 
-def pretrain(config: Config, run: Path, *, new: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
+def pretrain(
+    config: Config, run: Path, *, existing: run_folder.Existing = "resume", stop: StopFlag | None = None
+) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
     Args:
-        new: fail if the folder contains a run.
+        existing: what to do with a run in the folder: resume it, refuse it, or replace it by a new one. The start of
+            a requeued job always goes on with the run that this job has started.
         stop: an open flag, which may have caught earlier signals; by default one is opened here.
 
     Returns:
@@ -77,7 +80,8 @@ def pretrain(config: Config, run: Path, *, new: bool = False, stop: StopFlag | N
         group = join(ranks, device, stop, seconds=config.distributed.rendezvous_timeout)
 
         def begin() -> tuple[Start, Config]:
-            settled = held.enter_context(run_folder.claimed(run, config, new=new))
+            how = "resume" if starts.is_restart(run) else existing
+            settled = held.enter_context(run_folder.claimed(run, config, how))
             start = held.enter_context(starts.recorded(run))
             store.clean(run)
             note_environment(run, device, group.members)
