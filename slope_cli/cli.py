@@ -55,7 +55,9 @@ def _options(
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file.")] = "gpt2-nano",
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file; default: gpt2-nano.")
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     dry_run: DryRun = False,
@@ -64,6 +66,10 @@ def pretrain(
     new: New = False,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin with the model and config of this run.")
+    ] = None,
+    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its state, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. To resume after a stop, run the same command again.
@@ -71,8 +77,13 @@ def pretrain(
     Without arguments: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
     """
     overrides = list(overrides or [])
-    if "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10` means the default recipe
-        recipe, overrides = "gpt2-nano", [recipe, *overrides]
+    if recipe and "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10`: the default recipe
+        overrides, recipe = [recipe, *overrides], None
+    if source and (recipe or not out):
+        raise UsageError("--from takes the config of its run: give no recipe, but --out, the folder of the new run")
+    if with_optimizer and not source:
+        raise UsageError("--with-optimizer: is for --from")
+    recipe = recipe or "gpt2-nano"
     # Path.stem would cut the name opt-1.3b to opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     if gpus and not dry_run:
@@ -80,6 +91,12 @@ def pretrain(
     how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None, "as_json": as_json}
     how["existing"] = _existing(new, overwrite, fresh)
     with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
+        if source:
+            from slope_cli.train.branch import branch
+            from slope_cli.train.starts import goes_on
+
+            begun = run if goes_on(run, how["existing"]) else None
+            recipe, how["implied"] = branch(source, begun, with_optimizer=with_optimizer)
         _train(recipe, overrides, run, stop, **how)
 
 

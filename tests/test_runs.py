@@ -4,18 +4,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.data import prepared
 from support.ranks import Ranks
-from support.runs import RECIPE, assert_same_run, records, sized, slope, tiny
+from support.runs import RECIPE, assert_same_run, final_state, records, sized, slope, tiny
 
 from slope_cli.checkpoint import replaced, run_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.checkpoint.verify import check
+from slope_cli.config import configs
+from slope_cli.config.schema import Config
 from slope_cli.distributed.signals import StopFlag, Stopped
-from slope_cli.errors import UsageError
+from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import optim, phases_of
 from slope_cli.train import starts
-from slope_cli.train.loop import pretrain
+from slope_cli.train.branch import branch
+from slope_cli.train.loop import Trainer, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +241,121 @@ def test_two_processes_replace_a_run_once_in_a_job(run: Path, tmp_path: Path) ->
     assert "finished: all of its 2 steps are done" in ranks.printed(0)
     assert len(learning_rates(run)) == 2
     assert not (run / "replaced").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- from another run
+
+
+def branched(run: Path, source: Path | str, *more: str | Path) -> str:
+    """What a run prints that begins with another one."""
+    result = slope("pretrain", "--from", str(source), *more, "--out", run)
+    assert result.code == 0, result.err
+    return result.err
+
+
+def begun(config: Config, run: Path) -> dict[str, torch.Tensor]:
+    """Model and optimizer of a run before its first step."""
+    run.mkdir()
+    trainer = Trainer(config, run, torch.device("cpu"))
+    trainer.batches.close()
+    return store.state_tensors(trainer.model, trainer.optimizer)
+
+
+PHASES = {
+    "dense": ("method=dense",),
+    "sparse": ("adapters.start=0.99",),
+    "adapters": ("adapters.start=0.5",),
+    "masked": ("sparsity.start=0.99", "slope.before=sr_ste"),
+    "sr_ste": ("method=sr_ste", "sparsity.start=0.5"),
+    "wanda": ("method=wanda", "sparsity.start=0.5"),
+    "fst": ("method=fst", "fst.dense_finish=0.01"),
+    "fst, dense again": ("method=fst", "fst.dense_finish=0.5"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_branch_has_weights_masks_and_adapters_in_every_phase(phase: str, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(tiny(data, *PHASES[phase], "train.steps=4", "log.save_every=3"), run)
+    config = configs.load(*branch(f"{run}@3", None, with_optimizer=True))
+    assert run_folder.open_config(run).optim == config.optim
+    ours = begun(config, tmp_path / "branch")
+    model = load_model(run, checkpoint=store.at(run, 3)).model
+    theirs = {name: ours[name] for name in store.state_tensors(model, None)}
+    assert theirs.keys() == {name for name in ours if name.startswith("model.")}
+    for name, tensor in store.state_tensors(model, None).items():
+        assert torch.equal(ours[name], tensor), name
+    assert ours["optim.step"].max() == 3
+
+
+def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(
+    data: Path, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "branch"
+    pretrain(tiny(data, "train.steps=14"), run)
+    branched(out, run, "train.steps=2", "optim.lr=1e-3")
+    config = run_folder.open_config(out)
+    assert (config.model.init, config.adapters.start, config.adapters.rank) == (f"{run}@14", 0, 4)
+    assert (config.train.extended, config.optim.lr, config.model.init_optimizer) == ([], 1e-3, False)
+    run.rename(tmp_path / "gone")
+    assert "finished" in branched(out, run, "train.steps=2", "optim.lr=1e-3")
+    assert "extended from 2 to 3 steps" in branched(out, f"{run}@14", "train.steps=3", "optim.lr=1e-3")
+    for source, reason in (
+        (f"{run}@12", "is not the folder of a run"),
+        (run, "another config (optim.lr: 0.001 -> 0.1)"),
+    ):
+        failed = slope("pretrain", "--from", source, "train.steps=3", "optim.lr=0.1", "--out", out)
+        assert failed.code == 2
+        assert reason in failed.err
+
+
+def test_the_optimizers_state_comes_along_if_it_is_asked_for(data: Path, finished: Path, tmp_path: Path) -> None:
+    theirs = final_state(tiny(data), finished)
+    ours = begun(configs.load(*branch(str(finished), None, with_optimizer=True)), tmp_path / "with")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    without = begun(configs.load(*branch(str(finished), None, with_optimizer=False)), tmp_path / "without")
+    assert not [name for name in without if name.startswith("optim.")]
+
+
+def test_what_cannot_be_branched_is_one_line(data: Path, finished: Path, tmp_path: Path) -> None:
+    def refused(*words: str | Path) -> str:
+        result = slope("pretrain", *words)
+        assert result.code, result
+        assert result.err.count("\n") == 1, result.err
+        return result.err
+
+    out = ("--out", tmp_path / "out")
+    assert f"{finished}: has no checkpoint of step 7, but of 8, 12\n" in refused("--from", f"{finished}@7", *out)
+    shown = slope("pretrain", "--from", f"{finished}@8", "--dry-run", *out)
+    assert f"{finished}@8\n" in shown.out
+    assert "adapters.start" not in shown.err
+    assert not (tmp_path / "out").exists()
+    assert "give no recipe" in refused("gpt2-nano", "--from", finished, *out)
+    assert "--out" in refused("--from", finished)
+    assert "is for --from" in refused("--with-optimizer", *out)
+    assert "is not the folder of a run" in refused("--from", tmp_path, *out)
+    assert "is in the run that --overwrite replaces" in refused("--from", finished, "--out", finished, "--overwrite")
+    with pytest.raises(UsageError, match=r"model.init_optimizer=True: needs model.init"):
+        tiny(data, "model.init_optimizer=true")
+    lamb = tiny(data, f"model.init={finished}@8", "model.init_optimizer=true", "optim.name=lamb", "adapters.start=0")
+    with pytest.raises(SlopeError, match=r"model.init=.*@8: .* is of another model: .* optim.step"):
+        pretrain(lamb, tmp_path / "lamb")
+
+
+def test_a_job_branches_once_and_two_processes_do_it_together(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "branch"
+    shutil.copytree(run, out)
+    settings = ("train.steps=3", "train.tokens_per_step=128", "model.dropout=0")
+    command = ["pretrain", "--from", str(run), "--with-optimizer", *settings, "--overwrite", "--out", str(out)]
+    for restarts, layout in enumerate(("fsdp", "ddp")):
+        variables = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts)}
+        ranks = Ranks(2, [*command, f"distributed.layout={layout}"], tmp_path / f"{restarts}", variables=variables)
+        assert ranks.finish() == [0, 0], ranks.printed()
+        if not restarts:
+            run.rename(tmp_path / "gone")
+    assert "finished: all of its 3 steps are done" in ranks.printed(0)
+    alone = tmp_path / "alone"
+    branched(alone, tmp_path / "gone", "--with-optimizer", *settings)
+    losses = [[r["loss"] for r in records(each) if r["kind"] == "train"] for each in (out, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

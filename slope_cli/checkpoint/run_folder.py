@@ -65,7 +65,7 @@ def claimed(run: Path, config: Config, existing: Existing) -> Iterator[Config]:
 def _require_apart(run: Path, config: Config) -> None:
     """UsageError if a new run needs something of the folder of the run that it replaces."""
     for key, path in (("model.init", config.model.init), ("data.path", config.data.path)):
-        if path and Path(path).expanduser().resolve().is_relative_to(run.resolve()):
+        if path and place(path)[0].resolve().is_relative_to(run.resolve()):
             raise UsageError(f"{key}={path}: is in the run that --overwrite replaces; choose another --out")
 
 
@@ -140,6 +140,14 @@ def require_run(run: Path) -> None:
     """UsageError if a folder holds no run."""
     if not is_run(run):
         raise UsageError(f"{run}: is not the folder of a run (no {CONFIG})")
+
+
+def place(text: str) -> tuple[Path, int | None]:
+    """The folder that is named, and of RUN@STEP the step."""
+    name, at, step = text.rpartition("@")
+    if name and at and step.isdecimal() and not Path(text).expanduser().exists():
+        return Path(name).expanduser(), int(step)
+    return Path(text).expanduser(), None
 
 
 def data_folder(config: Config, run: Path) -> Path:

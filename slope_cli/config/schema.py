@@ -88,7 +88,10 @@ class ModelConfig(Section):
     name: str = "gpt2-nano"
     """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
     init: str | None = None
-    """A run, or a folder of `slope export` or transformers, whose weights initialize this run; null: random."""
+    """A run (RUN, or RUN@STEP for an older checkpoint), or a folder of `slope export` or transformers, whose weights
+    initialize this run; null: random."""
+    init_optimizer: bool = False
+    """Begin with the optimizer's state of the run model.init, too."""
     dropout: float | None = None
     """The rate of every dropout in the model; null for the shape's own rates."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +100,11 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         if self.dropout is not None:
             self._need(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
+        rule = "needs model.init, a run whose optimizer it is"
+        self._need(self.init is not None or not self.init_optimizer, "init_optimizer", rule)
+
+    def unused(self, config: Config) -> dict[str, str]:
+        return {"init_optimizer": "method=linearize"} if config.method == "linearize" else {}
 
 
 @dataclass(kw_only=True)

@@ -156,6 +156,8 @@ class Trainer:
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
+            if config.model.init_optimizer and not self.phase.linearized:
+                init.restore_optimizer(config, self.model, self.optimizer, group)
             group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
         else:
             self._restore(checkpoint)
