@@ -1,6 +1,7 @@
 """A run is extended, begun anew in its folder, and branched from another one."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,17 @@ def test_a_link_to_a_run_leads_to_the_new_one(data: Path, run: Path, tmp_path: P
     stopped_at_once(data=data, run=tmp_path / "link")
     assert (tmp_path / "link").resolve() == run
     assert load_model(run / "replaced").step == 12
+
+
+def test_a_process_that_sees_the_old_folder_waits_for_the_new_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = threading.Timer(0.3, (run / "replaced").mkdir)
+    late.start()
+    replaced.require_seen(run)
+    late.join()
+    (run / "replaced").rmdir()
+    monkeypatch.setattr(replaced, "SEEN", 0.2)
+    with pytest.raises(SlopeError, match="is not the new folder that rank 0 has made"):
+        replaced.require_seen(run)
 
 
 def test_what_the_new_run_needs_is_not_replaced(data: Path, run: Path) -> None:

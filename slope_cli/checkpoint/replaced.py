@@ -5,14 +5,17 @@ finds it under the first name was preceded by a kill, and does the rest.
 """
 
 import os
+import time
 from pathlib import Path
 
 from slope_cli.checkpoint import store
-from slope_cli.errors import UsageError, os_reason
+from slope_cli.errors import SlopeError, UsageError, os_reason
 from slope_cli.utils import files
 
 LOG_ENDINGS = (".log", ".out", ".err")
 """A batch system may have opened its log in the folder before the run begins, and goes on writing there."""
+SEEN = 90.0
+"""Seconds in which every process must see a new folder: NFS shows an old one for 60 at most."""
 
 
 def move_away(run: Path) -> None:
@@ -46,6 +49,19 @@ def finish(run: Path) -> None:
     if not target.exists():
         os.rename(inner if inner.exists() else moved, target)
     files.remove(moved)
+
+
+def require_seen(run: Path) -> None:
+    """Wait until this process sees the new folder: a network file system may show it the old one for some time.
+
+    Raises:
+        SlopeError: it does not.
+    """
+    end = time.monotonic() + SEEN
+    while not (run / store.REPLACED).is_dir():
+        if time.monotonic() >= end:
+            raise SlopeError(f"{run}: is not the new folder that rank 0 has made; do all nodes share it?")
+        time.sleep(0.1)
 
 
 def _moved(own: Path) -> Path:

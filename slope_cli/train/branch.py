@@ -10,8 +10,13 @@ from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.phases import Phase
 
-BEGINNINGS = ("sparsity.start=0", "adapters.start=0"), ("sparsity.start=0", "fst.dense_finish=1")
-"""The words, more and more of which let a run begin in a later phase."""
+BEGINNINGS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("sparsity.start=0",),
+    ("sparsity.start=0", "adapters.start=0"),
+    ("sparsity.start=0", "fst.dense_finish=1"),
+)
+"""The words with which a run begins in the first or a later phase of its method."""
 
 
 def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str, list[str]]:
@@ -38,10 +43,9 @@ def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str,
     step = store.newest_step(folder) if step is None else step
     store.require_step(folder, step)
     phase = phases_of(config).at(step - 1)
-    rank = [f"adapters.rank={config.adapters.rank:g}"] if phase.adapters else []
     init = [f"model.init={json.dumps(f'{folder}@{step}')}", optimizer, "train.extended=[]"]
     recipe = str(folder / run_folder.CONFIG)
-    return recipe, [*init, *rank, *_beginning(recipe, init, phase)]
+    return recipe, [*init, *_beginning(recipe, init, phase)]
 
 
 def _began_with(begun: Config, folder: Path, step: int | None) -> bool:
@@ -52,10 +56,8 @@ def _began_with(begun: Config, folder: Path, step: int | None) -> bool:
 
 
 def _beginning(recipe: str, words: list[str], phase: Phase) -> tuple[str, ...]:
-    """The fewest words more with which the run of a recipe begins in a phase."""
-    for begin in ((), *(more[:count] for more in BEGINNINGS for count in (1, 2))):
-        if begin[1:] and begin[1].startswith("fst") and configs.load(recipe, words).method != "fst":
-            continue
+    """The words more with which the run of a recipe begins in a phase."""
+    for begin in BEGINNINGS:
         first = phases_of(configs.load(recipe, [*words, *begin])).at(0)
         if (first.layers, first.adapters) == (phase.layers, phase.adapters):
             return begin

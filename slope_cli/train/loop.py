@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slope_cli.checkpoint import load, run_folder, store
+from slope_cli.checkpoint import load, replaced, run_folder, store
 from slope_cli.checkpoint.background import Saver
 from slope_cli.config.schema import Config
 from slope_cli.data.dataset import NO_VALIDATION
@@ -88,6 +88,8 @@ def pretrain(
             return start, settled
 
         start, config = group.first(begin)
+        if group.first((run / store.REPLACED).is_dir):
+            group.agreed(lambda: replaced.require_seen(run))
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             trainer.fit(stop, start)
