@@ -228,9 +228,9 @@ def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
     assert "letter.txt" in train_error(data, out=tmp_path)
     assert "letter.txt" in train_error(data, out=tmp_path / "letter.txt")
-    result = slope("pretrain", RECIPE, *small("gpt2-nano"), data, "--out", trained(), "--fresh")
+    result = slope("pretrain", RECIPE, *small("gpt2-nano"), data, "--out", trained(), "--new")
     assert (result.code, result.out) == (2, "")
-    assert "--fresh" in result.err
+    assert "--new" in result.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -131,7 +131,7 @@ def test_a_run_of_transfer_alone_draws_and_keeps_its_config() -> None:
     done = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
     assert not done.records("train")
     assert slope("plot", done.run, "--out", done.run / "again").code == 0
-    other = slope("linearize", done.base, *WORDS, "train.steps=21", "--out", done.run)
+    other = slope("linearize", done.base, *WORDS, "train.steps=19", "--out", done.run)
     assert other.code == 2
     assert "holds a run of another config" in other.err
 
@@ -358,6 +358,16 @@ def test_a_killed_run_resumes_bit_for_bit(step: int, adjust: tuple[str, ...], tm
     assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
     pretrain(config, run)
     assert_same_run(config, run, whole)
+
+
+def test_a_run_is_extended_and_replaced(tmp_path: Path) -> None:
+    base, run = trained(*BASES["sparse"]), tmp_path / "run"
+    for steps, transfer, train in (("4", 2, 2), ("7", 2, 5), ("3", 2, 1)):
+        more = ["--overwrite"] if steps == "3" else []
+        result = slope("linearize", base, *WORDS, "linearize.transfer=0.5", f"train.steps={steps}", *more, "--out", run)
+        assert result.code == 0, result.err
+        kinds = [record["kind"] for record in metrics.read(run)]
+        assert (kinds.count("transfer"), kinds.count("train")) == (transfer, train)
 
 
 @pytest.mark.slow

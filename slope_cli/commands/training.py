@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,19 +16,30 @@ from slope_cli.errors import SlopeError, UsageError
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Fail if the folder already contains a run.")]
+New = Annotated[bool, typer.Option("--new", help="Fail if the folder already contains a run.")]
+Fresh = Annotated[bool, typer.Option("--fresh", hidden=True)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder contains by a new one.")]
 
 
 def pretrain(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `slope recipes`) or YAML file.")
-    ] = "gpt2-nano",
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe's name (see `slope recipes`) or YAML file; default: gpt2-nano."
+        ),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     dry_run: DryRun = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="With --dry-run: also memory and traffic on N GPUs.")] = None,
     gpu_memory: Annotated[float, typer.Option(min=1, help="With --gpus: GiB of a GPU.")] = 80,
+    new: New = False,
+    overwrite: Overwrite = False,
     fresh: Fresh = False,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin with the model and config of this run.")
+    ] = None,
+    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its state, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. To resume after a stop, run the same command again.
@@ -36,15 +47,27 @@ def pretrain(
     Without arguments: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
     """
     overrides = list(overrides or [])
-    if "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10` means the default recipe
-        recipe, overrides = "gpt2-nano", [recipe, *overrides]
+    if recipe and "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10`: the default recipe
+        overrides, recipe = [recipe, *overrides], None
+    if source and (recipe or not out):
+        raise UsageError("--from takes the config of its run: give no recipe, but --out, the folder of the new run")
+    if with_optimizer and not source:
+        raise UsageError("--with-optimizer: is for --from")
+    recipe = recipe or "gpt2-nano"
     # Path.stem would cut the name opt-1.3b to opt-1.
     run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
     if gpus and not dry_run:
         raise UsageError(f"--gpus={gpus}: is for --dry-run; a run uses the GPUs of the tasks that srun starts")
-    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None}
+    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None, "as_json": as_json}
+    how["existing"] = _existing(new, overwrite, fresh)
     with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
-        _train(recipe, overrides, run, stop, **how, fresh=fresh, as_json=as_json)
+        if source:
+            from slope_cli.train.branch import branch
+            from slope_cli.train.starts import goes_on
+
+            begun = run if goes_on(run, how["existing"]) else None
+            recipe, how["implied"] = branch(source, begun, with_optimizer=with_optimizer)
+        _train(recipe, overrides, run, stop, **how)
 
 
 def linearize(
@@ -53,6 +76,8 @@ def linearize(
     recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
     out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
     dry_run: DryRun = False,
+    new: New = False,
+    overwrite: Overwrite = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,12 +87,23 @@ def linearize(
     attention's output; then low-rank adapters are trained on text. Weights, dense or sparse, stay as they are. To
     resume after a stop, run the same command again.
     """
+    existing = _existing(new, overwrite, fresh)
     with StopFlag() as stop:
         from slope_cli.train.init import linearize_overrides
+        from slope_cli.train.starts import goes_on
 
         run = out or Path("runs") / f"{init.resolve().name}-linear"
-        implied = linearize_overrides(init, recipe, run)
-        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, fresh=fresh, as_json=as_json)
+        implied = linearize_overrides(init, recipe, run if goes_on(run, existing) else None)
+        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, existing=existing, as_json=as_json)
+
+
+def _existing(new: bool, overwrite: bool, fresh: bool) -> Literal["resume", "refuse", "replace"]:
+    """What a start does with a run in its folder."""
+    if fresh:
+        print("warning: --fresh is now --new; until version 0.3 it still works", file=sys.stderr)
+    if (new or fresh) and overwrite:
+        raise UsageError("--new and --overwrite: choose one; --new refuses a run that --overwrite replaces")
+    return "replace" if overwrite else "refuse" if new or fresh else "resume"
 
 
 def _train(
@@ -79,7 +115,7 @@ def _train(
     *,
     dry_run: bool,
     gpus: tuple[int, float] | None = None,
-    fresh: bool,
+    existing: Literal["resume", "refuse", "replace"],
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
@@ -96,7 +132,7 @@ def _train(
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
+    if summary := loop.pretrain(config, run, existing=existing, stop=stop):  # empty on ranks other than 0
         print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 

@@ -7,7 +7,6 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 
 import contextlib
 import gc
-import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slope_cli.checkpoint import load, run_folder, store
+from slope_cli.checkpoint import load, replaced, run_folder, store
 from slope_cli.checkpoint.background import Saver
 from slope_cli.config.schema import Config
 from slope_cli.data.dataset import NO_VALIDATION
@@ -41,8 +40,9 @@ from slope_cli.report.progress import Progress
 from slope_cli.train import init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
+from slope_cli.train.length import length_lines
 from slope_cli.train.make_step import make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of
+from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
@@ -51,14 +51,17 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from sparse_kernels import adapters_of, backends, check_backend, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, backends, kernel_choices, sparse_layers
 
 
-def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
+def pretrain(
+    config: Config, run: Path, *, existing: run_folder.Existing = "resume", stop: StopFlag | None = None
+) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
     Args:
-        fresh: fail if the folder contains a run.
+        existing: what to do with a run in the folder: resume it, refuse it, or replace it by a new one. The start of
+            a requeued job always goes on with the run that this job has started.
         stop: an open flag, which may have caught earlier signals; by default one is opened here.
 
     Returns:
@@ -76,14 +79,17 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
     with opening as stop, contextlib.ExitStack() as held, _own_precision():
         group = join(ranks, device, stop, seconds=config.distributed.rendezvous_timeout)
 
-        def begin() -> Start:
-            held.enter_context(run_folder.claimed(run, config, fresh=fresh))
+        def begin() -> tuple[Start, Config]:
+            how = "resume" if starts.is_restart(run) else existing
+            settled = held.enter_context(run_folder.claimed(run, config, how))
             start = held.enter_context(starts.recorded(run))
             store.clean(run)
             note_environment(run, device, group.members)
-            return start
+            return start, settled
 
-        start = group.first(begin)
+        start, config = group.first(begin)
+        if group.first((run / store.REPLACED).is_dir):
+            group.agreed(lambda: replaced.require_seen(run))
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             trainer.fit(stop, start)
@@ -122,7 +128,7 @@ class Trainer:
         self.group = group = group or Group()
         self.speaks = group.ranks.first
         self.saver = Saver(run, group)
-        _set_up_torch(config, device)
+        set_up_torch(config, device)
         self.dataset = open_run_data(config, run, group, stop)
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
         checkpoint = self._find_checkpoint()
@@ -152,6 +158,8 @@ class Trainer:
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
+            if config.model.init_optimizer and not self.phase.linearized:
+                init.restore_optimizer(config, self.model, self.optimizer, group)
             group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
         else:
             self._restore(checkpoint)
@@ -384,7 +392,8 @@ class Trainer:
         if self.sharding is not None and store.is_derived(checkpoint.manifest):
             self.sharding.update_masks(self.model, "magnitude", seed=0)
         self.group.first(lambda: self._tidy(checkpoint))
-        self._say(f"resuming from {checkpoint.folder}")
+        for line in (f"resuming from {checkpoint.folder}", *length_lines(self.config, self.step)):
+            self._say(line)
 
     def _tidy(self, checkpoint: store.Checkpoint) -> None:
         """Bring the run's folder to what it was when a checkpoint was saved."""
@@ -421,18 +430,6 @@ class Trainer:
             rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
             if not 0 < length < room:
                 raise UsageError(f"log.sample_prompt: {rule}")
-
-
-def _set_up_torch(config: Config, device: torch.device) -> None:
-    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        try:
-            check_backend(config.sparsity.backend)
-        except RuntimeError as error:
-            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
 def _kernels(model: PreTrainedModel) -> dict[str, int]:
