@@ -94,7 +94,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         remove(temporary)
         temporary.mkdir()
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # what the umask leaves; safetensors makes its files 0600
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
             _sync(file)
         _sync(temporary)
         os.rename(temporary, path)
