@@ -124,10 +124,16 @@ def _train(
 
         _print(*describe(config, gpus), as_json)
         return
+    from slope_cli.data.dataset import WrongDataError
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
+    try:
+        summary = loop.pretrain(config, run, fresh=fresh, stop=stop)
+    except WrongDataError as error:
+        known = configs.recipe_data(recipe)
+        raise WrongDataError(f"{error}; {recipe} is for: {known}" if known else str(error)) from error
+    if summary:  # empty on ranks other than 0
         _print(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 
@@ -139,6 +145,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
+    encoding: Annotated[str, typer.Option(help="Of text, JSON and CSV files, such as latin-1 or utf-16.")] = "utf-8",
     val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
@@ -156,7 +163,12 @@ def prepare(
     from slope_cli.data import prepare as preparing
     from slope_cli.data.dataset import show
 
-    how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "val_fraction": val_fraction}
+    how: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "text_key": text_key,
+        "encoding": encoding,
+        "val_fraction": val_fraction,
+    }
     how |= {"workers": workers, "split": split, "config_name": config_name}
     if shard is None:
         show(preparing.prepare(inputs, out, **how))
@@ -300,9 +312,9 @@ def config(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Path of the plot, without suffix.")] = Path("loss"),
+    out: Annotated[Path, typer.Option(help="Path of the plot; NAME.pdf for a PDF.")] = Path("loss"),
 ) -> None:
-    """Plot the loss of one or more runs as PNG and SVG."""
+    """Plot the loss of one or more runs as PNG and SVG, or as PDF; of several tokenizers in bits per byte."""
     from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):
