@@ -77,8 +77,8 @@ class Registry:
         own = {word: _entry_of_file(Path(word)) for word in words if word.endswith((".yaml", ".yml"))}
         names = list(dict.fromkeys(own[word].name if word in own else word for word in words))
         beside = [str(Path(word).resolve().parent) for word, entry in own.items() if entry.kind.name == "GROUP"]
-        # Reading all of lm-eval's files takes many seconds, and most tasks are in the folder of their first word.
-        near = {str(base / name.partition("_")[0]) for name in names if (base / name.partition("_")[0]).is_dir()}
+        # Reading all of lm-eval's files takes many seconds, and most tasks are in a folder of their name's first words.
+        near = dict.fromkeys(str(folder) for name in names for folder in _folders(base, name)[:1])
         for how in ({"include_defaults": False, "include_path": [*near, *beside]}, {"include_path": beside}):
             with quiet():
                 self._manager = TaskManager(**how)
@@ -128,6 +128,13 @@ class Registry:
                 task.set_config("num_fewshot", own or 0 if fewshot is None or own == 0 else fewshot)
         config = next(iter(task_dict["tasks"].values())).config
         return LoadedTask(name, task_dict, config.test_split or config.validation_split)
+
+
+def _folders(base: Path, name: str) -> list[Path]:
+    """The folders that a task of lm-eval may be in, by the first words of its name; the likeliest first."""
+    words = name.split("_")
+    folders = [base / "_".join(words[:count]) for count in range(len(words), 0, -1)]
+    return [place for folder in folders for place in (folder / "default", folder) if place.is_dir()]
 
 
 def _entry_of_file(path: Path) -> Entry:
