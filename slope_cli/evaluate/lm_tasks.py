@@ -91,13 +91,16 @@ class Registry:
                 raise UsageError(f"--tasks {name}: unknown task; {hint}")
         return names
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether a task is known, or a group with all that it lists; a tag may have members in any file."""
+    def _is_whole(self, name: str, *, listed: bool = False) -> bool:
+        """Whether a task is known, or a group with all that it lists.
+
+        A tag may have members in any file; but one that a group lists is of the group's own folder.
+        """
         entry = self._manager.task_index.get(name)
-        if entry is None or entry.kind.name == "TAG":
+        if entry is None or (entry.kind.name == "TAG" and not listed):
             return False
-        listed = members(self._manager, name) or []
-        return all(self._is_whole(member_name(member)) for member in listed if isinstance(member, str))
+        inside = members(self._manager, name) or []
+        return all(self._is_whole(member_name(each), listed=True) for each in inside if isinstance(each, str))
 
     def load(self, name: str, folder: Path | None, fewshot: int | None = None) -> LoadedTask:
         """A task with its rows.
