@@ -18,6 +18,11 @@ _USED_BY = {
     "datasets": "slope data prepare of a Hugging Face data set",
     "pyarrow": "slope data prepare of parquet files",
     "zstandard": "slope data prepare of .zst files",
+    "lm_eval": "slope eval --tasks",
+    "accelerate": "slope eval --tasks",
+    "peft": "loading an export's adapters outside slope",
+    "fastapi": "slope serve",
+    "uvicorn": "slope serve",
 }
 
 

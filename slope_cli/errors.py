@@ -44,15 +44,19 @@ def os_reason(error: OSError) -> str:
     return f"{error.strerror or first_line(error)}; {advice}"
 
 
-def did_you_mean(unknown: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest known ones, or all of them if none is close."""
+def did_you_mean(unknown: str, known: Iterable[str], listed: str = "") -> str:
+    """A hint for an unknown name: the closest known ones; if none is close all of them, or where they are listed."""
     names = list(known)
     lowered = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(unknown.lower(), lowered, n=3)
     # Further names only if they are about as close as the closest.
     ratios = [difflib.SequenceMatcher(None, unknown.lower(), name).ratio() for name in near]
     near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
-    return f"did you mean {' or '.join(lowered[name] for name in near)}?" if near else f"known are {', '.join(names)}"
+    return (
+        f"did you mean {' or '.join(lowered[name] for name in near)}?"
+        if near
+        else listed or f"known are {', '.join(names)}"
+    )
 
 
 def is_utf8(text: str) -> bool:

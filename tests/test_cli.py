@@ -218,6 +218,9 @@ def test_a_missing_an_unfinished_and_a_foreign_data_folder(tmp_path: Path) -> No
     assert train_error(f"data.path={foreign}", out=tmp_path / "b").startswith(f"{foreign}: not a prepared data set")
     assert "unfinished preparation" in train_error(f"data.path={unfinished}", out=tmp_path / "c", code=1)
     assert error("data", "info", missing).startswith(f"{missing}: no such data folder")
+    message = error("pretrain", "gpt2-mini", f"data.path={missing}", "--out", tmp_path / "d")
+    command = "slope data prepare … --tokenizer gpt2 --out data/text"
+    assert message.endswith(f"; gpt2-mini is for: any text, {command}")
 
 
 def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
@@ -288,6 +291,7 @@ def test_the_first_start_logs_to_standard_error(tmp_path: Path) -> None:
     assert result.code == 0
     assert json.loads(result.out)["run"] == str(tmp_path / "run")
     assert "step 1/2  loss" in result.err
+    assert not any(f"step 2: {said}" in result.err for said in ("validation loss", "'The"))  # the result says it
     assert "layers are 2:4 sparse" in result.err
 
 

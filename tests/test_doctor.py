@@ -23,6 +23,7 @@ def test_training_works_here_and_every_package_has_its_line() -> None:
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert any(line.split() == ["torch", torch.__version__] for line in lines)
+    assert {"lm_eval", "peft", "accelerate", "fastapi"} <= {line.split()[0] for line in lines}
     assert lines[-1].split() == ["a", "training", "step", "works"]
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.evaluate import evaluate, report_lines
 from slope_cli.evaluate.perplexity import measure
-from slope_cli.evaluate.rows import LAYOUTS
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment
@@ -40,6 +40,7 @@ from sparse_kernels import sparse_layers
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEEDS_LM_EVAL = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "mmlu")
 WIDE = "model.overrides.n_positions=512"
 WORDS = [word.strip('.,:"').lower() for sentence in SENTENCES for word in sentence.split()]
 
@@ -90,7 +91,7 @@ def write(folder: Path, task: str, rows: list[dict[str, Any]], split: str = "") 
 @cache
 def task_data() -> Path:
     folder = scratch() / "task-data"
-    for task in LAYOUTS:
+    for task in TASKS:
         write(folder, task, rows_of(task))
     return folder
 
@@ -99,17 +100,26 @@ def task_data() -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's hub holds the made-up rows, in all splits that its own tasks ask for."""
     from datasets import Dataset, DatasetDict
+    from datasets import load_dataset as load_files
 
     sources = {"Rowan/hellaswag": "hellaswag", "baber/piqa": "piqa", "allenai/openbookqa": "openbookqa"}
     sources |= {"allenai/winogrande": "winogrande", "cais/mmlu": "mmlu"}
 
-    def load_dataset(path: str, name: str | None = None, **_: object) -> Any:
+    def load_dataset(path: str, name: str | None = None, **how: Any) -> Any:
+        if path == "json":
+            return load_files(path, name, **how)
         task = sources.get(path) or {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}[str(name)]
         found = [r for r in rows_of(task) if task != "mmlu" or r["subject"] == name]
         found = found or [dict(row("mmlu", 0), subject=name)]  # lm-eval refuses a subject without rows
         return DatasetDict({split: Dataset.from_list(found) for split in ("train", "validation", "test", "dev")})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+def loaded_task(name: str, folder: Path | None = None, fewshot: int | None = None) -> lm_tasks.LoadedTask:
+    registry = lm_tasks.Registry()
+    (found,) = registry.find([name])
+    return registry.load(found, folder, fewshot)
 
 
 def requests(loaded: lm_tasks.LoadedTask) -> dict[str, list[tuple[int, int, tuple[str, str]]]]:
@@ -321,9 +331,9 @@ def test_an_exported_masked_model_predicts_the_tokens_that_its_run_does(tmp_path
 
 @NEEDS_LM_EVAL
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("task", LAYOUTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_local_task_asks_what_lm_evals_own_asks(task: str) -> None:
-    (local,), (own,) = lm_tasks.load([task], task_data()), lm_tasks.load([task], None)
+    local, own = loaded_task(task, task_data()), loaded_task(task)
     ours, theirs = requests(local), requests(own)
     if task == "mmlu":
         assert set(ours) == {"mmlu_anatomy", "mmlu_philosophy", "mmlu_astronomy"}
@@ -343,12 +353,12 @@ def test_the_scores_are_those_of_lm_evals_own_program() -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    names = [name for name in LAYOUTS if name != "mmlu"]  # there its own wants rows of every subject
+    names = [name for name in TASKS if name != "mmlu"]  # there its own wants rows of every subject
     run = trained("gpt2-nano", WIDE)
     ours = evaluate(run, perplexity=False, task_names=names, task_data=task_data())["tasks"]
     from_hub = evaluate(run, perplexity=False, task_names=names)["tasks"]
     loaded = load_model(run)
-    places = [Path(lm_eval.__file__).parent / "tasks" / LAYOUTS[name].folder for name in names]
+    places = [Path(lm_eval.__file__).parent / "tasks" / name.partition("_")[0] for name in names]
     with lm_tasks.quiet():
         lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
         manager = TaskManager(include_defaults=False, include_path=sorted(set(places)))
@@ -370,7 +380,7 @@ def test_mmlu_is_the_mean_over_the_rows_of_all_subjects() -> None:
     run = trained("gpt2-nano", WIDE)
     found = evaluate(run, perplexity=False, task_names=["mmlu"], task_data=task_data())["tasks"]["mmlu"]
     sizes = {"anatomy": 3, "philosophy": 2, "astronomy": 2}
-    subjects = found["subjects"]
+    subjects = found["subtasks"]
     assert {name: scores["n"] for name, scores in subjects.items()} == sizes
     mean = sum(subjects[name]["acc"] * n for name, n in sizes.items()) / 7
     assert found["acc"] == pytest.approx(mean)
@@ -428,15 +438,15 @@ def test_prompts_beyond_the_positions_are_counted_and_choices_beyond_them_refuse
 @NEEDS_LM_EVAL
 def test_compressed_rows_and_the_split_that_lm_eval_would_take(tmp_path: Path) -> None:
     write(tmp_path, "openbookqa", rows_of("openbookqa", 5), "validation")
-    (loaded,) = lm_tasks.load(["openbookqa"], tmp_path)
+    loaded = loaded_task("openbookqa", tmp_path)
     assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("validation", 4 + 3 + 5 + 4 + 3)
     path = tmp_path / "openbookqa" / "test.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(row("openbookqa", 0)) + "\n\n").encode()))
-    (loaded,) = lm_tasks.load(["openbookqa"], tmp_path)
+    loaded = loaded_task("openbookqa", tmp_path)
     assert (loaded.split, len(requests(loaded)["openbookqa"])) == ("test", 4)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UsageError, match=r"test\.jsonl\.gz: cannot be read"):
-        lm_tasks.load(["openbookqa"], tmp_path)
+    with pytest.raises(UsageError, match=r"openbookqa: cannot be used as rows \(EOFError: "):
+        loaded_task("openbookqa", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- report and files
@@ -471,9 +481,9 @@ def test_only_the_file_has_the_result_and_it_names_no_path(
 def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
     loaded = load_model(trained())
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    (task,) = lm_tasks.load(["piqa"], task_data())
+    task = loaded_task("piqa", task_data())
     lm = lm_tasks.harness(loaded.model, loaded.tokenizer, 4)
-    lm_tasks.answers_of(lm, lm_tasks.requests_of(lm, task).pairs)
+    lm_tasks.answers_of(lm, lm_tasks.requests_of(lm, task).asked)
     after = loaded.model.state_dict()
     assert list(sparse_layers(loaded.model))
     assert before.keys() == after.keys()
@@ -487,62 +497,147 @@ def test_evaluation_leaves_the_model_sparse_and_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("task", "change", "fault"),
     [
-        ("piqa", {"sol2": None}, "has no field sol2"),
-        ("piqa", {"goal": 3}, "goal is not a text"),
-        ("piqa", {"label": 2}, "label '2' is not one of 0, 1"),
-        ("hellaswag", {"endings": ["a"]}, "needs at least two choices"),
-        ("hellaswag", {"endings": "abc"}, "endings is not a list of texts"),
-        ("hellaswag", {"label": ""}, "label '' is not one of 0, 1, 2, 3"),
-        ("arc_easy", {"choices": {"text": ["a", "b"]}}, "has no field choices.label"),
-        (
-            "arc_easy",
-            {"choices": {"text": ["a", "b"], "label": ["A"]}},
-            "choices.text and choices.label have different lengths",
-        ),
-        ("openbookqa", {"answerKey": "E"}, "answerKey 'E' is not one of 1, 2, 3"),
-        ("winogrande", {"sentence": "no gap"}, r"the sentence needs a gap \(_\) and words after it"),
-        ("winogrande", {"answer": ""}, "answer '' is not one of 1, 2"),
-        ("mmlu", {"choices": ["a", "b", "c"]}, "needs four choices"),
-        ("mmlu", {"subject": "sailing"}, "subject 'sailing' is unknown to lm-eval"),
+        ("piqa", {"sol2": None}, "row 2 of piqa: has no two choices that are texts"),
+        ("piqa", {"label": -1}, "row 2 of piqa: the answer -1 is not one of its 2 choices"),
+        ("hellaswag", {"label": ""}, r"hellaswag: cannot be used as rows \(ValueError: invalid literal"),
+        ("arc_easy", {"choices": {"text": ["a", "b"]}}, r"arc_easy: cannot be used as rows .*no attribute 'label'"),
+        ("openbookqa", {"answerKey": "E"}, r"openbookqa: cannot be used as rows .*'E' is not in list"),
+        ("winogrande", {"sentence": "no gap"}, r"winogrande: cannot be used as rows .*substring not found"),
+        ("mmlu", {"subject": "sailing"}, "test.jsonl: the subject 'sailing' of a row is that of no task of mmlu"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(task: str, change: dict[str, Any], fault: str, tmp_path: Path) -> None:
     rows = rows_of(task, 3)
     changed = {key: value for key, value in (rows[1] | change).items() if value is not None}
-    path = write(tmp_path, task, [rows[0], changed, rows[2]])
-    with pytest.raises(UsageError, match=f"^{path} line 2: {fault}"):
-        lm_tasks.load([task], tmp_path)
+    write(tmp_path, task, [rows[0], changed, rows[2]])
+    with pytest.raises(UsageError, match=f"^{tmp_path}.*{fault}"):
+        loaded_task(task, tmp_path)
 
 
 @NEEDS_LM_EVAL
 def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such folder"):
-        lm_tasks.load(["piqa"], tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"^--task-data: no .*arc_easy/test\.jsonl or validation\.jsonl"):
-        lm_tasks.load(["arc_easy"], tmp_path)
-    path = write(tmp_path, "piqa", rows_of("piqa", 2))
-    path.write_text(path.read_text() + "{'not': 'JSON'}\n")
-    with pytest.raises(UsageError, match=r"piqa/validation\.jsonl line 3: is not JSON$"):
-        lm_tasks.load(["piqa"], tmp_path)
-    path.write_text("[1, 2]\n")
-    with pytest.raises(UsageError, match=r"line 1: has no field goal$"):
-        lm_tasks.load(["piqa"], tmp_path)
-    path.write_text("\n")
-    with pytest.raises(UsageError, match=r"validation\.jsonl: contains no rows$"):
-        lm_tasks.load(["piqa"], tmp_path)
-    path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(UsageError, match=r"validation\.jsonl: cannot be read"):
-        lm_tasks.load(["piqa"], tmp_path)
+        evaluate(trained(), task_names=["piqa"], task_data=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"^--task-data: no rows of arc_easy in .*arc_easy/SPLIT\.jsonl \(\.gz\)$"):
+        loaded_task("arc_easy", tmp_path)
+    write(tmp_path, "arc_easy", rows_of("arc_easy"), "dev")
+    with pytest.raises(UsageError, match=r"^--task-data: no .*arc_easy/test\.jsonl or validation\.jsonl \(\.gz\)$"):
+        loaded_task("arc_easy", tmp_path)
+    path = write(tmp_path, "piqa", [])
+    for content, fault in (
+        (b"{'not': 'JSON'}\n", "JSON parse error"),
+        (b"[1, 2]\n", "'goal' is undefined"),
+        (b"\n", "no data"),
+        (b"\xff\xfe\n", "JSON parse error"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=rf"piqa: cannot be used as rows .*{fault}"):
+            loaded_task("piqa", tmp_path)
 
 
-def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@NEEDS_LM_EVAL
+def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    everything = ["hellaswag", "piqa"]
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(task_index={}, all_tasks=everything))
     with pytest.raises(UsageError, match=r"^--tasks helaswag: unknown task; did you mean hellaswag\?$"):
         evaluate(trained(), task_names=["helaswag"])
-    with pytest.raises(UsageError, match=r"^--tasks glue: unknown task; .*known are hellaswag, piqa"):
-        lm_tasks.check_names(["glue"])
+    with pytest.raises(UsageError, match=r"^--tasks xyzzy: unknown task; `lm-eval ls tasks` lists them$"):
+        evaluate(trained(), task_names=["xyzzy"])
+    with pytest.raises(UsageError, match=r"^--tasks no\.yaml: is no task \(.*No such file"):
+        evaluate(trained(), task_names=["no.yaml"])
+    (tmp_path / "list.yaml").write_text("- task: x\n")
+    with pytest.raises(UsageError, match=r"list\.yaml: is no task \("):
+        evaluate(trained(), task_names=[str(tmp_path / "list.yaml")])
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"pip install slope-cli\[eval\]$"):
         evaluate(trained(), task_names=["piqa"], task_data=task_data())
+
+
+# ------------------------------------------------------------------------------------ other tasks than those by choice
+
+
+def sums(folder: Path) -> Path:
+    """A group of a user's own: a task that generates, one that scores a text's last word, and one of whole texts."""
+    head = "dataset_path: json\ntest_split: test\nfewshot_split: train\ntraining_split: train\n"
+    tasks = {
+        "sums_written": "output_type: generate_until\ndoc_to_text: '{{a}} + {{b}} ='\ndoc_to_target: '{{c}}'\n"
+        "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n"
+        "filter_list: [{name: first, filter: [{function: take_first}]}]\n",
+        "sums_last": "output_type: loglikelihood\ndoc_to_text: '{{a}} + {{b}} ='\ndoc_to_target: ' {{c}}'\n"
+        "metric_list: [{metric: acc}]\n",
+        "sums_whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{a}} + {{b}} = {{c}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n",
+    }
+    folder.mkdir()
+    for name, text in tasks.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{head}{text}")
+        rows = [{"a": n, "b": n % 3, "c": n + n % 3} for n in range(12)]
+        write(folder / "rows", name, rows[:7], "test")
+        write(folder / "rows", name, rows[7:], "train")
+    (folder / "all.yaml").write_text(f"group: sums\ntask: [{', '.join(tasks)}, sums_absent]\n")
+    return folder
+
+
+@NEEDS_LM_EVAL
+def test_a_users_own_group_of_every_kind_of_task(tmp_path: Path) -> None:
+    folder, run = sums(tmp_path / "own"), trained("gpt2-nano", WIDE)
+    words: list[str | Path] = ["eval", run, "--no-perplexity", "--tasks", folder / "all.yaml", "--fewshot", "2"]
+    words += ["--task-data", folder / "rows", "--log-samples", tmp_path / "samples", "--json"]
+    done = slope(*words)
+    assert done.code == 0, done.err
+    assert done.err.startswith("sums: 21 rows in")
+    found = json.loads(done.out)["tasks"]["sums"]
+    assert (found["n"], found["fewshot"], found["split"]) == (21, 2, "test")
+    assert found["subtasks"].keys() == {"written", "last", "whole"}
+    assert found["subtasks"]["whole"]["bits_per_byte"] > 0
+    assert "exact_match,first" in found["subtasks"]["written"]
+    samples = [json.loads(line) for line in (tmp_path / "samples" / "sums.jsonl").read_text().splitlines()]
+    assert len(samples) == 21
+    prompts = {sample["arguments"][0][0] for sample in samples if sample["task"] == "sums_written"}
+    assert all(prompt.count(" = ") == 2 and prompt.endswith(" =") for prompt in prompts)
+    text = report_lines(json.loads(done.out))
+    assert text[1:3] == ["by lm-eval", "  sums              (21 rows, test, 2-shot)"]
+    assert text[-1].startswith("    whole          bits_per_byte ")
+
+
+@NEEDS_LM_EVAL
+def test_every_kind_of_request_is_dealt_to_two_processes(tmp_path: Path) -> None:
+    folder, run = sums(tmp_path / "own"), trained("gpt2-nano", WIDE)
+    how: dict[str, Any] = {"perplexity": False, "task_names": [str(folder / "all.yaml")], "task_data": folder / "rows"}
+    words = ["eval", str(run), "--no-perplexity", "--tasks", str(folder / "all.yaml")]
+    words += ["--task-data", str(folder / "rows"), "--out", str(tmp_path / "eval.json")]
+    ranks = Ranks(2, words, tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    written = json.loads((tmp_path / "eval.json").read_text())
+    alone, shared = (result["tasks"]["sums"] for result in (evaluate(run, **how), written))
+    for name in ("written", "last"):
+        assert shared["subtasks"][name] == alone["subtasks"][name]
+    bits = [found["subtasks"]["whole"]["bits_per_byte"] for found in (alone, shared)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+
+@NEEDS_LM_EVAL
+def test_lm_evals_own_command_line_scores_a_run_as_slope_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from slope_cli.evaluate import harness
+
+    folder, run = sums(tmp_path / "own"), trained("gpt2-nano", WIDE)
+    rows = folder / "rows" / "sums_last"
+    files = f"dataset_kwargs: {{data_files: {{test: {rows}/test.jsonl, train: {rows}/train.jsonl}}}}\n"
+    with open(folder / "sums_last.yaml", "a") as task:
+        task.write(files)
+    words = ["run", "--model", "slope", "--model_args", f"pretrained={run}", "--device", "cpu", "--num_fewshot", "2"]
+    words += ["--tasks", str(folder / "sums_last.yaml"), "--output_path", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", ["lm-eval", *words])
+    with lm_tasks.quiet():
+        harness.cli_evaluate()
+    (written,) = (tmp_path / "results").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"]["sums_last"]
+    how: dict[str, Any] = {"perplexity": False, "task_names": [str(folder / "sums_last.yaml")], "fewshot": 2}
+    ours = evaluate(run, **how)["tasks"]["sums_last"]
+    assert (ours["acc"], ours["acc_stderr"]) == (theirs["acc,none"], theirs["acc_stderr,none"])
+    assert ours["fewshot"] == 2
 
 
 @NEEDS_LM_EVAL

@@ -129,11 +129,12 @@ def test_each_layer_may_have_a_rank_of_its_own(alpha: str) -> None:
     assert close(peft.PeftModel.from_pretrained(auto("llama3-8b").from_pretrained(out), out / peft_folder.FOLDER), run)
 
 
-def test_the_adapter_folder_finds_its_base_model_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    monkeypatch.chdir(tmp_path)
-    _, run, *_ = load_model(trained())
-    assert close(peft.AutoPeftModelForCausalLM.from_pretrained(exported("gpt2-nano") / peft_folder.FOLDER), run)
+def test_the_files_name_no_folder_of_this_machine_and_have_the_rights_of_others() -> None:
+    files = [path for path in exported("gpt2-nano").rglob("*") if path.is_file()]
+    own = [str(folder).encode() for folder in (exported("gpt2-nano").resolve(), trained().resolve())]
+    assert [path.name for path in files if any(folder in path.read_bytes() for folder in own)] == []
+    assert len(files) > 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {exported("gpt2-nano").stat().st_mode & 0o666}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

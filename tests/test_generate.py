@@ -198,9 +198,44 @@ def test_a_file_that_cannot_be_used(name: str, content: bytes | None, message: s
 def test_a_file_without_prompts_and_words_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     assert slope("generate", trained(), "--batch", tmp_path / "empty.txt") == (0, "", "")
-    for words in ((), ("The ", "--batch", tmp_path / "empty.txt")):
-        result = slope("generate", trained(), *words)
-        assert (result.code, "give either a prompt or --batch FILE" in result.err) == (2, True)
+    result = slope("generate", trained(), "The ", "--batch", tmp_path / "empty.txt")
+    assert (result.code, "give either a prompt or --batch FILE" in result.err) == (2, True)
+    result = slope("generate", trained(), "The ", "--temperature", "0", "--samples", "2")
+    assert result == (2, "", "error: --samples 2: with --temperature 0 all texts are the same\n")
+
+
+class Input(io.TextIOWrapper):
+    """A standard input with this text."""
+
+    def __init__(self, text: str, *, terminal: bool) -> None:
+        super().__init__(io.BytesIO(text.encode()))
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Input("The sea \n\nThe wind \r\n", terminal=False))
+    both = generated("--tokens", "6")
+    assert both == "".join(generated(prompt, "--tokens", "6") for prompt in ("The sea ", "The wind "))
+    monkeypatch.setattr(sys, "stdin", Input("\n", terminal=False))
+    assert slope("generate", trained()).err.startswith("error: standard input: has no prompt; ")
+
+
+def test_a_terminal_is_asked_until_its_input_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "x" * POSITIONS
+    monkeypatch.setattr(sys, "stdin", Input(f"The sea \n\n{long}\nThe wind \n", terminal=True))
+    result = slope("generate", trained(), "--tokens", "6", "--samples", "2")
+    expected = [generated(prompt, "--tokens", "6", "--samples", "2") for prompt in ("The sea ", "The wind ")]
+    assert (result.code, result.out) == (0, "".join(expected))
+    assert result.err.count("> ") == 5
+    assert "error: prompt: has 64 tokens and the model only 64 positions" in result.err
+
+
+def test_samples_have_consecutive_seeds() -> None:
+    three = generated("The ", "--tokens", "6", "--seed", "4", "--samples", "3")
+    assert three == "".join(generated("The ", "--tokens", "6", "--seed", str(seed)) for seed in (4, 5, 6))
 
 
 # ------------------------------------------------------------------------------------------------ samples in training

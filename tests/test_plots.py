@@ -43,8 +43,8 @@ def drawn(out: Path) -> str:
     return out.with_suffix(".svg").read_text()
 
 
-def drawn_axes(run: Path, out: Path) -> Any:
-    """The axes of the picture of one run, which is written too."""
+def drawn_axes(*runs: Path, out: Path) -> Any:
+    """The axes of the picture of runs, which is written too."""
     figures, savefig = [], Figure.savefig
 
     def noting(figure: Figure, *args: Any, **how: Any) -> None:
@@ -53,7 +53,7 @@ def drawn_axes(run: Path, out: Path) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", noting)
-        plots.draw_loss([run], out)
+        plots.draw_loss(runs, out)
     (axes,) = figures[0].axes
     return axes
 
@@ -74,6 +74,36 @@ def test_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.png", "x.svg", "x"])
 def test_an_ending_is_not_written_twice(name: str, tmp_path: Path) -> None:
     assert [path.name for path in plots.draw_loss([trained()], tmp_path / name)] == ["x.png", "x.svg"]
+
+
+def test_a_pdf_is_written_where_one_is_asked_for(tmp_path: Path) -> None:
+    assert slope("plot", trained(), "--out", tmp_path / "x.pdf").out == f"{tmp_path}/x.pdf\n"
+    assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pdf"]
+
+
+def test_a_legend_hides_no_curve(tmp_path: Path) -> None:
+    rising = written_run(tmp_path / "run", [2.0 + step / 10 for step in range(10)], val=3.0)
+    axes = drawn_axes(rising, out=tmp_path / "loss")
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+
+
+def test_runs_of_two_tokenizers_are_drawn_in_bits_per_byte(tmp_path: Path) -> None:
+    (word_piece, byte) = runs = [written_run(tmp_path / name, [4.0, 3.0]) for name in ("pieces", "bytes")]
+    for run, bits in ((word_piece, 1.5), (byte, 4.0)):
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer" / "tokenizer.json").write_text(run.name)
+        with open(run / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"kind": "val", "step": 2, "loss": 3.0, "bits_per_byte": bits}) + "\n")
+    axes = drawn_axes(*runs, out=tmp_path / "both")
+    assert axes.get_ylabel() == "loss (bits per byte)"
+    assert [list(axes.lines[at].get_ydata()) for at in (0, 2, 3, 5)] == [[2.0, 1.5], [1.5], [16 / 3, 4.0], [4.0]]
+    (byte / "tokenizer" / "tokenizer.json").write_text(word_piece.name)
+    assert drawn_axes(*runs, out=tmp_path / "both").get_ylabel() == "loss (nats per token)"
+    older = written_run(tmp_path / "older", [4.0], val=3.0)
+    message = f"error: {older}: records no bits per byte, and the runs have different tokenizers; draw it alone\n"
+    assert slope("plot", byte, older, "--out", tmp_path / "x") == (2, "", message)
 
 
 def test_a_name_with_a_dot_is_kept(tmp_path: Path) -> None:
@@ -120,7 +150,7 @@ def test_the_line_is_where_adapters_join(
 ) -> None:
     """Between the step before and their first one, whether the log is of this version or of the one before."""
     run = written_run(tmp_path / "run", [3.0, 2.5, 2.2, 2.0], *changes, val=2.1)
-    axes = drawn_axes(run, tmp_path / "loss")
+    axes = drawn_axes(run, out=tmp_path / "loss")
     marks = [line for line in axes.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in marks] == [[at, at] for at in joined]
     assert axes.lines[2].get_xdata()[0] == 400
@@ -130,7 +160,7 @@ def test_the_line_is_where_adapters_join(
 def test_a_steep_start_does_not_flatten_the_rest(tmp_path: Path) -> None:
     """A loss that falls from 11 to 2 in the first steps of many: the picture shows where it goes from there."""
     losses = [2 + 9 * 0.7**step for step in range(500)]
-    low, high = drawn_axes(written_run(tmp_path / "run", losses), tmp_path / "loss").get_ylim()
+    low, high = drawn_axes(written_run(tmp_path / "run", losses), out=tmp_path / "loss").get_ylim()
     assert low == pytest.approx(2.0 - 0.06 * (high - low) / 1.12, abs=0.01)  # less the margin
     assert 2.0 < high < 5.0
 
@@ -143,7 +173,7 @@ def test_a_single_step_and_a_constant_loss_have_a_picture(tmp_path: Path) -> Non
 
 def test_the_smooth_line_follows_at_once_and_evens_out_later(tmp_path: Path) -> None:
     def smooth(name: str, losses: list[float]) -> list[float]:
-        axes = drawn_axes(written_run(tmp_path / name, losses), tmp_path / f"{name}-loss")
+        axes = drawn_axes(written_run(tmp_path / name, losses), out=tmp_path / f"{name}-loss")
         assert list(axes.lines[0].get_ydata()) == losses
         return list(axes.lines[1].get_ydata())
 
@@ -168,7 +198,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("count", [plots.MANY, plots.MANY + 1, 2 * plots.MOST_ROWS + 1])
+@pytest.mark.parametrize("count", [10, plots.MOST_ROWS + 1, 2 * plots.MOST_ROWS + 1])
 def test_a_comparison_of_many_variants_has_all_names_and_room_for_the_curves(count: int, tmp_path: Path) -> None:
     curves = {f"variant {n}": {key: [3.0, 2.0 + n / count] for key in ("mean", "low", "high")} for n in range(count)}
     png, svg = plots.draw_curves({name: {"tokens": [1e6, 2e6], **c} for name, c in curves.items()}, tmp_path / "many")
@@ -190,7 +220,7 @@ def test_a_million_steps_are_drawn_quickly_with_their_extremes(tmp_path: Path) -
     assert (min(y), all(losses[at] == value for at, value in zip(x, y, strict=True))) == (min(losses), True)
     assert plots._thinned(tokens[:500], losses[:500]) == (tokens[:500], losses[:500])
     run = written_run(tmp_path / "run", losses[:50_000], val=3.0)
-    assert len(drawn_axes(run, tmp_path / "loss").lines[0].get_xdata()) <= plots.SHOWN + 2
+    assert len(drawn_axes(run, out=tmp_path / "loss").lines[0].get_xdata()) <= plots.SHOWN + 2
     assert (tmp_path / "loss.svg").stat().st_size < 300_000
 
 

@@ -42,8 +42,9 @@ def table(delimiter: str) -> bytes:
     return "".join(f"{delimiter.join((text, '1'))}\r\n" for text in ["text", *quoted]).encode().replace(b"1", b"id", 1)
 
 
-def made(*inputs: Path | str, out: Path) -> Dataset:
-    return prepare([str(item) for item in inputs], out, val_fraction=0, workers=1, progress=False)
+def made(*inputs: Path | str, out: Path, encoding: str = "utf-8") -> Dataset:
+    items = [str(item) for item in inputs]
+    return prepare(items, out, encoding=encoding, val_fraction=0, workers=1, progress=False)
 
 
 def documents(dataset: Dataset) -> list[str]:
@@ -85,6 +86,39 @@ def test_synonyms_and_upper_case_endings_are_rows(tmp_path: Path, name: str, con
     dataset = made(tmp_path / name, out=tmp_path / "out")
     assert documents(dataset) == TEXTS
     assert dataset.train[0].header.source == "a"
+
+
+@pytest.mark.parametrize("encoding", ["Latin1", "UTF-16", "utf-16-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.csv.gz"])
+def test_text_of_another_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    texts = ["café au lait, ½ l", "à la carte"] * 9_000
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    text = {
+        ".txt": "\n".join(texts),
+        ".jsonl": "\n".join(rows),
+        ".json": f"[{','.join(rows)}]",
+        ".csv": "text\n" + "".join(f'"{text}"\n' for text in texts),
+    }["." + name.split(".")[1]]
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    dataset = made(tmp_path / name, out=tmp_path / "out", encoding=encoding)
+    assert documents(dataset) == (["\n".join(texts)] if name == "a.txt" else texts)
+    (listed,) = dataset.made_from["inputs"]
+    assert listed["encoding"] == {"Latin1": "iso8859-1", "UTF-16": "utf-16", "utf-16-le": "utf-16-le"}[encoding]
+    with pytest.raises(UsageError, match="made with other inputs"):
+        made(tmp_path / name, out=tmp_path / "out", encoding="cp1252")
+
+
+def test_an_encoding_that_is_wrong_or_not_known(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("prix réduit".encode("latin-1"))
+    for encoding, message in (
+        ("utf-8", "a.txt: not UTF-8 text .*give its --encoding"),
+        ("ascii", "a.txt: not ascii text .*correct --encoding"),
+        ("martian", "--encoding martian: is not known"),
+        ("base64", "--encoding base64: is not known"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            made(tmp_path / "a.txt", out=tmp_path / "out", encoding=encoding)
 
 
 @pytest.mark.parametrize("packing", ["", ".gz"])

@@ -120,11 +120,12 @@ def test_gpt2_folder_without_end_of_text(tmp_path: Path) -> None:
         load_tokenizer(str(gpt2_folder(tmp_path, end="</s>")))
 
 
-def test_hub_name_offline_is_one_clear_error(tmp_path: Path) -> None:
-    code = "import sys; from slope_cli.data.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    env["PYTHONPATH"] = str(Path(slope_cli.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_hub_name_offline_is_one_clear_error_at_once(network: dict[str, str], tmp_path: Path) -> None:
+    code = "from slope_cli.data.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
+    env = os.environ | network | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(slope_cli.__file__).parents[1])}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=45)
     last = done.stderr.strip().splitlines()[-1]
     assert "UsageError: tokenizer nobody/nothing: no such folder, and it could not be downloaded" in last
     assert "give `bytes` or a local folder" in last

@@ -140,6 +140,8 @@ def test_the_validation_loss_is_the_mean_over_the_validation_text(data: Path, fi
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     assert record["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert record["by_source"] == {"text": record["loss"]}
+    nats_per_byte = record["loss"] * file.header.tokens / file.header.text_bytes
+    assert record["bits_per_byte"] == pytest.approx(nats_per_byte / math.log(2))
 
 
 def test_fifty_steps_with_mask_updates_keep_masks_and_weights_together(data: Path, tmp_path: Path) -> None:

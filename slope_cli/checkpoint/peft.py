@@ -35,7 +35,6 @@ def write(
     model: PreTrainedModel,
     *,
     conv1d: Collection[str],
-    base: Path,
 ) -> None:
     """Write adapters.
 
@@ -43,7 +42,6 @@ def write(
         adapters: by the names of their layers.
         model: that they belong to.
         conv1d: the names of the layers whose weight is (in, out).
-        base: the folder of the weights that they are added to.
     """
     folder.mkdir()
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
@@ -53,7 +51,7 @@ def write(
     config = {
         "peft_type": "LORA",
         **task,
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": None,  # a relative path would be read from the working folder
         "r": ranks[first],
         "lora_alpha": alphas[first],
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},

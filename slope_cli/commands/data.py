@@ -16,6 +16,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
+    encoding: Annotated[str, typer.Option(help="Of text, JSON and CSV files, such as latin-1 or utf-16.")] = "utf-8",
     val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
@@ -34,7 +35,8 @@ def prepare(
     from slope_cli.data import prepare as preparing
     from slope_cli.data.dataset import show
 
-    how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "val_fraction": val_fraction}
+    how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "encoding": encoding}
+    how["val_fraction"] = val_fraction
     how |= {"workers": workers, "split": split, "config_name": config_name}
     if shard is None:
         show(preparing.prepare(inputs, out, **how))

@@ -16,7 +16,9 @@ PackedDtype = Literal["bfloat16", "float16", "float32"]
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Default: the lines of standard input, or a terminal's.")
+    ] = None,
     batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
@@ -24,17 +26,19 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the likeliest that reach this probability.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each prompt, with the seeds from --seed on.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text: continue a prompt, or each of a file."""
+    """Generate text: continue a prompt, or each of many."""
     launch.require_one_process()
     from slope_cli.inference import generate as generating
     from slope_cli.inference.sampling import Sampling
 
     sampling = Sampling(tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     device = launch.pick_device("auto")
-    generating.generate(model, prompt, batch, sampling, device, compiled=compiled, as_json=as_json)
+    how: dict[str, Any] = {"samples": samples, "compiled": compiled, "as_json": as_json}
+    generating.generate(model, prompt, batch, sampling, device, **how)
 
 
 def serve(

@@ -41,9 +41,12 @@ def config(
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Path of the plot, without suffix.")] = Path("loss"),
+    out: Annotated[Path, typer.Option(help="Path of the plot; NAME.pdf for a PDF.")] = Path("loss"),
 ) -> None:
-    """Plot the loss of runs as PNG and SVG."""
+    """Plot the loss of runs as PNG and SVG, or as PDF.
+
+    Runs of several tokenizers are drawn in bits per byte.
+    """
     from slope_cli.report.plots import draw_loss
 
     for file in draw_loss(runs, out):

@@ -16,16 +16,24 @@ def evaluate(
     perplexity: Annotated[bool, typer.Option(help="Measure the loss on validation text.")] = True,
     tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each source; default: all.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a block; default: the run's.")] = None,
-    tasks: Annotated[str, typer.Option(help="Comma-separated: hellaswag, piqa, arc_easy, …; scored by lm-eval.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated: tasks, groups, tags of lm-eval; YAML files of tasks.")
+    ] = "",
     task_data: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.jsonl[.gz]; default: the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum rows of each task (MMLU: of each subject).")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt; default: the task's.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--log-samples", help="Folder for what each row asked and got, TASK.jsonl.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum rows of each task, also of each in a group.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
     branch: Annotated[str | None, typer.Option(help="The one active, if linearized: both, window or linear.")] = None,
     positions: Annotated[bool, typer.Option("--positions", help="Also show the loss by position in a block.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model's perplexity and its zero-shot accuracy.
+    """Measure a model's perplexity, and tasks of lm-eval.
 
     Perplexity is that of validation text; tasks are scored by lm-eval.
 
@@ -42,6 +50,8 @@ def evaluate(
         seq_len=seq_len,
         task_names=[name for name in tasks.split(",") if name],
         task_data=task_data,
+        fewshot=fewshot,
+        samples=samples,
         limit=limit,
         batch=batch,
         branch=branch,

@@ -24,9 +24,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that
 def pretrain(
     recipe: Annotated[
         str | None,
-        typer.Argument(
-            metavar="RECIPE", help="A recipe's name (see `slope recipes`) or YAML file; default: gpt2-nano."
-        ),
+        typer.Argument(metavar="RECIPE", help="A recipe (see `slope recipes`) or YAML file; default: gpt2-nano."),
     ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
@@ -129,10 +127,16 @@ def _train(
 
         print_result(*describe(config, gpus), as_json)
         return
+    from slope_cli.data.dataset import WrongDataError
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, existing=existing, stop=stop):  # empty on ranks other than 0
+    try:
+        summary = loop.pretrain(config, run, existing=existing, stop=stop)
+    except WrongDataError as error:
+        known = configs.recipe_data(recipe)
+        raise WrongDataError(f"{error}; {recipe} is for: {known}" if known else str(error)) from error
+    if summary:  # empty on ranks other than 0
         print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -53,6 +54,12 @@ def recipe_text(name: str) -> str:
         raise UsageError(f"{name}: no recipe of this name; {did_you_mean(name, recipe_names())}")
     text: str = (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
     return text
+
+
+def recipe_data(name: str) -> str:
+    """How the data of a recipe are prepared, by the line of its head that says so; empty without one."""
+    line = re.search(r"^# Data: (.*slope data prepare.*)$", recipe_text(name), re.MULTILINE)
+    return line[1] if line else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

@@ -28,6 +28,10 @@ NO_VALIDATION = (
 """Why a data set may have no validation text, and how to get some."""
 
 
+class WrongDataError(UsageError):
+    """No data set is there, or it does not fit the run: another one is needed."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A prepared folder: `train/<source>.tok`, `val/<source>.tok`, `tokenizer/`, and `dataset.json`, written last.
@@ -52,16 +56,16 @@ class Dataset:
         return sum(file.header.tokens for file in self.train)
 
     def check_model(self, vocab_size: int, seq_len: int) -> None:
-        """Raise UsageError if a token id is outside the model's vocabulary, or the text shorter than a sequence."""
+        """Raise WrongDataError if a token id is outside the model's vocabulary, or the text shorter than a sequence."""
         for file in (*self.train, *self.val.values()):
             if file.header.max_id >= vocab_size:
-                raise UsageError(
+                raise WrongDataError(
                     f"{file.path}: token id {file.header.max_id} is above the model's vocabulary of {vocab_size}; "
                     f"set the model's vocabulary to {self.vocab_size} (model.overrides.vocab_size={self.vocab_size}), "
                     f"or prepare the data with the model's tokenizer"
                 )
         if self.train_tokens < seq_len + 1:
-            raise UsageError(
+            raise WrongDataError(
                 f"{self.folder}: {self.train_tokens} training tokens are fewer than one sequence needs "
                 f"(train.seq_len + 1 = {seq_len + 1}); lower train.seq_len or prepare more text"
             )
@@ -84,7 +88,7 @@ def open_dataset(
         check: called now and then; what it raises ends this.
 
     Raises:
-        UsageError: it is not a data set.
+        WrongDataError: it is not a data set.
         SlopeError: it is unfinished, or the named file is damaged.
     """
     folder = Path(folder).expanduser()
@@ -219,11 +223,11 @@ def show(dataset: Dataset) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such data folder; make it with `slope data prepare`")
+        raise WrongDataError(f"{folder}: no such data folder; make it with `slope data prepare`")
     if not path.is_file():
         if (folder / UNFINISHED).is_dir():
             raise SlopeError(f"{folder}: unfinished preparation; run the same `slope data prepare` again")
-        raise UsageError(f"{folder}: not a prepared data set (no {MANIFEST}); make one with `slope data prepare`")
+        raise WrongDataError(f"{folder}: not a prepared data set (no {MANIFEST}); make one with `slope data prepare`")
     try:
         return read_sealed(path)
     except SlopeError as error:

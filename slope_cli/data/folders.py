@@ -30,7 +30,7 @@ SPLITS = re.compile(
 """The names by which the Hugging Face Hub tells splits apart: a word of a file's or folder's name."""
 
 
-def text_files(folder: Path, say: Callable[[str], None]) -> list[tuple[Path, str, os.stat_result]]:
+def text_files(folder: Path, encoding: str, say: Callable[[str], None]) -> list[tuple[Path, str, os.stat_result]]:
     """The text files below a folder, each with the place to which its links lead, and its status.
 
     Links are followed, and nothing is taken twice. `say` gets one line on what is left out: hidden and empty files,
@@ -41,10 +41,10 @@ def text_files(folder: Path, say: Callable[[str], None]) -> list[tuple[Path, str
     found: list[tuple[Path, str, os.stat_result]] = []
     left_out: dict[str, list[str]] = {}
     targets: set[str] = set()
-    for path, target, status in _entries(folder):
+    for path, target, status in _entries(folder, encoding):
         name = str(path.relative_to(folder))
         is_folder = bool(status and stat.S_ISDIR(status.st_mode))
-        reason = _why_left_out(path, status)
+        reason = _why_left_out(path, status, encoding)
         if not reason and (is_folder or target in targets):
             reason = "taken under another name"
         if reason or not status:
@@ -69,7 +69,7 @@ def some(names: list[str]) -> str:
     return ", ".join(sorted(names)[:SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, str, os.stat_result | None]]:
+def _entries(folder: Path, encoding: str) -> Iterator[tuple[Path, str, os.stat_result | None]]:
     """The files below a folder, and the folders that are left out, with their targets; no status: a dangling link.
 
     Linked folders come last, so that what is in two places keeps its own name.
@@ -96,7 +96,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str, os.stat_result | None]]:
                     yield Path(entry.path), target, None
                     continue
                 path = Path(entry.path)
-                if not stat.S_ISDIR(status.st_mode) or _why_left_out(path, status):
+                if not stat.S_ISDIR(status.st_mode) or _why_left_out(path, status, encoding):
                     yield path, target, status
                 elif is_link:
                     waiting.append((entry.path, target))
@@ -106,7 +106,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str, os.stat_result | None]]:
             raise UsageError(read_error(Path(error.filename or place), error)) from error
 
 
-def _why_left_out(path: Path, status: os.stat_result | None) -> str | None:
+def _why_left_out(path: Path, status: os.stat_result | None, encoding: str) -> str | None:
     """Why a file, or all of a folder, is no training text; None if it is."""
     if path.name.startswith("."):
         return "hidden"
@@ -120,7 +120,7 @@ def _why_left_out(path: Path, status: os.stat_result | None) -> str | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return "neither a file nor a folder"
-    form = format_of(path)
+    form = format_of(path, encoding)
     if status.st_size == 0:
         return "empty"
     if not form.rows and CARDS.fullmatch(path.name):

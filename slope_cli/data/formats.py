@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from slope_cli.errors import UsageError, did_you_mean, first_line
 
+UTF_8 = "utf-8"
 READ_BYTES = 1 << 20
 ROW_BYTES = 1 << 26
 """The longest line or record of a file of rows. Its size is known only once it is in memory."""
@@ -52,13 +53,14 @@ _LOOKS_LIKE_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
 class Format(NamedTuple):
     """What a file's name says: the ending of its rows ("" for plain text), its compression, and the name without.
 
-    ending: in lower case, as it was written before a compression's.
+    ending: in lower case, as it was written before a compression's. encoding: of its text, which no name says.
     """
 
     rows: str
     compression: str
     stem: str
     ending: str
+    encoding: str = UTF_8
 
     @property
     def name(self) -> str:
@@ -66,13 +68,13 @@ class Format(NamedTuple):
         return self.rows + self.compression
 
 
-def format_of(path: Path) -> Format:
+def format_of(path: Path, encoding: str = UTF_8) -> Format:
     """The format that a name means; synonyms and upper case are known, and a shard's number may follow its ending."""
     form = _format_of_name(path.name)
-    if form.name or not (shard := SHARD.search(path.name)):
-        return form
-    without_number = _format_of_name(path.name[: shard.start()])
-    return without_number if without_number.name else form
+    if not form.name and (shard := SHARD.search(path.name)):
+        without_number = _format_of_name(path.name[: shard.start()])
+        form = without_number if without_number.name else form
+    return form._replace(encoding=encoding)
 
 
 def _format_of_name(name: str) -> Format:
@@ -95,10 +97,12 @@ def why_unread(path: Path, form: Format) -> str | None:
         return f"{form.ending} files are not read; convert it, or name it .txt if it is plain text"
     try:
         with open(path, "rb") as raw:
-            head = decompressed(raw, form.compression).read(HEAD_BYTES)
+            head = text_stream(raw, path, form).read(HEAD_BYTES)
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
-        return f"not UTF-8 text ({error.reason}); convert it, or leave it out"
+        return f"not UTF-8 text ({error.reason}); give its --encoding, convert it, or leave it out"
+    except UsageError as error:
+        return str(error).removeprefix(f"{path}: ")
     except (EOFError, zlib.error, lzma.LZMAError, OSError):
         return None  # reading it says more
     if b"\0" in head:
@@ -110,7 +114,7 @@ def why_unread(path: Path, form: Format) -> str | None:
 
 def documents(raw: BinaryIO, path: Path, form: Format, text_key: str) -> Iterator[Iterable[str]]:
     """The documents of a file, each in pieces: a row is a document, and so is a file of plain text."""
-    stream = decompressed(raw, form.compression)
+    stream = text_stream(raw, path, form)
     if form.rows in (".jsonl", ".json"):
         return ([text] for text in _json_texts(stream, path, text_key))
     if form.rows == ".parquet":
@@ -120,7 +124,50 @@ def documents(raw: BinaryIO, path: Path, form: Format, text_key: str) -> Iterato
     return iter([_plain_text(stream, path)])
 
 
-# ---------------------------------------------------------------------------------------------- compression
+# ---------------------------------------------------------------------------------------- compression and encoding
+
+
+def known_encoding(name: str) -> str:
+    """Python's own name of an encoding; UsageError if it knows none of this name."""
+    try:
+        "".encode(name)  # also refuses those that are not of text, such as base64
+        return codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise UsageError(f"--encoding {name}: is not known; give one such as utf-8, latin-1, cp1252, utf-16") from None
+
+
+def text_stream(raw: BinaryIO, path: Path, form: Format) -> BinaryIO:
+    """A stream of a file's decompressed bytes; text is in UTF-8, whatever its encoding."""
+    stream = decompressed(raw, form.compression)
+    if form.encoding == UTF_8 or form.rows == ".parquet":
+        return stream
+    return io.BufferedReader(_Recoded(stream, path, form.encoding), READ_BYTES)
+
+
+class _Recoded(io.RawIOBase):
+    """Text of another encoding as UTF-8, so that only this knows of encodings."""
+
+    def __init__(self, stream: BinaryIO, path: Path, encoding: str) -> None:
+        self._stream, self._path, self._encoding = stream, path, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready, self._ended = memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            block = self._stream.read(READ_BYTES)
+            self._ended = not block
+            try:
+                text = self._decoder.decode(block, final=self._ended)
+            except UnicodeError as error:  # the codec of utf-16 raises its base class for a missing byte order mark
+                reason = getattr(error, "reason", error)
+                raise UsageError(f"{self._path}: not {self._encoding} text ({reason}); correct --encoding") from error
+            self._ready = memoryview(text.encode("utf-8", "replace"))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -177,7 +224,8 @@ def _plain_text(stream: BinaryIO, path: Path) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 text ({error.reason}); convert it, or leave it out") from error
+            advice = "give its --encoding, convert it, or leave it out"
+            raise UsageError(f"{path}: not UTF-8 text ({error.reason}); {advice}") from error
         if "\0" in text:
             raise UsageError(f"{path}: a binary file (it contains NUL bytes), not text; leave it out")
         yield text
@@ -216,7 +264,7 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
+        raise UsageError(f"{path}:{number}: not UTF-8 text ({error.reason}); give its --encoding") from error
 
 
 def _peek(stream: Any) -> bytes:

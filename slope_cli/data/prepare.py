@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, UNFINISHED, Dataset, open_dataset, write_manifest
 from slope_cli.data.folders import some
+from slope_cli.data.formats import UTF_8
 from slope_cli.data.sources import DEFAULT_CHUNKING, Chunking, Input, find_inputs, read_segments
 from slope_cli.data.token_file import TokenFile, Tokens, read_error
 from slope_cli.data.tokenize import SPLITS, Chunk, Piece, Target, write_parts
@@ -70,6 +71,7 @@ class Options(TypedDict, total=False):
 
     tokenizer: str
     text_key: str
+    encoding: str
     val_fraction: float
     workers: int | None
     split: str
@@ -140,6 +142,7 @@ def _work(
     *,
     tokenizer: str = BYTES,
     text_key: str = "text",
+    encoding: str = UTF_8,
     val_fraction: float = 0.01,
     workers: int | None = None,
     split: str = "train",
@@ -152,7 +155,9 @@ def _work(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     notes: list[str] = []
-    items = find_inputs(inputs, split=split, config_name=config_name, chunking=chunking, say=notes.append)
+    items = find_inputs(
+        inputs, split=split, config_name=config_name, encoding=encoding, chunking=chunking, say=notes.append
+    )
     tok = load_tokenizer(tokenizer)
     target = _target(Path(out).expanduser(), tokenizer, tok)
     made_from = _made_from(items, text_key, val_fraction, chunking, target, tok)

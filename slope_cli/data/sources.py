@@ -21,9 +21,11 @@ from slope_cli.data.formats import (
     ROWS,
     SHARD,
     TEXTS,
+    UTF_8,
     Format,
     documents,
     format_of,
+    known_encoding,
     needed,
     text_of,
     whole_characters,
@@ -42,6 +44,7 @@ class FileInput:
     """One file of a source. Its size in bytes and its modification time identify its content.
 
     path: as it was given, but absolute: its name says the format. target: where the path leads, through links.
+    encoding: Python's name of that of its text.
     """
 
     source: str
@@ -49,6 +52,7 @@ class FileInput:
     target: str
     size: int
     mtime_ns: int
+    encoding: str = UTF_8
 
     @property
     def name(self) -> str:
@@ -58,11 +62,13 @@ class FileInput:
     @cached_property
     def format(self) -> Format:
         """The format that the name means."""
-        return format_of(self.path)
+        return format_of(self.path, self.encoding)
 
     def identity(self) -> dict[str, Any]:
         """The fields that identify the input, as JSON."""
         identity = {"source": self.source, "path": self.target, "size": self.size, "mtime_ns": self.mtime_ns}
+        if self.encoding != UTF_8:
+            identity["encoding"] = self.encoding
         if self.format.rows in FIRST_FORMATS and self.target.endswith(self.format.name):
             return identity  # a file that has always been read in this way, which earlier data sets list without it
         return identity | {"format": self.format.name}
@@ -131,6 +137,7 @@ def find_inputs(
     *,
     split: str = "train",
     config_name: str | None = None,
+    encoding: str = UTF_8,
     chunking: Chunking = DEFAULT_CHUNKING,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Input]:
@@ -145,6 +152,7 @@ def find_inputs(
     UsageError if an input is missing, empty, not readable or given twice, or if there is none.
     """
     items: list[Input] = []
+    encoding = known_encoding(encoding)
     for argument in given:
         if not isinstance(argument, str):
             items.append(argument)
@@ -152,9 +160,9 @@ def find_inputs(
         source, name = _split_name(argument)
         path = Path(name).expanduser()
         if path.is_dir():
-            items += _folder_inputs(path, source, chunking, say)
+            items += _folder_inputs(path, source, encoding, chunking, say)
         elif path.exists():
-            items.append(_file_input(path, source))
+            items.append(_file_input(path, source, encoding))
         else:
             items.append(_hub_input(name, source, config_name, split))
     if not items:
@@ -187,10 +195,12 @@ def _split_name(argument: str) -> tuple[str | None, str]:
     return source, rest
 
 
-def _folder_inputs(folder: Path, source: str | None, chunking: Chunking, say: Callable[[str], None]) -> list[FileInput]:
+def _folder_inputs(
+    folder: Path, source: str | None, encoding: str, chunking: Chunking, say: Callable[[str], None]
+) -> list[FileInput]:
     items = [
-        FileInput(source or source_name(path), path, target, status.st_size, status.st_mtime_ns)
-        for path, target, status in text_files(folder, say)
+        FileInput(source or source_name(path), path, target, status.st_size, status.st_mtime_ns, encoding)
+        for path, target, status in text_files(folder, encoding, say)
     ]
     sources = len({item.source for item in items})
     all_short = all(not item.format.name and item.size <= chunking.short_segment for item in items)
@@ -200,7 +210,7 @@ def _folder_inputs(folder: Path, source: str | None, chunking: Chunking, say: Ca
     return items
 
 
-def _file_input(path: Path, source: str | None) -> FileInput:
+def _file_input(path: Path, source: str | None, encoding: str) -> FileInput:
     path = Path(os.path.abspath(path))
     if not path.is_file():
         raise UsageError(f"{path}: is neither a file nor a folder; a pipe cannot be read again after a stop")
@@ -209,7 +219,8 @@ def _file_input(path: Path, source: str | None) -> FileInput:
         raise UsageError(f"{path}: is empty; leave it out")
     if not os.access(path, os.R_OK):
         raise UsageError(read_error(path, PermissionError(errno.EACCES, "Permission denied")))
-    item = FileInput(source or source_name(path), path, str(path.resolve()), status.st_size, status.st_mtime_ns)
+    where = path, str(path.resolve())
+    item = FileInput(source or source_name(path), *where, status.st_size, status.st_mtime_ns, encoding)
     if reason := why_unread(path, item.format):
         raise UsageError(f"{path}: {reason}")
     return item

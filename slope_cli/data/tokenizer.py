@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
+CONNECT_SECONDS = 10
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
@@ -128,12 +129,24 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Without a network transformers tries again for a minute or more, for each of its files.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=not _hub_answers())
     except Exception as error:  # hub, HTTP and parser errors share no base class
         raise UsageError(
             f"tokenizer {name}: no such folder, and it could not be downloaded from the Hugging Face Hub "
             f"({first_line(error)}); give `bytes` or a local folder"
         ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the Hugging Face Hub, or the mirror that $HF_ENDPOINT names, can be reached."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception:  # HTTP, proxy, DNS and offline errors share no base class
+        return False
+    return True
 
 
 def require_same_tokens(text: str, tok: PreTrainedTokenizerFast, model: str, other: PreTrainedTokenizerFast) -> None:

@@ -1,1 +1,1 @@
-"""`slope eval`: perplexity and zero-shot tasks."""
+"""`slope eval`: perplexity and tasks of lm-eval."""

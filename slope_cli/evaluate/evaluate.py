@@ -1,10 +1,10 @@
-"""`slope eval`: evaluate a trained model by its perplexity and on zero-shot tasks."""
+"""`slope eval`: evaluate a trained model by its perplexity and on tasks of lm-eval."""
 
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
-from slope_cli.errors import UsageError, first_line, one_line
+from slope_cli.errors import UsageError, first_line, one_line, os_reason
 from slope_cli.evaluate import lm_tasks
 from slope_cli.evaluate.perplexity import measure, open_validation
 from slope_cli.linearize.linear_attention import BRANCHES
@@ -34,6 +34,8 @@ def evaluate(
     seq_len: int | None = None,
     task_names: Sequence[str] = (),
     task_data: Path | None = None,
+    fewshot: int | None = None,
+    samples: Path | None = None,
     limit: int | None = None,
     batch: int | None = None,
     branch: str | None = None,
@@ -48,27 +50,29 @@ def evaluate(
     Args:
         data_folder: prepared data with validation text; None for the run's own.
         perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
-        task_names: keys of `rows.LAYOUTS`; their rows are in the folder `task_data`, see `lm_tasks.load`.
-        limit: the maximum number of rows of each task (of MMLU: of each subject); None for all.
+        task_names: what `Registry.find` knows; `task_data` and `fewshot` as the folder and number of `Registry.load`.
+        samples: a folder to which the rows of each task are written with what was asked and answered, as TASK.jsonl.
+        limit: the maximum number of rows of each task, of a group in each of its tasks; None for all.
         batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
         branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
         out: a file to which the result is written as JSON.
 
     Returns:
         The same on every rank: run or folder (its name), step, objective, branch if given, perplexity (see `measure`)
-        or None, tasks (see `lm_tasks.score`), failed (the error of each task that could not be scored; absent without
-        one), versions.
+        or None, tasks (by name, see `lm_tasks.score`), failed (the error of each task that could not be scored; absent
+        without one), versions.
 
     Raises:
         UsageError: no run and no model, an unknown branch or a model without branches, data of another tokenizer,
-            no validation text, a block longer than the positions, tasks with a masked model, and as `lm_tasks.load`.
+            no validation text, a block longer than the positions, tasks with a masked model, and as `Registry`.
         SlopeError: no sound checkpoint, damaged data, a loss that is not finite, `out` cannot be written, ranks that
             do not come.
     """
     place = launch.pick_device(device, ranks := launch.ranks())
     group = join(ranks, place)
-    group.first(lambda: _check(perplexity or bool(task_names), out))
-    names = lm_tasks.check_names(task_names)
+    group.first(lambda: _check(perplexity or bool(task_names), out, samples, task_data))
+    registry = lm_tasks.Registry()
+    names = group.first(lambda: registry.find(task_names)) if task_names else []
     loaded = load_model(folder, place, group=group)
     dataset = open_validation(loaded, data_folder, group) if perplexity else None
     result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
@@ -76,7 +80,8 @@ def evaluate(
     result |= {"perplexity": None, "tasks": {}, "versions": environment() | {"device": loaded.model.device.type}}
     keep = partial(group.first, lambda: write_json(out, result) if out else None)
     with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
-        tasks = _Tasks(loaded, names, task_data, limit=limit, batch=batch or REQUESTS, group=group)
+        load = partial(registry.load, folder=task_data, fewshot=fewshot)
+        tasks = _Tasks(loaded, names, load, limit=limit, batch=batch or REQUESTS, samples=samples, group=group)
         if dataset is not None:
             result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch, group=group)
             keep()
@@ -94,20 +99,22 @@ class _Tasks:
         self,
         loaded: Loaded,
         names: Sequence[str],
-        folder: Path | None,
+        load: Callable[[str], lm_tasks.LoadedTask],
         *,
         limit: int | None,
         batch: int,
+        samples: Path | None,
         group: Group,
     ) -> None:
         """All is read and checked before any is scored: a choice that is too long should not cost hours."""
         if names and loaded.objective == "masked":
             raise UsageError(f"{loaded.folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
-        self._limit, self._group, self._tasks = limit, group, dict[str, lm_tasks.LoadedTask]()
+        self._limit, self._samples, self._group = limit, samples, group
+        self._tasks: dict[str, lm_tasks.LoadedTask] = {}
         self._lm: Any = None
 
         def read() -> dict[str, lm_tasks.Requests]:
-            self._tasks = {task.name: task for task in lm_tasks.load(names, folder)}
+            self._tasks = {name: load(name) for name in names}
             self._lm = lm_tasks.harness(loaded.model, loaded.tokenizer, batch)
             return {name: lm_tasks.requests_of(self._lm, task, limit) for name, task in self._tasks.items()}
 
@@ -118,19 +125,27 @@ class _Tasks:
     def score(self, name: str) -> dict[str, Any]:
         """See `lm_tasks.score`; the same on every rank, as are its errors."""
         started, requests = time.perf_counter(), self._requests[name]
-        answers = lm_tasks.answers_of(self._lm, requests.pairs, self._group)
-        scores = self._group.first(lambda: lm_tasks.score(self._tasks[name], requests, answers, self._limit))
+        answers = lm_tasks.answers_of(self._lm, requests.asked, self._group)
+        samples = self._samples and self._samples / f"{name}.jsonl"
+        scores = self._group.first(lambda: lm_tasks.score(self._tasks[name], requests, answers, self._limit, samples))
         if self._group.ranks.first:
             print(f"{name}: {scores['n']:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         return scores
 
 
-def _check(asked: bool, out: Path | None) -> None:
-    """UsageError if nothing is asked, or the result cannot be written there."""
+def _check(asked: bool, out: Path | None, samples: Path | None, task_data: Path | None) -> None:
+    """UsageError if nothing is asked, a result cannot be written, or there is no folder of rows."""
     if not asked:
         raise UsageError("nothing to evaluate: give --tasks, or leave out --no-perplexity")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: " + ("is a folder; name a file" if out.is_dir() else "its folder is missing"))
+    if task_data is not None and not task_data.is_dir():
+        raise UsageError(f"--task-data {task_data}: no such folder")
+    if samples is not None:
+        try:
+            samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--log-samples {samples}: cannot be made: {os_reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -174,8 +189,8 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
         if positions:
             lines += [_perplexity_line(f"{row['first']}-{row['last']}", row) for row in perplexity["positions"]]
     if scores := result["tasks"]:
-        lines += ["zero-shot, by lm-eval", *(_task_line(name, row) for name, row in scores.items())]
-        if near := [name for name, row in scores.items() if not row["above_chance"]]:
+        lines += ["by lm-eval", *(line for name, row in scores.items() for line in _task_lines(name, row))]
+        if near := [name for name, row in scores.items() if not row.get("above_chance", True)]:
             lines.append(
                 f"near chance (less than two standard errors above it), as is usual for small models: {', '.join(near)}"
             )
@@ -195,11 +210,20 @@ def _perplexity_line(name: str, row: dict[str, Any]) -> str:
     return f"{text}  ({row['tokens']:,} tokens)"
 
 
-def _task_line(name: str, row: dict[str, Any]) -> str:
-    text = f"  {name:16} acc {_with_error(row['acc'], row['acc_stderr'])}"
-    if "acc_norm" in row:
-        text += f"  acc_norm {_with_error(row['acc_norm'], row['acc_norm_stderr'])}"
-    return f"{text}  chance {row['chance']:.4f}  ({row['n']:,} rows, {row['split']})"
+def _task_lines(name: str, row: dict[str, Any]) -> Iterator[str]:
+    """A line of a task's metrics; one for each member of a group, or tag, that has none of its own."""
+    about = f"({row['n']:,} rows, {row['split']}, {row['fewshot'] or 'zero'}-shot)"
+    chance = f"  chance {row['chance']:.4f}" if "chance" in row else ""
+    yield f"  {name:16}{_metrics(row)}{chance}  {about}"
+    if not lm_tasks.metric_names(row):
+        yield from (
+            f"    {member:14}{_metrics(scores)}  ({scores['n']:,} rows)" for member, scores in row["subtasks"].items()
+        )
+
+
+def _metrics(row: dict[str, Any]) -> str:
+    names = lm_tasks.metric_names(row)
+    return "".join(f" {name} {_with_error(row[name], row[f'{name}_stderr'])} " for name in names).rstrip()
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -1,16 +1,14 @@
-"""Zero-shot tasks: lm-eval's own prompts and scoring, on rows from the Hugging Face Hub or from local files.
-
-A local task is lm-eval's own YAML, except for the source of its rows and the split that is scored.
-"""
+"""Tasks of lm-eval: its own prompts and scoring, on rows from the Hugging Face Hub or from local files."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,23 +16,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
-from slope_cli.evaluate.rows import LAYOUTS, Row, read_rows, rows_file
+from slope_cli.evaluate.rows import member_name, members, require_answers, unreadable, use_files
+from slope_cli.utils.files import atomic_file
 
 if TYPE_CHECKING:  # lm-eval is an optional dependency
-    from lm_eval.api.group import Group as TaskGroup
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
     from lm_eval.tasks.manager import TaskDict
 
-Pair = tuple[str, str]
-Answer = tuple[float, bool]
+Asked = dict[str, list[tuple[Any, ...]]]
+"""The arguments of requests by their kind: loglikelihood, loglikelihood_rolling or generate_until."""
+Answers = dict[str, list[Any]]
+"""What the model answers to each request."""
+
+FEWSHOT_SEED = 1234
+"""That of lm-eval's own program, by which it draws examples."""
 
 
 class LoadedTask(NamedTuple):
-    """A task ready to be scored: lm-eval's object for it, and the split of its rows."""
+    """A task, group or tag ready to be scored: lm-eval's objects for it, and the split of its rows."""
 
     name: str
     task_dict: TaskDict
@@ -49,111 +53,113 @@ class LoadedTask(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def check_names(names: Iterable[str]) -> list[str]:
-    """The names, each once; UsageError for an unknown one."""
-    unique = list(dict.fromkeys(names))
-    for name in unique:
-        if name not in LAYOUTS:
-            raise UsageError(f"--tasks {name}: unknown task; {did_you_mean(name, LAYOUTS)}")
-    return unique
+class Registry:
+    """lm-eval's tasks, groups and tags, and those of YAML files."""
+
+    def __init__(self) -> None:
+        self._manager: TaskManager
+
+    def find(self, words: Sequence[str]) -> list[str]:
+        """The names of what `words` mean, each once: names of lm-eval's registry, or paths of YAML files of tasks.
+
+        A group in a file may list tasks in files beside it.
+
+        Raises:
+            UsageError: an unknown name, or lm-eval is not installed.
+        """
+        try:
+            import lm_eval
+            import lm_eval.models.huggingface
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UsageError(f"--tasks: {error.name} is missing; pip install slope-cli[eval]") from None
+        base = Path(lm_eval.__file__).parent / "tasks"
+        own = {word: _entry_of_file(Path(word)) for word in words if word.endswith((".yaml", ".yml"))}
+        names = list(dict.fromkeys(own[word].name if word in own else word for word in words))
+        beside = [str(Path(word).resolve().parent) for word, entry in own.items() if entry.kind.name == "GROUP"]
+        # Reading all of lm-eval's files takes many seconds, and most tasks are in a folder of their name's first words.
+        near = dict.fromkeys(str(folder) for name in names for folder in _folders(base, name)[:1])
+        for how in ({"include_defaults": False, "include_path": [*near, *beside]}, {"include_path": beside}):
+            with quiet():
+                self._manager = TaskManager(**how)
+            self._manager.task_index.update({entry.name: entry for entry in own.values()})
+            if all(self._is_whole(name) for name in names):
+                return names
+        for name in names:
+            if name not in self._manager.task_index:
+                hint = did_you_mean(name, self._manager.all_tasks, "`lm-eval ls tasks` lists them")
+                raise UsageError(f"--tasks {name}: unknown task; {hint}")
+        return names
+
+    def _is_whole(self, name: str, *, listed: bool = False) -> bool:
+        """Whether a task is known, or a group with all that it lists.
+
+        A tag may have members in any file; but one that a group lists is of the group's own folder.
+        """
+        entry = self._manager.task_index.get(name)
+        if entry is None or (entry.kind.name == "TAG" and not listed):
+            return False
+        inside = members(self._manager, name) or []
+        return all(self._is_whole(member_name(each), listed=True) for each in inside if isinstance(each, str))
+
+    def load(self, name: str, folder: Path | None, fewshot: int | None = None) -> LoadedTask:
+        """A task with its rows.
+
+        Args:
+            name: as returned by `find`.
+            folder: of local rows, see `use_files`; None for those that the task's own settings name.
+            fewshot: the examples in a prompt, if the task's settings do not rule them out; None for their number.
+
+        Raises:
+            UsageError: a task has no rows in the folder, or a row does not fit its task.
+            SlopeError: the rows cannot be downloaded.
+        """
+        with quiet():
+            if folder is not None:
+                use_files(self._manager, name, folder)
+            try:
+                task_dict = self._manager.load([name])
+            except Exception as error:  # the errors of datasets, the Hub, HTTP and tasks share no base class
+                if folder is not None:
+                    raise unreadable([folder / name], error) from error
+                advice = "connect to a network, or give --task-data with a folder of rows"
+                raise SlopeError(f"{name}: could not be loaded ({first_line(error)}); {advice}") from error
+            for task in task_dict["tasks"].values():
+                if folder is not None:
+                    _require_answers(task, folder)
+                own = task.get_config("num_fewshot")
+                task.set_config("num_fewshot", own or 0 if fewshot is None or own == 0 else fewshot)
+        config = next(iter(task_dict["tasks"].values())).config
+        return LoadedTask(name, task_dict, config.test_split or config.validation_split)
 
 
-def load(names: Sequence[str], folder: Path | None) -> list[LoadedTask]:
-    """Load tasks with their rows.
-
-    Args:
-        names: as returned by `check_names`.
-        folder: contains <task>/<split>.jsonl or .jsonl.gz with raw rows; None downloads them from the Hub, as lm-eval
-            does.
-
-    Raises:
-        UsageError: lm-eval is not installed, a task has no file, or a row does not fit its task.
-        SlopeError: the rows cannot be downloaded.
-    """
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"--task-data {folder}: no such folder")
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError(f"--tasks: {error.name} is missing; pip install slope-cli[eval]") from None
-    base = Path(lm_eval.__file__).parent / "tasks"
-    # Only these folders: lm-eval has thousands of other files.
-    folders = [str(base / name) for name in dict.fromkeys(LAYOUTS[name].folder for name in names)]
-    with quiet():
-        manager = TaskManager(include_defaults=False, include_path=folders)
-        return [_from_hub(manager, name) if folder is None else _from_files(manager, name, folder) for name in names]
+def _folders(base: Path, name: str) -> list[Path]:
+    """The folders that a task of lm-eval may be in, by the first words of its name; the likeliest first."""
+    words = name.split("_")
+    folders = [base / "_".join(words[:count]) for count in range(len(words), 0, -1)]
+    return [place for folder in folders for place in (folder / "default", folder) if place.is_dir()]
 
 
-def _from_hub(manager: TaskManager, name: str) -> LoadedTask:
-    try:
-        task_dict = manager.load([name])
-    except Exception as error:  # the errors of datasets, the Hub and HTTP share no base class
-        raise SlopeError(
-            f"{name}: could not be downloaded from the Hugging Face Hub ({first_line(error)}); "
-            "connect to a network, or give --task-data with a folder of rows"
-        ) from error
-    config = next(iter(task_dict["tasks"].values())).config
-    return LoadedTask(name, task_dict, config.test_split or config.validation_split)
-
-
-def _from_files(manager: TaskManager, name: str, folder: Path) -> LoadedTask:
-    layout, configs = LAYOUTS[name], dict(_configs(manager, name))
-    split, path = rows_file(folder / name, next(iter(configs.values())))
-    rows = read_rows(path, layout, subjects={config.get("dataset_name") for config in configs.values()})
-    tasks = {}
-    for leaf, config in configs.items():
-        if own := [row for row in rows if not layout.subject or row[layout.subject] == config["dataset_name"]]:
-            tasks[leaf] = _task(config, split, own)
-    return LoadedTask(name, manager.load(_tree(manager, name, tasks)), split)
-
-
-def _children(manager: TaskManager, name: str) -> list[str] | None:
-    """The members of a tag or group; None for a task."""
-    entry = manager.task_index[name]
-    if entry.yaml_path is None:  # a tag
-        return sorted(entry.tags)
-    return list(entry.cfg["task"]) if "group" in entry.cfg else None
-
-
-def _configs(manager: TaskManager, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task of a name, tag or group, with lm-eval's own settings for it, including functions."""
+def _entry_of_file(path: Path) -> Entry:
+    """lm-eval's entry for the task or group of a YAML file; UsageError if there is none."""
+    from lm_eval.tasks._index import TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    children = _children(manager, name)
-    if children is None:
-        yield name, load_yaml(manager.task_index[name].yaml_path)
-    for child in children or ():
-        yield from _configs(manager, child)
+    found: dict[str, Entry] = {}
+    try:
+        TaskIndex.process_cfg(load_yaml(path.resolve(), resolve_func=False), path.resolve(), found)
+    except Exception as error:  # those of YAML, files and lm-eval share no base class
+        raise UsageError(f"--tasks {path}: is no task ({first_line(error)})") from error
+    return next(entry for entry in found.values() if entry.kind.name != "TAG")
 
 
-def _tree(manager: TaskManager, name: str, tasks: Mapping[str, ConfigurableTask]) -> list[ConfigurableTask | TaskGroup]:
-    """The task of this name, or its group with those of its tasks that are in `tasks`; empty if there are none."""
-    from lm_eval.api.group import Group as TaskGroup
-
-    children, entry = _children(manager, name), manager.task_index[name]
-    if children is None:
-        return [tasks[name]] if name in tasks else []
-    items = [item for child in children for item in _tree(manager, child, tasks)]
-    if entry.yaml_path is None or not items:
-        return items
-    group = TaskGroup.from_config({key: value for key, value in entry.cfg.items() if key != "task"})
-    for item in items:
-        group.add(item)
-    return [group]
-
-
-def _task(config: dict[str, Any], split: str, rows: list[Row]) -> ConfigurableTask:
-    """lm-eval's own task with other rows; zero-shot, so that it needs no other split."""
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    kept = {key: value for key, value in config.items() if key not in ("tag", "group", "dataset_kwargs")}
-    splits = {key: split if config.get(key) == split else None for key in ("test_split", "validation_split")}
-    rest = {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
-    dataset = {split: Dataset.from_list(rows)}
-    return ConfigurableTask(config=kept | splits | rest | {"custom_dataset": lambda **_: dataset})
+def _require_answers(task: ConfigurableTask, folder: Path) -> None:
+    try:
+        require_answers(task, folder)
+    except UsageError:
+        raise
+    except Exception as error:  # a template or function of the task that finds no such field
+        raise unreadable([folder / str(task.config.task)], error) from error
 
 
 # ------------------------------------------------------------------------------------------------------- scoring
@@ -163,138 +169,179 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: i
     """lm-eval's wrapper of a causal model, with `batch` requests at a time; bf16 on a GPU."""
     from lm_eval.models.huggingface import HFLM
 
+    with quiet():
+        return HFLM(model, batch_size=batch, **wrapper_options(model, tokenizer))
+
+
+def wrapper_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The options of lm-eval's wrapper for a model that is loaded."""
     # Without context, lm-eval begins with the beginning- or end-of-text token, if there is one.
     has_ends = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
     precision = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"} if model.device.type == "cuda" else {}
-    with quiet():
-        return HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch,
-            prefix_token_id=None if has_ends else tokenizer.sep_token_id,
-            trust_remote_code=False,
-            **precision,
-        )
+    begin = None if has_ends else tokenizer.sep_token_id
+    return {"tokenizer": tokenizer, "prefix_token_id": begin, "trust_remote_code": False, **precision}
 
 
 class Requests(NamedTuple):
     """What a task asks.
 
     Attributes:
-        pairs: each context with a continuation, once.
-        chances: of each row, the accuracy of a random choice.
+        asked: in the order in which lm-eval asks it.
+        chances: of each row, the accuracy of a random choice; empty unless all rows have choices.
         truncated: the number of rows that are longer than the model's positions.
     """
 
-    pairs: list[Pair]
+    asked: Asked
     chances: list[float]
     truncated: int
 
 
-def answers_of(lm: HFLM, pairs: Sequence[Pair], group: Group | None = None) -> dict[Pair, Answer]:
-    """The log-likelihood of each continuation after its context, and whether it is the likeliest one.
-
-    Args:
-        group: the ranks to which the pairs are dealt, those of one context to the same rank, which reads it once; every
-            rank calls this with the same pairs and gets all answers.
-    """
-    from lm_eval.api.instance import Instance
-
-    group = group or Group()
-    numbers = {context: number for number, context in enumerate(dict.fromkeys(context for context, _ in pairs))}
-    own = [pair for pair in pairs if numbers[pair[0]] % group.ranks.world == group.ranks.rank]
-
-    def answer() -> dict[Pair, Answer]:
-        requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(own)]
-        with quiet():
-            return dict(zip(own, lm.loglikelihood(requests), strict=True))
-
-    return {pair: found for part in group.gather(group.agreed(answer)) for pair, found in part.items()}
-
-
-def score(
-    task: LoadedTask, requests: Requests, answers: Mapping[Pair, Answer], limit: int | None = None
-) -> dict[str, Any]:
-    """Score one task zero-shot.
-
-    Args:
-        requests: of this task and limit.
-        answers: to its pairs.
-        limit: the maximum number of rows, of a group in each of its tasks; None for all.
-
-    Returns:
-        acc and, if lm-eval gives it, acc_norm, with their standard errors (None for a single row); `chance`, the
-        expected accuracy of random choices; `above_chance`, whether acc exceeds it by more than two standard errors of
-        random choices; `n` rows of `split`; `truncated`, the number of rows whose prompt is longer than the model's
-        positions and loses its beginning; lm-eval's `version` of the task; for a group also `subjects` and `groups`.
-    """
-    import lm_eval
-
-    with quiet():
-        output = lm_eval.evaluate(_answering(answers), task.task_dict, limit=limit, log_samples=False)
-    chances, results, groups = requests.chances, output["results"], task.task_dict.get("groups", {})
-    n = len(chances)
-    chance, error = sum(chances) / n, math.sqrt(sum(p * (1 - p) for p in chances)) / n
-    scores = _scores(results[task.name])
-    scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error, "n": n, "split": task.split}
-    scores |= {"truncated": requests.truncated, "version": output["versions"].get(task.name)}
-    if groups:
-        scores["groups"] = {name: _scores(results[name]) for name in groups if name != task.name}
-        scores["subjects"] = {
-            name.removeprefix(f"{task.name}_"): _scores(results[name]) | {"n": output["n-samples"][name]["effective"]}
-            for name in task.leaves
-        }
-    return scores
-
-
-def _answering(answers: Mapping[Pair, Answer]) -> LM:
-    """A model that knows these answers already, for lm-eval."""
-    from lm_eval.api.model import LM
-
-    class Answering(LM):  # type: ignore[misc] # lm-eval has no types
-        def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
-            return [answers[request.args] for request in requests]
-
-        loglikelihood_rolling = generate_until = loglikelihood  # no task here asks for them
-
-    return Answering()
-
-
-def _scores(result: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's `acc,none` and `acc_stderr,none` under plain names; its N/A becomes None."""
-    scores: dict[str, Any] = {}
-    for name in ("acc", "acc_norm"):
-        if f"{name},none" in result:
-            error = result[f"{name}_stderr,none"]
-            scores[name] = float(result[f"{name},none"])
-            scores[f"{name}_stderr"] = None if error == "N/A" else float(error)
-    return scores
-
-
 def requests_of(lm: HFLM, task: LoadedTask, limit: int | None = None) -> Requests:
     """The requests of a task; UsageError for a choice that is longer than the model's positions."""
-    pairs: dict[Pair, None] = {}
+    asked: Asked = defaultdict(list)
     chances: list[float] = []
     truncated = 0
     with quiet():
         for leaf in task.leaves.values():
+            leaf.set_fewshot_seed(FEWSHOT_SEED)
             leaf.build_all_requests(limit=limit, rank=0, world_size=1)
-            pairs |= dict.fromkeys(instance.args for instance in leaf.instances)
-            choices = Counter(instance.doc_id for instance in leaf.instances)
-            chances += [1 / count for count in choices.values()]
-            long = {instance.doc_id for instance in leaf.instances if _too_long(lm, task.name, *instance.args)}
-            truncated += len(long)
-    return Requests(list(pairs), chances, truncated)
+            for instance in leaf.instances:
+                asked[instance.request_type] += [instance.args] * instance.repeats
+            truncated += len({each.doc_id for each in leaf.instances if _too_long(lm, task.name, each)})
+            if leaf.OUTPUT_TYPE == "multiple_choice":
+                # That metric also asks for each choice without its context.
+                times = 2 if "acc_mutual_info" in leaf._metric_fn_list else 1
+                chances += [times / count for count in Counter(each.doc_id for each in leaf.instances).values()]
+    if any(leaf.OUTPUT_TYPE != "multiple_choice" for leaf in task.leaves.values()):
+        chances = []
+    return Requests(dict(asked), chances, truncated)
 
 
-def _too_long(lm: HFLM, name: str, context: str, continuation: str) -> bool:
+def _too_long(lm: HFLM, name: str, request: Instance) -> bool:
     """Whether a request is longer than the model's positions; UsageError if the scored part alone is."""
-    if len((context + continuation).encode()) <= lm.max_length:  # a token has at least one byte
+    if request.request_type == "loglikelihood_rolling":  # read in windows
         return False
-    answer, prompt = (len(lm.tok_encode(text, add_special_tokens=False)) for text in (continuation, context))
+    context, rest = request.args
+    if request.request_type == "generate_until":
+        new = rest.get("max_gen_toks", lm.max_gen_toks)
+        return bool(len(lm.tok_encode(context, add_special_tokens=False)) + new > lm.max_length)
+    if len((context + rest).encode()) <= lm.max_length:  # a token has at least one byte
+        return False
+    answer, prompt = (len(lm.tok_encode(text, add_special_tokens=False)) for text in (rest, context))
     if answer > lm.max_length:
         raise UsageError(f"{name}: a choice has {answer} tokens, but the model only {lm.max_length} positions")
     return bool(prompt + answer > lm.max_length + 1)  # the last token is scored, but not read
+
+
+def answers_of(lm: HFLM, asked: Asked, group: Group | None = None) -> Answers:
+    """The answers to requests, in their order.
+
+    Args:
+        group: the ranks to which they are dealt, those of one context to the same rank, which reads it once; every rank
+            calls this with the same requests and gets all answers.
+    """
+    from lm_eval.api.instance import Instance
+
+    group = group or Group()
+    answers: Answers = {}
+    for kind, arguments in asked.items():
+        numbers = {context: number for number, context in enumerate(dict.fromkeys(each[0] for each in arguments))}
+        own = [n for n, each in enumerate(arguments) if numbers[each[0]] % group.ranks.world == group.ranks.rank]
+
+        def answer(kind: str = kind, own: list[int] = own) -> dict[int, Any]:
+            requests = [Instance(kind, {}, asked[kind][n], n) for n in own]
+            with quiet():
+                return dict(zip(own, getattr(lm, kind)(requests), strict=True)) if own else {}
+
+        by_number = {n: found for part in group.gather(group.agreed(answer)) for n, found in part.items()}
+        answers[kind] = [by_number[n] for n in range(len(arguments))]
+    return answers
+
+
+def score(
+    task: LoadedTask, requests: Requests, answers: Answers, limit: int | None = None, samples: Path | None = None
+) -> dict[str, Any]:
+    """Score a task.
+
+    Args:
+        requests: of this task and limit.
+        answers: to them.
+        limit: the maximum number of rows, of a group in each of its tasks; None for all.
+        samples: the file for a JSON object of each row: what was asked, answered and found.
+
+    Returns:
+        The metrics that lm-eval gives the task, such as acc, with their standard errors (None if unknown); those of
+        other filters than "none" as METRIC,FILTER. For choices also `chance`, the expected accuracy of random ones, and
+        `above_chance`, whether acc exceeds it by more than two standard errors of these. `n` rows of `split`; `fewshot`
+        examples in a prompt; `truncated`, the number of rows whose prompt is longer than the model's positions and
+        loses its beginning; lm-eval's `version` of the task; for a group or tag also `subtasks` and `groups`.
+    """
+    import lm_eval
+
+    for leaf in task.leaves.values():
+        leaf.set_fewshot_seed(FEWSHOT_SEED)  # so that the same examples are drawn again
+    log = samples is not None or any("bypass" in leaf._metric_fn_list for leaf in task.leaves.values())
+    with quiet():
+        output = lm_eval.evaluate(_answering(requests.asked, answers), task.task_dict, limit=limit, log_samples=log)
+    results, sizes = output["results"], {name: size["effective"] for name, size in output["n-samples"].items()}
+    n, scores = sum(sizes[name] for name in task.leaves), _scores(results.get(task.name, {}))
+    if requests.chances and "acc" in scores:
+        chance, error = sum(requests.chances) / n, math.sqrt(sum(p * (1 - p) for p in requests.chances)) / n
+        scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error}
+    first = next(iter(task.leaves))
+    scores |= {"n": n, "split": task.split, "fewshot": output["n-shot"][first], "truncated": requests.truncated}
+    scores["version"] = output["versions"].get(task.name)
+    if list(task.leaves) != [task.name]:
+        groups = task.task_dict.get("groups", {})
+        scores["groups"] = {name: _scores(results.get(name, {})) for name in groups if name != task.name}
+        short = {name: name.removeprefix(f"{task.name}_") for name in task.leaves}
+        scores["subtasks"] = {short[name]: _scores(results[name]) | {"n": sizes[name]} for name in task.leaves}
+    if samples is not None:
+        with atomic_file(samples) as file:
+            for name, rows in output["samples"].items():
+                for row in rows:
+                    file.write(json.dumps({"task": name} | row, default=str, ensure_ascii=False).encode() + b"\n")
+    return scores
+
+
+def _answering(asked: Asked, answers: Answers) -> LM:
+    """A model that knows the answers to these requests, which lm-eval asks in the same order."""
+    from lm_eval.api.model import LM
+
+    def answer(kind: str, requests: list[Instance]) -> list[Any]:
+        if [request.args for request in requests] != asked[kind]:
+            raise RuntimeError(f"lm-eval asks other {kind} requests the second time")
+        return answers[kind]
+
+    class Answering(LM):  # type: ignore[misc] # lm-eval has no types
+        def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+            return answer("loglikelihood", requests)
+
+        def loglikelihood_rolling(self, requests: list[Instance]) -> list[Any]:
+            return answer("loglikelihood_rolling", requests)
+
+        def generate_until(self, requests: list[Instance]) -> list[Any]:
+            return answer("generate_until", requests)
+
+    return Answering()
+
+
+def metric_names(scores: Mapping[str, Any]) -> list[str]:
+    """The metrics among what `score` returns."""
+    return [name for name in scores if f"{name}_stderr" in scores]
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's `acc,none` and `acc_stderr,none` under plain names; its N/A becomes None."""
+    scores: dict[str, Any] = {}
+    for key, value in result.items():
+        metric, _, filtered = key.partition(",")
+        if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
+            name = metric if filtered == "none" else key
+            error = result.get(f"{metric}_stderr,{filtered}")
+            scores[name] = float(value)
+            scores[f"{name}_stderr"] = float(error) if isinstance(error, int | float) else None
+    return scores
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
             model.save_pretrained(folder)
             save_tokenizer(loaded.tokenizer, folder)
             if adapters and not merge:
-                peft.write(folder / peft.FOLDER, adapters, model, conv1d=conv1d, base=out)
+                peft.write(folder / peft.FOLDER, adapters, model, conv1d=conv1d)
             (folder / "README.md").write_text(card, encoding="utf-8")
             reloaded = type(model).from_pretrained(folder)
             if adapters and not merge:

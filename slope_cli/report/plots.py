@@ -8,19 +8,19 @@ from typing import Any
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
 from slope_cli.report.terminal import one_row
+from slope_cli.utils.files import file_sha256
 
 WINDOW = 20
 """Steps over which the training loss is smoothed; fewer at the beginning, where the curve would lag behind."""
 OPENING = 50
 """The steep first 1/OPENING of a run does not affect the upper limit of the loss axis."""
-MANY = 10
-"""A legend with more names than this is drawn beside the curves."""
 MOST_ROWS = 24
 """The rows of a legend that is as high as the picture."""
 
 SHOWN = 2000
 """The points of a curve that a picture has room for."""
 
+_UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _SMOOTH: dict[str, Any] = {"linewidth": 1.6}
 _VAL: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4}
 _JOIN: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
@@ -31,23 +31,27 @@ def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
     """Draw training and validation loss against tokens; a dotted line marks where adapters were added.
 
     Linearized runs also have a line for their teacher, and a second panel with the squared error of attention transfer.
+    Runs of several tokenizers are drawn in bits per byte, each by its validation text's bytes per token.
 
     Args:
         runs: folders of runs.
-        out: the path, with or without ending; OUT.png and OUT.svg are written.
+        out: the path; OUT.png and OUT.svg are written, but of OUT.pdf only that.
 
     Raises:
-        UsageError: a folder is not a run.
+        UsageError: a folder is not a run, or runs of several tokenizers do not all record bits per byte.
         SlopeError: a run has no finished step, or a damaged log.
     """
     logs = [_records(run) for run in runs]
     transfers = [_of("transfer", records) for records in logs]
+    unit, scales = _common_unit(runs, logs)
     with picture(out, panels=2 if any(transfers) else 1) as ((axes, *more), files):
-        heights = [_draw_run(axes, records, f"C{number}") for number, records in enumerate(logs)]
+        drawn = zip(logs, scales, strict=True)
+        heights = [_draw_run(axes, records, f"C{number}", scale) for number, (records, scale) in enumerate(drawn)]
         styles = {"training": _SMOOTH, "validation": _VAL}
         styles |= {"adapters join": _JOIN} if any(_first_adapter_step(records) for records in logs) else {}
         styles |= {"teacher": _TEACHER} if any(_of("teacher", records) for records in logs) else {}
         _label(axes, [str(run) for run in runs], styles)
+        axes.set(ylabel=f"loss ({unit})")
         for panel in more:
             _draw_transfer(panel, transfers)
         _set_height(axes, min(low for low, _ in heights), max(high for _, high in heights))
@@ -74,14 +78,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
         _set_height(axes, lowest, max(value for value, is_late in zip(high, late, strict=True) if is_late))
         _describe_axes(axes)
         axes.set(ylabel="validation loss (nats per token)", title="mean and range over seeds")
-        if len(curves) <= MANY:
-            legend = axes.legend(loc="upper right", framealpha=1, edgecolor="none")
-        else:  # beside the axes
-            columns = -(-len(curves) // MOST_ROWS)
-            axes.figure.set_size_inches(8 + 1.8 * columns, 4.5)
-            beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"}
-            legend = axes.legend(**beside, ncols=columns, edgecolor="none")
-        _as_written(legend)
+        _legend_beside(axes)
     return files
 
 
@@ -91,15 +88,16 @@ def picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Pat
     import matplotlib
     from matplotlib.figure import Figure
 
-    name = out.name.removesuffix(".png").removesuffix(".svg")
-    files = [out.with_name(f"{name}.{ending}") for ending in ("png", "svg")]
+    name = out.name.removesuffix(".png").removesuffix(".svg").removesuffix(".pdf")
+    endings = ("pdf",) if out.suffix == ".pdf" else ("png", "svg")
+    files = [out.with_name(f"{name}.{ending}") for ending in endings]
     # Text stays text, so that an SVG can be searched and edited; the salt makes the file reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
         figure = Figure(figsize=(8 if panels == 1 else 5.5 * panels, 4.5), layout="constrained")
         yield list(figure.subplots(1, panels, squeeze=False)[0]), files
         out.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+            figure.savefig(file, dpi=150, metadata=_UNDATED[file.suffix])
 
 
 def _set_height(axes: Any, low: float, high: float) -> None:
@@ -132,22 +130,42 @@ def _first_adapter_step(records: Sequence[dict[str, Any]]) -> int | None:
     return None
 
 
-def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str) -> tuple[float, float]:
-    """Draw one run, and return the lowest and the highest loss that should be visible."""
+def _common_unit(runs: Sequence[Path], logs: Sequence[Sequence[dict[str, Any]]]) -> tuple[str, list[float]]:
+    """The unit in which the losses of runs can be compared, and by what to multiply each run's nats per token."""
+    if len({_tokenizer(run) for run in runs}) == 1:
+        return "nats per token", [1.0] * len(runs)
+    scales = []
+    for run, records in zip(runs, logs, strict=True):
+        known = [record for record in _of("val", records) if "bits_per_byte" in record]
+        if not known:
+            reason = "records no bits per byte, and the runs have different tokenizers; draw it alone"
+            raise UsageError(f"{run}: {reason}")
+        scales.append(known[-1]["bits_per_byte"] / known[-1]["loss"])
+    return "bits per byte", scales
+
+
+def _tokenizer(run: Path) -> str:
+    """The hash of a run's tokenizer; empty without one."""
+    path = run / "tokenizer" / "tokenizer.json"
+    return file_sha256(path) if path.is_file() else ""
+
+
+def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str, scale: float) -> tuple[float, float]:
+    """Draw one run's losses times a scale, and return the lowest and the highest that should be visible."""
     train, val = _of("train", records), _of("val", records)
     first = [*train, *_of("transfer", records)][0]
     per_step = first["tokens"] / first["step"]
-    tokens, losses = [r["tokens"] for r in train], [r["loss"] for r in train]
+    tokens, losses = [r["tokens"] for r in train], [scale * r["loss"] for r in train]
     smooth = _smooth(losses)
     _plot_steps(axes, tokens, losses, smooth, color)
-    validated = _thinned([r["step"] * per_step for r in val], [r["loss"] for r in val])
-    axes.plot(*validated, color=color, **_VAL)
+    validated = [scale * r["loss"] for r in val]
+    axes.plot(*_thinned([r["step"] * per_step for r in val], validated), color=color, **_VAL)
     if step := _first_adapter_step(records):
         axes.axvline((step - 1) * per_step, color=color, **_JOIN)  # between the step before and this one
-    teacher = [record["loss"] for record in _of("teacher", records)]
+    teacher = [scale * record["loss"] for record in _of("teacher", records)]
     for loss in teacher:
         axes.axhline(loss, color=color, **_TEACHER)
-    shown = teacher + [r["loss"] for r in val]
+    shown = teacher + validated
     opening = len(losses) // OPENING
     return min(losses + shown), max(smooth[opening:] + (shown if teacher else []))
 
@@ -192,13 +210,17 @@ def _label(axes: Any, names: Sequence[str], styles: Mapping[str, Mapping[str, An
             axes.plot([], [], color=f"C{number}", label=one_row(name), **_SMOOTH)
     for label, style in styles.items():
         axes.plot([], [], color="C0" if len(names) == 1 else "0.4", label=label, **style)
-    legend = axes.legend(loc="upper right", framealpha=1, edgecolor="none")
-    _as_written(legend)
+    _legend_beside(axes)
 
 
-def _as_written(legend: Any) -> None:
-    """Names may have dollar signs, which would begin a formula."""
-    for text in legend.get_texts():
+def _legend_beside(axes: Any) -> None:
+    """A legend beside the axes, which hides no curve; the picture becomes wider."""
+    columns = -(-len(axes.get_legend_handles_labels()[1]) // MOST_ROWS)
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width + 1.8 * columns, height)
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"}
+    # Names may have dollar signs, which would begin a formula.
+    for text in axes.legend(**place, ncols=columns, edgecolor="none").get_texts():
         text.set_parse_math(False)
 
 

@@ -54,6 +54,11 @@ class Batches:
         self._masking = masking_ids(tokenizer) if objective == "masked" else None
         self._prefetcher = Prefetcher(self._of_step, config.train.steps)
 
+    @property
+    def causal(self) -> bool:
+        """Whether every token is predicted, from those before it."""
+        return self._masking is None
+
     def of_step(self, step: int) -> list[Tensors]:
         """The micro-batches of a step, counted from 0; the next step's are prepared while it runs."""
         return [self._to_device(batch) for batch in self._prefetcher(step)]

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +280,8 @@ class Trainer:
         Returns:
             The signal that interrupted it, or "".
         """
-        config, step = self.config.log, self.step
-        last = step == self.config.train.steps
+        config, step, last = self.config.log, self.step, self.step == self.config.train.steps
+        say: Callable[[str], None] = (lambda _: None) if last else progress.say  # the summary says the last ones
         transferred = self.phase.step == "transfer" and self.phases.at(step) != self.phase
         if "val" not in present and step and (last or transferred or _due(step, config.val_every)):
             validation = self.validate(stop)
@@ -289,14 +289,14 @@ class Trainer:
                 return self.group.stopped_by(stop)
             peak = max(self.group.gather(torch.cuda.max_memory_allocated()))  # since the start; 0 without a GPU
             validation |= {"peak_memory": peak} if peak else {}
-            progress.say(validation_line(f"step {step}", log.write("val", step, **validation)))
+            say(validation_line(f"step {step}", log.write("val", step, **validation)))
         sampled = "sample" in present or self.objective != "causal" or not (self.speaks or self.sharding)
         if not sampled and step and (last or _due(step, config.sample_every)):
             sampling = Sampling(config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.train.seed)
-            dtype = self.take_step.dtype or torch.float32
+            how = config.sample_prompt, sampling, self.take_step.dtype or torch.float32
             with eager():
-                text = sample_text(self.model, self.tokenizer, config.sample_prompt, sampling, dtype)
-            progress.say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
+                text = sample_text(self.model, self.tokenizer, *how)
+            say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
             if self.sharding is not None:
                 self.sharding.reshard(self.model)
         return ""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +50,16 @@ class Validation:
                 self._sharding.reshard(model)
         loss = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
         by_source = {source: total / count for source, (total, count) in sums.items()}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
+        result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "by_source": by_source}
+        return result | self._bits_per_byte({source: count for source, (_, count) in sums.items()}, loss)
+
+    def _bits_per_byte(self, tokens: Mapping[str, float], loss: float) -> dict[str, float]:
+        """A mean loss over so many tokens of each source in bits per byte of text; nothing if that is not known."""
+        headers = {source: self._dataset.val[source].header for source in tokens}
+        if not self._batches.causal or not all(header.text_bytes for header in headers.values()):
+            return {}
+        size = sum(tokens[source] * header.text_bytes / header.tokens for source, header in headers.items())
+        return {"bits_per_byte": loss / math.log(2) * sum(tokens.values()) / size}
 
     def _losses(self, model: PreTrainedModel, source: str, stop: StopFlag | None) -> list[tuple[float, int]] | None:
         """Mean loss and number of targets of each batch of a source; None if a rank was stopped."""
