@@ -1,7 +1,7 @@
 """Commands that use a trained model."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ PackedDtype = Literal["bfloat16", "float16", "float32"]
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Default: the lines of standard input, or a terminal's.")
+        str | None, typer.Argument(metavar="PROMPT", help="Default: lines of standard input, or a terminal's.")
     ] = None,
     batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
