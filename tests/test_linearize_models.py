@@ -21,7 +21,7 @@ from support.models import (
 )
 from torch import Tensor
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.swap import (

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.config.migrate import migrate
-from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config, Section
+from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config
+from slope_cli.config.section import Section
 from slope_cli.config.values import Flat, flat, from_recipe, from_word, is_text, may_be_null, refuse_special
 from slope_cli.errors import UsageError, did_you_mean, os_reason
 

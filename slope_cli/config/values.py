@@ -13,11 +13,25 @@ import yaml
 from omegaconf import OmegaConf
 
 from slope_cli.config.migrate import migrate
-from slope_cli.config.schema import Config, Section
+from slope_cli.config.schema import Config
+from slope_cli.config.section import Section
 from slope_cli.errors import UsageError, is_utf8
 
 Flat = dict[str, Any]
 """Full keys and their values."""
+TYPES: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    bool | str: "true, false or auto",
+    tuple[float, float]: "two numbers",
+    list[str]: "list of texts",
+    list[int]: "list of whole numbers",
+    dict[str, Any]: "mapping",
+    dict[str, list[int]]: "mapping",
+}
+"""The types of keys in words."""
 _TEXT, _MAP, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "null"))
 
 
@@ -65,6 +79,15 @@ def is_text(key: str) -> bool:
 def may_be_null(key: str) -> bool:
     """Whether a key of type text may be null."""
     return _kind(key) is not str
+
+
+def type_in_words(key: str) -> str:
+    """The type of a key, such as "whole number or null"."""
+    kind = _kind(key)
+    if kind in TYPES:
+        return TYPES[kind]
+    (own,) = (own for own in TYPES if kind == own | None)
+    return f"{TYPES[own]} or null"
 
 
 def refuse_special(keys: Mapping[str, Any]) -> None:
