@@ -18,6 +18,7 @@ import typer
 
 import slope_cli
 from slope_cli.config import configs, schema
+from slope_cli.config.command import KeyCommand
 from slope_cli.distributed import launch, peers
 from slope_cli.distributed.caches import node_caches
 from slope_cli.distributed.signals import STOPPED, StopFlag
@@ -51,7 +52,7 @@ def _options(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=KeyCommand)
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (see `slope recipes`) or YAML file.")] = "gpt2-nano",
     overrides: Overrides = None,
@@ -78,7 +79,7 @@ def pretrain(
         _train(recipe, overrides, run, stop, **how, fresh=fresh, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=KeyCommand)
 def linearize(
     init: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
     overrides: Overrides = None,
@@ -271,20 +272,23 @@ def convert_llama2c(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
-    copy: Annotated[Path | None, typer.Option(help="Write it to this new file instead.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="With --copy: the new file.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Write recipe NAME to FILE, to start one of your own.")] = False,
 ) -> None:
-    """List the recipes, or print one."""
+    """List the recipes, print one, or copy one: slope recipes --copy NAME FILE."""
+    if copy != (file is not None):
+        raise UsageError("to copy a recipe: slope recipes --copy NAME FILE, such as --copy gpt2-small mine.yaml")
     if name is None:
         for recipe in configs.recipe_names():
             print(f"{recipe:24}{configs.recipe_text(recipe).splitlines()[0].lstrip('# ')}")
         return
     text = configs.recipe_text(name)
-    if copy is None:
+    if file is None:
         print(text, end="")
-    elif copy.exists():
-        raise UsageError(f"{copy}: already exists; choose another file")
+    elif file.exists():
+        raise UsageError(f"{file}: already exists; choose another file")
     else:
-        copy.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 @app.command()
@@ -379,7 +383,7 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in _parts(text)}))
 
 
-@app.command()
+@app.command(cls=KeyCommand)
 def compare(
     arguments: Annotated[
         list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")

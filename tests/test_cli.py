@@ -436,3 +436,29 @@ def test_eval_and_finetune_print_what_they_found(tmp_path: Path) -> None:
     tuned = slope("finetune", trained("bert-base"), "SST-2", *words)
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["settings"]["task"] == "SST-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--train.steps", "10"), "--train.steps: is no option; a key is written without dashes: train.steps=10"),
+        (("--train.steps=10",), "--train.steps: is no option; a key is written without dashes: train.steps=10"),
+        (
+            ("--train.seq-len", "4"),
+            "--train.seq-len: is no option; a key is written without dashes: ",
+        ),
+        (("--lr", "1e-3"), "--lr: is no option; a key is written without dashes: optim.lr=1e-3"),
+        (("--steps", "--dry-run"), "--steps: is no option; a key is written without dashes: train.steps=VALUE"),
+    ],
+)
+@pytest.mark.parametrize("command", [("pretrain", "gpt2-nano"), ("linearize", "runs/x"), ("compare", "gpt2-nano")])
+def test_a_key_written_as_an_option_is_answered_with_the_word(
+    command: tuple[str, ...], words: tuple[str, ...], hint: str
+) -> None:
+    code, out, err = slope(*command, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {hint}")
+
+
+def test_a_wrong_option_is_still_one() -> None:
+    assert "No such option: --dry" in slope("pretrain", "gpt2-nano", "--dry").err

@@ -141,7 +141,7 @@ def test_a_key_is_explained() -> None:
     [
         ("optim.lrr", "did you mean optim.lr?"),
         ("opitm", "did you mean optim?"),
-        ("lr", "did you mean adapters.lr or optim.lr?"),
+        ("lr", "did you mean optim.lr or adapters.lr?"),
         ("window", "did you mean linearize.window?"),
         ("train.step", "did you mean train.steps?"),
         ("log.zzz", "known are log.every, log.val_every, "),

@@ -13,8 +13,8 @@ import yaml
 from slope_cli.config.configs import container, defaults
 from slope_cli.config.schema import AUTO, METHODS, Config, SparsityConfig
 from slope_cli.config.section import Facts, Section, facts_of
-from slope_cli.config.values import flat, type_in_words
-from slope_cli.errors import UsageError, did_you_mean
+from slope_cli.config.values import flat, type_in_words, unknown_key
+from slope_cli.errors import UsageError
 
 
 class Key(NamedTuple):
@@ -101,14 +101,7 @@ def explain(query: str | None) -> list[str]:
     everything = {key.name: key for _, keys in documented.values() for key in keys}
     if query in everything:
         return [*_lines(everything[query]), *(methods if query == "method" else [])]
-    section, _, name = query.partition(".")
-    if same := [key for key in everything if key.endswith(f".{name or section}")]:
-        hint = f"did you mean {' or '.join(same)}?"
-    elif name and section in names:
-        hint = did_you_mean(query, [key.name for key in documented[section][1]])
-    else:
-        hint = did_you_mean(section, ["method", *names])
-    raise UsageError(f"{query}: unknown key; {hint}")
+    raise UsageError(unknown_key(query))
 
 
 def _lines(key: Key) -> list[str]:

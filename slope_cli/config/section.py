@@ -87,4 +87,5 @@ class Section:
 
     def _share(self, *keys: str) -> None:
         for key in keys:
-            self._need(0 <= getattr(self, key) <= 1, key, "must lie between 0 and 1")
+            rule = f"is {facts_of(self)[key].unit}, which must lie between 0 and 1"
+            self._need(0 <= getattr(self, key) <= 1, key, rule)
