@@ -120,15 +120,18 @@ def _train(
     if ranks.first:
         for line in configs.without_effect(config, overrides):
             print(f"warning: {line}", file=sys.stderr)
+    usual = configs.load_with_usual_rates(recipe, [*implied, *overrides])
     if dry_run:
+        from slope_cli.train import advice
         from slope_cli.train.dry_run import describe
 
+        advice.warn(config, advice.prepared_data(config), usual)
         _print(*describe(config, gpus), as_json)
         return
     from slope_cli.train import loop
     from slope_cli.train.summary import report_lines
 
-    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop):  # empty on ranks other than 0
+    if summary := loop.pretrain(config, run, fresh=fresh, stop=stop, usual=usual):  # empty on ranks other than 0
         _print(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
 

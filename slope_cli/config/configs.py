@@ -97,6 +97,11 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return _config(tree)
 
 
+def load_with_usual_rates(recipe: str, overrides: Sequence[str]) -> Config:
+    """As `load`, but for overrides of learning rates."""
+    return load(recipe, [word for word in overrides if not any(key.endswith("lr") for key in parse_override(word))])
+
+
 def load_saved(path: Path) -> Config:
     """The configuration that `dump` wrote, in this version or an older one; raises as `load`."""
     text = recipe_text(str(path))

@@ -7,7 +7,6 @@ random state, and a resumed run repeats an uninterrupted one bit for bit on the 
 
 import contextlib
 import gc
-import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -38,10 +37,10 @@ from slope_cli.models import shapes
 from slope_cli.models.build import build_model
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
-from slope_cli.train import init, starts
+from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.make_step import make_step, products_dtype
+from slope_cli.train.make_step import make_step, products_dtype, set_up_torch
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
@@ -51,15 +50,18 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from sparse_kernels import adapters_of, backends, check_backend, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, backends, kernel_choices, sparse_layers
 
 
-def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None) -> dict[str, Any]:
+def pretrain(
+    config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None, usual: Config | None = None
+) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
     Args:
         fresh: fail if the folder contains a run.
         stop: an open flag, which may have caught earlier signals; by default one is opened here.
+        usual: see `advice.warnings_of`.
 
     Returns:
         The last validation record, with `bigram_loss` if the vocabulary is small; for a run that linearizes also the
@@ -86,6 +88,7 @@ def pretrain(config: Config, run: Path, *, fresh: bool = False, stop: StopFlag |
         start = group.first(begin)
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
+            group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
         summary = group.first(lambda: summarize(run, trainer.dataset))
         return summary if ranks.first else {}
@@ -122,7 +125,7 @@ class Trainer:
         self.group = group = group or Group()
         self.speaks = group.ranks.first
         self.saver = Saver(run, group)
-        _set_up_torch(config, device)
+        set_up_torch(config, device)
         self.dataset = open_run_data(config, run, group, stop)
         self.tokenizer = load_tokenizer(str(self.dataset.folder / "tokenizer"))
         checkpoint = self._find_checkpoint()
@@ -222,7 +225,7 @@ class Trainer:
         try:
             output = self.take_step(self.batches.of_step(step), update)
         except SlopeError as error:
-            raise SlopeError(f"step {step + 1}: {error}") from None
+            raise SlopeError(advice.after_failure(error, self.phase, step)) from None
         self.step += 1
         return output, lr
 
@@ -421,18 +424,6 @@ class Trainer:
             rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
             if not 0 < length < room:
                 raise UsageError(f"log.sample_prompt: {rule}")
-
-
-def _set_up_torch(config: Config, device: torch.device) -> None:
-    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        try:
-            check_backend(config.sparsity.backend)
-        except RuntimeError as error:
-            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
 def _kernels(model: PreTrainedModel) -> dict[str, int]:

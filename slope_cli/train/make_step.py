@@ -1,5 +1,6 @@
 """What takes the steps of a phase: which kind of step, in which precision, compiled or from CUDA graphs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
 from slope_cli.train.step import Step
+from sparse_kernels import check_backend
+
+
+def set_up_torch(config: Config, device: torch.device) -> None:
+    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        try:
+            check_backend(config.sparsity.backend)
+        except RuntimeError as error:
+            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
