@@ -63,7 +63,8 @@ def attend_new_tokens(
 ) -> Tensor:
     """Turn the new tokens' queries and keys, store their keys and values, and attend: (B, H, D).
 
-    One launch on a GPU with 16-bit types, which reads no more keys than each row has; fit for a CUDA graph.
+    One launch on a GPU with 16-bit types, which reads no more keys than each row has; fit for a CUDA graph. Places and
+    what was remembered are read before the kernel in front has ended: that must not be one that writes them.
 
     Args:
         qkv_BSD: the queries of a row's H heads, then the keys and values of its G heads.

@@ -141,7 +141,7 @@ def launch_early(
 ) -> None:
     """Launch a kernel of inference on torch's current stream, before the one in front of it has ended if it lets it.
 
-    The kernel must wait (`griddepcontrol.wait`) before it reads what others wrote, or writes; see early.cuh.
+    The kernel must wait (`griddepcontrol.wait`) before it reads what the one in front writes, and before it writes.
 
     Args:
         function: what `compiled` returned.

@@ -116,6 +116,8 @@ def matmul(
 ) -> Tensor:
     """Y = X · A^T + bias + residual, and adapters' products, on torch's current stream.
 
+    Values, metadata and adapters are read before the kernel in front has ended: that must not be one that writes them.
+
     Args:
         work: from `work_for`.
         values_RK: (R, C/2), bfloat16 or float16 as all others, contiguous.
@@ -240,6 +242,7 @@ def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
     copies = [
         (values.clone(), metadata.clone()) for _ in range(max(2, math.ceil(_L2_BYTES / (rows * columns * 1.125))))
     ]
+    torch.cuda.synchronize()  # products read weights before the kernel in front of them has ended
     timed = []
     for work in works:
         error = (matmul(work, values, metadata, X_BC).float() - expected).abs().max()

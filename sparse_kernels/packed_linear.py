@@ -157,6 +157,8 @@ class PackedLinear(nn.Module):
             if any(rank != width for rank in ranks):  # the kernels read as many ranks for each segment
                 A = torch.cat([F.pad(part, (0, 0, 0, width - len(part))) for part in A.split(ranks)])
                 B = F.pad(B, (0, width - B.shape[1]))
+        # Products read weights before the kernel in front of them has ended, so it must not be the one that wrote them.
+        torch.cuda.current_stream(packed.device).synchronize()
         self._operands = _Operands(packed, rows, self.bias, A, B)
         return self._operands
 

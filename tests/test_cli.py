@@ -76,6 +76,11 @@ def test_every_command_is_in_that_list() -> None:
     assert names == {words[0] for words in COMMANDS if words}
 
 
+@pytest.mark.parametrize("words", [[], ["data"]], ids=" ".join)
+def test_no_line_of_a_list_of_commands_is_cut(words: list[str]) -> None:
+    assert "..." not in slope(*words, "--help").out.partition("Commands:")[2]
+
+
 def test_help_is_quick() -> None:
     program = shutil.which("slope", path=Path(sys.executable).parent) or shutil.which("slope")
     command = [program] if program else [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()"]
@@ -223,9 +228,9 @@ def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
     assert "letter.txt" in train_error(data, out=tmp_path)
     assert "letter.txt" in train_error(data, out=tmp_path / "letter.txt")
-    result = slope("pretrain", RECIPE, *small("gpt2-nano"), data, "--out", trained(), "--fresh")
+    result = slope("pretrain", RECIPE, *small("gpt2-nano"), data, "--out", trained(), "--new")
     assert (result.code, result.out) == (2, "")
-    assert "--fresh" in result.err
+    assert "--new" in result.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -340,11 +345,11 @@ def test_no_error_prints_local_variables(tmp_path: Path) -> None:
     """Neither a known fault, nor one with --debug, nor a defect: a variable may hold a secret."""
     script = (
         "import sys\n"
-        "from slope_cli import cli\n"
+        "from slope_cli import cli, errors\n"
         "@cli.app.command()\n"
         "def broken(known: bool = False) -> None:\n"
         "    token = '-'.join(['hush', 'hush'])\n"
-        "    raise cli.UsageError('a fault') if known else ValueError('a defect')\n"
+        "    raise errors.UsageError('a fault') if known else ValueError('a defect')\n"
         "sys.argv = ['slope', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

@@ -46,3 +46,14 @@ def test_the_command_line_says_it_too(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-P", "-m", "slope_cli", *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'file/run'}: cannot be made or read: {IN_THE_WAY}\n"
+
+
+def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
+    """safetensors, for one, makes files that only their owner reads."""
+    with files.atomic_folder(tmp_path / "export") as folder:
+        os.close(os.open(folder / "model.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
+        (folder / "adapter").mkdir()
+        os.close(os.open(folder / "adapter" / "model.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
+    (tmp_path / "plain").touch()
+    made = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
+    assert [path.stat().st_mode for path in made] == [(tmp_path / "plain").stat().st_mode] * 2

@@ -38,7 +38,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-TORCH_FREE = ("cli", "doctor", "errors", "config", "data", "distributed.signals", "report", "utils")
+TORCH_FREE = ("cli", "commands", "doctor", "errors", "config", "data", "distributed.signals", "report", "utils")
 """What every command imports before it knows whether it needs torch, and what spawned workers import."""
 
 

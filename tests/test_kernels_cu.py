@@ -1,4 +1,4 @@
-"""kernels.cu compiles without a GPU, for the oldest and the newest card it is meant for, and has every entry point."""
+"""The kernels compile without a GPU, for the oldest and the newest card they are meant for, with every entry point."""
 
 import ctypes
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "sparse_kernels" / "kernels.cu"
+SOURCES = Path(__file__).parents[1] / "sparse_kernels"
 ENTRIES = {
     *(f"gather_kept_{x}" for x in ("bf16_float", "bf16_bf16", "fp16_float", "fp16_fp16", "float_float")),
     *(
@@ -20,8 +20,26 @@ ENTRIES = {
     ),
     "metadata",
     "metadata_all",
-    *(f"slot_markers_{x}" for x in ("bf16", "fp16")),
+    *(f"{name}_{x}" for name in ("slot_markers", "expand", "silu_mul", "norm") for x in ("bf16", "fp16")),
 }
+# By source: definitions, entry points. Of kernels that are compiled for a shape, one of each kind.
+WORK = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "HALF")
+COMPILED: list[tuple[str, dict[str, int], set[str]]] = [
+    ("kernels.cu", {}, ENTRIES),
+    *(
+        ("few_tokens.cu", dict(zip(WORK, work, strict=True)), {"few_tokens", "few_tokens_dense"})
+        for work in (
+            (0, 1, 1, 1, 16, 1, 32, 0),
+            (0, 2, 2, 2, 4, 2, 16, 1),
+            (1, 1, 1, 4, 2, 3, 2, 1),
+            (1, 8, 2, 4, 2, 2, 2, 0),
+        )
+    ),
+    *(
+        ("decode_attention.cu", {"HALF": half, "D": dim, "P": shared, "KV_SPLITS": splits}, {"decode_attention"})
+        for half, dim, shared, splits in ((0, 64, 1, 1), (1, 80, 3, 4), (0, 128, 8, 16))
+    ),
+]
 
 
 def nvrtc() -> str | None:
@@ -30,21 +48,22 @@ def nvrtc() -> str | None:
     return next((str(file) for folder in folders for file in folder.glob("*/lib/libnvrtc.so.*")), None)
 
 
-def with_nvcc(architecture: str, tmp_path: Path) -> str:
+def with_nvcc(source: Path, definitions: list[str], architecture: str, tmp_path: Path) -> str:
     nvcc = shutil.which("nvcc") or pytest.skip("no nvcc")
     target = tmp_path / "kernels.ptx"
-    subprocess.run(
-        [nvcc, f"-arch=sm_{architecture}", "-Werror", "all-warnings", "--ptx", "-o", target, SOURCE], check=True
-    )
+    options = (f"-arch=sm_{architecture}", "-std=c++17", "-Werror", "all-warnings", "--ptx", *definitions)
+    subprocess.run([nvcc, *options, "-o", target, source], check=True)
     return target.read_text()
 
 
-def with_nvrtc(architecture: str, tmp_path: Path) -> str:
+def with_nvrtc(source: Path, definitions: list[str], architecture: str, tmp_path: Path) -> str:
     library = ctypes.CDLL(nvrtc() or pytest.skip("no NVRTC"))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"kernels.cu", 0, None, None) == 0
-    options = (ctypes.c_char_p * 2)(f"--gpu-architecture=compute_{architecture}".encode(), b"--std=c++17")
-    status = library.nvrtcCompileProgram(program, 2, options)
+    name = source.name.encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), name, 0, None, None) == 0
+    words = [f"--gpu-architecture=compute_{architecture}", "--std=c++17", *definitions]
+    options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+    status = library.nvrtcCompileProgram(program, len(words), options)
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
@@ -57,7 +76,9 @@ def with_nvrtc(architecture: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("compiler", [with_nvcc, with_nvrtc])
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_compiles(compiler, architecture: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    ptx = compiler(architecture, tmp_path)
-    assert set(re.findall(r"\.entry (\w+)", ptx)) == ENTRIES
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[1].values()))}")
+def test_compiles(compiler, architecture: str, case: tuple[str, dict[str, int], set[str]], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    name, values, entries = case
+    ptx = compiler(SOURCES / name, [f"-D{key}={value}" for key, value in values.items()], architecture, tmp_path)
+    assert set(re.findall(r"\.entry (\w+)", ptx)) == entries
     assert ".local" not in ptx  # an array that was indexed at run time would live there

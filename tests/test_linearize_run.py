@@ -131,7 +131,7 @@ def test_a_run_of_transfer_alone_draws_and_keeps_its_config() -> None:
     done = linearized("dense", "linearize.transfer=1", "train.steps=20", "optim.min_lr=1")
     assert not done.records("train")
     assert slope("plot", done.run, "--out", done.run / "again").code == 0
-    other = slope("linearize", done.base, *WORDS, "train.steps=21", "--out", done.run)
+    other = slope("linearize", done.base, *WORDS, "train.steps=19", "--out", done.run)
     assert other.code == 2
     assert "holds a run of another config" in other.err
 
@@ -358,6 +358,16 @@ def test_a_killed_run_resumes_bit_for_bit(step: int, adjust: tuple[str, ...], tm
     assert finish(start(config, run, die_in_save, step, 3)) == -signal.SIGKILL
     pretrain(config, run)
     assert_same_run(config, run, whole)
+
+
+def test_a_run_is_extended_and_replaced(tmp_path: Path) -> None:
+    base, run = trained(*BASES["sparse"]), tmp_path / "run"
+    for steps, transfer, train in (("4", 2, 2), ("7", 2, 5), ("3", 2, 1)):
+        more = ["--overwrite"] if steps == "3" else []
+        result = slope("linearize", base, *WORDS, "linearize.transfer=0.5", f"train.steps={steps}", *more, "--out", run)
+        assert result.code == 0, result.err
+        kinds = [record["kind"] for record in metrics.read(run)]
+        assert (kinds.count("transfer"), kinds.count("train")) == (transfer, train)
 
 
 @pytest.mark.slow
@@ -663,7 +673,7 @@ def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
     without = {key: value for key, value in written.items() if key != "keep_softmax"}
     for text in (json.dumps(without), json.dumps({**written, "new": 1}), "[]", "{", '{"keep_softmax": 1}'):
         file.write_text(text)
-        for words in (("bench", "generate", folder, "--out", tmp_path / "bench"), ("generate", folder, "The ")):
+        for words in (("bench", "linearize", folder, "--out", tmp_path / "bench"), ("generate", folder, "The ")):
             result = slope(*words)
             assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
             assert result.err.startswith(f"error: {file}: is not of this version (")
@@ -672,7 +682,7 @@ def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", "{", '{"model_type": "gpt2", "n_layer": "two"}'])
 def test_a_config_of_transformers_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    for words in (("linearize", tmp_path, "--dry-run"), ("bench", "generate", tmp_path)):
+    for words in (("linearize", tmp_path, "--dry-run"), ("bench", "linearize", tmp_path)):
         result = slope(*words)
         assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
         assert result.err.startswith(f"error: {tmp_path}: cannot be loaded as a model (")

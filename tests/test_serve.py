@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -18,34 +17,13 @@ import openai
 import pytest
 from support.data import scratch
 from support.runs import slope, trained
-from support.servers import POSITIONS, Server, events, served_model, serving
+from support.servers import LONG, POSITIONS, Server, alone, events, greedy, loaded_model, served_model, serving
 
-from slope_cli.checkpoint.load import load_model
-from slope_cli.inference.engine import Engine, Generation
+from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from slope_cli.serving.engine_thread import BusyError, EngineError, EngineThread, StoppedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LONG = {"prompt": "The ", "max_tokens": POSITIONS, "temperature": 0}
-"""Of a text that takes longer than any test."""
-
-
-@cache
-def model() -> Any:
-    """The served model with its tokenizer."""
-    return load_model(served_model(chat=True))
-
-
-def alone(prompt: str | list[int], sampling: Sampling) -> Generation:
-    """The text of the engine by itself."""
-    _, net, tokenizer, *_ = model()
-    return Engine(net, tokenizer, max_length=256).generate([prompt], sampling)[0]
-
-
-def greedy(prompt: str | list[int], tokens: int = 20) -> str:
-    """The likeliest text."""
-    return alone(prompt, Sampling(tokens, temperature=0)).text
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +74,7 @@ def test_a_stream(client: openai.OpenAI) -> None:
     *texts, last = parts
     assert "".join(part.choices[0].text for part in texts) == greedy("The wind")
     assert [part.choices[0].finish_reason for part in texts] == [None] * (len(texts) - 1) + ["length"]
-    assert len(texts) > 15
+    assert len(texts) > 3  # pieces that wait are joined
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
     assert len({part.id for part in parts}) == 1
 
@@ -143,7 +121,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
 
 
 def test_a_chat(client: openai.OpenAI) -> None:
-    ids = model().tokenizer("system: Be brief.\nuser: Hello\nassistant: ").input_ids
+    ids = loaded_model().tokenizer("system: Be brief.\nuser: Hello\nassistant: ").input_ids
     messages: Any = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
@@ -369,7 +347,7 @@ def test_an_idle_server_stops_at_once(tmp_path: Path) -> None:
 
 def test_an_error_of_the_engine_ends_its_texts_and_the_thread_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
-        _, net, tokenizer, *_ = model()
+        _, net, tokenizer, *_ = loaded_model()
         engine, ends = Engine(net, tokenizer, max_batch=2), list[str]()
         thread = EngineThread(engine, 2, lambda: ends.append("end"))
         failing = engine.decoder.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -390,7 +368,7 @@ def test_an_error_of_the_engine_ends_its_texts_and_the_thread_goes_on(capsys: py
 
 def test_a_device_that_works_no_more_ends_the_server() -> None:
     async def scenario() -> None:
-        _, net, tokenizer, *_ = model()
+        _, net, tokenizer, *_ = loaded_model()
         engine, ended = Engine(net, tokenizer, max_batch=1), asyncio.Event()
         thread = EngineThread(engine, 1, ended.set)
         engine.decoder.tokens = engine.decoder.tokens.to("meta")  # it can compute nothing, like a GPU after a fault
@@ -410,7 +388,7 @@ def test_a_device_that_works_no_more_ends_the_server() -> None:
 
 def test_a_busy_thread_refuses_and_a_cancelled_job_makes_room() -> None:
     async def scenario() -> None:
-        _, net, tokenizer, *_ = model()
+        _, net, tokenizer, *_ = loaded_model()
         thread = EngineThread(Engine(net, tokenizer, max_batch=1), 0, lambda: None)
         job = thread.submit(lambda: ["The "], [Sampling(POSITIONS)])
         with pytest.raises(BusyError):

@@ -63,10 +63,10 @@ def test_bars_and_tables_draw_but_what_they_are_given_is_escaped(capsys: pytest.
 @pytest.mark.parametrize("words", [["broken"], ["--debug", "broken", "--known"]])
 def test_the_traceback_of_a_defect_shows_control_characters(words: list[str]) -> None:
     code = (
-        "from slope_cli import cli\n"
+        "from slope_cli import cli, errors\n"
         "@cli.app.command()\n"
         "def broken(known: bool = False) -> None:\n"
-        f"    raise (cli.UsageError if known else ValueError)({EVIL!a})\n"
+        f"    raise (errors.UsageError if known else ValueError)({EVIL!a})\n"
         "cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code, *words], capture_output=True)

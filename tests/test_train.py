@@ -336,8 +336,8 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 def test_a_run_of_another_config_is_refused_by_the_keys_that_differ(data: Path, copy: Path) -> None:
     before = (copy / metrics.JSONL).read_bytes()
-    with pytest.raises(UsageError, match=r"another config \(optim.lr: 0.005 -> 0.1; train.steps: 12 -> 13\)"):
-        pretrain(tiny(data, "optim.lr=0.1", "train.steps=13"), copy)
+    with pytest.raises(UsageError, match=r"another config \(optim.lr: 0.005 -> 0.1; train.seq_len: 32 -> 16\)"):
+        pretrain(tiny(data, "optim.lr=0.1", "train.seq_len=16"), copy)
     assert (copy / metrics.JSONL).read_bytes() == before
 
 
@@ -391,10 +391,10 @@ def test_a_config_altered_behind_a_runs_back_is_refused(data: Path, copy: Path) 
         pretrain(config, copy)
 
 
-def test_fresh_refuses_an_existing_run(data: Path, copy: Path, tmp_path: Path) -> None:
+def test_new_refuses_an_existing_run(data: Path, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already; choose another --out"):
-        pretrain(tiny(data), copy, fresh=True)
-    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", fresh=True)["step"] == 1
+        pretrain(tiny(data), copy, existing="refuse")
+    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "new", existing="refuse")["step"] == 1
 
 
 def test_a_folder_with_something_else_is_refused_and_left_as_it_is(data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ RUN/tokenizer/           for generate and export
 RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains
 RUN/data/                the embedded text as tokens, in a run that trains on it
 RUN/loss.png, loss.svg   drawn at the end
+RUN/replaced/            the run that was there before, until this one has a checkpoint; see checkpoint/replaced.py
 """
 
 import contextlib
@@ -15,9 +16,9 @@ import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from slope_cli.checkpoint import store
+from slope_cli.checkpoint import replaced, store
 from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
 from slope_cli.errors import SlopeError, UsageError
@@ -28,43 +29,66 @@ from slope_cli.utils.environment import source_version
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 SEAL = "# sha256 of the lines above: "
-LOG_ENDINGS = (".log", ".out", ".err")
-"""A batch system may have opened its log in the folder before the run begins."""
+Existing = Literal["resume", "refuse", "replace"]
+"""What a start does with a run that is in its folder."""
 
 
 @contextlib.contextmanager
-def claimed(run: Path, config: Config, *, fresh: bool) -> Iterator[None]:
+def claimed(run: Path, config: Config, existing: Existing) -> Iterator[Config]:
     """Hold the folder of a new run, or of this very run, for this process.
 
+    Yields:
+        The configuration, with the earlier lengths of a run that is or was extended.
+
     Raises:
-        UsageError: it holds something else, a run of another configuration, any run if `fresh`, cannot be written,
-            or another process holds it.
+        UsageError: it holds something else, a run of another configuration to resume, any run to `refuse`, cannot be
+            written, or another process holds it.
     """
 
     def may_hold(path: Path) -> bool:
-        return path.name == f".{CONFIG}.tmp" or path.suffix in LOG_ENDINGS or is_run(run)
+        known = path.name in (f".{CONFIG}.tmp", store.REPLACED) or path.suffix in replaced.LOG_ENDINGS
+        return known or is_run(run)
 
-    with files.claimed_folder(run, "run", may_hold):
-        _write_or_check_config(run, config, fresh=fresh)
-        yield
+    with contextlib.ExitStack() as held:
+        if existing == "replace" and is_run(run):
+            # To the end: a process that waits for it would take the moved folder for the run.
+            held.enter_context(files.held_folder(run))
+            _require_apart(run, config)
+            replaced.move_away(run)
+            there = run / store.REPLACED
+            print(f"{there}: the run that was in {run}, until the new one has a checkpoint", file=sys.stderr)
+        held.enter_context(files.claimed_folder(run, "run", may_hold))
+        replaced.finish(run)
+        yield _write_or_check_config(run, config, existing)
 
 
-def _write_or_check_config(run: Path, config: Config, *, fresh: bool) -> None:
-    """Write the configuration of a new run, or compare it with that of the existing one."""
+def _require_apart(run: Path, config: Config) -> None:
+    """UsageError if a new run needs something of the folder of the run that it replaces."""
+    for key, path in (("model.init", config.model.init), ("data.path", config.data.path)):
+        if path and place(path)[0].resolve().is_relative_to(run.resolve()):
+            raise UsageError(f"{key}={path}: is in the run that --overwrite replaces; choose another --out")
+
+
+def _write_or_check_config(run: Path, config: Config, existing: Existing) -> Config:
+    """Write the configuration of a new run, or compare it with that of the existing one, whose lengths it gets."""
     if is_run(run):
-        if fresh:
-            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --fresh to resume it")
+        if existing == "refuse":
+            raise UsageError(f"{run} holds a run already; choose another --out, or leave out --new to resume it")
         saved = configs.load_saved(run / CONFIG)
-        changed = configs.differences(saved, config)
         # Before its first step a run may still change: a start that failed on a wrong size must not bind the next.
-        if changed and _has_begun(run):
-            raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); choose another --out")
+        if begun := _has_begun(run):
+            config = configs.extended(config, saved, store.newest_step(run))
+        changed = configs.differences(configs.lengthened(saved, config) if begun else saved, config)
+        if changed and begun:
+            choice = "choose another --out, or --overwrite it"
+            raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); {choice}")
         if saved.train.micro_batch != config.train.micro_batch:
             sizes = f"{saved.train.micro_batch} -> {config.train.micro_batch}"
             print(f"train.micro_batch: {sizes}; from here on the results differ by rounding", file=sys.stderr)
         if not changed:
-            return
+            return config
     write_config(run, config)
+    return config
 
 
 def _has_begun(run: Path) -> bool:
@@ -118,6 +142,14 @@ def require_run(run: Path) -> None:
         raise UsageError(f"{run}: is not the folder of a run (no {CONFIG})")
 
 
+def place(text: str) -> tuple[Path, int | None]:
+    """The folder that is named, and of RUN@STEP the step."""
+    name, at, step = text.rpartition("@")
+    if name and at and step.isdecimal() and not Path(text).expanduser().exists():
+        return Path(name).expanduser(), int(step)
+    return Path(text).expanduser(), None
+
+
 def data_folder(config: Config, run: Path) -> Path:
     """Where the tokens of a run lie: the embedded text's inside its own folder."""
     return run / "data" if config.data.path == schema.EMBEDDED else Path(config.data.path).expanduser()
@@ -133,7 +165,7 @@ def manifest_metadata(config: Config, run: Path) -> dict[str, Any]:
 def require_same_config(config: Config, run: Path, manifest: Mapping[str, Any]) -> None:
     """SlopeError naming the keys in which a configuration is not the one that a checkpoint was saved under."""
     then = configs.from_fixed(manifest["config"], f"{run}: checkpoint of step {manifest['step']}")
-    if changed := configs.differences(then, config):
+    if changed := configs.differences(configs.lengthened(then, config), config):
         raise SlopeError(
             f"{run / CONFIG} was altered after step {manifest['step']} ({'; '.join(changed)}); set it back"
         )

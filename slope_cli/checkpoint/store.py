@@ -33,6 +33,8 @@ from sparse_kernels.deprecated import TENSORS
 
 MANIFEST = "manifest.json"
 BASE = "base"
+REPLACED = "replaced"
+"""The folder, in a run's, of the run that it replaces; see slope_cli.checkpoint.replaced."""
 FORMAT = 2
 """Of checkpoints, in their manifests; those without one are of format 1, with the tensors' names of version 0.1."""
 DERIVED = "backward_mask_bits"
@@ -81,6 +83,7 @@ def restore(
     optimizer: torch.optim.Optimizer | None,
     *,
     derive: bool = True,
+    weights: bool = True,
 ) -> None:
     """Read a verified checkpoint into a model, and an optimizer with the same parameters, in place.
 
@@ -91,6 +94,7 @@ def restore(
         folder: of a checkpoint, or a run's base.
         derive: compute the masks that follow from the values, if they were left out. Of a sharded model the caller
             does so.
+        weights: read the model; otherwise the optimizer's state alone.
 
     Raises:
         SlopeError: its tensors are not those of this model, or it cannot be read.
@@ -102,17 +106,17 @@ def restore(
     held = saved if base is None else _saved_tensors(base) | saved
     if optimizer is not None:
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
-    tensors = state_tensors(model, optimizer, derived=not derived)
+    parts = ("model.",) * weights + ("optim.",) * (optimizer is not None)
+    every = state_tensors(model, optimizer, derived=not derived)
+    tensors = {name: tensor for name, tensor in every.items() if name.startswith(parts)}
     expected = {name: tuple(t.shape) for name, t in tensors.items()}
-    kept = {
-        name: saved_as.shape for name, saved_as in held.items() if optimizer is not None or name.startswith("model.")
-    }
+    kept = {name: saved_as.shape for name, saved_as in held.items() if name.startswith(parts)}
     if kept != expected:
         wrong = sorted(name for name in {*kept, *expected} if kept.get(name) != expected.get(name))
         raise SlopeError(f"{folder} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}")
     for name, tensor in tensors.items():
         held[name].read(into=tensor)
-    if derived and derive:
+    if derived and derive and weights:
         update_backward_masks(model)
     if optimizer is not None:
         states = (optimizer.state[p] for p in model.parameters() if p in optimizer.state)
@@ -167,7 +171,7 @@ def save(
     derived: bool = False,
     group: Group | None = None,
 ) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`; every rank calls it.
+    """Write a checkpoint, then drop what it makes superfluous, as `prune`; every rank calls it.
 
     Args:
         step: finished steps; a checkpoint of that step that is there already is left as it is.
@@ -182,7 +186,7 @@ def save(
         SlopeError: it could not be written (a full disk, say); what was there before is untouched.
     """
     group = group or Group()
-    final = run / "checkpoints" / f"step-{step:08d}"
+    final = _folder(run, step)
     if group.first(final.exists):
         return final
     plan = tensors if isinstance(tensors, dcp.Plan) else planned(run, tensors, group=group)
@@ -193,12 +197,14 @@ def save(
 
 
 def prune(run: Path, keep: int) -> None:
-    """Drop all checkpoints but the newest `keep`."""
+    """Once there is a checkpoint, drop all but the newest `keep`, and the run that this one replaces."""
     with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
         for old in folders(run)[keep:]:
             dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
             os.rename(old, dead)
             remove(dead)
+        if folders(run):
+            remove(run / REPLACED)
 
 
 def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:
@@ -264,7 +270,7 @@ def verify(folder: Path, group: Group | None = None) -> dict[str, Any]:
     def described() -> dict[str, Any]:
         manifest = read_sealed(folder / MANIFEST)
         _require_kind(folder / MANIFEST, manifest, _CHECKPOINT)
-        if manifest["step"] != _step(folder):
+        if manifest["step"] != step_of(folder):
             raise SlopeError(f"{folder} holds the checkpoint of step {manifest['step']}")
         return manifest
 
@@ -356,7 +362,7 @@ def latest(run: Path, group: Group | None = None) -> Checkpoint | None:
 def set_aside_newer(run: Path, step: int) -> None:
     """Rename the damaged checkpoints beyond `step`, so that training can save under their names again."""
     for folder in folders(run):
-        if _step(folder) > step:
+        if step_of(folder) > step:
             names = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count())
             folder.rename(next(path for path in names if not path.exists()))
 
@@ -364,8 +370,37 @@ def set_aside_newer(run: Path, step: int) -> None:
 def folders(run: Path) -> list[Path]:
     """Every step-* folder of a run, newest first."""
     steps = (folder for folder in run.glob("checkpoints/step-*") if re.fullmatch(r"step-[0-9]+", folder.name))
-    return sorted(steps, key=_step, reverse=True)
+    return sorted(steps, key=step_of, reverse=True)
 
 
-def _step(folder: Path) -> int:
+def at(run: Path, step: int, group: Group | None = None) -> Checkpoint:
+    """The checkpoint of a step; every rank of the group calls it.
+
+    Raises:
+        SlopeError: there is none, or it is damaged.
+    """
+    group = group or Group()
+    folder = group.first(lambda: require_step(run, step))
+    return Checkpoint(folder, verify(folder, group), [])
+
+
+def require_step(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint, not verified; SlopeError if there is none."""
+    if (folder := _folder(run, step)).is_dir():
+        return folder
+    there = ", ".join(str(step_of(each)) for each in reversed(folders(run)))
+    raise SlopeError(f"{run}: has no checkpoint of step {step}" + (f", but of {there}" if there else ""))
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, by its name; 0 without any."""
+    return next(map(step_of, folders(run)), 0)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
     return int(folder.name.rpartition("-")[2])

@@ -10,14 +10,17 @@ from slope_cli.errors import UsageError, nearest
 
 
 class KeyCommand(TyperCommand):
-    """A command whose arguments may be KEY=VALUE: `--train.steps 10` is answered with train.steps=10."""
+    """A command; if its arguments may be KEY=VALUE, `--train.steps 10` is answered with train.steps=10."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As TyperCommand's; UsageError for an unknown option that is a key, or more like a key than like an option."""
-        options = {option for param in self.get_params(ctx) for option in param.opts}
+        params = self.get_params(ctx)
+        options = {option for param in params for option in param.opts}
+        takes_keys = any("KEY=VALUE" in str(param.metavar) for param in params if hasattr(param, "metavar"))
         for at, word in enumerate(takewhile(lambda word: word != "--", args)):
             option, _, value = word.partition("=")
-            if option.startswith("--") and option not in options and (key := _key(option, options)):
+            unknown = takes_keys and option.startswith("--") and option not in options
+            if unknown and (key := _key(option, options)):
                 following = next(iter(args[at + 1 :]), "--")
                 value = value or ("VALUE" if following.startswith("--") else following)
                 raise UsageError(f"{option}: is no option; a key is written without dashes: {key}={value}")

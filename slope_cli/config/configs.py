@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -318,6 +318,25 @@ def differences(old: Config, new: Config) -> list[str]:
     before, after = fixed(old), fixed(new)
     keys = sorted({*before, *after} - {MICRO_BATCH})
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def extended(config: Config, saved: Config, step: int) -> Config:
+    """A configuration for going on with the run of a saved one after a step: with the lengths that the run has had."""
+    own, then = config.train, saved.train
+    if own.steps < then.steps:
+        return config
+    lengths = then.extended if own.steps == then.steps else [*then.extended, [step, then.steps]]
+    return replace(config, train=replace(own, extended=lengths))
+
+
+def lengthened(saved: Config, config: Config) -> Config:
+    """The saved configuration, with the steps of another one of the same run if that was extended since."""
+    own, now = saved.train, config.train
+    lengths = [*now.extended, [0, now.steps]]
+    count = len(own.extended)
+    if count < len(lengths) and lengths[:count] == own.extended and lengths[count][1] == own.steps:
+        return replace(saved, train=replace(own, steps=now.steps, extended=now.extended))
+    return saved
 
 
 def without_effect(config: Config, overrides: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ KEY` and docs/config.md print the docstring under a key. A value out of range is
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +54,10 @@ class ModelConfig(Section, section="model"):
     name: str = setting("gpt2-nano", example="gpt2-small")
     """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
     init: str | None = setting(None, example="runs/gpt2-small")
-    """A run, or a folder of `slope export` or transformers, whose weights initialize this run; null: random."""
+    """A run (RUN, or RUN@STEP for an older checkpoint), or a folder of `slope export` or transformers, whose weights
+    initialize this run; null: random."""
+    init_optimizer: bool = switch(False)
+    """Begin with the optimizer's state of the run model.init, too."""
     dropout: float | None = setting(None, unit="a probability", example="0.1")
     """The rate of every dropout in the model; null for the shape's own rates."""
     overrides: dict[str, Any] = setting({}, example="{n_layer: 6}")
@@ -62,6 +66,11 @@ class ModelConfig(Section, section="model"):
     def _check_values(self) -> None:
         if self.dropout is not None:
             self._need(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
+        rule = "needs model.init, a run whose optimizer it is"
+        self._need(self.init is not None or not self.init_optimizer, "init_optimizer", rule)
+
+    def unused(self, config: Config) -> dict[str, str]:
+        return {"init_optimizer": "method=linearize"} if config.method == "linearize" else {}
 
 
 @dataclass(kw_only=True)
@@ -218,7 +227,10 @@ class TrainConfig(Section, section="train"):
     """Steps, batches, and how they are computed."""
 
     steps: int = setting(1000, unit="steps", example="10000")
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. Of a run that has begun, more of them extend it."""
+    extended: list[list[int]] = setting([], unit="steps", example="[[500, 500]]")
+    """Written when a run is extended: [step, train.steps until then] for each time. What had begun by that step stays
+    where it was; what had not, and the learning rate, follow the new length."""
     tokens_per_step: int = setting(524_288, unit="tokens", example="65536")
     """Tokens of one optimizer step; a multiple of train.micro_batch * train.seq_len."""
     micro_batch: int = setting(8, unit="sequences", example="4")
@@ -248,9 +260,23 @@ class TrainConfig(Section, section="train"):
         for key in ("compile", "cuda_graph"):
             self._need(getattr(self, key) in (True, False, "auto"), key, "choose true, false or auto")
         self._need(0 <= self.seed <= MAX_SEED, "seed", "must be 0 or more and below 2^63")
+        lengths = [pair[-1] for pair in self.extended] + [self.steps]
+        rule = "needs [step, steps] for each extension, with fewer steps than later"
+        ordered = all(a < b for a, b in itertools.pairwise(lengths))
+        self._need(ordered and all(len(p) == 2 and 0 <= p[0] <= p[1] for p in self.extended), "extended", rule)
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
+
+    def step_at(self, share: float, *, rest: int = 1) -> int:
+        """The step, counted from 0, at a share of the run, with `rest` steps at least from there on.
+
+        A step that was taken before the run was extended stays where it was.
+        """
+        for taken, steps in self.extended:
+            if (step := min(round(share * steps), steps - rest)) < taken:
+                return step
+        return min(round(share * self.steps), self.steps - rest)
 
     def accumulation(self, world: int = 1) -> int:
         """Forward passes of each of `world` processes per optimizer step; UsageError if they cannot share it."""

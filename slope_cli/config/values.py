@@ -28,6 +28,7 @@ TYPES: Mapping[Any, str] = {
     tuple[float, float]: "two numbers",
     list[str]: "list of texts",
     list[int]: "list of whole numbers",
+    list[list[int]]: "list of lists of whole numbers",
     dict[str, Any]: "mapping",
     dict[str, list[int]]: "mapping",
 }

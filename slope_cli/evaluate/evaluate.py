@@ -166,7 +166,8 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
     lines = [title + (f", branch {result['branch']}" if "branch" in result else "")]
     if (perplexity := result["perplexity"]) is not None:
         unit = "masked token" if result["objective"] == "masked" else "token"
-        lines.append(f"validation text, blocks of {perplexity['seq_len']} tokens; loss in nats per {unit}")
+        length = "" if "run" in result else " (--seq-len: as in training)"  # a folder does not say
+        lines.append(f"validation text, blocks of {perplexity['seq_len']} tokens{length}; loss in nats per {unit}")
         if len(perplexity["sources"]) > 1:
             lines += [_perplexity_line(name, row) for name, row in perplexity["sources"].items()]
         lines.append(_perplexity_line("all", perplexity))

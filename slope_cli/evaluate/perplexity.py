@@ -74,7 +74,7 @@ def open_validation(loaded: Loaded, folder: Path | None, group: Group | None = N
     """
     if folder is None:
         if loaded.config is None:
-            raise UsageError(f"{loaded.folder}: is not a run with its own data; give --data, or --no-perplexity")
+            raise UsageError(f"{loaded.folder}: has no data of its own; give --data, or --tasks with --no-perplexity")
         folder = run_folder.data_folder(loaded.config, loaded.folder)
     group, vocab_size = group or Group(), loaded.model.config.vocab_size
     share = group.ranks.rank, group.ranks.world

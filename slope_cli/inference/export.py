@@ -121,7 +121,8 @@ def _model_card(loaded: Loaded, config: Config, *, merged: bool) -> str:
     """README.md of the export, from the run's own records."""
     run, model, step, adapters = loaded.folder, loaded.model, loaded.step or 0, adapters_of(loaded.model)
     val = [r for r in metrics.read(run) if r["kind"] == "val" and r["step"] <= step]
-    tokens, linear = step * config.train.tokens_per_step, bool(linear_windows(model))
+    linear = bool(linear_windows(model))
+    trained = f"{step * config.train.tokens_per_step:,} tokens ({step:,} steps), in sequences of {config.train.seq_len}"
     pruned = [*(x for _, x in sparse_layers(model)), *(x for _, x in masked_layers(model) if not x.unmasked)]
     pattern = " and ".join(dict.fromkeys(f"{x.n}:{x.m}" for x in pruned))
     if not pattern:
@@ -140,7 +141,7 @@ def _model_card(loaded: Loaded, config: Config, *, merged: bool) -> str:
         "",
         f"- Architecture: {plain_in_markdown(_architecture(run, config))}",
         f"- Linear weights: {weights}",
-        f"- {'Linearized' if linear else 'Trained'} on: {tokens:,} tokens ({step:,} steps)",
+        f"- {'Linearized' if linear else 'Trained'} on: {trained}",
     ]
     if val:
         lines.append(f"- Validation loss: {val[-1]['loss']:.4f} nats per token at step {val[-1]['step']:,}")

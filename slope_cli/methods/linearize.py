@@ -13,7 +13,7 @@ def linearize(config: Config) -> list[Phase]:
     """
     own, steps = config.linearize, config.train.steps
     alone = own.transfer == 1 or not config.adapters.rank
-    first = steps if alone else min(round(own.transfer * steps), steps - 1)
+    first = steps if alone else config.train.step_at(own.transfer)
     rates = {MAPS: Rate(0, first, own.transfer_lr, config.optim.warmup)}
     phases = [Phase(0, linearized=True, step="transfer", rates=rates)]
     if not alone:

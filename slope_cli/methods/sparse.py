@@ -31,7 +31,7 @@ def slope(config: Config) -> list[Phase]:
     before = _phase(config, 0, masked if own.before == "sr_ste" else DENSE)
     phases = [*([before] if start else []), _phase(config, start, sparse)]
     if config.adapters.rank:
-        first = max(start, _step_at(config, config.adapters.start))
+        first = max(start, config.train.step_at(config.adapters.start))
         rates = {**phases[-1].rates, ADAPTERS: adapter_rate(config, first)}
         phases.append(replace(phases[-1], first=first, adapters=True, rates=rates))
     return phases
@@ -48,7 +48,7 @@ def fst(config: Config) -> list[Phase]:
     """Transposable masks and pruned output gradients, then a dense end."""
     own, start = config.fst, _sparse_step(config)
     layers = Layers("masked", own.mask_update_interval, transposable=True, mvue=True, decay=own.decay)
-    end = max(start, round(config.train.steps * (1 - own.dense_finish)))
+    end = max(start, config.train.step_at(1 - own.dense_finish, rest=0))
     dense_end = [_phase(config, end, Layers("unmasked"))] if end < config.train.steps else []
     return [_phase(config, 0, DENSE), _phase(config, start, layers), *dense_end]
 
@@ -71,12 +71,7 @@ def adapter_rate(config: Config, first: int) -> Rate:
 
 
 def _sparse_step(config: Config) -> int:
-    return _step_at(config, config.sparsity.start)
-
-
-def _step_at(config: Config, share: float) -> int:
-    """The step at a share of the run; each phase that begins there lasts for one step at least."""
-    return min(round(share * config.train.steps), config.train.steps - 1)
+    return config.train.step_at(config.sparsity.start)
 
 
 # --------------------------------------------------------------------------------------------------------- the layers

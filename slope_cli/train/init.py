@@ -20,6 +20,7 @@ from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, Calibrate, apply
 from slope_cli.methods.phases import Phase
+from slope_cli.methods.sparse import which_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
 from sparse_kernels import masked_layers, sparse_layers, to_dense
@@ -68,7 +69,7 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
     init = _linearized_folder(config)
     load.require_initial(init)
     shape = load.shape_of(init)
-    with _named_init(init):
+    with _named_init(str(init)):
         shapes.family_of(shape)
     shape._attn_implementation = "sdpa"
     return shape
@@ -79,24 +80,53 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
 
 def _start_from_init(config: Config, device: torch.device | str, first: Phase) -> tuple[PreTrainedModel, Phase]:
     """A model with the weights of model.init, or new ones, and the phase that it is in."""
-    initial = None
+    loaded = None
     if config.model.init is not None and str(device) != "meta":
-        folder = Path(config.model.init).expanduser()
-        with _named_init(folder):
+        folder, step = run_folder.place(config.model.init)
+        with _named_init(config.model.init):
             load.require_initial(folder)
-            initial = load_model(folder).model
+            loaded = load_model(folder, checkpoint=None if step is None else store.at(folder, step))
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
-    if initial is None:
+    if loaded is None:
         return model, UNTOUCHED
-    now, sparse = UNTOUCHED, dict(sparse_layers(initial))
-    if sparse and first.layers.kind == "sparse":  # a sparse run keeps the masks of a sparse model
+    now, sparse = UNTOUCHED, dict(sparse_layers(loaded.model))
+    if (sparse and first.layers.kind == "sparse") or _same_masks(config, loaded, first):
         had_adapters = any(layer.adapter is not None for layer in sparse.values())
         now = Phase(0, first.layers, adapters=had_adapters and first.adapters)
         apply(model, config, now)
     else:
-        to_dense(initial, adapters="merge")
-    _take_over(model, initial, config)
+        to_dense(loaded.model, adapters="merge")
+    _take_over(model, loaded, config)
     return model, now
+
+
+def _same_masks(config: Config, loaded: Loaded, first: Phase) -> bool:
+    """Whether a run's masked layers are what a new run begins with, so that it keeps masks and pruned weights."""
+    if loaded.config is None or loaded.phase is None or loaded.phase.layers != first.layers:
+        return False
+    return any(True for _ in masked_layers(loaded.model)) and which_layers(loaded.config) == which_layers(config)
+
+
+def restore_optimizer(
+    config: Config, model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: Group | None = None
+) -> None:
+    """Read the optimizer's state of the run model.init into that of a model that has begun with it, split or whole.
+
+    What the run did not train begins anew. Every rank of the group calls it.
+
+    Raises:
+        UsageError: model.init is no run, or of another optimizer or model.
+        SlopeError: it cannot be read.
+    """
+    group, init = group or Group(), str(config.model.init)
+    folder, step = run_folder.place(init)
+    if not group.first(lambda: run_folder.is_run(folder)):
+        raise UsageError(f"model.init_optimizer=true: model.init={init} is no run, and has no optimizer's state")
+    with _named_init(init):
+        checkpoint = store.latest(folder, group) if step is None else store.at(folder, step, group)
+        if checkpoint is None:
+            raise SlopeError(f"{folder}: has no checkpoint yet")
+        group.agreed(lambda: store.restore(checkpoint.folder, model, optimizer, weights=False))
 
 
 def begins_with(init: str, model: PreTrainedModel) -> str:
@@ -108,43 +138,48 @@ def begins_with(init: str, model: PreTrainedModel) -> str:
     Raises:
         UsageError, SlopeError: as `start`.
     """
-    folder = Path(init).expanduser()
+    folder, step = run_folder.place(init)
     if not folder.exists():
         return "does not exist yet"
-    with _named_init(folder):
+    with _named_init(init):
         load.require_initial(folder)
         theirs = build_model(load.shape_of(folder), device="meta")
     _require_same_shapes(model, theirs, init)
+    if run_folder.is_run(folder) and step is not None:
+        return "" if step in map(store.step_of, store.folders(folder)) else f"has no checkpoint of step {step}"
     return "has no checkpoint yet" if run_folder.is_run(folder) and not store.folders(folder) else ""
 
 
 @contextlib.contextmanager
-def _named_init(folder: Path) -> Iterator[None]:
+def _named_init(init: str) -> Iterator[None]:
     """Let an error about model.init name it by its key."""
     try:
         yield
     except SlopeError as error:
-        reason = str(error).removeprefix(str(folder)).removeprefix(":").strip()
-        raise type(error)(f"model.init={folder}: {reason}") from error
+        reason = str(error).removeprefix(str(run_folder.place(init)[0])).removeprefix(":").strip()
+        raise type(error)(f"model.init={init}: {reason}") from error
 
 
-def _take_over(model: PreTrainedModel, initial: PreTrainedModel, config: Config) -> None:
+def _take_over(model: PreTrainedModel, initial: Loaded, config: Config) -> None:
     """Copy weights, masks and adapters of a model of the same shape."""
-    _require_same_shapes(model, initial, str(config.model.init))
-    model.load_state_dict(initial.state_dict())
-    theirs = dict(sparse_layers(initial))
+    theirs = dict(sparse_layers(initial.model))
+    ranks: list[float] = [layer.adapter.rank for layer in theirs.values() if layer.adapter is not None]
+    if ranks and initial.config is not None:
+        ranks = [initial.config.adapters.rank]  # as it was configured: it may be a share of each layer's sides
+    _require_same_shapes(model, initial.model, str(config.model.init), rank=next(iter(ranks), 0))
+    model.load_state_dict(initial.model.state_dict())
     for name, layer in sparse_layers(model):
         if layer.adapter is not None and (adapter := theirs[name].adapter) is not None:
             with torch.no_grad():  # B absorbs the ratio of the scalings, so that the function stays the same
                 layer.adapter.lora_B.mul_(adapter.scaling / layer.adapter.scaling)
 
 
-def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init: str) -> None:
-    """UsageError if the tensors of two models differ in name or shape."""
+def _require_same_shapes(model: PreTrainedModel, initial: PreTrainedModel, init: str, *, rank: float = 0) -> None:
+    """UsageError if the tensors of two models differ in name or shape; rank: of the adapters that `initial` has."""
     own, other = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, initial))
     if wrong := sorted(name for name in {*own, *other} if own.get(name) != other.get(name)):
         if all(".adapter." in name for name in wrong):
-            rule = "adapters.start=0 and its rank would keep them"
+            rule = f"adapters.start=0 adapters.rank={rank:g} would keep them"
             raise UsageError(f"model.init={init}: has other adapters than this run begins with; {rule}")
         name = wrong[0]
         differ = f"{name} is {other.get(name, 'absent')} there and {own.get(name, 'absent')} here"
@@ -159,14 +194,14 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
     unless the recipe sets them.
 
     Args:
-        run: the folder to train in. If it exists and started from `init`, the overrides are those it started with:
+        run: the one to go on with, if there is one. If it started from `init`, the overrides are those it started with:
             `init` may be gone by now, or spelled differently.
 
     Raises:
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    if run is not None and run_folder.is_run(run) and _began_with(begun := run_folder.open_config(run), init):
+    if run is not None and _began_with(begun := run_folder.open_config(run), init):
         sizes = {name: getattr(begun.train, name) for name in SIZES}
         return _overrides(str(begun.model.init), begun.data.path, sizes)
     if run_folder.is_run(init):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from slope_cli.checkpoint import load, run_folder, store
+from slope_cli.checkpoint import load, replaced, run_folder, store
 from slope_cli.checkpoint.background import Saver
 from slope_cli.config.schema import Config
 from slope_cli.data.dataset import NO_VALIDATION
@@ -40,8 +40,9 @@ from slope_cli.report.progress import Progress
 from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.make_step import make_step, products_dtype, set_up_torch
-from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of
+from slope_cli.train.length import length_lines
+from slope_cli.train.make_step import kernels_of, make_step, products_dtype
+from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
@@ -50,16 +51,22 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from sparse_kernels import adapters_of, backends, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, kernel_choices, sparse_layers
 
 
 def pretrain(
-    config: Config, run: Path, *, fresh: bool = False, stop: StopFlag | None = None, usual: Config | None = None
+    config: Config,
+    run: Path,
+    *,
+    existing: run_folder.Existing = "resume",
+    stop: StopFlag | None = None,
+    usual: Config | None = None,
 ) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
     Args:
-        fresh: fail if the folder contains a run.
+        existing: what to do with a run in the folder: resume it, refuse it, or replace it by a new one. The start of
+            a requeued job always goes on with the run that this job has started.
         stop: an open flag, which may have caught earlier signals; by default one is opened here.
         usual: see `advice.warnings_of`.
 
@@ -78,14 +85,17 @@ def pretrain(
     with opening as stop, contextlib.ExitStack() as held, _own_precision():
         group = join(ranks, device, stop, seconds=config.distributed.rendezvous_timeout)
 
-        def begin() -> Start:
-            held.enter_context(run_folder.claimed(run, config, fresh=fresh))
+        def begin() -> tuple[Start, Config]:
+            how = "resume" if starts.is_restart(run) else existing
+            settled = held.enter_context(run_folder.claimed(run, config, how))
             start = held.enter_context(starts.recorded(run))
             store.clean(run)
             note_environment(run, device, group.members)
-            return start
+            return start, settled
 
-        start = group.first(begin)
+        start, config = group.first(begin)
+        if group.first((run / store.REPLACED).is_dir):
+            group.agreed(lambda: replaced.require_seen(run))
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             group.first(lambda: advice.warn(config, trainer.dataset, usual))
@@ -155,6 +165,8 @@ class Trainer:
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
+            if config.model.init_optimizer and not self.phase.linearized:
+                init.restore_optimizer(config, self.model, self.optimizer, group)
             group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
         else:
             self._restore(checkpoint)
@@ -242,7 +254,7 @@ class Trainer:
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
         if start is not None:
             start.step(seconds)
-        if note_kernels and (kernels := _kernels(self.model)):
+        if note_kernels and (kernels := kernels_of(self.model)):
             log.write("products", self.step, **kernels)
             progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
@@ -387,7 +399,8 @@ class Trainer:
         if self.sharding is not None and store.is_derived(checkpoint.manifest):
             self.sharding.update_masks(self.model, "magnitude", seed=0)
         self.group.first(lambda: self._tidy(checkpoint))
-        self._say(f"resuming from {checkpoint.folder}")
+        for line in (f"resuming from {checkpoint.folder}", *length_lines(self.config, self.step)):
+            self._say(line)
 
     def _tidy(self, checkpoint: store.Checkpoint) -> None:
         """Bring the run's folder to what it was when a checkpoint was saved."""
@@ -424,13 +437,6 @@ class Trainer:
             rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
             if not 0 < length < room:
                 raise UsageError(f"log.sample_prompt: {rule}")
-
-
-def _kernels(model: PreTrainedModel) -> dict[str, int]:
-    """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
-    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
-    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
-    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,6 +1,5 @@
 """What takes the steps of a phase: which kind of step, in which precision, compiled or from CUDA graphs."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,7 @@ from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
 from slope_cli.train.step import Step
-from sparse_kernels import check_backend
-
-
-def set_up_torch(config: Config, device: torch.device) -> None:
-    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        try:
-            check_backend(config.sparsity.backend)
-        except RuntimeError as error:
-            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
+from sparse_kernels import backends
 
 
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -96,3 +83,10 @@ def _graphed(config: Config, device: torch.device, sharding: Sharding | None, co
     if train.cuda_graph is True and reason:
         raise UsageError(f"train.cuda_graph=true: {reason}")
     return train.cuda_graph is not False and not reason
+
+
+def kernels_of(model: PreTrainedModel) -> dict[str, int]:
+    """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
+    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
+    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
+    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}

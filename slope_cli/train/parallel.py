@@ -1,6 +1,7 @@
 """How the model of a run is laid out over its processes, and which kernels they all run."""
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from slope_cli.methods.accounting import phase_sizes
 from slope_cli.methods.apply import Calibrate, apply
 from slope_cli.methods.phases import DENSE, Phase
 from slope_cli.train.dry_run import untrained_model
-from sparse_kernels import kernel_choices, measure_kernels, use_choices
+from sparse_kernels import check_backend, kernel_choices, measure_kernels, use_choices
 from sparse_kernels.convert import Norms
 from sparse_kernels.sharded import whole
 
@@ -123,6 +124,18 @@ def enter(
     for old, new in zip(plain, built.parameters(), strict=True):
         optim.replace_parameter(continued, old, new)
     return built, continued
+
+
+def set_up_torch(config: Config, device: torch.device) -> None:
+    """Turn on deterministic kernels if configured; UsageError if this machine lacks the configured backend."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        try:
+            check_backend(config.sparsity.backend)
+        except RuntimeError as error:
+            raise UsageError(f"sparsity.backend={config.sparsity.backend}: {error}") from None
 
 
 def agree_on_kernels(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slope_cli.checkpoint import store
+from slope_cli.checkpoint import run_folder, store
 from slope_cli.errors import SlopeError
 from slope_cli.report.tables import clock
 from slope_cli.utils import jsonl
@@ -54,7 +54,7 @@ def recorded(run: Path) -> Iterator[Start]:
         SlopeError: each of the last starts of this job spent most of its time on setting up, or was killed before it
             saved a step.
     """
-    path, job, step = run / STARTS, _job(), _newest_step(run)
+    path, job, step = run / STARTS, _job(), store.newest_step(run)
     restarts = int(job["slurm_restarts"])
     if restarts and job["slurm_job"]:
         own = [start for start in _earlier(path, step) if start.get("slurm_job") == job["slurm_job"]]
@@ -74,9 +74,20 @@ def recorded(run: Path) -> Iterator[Start]:
         jsonl.append(path, start.record())
 
 
-def _newest_step(run: Path) -> int:
-    """The step of the newest checkpoint, by its name."""
-    return next((int(folder.name.rpartition("-")[2]) for folder in store.folders(run)), 0)
+def is_restart(run: Path) -> bool:
+    """Whether this start is that of a requeued job which has started the run in this folder before.
+
+    Its command is the same as then, and what it says of the run that was in the folder has been done.
+    """
+    job, path = _job(), run / STARTS
+    own = (record for record, _ in jsonl.lines(path) if record) if path.is_file() and job["slurm_job"] else ()
+    before = (record.get("slurm_restarts") for record in own if record.get("slurm_job") == job["slurm_job"])
+    return any(isinstance(number, int) and number < job["slurm_restarts"] for number in before)
+
+
+def goes_on(run: Path, existing: run_folder.Existing) -> bool:
+    """Whether a start goes on with the run in a folder; not if it is none, or is replaced."""
+    return run_folder.is_run(run) and (existing != "replace" or is_restart(run))
 
 
 def _job() -> dict[str, Any]:

@@ -82,7 +82,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when all of it is written and on the disk.
 
-    Yields the folder to write to, a sibling called .tmp-NAME, which replaces an empty folder at `path` at the end.
+    Yields the folder to write to, a sibling called .tmp-NAME, which replaces an empty folder at `path` at the end. Who
+    may read the folder may read its files.
 
     Raises:
         SlopeError: the disk is full.
@@ -94,7 +95,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         remove(temporary)
         temporary.mkdir()
         yield temporary
+        rights = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
+            if file.is_file() and file.stat().st_mode & 0o666 != rights:  # safetensors' are their owner's alone
+                file.chmod(rights)
             _sync(file)
         _sync(temporary)
         os.rename(temporary, path)
@@ -198,7 +202,7 @@ def held_folder(
         try:
             _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, taken, check)
         except BlockingIOError as error:
-            raise UsageError(taken) from error
+            raise UsageError(f"{taken}; wait until it ends, or end it") from error
         except OSError as error:
             risk = "start no second process in it"
             print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`slope serve` in a process of its own, a model folder for it, and requests by plain HTTP."""
+"""`slope serve` in a process of its own, a model folder for it, its engine alone, and requests by plain HTTP."""
 
 import contextlib
 import json
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 
 from slope_cli import cli
+from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.inference.engine import Engine, Generation
+from slope_cli.inference.sampling import Sampling
 from support.data import scratch
 from support.models import tiny_model
 from support.processes import forkserver
@@ -28,6 +31,8 @@ TEMPLATE = (
     "{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 POSITIONS = 20_000
+LONG = {"prompt": "The ", "max_tokens": POSITIONS, "temperature": 0}
+"""Of a text that takes longer than any test."""
 
 
 @cache
@@ -44,6 +49,23 @@ def served_model(*, chat: bool = False) -> Path:
         tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@cache
+def loaded_model() -> Any:
+    """The model with a chat template, and its tokenizer, in this process."""
+    return load_model(served_model(chat=True))
+
+
+def alone(prompt: str | list[int], sampling: Sampling) -> Generation:
+    """The text of the engine by itself."""
+    _, net, tokenizer, *_ = loaded_model()
+    return Engine(net, tokenizer, max_length=256).generate([prompt], sampling)[0]
+
+
+def greedy(prompt: str | list[int], tokens: int = 20) -> str:
+    """The likeliest text."""
+    return alone(prompt, Sampling(tokens, temperature=0)).text
 
 
 class Server:

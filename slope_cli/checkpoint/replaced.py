@@ -1,0 +1,68 @@
+"""The run that another one replaces in its folder: moved to RUN/replaced, removed once the new one has a checkpoint.
+
+The folder is renamed as a whole to .replacing-RUN beside it, and becomes RUN/replaced of a new folder. A start that
+finds it under the first name was preceded by a kill, and does the rest.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from slope_cli.checkpoint import store
+from slope_cli.errors import SlopeError, UsageError, os_reason
+from slope_cli.utils import files
+
+LOG_ENDINGS = (".log", ".out", ".err")
+"""A batch system may have opened its log in the folder before the run begins, and goes on writing there."""
+SEEN = 90.0
+"""Seconds in which every process must see a new folder: NFS shows an old one for 60 at most."""
+
+
+def move_away(run: Path) -> None:
+    """Begin to replace a run, whose folder this process holds; `finish` does the rest.
+
+    Raises:
+        UsageError: the folder cannot be renamed.
+    """
+    own = run.resolve()  # a link to the folder stays, and leads to the new one
+    try:
+        os.rename(own, _moved(own))
+        own.mkdir()
+    except OSError as error:
+        raise UsageError(f"{run}: cannot be moved aside: {os_reason(error)}; choose another --out") from None
+
+
+def finish(run: Path) -> None:
+    """In a new folder, which this process holds: take in the run that it replaces, and the logs of batch systems.
+
+    Of a run without a checkpoint nothing is kept if it has itself replaced one: that one stays.
+    """
+    own = run.resolve()
+    moved, target = _moved(own), own / store.REPLACED
+    if not moved.is_dir():
+        return
+    for log in (path for path in moved.iterdir() if path.suffix in LOG_ENDINGS):
+        os.rename(log, own / log.name)
+    inner = moved / store.REPLACED
+    if store.folders(moved):
+        files.remove(inner)
+    if not target.exists():
+        os.rename(inner if inner.exists() else moved, target)
+    files.remove(moved)
+
+
+def require_seen(run: Path) -> None:
+    """Wait until this process sees the new folder: a network file system may show it the old one for some time.
+
+    Raises:
+        SlopeError: it does not.
+    """
+    end = time.monotonic() + SEEN
+    while not (run / store.REPLACED).is_dir():
+        if time.monotonic() >= end:
+            raise SlopeError(f"{run}: is not the new folder that rank 0 has made; do all nodes share it?")
+        time.sleep(0.1)
+
+
+def _moved(own: Path) -> Path:
+    return own.with_name(f".replacing-{own.name}")

@@ -1,0 +1,1 @@
+"""The commands. Each parses its arguments and calls one function; nothing heavy is imported before."""

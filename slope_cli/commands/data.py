@@ -1,0 +1,49 @@
+"""The commands of `slope data`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slope_cli.distributed import launch
+
+
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT", help="Files, folders, NAME=PATH, or the name of a Hugging Face data set."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
+    text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
+    val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
+    config_name: Annotated[
+        str | None, typer.Option("--config", help="Configuration of a Hugging Face data set.")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N, I from 1: prepare only this share of the text.")] = None,
+) -> None:
+    """Turn files of text, or a Hub data set, into token files.
+
+    The files: text, JSON, CSV, parquet (.gz .bz2 .xz .zst), and folders of these. Run the same command again to resume
+    after a stop. With --shard 1/N to N/N (sbatch --array=1-N: $SLURM_ARRAY_TASK_ID of N) several machines share the
+    work in one folder; then the same command without --shard joins it.
+    """
+    launch.require_one_process()
+    from slope_cli.data import prepare as preparing
+    from slope_cli.data.dataset import show
+
+    how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "val_fraction": val_fraction}
+    how |= {"workers": workers, "split": split, "config_name": config_name}
+    if shard is None:
+        show(preparing.prepare(inputs, out, **how))
+    else:
+        preparing.prepare_shard(shard, inputs, out, **how)
+
+
+def info(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")]) -> None:
+    """Show what a prepared folder holds, and check its bytes."""
+    from slope_cli.data.dataset import open_dataset, show
+
+    show(open_dataset(folder))

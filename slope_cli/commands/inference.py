@@ -1,0 +1,110 @@
+"""Commands that use a trained model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from slope_cli.commands.options import AsJson, Model, print_result
+from slope_cli.config import schema
+from slope_cli.distributed import launch
+from slope_cli.errors import UsageError
+
+ExportFormat = Literal["dense", "packed"]
+PackedDtype = Literal["bfloat16", "float16", "float32"]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
+    batch: Annotated[Path | None, typer.Option(help='Prompts: one a line, or .jsonl with {"prompt": …}.')] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest that reach this probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text: continue a prompt, or each of a file."""
+    launch.require_one_process()
+    from slope_cli.inference import generate as generating
+    from slope_cli.inference.sampling import Sampling
+
+    sampling = Sampling(tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    device = launch.pick_device("auto")
+    generating.generate(model, prompt, batch, sampling, device, compiled=compiled, as_json=as_json)
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which the log names.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Texts that are continued at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that wait besides; more are refused.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a text and its prompt; default: the model's positions.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running texts have when a signal comes.")] = 30.0,
+) -> None:
+    """Serve a model over HTTP, by OpenAI's interface.
+
+    It ends by SIGINT or SIGTERM. $SLOPE_API_KEY is the key that requests must bring, if it is set.
+    """
+    launch.require_one_process()
+    try:
+        from slope_cli.serving import server
+    except ModuleNotFoundError as error:
+        raise UsageError(f"slope serve: {error.name} is missing; pip install slope-cli[serve]") from None
+
+    limits = server.Limits(max_batch, max_queue, max_length, grace)
+    server.serve(model, host, port, dtype, launch.pick_device("auto"), limits)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
+    form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
+    dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that transformers loads.
+
+    What is written is read back, and its logits are compared. Adapters are a folder for PEFT beside dense weights. For
+    a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain softmax
+    attention. With --format packed 2:4 layers are kept values and metadata, with their adapters, for inference: loaded
+    by slope, or after import sparse_kernels.transformers.
+    """
+    launch.require_one_process()
+    if form == "packed":
+        if merge:
+            raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
+        from slope_cli.inference.export_packed import export_packed, report_lines
+
+        result = export_packed(run, folder, dtype or "bfloat16")
+        print_result(result, report_lines(result), as_json)
+        return
+    if dtype is not None:
+        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
+    from slope_cli.inference.export import export as write
+
+    result = write(run, folder, merge=merge)
+    text = f"{folder}: step {result['step']}, reloaded logits differ by {result['logits_difference']:.1e} of their size"
+    print_result(result, [text], as_json)
+
+
+def convert_llama2c(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A llama2.c checkpoint, version 0.")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="Its tokenizer's .bin file.")],
+    out: Annotated[Path, typer.Option(help="An empty or new folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Convert a llama2.c model for transformers."""
+    from slope_cli.benchmarks.llama2c import convert
+
+    sizes = convert(model, tokenizer, out)
+    text = f"{sizes['parameters']:,} parameters, {sizes['layers']} layers, {sizes['vocabulary']} ids"
+    print_result(sizes, [f"{out}: {text}, {sizes['positions']} positions"], as_json)

@@ -1,0 +1,76 @@
+"""Commands that look: at recipes, keys, runs, and this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slope_cli.commands.options import AsJson, print_result
+from slope_cli.config import configs
+from slope_cli.errors import SlopeError, UsageError
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="With --copy: the new file.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Write recipe NAME to FILE, to start one of your own.")] = False,
+) -> None:
+    """List the recipes, print one, or copy one: slope recipes --copy NAME FILE."""
+    if copy != (file is not None):
+        raise UsageError("to copy a recipe: slope recipes --copy NAME FILE, such as --copy gpt2-small mine.yaml")
+    if name is None:
+        for recipe in configs.recipe_names():
+            print(f"{recipe:24}{configs.recipe_text(recipe).splitlines()[0].lstrip('# ')}")
+        return
+    text = configs.recipe_text(name)
+    if file is None:
+        print(text, end="")
+    elif file.exists():
+        raise UsageError(f"{file}: already exists; choose another file")
+    else:
+        file.write_text(text, encoding="utf-8")
+
+
+def config(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.")] = None,
+) -> None:
+    """Explain all sections, the keys of one, or one key."""
+    from slope_cli.config.reference import explain
+
+    print("\n".join(explain(key)))
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Path of the plot, without suffix.")] = Path("loss"),
+) -> None:
+    """Plot the loss of runs as PNG and SVG."""
+    from slope_cli.report.plots import draw_loss
+
+    for file in draw_loss(runs, out):
+        print(file)
+
+
+def check(run: Run, as_json: AsJson = False) -> None:
+    """Verify every byte of a run.
+
+    Its config, log and checkpoints, and the sparse layers of the newest one.
+    """
+    from slope_cli.checkpoint.verify import check as verify
+
+    result = verify(run)
+    print_result(result, result["lines"], as_json)
+    if result["faults"]:
+        raise SlopeError(f"{run}: {len(result['faults'])} fault(s), the first in {result['faults'][0]}")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is missing on this machine, and how to fix it."""
+    from slope_cli.doctor import examine
+
+    result, lines = examine()
+    print_result(result, lines, as_json)
+    if not result["training"]:
+        raise SlopeError("training cannot work here; see above")

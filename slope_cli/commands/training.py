@@ -1,0 +1,203 @@
+"""Commands that train."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from slope_cli.commands.options import AsJson, Model, one_of_several, print_result
+from slope_cli.config import configs, schema
+from slope_cli.distributed.signals import StopFlag
+from slope_cli.errors import SlopeError, UsageError
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
+New = Annotated[bool, typer.Option("--new", help="Fail if the folder already contains a run.")]
+Fresh = Annotated[bool, typer.Option("--fresh", hidden=True)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder contains by a new one.")]
+
+
+def pretrain(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe's name (see `slope recipes`) or YAML file; default: gpt2-nano."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
+    dry_run: DryRun = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="With --dry-run: also memory and traffic on N GPUs.")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="With --gpus: GiB of a GPU.")] = 80,
+    new: New = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin with the model and config of this run.")
+    ] = None,
+    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its state, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model. To resume after a stop, run the same command again.
+
+    Without arguments: a small GPT-2, double-pruned 2:4 with adapters at the end, on the novels in the package.
+    """
+    overrides = list(overrides or [])
+    if recipe and "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10`: the default recipe
+        overrides, recipe = [recipe, *overrides], None
+    if source and (recipe or not out):
+        raise UsageError("--from takes the config of its run: give no recipe, but --out, the folder of the new run")
+    if with_optimizer and not source:
+        raise UsageError("--with-optimizer: is for --from")
+    recipe = recipe or "gpt2-nano"
+    # Path.stem would cut the name opt-1.3b to opt-1.
+    run = out or Path("runs") / Path(recipe).name.removesuffix(".yml").removesuffix(".yaml")
+    if gpus and not dry_run:
+        raise UsageError(f"--gpus={gpus}: is for --dry-run; a run uses the GPUs of the tasks that srun starts")
+    how: dict[str, Any] = {"dry_run": dry_run, "gpus": (gpus, gpu_memory) if gpus else None, "as_json": as_json}
+    how["existing"] = _existing(new, overwrite, fresh)
+    with contextlib.nullcontext() if dry_run else StopFlag() as stop:  # before torch is imported, which takes seconds
+        if source:
+            from slope_cli.train.branch import branch
+            from slope_cli.train.starts import goes_on
+
+            begun = run if goes_on(run, how["existing"]) else None
+            recipe, how["implied"] = branch(source, begun, with_optimizer=with_optimizer)
+        _train(recipe, overrides, run, stop, **how)
+
+
+def linearize(
+    init: Model,
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
+    out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
+    dry_run: DryRun = False,
+    new: New = False,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a trained model's attention into linear attention.
+
+    It becomes window softmax plus linear attention with a state of fixed size. Each layer first learns its own softmax
+    attention's output; then low-rank adapters are trained on text. Weights, dense or sparse, stay as they are. To
+    resume after a stop, run the same command again.
+    """
+    existing = _existing(new, overwrite, fresh)
+    with StopFlag() as stop:
+        from slope_cli.train.init import linearize_overrides
+        from slope_cli.train.starts import goes_on
+
+        run = out or Path("runs") / f"{init.resolve().name}-linear"
+        implied = linearize_overrides(init, recipe, run if goes_on(run, existing) else None)
+        _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, existing=existing, as_json=as_json)
+
+
+def _existing(new: bool, overwrite: bool, fresh: bool) -> Literal["resume", "refuse", "replace"]:
+    """What a start does with a run in its folder."""
+    if fresh:
+        print("warning: --fresh is now --new; until version 0.3 it still works", file=sys.stderr)
+    if (new or fresh) and overwrite:
+        raise UsageError("--new and --overwrite: choose one; --new refuses a run that --overwrite replaces")
+    return "replace" if overwrite else "refuse" if new or fresh else "resume"
+
+
+def _train(
+    recipe: str,
+    overrides: list[str],
+    run: Path,
+    stop: StopFlag | None,
+    implied: Sequence[str] = (),
+    *,
+    dry_run: bool,
+    gpus: tuple[int, float] | None = None,
+    existing: Literal["resume", "refuse", "replace"],
+    as_json: bool,
+) -> None:
+    """Train, or describe, a recipe with the overrides that the command implies and those of the user."""
+    ranks = one_of_several()
+    config = configs.load(recipe, [*implied, *overrides])
+    if ranks.first:
+        for line in configs.without_effect(config, overrides):
+            print(f"warning: {line}", file=sys.stderr)
+    usual = configs.load_with_usual_rates(recipe, [*implied, *overrides])
+    if dry_run:
+        from slope_cli.train import advice
+        from slope_cli.train.dry_run import describe
+
+        advice.warn(config, advice.prepared_data(config), usual)
+        print_result(*describe(config, gpus), as_json)
+        return
+    from slope_cli.train import loop
+    from slope_cli.train.summary import report_lines
+
+    if summary := loop.pretrain(config, run, existing=existing, stop=stop, usual=usual):  # empty on ranks other than 0
+        print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
+
+
+def finetune(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A BERT run, or an exported one.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the official files; default: the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
+    batch: Annotated[int | None, typer.Option(min=1, help="Default: 32 (SQuAD 24).")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384).")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a BERT on GLUE or SQuAD v1.1.
+
+    It is evaluated on dev; masks stay fixed.
+    """
+    from slope_cli.finetune import train as tuning
+
+    result = tuning.finetune(
+        folder, task, data=data, out=out, epochs=epochs, lr=lr, batch=batch, seq_len=seq_len, seed=seed
+    )
+    print_result(result, tuning.report_lines(result), as_json)
+
+
+def compare(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")
+    ],
+    runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
+    methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; comma-separated.")] = "",
+    variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; may be repeated.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "1",
+    lrs: Annotated[str, typer.Option(help="Comma-separated learning rates; each variant shows its best.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the result.")] = Path("compare"),
+    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs.")] = 1,
+    shard: Annotated[str | None, typer.Option(help="I/N, I from 1: only this share of the runs; no files.")] = None,
+    allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare variants of a recipe, trained on the same data.
+
+    To resume after a stop, run the same command again; finished runs are not trained again. With --shard 1/N to N/N
+    the tasks of a job array train them; then the same command without --shard compares them.
+    """
+    with StopFlag() as stop:
+        from slope_cli.compare import results as comparing
+        from slope_cli.compare import table
+        from slope_cli.compare.variants import numbers
+
+        if runs:
+            result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
+        else:
+            names = [name for name in methods.split(",") if name]
+            how: dict[str, Any] = {"out": out, "methods": names, "extra": variant or [], "jobs": jobs, "shard": shard}
+            how |= {"seeds": numbers("--seeds", seeds, int), "lrs": numbers("--lrs", lrs, float), "stop": stop}
+            result = comparing.compare(arguments[0], arguments[1:], **how, allow_different=allow_different)
+    if as_json:
+        print_result(asdict(result), [], as_json)
+    else:
+        table.document(result).show()
+    if failed := len(result.failures):
+        raise SlopeError(f"{failed} of {failed + len(result.runs)} runs failed; see the table")
