@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from slope_cli.checkpoint import base_model, load, peft, run_folder
-from slope_cli.config.schema import Config, LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
+from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
 from slope_cli.linearize import saved
 from slope_cli.linearize.cache import LinearWindowCache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from slope_cli.checkpoint import load
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError, did_you_mean
 from slope_cli.inference.decoder import Block, Decoder
 from slope_cli.inference.products import DenseLinear

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import slope_cli
 from slope_cli.commands import data, inference, inspection, measuring, training
+from slope_cli.config.command import KeyCommand
 from slope_cli.distributed import peers
 from slope_cli.distributed.signals import STOPPED
 from slope_cli.errors import SlopeError, one_line
@@ -54,7 +55,7 @@ data_app.command("prepare")(data.prepare)
 data_app.command("info")(data.info)
 app.add_typer(data_app, name="data")
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=KeyCommand)(_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -47,16 +47,17 @@ def os_reason(error: OSError) -> str:
 def did_you_mean(unknown: str, known: Iterable[str], listed: str = "") -> str:
     """A hint for an unknown name: the closest known ones; if none is close all of them, or where they are listed."""
     names = list(known)
-    lowered = {name.lower(): name for name in reversed(names)}
-    near = difflib.get_close_matches(unknown.lower(), lowered, n=3)
+    near = nearest(unknown, names)
+    return f"did you mean {' or '.join(near)}?" if near else listed or f"known are {', '.join(names)}"
+
+
+def nearest(unknown: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The names that are closest to an unknown one, at most three; none that is less like it than `cutoff`, of 1."""
+    lowered = {name.lower(): name for name in reversed(list(known))}
+    near = difflib.get_close_matches(unknown.lower(), lowered, n=3, cutoff=cutoff)
     # Further names only if they are about as close as the closest.
     ratios = [difflib.SequenceMatcher(None, unknown.lower(), name).ratio() for name in near]
-    near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
-    return (
-        f"did you mean {' or '.join(lowered[name] for name in near)}?"
-        if near
-        else listed or f"known are {', '.join(names)}"
-    )
+    return [lowered[name] for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
 
 
 def is_utf8(text: str) -> bool:

@@ -20,7 +20,7 @@ from slope_cli.benchmarks.records import BenchResults, DecodeRow, LinearizeResul
 from slope_cli.benchmarks.timing import Timing
 from slope_cli.checkpoint import base_model, run_folder
 from slope_cli.config import configs
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize import saved
 from slope_cli.linearize.swap import linear_windows

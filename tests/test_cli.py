@@ -149,11 +149,11 @@ def test_a_misspelt_command_is_met_with_the_right_one() -> None:
         (["gpt2-smal"], "gpt2-smal: no recipe of this name; did you mean gpt2-small"),
         (["gpt2-nano", "train.steps"], "train.steps: is not KEY=VALUE"),
         (["sparsity.n=2:4"], "sparsity.n: 2:4 would be read as a base-60 number; say sparsity.n=2 sparsity.m=4"),
-        (["train.steps=1e5"], "train.steps: Value '100000.0' of type 'float' could not be converted to Integer"),
+        (["train.steps=1e5"], "train.steps=100000.0: must be a whole number, such as train.steps=10000"),
         (["train.steps=0"], "train.steps=0: must be positive"),
         (["train.seed=99999999999999999999"], "train.seed=99999999999999999999: must be 0 or more and below 2^63"),
         (["train.device=meta"], "train.device=meta: choose auto, cpu, cuda or cuda:N"),
-        (["optim.betas=[0.9]"], "optim.betas: needs two numbers, such as [0.9, 0.95]"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9]: must be two numbers, such as optim.betas=[0.9, 0.999]"),
         (["model.name=gpt2-smal"], "unknown model 'gpt2-smal'; did you mean gpt2-small"),
         (["model.overrides.n_layr=2"], "model gpt2-nano has no setting 'n_layr'; did you mean n_layer"),
         (["model.overrides.n_head=3"], "model gpt2-nano: 3 attention heads do not divide the width 128"),
@@ -445,3 +445,29 @@ def test_eval_and_finetune_print_what_they_found(tmp_path: Path) -> None:
     tuned = slope("finetune", trained("bert-base"), "SST-2", *words)
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["settings"]["task"] == "SST-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--train.steps", "10"), "--train.steps: is no option; a key is written without dashes: train.steps=10"),
+        (("--train.steps=10",), "--train.steps: is no option; a key is written without dashes: train.steps=10"),
+        (
+            ("--train.seq-len", "4"),
+            "--train.seq-len: is no option; a key is written without dashes: ",
+        ),
+        (("--lr", "1e-3"), "--lr: is no option; a key is written without dashes: optim.lr=1e-3"),
+        (("--steps", "--dry-run"), "--steps: is no option; a key is written without dashes: train.steps=VALUE"),
+    ],
+)
+@pytest.mark.parametrize("command", [("pretrain", "gpt2-nano"), ("linearize", "runs/x"), ("compare", "gpt2-nano")])
+def test_a_key_written_as_an_option_is_answered_with_the_word(
+    command: tuple[str, ...], words: tuple[str, ...], hint: str
+) -> None:
+    code, out, err = slope(*command, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {hint}")
+
+
+def test_a_wrong_option_is_still_one() -> None:
+    assert "No such option: --dry" in slope("pretrain", "gpt2-nano", "--dry").err

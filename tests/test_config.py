@@ -233,8 +233,8 @@ def test_an_interpolation_is_refused_wherever_a_config_is_read(value: str, tmp_p
         ("optim.lr=fast", "optim.lr"),
         ("optim.lr=[1]", "optim.lr"),
         ("optim.betas=3", "optim.betas"),
-        ("optim.betas=[0.9]", "optim.betas: needs two numbers"),
-        ("optim.betas=[0.9, 0.95, 0.99]", "optim.betas: needs two numbers"),
+        ("optim.betas=[0.9]", "optim.betas=["),
+        ("optim.betas=[0.9, 0.95, 0.99]", "optim.betas=["),
         ("optim.betas.0=0.5", ""),
         ("optim=3", "optim"),
         ("train=null", "train"),
@@ -247,6 +247,45 @@ def test_an_interpolation_is_refused_wherever_a_config_is_read(value: str, tmp_p
 )
 def test_a_wrong_type_is_refused(word: str, key: str) -> None:
     assert refused(word).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("train.steps=abc", "train.steps=abc: must be a whole number, such as train.steps=10000"),
+        ("train.steps=1.5", "train.steps=1.5: must be a whole number, such as train.steps=10000"),
+        ("train.steps.x=1", "train.steps.x=1: must be a whole number, such as train.steps=10000"),
+        ("train.steps=null", "train.steps=null: must be a whole number, such as train.steps=10000"),
+        ("optim.betas=[a, b]", "optim.betas=['a', 'b']: must be two numbers, such as optim.betas=[0.9, 0.999]"),
+        ("optim.betas=[1]", "optim.betas=[1]: must be two numbers, such as optim.betas=[0.9, 0.999]"),
+        ("data.verify=maybe", "data.verify=maybe: must be true or false, such as data.verify=false"),
+        ("train.compile=3", "train.compile=3: must be true, false or auto, such as train.compile=false"),
+        ("model.dropout=x", "model.dropout=x: must be a number or null, such as model.dropout=0.1"),
+        ("sparsity.exclude_modules=x", "sparsity.exclude_modules=x: must be a list of texts, such as "),
+        ("sparsity.pattern_overrides.a=3", "sparsity.pattern_overrides.a=3: must be a mapping, such as "),
+        ("adapters.start=500", "adapters.start=500.0: is a share of the run, which must lie between 0 and 1"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_plain_words(word: str, sentence: str) -> None:
+    assert refused(word).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("lr=1e-3", "optim.lr or adapters.lr"),
+        ("steps=10", "train.steps"),
+        ("step=10", "train.steps"),
+        ("trian.steps=10", "train.steps"),
+        ("trian.step=10", "train.steps"),
+        ("optimm.lr=3", "optim.lr"),
+        ("optim.steps=10", "train.steps"),
+        ("model.override.n_layer=2", "model.overrides"),
+        ("opitm=3", "optim"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_whole_key(word: str, key: str) -> None:
+    assert refused(word) == f"{word.partition('=')[0]}: unknown key; did you mean {key}?"
 
 
 @pytest.mark.parametrize("word", ["train.steps", "=3", ""])

@@ -1,7 +1,9 @@
 """`slope config` and docs/config.md explain every key of the schema, and are what the schema says."""
 
 import re
+import shlex
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,41 @@ def test_every_key_has_a_meaning_a_type_in_words_and_a_default_in_yaml() -> None
         assert re.fullmatch(r".{10,}\.", key.meaning), key
         assert not re.search(r"[|\[\]]|\b(str|int|bool|float|None|dict)\b", key.type), key
         yaml.safe_load(key.default.partition(" (")[0])
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_an_example_sets_its_key_to_another_value(name: str, tmp_path: Path) -> None:
+    (word,) = shlex.split(KEYS[name].example)
+    method = name.partition(".")[0]
+    needs = [f"method={method}", "linearize.window=32"] if method == "linearize" else [f"method={method}"]
+    needs = needs if method in METHODS else []
+    needs += ["model.init=runs/first"] * (name == "model.init_optimizer")
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("train: {tokens_per_step: 1024, micro_batch: 8, seq_len: 128}\n")
+
+    def value(*words: str) -> object:
+        return attrgetter(name)(configs.load(str(recipe), [*needs, *words]))
+
+    assert value(word) != (64 if name == "linearize.window" else value())
+
+
+def test_every_choice_and_no_other_word_is_taken() -> None:
+    for name, key in KEYS.items():
+        if key.facts.choices and name not in ("method", "linearize.feature_map", "linearize.kind"):
+            method = name.partition(".")[0]
+            of_method = [f"method={method}"] if method in METHODS else []
+            for choice in key.facts.choices:
+                configs.load("gpt2-nano", [*of_method, f"{name}={choice}"])
+            rule = re.escape(f"{name}=other: choose one of {', '.join(key.facts.choices)}")
+            with pytest.raises(UsageError, match=rf"^{rule}$"):
+                configs.load("gpt2-nano", [*of_method, f"{name}=other"])
+
+
+def test_a_key_has_a_unit_or_choices_if_it_is_a_number() -> None:
+    for key in KEYS.values():
+        if "number" in key.type and key.name != "train.seed":
+            assert key.facts.unit, key.name
+        assert not (key.facts.unit and key.facts.choices)
 
 
 def test_every_section_has_a_line() -> None:
@@ -73,11 +110,25 @@ def test_a_section_is_explained_with_all_its_keys() -> None:
     assert out.startswith("The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    adamw, or lamb")
     keys = [name for name in KEYS if name.startswith("optim.")]
     assert re.findall(r"^(optim\.\w+): ", out, flags=re.MULTILINE) == keys
-    assert len(out.splitlines()) == 2 + 2 * len(keys)
+    units = sum(bool(KEYS[name].facts.unit) + bool(KEYS[name].facts.choices) for name in keys)
+    assert len(out.splitlines()) == 2 + 3 * len(keys) + units
 
 
 def test_a_key_is_explained() -> None:
-    assert slope("config", "optim.lr") == (0, "optim.lr: number; default 0.0006\n    Peak learning rate.\n", "")
+    assert slope("config", "optim.lr").out.splitlines() == [
+        "optim.lr: number; default 0.0006",
+        "    Peak learning rate.",
+        "    unit: a learning rate",
+        "    example: optim.lr=1e-3",
+    ]
+    assert slope("config", "optim.schedule").out.splitlines()[2:] == [
+        "    choices: cosine, linear, polynomial, constant",
+        "    example: optim.schedule=linear",
+    ]
+    share = "    unit: below 1 a share of "
+    assert slope("config", "optim.warmup").out.splitlines()[2] == f"{share}the run, else steps"
+    assert slope("config", "adapters.warmup").out.splitlines()[2] == f"{share}the adapters' steps, else steps"
+    assert slope("config", "adapters.rank").out.splitlines()[2] == f"{share}each layer's smaller side, else the rank"
     assert slope("config", "sparsity.mask").out.startswith(
         "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How the first masks are chosen"
     )
@@ -91,7 +142,7 @@ def test_a_key_is_explained() -> None:
     [
         ("optim.lrr", "did you mean optim.lr?"),
         ("opitm", "did you mean optim?"),
-        ("lr", "did you mean adapters.lr or optim.lr?"),
+        ("lr", "did you mean optim.lr or adapters.lr?"),
         ("window", "did you mean linearize.window?"),
         ("train.step", "did you mean train.steps?"),
         ("log.zzz", "known are log.every, log.val_every, "),
@@ -111,8 +162,8 @@ def test_the_page_is_fresh() -> None:
     assert PAGE.read_text() == reference.markdown(), f"run python -m slope_cli.config.reference > {PAGE}"
 
 
-def test_the_page_has_a_row_of_four_cells_for_every_key() -> None:
+def test_the_page_has_a_row_of_six_cells_for_every_key() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", reference.markdown(), flags=re.MULTILINE)
     assert [name for name, _ in rows] == [*METHODS, *(name for name in KEYS if name != "method")]
     for name, cells in rows:
-        assert len(re.split(r"(?<!\\)\|", cells)) == (1 if name in METHODS else 3)
+        assert len(re.split(r"(?<!\\)\|", cells)) == (1 if name in METHODS else 5)

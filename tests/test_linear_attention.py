@@ -13,7 +13,7 @@ from support.models import attend_as_defined
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import leading_padding
 from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend, weights_of
 from slope_cli.linearize.linear_window import LinearWindow

@@ -21,7 +21,7 @@ from support.models import (
 )
 from torch import Tensor
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.swap import (
@@ -327,7 +327,7 @@ def test_what_was_saved_of_another_model_is_refused() -> None:
         ({"feature_map": "hegdehog"}, "choose one of hedgehog, t2r"),
         ({"feature_map": "softmax"}, "feature_map=softmax: choose one of hedgehog, t2r"),
         ({"mix": 1.0}, "mix=1.0: must be above 0 and below 1"),
-        ({"window_dropout": 1.5}, "window_dropout=1.5: must lie between 0 and 1"),
+        ({"window_dropout": 1.5}, "window_dropout=1.5: is a probability, which must lie between 0 and 1"),
         ({"keep_softmax": [2]}, "there is no layer 2; the model's are 0 to 1"),
         ({"keep_softmax": [0, 1]}, "none would be linearized"),
     ],

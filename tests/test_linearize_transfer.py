@@ -13,7 +13,7 @@ from support.models import CAUSAL, FORMS, SHAPES, left_padded, linearized, posit
 from torch import Tensor
 from torch.nn import functional as F
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import layer_loss, transfer_losses

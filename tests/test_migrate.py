@@ -155,7 +155,7 @@ def test_null_is_the_default(method: str, old: str, new: str, default: str, tmp_
 
 
 def test_null_of_a_key_that_has_a_value_today_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^slope.mask_update_interval: "):
+    with pytest.raises(UsageError, match=r"^slope.mask_update_interval=null: must be a whole number"):
         configs.load("gpt2-nano", ["slope.mask_update_interval=null"])
 
 

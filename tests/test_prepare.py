@@ -582,7 +582,7 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     assert prepared([text], out).fingerprint == first.fingerprint
     assert tree(out) == before
     assert not (out / ".parts").exists()
-    with pytest.raises(UsageError, match="a finished data set made with other val_fraction"):
+    with pytest.raises(UsageError, match="a finished data set made with another --val-fraction"):
         prepared([text], out, val_fraction=0.1)
     os.utime(text, (1, 1))
     with pytest.raises(UsageError, match="a finished data set made with other inputs"):
@@ -595,7 +595,7 @@ def test_an_unfinished_folder_that_is_made_from_something_else(tmp_path: Path, b
     (tmp_path / "bad.jsonl").write_bytes(lines(["good"]) + b"{")
     with pytest.raises(UsageError, match=r"bad\.jsonl:2: not a JSON line"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out", chunking=chunking)
-    with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
+    with pytest.raises(UsageError, match="an unfinished preparation made with another --tokenizer;"):
         prepared([tmp_path / "bad.jsonl"], tmp_path / "out", chunking=chunking, tokenizer=bpe_folder)
     (tmp_path / "out/.parts/plan.json").write_text("{")
     with pytest.raises(SlopeError, match=r"damaged.*delete the folder"):
@@ -802,11 +802,11 @@ def test_shards_of_other_settings_are_refused_before_there_is_a_part(tmp_path: P
     (tmp_path / "x.txt").write_text("text")
     sharded("2/2", [tmp_path / "x.txt"], tmp_path / "out")
     before = tree(tmp_path / "out")
-    with pytest.raises(UsageError, match="an unfinished preparation made with other tokenizer, tokenizer_sha256"):
+    with pytest.raises(UsageError, match="an unfinished preparation made with another --tokenizer;"):
         sharded("1/2", [tmp_path / "x.txt"], tmp_path / "out", tokenizer=bpe_folder)
     assert tree(tmp_path / "out").items() >= before.items()
     prepared([tmp_path / "x.txt"], tmp_path / "out", tokenizer=bpe_folder)
-    with pytest.raises(UsageError, match="a finished data set made with other tokenizer"):
+    with pytest.raises(UsageError, match="a finished data set made with another --tokenizer"):
         sharded("1/2", [tmp_path / "x.txt"], tmp_path / "out")
 
 

@@ -113,10 +113,17 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
     assert all(len(line.split()) > 5 for line in listed)
     assert slope("recipes", "gpt2-small").out == configs.recipe_text("gpt2-small")
     copy = tmp_path / "mine.yaml"
-    assert slope("recipes", "gpt2-small", "--copy", copy) == (0, "", "")
+    assert slope("recipes", "--copy", "gpt2-small", copy) == (0, "", "")
     assert configs.load(str(copy)) == configs.load("gpt2-small")
     again = slope("recipes", "gpt2-small", "--copy", copy)
     assert again == (2, "", f"error: {copy}: already exists; choose another file\n")
+
+
+@pytest.mark.parametrize("words", [("--copy",), ("--copy", "mine.yaml"), ("gpt2-small", "mine.yaml")])
+def test_a_copy_needs_a_recipe_and_a_file(words: tuple[str, ...]) -> None:
+    code, out, err = slope("recipes", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: to copy a recipe: slope recipes --copy NAME FILE")
 
 
 def scripts() -> dict[str, str]:

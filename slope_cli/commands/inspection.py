@@ -14,20 +14,23 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe.")] = None,
-    copy: Annotated[Path | None, typer.Option(help="Write it to this new file instead.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="With --copy: the new file.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Write recipe NAME to FILE, to start one of your own.")] = False,
 ) -> None:
-    """List the recipes, or print one."""
+    """List the recipes, print one, or copy one: slope recipes --copy NAME FILE."""
+    if copy != (file is not None):
+        raise UsageError("to copy a recipe: slope recipes --copy NAME FILE, such as --copy gpt2-small mine.yaml")
     if name is None:
         for recipe in configs.recipe_names():
             print(f"{recipe:24}{configs.recipe_text(recipe).splitlines()[0].lstrip('# ')}")
         return
     text = configs.recipe_text(name)
-    if copy is None:
+    if file is None:
         print(text, end="")
-    elif copy.exists():
-        raise UsageError(f"{copy}: already exists; choose another file")
+    elif file.exists():
+        raise UsageError(f"{file}: already exists; choose another file")
     else:
-        copy.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 def config(

@@ -122,9 +122,12 @@ def _train(
     if ranks.first:
         for line in configs.without_effect(config, overrides):
             print(f"warning: {line}", file=sys.stderr)
+    usual = configs.load_with_usual_rates(recipe, [*implied, *overrides])
     if dry_run:
+        from slope_cli.train import advice
         from slope_cli.train.dry_run import describe
 
+        advice.warn(config, advice.prepared_data(config), usual)
         print_result(*describe(config, gpus), as_json)
         return
     from slope_cli.data.dataset import WrongDataError
@@ -132,7 +135,7 @@ def _train(
     from slope_cli.train.summary import report_lines
 
     try:
-        summary = loop.pretrain(config, run, existing=existing, stop=stop)
+        summary = loop.pretrain(config, run, existing=existing, stop=stop, usual=usual)
     except WrongDataError as error:
         known = configs.recipe_data(recipe)
         raise WrongDataError(f"{error}; {recipe} is for: {known}" if known else str(error)) from error

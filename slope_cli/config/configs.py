@@ -21,9 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slope_cli.config.migrate import migrate
-from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config, Section
-from slope_cli.config.values import Flat, flat, from_recipe, from_word, is_text, may_be_null, refuse_special
-from slope_cli.errors import UsageError, did_you_mean, os_reason
+from slope_cli.config.schema import AUTO, FREE_KEYS, METHODS, MICRO_BATCH, Config
+from slope_cli.config.section import Section
+from slope_cli.config.values import (
+    Flat,
+    flat,
+    from_recipe,
+    from_word,
+    is_text,
+    known_keys,
+    may_be_null,
+    refuse_special,
+    type_rule,
+    unknown_key,
+)
+from slope_cli.errors import UsageError, did_you_mean, first_line, os_reason
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -90,6 +102,11 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         with _one_line(""):
             tree = _merge(tree, _current(keys, method, ""))
     return _config(tree)
+
+
+def load_with_usual_rates(recipe: str, overrides: Sequence[str]) -> Config:
+    """As `load`, but for overrides of learning rates."""
+    return load(recipe, [word for word in overrides if not any(key.endswith("lr") for key in parse_override(word))])
 
 
 def load_saved(path: Path) -> Config:
@@ -197,6 +214,27 @@ def defaults() -> Mapping[str, Any]:
 
 
 def _merge(config: DictConfig, keys: Flat) -> DictConfig:
+    """The configuration with these keys; UsageError for an unknown key or a value of a wrong type."""
+    try:
+        return _merged(config, keys)
+    except (OmegaConfBaseException, TypeError, ValueError):
+        for key, value in keys.items():  # omegaconf does not always name the wrong one
+            with _named(key, value):
+                _merged(config, {key: value})
+        raise
+
+
+@contextlib.contextmanager
+def _named(key: str, value: Any) -> Iterator[None]:
+    """Turn omegaconf's refusal of a key into a plain sentence."""
+    try:
+        yield
+    except (OmegaConfBaseException, TypeError, ValueError):
+        known = any(f"{key}.".startswith(f"{own}.") for own in known_keys())
+        raise UsageError(type_rule(key, value) if known else unknown_key(key)) from None
+
+
+def _merged(config: DictConfig, keys: Flat) -> DictConfig:
     tree: dict[str, Any] = {}
     for key, value in keys.items():
         if known := _keys(key.split(".")):
@@ -211,7 +249,7 @@ def _merge(config: DictConfig, keys: Flat) -> DictConfig:
 
 @contextlib.contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Turn errors of omegaconf and YAML into one line: the file, the full key, the problem and a similar key."""
+    """Turn errors into one line that begins with the file."""
     try:
         yield
     except UsageError as error:
@@ -222,20 +260,7 @@ def _one_line(where: str) -> Iterator[None]:
     except RecursionError:
         raise UsageError(f"{where}is nested too deeply") from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise UsageError(f"{where}{_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    first = str(error).strip().splitlines()[0].removesuffix(".")
-    full_key = str(getattr(error, "full_key", None) or "")
-    if first.startswith("TupleConfig length"):  # omegaconf names no key here; only one has such a type
-        return "optim.betas: needs two numbers, such as [0.9, 0.95]"
-    if not full_key or "not in" not in first:
-        return f"{full_key}: {first}" if full_key else first
-    parents = full_key.split(".")[:-1]
-    known = [".".join([*parents, name]) for name in _keys(parents)]
-    known = [key for key in defaults() if key.endswith(f".{full_key}")] or known  # lr for optim.lr
-    return f"{full_key}: unknown key; {did_you_mean(full_key, known)}"
+        raise UsageError(f"{where}{first_line(error).removesuffix('.')}") from None
 
 
 def _keys(parents: Sequence[str]) -> list[str]:

@@ -3,69 +3,61 @@
 import ast
 import functools
 import inspect
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import yaml
 
-from slope_cli.config import schema
 from slope_cli.config.configs import container, defaults
-from slope_cli.config.schema import AUTO, METHODS, Config, Section, SparsityConfig
-from slope_cli.config.values import flat
-from slope_cli.errors import UsageError, did_you_mean
-
-TYPES = {
-    "str": "text",
-    "int": "whole number",
-    "float": "number",
-    "bool": "true or false",
-    "bool | str": "true, false or auto",
-    "tuple[float, float]": "two numbers",
-    "list[str]": "list of texts",
-    "list[int]": "list of whole numbers",
-    "list[list[int]]": "list of lists of whole numbers",
-    "dict[str, Any]": "mapping",
-    "dict[str, list[int]]": "mapping",
-}
-"""The names of types in the reference, by annotation."""
+from slope_cli.config.schema import AUTO, METHODS, Config, SparsityConfig
+from slope_cli.config.section import Facts, Section, facts_of
+from slope_cli.config.values import flat, type_in_words, unknown_key
+from slope_cli.errors import UsageError
 
 
 class Key(NamedTuple):
-    """A key: its full name, its type as in TYPES, its default as YAML, and its meaning."""
+    """A key: its full name, its type in words, its default as YAML, its meaning, and its `Facts`."""
 
     name: str
     type: str
     default: str
     meaning: str
+    facts: Facts
+
+    @property
+    def example(self) -> str:
+        """The key with another value than its default, as a word of a shell's command line."""
+        return shlex.quote(f"{self.name}={self.facts.example}")
 
 
 def sections() -> Mapping[str, tuple[str, list[Key]]]:
     """The docstring and the keys of each section, in order; "" stands for keys outside of sections."""
-    module = ast.parse(inspect.getsource(schema))
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-    documented: dict[str, tuple[str, list[Key]]] = {"": ("", list(_keys(classes["Config"], "")))}
+    documented: dict[str, tuple[str, list[Key]]] = {"": ("", list(_keys(Config, "")))}
     for field in fields(Config):
-        section = getattr(Config(), field.name)
-        if isinstance(section, Section):
-            node = classes[type(section).__name__]
-            documented[field.name] = ast.get_docstring(node) or "", list(_keys(node, f"{field.name}."))
+        section = type(getattr(Config(), field.name))
+        if issubclass(section, Section):
+            documented[field.name] = inspect.getdoc(section) or "", list(_keys(section, f"{field.name}."))
     return documented
 
 
-def _keys(node: ast.ClassDef, prefix: str) -> Iterator[Key]:
-    """The annotated fields of a class that are not sections, each with the string below it."""
+def _keys(section: type, prefix: str) -> Iterator[Key]:
+    """The fields of a class that are not sections, each with the string below it."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    facts = facts_of(section)
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        annotation, name = ast.unparse(statement.annotation), f"{prefix}{statement.target.id}"
-        if annotation.endswith("Config"):
+        if statement.target.id not in facts:
             continue
-        kind = TYPES[annotation.removesuffix(" | None")] + (" or null" if annotation.endswith(" | None") else "")
+        name, own = f"{prefix}{statement.target.id}", facts[statement.target.id]
         documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         meaning = inspect.cleandoc(str(following.value.value)) if documented else ""  # type: ignore[union-attr]
         auto = f"; auto is {AUTO[name]}." if name in AUTO else ""
-        yield Key(name, kind, _default(name), " ".join(meaning.split()).removesuffix("." * bool(auto)) + auto)
+        meaning = " ".join(meaning.split()).removesuffix("." * bool(auto)) + auto
+        yield Key(name, type_in_words(name), _default(name), meaning, own)
 
 
 def _default(name: str) -> str:
@@ -109,25 +101,24 @@ def explain(query: str | None) -> list[str]:
     everything = {key.name: key for _, keys in documented.values() for key in keys}
     if query in everything:
         return [*_lines(everything[query]), *(methods if query == "method" else [])]
-    section, _, name = query.partition(".")
-    if same := [key for key in everything if key.endswith(f".{name or section}")]:
-        hint = f"did you mean {' or '.join(same)}?"
-    elif name and section in names:
-        hint = did_you_mean(query, [key.name for key in documented[section][1]])
-    else:
-        hint = did_you_mean(section, ["method", *names])
-    raise UsageError(f"{query}: unknown key; {hint}")
+    raise UsageError(unknown_key(query))
 
 
 def _lines(key: Key) -> list[str]:
-    return [f"{key.name}: {key.type}; default {key.default}", f"    {key.meaning}"]
+    about = [f"{key.name}: {key.type}; default {key.default}", f"    {key.meaning}"]
+    about += [f"    choices: {', '.join(key.facts.choices)}"] if key.facts.choices else []
+    about += [f"    unit: {key.facts.unit}"] if key.facts.unit else []
+    return [*about, f"    example: {key.example}"]
 
 
 def markdown() -> str:
     """The text of docs/config.md."""
     lines = ["# Configuration", ""]
-    lines += ["Every key with its type, default and meaning. If the default depends on the method, those of other"]
-    lines += ["methods are in brackets. A recipe is YAML with these keys; on the command line they are KEY=VALUE."]
+    lines += ["Every key with its type, default, meaning, and choices or unit if it has any. If the default depends on"]
+    lines += [
+        "the method, those of other methods are in brackets. A recipe is YAML with these keys; on the command line"
+    ]
+    lines += ["they are KEY=VALUE, as in the examples."]
     lines += ["`slope config KEY` prints the same, and `slope pretrain RECIPE --dry-run` the values of a run."]
     lines += ["", "This page is generated by `python -m slope_cli.config.reference`."]
     lines += ["", "## method", "", "| method | what it trains |", "|---|---|"]
@@ -135,9 +126,11 @@ def markdown() -> str:
     for name, (text, keys) in sections().items():
         if not name:
             continue
-        lines += ["", f"## {name}", "", text, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += ["", f"## {name}", "", text, ""]
+        lines += ["| key | type | default | meaning | choices or unit | example |", "|---|---|---|---|---|---|"]
         for key in keys:
-            cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.meaning)
+            values = ", ".join(f"`{choice}`" for choice in key.facts.choices) or key.facts.unit
+            cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.meaning, values, f"`{key.example}`")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

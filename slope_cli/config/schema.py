@@ -1,19 +1,20 @@
 """The configuration of a run as dataclasses: every key with its type, default, meaning and check.
 
-`sparsity` holds the keys that all sparse methods share; a section named after a method holds the keys that only this
-method reads. slope_cli.methods defines what a method does in each step. `slope config KEY` and docs/config.md print the
-docstring under a key. A value out of range is a UsageError that says what to set.
+`sparsity` holds the keys that all sparse methods share; a section named after a method, in slope_cli.config.methods,
+holds the keys that only this method reads. slope_cli.methods defines what a method does in each step. `slope config
+KEY` and docs/config.md print the docstring under a key. A value out of range is a UsageError that says what to set.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from slope_cli.config.methods import FstConfig, LinearizeConfig, SlopeConfig, SrSteConfig
+from slope_cli.config.section import Section, setting, switch
 from slope_cli.errors import UsageError
 
 METHODS: Mapping[str, str] = {
@@ -44,60 +45,25 @@ MLP = "mlp"
 """The entry of sparsity.target_modules that stands for the feed-forward layers of any family."""
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take."""
-FEATURE_MAPS = ("hedgehog", "t2r")
-
-
-class Section:
-    """A part of the configuration."""
-
-    def check(self, config: Config) -> None:
-        """For a method's own section: UsageError if its values conflict with other sections."""
-
-    def unused(self, config: Config) -> dict[str, str]:
-        """Keys of this section that have no effect in this configuration, each with the cause as KEY=VALUE."""
-        return {}
-
-    def _all(self, because: str) -> dict[str, str]:
-        return dict.fromkeys(vars(self), because)
-
-    def _need(self, ok: bool, key: str, rule: str) -> None:
-        if not ok:
-            section = next(f.name for f in fields(Config) if f.default_factory is type(self))
-            raise UsageError(f"{section}.{key}={getattr(self, key)}: {rule}")
-
-    def _one_of(self, key: str, *choices: object) -> None:
-        self._need(getattr(self, key) in choices, key, f"choose one of {', '.join(map(str, choices))}")
-
-    def _positive(self, *keys: str) -> None:
-        for key in keys:
-            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) > 0, key, "must be positive")
-
-    def _not_negative(self, *keys: str) -> None:
-        for key in keys:
-            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) >= 0, key, "must be 0 or more")
-
-    def _share(self, *keys: str) -> None:
-        for key in keys:
-            self._need(0 <= getattr(self, key) <= 1, key, "must lie between 0 and 1")
 
 
 @dataclass(kw_only=True)
-class ModelConfig(Section):
+class ModelConfig(Section, section="model"):
     """The model, and the weights that it starts from."""
 
-    name: str = "gpt2-nano"
+    name: str = setting("gpt2-nano", example="gpt2-small")
     """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
-    init: str | None = None
+    init: str | None = setting(None, example="runs/gpt2-small")
     """A run (RUN, or RUN@STEP for an older checkpoint), or a folder of `slope export` or transformers, whose weights
     initialize this run; null: random."""
-    init_optimizer: bool = False
+    init_optimizer: bool = switch(False)
     """Begin with the optimizer's state of the run model.init, too."""
-    dropout: float | None = None
+    dropout: float | None = setting(None, unit="a probability", example="0.1")
     """The rate of every dropout in the model; null for the shape's own rates."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = setting({}, example="{n_layer: 6}")
     """Fields of the transformers config to change, for example {n_layer: 6}."""
 
-    def __post_init__(self) -> None:
+    def _check_values(self) -> None:
         if self.dropout is not None:
             self._need(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
         rule = "needs model.init, a run whose optimizer it is"
@@ -108,45 +74,45 @@ class ModelConfig(Section):
 
 
 @dataclass(kw_only=True)
-class DataConfig(Section):
+class DataConfig(Section, section="data"):
     """The training text."""
 
-    path: str = EMBEDDED
+    path: str = setting(EMBEDDED, example="data/openwebtext")
     """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
-    verify: bool = True
+    verify: bool = switch(True)
     """Hash every token file before training (about 2 GB/s), but for those that an earlier start of this run has hashed
     and whose size, times and inode are still the same."""
-    local_copy: str | None = None
+    local_copy: str | None = setting(None, example="/scratch/tokens")
     """A folder on each node's own disk to which the token files are copied first, once a node and for all runs on the
     same data, such as $SLURM_TMPDIR; where it has no room, a warning is shown, and data.path is read."""
 
 
 @dataclass(kw_only=True)
-class SparsityConfig(Section):
+class SparsityConfig(Section, section="sparsity"):
     """The keys that all sparse methods share."""
 
-    n: int = 2
+    n: int = setting(2, unit="weights", example="1")
     """The weights kept of every sparsity.m consecutive ones in a row of a weight matrix."""
-    m: int = 4
+    m: int = setting(4, unit="weights", example="8")
     """See sparsity.n."""
-    pattern_overrides: dict[str, list[int]] = field(default_factory=dict)
+    pattern_overrides: dict[str, list[int]] = setting({}, example="{12-23: [2, 8]}")
     """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
-    target_modules: list[str] = field(default_factory=list)
+    target_modules: list[str] = setting([], example="[mlp]")
     """Regular expressions for the names of the layers that become sparse, or "mlp" for the feed-forward layers; [] for
     every layer that can be sparse, or with method=fst for [mlp]."""
-    exclude_modules: list[str] = field(default_factory=list)
+    exclude_modules: list[str] = setting([], example="[c_proj]")
     """Regular expressions for the names of further layers that stay dense."""
-    mask: str | None = None
+    mask: str | None = setting(None, "magnitude", "random", "wanda", example="random")
     """How the first masks are chosen: magnitude (of the weights), random, or wanda (magnitude times the norm of the
     inputs); null for the method's default."""
-    calibration: int = 32
+    calibration: int = setting(32, unit="sequences", example="128")
     """Training sequences from which sparsity.mask=wanda computes the norms of the inputs."""
-    start: float = 0.0
+    start: float = setting(0.0, unit="a share of the run", example="0.5")
     """The share of the run after which the layers become sparse."""
-    backend: str = "auto"
+    backend: str = setting("auto", "auto", "cusparselt", "dense", "reference")
     """The backend of 2:4 matrix products on a GPU: cusparselt, dense or reference (plain torch)."""
 
-    def __post_init__(self) -> None:
+    def _check_values(self) -> None:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
         self._need(0 < self.n < self.m, "n", f"{rule}, and sparsity.m is {self.m}")
         for blocks, nm in self.pattern_overrides.items():
@@ -155,8 +121,6 @@ class SparsityConfig(Section):
                 raise UsageError(f"{key}={nm}: {rule}")
             if not 0 < nm[0] < nm[1]:
                 raise UsageError(f"{key}={nm}: 0 < N < M; {rule}")
-        self._one_of("mask", None, "magnitude", "random", "wanda")
-        self._one_of("backend", "auto", "cusparselt", "dense", "reference")
         self._share("start")
         self._positive("calibration")
         for key in ("target_modules", "exclude_modules"):
@@ -173,161 +137,33 @@ class SparsityConfig(Section):
 
 
 @dataclass(kw_only=True)
-class SlopeConfig(Section):
-    """method=slope: double-pruned layers (SLoPe, arXiv 2405.16325)."""
-
-    before: str = "dense"
-    """What the layers are until sparsity.start: dense, or sr_ste (under a mask that follows the weights)."""
-    rescale: bool = False
-    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
-    mask_update_interval: int = 1
-    """Steps between two updates of the backward mask, which prunes W^R again to W^{R,C}; 0 for none."""
-    backward_mask: str = "magnitude"
-    """How the backward mask is chosen: magnitude, or random at each update."""
-    backward_rescale: bool = False
-    """Scale the input gradient by the ratio of norms of W^R and W^{R,C}."""
-    decay: float = 6e-6
-    """With slope.before=sr_ste, until sparsity.start: this times the pruned weights is added to their gradient."""
-
-    def __post_init__(self) -> None:
-        self._one_of("before", "dense", "sr_ste")
-        self._one_of("backward_mask", "magnitude", "random")
-        self._not_negative("mask_update_interval", "decay")
-
-    def unused(self, config: Config) -> dict[str, str]:
-        if not config.sparsity.start:
-            return dict.fromkeys(("before", "decay"), "sparsity.start=0")
-        return {} if self.before == "sr_ste" else {"decay": "slope.before=dense"}
-
-
-@dataclass(kw_only=True)
-class SrSteConfig(Section):
-    """method=sr_ste: dense weights under a mask that follows them (arXiv 2102.04010)."""
-
-    mask_update_interval: int = 1
-    """Steps between two updates of the masks; 0 for none."""
-    decay: float = 6e-6
-    """This times the pruned weights is added to their gradient."""
-
-    def __post_init__(self) -> None:
-        self._not_negative("mask_update_interval", "decay")
-
-
-@dataclass(kw_only=True)
-class FstConfig(Section):
-    """method=fst: transposable masks, unbiased pruning of the output's gradient, a dense end (arXiv 2404.01847)."""
-
-    mask_update_interval: int = 40
-    """Steps between two updates of the masks; 0 for none."""
-    decay: float = 6e-6
-    """This times the pruned weights is added to their gradient."""
-    dense_finish: float = 0.17
-    """The share of the run, at its end, that is dense."""
-
-    def __post_init__(self) -> None:
-        self._not_negative("mask_update_interval", "decay")
-        self._share("dense_finish")
-
-    def check(self, config: Config) -> None:
-        s = config.sparsity
-        rule = "fst searches transposable masks up to 4: sparsity.m=4, no sparsity.pattern_overrides"
-        s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
-
-
-@dataclass(kw_only=True)
-class LinearizeConfig(Section):
-    """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs, arXiv 2410.10254)."""
-
-    window: int = 64
-    """Tokens that softmax attention sees, including the token itself; the linear branch sees the earlier ones."""
-    kind: str = "standard"
-    """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
-    feature_map: str = "hedgehog"
-    """hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r, phi(x) = relu(xW + b)."""
-    features: int | None = None
-    """Columns of a head's W; null for as many features as the head has dimensions, and in hedgehog 32 at least."""
-    mix: float = 0.1
-    """The weight of the window against the linear branch at the start, between 0 and 1."""
-    keep_softmax: list[int] = field(default_factory=list)
-    """Indices, from 0, of the layers that keep softmax attention."""
-    transfer: float = 0.5
-    """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
-    transfer_lr: float = 1e-2
-    """Peak learning rate of the feature maps and mix factors in the transfer."""
-    adjust_maps: bool = False
-    """Keep training feature maps and mix factors along with the adapters, at the adapters' learning rate."""
-    mse_weight: float = 1000.0
-    """Weight, in the transfer's loss, of the squared error of a layer's output."""
-    entropy_weight: float = 0.0
-    """Weight, in the transfer's loss, of the cross-entropy of a layer's attention weights."""
-    window_dropout: float = 0.0
-    """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
-    work alone."""
-    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
-    """The projections that get adapters, some of q, k, v, o."""
-    distill: float = 0.0
-    """The share of the adapters' loss that is the divergence from the softmax model's predictions; the rest is the
-    cross-entropy of the text."""
-
-    def __post_init__(self) -> None:
-        self._positive("window", "transfer_lr", "mse_weight")
-        self._one_of("kind", "standard", "terrace")
-        self._one_of("feature_map", *FEATURE_MAPS)
-        if self.features is not None:
-            self._positive("features")
-        self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
-        self._share("transfer", "window_dropout", "distill")
-        self._not_negative("entropy_weight")
-        known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
-        self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
-
-    def check(self, config: Config) -> None:
-        length, terrace = config.train.seq_len, self.kind == "terrace"
-        limit = f"{'half of ' * terrace}train.seq_len={length}"
-        rule = f"must be below {limit}, or the linear branch has nothing to learn"
-        self._need(self.window * (1 + terrace) < length, "window", rule)
-        rule = "method=linearize runs without CUDA graphs"
-        config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
-        config.train.cuda_graph = False
-
-    def unused(self, config: Config) -> dict[str, str]:
-        if self.transfer == 0:
-            return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
-        if self.transfer == 1:
-            return dict.fromkeys(("targets", "adjust_maps", "distill"), "linearize.transfer=1")
-        return {} if config.adapters.rank else {"targets": "adapters.rank=0"}
-
-
-@dataclass(kw_only=True)
-class AdapterConfig(Section):
+class AdapterConfig(Section, section="adapters"):
     """The low-rank adapters of method=slope and method=linearize."""
 
-    rank: float = 0.0156
+    rank: float = setting(0.0156, unit="below 1 a share of each layer's smaller side, else the rank", example="16")
     """The rank: a whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
-    start: float = 0.99
+    start: float = setting(0.99, unit="a share of the run", example="0.9")
     """The share of the run after which adapters are added; with method=linearize that is linearize.transfer instead."""
-    init: str = "lora"
+    init: str = setting("lora", "lora", "gaussian")
     """lora: A is uniform, the scaling 1; gaussian, as in the SLoPe paper's code: A is normal, the scaling 1 / rank. B
     begins as 0."""
-    alpha: float | None = None
+    alpha: float | None = setting(None, unit="a factor, before it is divided by the rank", example="32")
     """The output of an adapter is scaled by alpha / rank; null for the scaling of adapters.init."""
-    lr: float | None = None
+    lr: float | None = setting(None, unit="a learning rate", example="1e-3")
     """Peak learning rate of the adapters; null for optim.lr."""
-    schedule: str = "own"
+    schedule: str = setting("own", "own", "run")
     """own: the adapters go through the whole schedule in their own steps; run: their learning rate is the run's in each
     step, times adapters.lr / optim.lr."""
-    warmup: float = 0.1
+    warmup: float = setting(0.1, unit="below 1 a share of the adapters' steps, else steps", example="20")
     """Linear warm-up with adapters.schedule=own: a share of the adapters' steps if below 1, else a number of steps."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, unit="a factor, times the learning rate in each step", example="0.1")
     """Decoupled weight decay of the adapters."""
 
-    def __post_init__(self) -> None:
+    def _check_values(self) -> None:
         self._not_negative("rank", "warmup", "weight_decay")
         whole_or_share = self.rank < 1 or float(self.rank).is_integer()
         self._need(whole_or_share, "rank", "must be a whole number or a share below 1")
         self._share("start")
-        self._one_of("init", "lora", "gaussian")
-        self._one_of("schedule", "own", "run")
         for key in ("alpha", "lr"):
             if getattr(self, key) is not None:
                 self._positive(key)
@@ -345,34 +181,32 @@ class AdapterConfig(Section):
 
 
 @dataclass(kw_only=True)
-class OptimConfig(Section):
+class OptimConfig(Section, section="optim"):
     """The optimizer and the learning rate."""
 
-    name: str = "adamw"
+    name: str = setting("adamw", "adamw", "lamb")
     """adamw, or lamb (You et al. 2020) for very large batches."""
-    lr: float = 6e-4
+    lr: float = setting(6e-4, unit="a learning rate", example="1e-3")
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = setting((0.9, 0.95), unit="two shares below 1", example="[0.9, 0.999]")
     """Decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, unit="the size of a gradient", example="1e-6")
     """Added to the denominator of an update."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, unit="a factor, times the learning rate in each step", example="0.01")
     """Decoupled weight decay; on matrices only, never on biases and norms."""
-    schedule: str = "cosine"
+    schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant")
     """How the learning rate falls after the warm-up: cosine, linear, polynomial or constant."""
-    warmup: float = 0.01
+    warmup: float = setting(0.01, unit="below 1 a share of the run, else steps", example="200")
     """Linear warm-up: a share of the run if below 1, else a number of steps."""
-    min_lr: float = 0.1
+    min_lr: float = setting(0.1, unit="a share of the peak", example="0")
     """The learning rate of the last step, as a share of the peak."""
-    power: float = 0.5
+    power: float = setting(0.5, unit="an exponent", example="1")
     """Exponent of the polynomial schedule."""
-    clip: float = 1.0
+    clip: float = setting(1.0, unit="a norm", example="0")
     """Maximum norm of the gradient; 0 for no clipping."""
 
-    def __post_init__(self) -> None:
-        self._one_of("name", "adamw", "lamb")
+    def _check_values(self) -> None:
         self._positive("lr", "eps", "power")
-        self._one_of("schedule", "cosine", "linear", "polynomial", "constant")
         self._share("min_lr")
         self._not_negative("warmup", "weight_decay", "clip")
         self._need(all(0 <= b < 1 for b in self.betas), "betas", "must be at least 0 and below 1")
@@ -389,40 +223,38 @@ class OptimConfig(Section):
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(Section, section="train"):
     """Steps, batches, and how they are computed."""
 
-    steps: int = 1000
+    steps: int = setting(1000, unit="steps", example="10000")
     """Optimizer steps of the run. Of a run that has begun, more of them extend it."""
-    extended: list[list[int]] = field(default_factory=list)
+    extended: list[list[int]] = setting([], unit="steps", example="[[500, 500]]")
     """Written when a run is extended: [step, train.steps until then] for each time. What had begun by that step stays
     where it was; what had not, and the learning rate, follow the new length."""
-    tokens_per_step: int = 524_288
+    tokens_per_step: int = setting(524_288, unit="tokens", example="65536")
     """Tokens of one optimizer step; a multiple of train.micro_batch * train.seq_len."""
-    micro_batch: int = 8
+    micro_batch: int = setting(8, unit="sequences", example="4")
     """Sequences in one forward pass of one GPU; how many are accumulated follows from train.tokens_per_step."""
-    seq_len: int = 1024
+    seq_len: int = setting(1024, unit="tokens", example="64")
     """Tokens of a sequence."""
-    precision: str = "auto"
+    precision: str = setting("auto", "auto", "bf16", "fp32")
     """The precision of products: bf16 (autocast; weights and optimizer stay float32) or fp32."""
-    device: str = "auto"
+    device: str = setting("auto", example="cuda:1")
     """Where the run is trained: cpu, cuda or cuda:N."""
-    compile: bool | str = "auto"
+    compile: bool | str = switch("auto")
     """Compile each transformer block and the loss, in attention transfer the loss of each layer."""
-    cuda_graph: bool | str = "auto"
+    cuda_graph: bool | str = switch("auto")
     """Replay each step from CUDA graphs."""
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = setting("none", "none", "block", "selective")
     """Activations to compute again in the backward pass, for less memory: none; block, all of each transformer block;
     selective, all but the outputs of its matrix products and of attention."""
-    seed: int = 1
+    seed: int = setting(1, example="2")
     """The seed of weights, masks, data order and dropout."""
-    deterministic: bool = False
+    deterministic: bool = switch(False)
     """Refuse kernels whose results differ from run to run."""
 
-    def __post_init__(self) -> None:
+    def _check_values(self) -> None:
         self._positive("steps", "tokens_per_step", "micro_batch", "seq_len")
-        self._one_of("precision", "auto", "bf16", "fp32")
-        self._one_of("activation_checkpointing", "none", "block", "selective")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         self._need(known, "device", "choose auto, cpu, cuda or cuda:N")
         for key in ("compile", "cuda_graph"):
@@ -461,48 +293,46 @@ class TrainConfig(Section):
 
 
 @dataclass(kw_only=True)
-class DistributedConfig(Section):
+class DistributedConfig(Section, section="distributed"):
     """A run of several processes, each with a GPU of its own."""
 
-    layout: str = "auto"
+    layout: str = setting("auto", "auto", "ddp", "fsdp", "hsdp")
     """ddp: every GPU has the whole state; fsdp: it is split over all GPUs; hsdp: over groups of them that do the same
     work; auto: the fastest that fits in a GPU's memory, see `slope pretrain --dry-run --gpus N`."""
-    gather: str = "auto"
+    gather: str = setting("auto", "auto", "step", "block")
     """How long FSDP keeps the weights that it gathered: block, for a block's forward or backward pass (least memory),
     or step (least communication)."""
-    rendezvous_timeout: float = 300.0
+    rendezvous_timeout: float = setting(300.0, unit="seconds", example="600")
     """Seconds in which all processes must have started."""
 
-    def __post_init__(self) -> None:
-        self._one_of("layout", "auto", "ddp", "fsdp", "hsdp")
-        self._one_of("gather", "auto", "step", "block")
+    def _check_values(self) -> None:
         self._positive("rendezvous_timeout")
 
 
 @dataclass(kw_only=True)
-class LogConfig(Section):
+class LogConfig(Section, section="log"):
     """Logging, validation, sampling and checkpoints."""
 
-    every: int = 10
+    every: int = setting(10, unit="steps", example="100")
     """Steps between two progress lines if standard error is not a terminal."""
-    val_every: int = 250
+    val_every: int = setting(250, unit="steps", example="1000")
     """Steps between validations; 0 for one at the end alone."""
-    val_tokens: int = 262_144
+    val_tokens: int = setting(262_144, unit="tokens", example="1000000")
     """Validation tokens of each source, at most."""
-    sample_every: int = 1000
+    sample_every: int = setting(1000, unit="steps", example="5000")
     """Steps between text samples; 0 for one at the end alone."""
-    sample_prompt: str = "The "
+    sample_prompt: str = setting("The ", example="Once upon a time")
     """The prompt of the samples."""
-    sample_tokens: int = 100
+    sample_tokens: int = setting(100, unit="tokens", example="50")
     """Tokens of a sample."""
-    save_every: int = 500
+    save_every: int = setting(500, unit="steps", example="1000")
     """Steps between checkpoints; 0 for one at the end alone."""
-    keep: int = 2
+    keep: int = setting(2, unit="checkpoints", example="5")
     """The number of newest checkpoints to keep."""
-    tensorboard: bool = True
+    tensorboard: bool = switch(True)
     """Mirror the metrics to TensorBoard files."""
 
-    def __post_init__(self) -> None:
+    def _check_values(self) -> None:
         self._positive("every", "val_tokens", "sample_tokens")
         self._not_negative("val_every", "sample_every", "save_every")
         self._need(self.keep >= 2, "keep", "keep at least 2, in case one is damaged")
@@ -512,7 +342,7 @@ class LogConfig(Section):
 class Config:
     """The whole configuration; values that follow from other keys are filled in."""
 
-    method: str = "slope"
+    method: str = setting("slope", *METHODS)
     """What is trained; see `slope config method`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

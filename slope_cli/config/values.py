@@ -13,11 +13,26 @@ import yaml
 from omegaconf import OmegaConf
 
 from slope_cli.config.migrate import migrate
-from slope_cli.config.schema import Config, Section
-from slope_cli.errors import UsageError, is_utf8
+from slope_cli.config.schema import Config
+from slope_cli.config.section import Facts, Section, facts_of
+from slope_cli.errors import UsageError, is_utf8, nearest
 
 Flat = dict[str, Any]
 """Full keys and their values."""
+TYPES: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    bool | str: "true, false or auto",
+    tuple[float, float]: "two numbers",
+    list[str]: "list of texts",
+    list[int]: "list of whole numbers",
+    list[list[int]]: "list of lists of whole numbers",
+    dict[str, Any]: "mapping",
+    dict[str, list[int]]: "mapping",
+}
+"""The types of keys in words."""
 _TEXT, _MAP, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "null"))
 
 
@@ -65,6 +80,56 @@ def is_text(key: str) -> bool:
 def may_be_null(key: str) -> bool:
     """Whether a key of type text may be null."""
     return _kind(key) is not str
+
+
+@functools.cache
+def known_keys() -> Mapping[str, Facts]:
+    """Every full key, a mapping as one, and its facts."""
+    sections = (
+        kind for kind in get_type_hints(Config).values() if isinstance(kind, type) and issubclass(kind, Section)
+    )
+    of_sections = {f"{each.section}.{name}": own for each in sections for name, own in facts_of(each).items()}
+    return {**facts_of(Config), **of_sections}
+
+
+def near_keys(word: str) -> list[str]:
+    """The whole keys that are nearest to an unknown one."""
+    section, _, name = word.rpartition(".")
+    keys = list(known_keys())
+    if same := [key for key in keys if key.endswith(f".{name}")]:  # lr for optim.lr
+        return nearest(word, same, cutoff=0)
+    if own := [key for key in keys if section and key.startswith(f"{section}.")]:
+        return nearest(word, own)
+    written = {key if section else key.rpartition(".")[2]: key for key in reversed(keys)}
+    return [written[each] for each in nearest(word, written)]
+
+
+def unknown_key(word: str) -> str:
+    """A line about an unknown key, with the nearest whole keys, or the known ones of its section, or all sections."""
+    keys, section = list(known_keys()), word.rpartition(".")[0]
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    if near := near_keys(word) or nearest(word, sections if "." not in word else ()):
+        return f"{word}: unknown key; did you mean {' or '.join(near)}?"
+    known = [key for key in keys if key.startswith(f"{section}.")] or sections
+    return f"{word}: unknown key; known are {', '.join(known)}; see `slope config`"
+
+
+def type_rule(key: str, value: Any) -> str:
+    """That a key, or one below it, must have its type and not this value."""
+    own = next(own for own in known_keys() if f"{key}.".startswith(f"{own}."))
+    kind = type_in_words(own)
+    article = "a " if kind.startswith(("whole", "number", "list", "mapping")) else ""
+    written = "null" if value is None else value
+    return f"{key}={written}: must be {article}{kind}, such as {own}={known_keys()[own].example}"
+
+
+def type_in_words(key: str) -> str:
+    """The type of a key, such as "whole number or null"."""
+    kind = _kind(key)
+    if kind in TYPES:
+        return TYPES[kind]
+    (own,) = (own for own in TYPES if kind == own | None)
+    return f"{TYPES[own]} or null"
 
 
 def refuse_special(keys: Mapping[str, Any]) -> None:

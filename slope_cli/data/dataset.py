@@ -21,6 +21,8 @@ VERIFIED = "verified.json"
 SETTLED_NS = 2_000_000_000
 """The age from which a file's times tell: a change within the same tick of the clock leaves them as they were."""
 UNFINISHED = ".parts"
+LARGE_SHARE = 0.25
+"""Of a source's tokens as validation text: above it there is a warning unless it was asked for."""
 NO_VALIDATION = (
     "only a source of two segments or more (documents, or parts of at most 16,384 characters of a long one) "
     "has some: combine short files into one source as NAME=FOLDER, or prepare more text"
@@ -204,6 +206,19 @@ def write_manifest(folder: Path, files: Sequence[TokenFile], made_from: dict[str
         "plan": made_from,
     }
     write_sealed(folder / MANIFEST, manifest)
+
+
+def largely_held_out(dataset: Dataset) -> list[str]:
+    """A line for each source of which validation takes far more than its share, because it has few segments."""
+    share, lines = float(dataset.made_from.get("val_fraction", 0)), []
+    for train in dataset.train:
+        val = dataset.val.get(train.header.source)
+        held_out = val.header.tokens / (val.header.tokens + train.header.tokens) if val else 0
+        if held_out > max(LARGE_SHARE, 2 * share):
+            of = f"holds out {held_out:.0%} of its tokens for validation, where --val-fraction is {share:g}"
+            advice = "join short files to one source as NAME=FOLDER, or prepare more text"
+            lines.append(f"{dataset.folder}: source {train.header.source} {of}: it has few segments; {advice}")
+    return lines
 
 
 def show(dataset: Dataset) -> None:

@@ -22,7 +22,15 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from slope_cli.data.dataset import MANIFEST, NO_VALIDATION, UNFINISHED, Dataset, open_dataset, write_manifest
+from slope_cli.data.dataset import (
+    MANIFEST,
+    NO_VALIDATION,
+    UNFINISHED,
+    Dataset,
+    largely_held_out,
+    open_dataset,
+    write_manifest,
+)
 from slope_cli.data.folders import some
 from slope_cli.data.formats import UTF_8
 from slope_cli.data.sources import DEFAULT_CHUNKING, Chunking, Input, find_inputs, read_segments
@@ -40,6 +48,16 @@ if TYPE_CHECKING:
 
 
 LISTED_INPUTS = 1000
+PLAN_IN_WORDS = {
+    "inputs": "other inputs",
+    "tokenizer": "another --tokenizer",
+    "tokenizer_sha256": "another --tokenizer",
+    "text_key": "another --text-key",
+    "val_fraction": "another --val-fraction",
+    "cut": "another version of slope, which cuts texts elsewhere",
+    "begin": "another version of slope, which begins texts otherwise",
+}
+"""What the keys of a plan are to its reader."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,7 @@ def _outcome(dataset: Dataset, is_new: bool, seconds: float) -> Iterator[str]:
         return
     if dataset.made_from["val_fraction"] and not dataset.val:
         yield f"{dataset.folder}: has no validation text; {NO_VALIDATION}"
+    yield from (f"warning: {line}" for line in largely_held_out(dataset))
     tokens = sum(file.header.tokens for file in (*dataset.train, *dataset.val.values()))
     yield f"prepared: {tokens:,} tokens in {seconds:.1f} s"
 
@@ -324,10 +343,9 @@ def _require_same(out: Path, old: dict[str, Any], new: dict[str, Any], what: str
     if isinstance(listed := old.get("inputs"), list):  # any number of them, by an earlier version
         old = old | {"inputs": _listing(listed)}
     if differing := [key for key in new if old.get(key) != new[key]]:
-        raise UsageError(
-            f"{out}: contains {what} made with other {', '.join(differing)}; "
-            f"repeat that command, choose another folder, or delete this one"
-        )
+        others = ", ".join(dict.fromkeys(PLAN_IN_WORDS[key] for key in differing))
+        advice = "repeat that command, choose another folder, or delete this one"
+        raise UsageError(f"{out}: contains {what} made with {others}; {advice}")
 
 
 def _chunks(work: _Work, check: Callable[[], None]) -> Iterator[Chunk]:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.swap import added_state, linearize_attention, load_added_state
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache
 from slope_cli.linearize.linear_attention import BRANCHES, Branch

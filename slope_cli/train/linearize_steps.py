@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.sharding import Sharding
-from slope_cli.errors import SlopeError
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.loss import Batch, Loss, forward, kl_divergence, loss_fn
-from slope_cli.train.step import MaskUpdate, Step, StepOutput, compile_blocks
+from slope_cli.train.step import MaskUpdate, NonFinite, Step, StepOutput, compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -60,7 +59,7 @@ class TransferStep(Step):
             mask_update: ignored; no mask changes here.
 
         Raises:
-            SlopeError: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
+            NonFinite: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
         """
         sums: Any = 0
         for batch in batches:
@@ -74,7 +73,8 @@ class TransferStep(Step):
         for name, *values in zip(layers, *table, strict=True):
             if not all(map(math.isfinite, values)):
                 self.optimizer.zero_grad(set_to_none=True)
-                raise SlopeError(f"the loss or gradient of {name} is not finite; nothing was updated")
+                text = f"the loss or gradient of {name} is not finite; nothing was updated"
+                raise NonFinite("loss or gradient", text)
         if self.clip:
             for linear, norm in zip(layers.values(), norms_L, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(linear.parameters(), self.clip, norm)

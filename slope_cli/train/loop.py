@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from slope_cli.checkpoint import load, replaced, run_folder, store
 from slope_cli.checkpoint.background import Saver
@@ -37,11 +37,11 @@ from slope_cli.models import shapes
 from slope_cli.models.build import build_model
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
-from slope_cli.train import init, starts
+from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.length import length_lines
-from slope_cli.train.make_step import make_step, products_dtype
+from slope_cli.train.make_step import kernels_of, make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.sample import sample_text
@@ -51,11 +51,16 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from sparse_kernels import adapters_of, backends, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, kernel_choices, sparse_layers
 
 
 def pretrain(
-    config: Config, run: Path, *, existing: run_folder.Existing = "resume", stop: StopFlag | None = None
+    config: Config,
+    run: Path,
+    *,
+    existing: run_folder.Existing = "resume",
+    stop: StopFlag | None = None,
+    usual: Config | None = None,
 ) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
@@ -63,6 +68,7 @@ def pretrain(
         existing: what to do with a run in the folder: resume it, refuse it, or replace it by a new one. The start of
             a requeued job always goes on with the run that this job has started.
         stop: an open flag, which may have caught earlier signals; by default one is opened here.
+        usual: see `advice.warnings_of`.
 
     Returns:
         The last validation record, with `bigram_loss` if the vocabulary is small; for a run that linearizes also the
@@ -92,6 +98,7 @@ def pretrain(
             group.agreed(lambda: replaced.require_seen(run))
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
+            group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
         summary = group.first(lambda: summarize(run, trainer.dataset))
         return summary if ranks.first else {}
@@ -230,7 +237,7 @@ class Trainer:
         try:
             output = self.take_step(self.batches.of_step(step), update)
         except SlopeError as error:
-            raise SlopeError(f"step {step + 1}: {error}") from None
+            raise SlopeError(advice.after_failure(error, self.phase, step)) from None
         self.step += 1
         return output, lr
 
@@ -247,7 +254,7 @@ class Trainer:
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
         if start is not None:
             start.step(seconds)
-        if note_kernels and (kernels := _kernels(self.model)):
+        if note_kernels and (kernels := kernels_of(self.model)):
             log.write("products", self.step, **kernels)
             progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
@@ -430,13 +437,6 @@ class Trainer:
             rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
             if not 0 < length < room:
                 raise UsageError(f"log.sample_prompt: {rule}")
-
-
-def _kernels(model: PreTrainedModel) -> dict[str, int]:
-    """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
-    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
-    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
-    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}
 
 
 def _due(step: int, every: int) -> bool:

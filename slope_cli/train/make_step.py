@@ -17,6 +17,7 @@ from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
 from slope_cli.train.step import Step
+from sparse_kernels import backends
 
 
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -82,3 +83,10 @@ def _graphed(config: Config, device: torch.device, sharding: Sharding | None, co
     if train.cuda_graph is True and reason:
         raise UsageError(f"train.cuda_graph=true: {reason}")
     return train.cuda_graph is not False and not reason
+
+
+def kernels_of(model: PreTrainedModel) -> dict[str, int]:
+    """How many products of sparse layers run in cuSPARSELt, and how many dense; empty without a GPU."""
+    choices = [choice for layer in backends(model) for choice in (layer.forward, layer.input_grad) if choice]
+    counts = {"cusparselt": sum(choice.sparse for choice in choices)}
+    return {**counts, "dense": len(choices) - counts["cusparselt"]} if choices else {}

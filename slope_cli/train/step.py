@@ -58,6 +58,14 @@ class StepOutput(NamedTuple):
         return {"mse": self.loss, "grad_norm": self.norm, "total": self.total, **each}
 
 
+class NonFinite(SlopeError):
+    """A step's loss or gradient, which is `what`, is not finite."""
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(text)
+        self.what = what
+
+
 class MaskUpdate(NamedTuple):
     """How masks are updated after a step.
 
@@ -114,7 +122,7 @@ class Step:
             mask_update: made after the weights' update; None for none.
 
         Raises:
-            SlopeError: loss or gradient is not finite; names the layer. Nothing was updated.
+            NonFinite: loss or gradient is not finite; names the layer. Nothing was updated.
         """
         targets = self.targets(batches)
         losses = torch.zeros(2, device=self.model.device)
@@ -211,11 +219,13 @@ class Step:
         losses = self.group.mean_(losses.float())
         output = StepOutput(*torch.cat([losses, norm.float().reshape(1)]).tolist())
         if not math.isfinite(output.total):
-            raise SlopeError(self._blame(self._blame_forward(batches), "the loss is not finite, in the mean alone"))
+            blame = self._blame(self._blame_forward(batches), "the loss is not finite, in the mean alone")
+            raise NonFinite("loss", blame)
         if not math.isfinite(output.norm):
             if self.group.several and self.sharding is None:
                 self._repeat_alone(batches)
-            raise SlopeError(self._blame(self._blame_gradient(), "the gradient is not finite, in the mean alone"))
+            blame = self._blame(self._blame_gradient(), "the gradient is not finite, in the mean alone")
+            raise NonFinite("gradient", blame)
         return output
 
     def _blame(self, fault: str, otherwise: str) -> str:
@@ -259,8 +269,9 @@ class Step:
         bad = [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
         if self.group.several and not bad:
             return ""
-        where = bad[-1] if bad else "the norm alone"
-        return f"the gradient of {where} is not finite ({len(bad)} in all)"
+        if not bad:
+            return "every gradient is finite, but so large that their norm is not"
+        return f"the gradient of {bad[-1]} is not finite ({len(bad)} in all)"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slope_cli.benchmarks import linearize_decoding
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.models.build import model_config
 
 # What Inductor imports when it compiles for the first time.

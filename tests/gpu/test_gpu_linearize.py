@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slope_cli.checkpoint.load import load_model
 from slope_cli.config import configs
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.data.prepare import prepare
 from slope_cli.linearize.linear_attention import Pattern
 from slope_cli.linearize.linear_window import LinearWindow

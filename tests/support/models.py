@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope_cli.config.schema import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.linear_attention import Maps, Pattern
 from slope_cli.linearize.swap import linear_windows, linearize_attention
 from slope_cli.models.build import build_model, model_config

@@ -1,0 +1,135 @@
+"""The sections of the configuration that one method alone reads, each named after its method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slope_cli.config.section import Section, setting, switch
+
+if TYPE_CHECKING:
+    from slope_cli.config.schema import Config
+
+FEATURE_MAPS = ("hedgehog", "t2r")
+
+
+@dataclass(kw_only=True)
+class SlopeConfig(Section, section="slope"):
+    """method=slope: double-pruned layers (SLoPe, arXiv 2405.16325)."""
+
+    before: str = setting("dense", "dense", "sr_ste")
+    """What the layers are until sparsity.start: dense, or sr_ste (under a mask that follows the weights)."""
+    rescale: bool = switch(False)
+    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
+    mask_update_interval: int = setting(1, unit="steps", example="100")
+    """Steps between two updates of the backward mask, which prunes W^R again to W^{R,C}; 0 for none."""
+    backward_mask: str = setting("magnitude", "magnitude", "random")
+    """How the backward mask is chosen: magnitude, or random at each update."""
+    backward_rescale: bool = switch(False)
+    """Scale the input gradient by the ratio of norms of W^R and W^{R,C}."""
+    decay: float = setting(6e-6, unit="a factor", example="2e-4")
+    """With slope.before=sr_ste, until sparsity.start: this times the pruned weights is added to their gradient."""
+
+    def _check_values(self) -> None:
+        self._not_negative("mask_update_interval", "decay")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if not config.sparsity.start:
+            return dict.fromkeys(("before", "decay"), "sparsity.start=0")
+        return {} if self.before == "sr_ste" else {"decay": "slope.before=dense"}
+
+
+@dataclass(kw_only=True)
+class SrSteConfig(Section, section="sr_ste"):
+    """method=sr_ste: dense weights under a mask that follows them (arXiv 2102.04010)."""
+
+    mask_update_interval: int = setting(1, unit="steps", example="100")
+    """Steps between two updates of the masks; 0 for none."""
+    decay: float = setting(6e-6, unit="a factor", example="2e-4")
+    """This times the pruned weights is added to their gradient."""
+
+    def _check_values(self) -> None:
+        self._not_negative("mask_update_interval", "decay")
+
+
+@dataclass(kw_only=True)
+class FstConfig(Section, section="fst"):
+    """method=fst: transposable masks, unbiased pruning of the output's gradient, a dense end (arXiv 2404.01847)."""
+
+    mask_update_interval: int = setting(40, unit="steps", example="100")
+    """Steps between two updates of the masks; 0 for none."""
+    decay: float = setting(6e-6, unit="a factor", example="2e-4")
+    """This times the pruned weights is added to their gradient."""
+    dense_finish: float = setting(0.17, unit="a share of the run", example="0.1")
+    """The share of the run, at its end, that is dense."""
+
+    def _check_values(self) -> None:
+        self._not_negative("mask_update_interval", "decay")
+        self._share("dense_finish")
+
+    def check(self, config: Config) -> None:
+        s = config.sparsity
+        rule = "fst searches transposable masks up to 4: sparsity.m=4, no sparsity.pattern_overrides"
+        s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
+
+
+@dataclass(kw_only=True)
+class LinearizeConfig(Section, section="linearize"):
+    """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs, arXiv 2410.10254)."""
+
+    window: int = setting(64, unit="tokens", example="32")
+    """Tokens that softmax attention sees, including the token itself; the linear branch sees the earlier ones."""
+    kind: str = setting("standard", "standard", "terrace")
+    """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
+    feature_map: str = setting("hedgehog", *FEATURE_MAPS)
+    """hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r, phi(x) = relu(xW + b)."""
+    features: int | None = setting(None, unit="features of a head", example="128")
+    """Columns of a head's W; null for as many features as the head has dimensions, and in hedgehog 32 at least."""
+    mix: float = setting(0.1, unit="a share, above 0 and below 1", example="0.5")
+    """The weight of the window against the linear branch at the start, between 0 and 1."""
+    keep_softmax: list[int] = setting([], unit="layers, from 0", example="[0, 1]")
+    """Indices, from 0, of the layers that keep softmax attention."""
+    transfer: float = setting(0.5, unit="a share of the run", example="0.6")
+    """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
+    transfer_lr: float = setting(1e-2, unit="a learning rate", example="1e-3")
+    """Peak learning rate of the feature maps and mix factors in the transfer."""
+    adjust_maps: bool = switch(False)
+    """Keep training feature maps and mix factors along with the adapters, at the adapters' learning rate."""
+    mse_weight: float = setting(1000.0, unit="a factor", example="1")
+    """Weight, in the transfer's loss, of the squared error of a layer's output."""
+    entropy_weight: float = setting(0.0, unit="a factor", example="1")
+    """Weight, in the transfer's loss, of the cross-entropy of a layer's attention weights."""
+    window_dropout: float = setting(0.0, unit="a probability", example="0.1")
+    """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
+    work alone."""
+    targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
+    """The projections that get adapters, some of q, k, v, o."""
+    distill: float = setting(0.0, unit="a share of the loss", example="0.5")
+    """The share of the adapters' loss that is the divergence from the softmax model's predictions; the rest is the
+    cross-entropy of the text."""
+
+    def _check_values(self) -> None:
+        self._positive("window", "transfer_lr", "mse_weight")
+        if self.features is not None:
+            self._positive("features")
+        self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
+        self._share("transfer", "window_dropout", "distill")
+        self._not_negative("entropy_weight")
+        known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
+        self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
+
+    def check(self, config: Config) -> None:
+        length, terrace = config.train.seq_len, self.kind == "terrace"
+        limit = f"{'half of ' * terrace}train.seq_len={length}"
+        rule = f"must be below {limit}, or the linear branch has nothing to learn"
+        self._need(self.window * (1 + terrace) < length, "window", rule)
+        rule = "method=linearize runs without CUDA graphs"
+        config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
+        config.train.cuda_graph = False
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if self.transfer == 0:
+            return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
+        if self.transfer == 1:
+            return dict.fromkeys(("targets", "adjust_maps", "distill"), "linearize.transfer=1")
+        return {} if config.adapters.rank else {"targets": "adapters.rank=0"}
