@@ -118,6 +118,7 @@ def test_int8_is_close_to_dense() -> None:
     assert weights[1] < 0.7 * weights[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2-nano", "opt-125m", "mistral-7b"])
 def test_all_variants_are_timed_and_a_failing_one_costs_only_itself(name: str) -> None:
     plan = Plan(batches=(1, 3), context=40, prompt=50)

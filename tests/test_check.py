@@ -111,6 +111,7 @@ def test_a_log_of_an_earlier_version_that_lost_lines_is_named_too(damage: str, t
     assert any("no record is left of steps" in fault for fault in check(run)["faults"])
 
 
+@pytest.mark.slow
 def test_each_flipped_bit_of_a_log_is_noticed(tmp_path: Path) -> None:
     """In digits, keys, checksums and line ends."""
     run = copied(trained(), tmp_path)

@@ -329,6 +329,7 @@ def test_when_a_periodic_save_fails_training_goes_on(data: Path, finished: Path,
     assert_same_run(tiny(data), run, finished)
 
 
+@pytest.mark.slow
 def test_when_the_last_save_fails_the_run_fails_and_can_be_done_again(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -578,6 +578,7 @@ def sums(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @NEEDS_LM_EVAL
 def test_a_users_own_group_of_every_kind_of_task(tmp_path: Path) -> None:
     folder, run = sums(tmp_path / "own"), trained("gpt2-nano", WIDE)
@@ -600,6 +601,7 @@ def test_a_users_own_group_of_every_kind_of_task(tmp_path: Path) -> None:
     assert text[-1].startswith("    whole          bits_per_byte ")
 
 
+@pytest.mark.slow
 @NEEDS_LM_EVAL
 def test_every_kind_of_request_is_dealt_to_two_processes(tmp_path: Path) -> None:
     folder, run = sums(tmp_path / "own"), trained("gpt2-nano", WIDE)
@@ -616,6 +618,7 @@ def test_every_kind_of_request_is_dealt_to_two_processes(tmp_path: Path) -> None
     assert bits[0] == pytest.approx(bits[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @NEEDS_LM_EVAL
 def test_lm_evals_own_command_line_scores_a_run_as_slope_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -881,6 +884,7 @@ def _dies_in_a_task(rank: int) -> None:
     HFLM.loglikelihood = lambda *_: os._exit(9) if rank == 1 else time.sleep(60)
 
 
+@pytest.mark.slow
 def test_wrong_words_to_several_processes_are_one_line(tmp_path: Path) -> None:
     for number, (words, end) in enumerate(
         (

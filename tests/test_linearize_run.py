@@ -556,7 +556,9 @@ def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: p
     assert card.startswith("---\nlibrary_name: slope-cli\ntags: [slope, linearized]\n---\n")
     assert "- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps\n" in card
     train = run_folder.open_config(done.run).train
-    assert f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps)\n" in card
+    assert (
+        f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps), in sequences of {train.seq_len}\n" in card
+    )
     assert "- Architecture: llama with vocab_size 272, hidden_size 32, num_hidden_layers 2, " in card
     monkeypatch.chdir(tmp_path / "out")
     found: dict[str, Any] = {}

@@ -175,6 +175,7 @@ print([name for name in sys.modules if name.startswith("slope_cli")])
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_gives_the_runs_text_with_the_plugin_alone() -> None:
     text, kind, modules = python(GENERATE, exported("llama3-8b", "float32")).stdout.splitlines()
     words = ("The ", "--tokens", "8", "--temperature", "0")

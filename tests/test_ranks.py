@@ -258,6 +258,7 @@ def _fails_alone(rank: int) -> None:
         nn.LayerNorm.forward = failing  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_and_says_whose_it_is(tmp_path: Path) -> None:
     ranks = Ranks(2, words(*LONG, out=tmp_path / "run"), tmp_path / "logs", prepare_child=_fails_alone)
     assert ranks.finish(60) == [1, 1]

@@ -355,6 +355,7 @@ def test_what_cannot_be_branched_is_one_line(data: Path, finished: Path, tmp_pat
         pretrain(lamb, tmp_path / "lamb")
 
 
+@pytest.mark.slow
 def test_a_job_branches_once_and_two_processes_do_it_together(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "branch"
     shutil.copytree(run, out)

@@ -17,7 +17,10 @@ def recipes(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="With --copy: the new file.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Write recipe NAME to FILE, to start one of your own.")] = False,
 ) -> None:
-    """List the recipes, print one, or copy one: slope recipes --copy NAME FILE."""
+    """List the recipes, print one, or copy one.
+
+    To copy: slope recipes --copy NAME FILE.
+    """
     if copy != (file is not None):
         raise UsageError("to copy a recipe: slope recipes --copy NAME FILE, such as --copy gpt2-small mine.yaml")
     if name is None:

@@ -169,15 +169,14 @@ class AdapterConfig(Section, section="adapters"):
                 self._positive(key)
 
     def unused(self, config: Config) -> dict[str, str]:
-        linearizes = config.method == "linearize"
-        if config.method != "slope" and not linearizes:
+        if config.method != "slope" and not config.linearizes:
             return self._all(f"method={config.method}")
-        if linearizes and config.linearize.transfer == 1:
+        if config.linearizes and config.linearize.transfer == 1:
             return self._all("linearize.transfer=1")
         if not self.rank:
             return {key: why for key, why in self._all("adapters.rank=0").items() if key != "rank"}
         warmup = {"warmup": "adapters.schedule=run"} if self.schedule == "run" else {}
-        return warmup | ({"start": "method=linearize"} if linearizes else {})
+        return warmup | ({"start": "method=linearize"} if config.linearizes else {})
 
 
 @dataclass(kw_only=True)
@@ -356,6 +355,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def linearizes(self) -> bool:
+        """Whether the run turns a model's attention into linear attention."""
+        return self.method == "linearize"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

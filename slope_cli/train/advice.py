@@ -68,7 +68,7 @@ def _long_warmups(config: Config) -> Iterator[str]:
 
 
 def _late_adapters(config: Config) -> Iterator[str]:
-    steps, linearizes = config.train.steps, config.method == "linearize"
+    steps, linearizes = config.train.steps, config.linearizes
     key = "linearize.transfer" if linearizes else "adapters.start"
     share = config.linearize.transfer if linearizes else config.adapters.start
     if phases_of(config).adapter_step is not None and round(share * steps) >= steps:
@@ -81,7 +81,7 @@ def _unusual_rates(config: Config, usual: Config) -> Iterator[str]:
     followed = config.adapters.lr == config.optim.lr and usual.adapters.lr == usual.optim.lr
     for key, section in sections.items():
         name, own, theirs = key.rpartition(".")[2], getattr(config, section), getattr(usual, section)
-        idle = name in own.unused(config) or (section == "linearize" != config.method)
+        idle = name in own.unused(config) or (section == "linearize" and not config.linearizes)
         if idle or (followed and key == "adapters.lr"):
             continue
         now, then = getattr(own, name), getattr(theirs, name)
