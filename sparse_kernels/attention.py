@@ -28,6 +28,16 @@ def turn(X: Tensor, rotary: Tensor) -> Tensor:
     return torch.addcmul(X * cos, X.roll(X.shape[-1] // 2, dims=-1), sin)
 
 
+def turned_heads(qkv: Tensor, rotary: Tensor | None, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (…, H or G, D) of (…, H + 2 G, D), turned by their positions unless `rotary` is None."""
+    heads = qkv.shape[-2] - 2 * kv_heads
+    turned, v = qkv.split([heads + kv_heads, kv_heads], dim=-2)
+    if rotary is not None:
+        turned = turn(turned, rotary)
+    q, k = turned.split([heads, kv_heads], dim=-2)
+    return q, k, v
+
+
 def decode_attention(
     q_BHD: Tensor, keys_BGTD: Tensor, values_BGTD: Tensor, lengths_B: Tensor, scale: float, window: int = 0
 ) -> Tensor:
@@ -77,9 +87,7 @@ def attend_new_tokens(
     B, G, T, D = keys_BGTD.shape
     H = qkv_BSD.shape[1] - 2 * G
     if not _kernel_takes(qkv_BSD, H // G):
-        turned, v_BGD = qkv_BSD.split([H + G, G], dim=1)
-        turned = turned if rotary is None else turn(turned, rotary)
-        q_BHD, k_BGD = turned.split([H, G], dim=1)
+        q_BHD, k_BGD, v_BGD = turned_heads(qkv_BSD, rotary, G)
         rows_B, at_B = torch.arange(B, device=qkv_BSD.device), places_B.long()
         keys_BGTD[rows_B, :, at_B], values_BGTD[rows_B, :, at_B] = k_BGD, v_BGD
         return decode_attention(q_BHD, keys_BGTD, values_BGTD, places_B + 1, scale, window)
@@ -104,8 +112,8 @@ def attention_space(keys_BGTD: Tensor, heads: int) -> Tensor:
 
 def _kernel_takes(qkv_BSD: Tensor, shared: int) -> bool:
     """shared: query heads of a KV head."""
-    small, sides = qkv_BSD.dtype in (torch.bfloat16, torch.float16), qkv_BSD.shape[2] % 8 == 0 and shared <= 8
-    return qkv_BSD.is_cuda and small and sides and qkv_BSD.shape[2] <= 256 and not cuda.missing(qkv_BSD.device.index)
+    dim = qkv_BSD.shape[2]
+    return cuda.supports(qkv_BSD) and dim % 8 == 0 and dim <= 256 and shared <= 8
 
 
 def _splits(rows: int, kv_heads: int, places: int, device: torch.device) -> int:

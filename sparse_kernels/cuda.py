@@ -21,9 +21,8 @@ _METADATA_THREADS = 256
 _EXPAND_THREADS = 256
 _SILU_THREADS = 256
 _NORM_PACKS = 4
-SOURCE = Path(__file__).with_name("kernels.cu")
+SOURCE, COMMON = (Path(__file__).with_name(name) for name in ("kernels.cu", "common.cuh"))
 OPTIONS = ("--std=c++17",)
-
 
 _Arguments = tuple[int | float, ...]
 
@@ -42,11 +41,16 @@ def missing(device_index: int) -> str:
     return ""
 
 
+def source_text(source: Path) -> str:
+    """A source with common.cuh in the place of its #include: CuPy knows what it has compiled before by this text."""
+    return source.read_text().replace(f'#include "{COMMON.name}"', COMMON.read_text())
+
+
 @functools.cache
 def _module() -> Any:
     import cupy
 
-    return cupy.RawModule(code=SOURCE.read_text(), options=OPTIONS)
+    return cupy.RawModule(code=source_text(SOURCE), options=OPTIONS)
 
 
 @functools.cache
@@ -88,7 +92,7 @@ def compiled(
 
     options = (*OPTIONS, *(f"-D{key}={value}" for key, value in definitions.items()))
     with torch.cuda.device(device_index):
-        module = cupy.RawModule(code=source.read_text(), options=options)
+        module = cupy.RawModule(code=source_text(source), options=options)
         functions = {name: module.get_function(name) for name in kernels}
         for name, shared_bytes in kernels.items():
             if shared_bytes:
@@ -96,9 +100,7 @@ def compiled(
         return {name: function.kernel for name, function in functions.items()}
 
 
-def _launch(
-    name: str, grid: tuple[int, ...], threads: int, device: torch.device, args: tuple[int | float, ...]
-) -> None:
+def _launch(name: str, grid: tuple[int, ...], threads: int, device: torch.device, args: _Arguments) -> None:
     index = device.index
     if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(index):
@@ -343,8 +345,12 @@ def expand(values_RK: Tensor, metadata: Tensor, columns: int) -> Tensor:
 
 def takes(X: Tensor) -> bool:
     """Whether the kernels for inference can take a tensor: contiguous, on a GPU that they support, in 16 bits."""
-    sound = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and X.is_contiguous() and X.shape[-1] % 16 == 0
-    return sound and not missing(X.get_device())
+    return supports(X) and X.is_contiguous() and X.shape[-1] % 16 == 0
+
+
+def supports(X: Tensor) -> bool:
+    """Whether there are kernels for inference on this tensor's device, in its dtype."""
+    return X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and not missing(X.get_device())
 
 
 def silu_mul(X_BF: Tensor) -> Tensor:

@@ -10,45 +10,13 @@
 // lane, so that KEYS keys are read at once, and UNROLL times as many are on their way. The last block of a head to arrive adds
 // the parts. space: for each (row, KV head) a counter, which is zero before and after; then its parts.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr u32 power_above(u32 x) { return x <= 1 ? 1 : 2 * power_above((x + 1) / 2); }
 constexpr u32 LANES = power_above(D / 8), KEYS = 32 / LANES, WARPS = 4, UNROLL = P <= 4 ? 8 : 4, GROUPS = WARPS * KEYS;
 constexpr u32 THREADS = 32 * WARPS;
 constexpr float LOG2_E = 1.4426950408889634f, NEVER = -1e30f;
 
-// A kernel of inference is launched before the one in front of it has ended: it lets the next one come at once, reads its
-// weights, and then awaits what others write.
-#if __CUDA_ARCH__ >= 900
-__device__ inline void let_next_come() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ inline void let_next_come() {}
-__device__ inline void await_others() {}
-#endif
-
-__device__ inline float to_float(u16 x) {
-#if HALF
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-#else
-  return __uint_as_float(u32(x) << 16);
-#endif
-}
-__device__ inline u16 from_float(float x) {
-  u16 y;
-#if HALF
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-  return y;
-}
 __device__ inline void unpack(const uint4& x, float* y) {
   const u32 words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll

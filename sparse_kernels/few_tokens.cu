@@ -20,46 +20,12 @@
 // slices of SLICE chunks. With more (STAGED), where X is as much traffic as the weights, both go through shared memory, in
 // DEPTH stages of SLICE = WK chunks.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
+#include "common.cuh"
 
 // Blocks on a multiprocessor, by which the compiler is to ration registers.
 constexpr int BLOCKS = STAGED || NT > 1 ? 1 : 2;
 constexpr int TOKENS = 8 * NT, THREADS = 32 * WM * WK, BLOCK_ROWS = 16 * MT * WM;
 constexpr int STRIDE = SLICE * 256 + 16;  // bytes of a staged token: 16 more, so that 8 tokens lie in different banks
-
-// A kernel of inference is launched before the one in front of it has ended: it lets the next one come at once, reads its
-// weights, and then awaits what others write.
-#if __CUDA_ARCH__ >= 900
-__device__ inline void let_next_come() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ inline void let_next_come() {}
-__device__ inline void await_others() {}
-#endif
-
-__device__ inline float to_float(u16 x) {
-#if !HALF
-  return __uint_as_float(u32(x) << 16);
-#else
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-#endif
-}
-__device__ inline u16 from_float(float x) {
-  u16 y;
-#if !HALF
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-  return y;
-}
 
 // Weights are read once: they need no place in L1.
 __device__ inline uint4 stream16(const void* at) {

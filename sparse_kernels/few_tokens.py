@@ -216,7 +216,10 @@ def _choose(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_ind
 
 
 def _key(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> str:
-    gpu, source = torch.cuda.get_device_name(device_index), hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]
+    gpu, source = (
+        torch.cuda.get_device_name(device_index),
+        hashlib.sha256(cuda.source_text(SOURCE).encode()).hexdigest()[:8],
+    )
     return " | ".join((gpu, f"few_tokens {source}", str(dtype).removeprefix("torch."), f"{rows}x{columns}x{tokens}"))
 
 
@@ -230,9 +233,8 @@ def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
     bits = random_mask(rows, columns, generator)
     metadata = torch.empty(tile_metadata.metadata_bytes(rows, columns), dtype=torch.uint8, device=device)
-    padded = F.pad(
-        bits, (0, -bits.shape[1] % 4, 0, -rows % 64), value=0x33
-    )  # whole tiles, as `cuda.metadata` takes them
+    # Whole tiles, as `cuda.metadata` takes them.
+    padded = F.pad(bits, (0, -bits.shape[1] % 4, 0, -rows % 64), value=0x33)
     cuda.launch(cuda.metadata(padded, metadata))
     values = torch.randn(rows, columns // 2, dtype=dtype, device=device, generator=generator)
     X_BC = torch.randn(tokens, columns, dtype=dtype, device=device, generator=generator)

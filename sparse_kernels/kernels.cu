@@ -1,5 +1,5 @@
-// The kernels around the two sparse products, each one pass over memory. Compiled at run time (NVRTC, through CuPy) and
-// without any header, so 16-bit floats are their bits with two conversions each. Needs compute capability 8.0.
+// The kernels around the two sparse products, each one pass over memory. Compiled at run time (NVRTC, through CuPy). Needs
+// compute capability 8.0.
 //
 // Names: O rows (out features), I columns (in features), both multiples of 16; a group is 4 neighbours that share a nibble.
 //   values         (O, I/2)  kept entries of W^R, row by row in column order: two for each group along a row
@@ -10,35 +10,7 @@
 // entries gets fillers: its lowest free places, as many as are missing. Slots are in order of place; a filler's slot holds
 // zero. `slot_markers` writes the rule as a matrix, from which the library makes the metadata.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
-struct bf16 { u16 bits; };
-struct fp16 { u16 bits; };
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
-__device__ inline float to_float(fp16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-
-template <class T> __device__ inline T from_float(float x);
-template <> __device__ inline float from_float<float>(float x) { return x; }
-template <> __device__ inline bf16 from_float<bf16>(float x) {
-  bf16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
-}
-template <> __device__ inline fp16 from_float<fp16>(float x) {
-  fp16 y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
-}
+#include "common.cuh"
 
 // N neighbours that are moved together: 8, 16 or 32 bytes.
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T at[N]; };
@@ -386,16 +358,6 @@ template <class T> __device__ inline void expand(const T* values, const u8* meta
   }
   store(dense + at * 8, out);
 }
-
-// A kernel of inference is launched before the one in front of it has ended: it lets the next one come at once, reads its
-// weights, and then awaits what others write.
-#if __CUDA_ARCH__ >= 900
-__device__ inline void let_next_come() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ inline void let_next_come() {}
-__device__ inline void await_others() {}
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // silu_mul: silu(gate) · up of rows with `columns` entries of gate, then as many of up. A thread: 8 columns.

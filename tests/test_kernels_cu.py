@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_kernels.cuda import source_text
+
 SOURCES = Path(__file__).parents[1] / "sparse_kernels"
 ENTRIES = {
     *(f"gather_kept_{x}" for x in ("bf16_float", "bf16_bf16", "fp16_float", "fp16_fp16", "float_float")),
@@ -60,7 +62,7 @@ def with_nvrtc(source: Path, definitions: list[str], architecture: str, tmp_path
     library = ctypes.CDLL(nvrtc() or pytest.skip("no NVRTC"))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     name = source.name.encode()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), name, 0, None, None) == 0
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source_text(source).encode(), name, 0, None, None) == 0
     words = [f"--gpu-architecture=compute_{architecture}", "--std=c++17", *definitions]
     options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
     status = library.nvrtcCompileProgram(program, len(words), options)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_cli.linearize.linear_window import LinearWindow
-from sparse_kernels.attention import attend_new_tokens, attention_space, turn
+from sparse_kernels.attention import attend_new_tokens, attention_space, turned_heads
 
 Shape = tuple[int, int, int, int]
 """(slots, G, T, D)."""
@@ -63,7 +63,7 @@ class SoftmaxCache:
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Padding comes after all that a token sees, and later tokens overwrite it."""
-        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in _turned_heads(qkv_PTSD, rotary, self.keys.shape[1]))
+        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in turned_heads(qkv_PTSD, rotary, self.keys.shape[1]))
         (P, H, T, _), mask_TT = q_PHTD.shape, None
         for kept, new in ((self.keys, k_PGTD), (self.values, v_PGTD)):
             kept[prompts.slot : prompts.slot + P, :, :T] = new
@@ -102,7 +102,7 @@ class LinearCache:
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Each prompt by itself: a window ends with the last token that is there."""
-        q_PTHD, k_PTGD, v_PTGD = _turned_heads(qkv_PTSD, rotary, self.kv_heads)
+        q_PTHD, k_PTGD, v_PTGD = turned_heads(qkv_PTSD, rotary, self.kv_heads)
         y_PTHD = torch.zeros_like(q_PTHD)
         for row, length in enumerate(prompts.lengths):
             q_1HTD, k_1GTD, v_1GTD = (X[row, :length].transpose(0, 1)[None] for X in (q_PTHD, k_PTGD, v_PTGD))
@@ -115,7 +115,7 @@ class LinearCache:
 
     def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
-        q_BHD, k_BGD, v_BGD = _turned_heads(qkv_BSD, rotary, self.kv_heads)
+        q_BHD, k_BGD, v_BGD = turned_heads(qkv_BSD, rotary, self.kv_heads)
         memory = self.memory.first(len(q_BHD))
         before = memory.tensors()
         y_BH1D: Tensor = self.linear(q_BHD[:, :, None], k_BGD[:, :, None], v_BGD[:, :, None], self.scale, None, memory)
@@ -132,13 +132,3 @@ class LinearCache:
     def changing(self) -> list[Tensor]:
         """All that is remembered."""
         return [self.memory.oldest_1, *self.memory.tensors().values()]
-
-
-def _turned_heads(qkv: Tensor, rotary: Tensor | None, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (…, H or G, D) of (…, H + 2 G, D), with their positions."""
-    heads = qkv.shape[-2] - 2 * kv_heads
-    turned, v = qkv.split([heads + kv_heads, kv_heads], dim=-2)
-    if rotary is not None:
-        turned = turn(turned, rotary)
-    q, k = turned.split([heads, kv_heads], dim=-2)
-    return q, k, v

@@ -86,7 +86,7 @@ def source_hash(root: Path) -> str:
 
     Recipes and benchmarks do not count: a wheel has them inside slope_cli, a checkout beside it.
     """
-    sources = [*root.glob("slope_cli/**/*.py"), *root.glob("sparse_kernels/*.py"), *root.glob("sparse_kernels/*.cu")]
+    sources = [*root.glob("slope_cli/**/*.py"), *root.glob("sparse_kernels/*.py"), *root.glob("sparse_kernels/*.cu*")]
     named = {file.relative_to(root).as_posix(): file for file in sources}
     digest = hashlib.sha256()
     for name in sorted(named):
