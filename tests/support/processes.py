@@ -7,13 +7,14 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slope_cli import cli
 from slope_cli.checkpoint import store
 from slope_cli.config.schema import Config
 from slope_cli.errors import SlopeError
@@ -52,11 +53,37 @@ def printed(run: Path) -> str:
     return run.with_suffix(".log").read_text()
 
 
-def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
-    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def run_command(
+    words: list[str],
+    log: Path,
+    variables: Mapping[str, str],
+    prepare_child: Callable[..., None] | None = None,
+    *args: Any,
+) -> None:
+    """The target of a child that runs the command line, after `prepare_child(*args)`; what it prints replaces `log`."""
+    _begin(log, os.O_TRUNC)
+    os.environ.update(variables)
+    sys.argv = ["slope", *words]
+    if prepare_child is not None:
+        prepare_child(*args)
+    try:
+        cli.main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
+
+
+def _begin(log: Path, flag: int) -> None:
+    """In a child: print to a file, and compute in one thread."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | flag)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     torch.set_num_threads(1)
+
+
+def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    _begin(run.with_suffix(".log"), os.O_APPEND)
     if prepare_child is not None:
         prepare_child(*args)
     try:

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 
-from slope_cli import cli
 from slope_cli.distributed.collectives import join
 from slope_cli.distributed.launch import ranks
-from support.processes import forkserver
+from support.processes import forkserver, run_command
 
 
 class Ranks:
@@ -46,8 +44,9 @@ class Ranks:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         for rank in range(world):
             own: dict[str, Any] = {**shared, "RANK": rank, "LOCAL_RANK": rank % local, **(variables or {})}
-            arguments = (rank, {key: str(value) for key, value in own.items()}, words, folder, prepare_child)
-            self.processes.append(forkserver.Process(target=_child, args=arguments))
+            environment = {key: str(value) for key, value in own.items()}
+            arguments = (words, folder / f"rank-{rank}.log", environment, prepare_child, rank)
+            self.processes.append(forkserver.Process(target=run_command, args=arguments))
             self.processes[-1].start()
 
     def finish(self, seconds: float = 120) -> list[int]:
@@ -120,22 +119,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _child(
-    rank: int, variables: dict[str, str], words: list[str], folder: Path, prepare_child: Callable[[int], None] | None
-) -> None:
-    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    os.environ.update(variables)
-    sys.argv = ["slope", *words]
-    if prepare_child is not None:
-        prepare_child(rank)
-    try:
-        cli.main()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0)

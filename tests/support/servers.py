@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 
-from slope_cli import cli
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.inference.engine import Engine, Generation
 from slope_cli.inference.sampling import Sampling
 from support.data import scratch
 from support.models import tiny_model
-from support.processes import forkserver
+from support.processes import forkserver, run_command
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -75,7 +73,7 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "server.log"
         arguments = ["serve", str(model or served_model()), "--port", "0", *words]
-        self._process = forkserver.Process(target=_child, args=(arguments, self.log, variables))
+        self._process = forkserver.Process(target=run_command, args=(arguments, self.log, variables))
         self._process.start()
         self.wait_for(r"serving .*\n")
         self.port = int(re.findall(r"at http://127.0.0.1:(\d+)/v1\n", self.printed())[0])
@@ -158,19 +156,3 @@ def events(connection: HTTPConnection) -> list[Any]:
     assert begin == ""
     assert all(text.endswith("\n\n") for text in texts)
     return [text.strip() if text == "[DONE]\n\n" else json.loads(text) for text in texts]
-
-
-def _child(words: list[str], file: Path, variables: dict[str, str]) -> None:
-    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    os.environ.update(variables)
-    sys.argv = ["slope", *words]
-    try:
-        cli.main()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0)
-    os._exit(0)
