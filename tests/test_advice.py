@@ -51,6 +51,7 @@ def test_what_is_likely_a_mistake_is_said_once(words: str, warning: str) -> None
         "adapters.start=0.99",
         "adapters.start=1 adapters.rank=0",
         "adapters.start=1 method=dense",
+        "adapters.start=1 train.steps=2000 train.extended=[[1000,1000]]",  # they joined at step 999
         "adapters.lr=5 method=dense",
         "optim.lr=0.02",
         "adapters.schedule=run adapters.warmup=500",

@@ -71,16 +71,16 @@ def _late_adapters(config: Config) -> Iterator[str]:
     steps, linearizes = config.train.steps, config.linearizes
     key = "linearize.transfer" if linearizes else "adapters.start"
     share = config.linearize.transfer if linearizes else config.adapters.start
-    if phases_of(config).adapter_step is not None and round(share * steps) >= steps:
+    if phases_of(config).adapter_step == steps - 1 and round(share * steps) >= steps:
         late = f"adapters would join after the end of the {steps:,} steps, so that only the last step trains them"
         yield f"{key}={share:g}: {late}; lower it, or set adapters.rank=0 for none"
 
 
 def _unusual_rates(config: Config, usual: Config) -> Iterator[str]:
-    sections = {"optim.lr": "optim", "adapters.lr": "adapters", "linearize.transfer_lr": "linearize"}
     followed = config.adapters.lr == config.optim.lr and usual.adapters.lr == usual.optim.lr
-    for key, section in sections.items():
-        name, own, theirs = key.rpartition(".")[2], getattr(config, section), getattr(usual, section)
+    for key in RATES.values():
+        section, _, name = key.partition(".")
+        own, theirs = getattr(config, section), getattr(usual, section)
         idle = name in own.unused(config) or (section == "linearize" and not config.linearizes)
         if idle or (followed and key == "adapters.lr"):
             continue
