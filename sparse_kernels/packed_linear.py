@@ -21,6 +21,8 @@ from sparse_kernels.sparse_linear import SparseLinear
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Segments = tuple[tuple[int, int], ...]
 """(rows, rank) of each of the layers that were fused, in order; rank 0: it has no adapter."""
+Adapter = tuple[Tensor, Tensor]
+"""lora_A and lora_B of a layer, as PackedLinear has them."""
 
 
 class NotTwoOfFourError(ValueError):
@@ -102,16 +104,13 @@ class PackedLinear(nn.Module):
         has_bias, device = any(part.bias_O is not None for part in parts), parts[0].mask_OI.device
         fused = cls(inputs, segments, bias=has_bias, dtype=dtype, device=device)
         fused.metadata.copy_(tile_metadata.encode(torch.cat([part.mask_OI for part in parts])))
-        row = rank = 0
+        fused.lora_A, fused.lora_B = stacked([(part.adapter, part.segments) for part in parts], fused.values, inputs)
+        row = 0
         for part in parts:
             rows = slice(row, row := row + len(part.mask_OI))
             fused.values[rows] = part.values_OK + 0.0  # -0.0 becomes 0.0
             if fused.bias is not None and part.bias_O is not None:
                 fused.bias[rows] = part.bias_O
-            if part.adapter is not None and fused.lora_A is not None and fused.lora_B is not None:
-                A_RI, B_OR = part.adapter
-                fused.lora_A[rank : (rank := rank + len(A_RI))] = A_RI
-                fused.lora_B[rows, : B_OR.shape[1]] = B_OR
         if not all(buffer.isfinite().all() for buffer in fused.buffers()):
             raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
         return fused
@@ -223,7 +222,7 @@ class _Part(NamedTuple):
     values_OK: Tensor
     mask_OI: Tensor
     bias_O: Tensor | None
-    adapter: tuple[Tensor, Tensor] | None
+    adapter: Adapter | None
     segments: Segments
 
 
@@ -254,7 +253,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return stored_weight(layer)
 
 
-def adapter_of(layer: nn.Module, rows: int) -> tuple[tuple[Tensor, Tensor] | None, Segments]:
+def adapter_of(layer: nn.Module, rows: int) -> tuple[Adapter | None, Segments]:
     """(lora_A, lora_B) of a linear layer of any kind with this many rows, None without an adapter; and its segments."""
     if isinstance(layer, PackedLinear):
         stored = None if layer.lora_A is None or layer.lora_B is None else (layer.lora_A, layer.lora_B)
@@ -263,6 +262,30 @@ def adapter_of(layer: nn.Module, rows: int) -> tuple[tuple[Tensor, Tensor] | Non
     if adapter is None:
         return None, ((rows, 0),)
     return (adapter.lora_A, adapter.scaling * adapter.lora_B.float()), ((rows, adapter.rank),)
+
+
+def stacked(
+    adapters: Sequence[tuple[Adapter | None, Segments]], like: Tensor, inputs: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """lora_A (R, I) and lora_B (O, r) of layers side by side, as PackedLinear has them; None if no layer has adapters.
+
+    Args:
+        adapters: of each layer, as `adapter_of` says.
+        like: a tensor of the dtype and the device of the result.
+        inputs: I.
+    """
+    rows, ranks = zip(*(segment for _, segments in adapters for segment in segments), strict=True)
+    if not any(ranks):
+        return None, None
+    lora_A, lora_B = like.new_zeros(sum(ranks), inputs), like.new_zeros(sum(rows), max(ranks))
+    row = rank = 0
+    for adapter, segments in adapters:
+        own = slice(row, row := row + sum(rows for rows, _ in segments))
+        if adapter is not None:
+            A_RI, B_Or = adapter
+            lora_A[rank : (rank := rank + len(A_RI))] = A_RI
+            lora_B[own, : B_Or.shape[1]] = B_Or
+    return lora_A, lora_B
 
 
 def two_of_four(weight_OI: Tensor) -> Tensor | None:

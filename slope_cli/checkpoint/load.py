@@ -109,7 +109,7 @@ def build(config: Config, run: Path, device: torch.device | str, phase: Phase | 
         UsageError: sizes that do not fit.
         SlopeError: the description of the model that is linearized is missing or damaged.
     """
-    if phases_of(config).end.linearized:
+    if config.linearizes:
         model = base_model.build(run, device)
     else:
         model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
@@ -136,7 +136,7 @@ def shape_of(folder: Path) -> PreTrainedConfig:
 def is_linearized(folder: Path) -> bool:
     """Whether it is a run that linearizes, or such a run's export."""
     if run_folder.is_run(folder):
-        return phases_of(run_folder.open_config(folder)).end.linearized
+        return run_folder.open_config(folder).linearizes
     return (folder / saved.FOLDER).is_dir()
 
 

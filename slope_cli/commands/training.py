@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from slope_cli.commands.options import AsJson, Model, one_of_several, print_resu
 from slope_cli.config import configs, schema
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from slope_cli.checkpoint.run_folder import Existing
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
@@ -95,7 +98,7 @@ def linearize(
         _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, existing=existing, as_json=as_json)
 
 
-def _existing(new: bool, overwrite: bool, fresh: bool) -> Literal["resume", "refuse", "replace"]:
+def _existing(new: bool, overwrite: bool, fresh: bool) -> "Existing":
     """What a start does with a run in its folder."""
     if fresh:
         print("warning: --fresh is now --new; until version 0.3 it still works", file=sys.stderr)
@@ -113,7 +116,7 @@ def _train(
     *,
     dry_run: bool,
     gpus: tuple[int, float] | None = None,
-    existing: Literal["resume", "refuse", "replace"],
+    existing: "Existing",
     as_json: bool,
 ) -> None:
     """Train, or describe, a recipe with the overrides that the command implies and those of the user."""

@@ -87,7 +87,7 @@ def variants(recipe: str, overrides: Sequence[str], methods: Sequence[str], extr
     """
     chosen = [_named(recipe, overrides, name) for name in methods]
     chosen += [_custom(recipe, overrides, text) for text in extra]
-    if name := next((variant.name for variant in chosen if phases_of(variant.config).end.linearized), None):
+    if name := next((variant.name for variant in chosen if variant.config.linearizes), None):
         raise UsageError(f"{name}: slope linearize needs a trained model; compare finished runs with --runs")
     if not chosen:
         raise UsageError("nothing to compare: give --methods dense,slope or --variant 'NAME: KEY=VALUE'")

@@ -117,12 +117,7 @@ def finetune(
         seq_len=task.seq_len if seq_len is None else seq_len,
         seed=seed,
     )
-    hf_folder.require_trainable(folder)
-    loaded = load_model(folder, pick_device("auto"))
-    if loaded.objective != "masked":
-        raise UsageError(f"{folder}: contains a {loaded.model.config.model_type} model; only BERT can be fine-tuned")
-    if settings.seq_len > (positions := loaded.model.config.max_position_embeddings):
-        raise UsageError(f"--seq-len {settings.seq_len}: the model has only {positions} positions; set it lower")
+    loaded = _load_bert(folder, settings.seq_len)
     rows, source = load_rows(task, data)
     identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
     out = out or default_folder(folder, task.name, seed)
@@ -130,6 +125,17 @@ def finetune(
         if (out / RESULT).is_file():
             return _finished_result(out, identity)
         return _run(rows, settings, loaded, out, identity)
+
+
+def _load_bert(folder: Path, seq_len: int) -> Loaded:
+    """UsageError for a model that cannot be fine-tuned, or not on inputs of this length."""
+    hf_folder.require_trainable(folder)
+    loaded = load_model(folder, pick_device("auto"))
+    if loaded.objective != "masked":
+        raise UsageError(f"{folder}: contains a {loaded.model.config.model_type} model; only BERT can be fine-tuned")
+    if seq_len > (positions := loaded.model.config.max_position_embeddings):
+        raise UsageError(f"--seq-len {seq_len}: the model has only {positions} positions; set it lower")
+    return loaded
 
 
 def default_folder(folder: Path, task: str, seed: int) -> Path:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_kernels import SparseLinear
-from sparse_kernels.packed_linear import PackedLinear, Segments, adapter_of, dense_weight, fused_adapters
+from sparse_kernels.packed_linear import PackedLinear, Segments, adapter_of, dense_weight, fused_adapters, stacked
 
 
 def product(layers: Sequence[nn.Module], dtype: torch.dtype, device: torch.device, *, sparse: bool) -> nn.Module:
@@ -46,20 +46,15 @@ class DenseLinear(nn.Module):
         weights = [dense_weight(layer).detach().to(device, dtype) for layer in layers]
         adapters = [adapter_of(layer, len(weight)) for layer, weight in zip(layers, weights, strict=True)]
         self.segments: Segments = tuple(segment for _, segments in adapters for segment in segments)
-        r = max(rank for _, rank in self.segments)
-        A_RI: list[Tensor] = []
-        B_Or: list[Tensor] = []
+        lora_A, lora_B = stacked(adapters, weights[0], weights[0].shape[1])
         biases: list[Tensor] = []
-        for layer, weight, (adapter, _) in zip(layers, weights, adapters, strict=True):
-            A, B = adapter or (weight[:0], weight[:, :0])  # of rank 0
-            A_RI.append(A.to(device, dtype))
-            B_Or.append(F.pad(B.to(device, dtype), (0, r - B.shape[1])))
+        for layer, weight in zip(layers, weights, strict=True):
             bias = cast(Tensor | None, layer.bias)
             biases.append(weight.new_zeros(len(weight)) if bias is None else bias.detach().to(device, dtype))
         self.register_buffer("weight", weights[0] if len(weights) == 1 else torch.cat(weights))
         self.register_buffer("bias", torch.cat(biases) if any(layer.bias is not None for layer in layers) else None)
-        self.register_buffer("lora_A", torch.cat(A_RI) if r else None)
-        self.register_buffer("lora_B", torch.cat(B_Or) if r else None)
+        self.register_buffer("lora_A", lora_A)
+        self.register_buffer("lora_B", lora_B)
 
     def forward(self, X_BI: Tensor, residual_BO: Tensor | None = None) -> Tensor:
         """(B, I) -> (B, O), plus the residual."""

@@ -141,7 +141,7 @@ class CompletionRequest(TextRequest):
 
     def part(self, text: str) -> Json:
         """See TextRequest."""
-        return {"text": text}
+        return self.choice(text)
 
     def beginning(self) -> None:
         """See TextRequest."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from slope_cli.checkpoint import load, run_folder, store
 from slope_cli.config import configs
-from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.phases import Phase
+from slope_cli.train.init import began_with
 
 BEGINNINGS: tuple[tuple[str, ...], ...] = (
     (),
@@ -36,7 +36,7 @@ def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str,
     """
     folder, step = run_folder.place(source)
     optimizer = f"model.init_optimizer={str(with_optimizer).lower()}"
-    if run is not None and _began_with(run_folder.open_config(run), folder, step):
+    if run is not None and began_with(run_folder.open_config(run), source):
         return str(run / run_folder.CONFIG), [optimizer]
     config = run_folder.open_config(folder)
     load.require_initial(folder)
@@ -46,13 +46,6 @@ def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str,
     init = [f"model.init={json.dumps(f'{folder}@{step}')}", optimizer, "train.extended=[]"]
     recipe = str(folder / run_folder.CONFIG)
     return recipe, [*init, *_beginning(recipe, init, phase)]
-
-
-def _began_with(begun: Config, folder: Path, step: int | None) -> bool:
-    if begun.model.init is None:
-        return False
-    own, at = run_folder.place(begun.model.init)
-    return own.resolve() == folder.resolve() and step in (None, at)
 
 
 def _beginning(recipe: str, words: list[str], phase: Phase) -> tuple[str, ...]:

@@ -37,9 +37,9 @@ def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dic
     """
     phases, model = phases_of(config), untrained_model(config)
     report = report_layers(config, phases, model)
-    begins = _begins_with(config, model) if not phases.end.linearized else []
+    begins = _begins_with(config, model) if not config.linearizes else []
     counts = account(model, config)
-    memory = attention_memory(model) if phases.end.linearized else None
+    memory = attention_memory(model) if config.linearizes else None
     rows = [*begins, *_steps(config), *_phases(phases)]
     rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
     comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
@@ -63,7 +63,7 @@ def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str
     model = untrained_model(config)
     dense = sizes_of(model, config)
     models = {"": phase_sizes(model, config)}
-    if models[""] != [dense] and not phases_of(config).end.linearized:
+    if models[""] != [dense] and not config.linearizes:
         models["dense, "] = [dense]
     how: dict[str, Any] = {"layout": config.distributed.layout, "gather": config.distributed.gather}
     chosen = choose(models[""], cluster, micro_batches=micro_batches, activation_checkpointing=mode, **how)
@@ -112,7 +112,7 @@ def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
     if run is not None and (run / base_model.BASE).is_file():
         return base_model.build(run, "meta")
     model = build_model(init.run_shape(config), device="meta")
-    if phases_of(config).end.linearized and (base := _base_run(config)) is not None:
+    if config.linearizes and (base := _base_run(config)) is not None:
         end = phases_of(base).end
         # As in linearizing: masked layers become sparse, unmasked ones dense.
         layers = {"masked": Layers("sparse"), "unmasked": DENSE}.get(end.layers.kind, end.layers)

@@ -129,6 +129,14 @@ def restore_optimizer(
         group.agreed(lambda: store.restore(checkpoint.folder, model, optimizer, weights=False))
 
 
+def began_with(begun: Config, init: str) -> bool:
+    """Whether a run began with `init`, RUN or RUN@STEP, however it is spelled; a RUN stands for any step of it."""
+    if begun.model.init is None:
+        return False
+    (own, at), (folder, step) = run_folder.place(begun.model.init), run_folder.place(init)
+    return own.resolve() == folder.resolve() and step in (None, at)
+
+
 def begins_with(init: str, model: PreTrainedModel) -> str:
     """Check model.init without its weights: "" if a run can start from it, else what it still lacks.
 
@@ -201,7 +209,8 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
         UsageError: neither a run nor a model folder.
         SlopeError: a config.json that cannot be read.
     """
-    if run is not None and _began_with(begun := run_folder.open_config(run), init):
+    begun = None if run is None else run_folder.open_config(run)
+    if begun and begun.linearizes and began_with(begun, str(init)):
         sizes = {name: getattr(begun.train, name) for name in SIZES}
         return _overrides(str(begun.model.init), begun.data.path, sizes)
     if run_folder.is_run(init):
@@ -213,12 +222,6 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
     length, sequences = train.get("seq_len", length), train.get("micro_batch", sequences)
     sizes = {"seq_len": length, "micro_batch": sequences, "tokens_per_step": length * sequences} | train
     return _overrides(str(init), path, sizes)
-
-
-def _began_with(begun: Config, init: Path) -> bool:
-    if not phases_of(begun).end.linearized or begun.model.init is None:
-        return False
-    return Path(begun.model.init).expanduser().resolve() == init.expanduser().resolve()
 
 
 def _overrides(init: str, path: str | None, sizes: Mapping[str, int]) -> list[str]:

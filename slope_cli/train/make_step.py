@@ -45,8 +45,8 @@ def make_step(
         torch.set_float32_matmul_precision("high")
     checkpoint_activations(model, train.activation_checkpointing)
     compiled = _compiled(config, device, model)
-    how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled, "group": group}
-    how["sharding"] = sharding
+    how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}
+    how |= {"group": group, "sharding": sharding}
     own = config.linearize
     if phase.step == "transfer":
         how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
