@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from slope_cli.models import shapes
+from sparse_kernels.cuda import captured
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,4 @@ def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     """Work that a GPU repeats from a CUDA graph; on a CPU the work itself. It must allocate the same each time."""
     if device.type != "cuda":
         return work
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, at the first calls
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
-    return graph.replay
+    return captured(work).replay

@@ -5,7 +5,10 @@ Shape suffixes: O out features, I in features, both multiples of 16; K = I/2 kep
 
 import ctypes
 import functools
-from collections.abc import Iterable, Mapping
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +23,11 @@ _MARKER_THREADS = 256
 _METADATA_THREADS = 256
 _EXPAND_THREADS = 256
 _SILU_THREADS = 256
-_NORM_PACKS = 4
+_NORM_PACKS, _NORM_ROWS = 4, 4
 SOURCE, COMMON = (Path(__file__).with_name(name) for name in ("kernels.cu", "common.cuh"))
 OPTIONS = ("--std=c++17",)
 
-_Arguments = tuple[int | float, ...]
+_Arguments = tuple[int | float | bytes, ...]
 
 
 @functools.cache
@@ -81,18 +84,91 @@ def raw_stream(device_index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device_index))
 
 
-def compiled(
-    source: Path, kernels: Mapping[str, int], definitions: Mapping[str, int], device_index: int
-) -> dict[str, Any]:
-    """Kernels of a source that is compiled for these definitions, by name; CuPy keeps the result on disk.
+@functools.cache
+def capture_stream(device_index: int) -> torch.cuda.Stream:
+    """The one stream on which graphs are captured, and on which runs first what they hold.
 
-    kernels: by name, bytes of dynamic shared memory that a block may take, at most.
+    One, because cuBLAS keeps a workspace of 32 MB for every stream that it has seen, and torch has 32 to give.
+    """
+    return torch.cuda.Stream(device_index)
+
+
+def captured(work: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of work on the current device that allocates the same each time, after two runs of it.
+
+    At the first runs libraries allocate and kernels are chosen.
+    """
+    stream = capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and choices of kernels are kept: SLOPE_CACHE_DIR, or the user's cache folder."""
+    if own := os.environ.get("SLOPE_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope"
+
+
+def _cubin(source: Path, options: tuple[str, ...]) -> Path:
+    """The file of a source compiled with these options, made at the first call; its name has its checksum."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    code, folder = source_text(source), cache_folder() / "kernels"
+    key = hashlib.sha256("\0".join((code, *options, str(nvrtc.getVersion()))).encode()).hexdigest()[:24]
+    for file in folder.glob(f"{key}-*.cubin"):
+        if file.stem == f"{key}-{_checksum(file.read_bytes())}":
+            return file
+    program = nvrtc.createProgram(code, source.name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        made: bytes = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(made)
+    file = folder / f"{key}-{_checksum(made)}.cubin"
+    os.replace(name, file)
+    return file
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def compiled(
+    source: Path,
+    kernels: Mapping[str, int],
+    definitions: Mapping[str, int],
+    device_index: int,
+    *,
+    architecture: str = "",
+) -> dict[str, Any]:
+    """Kernels of a source that is compiled for these definitions, by name; the result is kept on disk.
+
+    Args:
+        kernels: by name, bytes of dynamic shared memory that a block may take, at most.
+        architecture: one that CuPy does not compile for by itself, as sm_90a.
     """
     import cupy
 
     options = (*OPTIONS, *(f"-D{key}={value}" for key, value in definitions.items()))
     with torch.cuda.device(device_index):
-        module = cupy.RawModule(code=source_text(source), options=options)
+        if architecture:
+            module = cupy.RawModule(path=str(_cubin(source, (*options, f"-arch={architecture}"))))
+        else:
+            module = cupy.RawModule(code=source_text(source), options=options)
         functions = {name: module.get_function(name) for name in kernels}
         for name, shared_bytes in kernels.items():
             if shared_bytes:
@@ -147,7 +223,7 @@ def launch_early(
 
     Args:
         function: what `compiled` returned.
-        args: integers are passed in 64 bits, floats too.
+        args: integers are passed in 64 bits, floats too, bytes as they are.
         cluster: blocks, neighbours along y, that share their memory; more than 1 from compute capability 9.0 on.
     """
     index = device.index
@@ -157,7 +233,7 @@ def launch_early(
     if not overlaps(index):
         function(grid, (threads,), args, shared_bytes, _stream(raw_stream(index)))
         return
-    values = [ctypes.c_double(arg) if isinstance(arg, float) else ctypes.c_int64(arg) for arg in args]
+    values = [_passed(arg) for arg in args]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     attributes = (_Attribute * 2)(
         _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)),
@@ -170,10 +246,48 @@ def launch_early(
         raise RuntimeError(f"a kernel could not be launched: the driver's error {status}")
 
 
+def _passed(arg: float | bytes) -> Any:
+    if isinstance(arg, bytes):
+        return ctypes.create_string_buffer(arg, len(arg))
+    return ctypes.c_double(arg) if isinstance(arg, float) else ctypes.c_int64(arg)
+
+
+_UINT16, _NO_INTERLEAVE, _SWIZZLE_128B, _L2_256B, _ZEROS_OUTSIDE = 1, 0, 3, 3, 0  # CU_TENSOR_MAP_…
+
+
+@functools.lru_cache(4096)
+def tensor_map(at: int, rows: int, columns: int, box_rows: int) -> bytes:
+    """What the copy engine (from compute capability 9.0 on) needs to know of a matrix to copy tiles of it.
+
+    Args:
+        at: the address of a contiguous (rows, columns) of 16 bits, a multiple of 16; rows of a multiple of 16 bytes.
+        box_rows: of a tile, at most 256. Its columns are 64: 128 bytes, whose 16-byte pieces are swizzled.
+    """
+    room = ctypes.create_string_buffer(192)
+    made = -(-ctypes.addressof(room) // 64) * 64  # the driver wants it there
+    sides, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2)
+    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    modes = (_NO_INTERLEAVE, _SWIZZLE_128B, _L2_256B, _ZEROS_OUTSIDE)
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(made), _UINT16, 2, ctypes.c_void_p(at), sides, stride, box, steps, *modes
+    )
+    if status:
+        raise RuntimeError(f"no tensor map of {rows} x {columns}: the driver's error {status}")
+    return ctypes.string_at(made, 128)
+
+
 @functools.cache
 def overlaps(device_index: int) -> bool:
     """Whether kernels can be launched before the one in front of them has ended, and in clusters of blocks."""
     return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+@functools.cache
+def most_shared_bytes(device_index: int) -> int:
+    """Of shared memory that a block may have."""
+    import cupy
+
+    return int(cupy.cuda.Device(device_index).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 def address(tensor: Tensor | None) -> int:
@@ -363,13 +477,28 @@ def silu_mul(X_BF: Tensor) -> Tensor:
     return Y_BF
 
 
-def norm(X_BW: Tensor, weight_W: Tensor, bias_W: Tensor | None, eps: float, *, layer: bool) -> Tensor:
-    """A layer norm, or a root-mean-square norm, of rows (B, W) of at most 32,768 columns; see `takes`."""
+def norm(
+    X_BW: Tensor, weight_W: Tensor, bias_W: Tensor | None, eps: float, *, layer: bool, A_LW: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A layer norm, or a root-mean-square norm, of rows of at most 32,768 columns, and their product with A.
+
+    A is read before the kernel in front has ended: that must not be one that writes it.
+
+    Args:
+        X_BW: (B, W); see `takes`. weight_W, bias_W: (W,) of its dtype.
+        layer: whether rows lose their mean first.
+        A_LW: (L, W) of the same dtype, L a multiple of 4. Each row of X reads it anew, so for few rows only.
+
+    Returns:
+        Y, the normed rows (B, W), and Y · A^T, (B, L), or None.
+    """
     rows, columns = X_BW.shape
-    Y_BW = torch.empty_like(X_BW)
-    threads = min(1024, -(-columns // 8 // 32) * 32)
+    threads, width = min(1024, -(-columns // 8 // 32) * 32), 0 if A_LW is None else len(A_LW)
     if columns > 8 * _NORM_PACKS * threads:
         raise ValueError(f"a norm of {columns} columns is more than the kernel takes")
-    args = (*map(address, (X_BW, weight_W, bias_W, Y_BW)), columns, float(eps), int(layer))
-    launch_early(_function(f"norm_{_NAMES[X_BW.dtype]}", X_BW.device.index), (rows,), threads, X_BW.device, args)
-    return Y_BW
+    Y_BW, Z_BL = torch.empty_like(X_BW), None if A_LW is None else X_BW.new_empty(rows, width)
+    operands = map(address, (X_BW, weight_W, bias_W, Y_BW))
+    args = (*operands, columns, float(eps), int(layer), address(A_LW), address(Z_BL), width)
+    function, grid = _function(f"norm_{_NAMES[X_BW.dtype]}", X_BW.device.index), (rows, 1 + width // _NORM_ROWS)
+    launch_early(function, grid, threads, X_BW.device, args)
+    return Y_BW, Z_BL  # [B,W] · [L,W]^T -> [B,L]

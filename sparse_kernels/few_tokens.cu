@@ -1,6 +1,6 @@
 // The product of a packed 2:4 matrix with few tokens, Y = X · A^T + bias, which memory binds: a weight's 1.125 bytes are read
 // once, and the sparse tensor cores multiply them as they come. Compiled at run time for one shape of work, which the
-// definitions below give: HALF, STAGED, NT, MT, WM, WK, DEPTH, SLICE.
+// definitions below give: HALF, KIND, NT, MT, WM, WK, DEPTH, SLICE.
 //
 //   values    (R, C/2)  kept entries, row by row in column order; C a multiple of 16
 //   metadata  in the order of kernels.cu's `metadata_word`, which is the library's: R rounded up to 64 and C to 32
@@ -17,13 +17,16 @@
 // Adapters' first product Z = X · A^T is a kernel before it, few_tokens_dense.
 //
 // Two ways to keep memory busy. Up to 8 tokens a warp loads its weights into registers, DEPTH chunks ahead, and X comes in
-// slices of SLICE chunks. With more (STAGED), where X is as much traffic as the weights, both go through shared memory, in
-// DEPTH stages of SLICE = WK chunks.
+// slices of SLICE chunks (KIND 0). With more, where X is as much traffic as the weights, both go through shared memory, in
+// DEPTH stages of SLICE chunks: by every thread's own copies (KIND 1, SLICE = WK), or by the copy engine (KIND 2, compute
+// capability 9.0a), which leaves the threads to multiply: warpgroups read both operands where they lie. A product then has
+// 64 rows, 16 of each of four warps, and takes a tile of 32 columns in its own order. MT counts such products; WM warps still
+// lie side by side along the rows.
 
 #include "common.cuh"
 
 // Blocks on a multiprocessor, by which the compiler is to ration registers.
-constexpr int BLOCKS = STAGED || NT > 1 ? 1 : 2;
+constexpr int BLOCKS = (KIND == 0 && NT == 1) || (KIND == 2 && WM * WK <= 8) ? 2 : 1;
 constexpr int TOKENS = 8 * NT, THREADS = 32 * WM * WK, BLOCK_ROWS = 16 * MT * WM;
 constexpr int STRIDE = SLICE * 256 + 16;  // bytes of a staged token: 16 more, so that 8 tokens lie in different banks
 
@@ -78,6 +81,9 @@ struct Part {
   uint4 upper[2], lower[2];
   u32 words[2];
 };
+
+// A matrix and the tiles of it that the copy engine takes, as the driver writes them.
+struct __align__(64) TensorMap { u64 words[16]; };
 
 struct Matrix {
   const u8* values;
@@ -174,7 +180,7 @@ __device__ inline void multiply_chunk(float (*sum)[NT][4], const Part* parts, u3
   }
 }
 
-#if STAGED
+#if KIND == 1
 constexpr u32 ROW_BYTES = 144;  // of a staged row of a chunk: 128, and 16 more so that 8 rows lie in different banks
 constexpr u32 VALUE_BYTES = BLOCK_ROWS * ROW_BYTES, METADATA_BYTES = BLOCK_ROWS * 16;  // of a chunk
 constexpr u32 WEIGHT_BYTES = SLICE * (VALUE_BYTES + METADATA_BYTES);
@@ -233,6 +239,109 @@ __device__ inline void read_part(Part& part, u32 stage, u32 row, u32 chunk) {
 }
 #endif
 
+#if KIND == 2
+// The copy engine brings tiles of 128 bytes a row, in the swizzled order that warpgroups read, and tells a barrier how many
+// bytes have come. Of a stage: values of each of SLICE chunks, X of each (its two halves of 64 columns), metadata of each.
+// Past the matrix's sides it writes zeros; so whatever metadata lie there choose among zeros.
+constexpr u32 VALUE_BYTES = BLOCK_ROWS * 128, HALF_BYTES = TOKENS * 128, METADATA_BYTES = BLOCK_ROWS * 16;  // of a chunk
+constexpr u32 X_AT = SLICE * VALUE_BYTES, METADATA_AT = X_AT + SLICE * 2 * HALF_BYTES;
+constexpr u32 STAGE_BYTES = METADATA_AT + SLICE * METADATA_BYTES;
+
+__device__ inline void make_barrier(u32 barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ inline void expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void wait_for(u32 barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred there;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n"
+      "@!there bra again; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ inline void copy_tile(u32 to, const TensorMap& map, u32 column, u32 row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(&map), "r"(column), "r"(row), "r"(barrier)
+               : "memory");
+}
+__device__ inline void copy_bytes(u32 to, const u8* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// One thread starts to copy a stage's chunks `begin` to `end`, and says how many bytes the barrier is to await, X's too.
+__device__ inline void copy_weights(u32 stage, const TensorMap& map, const Matrix& matrix, u32 row0, u32 begin, u32 end, u32 barrier) {
+  const u32 across = u32(matrix.columns + 31) / 32, groups = min(BLOCK_ROWS / 64u, u32(matrix.rows + 63) / 64 - row0 / 64);
+  u32 bytes = 0;
+  for (u32 chunk = begin; chunk < end; ++chunk)
+    bytes += VALUE_BYTES + 2 * HALF_BYTES + groups * min(4u, across - chunk * 4) * 256;
+  expect_bytes(barrier, bytes);
+  for (u32 chunk = begin; chunk < end; ++chunk) {
+    copy_tile(stage + (chunk - begin) * VALUE_BYTES, map, chunk * 64, row0, barrier);
+    const u32 to = stage + METADATA_AT + (chunk - begin) * METADATA_BYTES, tiles = min(4u, across - chunk * 4);
+    for (u32 k = 0; k < groups; ++k)
+      copy_bytes(to + k * 1024, matrix.metadata + (u64(row0 / 64 + k) * across + chunk * 4) * 256, tiles * 256, barrier);
+  }
+}
+
+__device__ inline void copy_columns(u32 stage, const TensorMap& map, u32 begin, u32 end, u32 barrier) {
+  for (u32 half = 2 * begin; half < 2 * end; ++half)
+    copy_tile(stage + X_AT + (half - 2 * begin) * HALF_BYTES, map, half * 64, 0, barrier);
+}
+
+// The metadata of a band's products with tiles `tile` and the next, which lanes 4g + 0, 1 and 4g + 2, 3 hold. A lane's words
+// have the groups 0 4 1 5 and 2 6 3 7 of rows g (low nibbles) and g + 8 (high); it gives four groups of each, one row in 16 bits.
+__device__ inline u32 metadata_of_tiles(u32 band, u32 tile) {
+  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  u32 words[2];
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(band + (tile + t / 2) * 256 + g * 8));
+  const u32 bytes = __byte_perm(words[0], words[1], t % 2 ? 0x7531 : 0x6420);
+  const auto close_up = [](u32 x) {
+    x &= 0x0f0f0f0f;
+    x = (x | x >> 4) & 0x00ff00ff;
+    return (x | x >> 8) & 0xffff;
+  };
+  return close_up(bytes) | close_up(bytes >> 4) << 16;
+}
+
+// Where an operand's rows or tokens begin, 128 bytes each in the copy engine's 128-byte swizzle; 8 of them are 1,024 bytes.
+__device__ inline u64 descriptor(u32 address) { return u64(address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+
+#define SUMS4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#if HALF
+#define TYPES "k32.f32.f16.f16 "
+#else
+#define TYPES "k32.f32.bf16.bf16 "
+#endif
+#define WARPGROUP_MMA(N, SUMS, AT, SELECTOR, ...)                                                                           \
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N TYPES "{" SUMS "}, " AT ", " SELECTOR ", 1, 1, 1, 0, 0;"            \
+               : __VA_ARGS__                                                                                                \
+               : "l"(a), "l"(b), "r"(metadata))
+#if NT == 2
+#define MULTIPLY(SELECTOR)                                                                                                  \
+  WARPGROUP_MMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8, %9, %10", SELECTOR, SUMS4(0), SUMS4(1))
+#elif NT == 4
+#define MULTIPLY(SELECTOR)                                                                                                  \
+  WARPGROUP_MMA(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16, %17, %18", SELECTOR, SUMS4(0), SUMS4(1), \
+                SUMS4(2), SUMS4(3))
+#elif NT == 8
+#define MULTIPLY(SELECTOR)                                                                                                  \
+  WARPGROUP_MMA(64,                                                                                                         \
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"        \
+                "%27,%28,%29,%30,%31",                                                                                      \
+                "%32, %33, %34", SELECTOR, SUMS4(0), SUMS4(1), SUMS4(2), SUMS4(3), SUMS4(4), SUMS4(5), SUMS4(6), SUMS4(7))
+#endif
+__device__ inline void multiply_tile(float (*c)[4], u64 a, u64 b, u32 metadata, u32 odd) {
+  if (odd == 0)
+    MULTIPLY("0x0");
+  else
+    MULTIPLY("0x1");
+}
+#endif
+
 struct Adapters {
   const u16* Z;
   const u16* B;
@@ -283,7 +392,11 @@ __device__ inline float of_block(u32, u32) { return 0; }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     few_tokens(const u8* values, const u8* metadata, const u8* X, const u16* bias, const u16* residual, u16* Y, i64 rows,
                i64 columns, i64 tokens, i64 stages, const u16* Z, const u16* lora_B, i64 rank, i64 segments, i64 end0,
-               i64 end1) {
+               i64 end1
+#if KIND == 2
+               , const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap X_map
+#endif
+               ) {
   extern __shared__ __align__(16) u8 shared[];
   const u32 base = u32(__cvta_generic_to_shared(shared));
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % WM, wk = warp / WM;
@@ -298,7 +411,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   // Adapters come first, while the weights are on their way.
   const bool adapted = lora_B && blockIdx.y == 0 && 16 * wk < rank;
   u32 b[MT][4];
+#if KIND == 2
+  const auto band_row = [&](int m) { return row0 + (wm / 4 * MT + m) * 64 + wm % 4 * 16; };
+#else
   const auto band_row = [&](int m) { return row0 + (wm * MT + m) * 16; };
+#endif
   const auto load_adapters = [&] {
     if (adapted)
 #pragma unroll
@@ -310,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int m = 0; m < MT; ++m) add_adapters(sum[m], b[m], lora, band_row(m), rows, tokens, wk);
   };
 
-#if STAGED
+#if KIND == 1
   const u32 turns = (end - begin + WK - 1) / WK, stage_bytes = WEIGHT_BYTES + TOKENS * STRIDE;
   const auto weights_of = [&](u32 turn) {
     if (turn < turns) copy_weights(base + turn % DEPTH * stage_bytes, matrix, row0, begin + turn * WK);
@@ -340,6 +457,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
   asm volatile("cp.async.wait_all;");
+#elif KIND == 2
+  const u32 turns = (end - begin + SLICE - 1) / SLICE, first_stage = (base + 1023) / 1024 * 1024;
+  const auto stage_at = [&](u32 turn) { return first_stage + turn % DEPTH * STAGE_BYTES; };
+  const auto barrier_of = [&](u32 turn) { return first_stage + DEPTH * STAGE_BYTES + turn % DEPTH * 8; };
+  const auto chunk_of = [&](u32 turn) { return min(begin + turn * SLICE, end); };
+  const auto weights_of = [&](u32 turn) {
+    if (turn < turns)
+      copy_weights(stage_at(turn), values_map, matrix, row0, chunk_of(turn), chunk_of(turn + 1), barrier_of(turn));
+  };
+  const auto x_of = [&](u32 turn) {
+    if (turn < turns) copy_columns(stage_at(turn), X_map, chunk_of(turn), chunk_of(turn + 1), barrier_of(turn));
+  };
+  if (threadIdx.x == 0) {
+    for (u32 turn = 0; turn < DEPTH; ++turn) make_barrier(barrier_of(turn));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (u32 turn = 0; turn < DEPTH; ++turn) weights_of(turn);
+  }
+  load_adapters();
+  await_others();
+  if (threadIdx.x == 0)
+    for (u32 turn = 0; turn < DEPTH; ++turn) x_of(turn);
+  __syncthreads();  // the barriers are there for all
+  multiply_adapters();
+  for (u32 turn = 0; turn < turns; ++turn) {
+    const u32 stage = stage_at(turn);
+    wait_for(barrier_of(turn), turn / DEPTH % 2);
+#pragma unroll
+    for (u32 chunk = wk; chunk < SLICE; chunk += WK) {
+      if (chunk_of(turn) + chunk >= end) break;
+      const u32 values_at = stage + chunk * VALUE_BYTES, x_at = stage + X_AT + chunk * 2 * HALF_BYTES;
+      u32 meta[MT][2];
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (u32 k = 0; k < 2; ++k)
+          meta[m][k] = metadata_of_tiles(stage + METADATA_AT + chunk * METADATA_BYTES + (wm / 4 * MT + m) * 1024 + wm % 4 * 64, 2 * k);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (u32 tile = 0; tile < 4; ++tile)
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          const u64 a = descriptor(values_at + (wm / 4 * MT + m) * 8192 + tile * 32);
+          multiply_tile(sum[m], a, descriptor(x_at + tile / 2 * HALF_BYTES + tile % 2 * 64), meta[m][tile / 2], tile % 2);
+        }
+      asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+    }
+    __syncthreads();  // all are through with this stage
+    if (threadIdx.x == 0) weights_of(turn + DEPTH), x_of(turn + DEPTH);
+  }
 #else
   const u32 turns = (end - begin + WK - 1) / WK, slice_bytes = TOKENS * STRIDE;
   constexpr u32 TURNS = SLICE / WK;  // of a slice
@@ -392,7 +558,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const u32 row = (wm * MT + m) * 16 + lane / 4 + k / 2 * 8, token = n * 8 + lane % 4 * 2 + k % 2;
+        const u32 row = u32(band_row(m) - row0) + lane / 4 + k / 2 * 8, token = n * 8 + lane % 4 * 2 + k % 2;
         sums[(wk * TOKENS + token) * BLOCK_ROWS + row] = sum[m][n][k];
       }
   __syncthreads();
@@ -420,39 +586,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   cluster_barrier();  // no block ends while another reads its sums
 }
 
-// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 8. A block: 8 of its columns, and of X's columns what the blocks
-// along y, a cluster, share. Lane 4g + t has 8 columns of row g of A and of token g at once.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 16. A block: Z_COLUMNS of its columns, and of X's columns what the
+// blocks along y, a cluster, share. Lane 4g + t has 8 columns of rows g (and g + 8) of A and of token g at once.
+constexpr u32 Z_THREADS = NT == 1 || THREADS < 256 ? THREADS : 256, Z_COLUMNS = NT == 1 ? 8 : 16, UNROLL = NT > 2 ? 1 : 4 / NT;
+
+extern "C" __global__ void __launch_bounds__(Z_THREADS)
     few_tokens_dense(const u8* A, const u8* X, u16* Z, i64 width, i64 columns, i64 tokens) {
-  constexpr u32 WARPS = THREADS / 32, UNROLL = 4, SPAN = UNROLL * THREADS;
-  __shared__ float sums[WARPS * TOKENS * 8];  // [warp][token][row]
+  constexpr u32 WARPS = Z_THREADS / 32, ROWS = Z_COLUMNS / 8, SPAN = UNROLL * Z_THREADS;
+  __shared__ float sums[WARPS * TOKENS * Z_COLUMNS];  // [warp][token][row]
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 splits = gridDim.y, share = u32(columns / 16 + splits - 1) / splits * 16;
   const u32 begin = min(blockIdx.y * share, u32(columns)), end = min(begin + share, u32(columns));
-  const u8* row = A + (u64(blockIdx.x) * 8 + g) * columns * 2;
+  const u8* row = A + (u64(blockIdx.x) * Z_COLUMNS + g) * columns * 2;
   const auto column = [&](u32 first, u32 u) { return first + (u * WARPS + warp) * 32 + 8 * t; };
-  uint4 a[UNROLL];
+  const auto part = [&](const u8* from, u32 at) {
+    return at < end ? *reinterpret_cast<const uint4*>(from + at * 2) : make_uint4(0, 0, 0, 0);
+  };
+  uint4 a[UNROLL][ROWS];
   const auto load = [&](u32 first) {
 #pragma unroll
     for (u32 u = 0; u < UNROLL; ++u)
-      a[u] = column(first, u) < end ? stream16(row + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (u32 r = 0; r < ROWS; ++r) {
+        const u32 at = column(first, u);
+        a[u][r] = at < end ? stream16(row + (u64(r) * 8 * columns + at) * 2) : make_uint4(0, 0, 0, 0);
+      }
   };
   let_next_come();
   load(begin);
   await_others();
   float sum[NT][4] = {};
   for (u32 first = begin; first < end; first += SPAN) {
+    uint4 x[UNROLL][NT];
 #pragma unroll
-    for (u32 n = 0; n < NT; ++n) {
-      const u8* from = X + min(n * 8 + g, u32(tokens) - 1) * columns * 2;
-      uint4 x[UNROLL];
+    for (u32 u = 0; u < UNROLL; ++u)
 #pragma unroll
-      for (u32 u = 0; u < UNROLL; ++u)
-        x[u] = column(first, u) < end ? *reinterpret_cast<const uint4*>(from + column(first, u) * 2) : make_uint4(0, 0, 0, 0);
+      for (u32 n = 0; n < NT; ++n) x[u][n] = part(X + min(n * 8 + g, u32(tokens) - 1) * columns * 2, column(first, u));
 #pragma unroll
-      for (u32 u = 0; u < UNROLL; ++u) {
-        const u32 low[4] = {a[u].x, 0, a[u].y, 0}, high[4] = {a[u].z, 0, a[u].w, 0};
-        const u32 x_low[2] = {x[u].x, x[u].y}, x_high[2] = {x[u].z, x[u].w};
+    for (u32 u = 0; u < UNROLL; ++u) {
+      const uint4 upper = a[u][0], lower = ROWS == 2 ? a[u][ROWS - 1] : make_uint4(0, 0, 0, 0);
+      const u32 low[4] = {upper.x, lower.x, upper.y, lower.y}, high[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+      for (u32 n = 0; n < NT; ++n) {
+        const u32 x_low[2] = {x[u][n].x, x[u][n].y}, x_high[2] = {x[u][n].z, x[u][n].w};
         multiply_dense(sum[n], low, x_low);
         multiply_dense(sum[n], high, x_high);
       }
@@ -460,24 +636,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (first + SPAN < end) load(first + SPAN);
   }
 #pragma unroll
-  for (u32 n = 0; n < NT; ++n) {
-    sums[(warp * TOKENS + n * 8 + 2 * t) * 8 + g] = sum[n][0];
-    sums[(warp * TOKENS + n * 8 + 2 * t + 1) * 8 + g] = sum[n][1];
-  }
+  for (u32 n = 0; n < NT; ++n)
+#pragma unroll
+    for (u32 k = 0; k < 2 * ROWS; ++k) sums[(warp * TOKENS + n * 8 + 2 * t + k % 2) * Z_COLUMNS + g + k / 2 * 8] = sum[n][k];
   __syncthreads();
-  for (u32 at = threadIdx.x; at < tokens * 8; at += THREADS) {
+  for (u32 at = threadIdx.x; at < tokens * Z_COLUMNS; at += Z_THREADS) {
     float total = 0;
 #pragma unroll
-    for (u32 k = 0; k < WARPS; ++k) total += sums[k * TOKENS * 8 + at];
+    for (u32 k = 0; k < WARPS; ++k) total += sums[k * TOKENS * Z_COLUMNS + at];
     sums[at] = total;
   }
   cluster_barrier();
   const u32 base = u32(__cvta_generic_to_shared(sums));
   if (blockIdx.y == 0)
-    for (u32 at = threadIdx.x; at < tokens * 8; at += THREADS) {  // what this thread wrote, and what the others did
+    for (u32 at = threadIdx.x; at < tokens * Z_COLUMNS; at += Z_THREADS) {  // what this thread wrote, and what the others did
       float total = sums[at];
       for (u32 k = 1; k < splits; ++k) total += of_block(base + at * 4, k);
-      Z[at / 8 * width + blockIdx.x * 8 + at % 8] = from_float(total);
+      Z[at / Z_COLUMNS * width + blockIdx.x * Z_COLUMNS + at % Z_COLUMNS] = from_float(total);
     }
   cluster_barrier();  // no block ends while another reads its sums
 }

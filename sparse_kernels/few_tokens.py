@@ -31,7 +31,6 @@ RANKS = 16
 MOST_SEGMENTS = 3
 _CHUNK = 128  # columns that a warp takes at once
 _ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
-_SHARED_BYTES = 227 * 1024  # of a block, on compute capability 9.0
 # (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
 _REGISTERS = {
     1: ((1, 1, 16, 1), (1, 1, 8, 1), (1, 1, 8, 2), (1, 2, 8, 1), (2, 2, 4, 2)),
@@ -45,6 +44,9 @@ _STAGED = {
     4: ((1, 4, 2, 5), (1, 4, 4, 2), (2, 4, 2, 2), (2, 4, 2, 4), (2, 8, 1, 3), (2, 8, 1, 4)),
     8: ((1, 4, 2, 3), (1, 8, 1, 3), (2, 4, 2, 2), (2, 8, 1, 3)),
 }
+_WARPGROUPS = ((4, 2), (8, 1), (8, 2), (16, 1))  # (wm, wk); the stages are as many as one block, or two, have room for
+FEWEST_TOKENS = 8
+"""Up to which X is multiplied with adapters' A in the launch that makes X, where that can (`cuda.norm`)."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _L2_BYTES = 120e6  # copies of a matrix that are timed in turn, so that no cache serves them
 
@@ -52,12 +54,13 @@ _L2_BYTES = 120e6  # copies of a matrix that are timed in turn, so that no cache
 class Work(NamedTuple):
     """A shape of work, as few_tokens.cu names it.
 
-    staged: whether weights go through shared memory. nt: eights of tokens. mt: bands of 16 rows that a warp holds.
-    wm, wk: warps along the rows and along the columns. depth: chunks that a warp has on their way, or stages. slice:
-    chunks of X in shared memory at once. splits: blocks, a cluster, that share a row's columns.
+    kind: 0 where weights go to registers, 1 through shared memory, 2 the same for warpgroups. nt: eights of tokens. mt:
+    bands of 16 rows that a warp holds. wm, wk: warps along the rows and along the columns. depth: chunks that a warp
+    has on their way, or stages. slice: chunks of X in shared memory at once. splits: blocks, a cluster, that share a
+    row's columns.
     """
 
-    staged: int
+    kind: int
     nt: int
     mt: int
     wm: int
@@ -76,24 +79,32 @@ class Work(NamedTuple):
         """Of a block."""
         return 16 * self.mt * self.wm
 
+    @property
+    def stage_bytes(self) -> int:
+        """Of warpgroups: the values, metadata and X of `slice` chunks."""
+        return self.slice * (self.rows * 144 + self.nt * 8 * 256)
+
     def shared_bytes(self, columns: int) -> tuple[int, int]:
         """How many slices, or stages, are in shared memory, and the bytes of it that a block takes."""
         x = 8 * self.nt * (self.slice * 256 + 16)
         one_slice = math.ceil(math.ceil(columns / _CHUNK) / self.splits) <= self.slice
-        stages = self.depth if self.staged else 1 if one_slice else 2
-        size = stages * (x + self.staged * self.slice * self.rows * _ROW_BYTES)
+        stages = self.depth if self.kind else 1 if one_slice else 2
+        if self.kind == 1:
+            x += self.slice * self.rows * _ROW_BYTES
+        size = self.depth * (self.stage_bytes + 8) + 1024 if self.kind == 2 else stages * x
         return stages, max(size, self.wk * 8 * self.nt * self.rows * 4)
 
 
 class Adapters(NamedTuple):
     """Adapters that a product adds: A (S·L, C), B (R, L), and the rows of each of S segments.
 
-    L is a multiple of RANKS; segments' rows are multiples of 16.
+    L is a multiple of RANKS; segments' rows are multiples of 16. Z (B, S·L): X · A^T, where it is there already.
     """
 
     A: Tensor
     B: Tensor
     rows: tuple[int, ...]
+    Z: Tensor | None = None
 
 
 def refusal(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> str:
@@ -132,10 +143,19 @@ def matmul(
     Y_BR = X_BC.new_empty(tokens, rows)
     stages, shared = work.shared_bytes(columns)
     operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
-    Z, B, parts = (None, None, (rows,)) if adapters is None else (_first(work, X_BC, adapters.A), *adapters[1:])
+    parts: tuple[int, ...] = (rows,)
+    Z = B = None
+    if adapters is not None:
+        A, B, parts, Z = adapters
+        Z = _first(work, X_BC, A) if Z is None else Z
     ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
     lora = (cuda.address(Z), cuda.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
-    arguments = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
+    arguments: tuple[Any, ...] = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
+    if work.kind == 2:
+        arguments += (
+            cuda.tensor_map(values_RK.data_ptr(), rows, columns // 2, work.rows),
+            cuda.tensor_map(X_BC.data_ptr(), tokens, columns, 8 * work.nt),
+        )
     grid = (-(-rows // work.rows), work.splits)
     cuda.launch_early(_function(work, X_BC, "few_tokens"), grid, work.threads, device, arguments, shared, work.splits)
     return Y_BR
@@ -145,10 +165,13 @@ def _first(work: Work, X_BC: Tensor, A_LC: Tensor) -> Tensor:
     """Adapters' first product, X · A^T: (B, L), by the kernel that comes with a work."""
     (tokens, columns), width = X_BC.shape, A_LC.shape[0]
     Z_BL = X_BC.new_empty(tokens, width)  # [B,C] · [L,C]^T -> [B,L]
-    splits = min(8, -(-columns // (4 * work.threads))) if cuda.overlaps(X_BC.device.index) else 1
+    threads, block, unroll = (
+        (work.threads, 8, 4) if work.nt == 1 else (min(work.threads, 256), 16, max(1, 4 // work.nt))
+    )
+    splits = min(8, -(-columns // (unroll * threads))) if cuda.overlaps(X_BC.device.index) else 1
     arguments = (*map(cuda.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
     function = _function(work, X_BC, "few_tokens_dense")
-    cuda.launch_early(function, (width // 8, splits), work.threads, X_BC.device, arguments, 0, splits)
+    cuda.launch_early(function, (width // block, splits), threads, X_BC.device, arguments, 0, splits)
     return Z_BL
 
 
@@ -158,10 +181,10 @@ def _function(work: Work, X: Tensor, name: str) -> Any:
 
 @functools.cache
 def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, Any]:
-    names = ("STAGED", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
+    names = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
     definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the splits
-    kernels = {"few_tokens": _SHARED_BYTES, "few_tokens_dense": 0}
-    return cuda.compiled(SOURCE, kernels, definitions, device_index)
+    kernels = {"few_tokens": cuda.most_shared_bytes(device_index), "few_tokens_dense": 0}
+    return cuda.compiled(SOURCE, kernels, definitions, device_index, architecture="sm_90a" if work.kind == 2 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,20 +210,35 @@ def work_for(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
     return _CHOSEN[key]
 
 
-def candidates(rows: int, columns: int, tokens: int, device_index: int) -> Iterator[Work]:
-    """The shapes of work that are worth measuring."""
+def candidates(rows: int, columns: int, tokens: int, device_index: int, *, warpgroups: bool) -> Iterator[Work]:
+    """The shapes of work that are worth measuring: of warpgroups, or those that every GPU can do."""
     nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
+    room = cuda.most_shared_bytes(device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    ring = [(0, *sides, slice) for sides in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
-    for staged, mt, wm, wk, depth, size in [*ring, *((1, *sides, sides[2]) for sides in _STAGED[nt])]:
+    if nt > 1 and warpgroups:
+        sides = _of_warpgroups(nt, room)
+    else:
+        ring = [(0, *most, slice) for most in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
+        sides = [*ring, *((1, *most, most[2]) for most in _STAGED[nt])]
+    for kind, mt, wm, wk, depth, size in sides:
         for splits in _SPLITS if cuda.overlaps(device_index) else (1,):
-            work = Work(staged, nt, mt, wm, wk, depth, max(size, wk), splits)
+            work = Work(kind, nt, mt, wm, wk, depth, max(size, wk), splits)
             share, blocks = -(-chunks // splits), -(-rows // work.rows) * splits
             idle = (splits - 1) * share >= chunks or share < wk or (size > 32 and size >= 2 * share)
             crowded = splits > 1 and blocks > 3 * multiprocessors
-            if not idle and not crowded and work.shared_bytes(columns)[1] <= _SHARED_BYTES:
+            if not idle and not crowded and work.shared_bytes(columns)[1] <= room:
                 yield work
-    yield Work(1, nt, 1, 4, 2, 3, 2)  # for matrices that are too small for any of them
+    yield Work(1, nt, 1, 4, 1, 3, 1)  # for matrices or GPUs that are too small for any of them
+
+
+def _of_warpgroups(nt: int, room: int) -> list[tuple[int, int, int, int, int, int]]:
+    sides = []
+    for (wm, wk), blocks, chunks in itertools.product(_WARPGROUPS, (1, 2), (1, 2)):
+        stage = Work(2, nt, 1, wm, wk, 1, chunks * wk).stage_bytes
+        depth = min((room // blocks - 2048) // stage, 12 // chunks)  # a block takes 1 KB more
+        if depth > 1:
+            sides.append((2, 1, wm, wk, depth, chunks * wk))
+    return sides
 
 
 def _choose(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
@@ -225,7 +263,8 @@ def _key(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index:
 
 def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> tuple[Work, float]:
     """The fastest work that agrees with a dense product, and its milliseconds."""
-    works = list(candidates(rows, columns, tokens, device_index))
+    warpgroups = torch.cuda.get_device_capability(device_index) == (9, 0)
+    works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups))
     kernels = {work._replace(splits=1) for work in works}
     with ThreadPoolExecutor(8) as threads:  # the compiler runs outside of Python's lock
         list(threads.map(lambda work: _compiled(work, dtype, device_index), kernels))

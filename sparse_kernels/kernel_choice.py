@@ -278,7 +278,7 @@ def graph_ms(*products: Callable[[], Any], calls: int = 10, rounds: int = 9) -> 
 
 
 def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), cuda.capture_stream(torch.cuda.current_device())
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         product()
@@ -295,10 +295,8 @@ def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
 
 
 def cache_file() -> Path:
-    """Where choices are kept: plans.json in SLOPE_CACHE_DIR, or in the user's cache folder."""
-    if own := os.environ.get("SLOPE_CACHE_DIR"):
-        return Path(own) / "plans.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slope" / "plans.json"
+    """Where choices are kept: plans.json in `cuda.cache_folder()`."""
+    return cuda.cache_folder() / "plans.json"
 
 
 def _key(shape: MatmulShape, device_index: int) -> str:

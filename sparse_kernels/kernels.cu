@@ -382,9 +382,10 @@ template <class T> __device__ inline void silu_mul(const T* gate_up, T* product,
 
 // ---------------------------------------------------------------------------------------------------------------------
 // norm: rows minus their mean, over their deviation, times `weight`, plus `bias` (layer), or over their root mean square,
-// times `weight`. A block a row, which stays in registers: at most NORM_PACKS times 8 columns a thread.
+// times `weight`. A block a row, which stays in registers: at most NORM_PACKS times 8 columns a thread. Further blocks along y
+// multiply the normed row with NORM_ROWS rows of A (width, columns) each: Z = Y · A^T, (rows, width).
 
-constexpr int NORM_PACKS = 4;
+constexpr int NORM_PACKS = 4, NORM_ROWS = 4;
 
 // The sum over a block.
 __device__ inline float block_sum(float x) {
@@ -400,30 +401,38 @@ __device__ inline float block_sum(float x) {
 }
 
 template <class T>
-__device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i64 columns, float eps, bool layer) {
+__device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i64 columns, float eps, bool layer, const T* A,
+                            T* Z, i64 width) {
+  __shared__ float products[32][NORM_ROWS];
+  const bool stores = blockIdx.y == 0;
+  const i64 first = (i64(blockIdx.y) - 1) * NORM_ROWS;
+  const auto pack_of = [&](int k) { return (i64(k) * blockDim.x + threadIdx.x) * 8; };
+  Pack<T, 8> a[NORM_ROWS];
   let_next_come();
+  if (!stores && pack_of(0) < columns)
+#pragma unroll
+    for (int r = 0; r < NORM_ROWS; ++r) a[r] = load<Pack<T, 8>>(A + (first + r) * columns + pack_of(0));
   await_others();
   const T* row = X + blockIdx.x * columns;
-  float x[NORM_PACKS][8], sum = 0.0f, squares = 0.0f;
+  float x[NORM_PACKS][8], sum = 0.0f, squares = 0.0f, product[NORM_ROWS] = {};
 #pragma unroll
   for (int k = 0; k < NORM_PACKS; ++k) {
-    const i64 at = (i64(k) * blockDim.x + threadIdx.x) * 8;
-    if (at >= columns) break;
-    const Pack<T, 8> pack = load<Pack<T, 8>>(row + at);
+    if (pack_of(k) >= columns) break;
+    const Pack<T, 8> pack = load<Pack<T, 8>>(row + pack_of(k));
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += x[k][j] = to_float(pack.at[j]);
   }
   const float mean = layer ? block_sum(sum) / columns : 0.0f;
 #pragma unroll
   for (int k = 0; k < NORM_PACKS; ++k) {
-    if ((i64(k) * blockDim.x + threadIdx.x) * 8 >= columns) break;
+    if (pack_of(k) >= columns) break;
 #pragma unroll
     for (int j = 0; j < 8; ++j) squares += (x[k][j] - mean) * (x[k][j] - mean);
   }
   const float scale = rsqrtf(block_sum(squares) / columns + eps);
 #pragma unroll
   for (int k = 0; k < NORM_PACKS; ++k) {
-    const i64 at = (i64(k) * blockDim.x + threadIdx.x) * 8;
+    const i64 at = pack_of(k);
     if (at >= columns) break;
     const Pack<T, 8> w = load<Pack<T, 8>>(weight + at);
     Pack<T, 8> b, out;
@@ -431,8 +440,29 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       out.at[j] = from_float<T>((x[k][j] - mean) * scale * to_float(w.at[j]) + (bias ? to_float(b.at[j]) : 0.0f));
-    store(Y + blockIdx.x * columns + at, out);
+    if (stores) {
+      store(Y + blockIdx.x * columns + at, out);
+      continue;
+    }
+#pragma unroll
+    for (int r = 0; r < NORM_ROWS; ++r) {
+      if (k) a[r] = load<Pack<T, 8>>(A + (first + r) * columns + at);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) product[r] += to_float(out.at[j]) * to_float(a[r].at[j]);
+    }
   }
+  if (stores) return;
+#pragma unroll
+  for (int r = 0; r < NORM_ROWS; ++r) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) product[r] += __shfl_xor_sync(0xffffffff, product[r], step);
+    if (threadIdx.x % 32 == 0) products[threadIdx.x / 32][r] = product[r];
+  }
+  __syncthreads();
+  if (threadIdx.x >= NORM_ROWS) return;
+  float total = 0.0f;
+  for (u32 k = 0; k < blockDim.x / 32; ++k) total += products[k][threadIdx.x];
+  Z[blockIdx.x * width + first + threadIdx.x] = from_float<T>(total);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -474,8 +504,9 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
   }
 #define NORM(T)                                                                                                             \
   extern "C" __global__ void __launch_bounds__(1024)                                                                        \
-      norm_##T(const T* X, const T* weight, const T* bias, T* Y, i64 columns, double eps, i64 layer) {                      \
-    norm(X, weight, bias, Y, columns, float(eps), layer);                                                                   \
+      norm_##T(const T* X, const T* weight, const T* bias, T* Y, i64 columns, double eps, i64 layer, const T* A, T* Z,      \
+               i64 width) {                                                                                                 \
+    norm(X, weight, bias, Y, columns, float(eps), layer, A, Z, width);                                                      \
   }
 
 GATHER(bf16, float)

@@ -70,19 +70,22 @@ class MatmulPlan:
         weakref.finalize(self, _destroy, self._library, structures).atexit = False
         self.workspace_bytes = self._workspace()
 
-    def matmul(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> Tensor:
-        """Y = X · A^T + bias on torch's current stream.
+    def matmul(
+        self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None, plus_BR: Tensor | None = None
+    ) -> Tensor:
+        """Y = X · A^T + bias + plus on torch's current stream.
 
         Args:
             packed: what `compress` returned for A.
             X_BC: (tokens, columns), contiguous, 16-byte aligned.
             bias_R: (rows,) of X's dtype if the plan's shape has a bias, else None.
+            plus_BR: (tokens, rows) of X's dtype, contiguous; None for nothing.
 
         Returns:
             (tokens, rows).
         """
         Y_BR = X_BC.new_empty(self.shape.tokens, self.shape.rows)
-        self._run("Matmul", packed, X_BC, bias_R, Y_BR)
+        self._run("Matmul", packed, X_BC, bias_R, Y_BR, plus_BR)
         return Y_BR
 
     def search(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> dict[str, int]:
@@ -106,16 +109,25 @@ class MatmulPlan:
         self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
         self._bias_at = bias_R.data_ptr()
 
-    def _run(self, name: str, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None, Y_BR: Tensor) -> None:
+    def _run(
+        self,
+        name: str,
+        packed: Tensor,
+        X_BC: Tensor,
+        bias_R: Tensor | None,
+        Y_BR: Tensor,
+        plus_BR: Tensor | None = None,
+    ) -> None:
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
-                return self._run(name, packed, X_BC, bias_R, Y_BR)
+                return self._run(name, packed, X_BC, bias_R, Y_BR, plus_BR)
         # Torch's allocator hands the workspace out anew each time: safe on every stream and inside a captured graph.
         size = self.workspace_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=X_BC.device) if size else None
         at_workspace = None if workspace is None else workspace.data_ptr()
         at, plan, y = self._handle.address, self._plan.address, Y_BR.data_ptr()
-        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), _ZERO_AT, y, y, at_workspace, self._streams, 1)
+        times, plus = (_ZERO_AT, y) if plus_BR is None else (_ONE_AT, plus_BR.data_ptr())
+        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), times, plus, y, at_workspace, self._streams, 1)
         with self._lock:
             if bias_R is not None and bias_R.data_ptr() != self._bias_at:
                 self._point_at_bias(bias_R)

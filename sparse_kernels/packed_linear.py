@@ -115,8 +115,11 @@ class PackedLinear(nn.Module):
             raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
         return fused
 
-    def forward(self, X: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out) in X's dtype, plus `residual` of that shape; under autocast in the autocast dtype."""
+    def forward(self, X: Tensor, residual: Tensor | None = None, Z_BR: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out) in X's dtype, plus `residual` of that shape; under autocast in the autocast dtype.
+
+        Z_BR: X · A^T of few tokens with the A of `prepare`, where it is there already.
+        """
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
@@ -125,7 +128,7 @@ class PackedLinear(nn.Module):
         operands = self.prepare() if X.is_cuda and X.dtype == self.values.dtype else None
         Y_BO: Tensor
         if operands is not None:
-            Y_BO = packed_linear(X_BI, *operands, residual_BO)
+            Y_BO = packed_linear(X_BI, *operands, residual_BO, Z_BR)
         else:
             Y_BO = self._product(X_BI)
             if self.lora_A is not None and self.lora_B is not None:

@@ -9,6 +9,7 @@ Shape suffixes: B tokens, O out features, I in features, S segments, L ranks of 
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,7 @@ def packed_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     residual_BO: Tensor | None,
+    Z_BR: Tensor | None,
 ) -> Tensor:
     """X · W^R^T + bias + residual, and of each segment (X · A^T) · B^T: (B, O).
 
@@ -59,24 +61,21 @@ def packed_linear(
         rows: of each of at most 3 segments, multiples of 16; their sum is O.
         lora_A, lora_B: (S·L, I) and (O, L), L a multiple of 16; or None.
         residual_BO: (B, O) or None.
+        Z_BR: X · A^T, (B, S·L), of at most 64 tokens, where it is there already.
     """
-    X_BI = X_BI.contiguous()
+    X_BI, residual_BO = X_BI.contiguous(), None if residual_BO is None else residual_BO.contiguous()
     (tokens, columns), out = X_BI.shape, sum(rows)
     values_OK, metadata = parts(packed, out, columns, X_BI.dtype)
     if 0 < tokens <= few_tokens.MOST_TOKENS:
         work = few_tokens.work_for(out, columns, tokens, X_BI.dtype, X_BI.device.index)
         adapters = None
         if lora_A is not None and lora_B is not None:
-            adapters = few_tokens.Adapters(lora_A, lora_B, tuple(rows))
+            adapters = few_tokens.Adapters(lora_A, lora_B, tuple(rows), Z_BR)
         return few_tokens.matmul(work, values_OK, metadata, X_BI, bias_O, residual_BO, adapters)
-    chunks = [_planned(X, packed, out, bias_O) for X in X_BI.split(_MOST_PLANNED)]
-    Y_BO = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-    if lora_A is not None and lora_B is not None:
-        Z_BR = F.linear(X_BI, lora_A)  # [B,I] · [S·L,I]^T -> [B,S·L]
-        L, segments = lora_B.shape[1], zip(Y_BO.split([*rows], 1), lora_B.split([*rows]), strict=True)
-        for (Y_Bo, B_oL), Z_BL in zip(segments, Z_BR.split(L, 1), strict=True):
-            Y_Bo.addmm_(Z_BL, B_oL.t())  # [B,L] · [o,L]^T -> [B,o]
-    return Y_BO if residual_BO is None else Y_BO.add_(residual_BO)
+    residuals = itertools.repeat(None) if residual_BO is None else residual_BO.split(_MOST_PLANNED)
+    pairs = zip(X_BI.split(_MOST_PLANNED), residuals, strict=False)
+    chunks = [_planned(X, packed, rows, bias_O, lora_A, lora_B, residual) for X, residual in pairs]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 @packed_linear.register_fake
@@ -84,18 +83,47 @@ def _(X_BI: Tensor, packed: Tensor, rows: Sequence[int], *others: Tensor | None)
     return X_BI.new_empty(X_BI.shape[0], sum(rows))
 
 
-def _planned(X_BI: Tensor, packed: Tensor, rows: int, bias_O: Tensor | None) -> Tensor:
-    """X · W^R^T + bias by the library: (B, O)."""
-    tokens, columns = X_BI.shape
+def _planned(
+    X_BI: Tensor,
+    packed: Tensor,
+    rows: Sequence[int],
+    bias_O: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    residual_BO: Tensor | None,
+) -> Tensor:
+    """The same by the library: the adapters' products and the residual are what it adds its product to."""
+    (tokens, columns), out = X_BI.shape, sum(rows)
     padded = max(_FEWEST_PLANNED, 1 << (tokens - 1).bit_length()) if tokens else 0
-    shape = MatmulShape(rows, columns, padded, X_BI.dtype, bias_O is not None)
+    shape = MatmulShape(out, columns, padded, X_BI.dtype, bias_O is not None)
     plan = _plan(shape, X_BI.device.index) if tokens else None
+    plus_BO = residual_BO
+    if lora_A is not None and lora_B is not None:
+        plus_BO = X_BI.new_empty(tokens if plan is None else padded, out)
+        _adapt(X_BI, rows, lora_A, lora_B, residual_BO, plus_BO[:tokens])
     if plan is None:
-        dense_OI = cuda.expand(*parts(packed, rows, columns, X_BI.dtype), columns)
-        return F.linear(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
+        dense_OI = cuda.expand(*parts(packed, out, columns, X_BI.dtype), columns)
+        Y_BO = F.linear(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
+        return Y_BO if plus_BO is None else Y_BO.add_(plus_BO)
     if tokens < padded:
         X_BI = F.pad(X_BI, (0, 0, 0, padded - tokens))
-    return plan.matmul(packed, X_BI, bias_O)[:tokens]
+        if plus_BO is residual_BO and residual_BO is not None:
+            plus_BO = F.pad(residual_BO, (0, 0, 0, padded - tokens))
+    return plan.matmul(packed, X_BI, bias_O, plus_BO)[:tokens]
+
+
+def _adapt(
+    X_BI: Tensor, rows: Sequence[int], lora_A: Tensor, lora_B: Tensor, residual_BO: Tensor | None, out_BO: Tensor
+) -> None:
+    """Write (X · A^T) · B^T of each segment, plus the residual."""
+    ranks, Z_BR = lora_B.shape[1], F.linear(X_BI, lora_A)  # [B,I] · [S·L,I]^T -> [B,S·L]
+    residuals = itertools.repeat(None) if residual_BO is None else residual_BO.split([*rows], 1)
+    segments = zip(out_BO.split([*rows], 1), Z_BR.split(ranks, 1), lora_B.split([*rows]), residuals, strict=False)
+    for out_Bo, Z_BL, B_oL, residual_Bo in segments:  # [B,L] · [o,L]^T -> [B,o]
+        if residual_Bo is None:
+            torch.mm(Z_BL, B_oL.t(), out=out_Bo)
+        else:
+            torch.addmm(residual_Bo, Z_BL, B_oL.t(), out=out_Bo)
 
 
 @functools.cache

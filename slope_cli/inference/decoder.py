@@ -21,7 +21,8 @@ from slope_cli.errors import UsageError
 from slope_cli.inference.cache import AttentionCache, LinearCache, Prompts, SoftmaxCache
 from slope_cli.inference.products import product
 from slope_cli.linearize.linear_window import LinearWindow
-from sparse_kernels import cuda
+from sparse_kernels import cuda, few_tokens
+from sparse_kernels.packed_linear import PackedLinear
 
 Attend = Callable[[AttentionCache, Tensor, Tensor | None], Tensor]
 
@@ -141,7 +142,7 @@ class Spec:
 
 
 class Norm(nn.Module):
-    """A layer norm, or a root-mean-square norm, as one kernel: (N, W) -> (N, W)."""
+    """A layer norm, or a root-mean-square norm, as one kernel where there is one: (N, W) -> (N, W)."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -156,10 +157,22 @@ class Norm(nn.Module):
 
     def forward(self, X_NW: Tensor) -> Tensor:
         if self.weight is not None and cuda.takes(X_NW):
-            return cuda.norm(X_NW, self.weight, self.bias, self.eps, layer=self.layer)
+            return cuda.norm(X_NW, self.weight, self.bias, self.eps, layer=self.layer)[0]
         if self.layer:
             return F.layer_norm(X_NW, X_NW.shape[-1:], self.weight, self.bias, self.eps)
         return F.rms_norm(X_NW, X_NW.shape[-1:], self.weight, self.eps)
+
+    def then(self, product: nn.Module, X_NW: Tensor) -> Tensor:
+        """A product of the normed tokens: (N, W) -> (N, O).
+
+        Of few tokens its adapters' first product is the norm's work too: a kernel less that the others wait for.
+        """
+        few = len(X_NW) <= few_tokens.FEWEST_TOKENS and self.weight is not None and cuda.takes(X_NW)
+        operands = product.prepare() if few and isinstance(product, PackedLinear) else None
+        if operands is None or operands.lora_A is None or self.weight is None:
+            return cast(Tensor, product(self(X_NW)))
+        Y_NW, Z_NR = cuda.norm(X_NW, self.weight, self.bias, self.eps, layer=self.layer, A_LW=operands.lora_A)
+        return cast(Tensor, product(Y_NW, None, Z_NR))
 
 
 class Block(nn.Module):
@@ -180,11 +193,11 @@ class Block(nn.Module):
     def forward(self, X_NW: Tensor, rotary: Tensor | None, attend: Attend, cache: AttentionCache) -> Tensor:
         """(N, W) -> (N, W); rotary: what `_positions` has for the tokens' places, (2, N, D)."""
         spec, N = self.spec, len(X_NW)
-        qkv_NW: Tensor = self.qkv(self.attention_norm(X_NW) if spec.pre_norm else X_NW)
+        qkv_NW: Tensor = self.attention_norm.then(self.qkv, X_NW) if spec.pre_norm else self.qkv(X_NW)
         attended_NHD = attend(cache, qkv_NW.view(N, -1, spec.head_dim), rotary)
         X_NW = self.out(attended_NHD.reshape(N, -1), X_NW)
         X_NW = X_NW if spec.pre_norm else self.attention_norm(X_NW)
-        up = self.up(self.mlp_norm(X_NW) if spec.pre_norm else X_NW)
+        up = self.mlp_norm.then(self.up, X_NW) if spec.pre_norm else self.up(X_NW)
         X_NW = self.down(self.activation(up), X_NW)
         return X_NW if spec.pre_norm else self.mlp_norm(X_NW)
 

@@ -6,12 +6,15 @@ numbers of texts; the slots behind those in use stay at place 0.
 Shape suffixes: B slots, P prompts, V vocabulary.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from slope_cli.inference.cache import AttentionCache, Prompts
 from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
+from sparse_kernels.cuda import captured
 
 
 class Slots:
@@ -82,17 +85,9 @@ class Slots:
     def _captured(self, size: int, mode: Mode) -> torch.cuda.CUDAGraph:
         changing: list[Tensor] = [self.ids, self.lengths, *(t for cache in self.caches for t in cache.changing())]
         before = [tensor.clone() for tensor in changing]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, at the first calls
-            for _ in range(2):
-                self._run(size, mode)
-        torch.cuda.current_stream().wait_stream(stream)
+        graph = captured(functools.partial(self._run, size, mode), self._pool)
         for tensor, old in zip(changing, before, strict=True):
             tensor.copy_(old)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._run(size, mode)
         return graph
 
 

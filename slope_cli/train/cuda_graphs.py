@@ -11,6 +11,7 @@ from slope_cli.methods import optim
 from slope_cli.models.loss import Batch
 from slope_cli.train.step import MaskUpdate, Step, StepOutput
 from sparse_kernels import backends, mask_buffers, prepare, refresh
+from sparse_kernels.cuda import capture_stream
 
 WARM_UP = 3
 """Forward and backward passes before a capture: libraries create handles and choose algorithms in them."""
@@ -60,7 +61,7 @@ class _Graphs:
         capturable = optim.make_capturable(step.optimizer)
         prepare(step.model, self._batch["input_ids"].numel(), step.dtype or torch.float32)
         backward = functools.partial(step.backward, self._batch, count, self._targets)
-        stream = torch.cuda.Stream()
+        stream = capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):

@@ -22,5 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No warnings given yet, and a cache folder that all GPU tests of this run share."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     kernel_choice.warn_once.cache_clear()

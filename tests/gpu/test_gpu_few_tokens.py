@@ -101,7 +101,8 @@ def test_every_candidate_is_right() -> None:
     for tokens in (1, 8, 16, 31, 64):
         X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
         expected = F.linear(X.float(), sparse.weight, sparse.bias) + sparse.adapter(X.float())
-        works = list(few_tokens.candidates(320, 1536, tokens, 0))
+        kinds = {False, torch.cuda.get_device_capability() == (9, 0)}
+        works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind)}
         assert len(works) >= 5
         for work in works:
             adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, (320,))
@@ -185,9 +186,23 @@ def test_norm(columns: int, layer: bool) -> None:
     X, weight, bias = (torch.randn(*shape, device=CUDA).bfloat16() for shape in ((5, columns), (columns,), (columns,)))
     X += 1
     if layer:
-        found = norm(X, weight, bias, 1e-5, layer=True)
+        found, _ = norm(X, weight, bias, 1e-5, layer=True)
         expected = F.layer_norm(X.float(), (columns,), weight.float(), bias.float(), 1e-5)
     else:
-        found = norm(X, weight, None, 1e-6, layer=False)
+        found, _ = norm(X, weight, None, 1e-6, layer=False)
         expected = F.rms_norm(X.float(), (columns,), weight.float(), 1e-6)
     assert torch.allclose(found.float(), expected, atol=0.03, rtol=0.01)
+    A = torch.randn(48, columns, device=CUDA).bfloat16()
+    again, Z = norm(X, weight, bias if layer else None, 1e-5 if layer else 1e-6, layer=layer, A_LW=A)
+    assert torch.equal(again, found)
+    assert Z is not None
+    close(Z, F.linear(found.float(), A.float()))
+
+
+@pytest.mark.parametrize("ranks", [(16,), (8, 0, 24)])
+def test_adapters_first_product_may_be_there_already(ranks: tuple[int, ...]) -> None:
+    made = packed([layer(128, 512, rank=rank, seed=rank) for rank in ranks])
+    operands, X = made.prepare(), torch.randn(3, 512, device=CUDA).bfloat16()
+    assert operands is not None
+    assert operands.lora_A is not None
+    close(made(X, None, F.linear(X, operands.lora_A)), made(X).float())

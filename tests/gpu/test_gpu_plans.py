@@ -137,7 +137,7 @@ def test_refused_shape_is_one_line() -> None:
 
 
 def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
     shape = MatmulShape(4096, 4096, 4096, torch.bfloat16, True)
     kernel_choice.forget()
     choice, plan = kernel_choice.choose(shape, 0)
@@ -247,7 +247,7 @@ with warnings.catch_warnings(record=True) as caught:
 print([str(x.message) for x in caught if "cuSPARSELt" in str(x.message)])
 print(layers.backends(torch.nn.Sequential(layer))[0].forward.sparse)
 """
-    environment = {"SLOPE_CUSPARSELT_LIB": str(tmp_path / "absent.so"), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {"SLOPE_CUSPARSELT_LIB": str(tmp_path / "absent.so"), "SLOPE_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-P", "-c", program],
         env={**os.environ, **environment},

@@ -15,7 +15,7 @@ from slope_cli.train.loop import Trainer, pretrain
 from sparse_kernels import sparse_layers
 from sparse_kernels.packed import packed_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # Inductor's own
 WORDS = (
     "model.overrides.n_layer=3",
     "model.overrides.n_embd=256",
