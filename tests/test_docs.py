@@ -52,9 +52,9 @@ def test_every_command_parses(command: str) -> None:
         found = found.commands[words.pop(0)]
     if not hasattr(found, "commands"):
         given = found.make_context("slope", list(words)).params
-        if keys := [key for key in given.get("overrides") or [] if "=" in key]:
-            recipe = given.get("recipe") or "gpt2-nano"
-            configs.load(recipe if recipe in configs.recipe_names() else "gpt2-small", keys)
+        named = [given.get("recipe"), *(given.get("overrides") or given.get("arguments") or [])]
+        recipe = next((name for name in named if name in configs.recipe_names()), "gpt2-small")
+        configs.load(recipe, [word for word in named if word and "=" in word])
 
 
 def test_no_reason_is_left_over() -> None:
