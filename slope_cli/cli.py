@@ -49,7 +49,7 @@ class _DataFirst(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: name != "data")
 
 
-app = typer.Typer(cls=_DataFirst, add_completion=False, pretty_exceptions_enable=False, help=slope_cli.__doc__, **PLAIN)
+app = typer.Typer(cls=_DataFirst, pretty_exceptions_enable=False, help=slope_cli.__doc__, **PLAIN)
 data_app = typer.Typer(help="Prepare text for training.", **PLAIN)
 data_app.command("prepare")(data.prepare)
 data_app.command("info")(data.info)

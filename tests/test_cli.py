@@ -105,6 +105,36 @@ def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
     subprocess.run([sys.executable, "-P", "-c", script], check=True, capture_output=True)
 
 
+def test_the_shell_completes_what_install_completion_installs(tmp_path: Path) -> None:
+    """In a real bash, from its own start-up file: commands, options, recipes and keys."""
+    program = tmp_path / "slope"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m slope_cli "$@"\n')
+    program.chmod(0o755)
+    script = """
+    set -e
+    slope --install-completion >&2; . "$HOME/.bashrc"
+    complete() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _slope_completion slope; echo "${COMPREPLY[@]}"; }
+    complete slope pretr
+    complete slope pretrain --dry
+    complete slope pretrain gpt2-sm
+    complete slope linearize runs/small --recipe linearize-l
+    complete slope config optim.l
+    """
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / ".bashrc").touch()
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [
+            "pretrain",
+            "--dry-run",
+            "gpt2-small gpt2-small-short",
+            "linearize-llama3-70b linearize-llama3-8b",
+            "optim.lr",
+        ],
+    ), done.stderr
+
+
 def test_version() -> None:
     assert slope("--version") == (0, f"{slope_cli.__version__}\n", "")
 

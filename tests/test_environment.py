@@ -1,9 +1,12 @@
 """What a run notes of the program and the machine."""
 
 import shutil
+import sys
 from pathlib import Path
 
-from slope_cli.utils.environment import source_hash, source_version
+import pytest
+
+from slope_cli.utils.environment import program, source_hash, source_version
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,3 +29,20 @@ def test_code_that_moves_between_files_of_one_name_changes_the_source_hash(tmp_p
     one.write_bytes(more)
     other.write_bytes(code)
     assert source_hash(tmp_path) != before
+
+
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` calls .venv/bin/slope, and no slope, or another one, may be on the path."""
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "slope").touch(0o755)
+    own = str(tmp_path / "one/slope")
+    for called, path, expected in (
+        (own, "one", "slope"),
+        (own, "other", own),
+        (own, "neither", own),
+        ("/site/slope_cli/__main__.py", "one", f"{sys.executable} -m slope_cli"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        assert program() == expected

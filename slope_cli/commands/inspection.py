@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from slope_cli.commands.options import AsJson, print_result
+from slope_cli.commands.options import AsJson, keys_with, print_result, recipes_with
 from slope_cli.config import configs
 from slope_cli.errors import SlopeError, UsageError
 
@@ -13,7 +13,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe.", autocompletion=recipes_with)
+    ] = None,
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="With --copy: the new file.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Write recipe NAME to FILE, to start one of your own.")] = False,
 ) -> None:
@@ -37,7 +39,10 @@ def recipes(
 
 
 def config(
-    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.", autocompletion=keys_with),
+    ] = None,
 ) -> None:
     """Explain all sections, the keys of one, or one key."""
     from slope_cli.config.reference import explain

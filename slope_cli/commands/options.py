@@ -6,11 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
+from slope_cli.config import configs
+from slope_cli.config.values import known_keys
 from slope_cli.distributed import launch
 from slope_cli.distributed.caches import node_caches
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")]
+
+
+def recipes_with(incomplete: str) -> list[str]:
+    """The recipes whose names begin so, for the shell."""
+    return [name for name in configs.recipe_names() if name.startswith(incomplete)]
+
+
+def keys_with(incomplete: str) -> list[str]:
+    """The keys that begin so, and the sections, for the shell."""
+    keys = known_keys()
+    sections = {key.partition(".")[0] for key in keys}
+    return [name for name in sorted({*keys, *sections}) if name.startswith(incomplete)]
 
 
 def one_of_several() -> launch.Ranks:

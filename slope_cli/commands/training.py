@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slope_cli.commands.options import AsJson, Model, one_of_several, print_result
+from slope_cli.commands.options import AsJson, Model, one_of_several, print_result, recipes_with
 from slope_cli.config import configs, schema
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
@@ -27,7 +27,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that
 def pretrain(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A recipe (see `slope recipes`) or YAML file; default: gpt2-nano."),
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe (see `slope recipes`) or YAML file; default: gpt2-nano.",
+            autocompletion=recipes_with,
+        ),
     ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
@@ -74,7 +78,7 @@ def pretrain(
 def linearize(
     init: Model,
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="The recipe of the settings.")] = "linearize",
+    recipe: Annotated[str, typer.Option(help="The recipe of the settings.", autocompletion=recipes_with)] = "linearize",
     out: Annotated[Path | None, typer.Option(help="The new run's folder; default runs/NAME-linear.")] = None,
     dry_run: DryRun = False,
     new: New = False,
@@ -172,7 +176,10 @@ def finetune(
 
 def compare(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.", autocompletion=recipes_with
+        ),
     ],
     runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
     methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; comma-separated.")] = "",

@@ -1,5 +1,6 @@
 """What a finished run prints."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from slope_cli.data.dataset import Dataset
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics, plots
 from slope_cli.report.tables import bytes_text
+from slope_cli.utils.environment import program
 
 BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
@@ -45,4 +47,6 @@ def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
     if "sample" in summary:
         lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
     lines.append(f"plot: {run / 'loss.png'}")
-    return [*lines, f'more text: slope generate {run} "Once upon a time"'] if "sample" in summary else lines
+    if "sample" in summary:
+        lines.append(f'more text: {program()} generate {shlex.quote(str(run))} "Once upon a time"')
+    return lines

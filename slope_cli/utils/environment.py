@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def program() -> str:
+    """The words that call this program again in the same shell: slope, or its path if PATH has none or another one."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "slope_cli"])
+    found = shutil.which("slope")
+    if called.name != "slope" or (found and Path(found).resolve() == called.resolve()):
+        return "slope"
+    return shlex.quote(str(called))
 
 
 def note_environment(run: Path, device: object, members: Sequence[Mapping[str, Any]] = ()) -> None:

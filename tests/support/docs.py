@@ -1,0 +1,265 @@
+"""The shell and Python blocks of README.md and docs/: each page is run from top to bottom, in a folder of its own.
+
+A run of a page's recipe is made tiny by more words; everything else runs as it is printed.
+"""
+
+import contextlib
+import io
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from slope_cli.benchmarks import render
+from slope_cli.config import configs
+from slope_cli.data.tokenizer import load_tokenizer
+from support.data import SENTENCES, prepared, texts
+from support.runs import OVERRIDES, slope, trained
+from support.servers import Server, serving
+
+ROOT = render.ROOT
+PAGES = [path for path in render.DOCUMENTS if path.name != "config.md"]
+"""All but the one that is generated."""
+SHELL = "bash"
+
+NOT_RUN = {
+    r"make ": "CI runs make's targets, on a clean checkout",
+    r"(pip|python3 -m venv|source|conda|docker|apptainer) ": "installs from a network",
+    r"(sbatch|srun|export) ": "needs a cluster; `make test-slurm` runs the scripts on one",
+    r"slope data prepare \S*=/": "names folders of a cluster",
+    r"slope .*(openwebtext|--tasks (?!.*--task-data))": "needs the Hugging Face Hub",
+    r"slope bench( generate|$)": "needs a GPU",
+    r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
+    r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
+}
+"""Commands that no test runs, as regular expressions for their beginnings, and why; their words are checked."""
+
+SCRIPTS = {"pretrain": ["pretrain"], "linearize": ["linearize"], "compare": ["compare"], "prepare": ["data", "prepare"]}
+"""What a script of recipes/slurm gives its words to."""
+
+DIVISOR = 5000
+"""A step in a document is so many times one of its run here."""
+TINY = (
+    *("train.micro_batch=2", "train.seq_len=32", "train.tokens_per_step=64", "train.precision=fp32"),
+    *(
+        "optim.warmup=1",
+        "log.val_tokens=128",
+        "log.val_every=0",
+        "log.sample_tokens=4",
+        "log.save_every=1",
+        "log.keep=9",
+    ),
+)
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    language: str
+    text: str
+
+
+def blocks(document: Path) -> list[Block]:
+    """All blocks of a document, in order."""
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.DOTALL | re.M)]
+
+
+def commands(*parts: Block) -> list[str]:
+    """The commands of shell blocks, without comments."""
+    lines = "".join(block.text for block in parts if block.language == SHELL).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def why_not_run(command: str) -> str:
+    """Why no test runs a command; empty if one does."""
+    return next((why for pattern, why in NOT_RUN.items() if re.match(pattern, command)), "")
+
+
+def slope_words(command: str) -> list[str]:
+    """The words of `slope` in a command, also in one that srun or a script of recipes/slurm starts; [] without any."""
+    words = shlex.split(command)
+    starts = words[0] in ("slope", "srun", "sbatch")
+    for place, word in enumerate(words if starts else []):
+        if word.endswith(".sbatch"):
+            return [*SCRIPTS[Path(word).stem], *words[place + 1 :]]
+        if word == "slope":
+            return words[place + 1 :]
+    return []
+
+
+def run(document: Path, folder: Path) -> None:
+    """Run the blocks of a document in an empty folder, after what they take for granted was put there."""
+    furnish(document, folder)
+    names: dict[str, object] = {}
+    with contextlib.chdir(folder), ExitStack() as stack:
+        servers: list[Server] = []
+        for block in blocks(document):
+            if block.language == "python":
+                text = _at(servers, block.text)
+                exec(compile(text, f"{document.name}, a Python block", "exec"), names)
+            for command in commands(block):
+                if not why_not_run(command):
+                    _run_command(command, folder, stack, servers)
+
+
+def _run_command(command: str, folder: Path, stack: ExitStack, servers: list[Server]) -> None:
+    program, *words = shlex.split(command)
+    if program == "slope" and words[0] == "serve":
+        options = words[2:]
+        if "--port" in options:  # it may be taken here
+            place = options.index("--port")
+            del options[place : place + 2]
+        where = folder / f"server-{len(servers)}"
+        servers.append(stack.enter_context(serving(where, *options, model=Path(words[1]).resolve())))
+        assert servers[-1].ask("/health")[0] == 200
+    elif program == "slope":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once\n")))
+            result = slope(*tiny(words))
+        assert result.code == 0, f"{command}\n{result.err}"
+    else:
+        done = subprocess.run(_at(servers, command), shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if program == "curl":
+            assert "error" not in json.loads(done.stdout), done.stdout
+
+
+def _at(servers: list[Server], text: str) -> str:
+    """A text in which the usual address is that of the first server."""
+    return text.replace("http://127.0.0.1:8000", servers[0].address) if servers else text
+
+
+def tiny(words: list[str]) -> list[str]:
+    """The words of `slope` with those that make a run tiny."""
+    words = [re.sub(r"(?<=train\.steps=)\d+|(?<=@)\d+", _fewer, word) for word in words]
+    for option in ("--seq-len", "--max-length"):
+        if option in words:
+            words[words.index(option) + 1] = "64"
+    command, *rest = words
+    if command == "finetune":
+        return [*words, "--epochs", "1", "--seq-len", "64"]
+    shown = command == "pretrain" and "--dry-run" in words
+    existing = "--runs" in words or "--from" in words  # of tiny runs
+    if command not in ("pretrain", "linearize", "compare") or shown or existing:
+        return words
+    more = [] if any(word.startswith("train.steps=") for word in words) else ["train.steps=4"]
+    if command == "linearize":
+        return [*words, *more, "linearize.window=8", "log.val_tokens=128", "log.sample_tokens=4"]
+    recipe = rest[0] if rest and not rest[0].startswith("-") and "=" not in rest[0] else "gpt2-nano"
+    family = re.match(r"[a-z]+", configs.load(recipe).model.name)
+    assert family
+    sizes = next(sizes for name, sizes in OVERRIDES.items() if name.startswith(family[0]))
+    return [*words, *more, *TINY, *(f"model.overrides.{size}" for size in sizes)]
+
+
+def _fewer(steps: re.Match[str]) -> str:
+    return str(max(1, int(steps[0]) // DIVISOR))
+
+
+# ------------------------------------------------------------------------------- what a page takes for granted
+
+
+def furnish(document: Path, folder: Path) -> None:
+    """Make everything in FURNITURE that a page names, but for what one of its own commands makes."""
+    made = {output for command in commands(*blocks(document)) if (output := _output(slope_words(command)))}
+    text = "\n".join(block.text for block in blocks(document) if block.language)
+    for name, make in FURNITURE.items():
+        if name not in made and re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w-])", text):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            make(folder / name)
+
+
+def _output(words: list[str]) -> str:
+    """The folder that a command writes; empty if it writes none."""
+    if "--out" in words:
+        return words[words.index("--out") + 1].rstrip("/")
+    if words[:1] == ["export"]:
+        return next(word for word in reversed(words) if word.endswith("/")).rstrip("/")
+    if words[:1] == ["linearize"] and "--dry-run" not in words:
+        return f"runs/{Path(words[1]).name}-linear"
+    if words[:1] == ["pretrain"] and "--dry-run" not in words:
+        return f"runs/{words[1] if len(words) > 1 and '=' not in words[1] else 'gpt2-nano'}"
+    return ""
+
+
+def _copy(run: Callable[[], Path]) -> Callable[[Path], None]:
+    def copy(path: Path) -> None:
+        shutil.copytree(run(), path)
+
+    return copy
+
+
+def _corpus(path: Path) -> None:
+    path.mkdir()
+    shutil.copy(texts(), path / "text.jsonl")
+
+
+def _table(path: Path) -> None:
+    path.write_text("number,body\n" + "".join(f"{n},Caf\u00e9 number {n}.\n" for n in range(40)), encoding="latin-1")
+
+
+def _exported(*options: str) -> Callable[[Path], None]:
+    def export(path: Path) -> None:
+        result = slope("export", *options, trained(), path)
+        assert result.code == 0, result.err
+
+    return export
+
+
+def _linearized(path: Path) -> None:
+    result = slope(*tiny(["linearize", str(trained()), "--out", str(path)]))
+    assert result.code == 0, result.err
+
+
+def _glue(path: Path) -> None:
+    rng, rows = random.Random(1), []
+    for _ in range(16):
+        sentence = rng.choice(SENTENCES).replace('"', "")
+        rows.append(f"{sentence}\t{rng.randrange(2)}\n")
+    path.mkdir()
+    for split in ("train", "dev"):
+        (path / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+
+
+def _piqa_rows(path: Path) -> None:
+    (path / "piqa").mkdir(parents=True)
+    rows = [{"goal": f"to see {n}", "sol1": "look", "sol2": "do not look", "label": n % 2} for n in range(4)]
+    (path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _prompts(path: Path) -> None:
+    path.write_text("The weights\nShe said\n")
+
+
+def _tokenizer(path: Path) -> None:
+    """A folder in the place of the Hub's tokenizer of this name."""
+    load_tokenizer("bytes").save_pretrained(path)
+
+
+FURNITURE: dict[str, Callable[[Path], None]] = {
+    "corpus": _corpus,
+    "more": _corpus,
+    "table.csv": _table,
+    "gpt2": _tokenizer,
+    "data/corpus": _copy(prepared),
+    "runs/small": _copy(trained),
+    "runs/other": _copy(trained),
+    "runs/gpt2-nano": _copy(trained),
+    "runs/bert": _copy(lambda: trained("bert-base")),
+    "runs/small-linear": _linearized,
+    "exported": _exported(),
+    "pruned": _exported(),
+    "packed": _exported("--format", "packed"),
+    "glue": _glue,
+    "rows": _piqa_rows,
+    "prompts.txt": _prompts,
+}
+"""What pages have from other pages, or from their reader."""
