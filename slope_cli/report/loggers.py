@@ -58,7 +58,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Sends records to Weights & Biases, as a run whose id is kept in RUN/wandb.id; its own files are in RUN/wandb.
+    """Sends records to Weights & Biases, as a run whose id is kept in RUN/wandb.id.
+
+    wandb's own files lie where it puts them, in $WANDB_DIR or the current folder: it makes links to elsewhere among
+    them, which a run's folder must not have.
 
     Raises:
         UsageError: wandb is missing.
@@ -71,13 +74,13 @@ class Wandb:
 
         # Neither the terminal nor the program's code is sent: the log of this program goes to standard error as it is.
         settings = wandb.Settings(console="off", silent=True, save_code=False)
-        how: dict[str, Any] = {"name": run.resolve().name, "dir": str(run), "config": dict(config)}
+        how: dict[str, Any] = {"name": run.resolve().name, "config": dict(config)}
         try:
             self._run = wandb.init(project=project, id=_wandb_id(run), resume="allow", settings=settings, **how)
-        except wandb.Error as error:
+        except Exception as error:  # wandb's own, or of one of the libraries that it is made of
             advice = "log in with `wandb login`, or set WANDB_MODE=offline or log.wandb=false"
             raise SlopeError(f"log.wandb=true: wandb cannot start ({first_line(error)}); {advice}") from error
-        self.place = self._run.url or f"{run / WANDB}, which `wandb sync` can send"
+        self.place = self._run.url or f"{Path(self._run.dir).parent}, which `wandb sync` can send"
         # Steps are an axis of their own: wandb's must not go back, and those of a resumed run do.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
