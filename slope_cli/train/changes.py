@@ -21,7 +21,7 @@ class Changes:
 
     Attributes:
         norms: "gradient", of the loss; "update", of the change of the weights; and "relative_update", that divided by
-            the norm of the weights before: by the layer's name. Empty unless measured.
+            the norm of the weights before, unless these were all 0: by the layer's name. Empty unless measured.
         masks_changed: the share of the entries of the masks that an update may change which it did change: of W^{R,C}
             in sparse layers, of the mask in masked ones. None if not measured, or if there are none.
     """
@@ -37,6 +37,8 @@ class Changes:
         self._model, self._sharding, self._wants_norms, self._wants_masks = model, sharding, norms, masks
         self.norms: dict[str, dict[str, float]] = {}
         self.masks_changed: float | None = None
+        self._trained: dict[str, nn.Parameter] = {}
+        self._before, self._squares, self._masks = list[Tensor](), list[Tensor](), list[Tensor]()
 
     @torch.no_grad()
     def __enter__(self) -> "Changes":
@@ -51,19 +53,21 @@ class Changes:
 
     @torch.no_grad()
     def __exit__(self, kind: Any, *error: object) -> None:
-        if kind is not None:
-            return
-        if self._wants_norms:
+        if kind is None:
+            self._measure()
+        del self._model  # the numbers outlive it
+        for kept in (self._trained, self._before, self._squares, self._masks):
+            kept.clear()
+
+    def _measure(self) -> None:
+        if self._trained:
             torch._foreach_sub_(self._before, [local(p) for p in self._trained.values()])
-            squares = torch.stack([*self._squares, _squares(self._before)])
-            del self._before
-            self.norms = self._by_layer(squares)
-        if self._wants_masks and self._masks:
+            self.norms = self._by_layer(torch.stack([*self._squares, _squares(self._before)]))
+        if self._masks:
             changed = [_ones(old ^ _bits(new)) for old, new in zip(self._masks, mask_buffers(self._model), strict=True)]
             sides = [(layer.out_features, layer.in_features) for _, layer in sparse_layers(self._model)]
             sides += [(layer.out_features, layer.in_features) for _, layer in masked_layers(self._model)]
             self.masks_changed = int(torch.stack(changed).sum()) / sum(a * b for a, b in sides)
-            del self._masks
 
     def _by_layer(self, squares: Tensor) -> dict[str, dict[str, float]]:
         """The norms from the squares of gradients, weights and updates, (3, parameters), of this process's rows."""
@@ -78,7 +82,7 @@ class Changes:
         return {
             "gradient": {layer: gradient for layer, (gradient, _, _) in norms.items()},
             "update": {layer: update for layer, (_, _, update) in norms.items()},
-            "relative_update": {layer: update / max(weight, 1e-12) for layer, (_, weight, update) in norms.items()},
+            "relative_update": {layer: update / weight for layer, (_, weight, update) in norms.items() if weight},
         }
 
 

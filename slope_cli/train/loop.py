@@ -51,7 +51,7 @@ from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import open_log
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
-from slope_cli.train.step import NOTHING, Around, MaskUpdate, Step, StepOutput, eager, step_seed
+from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
@@ -108,7 +108,7 @@ def pretrain(
         with contextlib.closing(trainer.batches):
             group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
-        summary = group.first(lambda: summarize(run, trainer.dataset))
+        summary = group.first(lambda: summarize(run, trainer.dataset, trainer.times))
         return summary if ranks.first else {}
 
 
@@ -128,6 +128,8 @@ class Trainer:
     Attributes:
         step: the finished steps.
         phase: what the model is in at present.
+        changes: what was measured of the last step's update.
+        times: where the time went that is in no record yet.
     """
 
     def __init__(
@@ -216,8 +218,6 @@ class Trainer:
                     log.write("time", self.step, **self.times.record())
                     self._save(progress, log, must=last or bool(stopped_by))
                     self.times.credit("saving")
-                if last:
-                    log.write("time", self.step, **self.times.record())
         if stopped_by:
             done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
             raise Stopped(f"{done}; run the same command to resume")
@@ -240,11 +240,8 @@ class Trainer:
             "adapter_parameters": _numel(p for p in adapters if p.requires_grad),
         }
 
-    def train_step(self, around: Around = NOTHING) -> tuple[StepOutput, float]:
+    def train_step(self) -> tuple[StepOutput, float]:
         """Take the next step, and update the masks if due.
-
-        Args:
-            around: see `Step`.
 
         Returns:
             The step's output and its learning rate.
@@ -253,9 +250,10 @@ class Trainer:
         lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
         due = self.phase.updates_masks(step)
         update = MaskUpdate(self.phase.layers.backward_mask, step_seed(seed, step + 1)) if due else None
+        self.changes = self._to_measure()
         torch.manual_seed(step_seed(seed, step, self.group.ranks.rank))
         try:
-            output = self.take_step(self.batches.of_step(step), update, around)
+            output = self.take_step(self.batches.of_step(step), update, self.changes)
         except SlopeError as error:
             raise SlopeError(advice.after_failure(error, self.phase, step)) from None
         self.step += 1
@@ -270,8 +268,7 @@ class Trainer:
     def _log_step(self, log: metrics.Log, progress: Progress, start: Start | None, *, first: bool) -> None:
         """Take a step and log it; first: of a start or a phase, so that kernels have just been chosen."""
         started = time.perf_counter()
-        changes = self._changes()
-        output, lr = self.train_step(changes)
+        output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
         if start is not None:
             start.step(seconds)
@@ -282,14 +279,14 @@ class Trainer:
                 log.write("products", self.step, **kernels)
                 progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
-        values |= {} if changes.masks_changed is None else {"masks_changed": changes.masks_changed}
+        values |= {} if self.changes.masks_changed is None else {"masks_changed": self.changes.masks_changed}
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
         record = log.write(output.kind, self.step, lr=lr, **values, **self._utilization(tokens / seconds))
         progress.step(record, self.speed, self._utilization(self.speed.tokens_per_s))
-        if changes.norms:
-            log.write("norms", self.step, **changes.norms)
+        if self.changes.norms:
+            log.write("norms", self.step, **self.changes.norms)
 
-    def _changes(self) -> Changes:
+    def _to_measure(self) -> Changes:
         """What is measured of the next step's update."""
         step, every, interval = self.step + 1, self.config.log.every, self.phase.layers.mask_update_interval
         masks = self.phase.updates_masks(self.step) and step % every < interval  # the first one in `every` steps

@@ -10,14 +10,18 @@ from slope_cli.data.dataset import Dataset
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics, plots
 from slope_cli.report.tables import bytes_text, utilization_text
-from slope_cli.report.timing import PARTS, time_shares
+from slope_cli.report.timing import PARTS, Times, time_shares
 
 BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
 
 
-def summarize(run: Path, dataset: Dataset) -> dict[str, Any]:
-    """Plot a finished run and collect its results; SlopeError if the records of its steps are lost."""
+def summarize(run: Path, dataset: Dataset, times: Times | None = None) -> dict[str, Any]:
+    """Plot a finished run and collect its results; SlopeError if the records of its steps are lost.
+
+    Args:
+        times: of the present start, what is in no record yet: the last checkpoint follows the log.
+    """
     records = metrics.read(run)
     val = [record for record in records if record["kind"] == "val" and {"perplexity", "by_source"} <= record.keys()]
     if not val or not any(record["kind"] in metrics.STEPS for record in records):
@@ -31,7 +35,8 @@ def summarize(run: Path, dataset: Dataset) -> dict[str, Any]:
     summary |= {record["kind"]: record["perplexity"] for record in references}
     summary |= _speed([record for record in records if record["kind"] in metrics.STEPS])
     metrics.require(run, records, ("time",), "seconds", *PARTS)
-    summary |= {"time": shares} if (shares := time_shares(records)) else {}
+    rest = [{"kind": "time", **times.record()}] if times else []
+    summary |= {"time": shares} if (shares := time_shares([*records, *rest])) else {}
     samples = [record["text"] for record in records if record["kind"] == "sample"]
     return summary | ({"sample": samples[-1]} if samples else {})
 
