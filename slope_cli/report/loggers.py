@@ -74,9 +74,9 @@ class Wandb:
 
         # Neither the terminal nor the program's code is sent: the log of this program goes to standard error as it is.
         settings = wandb.Settings(console="off", silent=True, save_code=False)
-        how: dict[str, Any] = {"name": run.resolve().name, "config": dict(config)}
+        how: dict[str, Any] = {"id": _wandb_id(run), "name": run.resolve().name, "config": dict(config)}
         try:
-            self._run = wandb.init(project=project, id=_wandb_id(run), resume="allow", settings=settings, **how)
+            self._run = wandb.init(project=project, resume="allow", settings=settings, **how)
         except Exception as error:  # wandb's own, or of one of the libraries that it is made of
             advice = "log in with `wandb login`, or set WANDB_MODE=offline or log.wandb=false"
             raise SlopeError(f"log.wandb=true: wandb cannot start ({first_line(error)}); {advice}") from error
