@@ -41,8 +41,6 @@ HANG = 60
 """Seconds in which the ranks that were not killed must end."""
 SOURCES = 6
 WORDS = "the a cat dog saw took small green house river and then but never morning light with under walked slowly"
-CLOCK = ("tokens_per_s",)
-"""What records hold of the clock."""
 SHAPE = [f"model.overrides.{size}" for size in ("n_layer=2", "n_embd=32", "n_head=2", "n_positions=64")]
 SHORT = [
     *("train.tokens_per_step=128", "train.micro_batch=2", "train.seq_len=32", "train.device=cpu"),
@@ -114,7 +112,7 @@ def commands(work: Path) -> list[Command]:
 def run_end(run: Path) -> dict[str, Any]:
     """The hashes of the tensors of each of a run's checkpoints, and its log but for the clock."""
     tensors = [path for checkpoint in store.folders(run) for path in checkpoint.glob("*.distcp")]
-    records = [{key: value for key, value in record.items() if key not in CLOCK} for record in metrics.read(run)]
+    records = metrics.without_clock(metrics.read(run))
     return {
         **{str(path.relative_to(run)): file_sha256(path) for path in tensors},
         **{f"{metrics.JSONL}:{number}": record for number, record in enumerate(records, 1)},

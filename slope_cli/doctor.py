@@ -23,6 +23,7 @@ _USED_BY = {
     "peft": "loading an export's adapters outside slope",
     "fastapi": "slope serve",
     "uvicorn": "slope serve",
+    "wandb": "log.wandb",
 }
 
 

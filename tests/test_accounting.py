@@ -12,9 +12,11 @@ from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import optim, phases_of
-from slope_cli.methods.accounting import Account, account, attention_memory, count
-from slope_cli.methods.apply import apply
+from slope_cli.methods.accounting import Account, Flops, account, attention_memory, count, flops
+from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.models.build import build_model, run_model_config
+from slope_cli.report import metrics
+from slope_cli.utils.gpus import dense_peak
 from sparse_kernels import adapters_of, mask_layers, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,3 +227,62 @@ def test_attention_memory_against_a_count_by_hand() -> None:
     assert memory.state_bytes > 8 * memory.cache_bytes_per_token  # the window alone
     first = memory.break_even
     assert (first - 1) * memory.cache_bytes_per_token < memory.state_bytes <= first * memory.cache_bytes_per_token
+
+
+def test_operations_of_a_phase_against_a_count_by_hand() -> None:
+    """Blocks of 32 features with products of 96, 32, 128 and 128 outputs or inputs, two of them, and a tied head."""
+    config = configs.load(str(RECIPE), [*small("gpt2-nano"), "adapters.rank=4"])
+    model, phases = build_model(run_model_config(config), device="meta"), phases_of(config)
+    linear = 2 * (32 * 96 + 32 * 32 + 32 * 128 + 128 * 32) + 272 * 32
+    attention = 2 * 6 * config.train.seq_len * 32  # causal: half of the scores
+    assert flops(model, config) == (6 * linear + attention, 6 * linear + attention)
+    was = UNTOUCHED
+    saved = 2 * 2 * (linear - 272 * 32 - 32 * 96) // 2  # half of two of the three products; the first c_attn is dense
+    adapters = 0
+    for phase in phases.distinct:
+        apply(model, config, phase, was=was)
+        was, adapters = phase, sum(p.numel() for x in adapters_of(model).values() for p in x.parameters())
+        assert flops(model, config) == (6 * linear + attention, 6 * linear + attention - saved + 6 * adapters)
+    assert adapters > 0
+    masked = configs.load(str(RECIPE), [*small("gpt2-nano"), "method=sr_ste"])
+    computed_dense = build_model(run_model_config(masked), device="meta")
+    apply(computed_dense, masked, phases_of(masked).end)
+    assert flops(computed_dense, masked) == (6 * linear + attention, 6 * linear + attention)
+
+
+def test_utilization_is_operations_by_time_over_the_peak() -> None:
+    found = Flops(6_000_000, 4_000_000).utilization(1_000_000, peak=24e12)
+    assert found == pytest.approx({"mfu_dense_equivalent": 0.25, "mfu_real": 1 / 6})
+    assert found.keys() < {*metrics.CLOCK}
+
+
+def test_a_run_that_linearizes_has_no_count_of_operations() -> None:
+    config = configs.load(str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8"])
+    model = build_model(run_model_config(config), device="meta")
+    apply(model, config, phases_of(config).end)
+    assert flops(model, config) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", None),  # fewer cores
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a part of one
+        ("NVIDIA H800", None),
+        ("NVIDIA L40", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_that_of_a_known_gpu_or_none(name: str, tera: float | None) -> None:
+    assert dense_peak(name, "bf16") == (tera and pytest.approx(tera * 1e12))
+    assert dense_peak(name, "fp32") is None

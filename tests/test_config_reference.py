@@ -145,7 +145,7 @@ def test_a_key_is_explained() -> None:
         ("lr", "did you mean optim.lr or adapters.lr?"),
         ("window", "did you mean linearize.window?"),
         ("train.step", "did you mean train.steps?"),
-        ("log.zzz", "known are log.every, log.val_every, "),
+        ("log.zzz", "known are log.every, log.norms_every, "),
         ("zzz", "known are method, model, data, "),
         ("zzz.y", "known are method, model, data, "),
     ],

@@ -4,7 +4,9 @@ import io
 import json
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import full_disk
@@ -12,15 +14,23 @@ from support.runs import copied, slope, trained
 
 from slope_cli.errors import SlopeError
 from slope_cli.report import metrics
+from slope_cli.report.loggers import TensorBoard
 from slope_cli.report.metrics import MetricsLog
 from slope_cli.report.progress import Progress
+from slope_cli.report.timing import Speed
 from slope_cli.utils import jsonl
 
-TRAIN = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.0}
+TRAIN = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5}
+
+
+def speed(tokens_per_s: int = 1234, seconds: float = 1.0) -> Speed:
+    found = Speed()
+    found.add(round(tokens_per_s * seconds), seconds)
+    return found
 
 
 def write(run: Path, *steps: int, start: int = 0) -> None:
-    log = MetricsLog(run, start, tensorboard=False)
+    log = MetricsLog(run, start)
     for step in steps:
         log.write("train", step, loss=step / 3)
     log.sync()
@@ -33,7 +43,7 @@ def test_numbers_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_a_record_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     assert log.write("val", 1, loss=2.0) == metrics.read(tmp_path)[0]
     log.close()
 
@@ -62,7 +72,7 @@ def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     for step in range(1, 5):  # 67 bytes each
         log.write("train", step, loss=1.0)
     full = pytest.raises(SlopeError, match=r"metrics\.jsonl: cannot be written, the disk \(or quota\) is full")
@@ -77,34 +87,69 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_opened_is_an_error_of_ours_or_the_systems(tmp_path: Path) -> None:
     (tmp_path / metrics.JSONL).mkdir()
     with pytest.raises(OSError, match=metrics.JSONL):
-        MetricsLog(tmp_path, 0, tensorboard=False)
+        MetricsLog(tmp_path, 0)
 
 
 def test_tensorboard_has_the_same_numbers_and_forgets_what_is_done_again(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log = MetricsLog(tmp_path, 0, mirrors=[TensorBoard(tmp_path, 0)])
     for step in (1, 2, 3, 4):
         log.write("train", step, loss=float(step))
     log.write("sample", 4, text="some words")
+    log.write("val", 4, loss=4.0, by_source={"a/b": 1.0, "c": {"d": 2}})
     log.close()
-    log = MetricsLog(tmp_path, 2, tensorboard=True)
+    log = MetricsLog(tmp_path, 2, mirrors=[TensorBoard(tmp_path, 2)])
     log.write("train", 3, loss=30.0)
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert events.Tags()["tensors"] == ["sample/text/text_summary"]
+    assert {tag for tag in events.Tags()["scalars"] if "val" in tag} == {
+        "val/loss",
+        "val/by_source/a/b",
+        "val/by_source/c/d",
+    }
+
+
+class Failing:
+    """A logger whose library fails at the second record."""
+
+    place = "elsewhere"
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.closed = False
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.kinds.append(kind)
+        if len(self.kinds) == 2:
+            raise ConnectionError("the service is gone")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_logger_that_fails_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound, failing = TensorBoard(tmp_path, 0), Failing()
+    log = MetricsLog(tmp_path, 0, mirrors=[failing, sound])
+    for step in (1, 2, 3):
+        log.write("train", step, loss=1.0)
+    log.close()
+    assert capsys.readouterr().err == "warning: elsewhere ends at step 2: the service is gone\n"
+    assert (failing.kinds, failing.closed) == (["train", "train"], False)
+    assert len(metrics.read(tmp_path)) == 3
 
 
 def test_in_a_file_a_line_comes_every_few_steps_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(5, every=2)
     for step in range(1, 6):
-        progress.step({"step": step, **TRAIN})
+        progress.step({"step": step, **TRAIN}, speed())
     progress.say("step 5: [bold] as it is")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split()[1] for line in err.splitlines()] == ["2/5", "4/5", "5/5", "5:"]
-    assert err.splitlines()[0].startswith("step 2/5  loss 1.5000  lr 1.00e-03  grad 0.50  1,234 tok/s  eta 0:00:")
+    assert err.splitlines()[0] == "step 2/5  loss 1.5000  lr 1.00e-03  grad 0.50  1,234 tok/s  eta 0:00:03"
     assert err.splitlines()[-1] == "step 5: [bold] as it is"
 
 
@@ -113,14 +158,17 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    progress = Progress(3, done=1, every=1)
-    progress.step({"step": 2, **TRAIN})
+    monkeypatch.setenv("COLUMNS", "140")
+    progress = Progress(4, done=1, every=1)
+    progress.step({"step": 3, **TRAIN}, speed())
     progress.say("a line with [brackets]")
-    progress.step({"step": 3, **TRAIN})
+    progress.step({"step": 3, **TRAIN}, speed(seconds=75), {"mfu_dense_equivalent": 0.5, "mfu_real": 0.25})
     progress.close()
     assert "a line with [brackets]" in screen.getvalue()
-    assert "3/3" in screen.getvalue()
+    assert "3/4" in screen.getvalue()
     assert "loss 1.5000" in screen.getvalue()
+    assert "eta 0:01:15" in screen.getvalue()
+    assert "MFU 50.0% dense-equivalent, 25.0% real" in screen.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, ["0 rows", "1 rows", "2 rows"]), (3600.0, ["0 rows"])])

@@ -27,6 +27,7 @@ from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.models.loss import forward, loss_fn
 from slope_cli.report import metrics
+from slope_cli.report.loggers import TENSORBOARD
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.train.step import Step, StepOutput, step_seed
 from slope_cli.utils.environment import git_commit, source_version
@@ -544,7 +545,7 @@ def test_the_commit_of_a_project_around_the_program_is_not_taken_for_its_own(tmp
 
 def test_a_finished_run_opens_no_tensorboard_file(data: Path, copy: Path) -> None:
     pretrain(tiny(data, "log.tensorboard=true"), copy)
-    assert not (copy / metrics.TENSORBOARD).exists()
+    assert not (copy / TENSORBOARD).exists()
 
 
 def test_every_start_is_noted_with_what_it_ran_on(data: Path, copy: Path) -> None:

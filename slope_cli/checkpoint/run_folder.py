@@ -3,6 +3,7 @@
 RUN/config.yaml          the resolved configuration
 RUN/environment.jsonl    a line for each start: versions, source, machine
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
+RUN/wandb.id             of a run that is mirrored to Weights & Biases
 RUN/checkpoints/step-*   see slope_cli.checkpoint.store
 RUN/tokenizer/           for generate and export
 RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains

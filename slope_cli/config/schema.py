@@ -313,7 +313,11 @@ class LogConfig(Section, section="log"):
     """Logging, validation, sampling and checkpoints."""
 
     every: int = setting(10, unit="steps", example="100")
-    """Steps between two progress lines if standard error is not a terminal."""
+    """Steps between two progress lines if standard error is not a terminal, and between two measurements of how much
+    the masks change."""
+    norms_every: int = setting(0, unit="steps", example="100")
+    """Steps between two measurements of each layer's norms of gradient and update, which need a copy of the trained
+    weights meanwhile; 0 for none."""
     val_every: int = setting(250, unit="steps", example="1000")
     """Steps between validations; 0 for one at the end alone."""
     val_tokens: int = setting(262_144, unit="tokens", example="1000000")
@@ -330,11 +334,19 @@ class LogConfig(Section, section="log"):
     """The number of newest checkpoints to keep."""
     tensorboard: bool = switch(True)
     """Mirror the metrics to TensorBoard files."""
+    wandb: bool = switch(False)
+    """Mirror the metrics to Weights & Biases; needs `pip install slope-cli[wandb]`."""
+    wandb_project: str = setting("slope", example="my-project")
+    """The project on Weights & Biases; WANDB_ENTITY in the environment names its owner."""
 
     def _check_values(self) -> None:
         self._positive("every", "val_tokens", "sample_tokens")
-        self._not_negative("val_every", "sample_every", "save_every")
+        self._not_negative("norms_every", "val_every", "sample_every", "save_every")
         self._need(self.keep >= 2, "keep", "keep at least 2, in case one is damaged")
+        self._need(bool(self.wandb_project), "wandb_project", "must have a name")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        return {} if self.wandb else {"wandb_project": "log.wandb=false"}
 
 
 @dataclass(kw_only=True)

@@ -119,6 +119,10 @@ class Sharding:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor, in place, over the processes that together have all rows."""
+        return sum_among(tensor, self._shards)
+
     # ----------------------------------------------------------------------------------------------------- masks
 
     @torch.no_grad()

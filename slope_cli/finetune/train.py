@@ -36,6 +36,7 @@ from slope_cli.methods.phases import Rate
 from slope_cli.models.loss import autocast
 from slope_cli.report import metrics
 from slope_cli.report.progress import Progress
+from slope_cli.report.timing import Speed
 from slope_cli.utils import files
 from slope_cli.utils.environment import environment
 from sparse_kernels import check_backend, masked_layers, sparse_layers
@@ -327,8 +328,8 @@ def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out
     device, losses = next(model.parameters()).device, []
     steps = list(step_indices(len(examples), s))
     rate = Rate(0, len(steps) + 1, s.lr, WARMUP)  # one more step, because the last learning rate is 0
-    log = metrics.MetricsLog(out, 0, tensorboard=False)
-    progress = Progress(len(steps), every=LOG_EVERY)
+    log = metrics.MetricsLog(out, 0)
+    progress, speed = Progress(len(steps), every=LOG_EVERY), Speed()
     torch.manual_seed(s.seed)  # of dropout
     model.train()
     try:
@@ -350,8 +351,9 @@ def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(values["loss"])
-            speed = inputs["input_ids"].numel() / (time.perf_counter() - started)
-            progress.step(log.write("train", step + 1, **values, tokens_per_s=round(speed, 1)))
+            tokens, seconds = inputs["input_ids"].numel(), time.perf_counter() - started
+            speed.add(tokens, seconds, first=step == 0)
+            progress.step(log.write("train", step + 1, **values, tokens_per_s=round(tokens / seconds, 1)), speed)
     finally:
         progress.close()
         log.close()

@@ -5,7 +5,7 @@ count of each parameter tensor; activations are an estimate.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,15 @@ from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels import AdaptedLinear, MaskedLinear, SparseLinear, adapters_of, masked_layers, sparse_layers
+from sparse_kernels import (
+    AdaptedLinear,
+    MaskedLinear,
+    SparseLinear,
+    adapters_of,
+    backends,
+    masked_layers,
+    sparse_layers,
+)
 from sparse_kernels.formats import BF16
 from sparse_kernels.layers import alike
 
@@ -79,6 +87,46 @@ def count(model: nn.Module) -> Counts:
     )
 
 
+class Flops(NamedTuple):
+    """Floating-point operations of a model for a token, forward and backward.
+
+    dense_equivalent: of the dense model: every linear layer, and attention. real: those that are computed, without
+    pruned weights in sparse products, and with adapters. Neither counts activations that are computed again.
+    """
+
+    dense_equivalent: int
+    real: int
+
+    def utilization(self, tokens_per_s: float, peak: float) -> dict[str, float]:
+        """Model FLOPs utilization (MFU) of both kinds, as the log has it.
+
+        Args:
+            tokens_per_s: of all GPUs together.
+            peak: FLOP/s of all GPUs together, of dense products: of sparse ones a GPU may do up to twice as many.
+        """
+        shares = (tokens_per_s * number / peak for number in self)
+        return {f"mfu_{name}": share for name, share in zip(self._fields, shares, strict=True)}
+
+
+def flops(model: PreTrainedModel, config: Config) -> Flops | None:
+    """Of a model in its phase, for sequences of train.seq_len; None if its attention is linearized.
+
+    On a GPU a product of a sparse layer counts as sparse if one has run so; elsewhere all count as on a GPU that has
+    2:4 products for them.
+    """
+    if linear_windows(model):
+        return None
+    now, saved = count(model), 0
+    chosen = {row.name: (row.forward, row.input_grad) for row in backends(model)}
+    for name, layer in sparse_layers(model):
+        # Of the three products, the forward and the input gradient are sparse.
+        ran = sum(choice is not None and choice.sparse for choice in chosen.get(name, ()))
+        sparse = ran if layer.values.is_cuda else 2
+        saved += 2 * sparse * (layer.out_features * layer.in_features - layer.values.numel())
+    dense = 6 * now.linear + _attention_flops(config, model)
+    return Flops(dense, dense - saved + 6 * now.adapters)
+
+
 @dataclass(frozen=True)
 class Account:
     """Of a run in its last phase, and of the dense run of the same model, in numbers of parameters and in bytes.
@@ -136,7 +184,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     trained = {name for name, adapter in adapters_of(model).items() if adapter.lora_A.requires_grad}
     dense = now.weights + now.sparse - now.stored_sparse
     frozen = now.weights - now.trained + now.adapters - now.trained_adapters
-    flops, linearized = 6 * now.linear + _attention_flops(config, model), end.linearized
+    operations, in_adapters = flops(model, config), 6 * now.adapters
     return Account(
         dense_parameters=dense,
         trained_parameters=now.trained,
@@ -158,10 +206,9 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         dense_state_bytes=_adamw_bytes(dense),
         derived_bytes=_derived_bytes(now) if now.sparse else {},
         activation_bytes=activation_bytes(model, config).get(config.train.activation_checkpointing),
-        dense_flops_per_token=None if linearized else flops,
-        # Of the three products, the forward and the input gradient are sparse.
-        real_flops_per_token=None if linearized else flops - 4 * (now.sparse - now.stored_sparse),
-        adapter_flops_per_token=None if linearized else 6 * now.adapters,
+        dense_flops_per_token=operations and operations.dense_equivalent,
+        real_flops_per_token=operations and operations.real - in_adapters,
+        adapter_flops_per_token=operations and in_adapters,
     )
 
 

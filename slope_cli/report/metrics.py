@@ -1,4 +1,4 @@
-"""The metrics log of a run, metrics.jsonl, and its copy for TensorBoard.
+"""The metrics log of a run, metrics.jsonl; what mirrors it is in slope_cli.report.loggers.
 
 Each line has a checksum, and each checkpoint's manifest the length and hash of the log that it follows: so lines that
 were changed are noticed, and lines that were lost.
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.errors import SlopeError
+from slope_cli.report.loggers import Logger
 from slope_cli.utils import files, jsonl
 
 JSONL = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 STEPS = ("train", "transfer")
 """The kinds of records written once per step: of training, with a loss in nats; of attention transfer, with the mean
 squared error of a layer's output."""
+CLOCK = ("tokens_per_s", "mfu_dense_equivalent", "mfu_real")
+"""What records of steps hold of the clock; those of the kind "time" hold nothing else."""
 _NEEDED = {"train": "loss", "transfer": "mse", "val": "loss", "teacher": "loss", "swapped": "loss", "sample": "text"}
 """The key that every record of a kind has."""
 
@@ -42,6 +44,11 @@ def peak_memory(records: Iterable[Mapping[str, Any]]) -> int | None:
     """The most bytes that any rank's GPU had allocated during a run; None without a GPU."""
     # Validations note it; in version 0.1 every step did.
     return max((record["peak_memory"] for record in records if "peak_memory" in record), default=None)
+
+
+def without_clock(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what depends on the clock: those of equal runs are equal."""
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in records if record["kind"] != "time"]
 
 
 def require(run: Path, records: Iterable[Mapping[str, Any]], kinds: Collection[str], *keys: str) -> None:
@@ -143,28 +150,26 @@ class Log:
 
 
 class MetricsLog(Log):
-    """Appends records to RUN/metrics.jsonl, a line each, and mirrors numbers to TensorBoard.
+    """Appends records to RUN/metrics.jsonl, a line each, and passes them on to loggers that mirror it.
 
     It first drops the records after `step`: a resumed run repeats the steps after its last checkpoint. If the log is
     damaged, what is lost is named in a warning, and the damaged file is kept under another name.
 
     Args:
         saved: what `sync` returned when the checkpoint of `step` was saved.
+        mirrors: a failure of one of these only ends it.
     """
 
-    def __init__(self, run: Path, step: int, *, tensorboard: bool, saved: Mapping[str, Any] | None = None) -> None:
-        self.path = run / JSONL
-        self._writer: Any = None
+    def __init__(
+        self, run: Path, step: int, *, saved: Mapping[str, Any] | None = None, mirrors: Iterable[Logger] = ()
+    ) -> None:
+        self.path, self._mirrors = run / JSONL, list(mirrors)
         content = self._resume(step, saved) if step else b""
         with self._writing():
             self._file = files.open_own(self.path)
             os.ftruncate(self._file, len(content))
         self._bytes, self._digest = len(content), hashlib.sha256(content)
         self.kinds = _kinds_of_last_step(content, step)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1)
 
     def _resume(self, step: int, saved: Mapping[str, Any] | None) -> bytes:
         """The log up to a step, which the file then begins with."""
@@ -184,7 +189,7 @@ class MetricsLog(Log):
         """As `Log.write`.
 
         Raises:
-            SlopeError: metrics.jsonl cannot be written. TensorBoard's copy only ends, with a warning.
+            SlopeError: metrics.jsonl cannot be written.
         """
         record = super().write(kind, step, **values)
         line = jsonl.encode(record)
@@ -192,20 +197,13 @@ class MetricsLog(Log):
             jsonl.write(self._file, line)
         self._bytes += len(line)
         self._digest.update(line)
-        if self._writer is not None:
+        for mirror in list(self._mirrors):
             try:
-                self._mirror(kind, step, values)
-            except OSError as error:
-                self._writer = None
-                print(f"warning: {self.path.with_name(TENSORBOARD)} ends at step {step}: {error}", file=sys.stderr)
+                mirror.write(kind, step, values)
+            except Exception as error:  # whatever it is in another library, the run goes on
+                self._mirrors.remove(mirror)
+                print(f"warning: {mirror.place} ends at step {step}: {error}", file=sys.stderr)
         return record
-
-    def _mirror(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
-            elif isinstance(value, str):
-                self._writer.add_text(f"{kind}/{name}", value, step)
 
     def sync(self) -> dict[str, Any]:
         with self._writing():
@@ -216,9 +214,10 @@ class MetricsLog(Log):
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
+        for mirror in self._mirrors:
+            with contextlib.suppress(Exception):
+                mirror.close()
+        self._mirrors = []
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -7,8 +7,9 @@ from typing import Any
 from rich import progress as bars
 from rich.console import Console
 
-from slope_cli.report.tables import clock
+from slope_cli.report.tables import clock, utilization_text
 from slope_cli.report.terminal import one_row
+from slope_cli.report.timing import Speed
 
 
 class Progress:
@@ -28,23 +29,37 @@ class Progress:
         self.total, self._first, self._every, self._seconds = total, done, every, seconds
         self._started, self._next_line = time.monotonic(), 0.0
         self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        text = bars.TextColumn("{task.description}", markup=False)
-        columns = (bars.BarColumn(bar_width=24), text, bars.TimeRemainingColumn())
+        # The text is last: where the terminal is narrow, it is what is cut.
+        texts = (bars.TextColumn(f"{{task.{text}}}", markup=False) for text in ("fields[eta]", "description"))
+        columns = (bars.BarColumn(bar_width=24), *texts)
         self._bar = bars.Progress(*columns, console=self._console, disable=quiet or not self._console.is_interactive)
-        self._task = self._bar.add_task("", total=total or None, completed=done)
+        self._task = self._bar.add_task("", total=total or None, completed=done, eta="")
 
-    def update(self, done: int, text: str) -> None:
-        """Show how much of the work is done, and a line of text about it."""
+    def update(self, done: int, text: str, left: float | None = None) -> None:
+        """Show how much of the work is done, a line of text about it, and the time left.
+
+        Args:
+            left: the seconds left; None for what the work has taken since this object was made says.
+        """
+        if left is None and done > self._first and self.total:
+            left = (time.monotonic() - self._started) / (done - self._first) * (self.total - done)
+        eta = "" if left is None else f"eta {clock(left)}"
         self._bar.start()
-        self._bar.update(self._task, completed=done, description=one_row(text))
+        self._bar.update(self._task, completed=done, description=one_row(text), eta=eta)
         if self._bar.disable and self._is_due(done):
-            self.say(text + self._time_left(done))
+            self.say(f"{text}  {eta}".rstrip())
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Show a training record of `MetricsLog`."""
+    def step(self, record: Mapping[str, Any], speed: Speed, utilization: Mapping[str, float] | None = None) -> None:
+        """Show a training record of `MetricsLog`, the smoothed speed, and the time left at it.
+
+        Args:
+            utilization: at that speed, by the names in records; see `accounting.Flops.utilization`.
+        """
+        step = record["step"]
         loss = f"loss {record['loss']:.4f}" if "loss" in record else f"mse {record['mse']:.3e}"
-        rates = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s"
-        self.update(record["step"], f"step {record['step']}/{self.total}  {loss}  {rates}")
+        text = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  {speed.tokens_per_s:,.0f} tok/s"
+        text += f"  MFU {utilization_text(utilization)}" if utilization else ""
+        self.update(step, f"step {step}/{self.total}  {loss}  {text}", speed.seconds_for(self.total - step))
 
     def say(self, line: str) -> None:
         """Show one line as it is, above the bar."""
@@ -62,9 +77,3 @@ class Progress:
             return False
         self._next_line = now + self._seconds
         return True
-
-    def _time_left(self, done: int) -> str:
-        if done <= self._first or not self.total:
-            return ""
-        per_unit = (time.monotonic() - self._started) / (done - self._first)
-        return f"  eta {clock(per_unit * (self.total - done))}"

@@ -1,7 +1,7 @@
 """Tables on a terminal and in Markdown, and numbers as text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,3 +92,8 @@ def clock(seconds: float) -> str:
     """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def utilization_text(utilization: Mapping[str, float]) -> str:
+    """Model FLOPs utilization of both kinds, each by its name; see `accounting.Flops.utilization`."""
+    return f"{utilization['mfu_dense_equivalent']:.1%} dense-equivalent, {utilization['mfu_real']:.1%} real"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slope_cli.methods import optim
 from slope_cli.models.loss import Batch
-from slope_cli.train.step import MaskUpdate, Step, StepOutput
+from slope_cli.train.step import NOTHING, Around, MaskUpdate, Step, StepOutput
 from sparse_kernels import backends, mask_buffers, prepare, refresh
 from sparse_kernels.cuda import capture_stream
 
@@ -30,7 +30,12 @@ class GraphedStep:
         """Of autocast's products, or None for none."""
         return self.step.dtype
 
-    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        mask_update: MaskUpdate | None = None,
+        around: Around = NOTHING,
+    ) -> StepOutput:
         """Take one step; as `Step`."""
         if self._graphs is None:
             # A resumed run captures at another step than the original run, and must draw the same numbers afterwards.
@@ -38,7 +43,8 @@ class GraphedStep:
                 self._graphs = _Graphs(self.step, batches)
         losses, norm = self._graphs.gradients(batches)
         output = self.step.check(losses, norm, batches)
-        self._graphs.update(mask_update)
+        with around:
+            self._graphs.update(mask_update)
         return output
 
     def autocast(self) -> Any:

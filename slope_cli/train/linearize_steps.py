@@ -15,7 +15,7 @@ from slope_cli.distributed.sharding import Sharding
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.loss import Batch, Loss, forward, kl_divergence, loss_fn
-from slope_cli.train.step import MaskUpdate, NonFinite, Step, StepOutput, compile_blocks
+from slope_cli.train.step import NOTHING, Around, MaskUpdate, NonFinite, Step, StepOutput, compile_blocks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -51,12 +51,18 @@ class TransferStep(Step):
         super().__init__(model, optimizer, dtype=dtype, clip=clip, **how)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
 
-    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        mask_update: MaskUpdate | None = None,
+        around: Around = NOTHING,
+    ) -> StepOutput:
         """Take one step.
 
         Args:
             batches: a micro-batch each, tensors on the model's device; labels are ignored.
             mask_update: ignored; no mask changes here.
+            around: as in `Step`.
 
         Raises:
             NonFinite: a layer's loss or gradient is not finite; names the layer. Nothing was updated.
@@ -75,10 +81,11 @@ class TransferStep(Step):
                 self.optimizer.zero_grad(set_to_none=True)
                 text = f"the loss or gradient of {name} is not finite; nothing was updated"
                 raise NonFinite("loss or gradient", text)
-        if self.clip:
-            for linear, norm in zip(layers.values(), norms_L, strict=True):
-                torch.nn.utils.clip_grads_with_norm_(linear.parameters(), self.clip, norm)
-        self.optimizer.step()
+        with around:
+            if self.clip:
+                for linear, norm in zip(layers.values(), norms_L, strict=True):
+                    torch.nn.utils.clip_grads_with_norm_(linear.parameters(), self.clip, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         totals, errors, norms = table
         by_layer = dict(zip(layers, errors, strict=True))

@@ -31,19 +31,24 @@ from slope_cli.inference.sampling import Sampling
 from slope_cli.inference.text import prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
+from slope_cli.methods.accounting import Flops, flops
 from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
 from slope_cli.report import metrics
+from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
+from slope_cli.report.timing import Speed, Times
 from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
+from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.length import length_lines
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
 from slope_cli.train.run_data import open_run_data
+from slope_cli.train.run_log import open_log
 from slope_cli.train.sample import sample_text
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
@@ -51,6 +56,7 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
+from slope_cli.utils.gpus import dense_peak
 from sparse_kernels import adapters_of, kernel_choices, sparse_layers
 
 
@@ -86,6 +92,8 @@ def pretrain(
         group = join(ranks, device, stop, seconds=config.distributed.rendezvous_timeout)
 
         def begin() -> tuple[Start, Config]:
+            if config.log.wandb:
+                require_wandb()
             how = "resume" if starts.is_restart(run) else existing
             settled = held.enter_context(run_folder.claimed(run, config, how))
             start = held.enter_context(starts.recorded(run))
@@ -100,7 +108,7 @@ def pretrain(
         with contextlib.closing(trainer.batches):
             group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
-        summary = group.first(lambda: summarize(run, trainer.dataset))
+        summary = group.first(lambda: summarize(run, trainer.dataset, trainer.times))
         return summary if ranks.first else {}
 
 
@@ -120,6 +128,8 @@ class Trainer:
     Attributes:
         step: the finished steps.
         phase: what the model is in at present.
+        changes: what was measured of the last step's update.
+        times: where the time went that is in no record yet.
     """
 
     def __init__(
@@ -131,6 +141,7 @@ class Trainer:
         group: Group | None = None,
     ) -> None:
         """Set up everything that a step needs, and check that it fits together; raises as `pretrain`."""
+        self.times, self.speed = Times(), Speed()
         self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
         self.group = group = group or Group()
         self.speaks = group.ranks.first
@@ -171,6 +182,8 @@ class Trainer:
         else:
             self._restore(checkpoint)
         self.take_step = self._make_step()
+        self.flops: Flops | None = None
+        self.peak = self._peak()
         group.first(lambda: run_folder.write_config(run, config))  # only after all checks
         self._say(self._start_line())
 
@@ -179,10 +192,11 @@ class Trainer:
     def fit(self, stop: StopFlag, start: Start | None = None) -> None:
         """Train to the last step; once `stop` is set, save a checkpoint after the current step and raise Stopped."""
         log_config, steps = self.config.log, self.config.train.steps
-        log = self._open_log()
+        log = self.group.agreed(self._open_log)
         progress = Progress(steps, self.step, every=log_config.every, quiet=not self.speaks)
         with contextlib.closing(log), contextlib.closing(progress), self._saving(progress):
             self.model.train()
+            self.times.credit("start")
             if self.phase.linearized and self.step == 0:
                 self._log_references(log, progress, stop)
             phase_begins = True
@@ -192,7 +206,8 @@ class Trainer:
                 if (to := self.phases.at(self.step)) != self.phase:
                     self._log_phase(self.enter(to), log, progress)
                     phase_begins = True
-                self._log_step(log, progress, start, note_kernels=phase_begins)
+                self._log_step(log, progress, start, first=phase_begins)
+                self.times.credit("start" if phase_begins else "steps")
                 phase_begins = False
                 self._report_save(progress, wait=False)
                 stopped_by = self._evaluate(log, progress, stop)
@@ -200,7 +215,9 @@ class Trainer:
                 if not (stopped_by or last):
                     stopped_by = self.group.stopped_by(stop)
                 if last or stopped_by or _due(self.step, log_config.save_every):
+                    log.write("time", self.step, **self.times.record())
                     self._save(progress, log, must=last or bool(stopped_by))
+                    self.times.credit("saving")
         if stopped_by:
             done = f"stopped by {stopped_by} after step {self.step}, checkpoint saved"
             raise Stopped(f"{done}; run the same command to resume")
@@ -233,9 +250,10 @@ class Trainer:
         lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
         due = self.phase.updates_masks(step)
         update = MaskUpdate(self.phase.layers.backward_mask, step_seed(seed, step + 1)) if due else None
+        self.changes = self._to_measure()
         torch.manual_seed(step_seed(seed, step, self.group.ranks.rank))
         try:
-            output = self.take_step(self.batches.of_step(step), update)
+            output = self.take_step(self.batches.of_step(step), update, self.changes)
         except SlopeError as error:
             raise SlopeError(advice.after_failure(error, self.phase, step)) from None
         self.step += 1
@@ -247,26 +265,48 @@ class Trainer:
         count = f"{changes['trained_parameters']:,} trained parameters, {changes['adapter_parameters']:,} in adapters"
         progress.say(f"step {self.step + 1}: from here on {changes['name']}: {count}")
 
-    def _log_step(self, log: metrics.Log, progress: Progress, start: Start | None, *, note_kernels: bool) -> None:
-        """Take a step and log it; note_kernels: also which kernels run the sparse layers' products."""
+    def _log_step(self, log: metrics.Log, progress: Progress, start: Start | None, *, first: bool) -> None:
+        """Take a step and log it; first: of a start or a phase, so that kernels have just been chosen."""
         started = time.perf_counter()
         output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
         if start is not None:
             start.step(seconds)
-        if note_kernels and (kernels := kernels_of(self.model)):
-            log.write("products", self.step, **kernels)
-            progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
+        self.speed.add(tokens, seconds, first=first)
+        if first:
+            self.flops = flops(self.model, self.config)
+            if kernels := kernels_of(self.model):
+                log.write("products", self.step, **kernels)
+                progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
+        values |= {} if self.changes.masks_changed is None else {"masks_changed": self.changes.masks_changed}
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
-        progress.step(log.write(output.kind, self.step, lr=lr, **values))
+        record = log.write(output.kind, self.step, lr=lr, **values, **self._utilization(tokens / seconds))
+        progress.step(record, self.speed, self._utilization(self.speed.tokens_per_s))
+        if self.changes.norms:
+            log.write("norms", self.step, **self.changes.norms)
+
+    def _to_measure(self) -> Changes:
+        """What is measured of the next step's update."""
+        step, every, interval = self.step + 1, self.config.log.every, self.phase.layers.mask_update_interval
+        masks = self.phase.updates_masks(self.step) and step % every < interval  # the first one in `every` steps
+        norms = _due(step, self.config.log.norms_every)
+        return Changes(self.model, self.sharding, norms=norms, masks=masks)
+
+    def _peak(self) -> float | None:
+        """The FLOP/s of dense products of all GPUs together, at most; None if that is not known."""
+        if self.device.type != "cuda" or self.take_step.dtype != torch.bfloat16:
+            return None
+        peak = dense_peak(torch.cuda.get_device_name(self.device), "bf16")
+        return peak and peak * self.group.ranks.world
+
+    def _utilization(self, tokens_per_s: float) -> dict[str, float]:
+        """Model FLOPs utilization at a speed; {} if the peak or the operations are not known."""
+        return self.flops.utilization(tokens_per_s, self.peak) if self.flops and self.peak else {}
 
     def _open_log(self) -> metrics.Log:
         """The log of the run; on ranks other than 0 one that nobody sees."""
-        if not self.speaks:
-            return metrics.Log()
-        tensorboard = self.config.log.tensorboard and self.step < self.config.train.steps
-        return metrics.MetricsLog(self.run, self.step, tensorboard=tensorboard, saved=self.saved_log)
+        return open_log(self.config, self.run, self.step, self.saved_log) if self.speaks else metrics.Log()
 
     def _make_step(self) -> Step | GraphedStep:
         """What takes the steps of the present phase on this device."""
@@ -292,6 +332,7 @@ class Trainer:
         transferred = self.phase.step == "transfer" and self.phases.at(step) != self.phase
         if "val" not in present and step and (last or transferred or _due(step, config.val_every)):
             validation = self.validate(stop)
+            self.times.credit("validation")
             if validation is None:
                 return self.group.stopped_by(stop)
             peak = max(self.group.gather(torch.cuda.max_memory_allocated()))  # since the start; 0 without a GPU
@@ -306,6 +347,7 @@ class Trainer:
             say(f"step {step}: {log.write('sample', step, text=text)['text']!r}")
             if self.sharding is not None:
                 self.sharding.reshard(self.model)
+            self.times.credit("sampling")
         return ""
 
     def validate(self, stop: StopFlag | None = None) -> dict[str, Any] | None:
@@ -325,6 +367,7 @@ class Trainer:
                 raise Stopped(f"stopped by {signal} before the first step; run the same command to start again")
             log.write(kind, 1, **record)
             progress.say(validation_line(kind, record))
+        self.times.credit("validation")
 
     def _save(self, progress: Progress, log: metrics.Log, *, must: bool) -> None:
         """Save a checkpoint, in the background unless it `must` be saved: then a failure is not only reported."""

@@ -26,6 +26,9 @@ from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, t
 from sparse_kernels import update_masks
 from sparse_kernels.sharded import local
 
+Around = contextlib.AbstractContextManager[Any]
+"""A context in which a step clips its gradient and makes its updates, such as `changes.Changes`."""
+NOTHING: Around = contextlib.nullcontext()
 VARIANTS = 8
 """Of a block's compiled code, at most: of phases, and with and without gradients."""
 
@@ -114,12 +117,18 @@ class Step:
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
             compile_blocks(model)
 
-    def __call__(self, batches: Sequence[Batch], mask_update: MaskUpdate | None = None) -> StepOutput:
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        mask_update: MaskUpdate | None = None,
+        around: Around = NOTHING,
+    ) -> StepOutput:
         """Take one step.
 
         Args:
             batches: a micro-batch each, tensors on the model's device.
             mask_update: made after the weights' update; None for none.
+            around: the update is made within it; its gradient is there before, averaged and not clipped.
 
         Raises:
             NonFinite: loss or gradient is not finite; names the layer. Nothing was updated.
@@ -133,10 +142,11 @@ class Step:
         self.average_gradients()
         norm = self.norm()
         output = self.check(losses, norm, batches)
-        self.update(norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        if mask_update:
-            self.update_masks(mask_update)
+        with around:
+            self.update(norm)
+            self.optimizer.zero_grad(set_to_none=True)
+            if mask_update:
+                self.update_masks(mask_update)
         return output
 
     def targets(self, batches: Sequence[Batch]) -> Tensor | None:

@@ -20,7 +20,9 @@ from slope_cli.config import configs, schema
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError
 from slope_cli.methods import optim, phases_of
+from slope_cli.methods.accounting import flops
 from slope_cli.models.build import build_model, model_config
+from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.step import MaskUpdate, Step, StepOutput
 from sparse_kernels import (
@@ -305,6 +307,35 @@ def test_masks_are_updated_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> 
                 assert layer.backward_mask_bits._version > versions[name]
     assert_same_steps(outputs[1], outputs[0])
     assert_alike(runs[1], runs[0])
+
+
+def test_changes_are_measured_around_an_update_from_graphs_as_eagerly() -> None:
+    found: list[list[Changes]] = [[], []]
+    runs = [setup(graphed=graphed) for graphed in (False, True)]
+    for number in range(4):
+        for run, own in zip(runs, found, strict=True):
+            before = [layer.backward_mask() for _, layer in layers.sparse_layers(run.model)]
+            changes = Changes(run.model, None, norms=True, masks=True)
+            output = run.step(batches("gpt2", 2, number), MaskUpdate(), changes)
+            after = [layer.backward_mask() for _, layer in layers.sparse_layers(run.model)]
+            flipped = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+            assert changes.masks_changed == pytest.approx(flipped / sum(mask.numel() for mask in after))
+            norms = torch.tensor(list(changes.norms["gradient"].values()))
+            assert norms.norm().item() == pytest.approx(output.norm, rel=1e-3)
+            own.append(changes)
+    for eager, graphed in zip(*found, strict=True):
+        for name in ("gradient", "update", "relative_update"):
+            assert graphed.norms[name] == pytest.approx(eager.norms[name], rel=2e-2)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (2, 8)])
+def test_real_operations_are_those_of_the_products_that_run_sparse(pattern: tuple[int, int]) -> None:
+    run = setup(graphed=False, pattern=pattern)
+    run.take(batches("gpt2", 1, 0))
+    choices = [c for row in layers.backends(run.model) for c in (row.forward, row.input_grad)]
+    dense, real = flops(run.model, run.config) or (0, 0)
+    assert dense > 0
+    assert (real < dense) == any(choice is not None and choice.sparse for choice in choices)
 
 
 @pytest.mark.parametrize("transposable", [False, True])

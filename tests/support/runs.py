@@ -109,7 +109,7 @@ def copied(run: Path, folder: Path) -> Path:
 
 def records(run: Path) -> list[dict[str, Any]]:
     """The run's log without what depends on the clock."""
-    return [{k: v for k, v in record.items() if k != "tokens_per_s"} for record in metrics.read(run)]
+    return metrics.without_clock(metrics.read(run))
 
 
 def final_state(config: Config, run: Path) -> dict[str, torch.Tensor]:

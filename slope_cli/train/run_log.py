@@ -1,0 +1,38 @@
+"""The log of a run with the loggers that mirror it, as configured."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slope_cli.config import configs
+from slope_cli.config.schema import Config
+from slope_cli.errors import SlopeError
+from slope_cli.report.loggers import Logger, TensorBoard, Wandb
+from slope_cli.report.metrics import MetricsLog
+
+
+def open_log(config: Config, run: Path, step: int, saved: Mapping[str, Any] | None) -> MetricsLog:
+    """The log of a run that goes on after a step; a finished run's is mirrored no more.
+
+    Args:
+        saved: see `MetricsLog`.
+
+    Raises:
+        SlopeError: metrics.jsonl cannot be written, or wandb cannot start and this is the run's first start. A later
+            one, which nobody may be watching, goes on without wandb.
+    """
+    mirrors: list[Logger] = []
+    going_on = step < config.train.steps
+    if going_on and config.log.tensorboard:
+        mirrors.append(TensorBoard(run, step))
+    if going_on and config.log.wandb:
+        try:
+            mirrors.append(Wandb(run, config.log.wandb_project, configs.container(config)))
+        except SlopeError as error:
+            if step == 0:
+                raise
+            print(f"warning: {error}; training continues without it", file=sys.stderr)
+        else:
+            print(f"wandb: {mirrors[-1].place}", file=sys.stderr)
+    return MetricsLog(run, step, saved=saved, mirrors=mirrors)

@@ -1,0 +1,112 @@
+"""Speed and time: tokens are rate times time, what is left is what the speed says, and no second is lost."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.data import prepared
+from support.runs import copied, tiny, trained
+from torch import Tensor
+
+from slope_cli.data.dataset import open_dataset
+from slope_cli.report import metrics
+from slope_cli.report.timing import PARTS, Speed, Times, time_shares
+from slope_cli.train.loop import pretrain
+from slope_cli.train.step import Step
+from slope_cli.train.summary import report_lines, summarize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.booleans()), min_size=1), st.integers(0, 10**6))
+def test_the_tokens_left_are_the_speed_times_the_time_left(steps: list[tuple[float, bool]], left: int) -> None:
+    speed = Speed()
+    for seconds, first in steps:
+        speed.add(4096, seconds, first=first)
+    assert speed.tokens_per_s * speed.seconds_for(left) == pytest.approx(4096 * left)
+    taken = [seconds for seconds, _ in steps]
+    assert 4096 / max(taken) * 0.999 <= speed.tokens_per_s <= 4096 / min(taken) * 1.001
+
+
+def test_a_speed_is_smooth_and_follows_a_lasting_change() -> None:
+    speed = Speed()
+    for _ in range(100):
+        speed.add(100, 1.0)
+    speed.add(100, 2.0)  # one slow step
+    assert 94 < speed.tokens_per_s < 96
+    for _ in range(100):
+        speed.add(100, 2.0)
+    assert speed.tokens_per_s == pytest.approx(50, rel=0.01)
+
+
+def test_a_new_phase_has_the_old_speed_until_its_second_step() -> None:
+    speed = Speed()
+    speed.add(100, 60.0, first=True)  # compiles: nothing better is known
+    assert speed.seconds_for(10) == pytest.approx(600)
+    speed.add(100, 1.0)
+    speed.add(100, 1.0)
+    assert (speed.tokens_per_s, speed.seconds_for(10)) == pytest.approx((100, 10))
+    speed.add(100, 60.0, first=True)
+    assert (speed.tokens_per_s, speed.seconds_for(10)) == pytest.approx((100, 10))
+    speed.add(100, 4.0)
+    assert (speed.tokens_per_s, speed.seconds_for(10)) == pytest.approx((25, 40))
+
+
+def test_every_second_is_credited_to_a_part() -> None:
+    began, times = time.monotonic(), Times()
+    records = []
+    for part in (*PARTS, "steps"):
+        time.sleep(0.02)
+        times.credit(part)
+        if part == "sampling":
+            records.append({"kind": "time", **times.record()})
+    records.append({"kind": "time", **times.record()})
+    assert sum(record["seconds"] for record in records) == pytest.approx(time.monotonic() - began, abs=0.01)
+    shares = time_shares([{"kind": "train", "step": 1}, *records])
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["steps"] == pytest.approx(2 / 6, abs=0.1)
+    assert time_shares([{"kind": "train", "step": 1}]) == {}
+
+
+def test_progress_records_and_summary_of_a_run_agree(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backward = Step.backward
+
+    def slow(self: Step, *args: Any) -> Tensor:
+        time.sleep(0.02)
+        return backward(self, *args)
+
+    monkeypatch.setattr(Step, "backward", slow)
+    run, began = tmp_path / "run", time.monotonic()
+    summary = pretrain(tiny(data, "log.every=1", "train.steps=20", "log.save_every=12", "log.sample_every=10"), run)
+    took = time.monotonic() - began
+    pattern = r"step (\d+)/20 .* ([\d,]+) tok/s  eta (\d+):(\d\d):(\d\d)$"
+    lines = re.findall(pattern, capsys.readouterr().err, flags=re.MULTILINE)
+    assert len(lines) == 20
+    rates = [int(rate.replace(",", "")) for _, rate, *_ in lines]
+    for (step, _, hours, minutes, seconds), rate in zip(lines, rates, strict=True):
+        eta = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+        assert eta * rate == pytest.approx(128 * (20 - int(step)), abs=0.51 * rate)  # it is in whole seconds
+    assert 600 < rates[-1] < 3200  # two micro-batches of 64 tokens take 0.04 s at least
+    times = [record for record in metrics.read(run) if record["kind"] == "time"]
+    assert [record["step"] for record in times] == [12, 20]
+    assert 0.5 * took < sum(record["seconds"] for record in times) < took
+    assert summary["time"] == pytest.approx(time_shares(times), abs=0.2)  # it has the last checkpoint, too
+    assert sum(summary["time"].values()) == pytest.approx(1)
+    assert summary["time"]["steps"] * took > 18 * 0.04
+    assert min(summary["time"].values()) > 0  # the run had all parts
+    assert 600 < summary["tokens_per_s"] < 3200
+
+
+def test_a_summary_of_a_run_of_an_earlier_version_lacks_what_it_did_not_note(tmp_path: Path) -> None:
+    run = copied(trained(), tmp_path)
+    dataset = open_dataset(prepared())
+    assert any(line.startswith("time: start ") for line in report_lines(summarize(run, dataset), run))
+    lines = (run / metrics.JSONL).read_bytes().splitlines(keepends=True)
+    (run / metrics.JSONL).write_bytes(b"".join(line for line in lines if b'"kind": "time"' not in line))
+    assert not any(line.startswith("time: ") for line in report_lines(summarize(run, dataset), run))
