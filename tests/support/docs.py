@@ -36,6 +36,7 @@ NOT_RUN = {
     r"(sbatch|srun|export) ": "needs a cluster; `make test-slurm` runs the scripts on one",
     r"slope data prepare \S*=/": "names folders of a cluster",
     r"slope .*(openwebtext|--tasks (?!.*--task-data))": "needs the Hugging Face Hub",
+    r"slope .*log\.wandb=true": "needs an account at wandb",
     r"slope bench( generate|$)": "needs a GPU",
     r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
     r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
