@@ -1,5 +1,6 @@
 """Runs of several processes: the same run as one process makes, stopped together, ended together."""
 
+import functools
 import json
 import os
 import signal
@@ -290,17 +291,26 @@ def test_a_claimed_folder_is_refused_by_all_in_one_line(tmp_path: Path) -> None:
     assert "thesis.tex" in line
 
 
-def _alone(rank: int) -> None:
-    """End rank 1 before it meets the others."""
-    if rank == 1:
+def _without(absent: int, rank: int) -> None:
+    """End a rank before it meets the others."""
+    if rank == absent:
         os._exit(7)
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=3", out=tmp_path / "run")
-    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=_alone)
+    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=functools.partial(_without, 1))
     assert ranks.finish(60) == [1, 7, 1]
     assert "error: rank 1 did not come within 3 s" in ranks.printed(0)
+
+
+def test_without_rank_0_the_others_end_in_time_with_a_line(tmp_path: Path) -> None:
+    command = words("distributed.rendezvous_timeout=2", out=tmp_path / "run")
+    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=functools.partial(_without, 0))
+    assert ranks.finish(60) == [7, 1]
+    (line,) = ranks.printed(1).splitlines()
+    assert "rank 0 did not answer at 127.0.0.1:" in line
+    assert "within 2 s" in line
 
 
 @pytest.mark.parametrize(
