@@ -21,8 +21,9 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.data.batches import MaskingIds
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.finetune import examples, glue, squad, train
-from slope_cli.finetune.train import TASKS, Settings
+from slope_cli.finetune import examples, glue, loop, squad, train
+from slope_cli.finetune.loop import Settings
+from slope_cli.finetune.train import TASKS
 from slope_cli.inference.export import export
 from slope_cli.report import metrics
 from sparse_kernels import masked_layers, sparse_layers
@@ -216,7 +217,7 @@ def test_losses_by_hand() -> None:
 @unhurried
 @given(count=st.integers(1, 40), epochs=st.integers(1, 3), batch=st.integers(1, 50))
 def test_every_row_is_seen_once_an_epoch(count: int, epochs: int, batch: int) -> None:
-    batches = list(train.step_indices(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
+    batches = list(loop.step_indices(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
     rows = np.concatenate(batches)
     assert all(sorted(rows[e * count : (e + 1) * count]) == list(range(count)) for e in range(epochs))
     assert {len(part) for part in batches[:-1]} <= {batch}
