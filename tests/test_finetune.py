@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from support.data import wordpiece
 from support.runs import trained
 
-from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.batches import MaskingIds
 from slope_cli.data.tokenizer import load_tokenizer
@@ -303,12 +302,13 @@ def test_merged_and_dense_exports_stay_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 8), (4, 8)])
 def test_patterns_are_found(n: int, m: int) -> None:
+    from sparse_kernels.convert import pattern
     from sparse_kernels.masks import nm_mask
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    assert hf_folder.pattern(weight) is None
-    assert hf_folder.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
-    assert hf_folder.pattern(torch.zeros(32, 64)) is None
+    assert pattern(weight) is None
+    assert pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
+    assert pattern(torch.zeros(32, 64)) is None
 
 
 def test_a_head_of_the_seed() -> None:

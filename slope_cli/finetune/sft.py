@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import Loaded, load_model, require_initial
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.errors import UsageError
@@ -28,7 +27,7 @@ from slope_cli.inference.engine import end_ids
 from slope_cli.inference.export import write
 from slope_cli.models.loss import autocast, forward, loss_fn
 from slope_cli.utils import files
-from sparse_kernels import add_adapters, masked_layers, select_layers, sparse_layers, to_dense
+from sparse_kernels import add_adapters, find_sparse_layers, masked_layers, select_layers, sparse_layers, to_dense
 
 TASK, MODEL = "SFT", "model"
 LONGEST = 1024
@@ -179,7 +178,7 @@ def _add_lora(model: PreTrainedModel, s: SftSettings) -> None:
     """Freeze a model's weights and add adapters; UsageError for a rank that does not fit a layer."""
     if any(True for _ in masked_layers(model)):  # which have no adapters
         to_dense(model)
-        hf_folder.find_sparse_layers(model)
+        find_sparse_layers(model)
     model.requires_grad_(False)
     names = [name for name, _ in sparse_layers(model)]
     with contextlib.suppress(ValueError):  # no other layer could be sparse

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from slope_cli.checkpoint import base_model, peft, run_folder
+from slope_cli.checkpoint import base_model, run_folder
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import save_tokenizer
@@ -22,7 +22,7 @@ from slope_cli.models.loss import forward
 from slope_cli.report import metrics
 from slope_cli.report.tables import plain_in_markdown
 from slope_cli.utils.files import atomic_folder
-from sparse_kernels import adapted_layers, adapters_of, masked_layers, sparse_layers, to_dense
+from sparse_kernels import adapters_of, masked_layers, peft, sparse_layers, to_dense
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, relative to their largest magnitude, that reloading may make."""
@@ -78,18 +78,17 @@ def write(
     """
     logging.disable_progress_bar()  # they would only clutter the log
     expected, adapters = sample_logits(model), adapters_of(model)
-    conv1d = {name for name, layer in adapted_layers(model) if layer.conv1d}
     card = _model_card(model, name, facts, merged=merge)
-    to_dense(model, adapters="merge" if merge else "drop")
     try:
         with atomic_folder(out) as folder:
+            if adapters and not merge:
+                peft.write(folder / peft.FOLDER, model)
+            to_dense(model, adapters="merge" if merge else "drop")
             if linearized is not None:
                 saved.write(folder / saved.FOLDER, model, linearized.linearize, seed=linearized.train.seed)
                 restore_attention(model)
             model.save_pretrained(folder)
             save_tokenizer(tokenizer, folder)
-            if adapters and not merge:
-                peft.write(folder / peft.FOLDER, adapters, model, conv1d=conv1d)
             (folder / "README.md").write_text(card, encoding="utf-8")
             reloaded = type(model).from_pretrained(folder)
             if adapters and not merge:
@@ -205,5 +204,6 @@ def _how_to_keep_sparse(causal: bool) -> list[str]:
     own = "SFT --data chat.jsonl" if causal else "TASK"
     return [
         "Plain fine-tuning fills the zeros, and makes the model dense. What keeps them: an adapter (PEFT's LoRA) on",
-        f"frozen weights; `slope finetune FOLDER {own}`.",
+        f"frozen weights; `slope finetune FOLDER {own}`; in transformers' Trainer",
+        "`sparse_kernels.trainer.SparsityCallback(model)` (pip install slope-cli).",
     ]
