@@ -168,11 +168,11 @@ def finetune(
     """
     how: dict[str, Any] = {"out": out, "epochs": epochs, "batch": batch, "seq_len": seq_len, "seed": seed}
     if task.lower() == "sft":
-        from slope_cli.finetune import sft
+        from slope_cli.finetune import loop, sft
 
         how |= {"val": val or "0.05", "lora": lora or 0, "micro_batch": micro_batch, "lr": lr}
         result = sft.finetune(folder, data, **how)
-        lines = sft.report_lines(result, out or folder / "finetune" / f"SFT-{seed}")
+        lines = sft.report_lines(result, out or loop.default_folder(folder, loop.SFT, seed))
     else:
         from slope_cli.finetune import train as tuning
 

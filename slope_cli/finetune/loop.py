@@ -29,6 +29,8 @@ from slope_cli.utils import files
 from slope_cli.utils.environment import environment
 from sparse_kernels import check_backend, masked_layers, sparse_layers
 
+SFT = "SFT"
+"""The task of causal models; see `sft`."""
 RESULT, FOLDER = "result.json", "finetune"
 FEWEST_TOKENS = 8
 """The shortest sequence that holds two short texts and their special tokens."""

@@ -23,13 +23,14 @@ from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.errors import UsageError
 from slope_cli.finetune import conversations, loop
 from slope_cli.finetune.conversations import CausalExample, Examples, Row
+from slope_cli.finetune.loop import SFT
 from slope_cli.inference.engine import end_ids
 from slope_cli.inference.export import write
 from slope_cli.models.loss import autocast, forward, loss_fn
 from slope_cli.utils import files
 from sparse_kernels import add_adapters, find_sparse_layers, masked_layers, select_layers, sparse_layers, to_dense
 
-TASK, MODEL = "SFT", "model"
+MODEL = "model"
 LONGEST = 1024
 """The longest input, unless the model's run says with which length it was trained."""
 SPLIT_SEED = 0
@@ -101,7 +102,7 @@ def finetune(
     usual = min(positions, LONGEST) if loaded.config is None else loaded.config.train.seq_len
     size = 32 if batch is None else batch
     settings = SftSettings(
-        task=TASK,
+        task=SFT,
         epochs=3 if epochs is None else epochs,
         lr=(2e-4 if lora else 2e-5) if lr is None else lr,
         batch=size,
@@ -112,7 +113,7 @@ def finetune(
     )
     loop.require_positions(loaded.model, settings.seq_len)
     rows, source = _load_rows(data, val)
-    out = out or loop.default_folder(folder, TASK, seed)
+    out = out or loop.default_folder(folder, SFT, seed)
     return loop.finished(loaded, settings, source, out, MODEL, lambda: _run(rows, settings, loaded, out))
 
 
@@ -122,7 +123,7 @@ def _load(folder: Path) -> Loaded:
     loaded = load_model(folder, pick_device("auto"))
     if loaded.objective != "causal":
         kind = loaded.model.config.model_type
-        raise UsageError(f"{folder}: contains a {kind} model; {TASK} is for models that predict the next token")
+        raise UsageError(f"{folder}: contains a {kind} model; {SFT} is for models that predict the next token")
     loaded.model.float()  # small steps of weights in 16 bits would be rounded away
     return loaded
 

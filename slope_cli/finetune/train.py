@@ -30,8 +30,6 @@ from slope_cli.models.loss import autocast
 from slope_cli.utils import files
 
 TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, squad.SQUAD)}
-SFT = "SFT"
-"""The task of causal models; see `sft`."""
 PREDICTIONS = "predictions.jsonl"
 
 
@@ -95,7 +93,9 @@ def _load_bert(folder: Path, seq_len: int) -> Loaded:
     loaded = load_model(folder, pick_device("auto"))
     if loaded.objective != "masked":
         kind = loaded.model.config.model_type
-        raise UsageError(f"{folder}: contains a {kind} model; only BERT can be fine-tuned on it, others with {SFT}")
+        raise UsageError(
+            f"{folder}: contains a {kind} model; only BERT can be fine-tuned on it, others with {loop.SFT}"
+        )
     loop.require_positions(loaded.model, seq_len)
     return loaded
 
@@ -105,7 +105,7 @@ def find_task(name: str) -> Task:
     for task in TASKS.values():
         if _letters(task.name) == _letters(name):
             return task
-    raise UsageError(f"unknown task {name!r}; {did_you_mean(name, [*TASKS, SFT])}")
+    raise UsageError(f"unknown task {name!r}; {did_you_mean(name, [*TASKS, loop.SFT])}")
 
 
 def _letters(name: str) -> str:
