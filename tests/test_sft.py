@@ -221,7 +221,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
 
 
-@pytest.mark.parametrize("model", ["gpt2-nano", "llama3-8b"])
+@pytest.mark.parametrize("model", ["gpt2-nano", pytest.param("llama3-8b", marks=pytest.mark.slow)])
 def test_answers_are_learned_and_the_masks_are_those_of_the_run(model: str) -> None:
     out = tuned(model)
     result = json.loads((out / "result.json").read_text())
@@ -272,7 +272,15 @@ def test_the_server_answers_chats(tmp_path: Path) -> None:
             assert said["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("more", [(), ("method=dense",), ("method=sr_ste",)], ids=["slope", "dense", "sr_ste"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("method=dense",), marks=pytest.mark.slow),
+        pytest.param(("method=sr_ste",), marks=pytest.mark.slow),
+    ],
+    ids=["slope", "dense", "sr_ste"],
+)
 def test_lora_leaves_the_weights_alone(more: tuple[str, ...], tmp_path: Path) -> None:
     out = tuned("gpt2-nano", "--lora", "8", *more)
     result = json.loads((out / "result.json").read_text())
