@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from slope_cli.checkpoint import base_model, load, peft, run_folder
+from slope_cli.checkpoint import base_model, load, run_folder
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
@@ -34,6 +34,7 @@ from slope_cli.methods.accounting import attention_memory
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config
 from slope_cli.train.linearize_steps import TransferStep
+from sparse_kernels import peft
 
 from .records import DecodeMemory, DecodeRow
 from .timing import Peak, Timing, free, one_line, random_model, synchronize

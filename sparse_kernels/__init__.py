@@ -26,7 +26,7 @@ from typing import Any
 
 from sparse_kernels import deprecated
 from sparse_kernels.adapters import adapted_layers, adapter_rank, adapters_of, add_adapters, check_adapters
-from sparse_kernels.convert import input_norms, mask_layers, sparsify, to_dense
+from sparse_kernels.convert import find_sparse_layers, input_norms, mask_layers, sparsify, to_dense
 from sparse_kernels.kernel_choice import kernel_choices, use_choices
 from sparse_kernels.layers import (
     backends,
@@ -67,6 +67,7 @@ __all__ = [
     "check_backend",
     "decay_pruned",
     "dense_weights",
+    "find_sparse_layers",
     "input_norms",
     "kernel_choices",
     "mask_buffers",

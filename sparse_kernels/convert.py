@@ -1,5 +1,6 @@
 """Swap a model's linear layers for sparse or masked ones, in place, and turn them back into dense ones."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -23,6 +24,8 @@ from sparse_kernels.selection import (
 )
 from sparse_kernels.sparse_linear import SparseLinear
 
+GROUPS = (2, 4, 8, 16)
+"""The M of the N:M patterns that are detected in weights."""
 Norms = Mapping[str, Tensor]
 """The norms of layers' inputs by the layers' names; what `input_norms` returns."""
 
@@ -133,6 +136,34 @@ def mask_layers(
         )
         _swap(model, linear, masked, masked.weight)
     return report
+
+
+def find_sparse_layers(model: nn.Module) -> list[str]:
+    """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern; their names."""
+    try:
+        linear = select_layers(model).swapped
+    except ValueError:  # too small for any
+        return []
+    found = {layer.name: pattern(stored_weight(model.get_submodule(layer.name)).detach()) for layer in linear}
+    patterns = {name: n_m for name, n_m in found.items() if n_m is not None}
+    sparsify_as(model, patterns)
+    return list(patterns)
+
+
+def sparsify_as(model: nn.Module, patterns: Mapping[str, tuple[int, int]]) -> None:
+    """Make exactly these layers sparse, in place, each with its own (N, M)."""
+    for n, m in sorted(set(patterns.values())):
+        others = [layer.name for layer in select_layers(model).layers if patterns.get(layer.name) != (n, m)]
+        sparsify(model, n=n, m=m, exclude_modules=[f"^{re.escape(name)}$" for name in others])
+
+
+def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
+    """The sparsest N:M pattern along the rows that a weight (out, in) fits, of those the smallest M; None if dense."""
+    most = {}
+    for m in (m for m in GROUPS if weight_OI.shape[0] % m == weight_OI.shape[1] % m == 0):
+        most[m] = int((weight_OI.unflatten(1, (-1, m)) != 0).sum(-1).max())
+    fits = [(n / m, m, n) for m, n in most.items() if 0 < n < m]
+    return (min(fits)[2], min(fits)[1]) if fits else None
 
 
 def _swap(model: nn.Module, old: nn.Module, new: SparseLinear | MaskedLinear, weight: nn.Parameter) -> None:

@@ -153,7 +153,7 @@ def test_version() -> None:
         ["generate", "run", "text", "--temperature", "-1"],
         ["generate", "run", "text", "--tokens", "many"],
         ["generate", "run", "text", "--seed", "99999999999999999999"],
-        ["export", "run"],
+        ["export"],
         ["plot"],
         ["check"],
         ["data", "prepare", "text"],

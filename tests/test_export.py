@@ -13,10 +13,10 @@ from support.runs import OVERRIDES, copied, slope, trained
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from slope_cli.checkpoint import peft as peft_folder
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.inference.export import TOLERANCE, export
+from sparse_kernels import peft as peft_folder
 from sparse_kernels import sparse_layers
 
 # PEFT asks transformers a question that has a new name there.

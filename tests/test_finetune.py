@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from support.data import wordpiece
 from support.runs import trained
 
-from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.batches import MaskingIds
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.finetune import examples, glue, squad, train
-from slope_cli.finetune.train import TASKS, Settings
+from slope_cli.finetune import examples, glue, loop, squad, train
+from slope_cli.finetune.loop import Settings
+from slope_cli.finetune.train import TASKS
 from slope_cli.inference.export import export
 from slope_cli.report import metrics
 from sparse_kernels import masked_layers, sparse_layers
@@ -216,7 +216,7 @@ def test_losses_by_hand() -> None:
 @unhurried
 @given(count=st.integers(1, 40), epochs=st.integers(1, 3), batch=st.integers(1, 50))
 def test_every_row_is_seen_once_an_epoch(count: int, epochs: int, batch: int) -> None:
-    batches = list(train.step_indices(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
+    batches = list(loop.step_indices(count, Settings("RTE", epochs, 1e-5, batch, 128, 3)))
     rows = np.concatenate(batches)
     assert all(sorted(rows[e * count : (e + 1) * count]) == list(range(count)) for e in range(epochs))
     assert {len(part) for part in batches[:-1]} <= {batch}
@@ -302,12 +302,13 @@ def test_merged_and_dense_exports_stay_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (2, 8), (4, 8)])
 def test_patterns_are_found(n: int, m: int) -> None:
+    from sparse_kernels.convert import pattern
     from sparse_kernels.masks import nm_mask
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    assert hf_folder.pattern(weight) is None
-    assert hf_folder.pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
-    assert hf_folder.pattern(torch.zeros(32, 64)) is None
+    assert pattern(weight) is None
+    assert pattern(weight * nm_mask(weight.abs(), n, m)) == (n, m)
+    assert pattern(torch.zeros(32, 64)) is None
 
 
 def test_a_head_of_the_seed() -> None:

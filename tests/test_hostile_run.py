@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from slope_cli.checkpoint import base_model, dcp, hf_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.finetune.train import default_folder
+from slope_cli.finetune.loop import default_folder
 from slope_cli.train.loop import pretrain
 from slope_cli.utils import files
 

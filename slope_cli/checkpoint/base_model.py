@@ -12,12 +12,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from slope_cli.checkpoint import hf_folder, store
+from slope_cli.checkpoint import store
 from slope_cli.errors import SlopeError, first_line
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
 from slope_cli.utils.files import as_json, content_sha256, read_sealed, write_sealed
 from sparse_kernels import adapters_of, add_adapters, sparse_layers
+from sparse_kernels.convert import sparsify_as
 
 BASE = "base.json"
 
@@ -97,7 +98,7 @@ def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrain
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     patterns = {name: (n, m) for name, layer in description["sparse"].items() for n, m in [layer["pattern"]]}
-    hf_folder.sparsify_as(model, patterns)
+    sparsify_as(model, patterns)
     for name, layer in sparse_layers(model):
         saved = description["sparse"][name]
         layer.backward_rescale = saved["column_rescale"] if "column_rescale" in saved else saved["backward_rescale"]

@@ -1,16 +1,11 @@
-"""A folder that transformers reads: an export of a run, or any other causal model's or BERT's.
-
-Shape suffixes: O out features, I in features.
-"""
+"""A folder that transformers reads: an export of a run, or any other causal model's or BERT's."""
 
 import contextlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,18 +16,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from slope_cli.checkpoint import peft, run_folder
+from slope_cli.checkpoint import run_folder
 from slope_cli.data.tokenizer import load_tokenizer, vocabulary_size
 from slope_cli.errors import SlopeError, UsageError, first_line
 from slope_cli.linearize import saved
 from slope_cli.models import shapes
-from sparse_kernels import select_layers, sparsify
+from sparse_kernels import find_sparse_layers, peft
 from sparse_kernels.transformers import METHOD  # the import lets transformers load packed folders
 
 SEED = "slope_seed"
 """The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
-GROUPS = (2, 4, 8, 16)
-"""The M of the N:M patterns that are detected in a folder's weights."""
 NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
 
 
@@ -65,7 +58,10 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
             raise UsageError(f"{folder}: holds no weights for {missing[0]}; export the model with its language head")
         find_sparse_layers(model)
         if (folder / peft.FOLDER).is_dir():
-            peft.add(model, folder / peft.FOLDER)
+            try:
+                peft.add(model, folder / peft.FOLDER)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
         if (folder / saved.FOLDER).is_dir():
             saved.read(folder / saved.FOLDER, model)
     tokenizer = load_tokenizer(str(folder.resolve()))
@@ -123,30 +119,3 @@ def _named(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # transformers', safetensors' and JSON's errors share no base class
         raise SlopeError(f"{folder}: cannot be loaded as a model ({first_line(error)})") from error
-
-
-def find_sparse_layers(model: PreTrainedModel) -> None:
-    """Make the layers whose zeros are N:M sparse layers again, in place, each with its own pattern."""
-    try:
-        linear = select_layers(model).swapped
-    except ValueError:  # too small for any
-        return
-    weights = {layer.name: (model.get_submodule(layer.name).weight, layer.transposed) for layer in linear}
-    patterns = {name: pattern(stored.t() if transposed else stored) for name, (stored, transposed) in weights.items()}
-    sparsify_as(model, {name: n_m for name, n_m in patterns.items() if n_m is not None})
-
-
-def sparsify_as(model: PreTrainedModel, patterns: Mapping[str, tuple[int, int]]) -> None:
-    """Make exactly these layers sparse, in place, each with its own (N, M)."""
-    for n, m in sorted(set(patterns.values())):
-        others = [layer.name for layer in select_layers(model).layers if patterns.get(layer.name) != (n, m)]
-        sparsify(model, n=n, m=m, exclude_modules=[f"^{re.escape(name)}$" for name in others])
-
-
-def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
-    """The sparsest N:M pattern along the rows that a weight (out, in) fits, of those the smallest M; None if dense."""
-    most = {}
-    for m in (m for m in GROUPS if weight_OI.shape[0] % m == weight_OI.shape[1] % m == 0):
-        most[m] = int((weight_OI.unflatten(1, (-1, m)) != 0).sum(-1).max())
-    fits = [(n / m, m, n) for m, n in most.items() if 0 < n < m]
-    return (min(fits)[2], min(fits)[1]) if fits else None

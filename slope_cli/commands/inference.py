@@ -69,10 +69,16 @@ def serve(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="An empty or new folder; none: DIR, an export, is pushed.")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
     dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAMESPACE/NAME", help="Upload OUT to the Hugging Face Hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a repository that everyone sees.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that transformers loads.
@@ -80,24 +86,42 @@ def export(
     What is written is read back, and its logits are compared. Adapters are a folder for PEFT beside dense weights. For
     a linearized run only slope loads the feature maps, and the check uses slope; from_pretrained gives plain softmax
     attention. With --format packed 2:4 layers are kept values and metadata, with their adapters, for inference: loaded
-    by slope, or after import sparse_kernels.transformers.
+    by slope, or after import sparse_kernels.transformers. A repository that --push makes is private.
     """
     launch.require_one_process()
-    if form == "packed":
-        if merge:
-            raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
+    if public and push is None:
+        raise UsageError("--public: is for --push")
+    if folder is None and push is None:
+        raise UsageError("OUT is missing: the folder to write; only --push does without it, for a folder to upload")
+    if folder is None and (merge or form == "packed"):
+        raise UsageError(f"{'--merge' if merge else '--format'}: is for an export; give OUT, the folder to write")
+    if form == "packed" and merge:
+        raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
+    if form == "dense" and dtype is not None:
+        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
+    result: dict[str, Any] = {}
+    lines: list[str] = []
+    if push is not None:
+        from slope_cli.inference import push as pushing
+
+        if folder is None:
+            pushing.require_export(run)
+        pushing.require_hub(push)  # before the export, which may take long
+    if folder is not None and form == "packed":
         from slope_cli.inference.export_packed import export_packed, report_lines
 
         result = export_packed(run, folder, dtype or "bfloat16")
-        print_result(result, report_lines(result), as_json)
-        return
-    if dtype is not None:
-        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
-    from slope_cli.inference.export import export as write
+        lines = report_lines(result)
+    elif folder is not None:
+        from slope_cli.inference.export import export as write
 
-    result = write(run, folder, merge=merge)
-    text = f"{folder}: step {result['step']}, reloaded logits differ by {result['logits_difference']:.1e} of their size"
-    print_result(result, [text], as_json)
+        result = write(run, folder, merge=merge)
+        difference = f"reloaded logits differ by {result['logits_difference']:.1e} of their size"
+        lines = [f"{folder}: step {result['step']}, {difference}"]
+    if push is not None:
+        result["pushed"] = pushing.push(folder or run, push, public=public)
+        lines.append(f"pushed to {result['pushed']}, {'public' if public else 'private'}")
+    print_result(result, lines, as_json)
 
 
 def convert_llama2c(

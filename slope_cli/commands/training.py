@@ -151,27 +151,41 @@ def _train(
 
 
 def finetune(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A BERT run, or an exported one.")],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE or SQuAD.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the official files; default: the hub.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE, SQuAD: a BERT; SFT.")],
+    data: Annotated[Path | None, typer.Option(help="Official files' folder (default: the hub); SFT: JSONL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 3e-5 (SFT 2e-5, --lora 2e-4).")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Default: 32 (SQuAD 24).")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384).")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384; SFT as the run).")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
+    val: Annotated[str | None, typer.Option(help="SFT: JSONL, or the share of rows held out; default: 0.05.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="SFT: train adapters alone.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="SFT: rows read at once; default: 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a BERT on GLUE or SQuAD v1.1.
+    """Fine-tune a BERT on GLUE or SQuAD; SFT for others.
 
-    It is evaluated on dev; masks stay fixed.
+    Masks stay fixed. A BERT is evaluated on dev. SFT learns the answers in rows of {"messages": [{"role", "content"}]}
+    or {"prompt", "completion"}, and writes OUT/model, a folder that transformers, slope generate and slope serve load.
     """
-    from slope_cli.finetune import train as tuning
+    how: dict[str, Any] = {"out": out, "epochs": epochs, "batch": batch, "seq_len": seq_len, "seed": seed}
+    if task.lower() == "sft":
+        from slope_cli.finetune import loop, sft
 
-    result = tuning.finetune(
-        folder, task, data=data, out=out, epochs=epochs, lr=lr, batch=batch, seq_len=seq_len, seed=seed
-    )
-    print_result(result, tuning.report_lines(result), as_json)
+        how |= {"val": val or "0.05", "lora": lora or 0, "micro_batch": micro_batch, "lr": lr}
+        result = sft.finetune(folder, data, **how)
+        lines = sft.report_lines(result, out or loop.default_folder(folder, loop.SFT, seed))
+    else:
+        from slope_cli.finetune import train as tuning
+
+        for name, value in (("val", val), ("lora", lora), ("micro-batch", micro_batch)):
+            if value is not None:
+                raise UsageError(f"--{name}: is for the task SFT")
+        result = tuning.finetune(folder, task, data=data, lr=3e-5 if lr is None else lr, **how)
+        lines = tuning.report_lines(result)
+    print_result(result, lines, as_json)
 
 
 def compare(

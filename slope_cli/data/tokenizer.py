@@ -130,7 +130,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
 
     try:
         # Without a network transformers tries again for a minute or more, for each of its files.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=not _hub_answers())
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=not hub_answers())
     except Exception as error:  # hub, HTTP and parser errors share no base class
         raise UsageError(
             f"tokenizer {name}: no such folder, and it could not be downloaded from the Hugging Face Hub "
@@ -138,7 +138,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         ) from error
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hugging Face Hub, or the mirror that $HF_ENDPOINT names, can be reached."""
     from huggingface_hub import constants, get_session
 

@@ -1,8 +1,6 @@
 """`slope finetune`: train a pretrained BERT, dense or sparse, on a task of GLUE or on SQuAD v1.1; evaluate it on dev.
 
-OUT/result.json       settings, metrics and versions; written last, so that only a finished fine-tuning has one
-OUT/metrics.jsonl     a line for each step
-OUT/predictions.jsonl a line for each row of dev
+OUT/predictions.jsonl, a line for each row of dev, stands beside what `loop` writes.
 
 Shape letters: B examples of a batch, T tokens, L outputs of the head.
 """
@@ -10,9 +8,7 @@ Shape letters: B examples of a batch, T tokens, L outputs of the head.
 import copy
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +21,16 @@ from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import Loaded, load_model
-from slope_cli.config.schema import MAX_SEED, OptimConfig
-from slope_cli.config.values import flat
 from slope_cli.distributed.launch import pick_device, require_one_process
-from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
-from slope_cli.finetune import glue, squad
+from slope_cli.errors import UsageError, did_you_mean, first_line
+from slope_cli.finetune import glue, loop, squad
 from slope_cli.finetune.examples import Example, Logits, Task, collate
-from slope_cli.methods import optim
-from slope_cli.methods.phases import Rate
+from slope_cli.finetune.loop import Settings
 from slope_cli.models.loss import autocast
-from slope_cli.report import metrics
-from slope_cli.report.progress import Progress
-from slope_cli.report.timing import Speed
 from slope_cli.utils import files
-from slope_cli.utils.environment import environment
-from sparse_kernels import check_backend, masked_layers, sparse_layers
 
 TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, squad.SQUAD)}
-RESULT, PREDICTIONS, FOLDER = "result.json", "predictions.jsonl", "finetune"
-FEWEST_TOKENS = 8
-"""The shortest sequence that holds two short texts and their special tokens."""
-WARMUP, WEIGHT_DECAY, CLIP = 0.1, 0.01, 1.0
-LOG_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a fine-tuning; UsageError for a bad value."""
-
-    task: str
-    epochs: int
-    lr: float
-    batch: int
-    seq_len: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("seq_len", FEWEST_TOKENS)):
-            if (value := getattr(self, name)) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr {self.lr}: must be positive")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
+PREDICTIONS = "predictions.jsonl"
 
 
 def finetune(
@@ -120,12 +83,8 @@ def finetune(
     )
     loaded = _load_bert(folder, settings.seq_len)
     rows, source = load_rows(task, data)
-    identity = {"run": folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
-    out = out or default_folder(folder, task.name, seed)
-    with files.claimed_folder(out, "fine-tuning", _is_own_file):
-        if (out / RESULT).is_file():
-            return _finished_result(out, identity)
-        return _run(rows, settings, loaded, out, identity)
+    out = out or loop.default_folder(folder, task.name, seed)
+    return loop.finished(loaded, settings, source, out, PREDICTIONS, lambda: _run(rows, settings, loaded, out))
 
 
 def _load_bert(folder: Path, seq_len: int) -> Loaded:
@@ -133,18 +92,12 @@ def _load_bert(folder: Path, seq_len: int) -> Loaded:
     hf_folder.require_trainable(folder)
     loaded = load_model(folder, pick_device("auto"))
     if loaded.objective != "masked":
-        raise UsageError(f"{folder}: contains a {loaded.model.config.model_type} model; only BERT can be fine-tuned")
-    if seq_len > (positions := loaded.model.config.max_position_embeddings):
-        raise UsageError(f"--seq-len {seq_len}: the model has only {positions} positions; set it lower")
+        kind = loaded.model.config.model_type
+        raise UsageError(
+            f"{folder}: contains a {kind} model; only BERT can be fine-tuned on it, others with {loop.SFT}"
+        )
+    loop.require_positions(loaded.model, seq_len)
     return loaded
-
-
-def default_folder(folder: Path, task: str, seed: int) -> Path:
-    """FOLDER/finetune/TASK-SEED; UsageError if it is a link, since the folder may be a stranger's."""
-    out = folder / FOLDER / f"{task}-{seed}"
-    if link := next((path for path in (out.parent, out) if path.is_symlink()), None):
-        raise UsageError(f"{link}: is a link, which is not written through; choose another folder with --out")
-    return out
 
 
 def find_task(name: str) -> Task:
@@ -152,32 +105,11 @@ def find_task(name: str) -> Task:
     for task in TASKS.values():
         if _letters(task.name) == _letters(name):
             return task
-    raise UsageError(f"unknown task {name!r}; {did_you_mean(name, TASKS)}")
+    raise UsageError(f"unknown task {name!r}; {did_you_mean(name, [*TASKS, loop.SFT])}")
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
-
-
-# ------------------------------------------------------------------------------------------------------- the folder
-
-
-def _is_own_file(path: Path) -> bool:
-    """Whether a fine-tuning writes this file, or a temporary one for it."""
-    return path.name.removeprefix(".").removesuffix(".tmp") in (RESULT, PREDICTIONS, metrics.JSONL)
-
-
-def _finished_result(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The result in a folder; UsageError if it is of another model, other rows or other settings."""
-    try:
-        result: dict[str, Any] = json.loads((out / RESULT).read_text())
-    except ValueError:
-        raise SlopeError(f"{out / RESULT}: damaged, not JSON; remove it to fine-tune again") from None
-    before, now = flat({key: result.get(key) for key in identity}), flat(identity)
-    changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    if changed:
-        raise UsageError(f"{out}: contains another fine-tuning ({'; '.join(changed)}); choose another --out")
-    return result
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -277,97 +209,40 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def _run(
-    rows: dict[str, list[Any]], s: Settings, loaded: Loaded, out: Path, identity: dict[str, Any]
-) -> dict[str, Any]:
-    """Train, evaluate on dev, and write all files, the result last."""
-    task, device, pad = TASKS[s.task], loaded.model.device, loaded.tokenizer.pad_token_id
-    if device.type == "cuda":
-        backend = "auto" if loaded.config is None else loaded.config.sparsity.backend
-        try:
-            check_backend(backend)
-        except RuntimeError as error:
-            raise UsageError(f"sparsity.backend={backend}: {error}") from None
+def _run(rows: dict[str, list[Any]], s: Settings, loaded: Loaded, out: Path) -> dict[str, Any]:
+    """Train, evaluate on dev, and write the predictions."""
+    task, pad = TASKS[s.task], loaded.tokenizer.pad_token_id
     trainable = task.trainable(rows["train"])
     train, dev = (task.examples(part, loaded.tokenizer, s.seq_len) for part in (trainable, rows["dev"]))
     model = build(loaded.model, task, s.seed)
-    started = time.monotonic()
     losses = _train(model, train, s, pad, out)
     scores, predictions = task.evaluate(rows["dev"], dev, _predict(model, dev, s, pad))
     with files.atomic_file(out / PREDICTIONS) as file:
         file.writelines(json.dumps(prediction).encode() + b"\n" for prediction in predictions)
-    result = {
-        **identity,
+    return {
         "n_train": len(trainable),
         "left_out": len(rows["train"]) - len(trainable),
         "n": len(rows["dev"]),
         "examples": {"train": len(train), "dev": len(dev)},
         **scores,
-        "steps": len(losses),
-        "train_loss": float(np.mean(losses[-math.ceil(len(losses) / 10) :])),  # of the last tenth
-        "sparse_layers": len([*sparse_layers(model), *masked_layers(model)]),
-        "seconds": round(time.monotonic() - started, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": "bf16" if device.type == "cuda" else "fp32",
-        "versions": environment(),
+        **loop.facts(model, losses),
     }
-    files.write_json(out / RESULT, result)
-    return result
 
 
 def _train(model: nn.Module, examples: list[Example], s: Settings, pad: int, out: Path) -> list[float]:
-    """Train in place, and return the loss of each step.
+    """Train in place, and return the loss of each step; raises as `loop.train`."""
+    device = next(model.parameters()).device
 
-    Raises:
-        SlopeError: a loss or gradient is not finite; that step updates nothing.
-    """
-    for _, layer in masked_layers(model):  # fixed masks: only kept weights have a gradient, and it is exact
-        layer.straight_through = layer.mvue = False
-    config = OptimConfig(lr=s.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, schedule="linear", min_lr=0.0)
-    optimizer = optim.make_optimizer(model, config, adapter_decay=WEIGHT_DECAY)
-    device, losses = next(model.parameters()).device, []
-    steps = list(step_indices(len(examples), s))
-    rate = Rate(0, len(steps) + 1, s.lr, WARMUP)  # one more step, because the last learning rate is 0
-    log = metrics.MetricsLog(out, 0)
-    progress, speed = Progress(len(steps), every=LOG_EVERY), Speed()
-    torch.manual_seed(s.seed)  # of dropout
-    model.train()
-    try:
-        for step, indices in enumerate(steps):
-            started = time.perf_counter()
-            lr = optim.learning_rate(rate, step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = [examples[index] for index in indices]
-            inputs = _inputs(batch, s, pad, device)
-            targets = torch.tensor([example.targets for example in batch], device=device)
-            with autocast(device):
-                loss = loss_of(_logits(model, inputs), targets)
-            torch.autograd.backward(loss)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-            if not all(map(math.isfinite, values.values())):
-                raise SlopeError(f"step {step + 1}: loss or gradient is not finite; lower --lr")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(values["loss"])
-            tokens, seconds = inputs["input_ids"].numel(), time.perf_counter() - started
-            speed.add(tokens, seconds, first=step == 0)
-            progress.step(log.write("train", step + 1, **values, tokens_per_s=round(tokens / seconds, 1)), speed)
-    finally:
-        progress.close()
-        log.close()
-    return losses
+    def step(indices: NDArray[np.int64]) -> tuple[float, int]:
+        batch = [examples[index] for index in indices]
+        inputs = _inputs(batch, s, pad, device)
+        targets = torch.tensor([example.targets for example in batch], device=device)
+        with autocast(device):
+            loss = loss_of(_logits(model, inputs), targets)
+        torch.autograd.backward(loss)
+        return loss.item(), inputs["input_ids"].numel()
 
-
-def step_indices(count: int, s: Settings) -> Iterator[NDArray[np.int64]]:
-    """The examples of each step: each once per epoch, in an order that depends only on seed and epoch.
-
-    A batch may span two epochs, so that all but the last have the same size.
-    """
-    epochs = [np.random.default_rng([s.seed, epoch]).permutation(count) for epoch in range(s.epochs)]
-    indices = np.concatenate(epochs)
-    return (indices[start : start + s.batch] for start in range(0, len(indices), s.batch))
+    return loop.train(model, len(examples), s, step, out)
 
 
 def _predict(model: nn.Module, examples: list[Example], s: Settings, pad: int) -> Logits:

@@ -123,7 +123,7 @@ class Engine:
             compiled=compiled,
         )
         self._tokenizer = tokenizer
-        self._ends = _ends(model, tokenizer)
+        self._ends = end_ids(model, tokenizer)
         self._slots = Slots(self.decoder, max_batch, self.max_length)
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []  # in the order of their slots
@@ -233,7 +233,7 @@ class Engine:
                 self._active.pop()
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and, if the model names several, all of these."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = set(named) if isinstance(named, list) else set()

@@ -1,15 +1,16 @@
 """Export of a trained run as a folder that transformers and PEFT load, checked before it appears."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from slope_cli.checkpoint import base_model, peft, run_folder
+from slope_cli.checkpoint import base_model, run_folder
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import save_tokenizer
@@ -21,7 +22,7 @@ from slope_cli.models.loss import forward
 from slope_cli.report import metrics
 from slope_cli.report.tables import plain_in_markdown
 from slope_cli.utils.files import atomic_folder
-from sparse_kernels import adapted_layers, adapters_of, masked_layers, sparse_layers, to_dense
+from sparse_kernels import adapters_of, masked_layers, peft, sparse_layers, to_dense
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, relative to their largest magnitude, that reloading may make."""
@@ -47,37 +48,62 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     loaded = load_model(run)
     config, model = loaded.config, loaded.model
     assert config is not None
-    expected = sample_logits(model)
-    adapters, linear = adapters_of(model), bool(linear_windows(model))
-    conv1d = {name for name, layer in adapted_layers(model) if layer.conv1d}
-    card = _model_card(loaded, config, merged=merge)
-    to_dense(model, adapters="merge" if merge else "drop")
+    how: dict[str, Any] = {"merge": merge, "linearized": config if linear_windows(model) else None}
+    difference = write(out, model, loaded.tokenizer, run.resolve().name, _facts(loaded, config), **how)
+    return {"folder": str(out), "step": loaded.step, "logits_difference": difference}
+
+
+def write(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    facts: Sequence[str],
+    *,
+    merge: bool = False,
+    linearized: Config | None = None,
+) -> float:
+    """Write a model to a folder that is not there yet or empty, as `export` does; the model becomes dense, in place.
+
+    Args:
+        model: on the CPU.
+        name, facts: the title of the model card, and lines for its list.
+        linearized: the run's configuration if its attention is linear.
+
+    Returns:
+        The largest difference of the reloaded model's logits, relative to their largest magnitude.
+
+    Raises:
+        SlopeError: the reloaded model's logits differ, or a full disk.
+    """
+    logging.disable_progress_bar()  # they would only clutter the log
+    expected, adapters = sample_logits(model), adapters_of(model)
+    card = _model_card(model, name, facts, merged=merge)
     try:
         with atomic_folder(out) as folder:
-            if linear:
-                saved.write(folder / saved.FOLDER, model, config.linearize, seed=config.train.seed)
+            if adapters and not merge:
+                peft.write(folder / peft.FOLDER, model)
+            to_dense(model, adapters="merge" if merge else "drop")
+            if linearized is not None:
+                saved.write(folder / saved.FOLDER, model, linearized.linearize, seed=linearized.train.seed)
                 restore_attention(model)
             model.save_pretrained(folder)
-            save_tokenizer(loaded.tokenizer, folder)
-            if adapters and not merge:
-                peft.write(folder / peft.FOLDER, adapters, model, conv1d=conv1d)
+            save_tokenizer(tokenizer, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             reloaded = type(model).from_pretrained(folder)
             if adapters and not merge:
                 peft.merge(reloaded, folder / peft.FOLDER)
-            if linear:
+            if linearized is not None:
                 saved.read(folder / saved.FOLDER, reloaded)
-            difference = require_same_logits(reloaded, expected, out)
+            return require_same_logits(reloaded, expected, out)
     except SafetensorError as error:  # on a full disk, for one
         raise SlopeError(f"{out}: cannot be written: {error}") from None
-    return {"folder": str(out), "step": loaded.step, "logits_difference": difference}
 
 
 def empty_folder(out: Path) -> Path:
     """The absolute path of a folder to write; UsageError if there is one that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not an empty folder; choose another")
-    logging.disable_progress_bar()  # they would only clutter the log
     return out.resolve()
 
 
@@ -117,35 +143,43 @@ def _architecture(run: Path, config: Config) -> str:
     return f"{config.model.name} with {changed}" if changed else config.model.name
 
 
-def _model_card(loaded: Loaded, config: Config, *, merged: bool) -> str:
-    """README.md of the export, from the run's own records."""
-    run, model, step, adapters = loaded.folder, loaded.model, loaded.step or 0, adapters_of(loaded.model)
+def _facts(loaded: Loaded, config: Config) -> list[str]:
+    """Lines for a run's model card, from its own records."""
+    run, step = loaded.folder, loaded.step or 0
     val = [r for r in metrics.read(run) if r["kind"] == "val" and r["step"] <= step]
-    linear = bool(linear_windows(model))
+    done = "Linearized" if linear_windows(loaded.model) else "Trained"
     trained = f"{step * config.train.tokens_per_step:,} tokens ({step:,} steps), in sequences of {config.train.seq_len}"
+    facts = [f"Architecture: {plain_in_markdown(_architecture(run, config))}", f"{done} on: {trained}"]
+    if val:
+        facts.append(f"Validation loss: {val[-1]['loss']:.4f} nats per token at step {val[-1]['step']:,}")
+    return facts
+
+
+def _model_card(model: PreTrainedModel, name: str, facts: Sequence[str], *, merged: bool) -> str:
+    """README.md of the export."""
+    adapters, linear = adapters_of(model), bool(linear_windows(model))
     pruned = [*(x for _, x in sparse_layers(model)), *(x for _, x in masked_layers(model) if not x.unmasked)]
     pattern = " and ".join(dict.fromkeys(f"{x.n}:{x.m}" for x in pruned))
+    sparse = bool(pattern) and not (merged and adapters)
     if not pattern:
         weights = "dense"
-    elif merged and adapters:
-        weights = f"trained {pattern} sparse; low-rank adapters are merged, so the weights here are dense"
-    else:
+    elif sparse:
         weights = f"{pattern} sparse along the input features, stored dense with their zeros"
-    tags = "[slope, pretrained]" if weights == "dense" else "[slope, sparse, pretrained]"
+    else:
+        weights = f"trained {pattern} sparse; low-rank adapters are merged, so the weights here are dense"
+    tags = "[slope, sparse, pretrained]" if pattern else "[slope, pretrained]"
     lines = [
         "---",
         f"library_name: {'slope-cli' if linear else 'transformers'}",
         f"tags: {'[slope, linearized]' if linear else tags}",
         "---",
-        f"# {plain_in_markdown(run.resolve().name)}",
+        f"# {plain_in_markdown(name)}",
         "",
-        f"- Architecture: {plain_in_markdown(_architecture(run, config))}",
+        *(f"- {fact}" for fact in facts),
         f"- Linear weights: {weights}",
-        f"- {'Linearized' if linear else 'Trained'} on: {trained}",
     ]
-    if val:
-        lines.append(f"- Validation loss: {val[-1]['loss']:.4f} nats per token at step {val[-1]['step']:,}")
-    auto = "AutoModelForCausalLM" if shapes.objective(model.config) == "causal" else "AutoModelForPreTraining"
+    causal = shapes.objective(model.config) == "causal"
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForPreTraining"
     code = [f"from transformers import {auto}, AutoTokenizer"]
     code += ["", f'model = {auto}.from_pretrained(".")', 'tokenizer = AutoTokenizer.from_pretrained(".")']
     if adapters and not merged:
@@ -159,4 +193,17 @@ def _model_card(loaded: Loaded, config: Config, *, merged: bool) -> str:
         lines.append("- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps")
         code = ["from pathlib import Path", "", "from slope_cli.checkpoint.load import load_model", ""]
         code += ['_, model, tokenizer, *_ = load_model(Path("."))']
-    return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"
+    lines += ["", "```python", *code, "```"]
+    if sparse and not linear:
+        lines += ["", *_how_to_keep_sparse(causal)]
+    return "\n".join(lines) + "\n"
+
+
+def _how_to_keep_sparse(causal: bool) -> list[str]:
+    """What a model card says of training a sparse model further."""
+    own = "SFT --data chat.jsonl" if causal else "TASK"
+    return [
+        "Plain fine-tuning fills the zeros, and makes the model dense. What keeps them: an adapter (PEFT's LoRA) on",
+        f"frozen weights; `slope finetune FOLDER {own}`; in transformers' Trainer",
+        "`sparse_kernels.trainer.SparsityCallback(model)` (pip install slope-cli).",
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import Loaded, load_model
@@ -58,6 +59,7 @@ def export_packed(source: Path, out: Path, dtype_name: str = "bfloat16") -> dict
         reason = f"rounding to {dtype_name} changes the logits by {rounding:.1e} of their size"
         raise SlopeError(f"{out}: not written: {reason}; choose another dtype")
     packed, linearized = len(packed_linears(model)), bool(linear_windows(model))
+    logging.disable_progress_bar()  # they would only clutter the log
     try:
         with atomic_folder(out) as folder:
             if linearized:

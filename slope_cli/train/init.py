@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.checkpoint import base_model, hf_folder, load, run_folder, store
+from slope_cli.checkpoint import base_model, load, run_folder, store
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.config import configs
 from slope_cli.config.schema import INIT, Config
@@ -23,7 +23,7 @@ from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import which_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
-from sparse_kernels import masked_layers, sparse_layers, to_dense
+from sparse_kernels import find_sparse_layers, masked_layers, sparse_layers, to_dense
 
 LONGEST = 1024
 """Tokens of a sequence for a model whose training length is not known."""
@@ -289,7 +289,7 @@ def _to_linearize(config: Config) -> Loaded:
     shapes.family_of(loaded.model.config)
     if any(True for _ in masked_layers(loaded.model)):
         to_dense(loaded.model)
-        hf_folder.find_sparse_layers(loaded.model)
+        find_sparse_layers(loaded.model)
     return loaded
 
 

@@ -4,7 +4,6 @@ Shape suffixes: O out features, I in features, R adapter rank.
 """
 
 import json
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slope_cli.errors import UsageError
-from slope_cli.models import shapes
-from sparse_kernels import LowRankAdapter, add_adapters
+from sparse_kernels.adapters import adapted_layers, adapters_of, add_adapters
 
 FOLDER = "adapter"
 
@@ -29,25 +26,14 @@ class _Adapter(NamedTuple):
     fan_in_fan_out: bool
 
 
-def write(
-    folder: Path,
-    adapters: Mapping[str, LowRankAdapter],
-    model: PreTrainedModel,
-    *,
-    conv1d: Collection[str],
-) -> None:
-    """Write adapters.
-
-    Args:
-        adapters: by the names of their layers.
-        model: that they belong to.
-        conv1d: the names of the layers whose weight is (in, out).
-    """
+def write(folder: Path, model: PreTrainedModel) -> None:
+    """Write the adapters of a model, which has some, into a new folder."""
+    adapters = adapters_of(model)
     folder.mkdir()
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     alphas = {name: adapter.scaling * adapter.rank for name, adapter in adapters.items()}
     first = next(iter(adapters))
-    task = {"task_type": "CAUSAL_LM"} if shapes.objective(model.config) == "causal" else {}
+    task = {"task_type": "CAUSAL_LM"} if model.can_generate() else {}
     config = {
         "peft_type": "LORA",
         **task,
@@ -57,7 +43,7 @@ def write(
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         "target_modules": sorted(adapters),
-        "fan_in_fan_out": bool(conv1d),
+        "fan_in_fan_out": any(layer.conv1d for _, layer in adapted_layers(model)),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -91,12 +77,12 @@ def _key(name: str, side: str) -> str:
 
 @torch.no_grad()
 def add(model: PreTrainedModel, folder: Path) -> None:
-    """Give layers the adapters of a folder, in place; UsageError for a layer that the model does not have."""
+    """Give layers the adapters of a folder, in place; ValueError for a layer that the model does not have."""
     for name, saved in _read(folder).items():
         try:
             adapter = add_adapters(model, len(saved.A), [name], beside=True, alpha=saved.alpha)[name]
         except (AttributeError, ValueError) as error:
-            raise UsageError(f"{folder}: has an adapter for {name}: {error}") from None
+            raise ValueError(f"{folder}: has an adapter for {name}: {error}") from None
         adapter.lora_A.copy_(saved.A)
         adapter.lora_B.copy_(saved.B)
 
