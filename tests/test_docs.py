@@ -26,9 +26,21 @@ def marked(page: Path) -> object:
     return pytest.param(page, id=page.name, marks=[] if page.name in QUICK else pytest.mark.slow)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # of a Trainer without GPU
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_a_page_works_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     docs.run(page, tmp_path)
+
+
+@pytest.mark.parametrize("module", docs.OPTIONAL)
+def test_python_of_what_no_extra_installs(module: str) -> None:
+    """It is Python everywhere, and a page's test runs it where its module is installed; here this says why not."""
+    found = [block for page in PAGES for block in blocks(page) if block.language == "python"]
+    using = [block for block in found if module in docs.imported(block)]
+    assert using
+    if why := next(filter(None, map(docs.why_not_executed, using)), ""):
+        pytest.skip(why)
 
 
 def test_the_library_example_trains(capsys: pytest.CaptureFixture[str]) -> None:

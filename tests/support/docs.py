@@ -3,7 +3,9 @@
 A run of a page's recipe is made tiny by more words; everything else runs as it is printed.
 """
 
+import ast
 import contextlib
+import importlib.util
 import io
 import json
 import random
@@ -11,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,11 +40,15 @@ NOT_RUN = {
     r"slope data prepare \S*=/": "names folders of a cluster",
     r"slope .*(openwebtext|--tasks (?!.*--task-data))": "needs the Hugging Face Hub",
     r"slope .*log\.wandb=true": "needs an account at wandb",
+    r"slope export .*--push": "needs an account at the Hugging Face Hub; tests of pushing have one on this machine",
     r"slope bench( generate|$)": "needs a GPU",
     r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
     r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
 }
 """Commands that no test runs, as regular expressions for their beginnings, and why; their words are checked."""
+
+OPTIONAL = {"lightning": "Lightning is in none of the extras"}
+"""Modules whose Python blocks are run where they are installed and compiled elsewhere, and why they may be missing."""
 
 SCRIPTS = {"pretrain": ["pretrain"], "linearize": ["linearize"], "compare": ["compare"], "prepare": ["data", "prepare"]}
 """What a script of recipes/slurm gives its words to."""
@@ -84,6 +91,23 @@ def why_not_run(command: str) -> str:
     return next((why for pattern, why in NOT_RUN.items() if re.match(pattern, command)), "")
 
 
+def imported(block: Block) -> set[str]:
+    """The packages that a Python block imports, without their submodules; SyntaxError if it is not Python."""
+    names = []
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def why_not_executed(block: Block) -> str:
+    """Why this machine cannot run a Python block; empty if it can."""
+    absent = [name for name in sorted(imported(block) & OPTIONAL.keys()) if not importlib.util.find_spec(name)]
+    return OPTIONAL[absent[0]] if absent else ""
+
+
 def slope_words(command: str) -> list[str]:
     """The words of `slope` in a command, also in one that srun or a script of recipes/slurm starts; [] without any."""
     words = shlex.split(command)
@@ -104,8 +128,12 @@ def run(document: Path, folder: Path) -> None:
         servers: list[Server] = []
         for block in blocks(document):
             if block.language == "python":
-                text = _at(servers, block.text)
-                exec(compile(text, f"{document.name}, a Python block", "exec"), names)
+                code = compile(_at(servers, block.text), f"{document.name}, a Python block", "exec")
+                with warnings.catch_warnings():
+                    if imported(block) & OPTIONAL.keys():  # of no version that the tests know
+                        warnings.simplefilter("ignore")
+                    if not why_not_executed(block):
+                        exec(code, names)
             for command in commands(block):
                 if not why_not_run(command):
                     _run_command(command, folder, stack, servers)
@@ -170,7 +198,8 @@ def _fewer(steps: re.Match[str]) -> str:
 
 def furnish(document: Path, folder: Path) -> None:
     """Make everything in FURNITURE that a page names, but for what one of its own commands makes."""
-    made = {output for command in commands(*blocks(document)) if (output := _output(slope_words(command)))}
+    run_here = [command for command in commands(*blocks(document)) if not why_not_run(command)]
+    made = {output for command in run_here if (output := _output(slope_words(command)))}
     text = "\n".join(block.text for block in blocks(document) if block.language)
     for name, make in FURNITURE.items():
         if name not in made and re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w-])", text):
@@ -220,6 +249,29 @@ def _linearized(path: Path) -> None:
     assert result.code == 0, result.err
 
 
+def _sentences(path: Path) -> None:
+    path.write_text("\n".join(SENTENCES * 8) + "\n")
+
+
+def _conversations(path: Path) -> None:
+    """Rows of both kinds, whose answers are within the 64 tokens of `tiny`."""
+    questions = [(f"{n}+1?", f"{n + 1}") for n in range(8)]
+    rows: list[dict[str, object]] = [{"prompt": asked, "completion": answer} for asked, answer in questions]
+    for pair in questions:
+        messages = zip(("user", "assistant"), pair, strict=True)
+        rows.append({"messages": [{"role": role, "content": content} for role, content in messages]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _squad(path: Path) -> None:
+    answer = {"text": "cold", "answer_start": SENTENCES[1].index("cold")}
+    asked = [{"id": str(n), "question": "how was the wind?", "answers": [answer]} for n in range(4)]
+    article = {"title": "weather", "paragraphs": [{"context": SENTENCES[1], "qas": asked}]}
+    path.mkdir()
+    for split in ("train", "dev"):
+        (path / f"{split}-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [article]}))
+
+
 def _glue(path: Path) -> None:
     rng, rows = random.Random(1), []
     for _ in range(16):
@@ -260,6 +312,10 @@ FURNITURE: dict[str, Callable[[Path], None]] = {
     "pruned": _exported(),
     "packed": _exported("--format", "packed"),
     "glue": _glue,
+    "squad": _squad,
+    "chats.jsonl": _conversations,
+    "others.jsonl": _conversations,
+    "text.txt": _sentences,
     "rows": _piqa_rows,
     "prompts.txt": _prompts,
 }
