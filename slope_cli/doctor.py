@@ -19,7 +19,7 @@ _USED_BY = {
     "pyarrow": "slope data prepare of parquet files",
     "zstandard": "slope data prepare of .zst files",
     "lm_eval": "slope eval --tasks",
-    "accelerate": "slope eval --tasks",
+    "accelerate": "slope eval --tasks, Trainer of transformers",
     "peft": "loading an export's adapters outside slope",
     "fastapi": "slope serve",
     "uvicorn": "slope serve",

@@ -70,7 +70,7 @@ def serve(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="An empty or new folder; none: DIR, an export, is pushed.")
+        Path | None, typer.Argument(metavar="OUT", help="A new or empty folder; without it DIR is pushed as it is.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",

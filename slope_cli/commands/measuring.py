@@ -74,7 +74,7 @@ def bench(
     cases: Annotated[list[str] | None, typer.Option(help="Models, repeated or comma-separated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; default: bench-GPU-DATE.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds; the rest is listed as not run.")] = None,
-    batches: Annotated[str, typer.Option(help="generate: numbers of texts, comma-separated.")] = "1,2,4,8,16,32,64",
+    batches: Annotated[str, typer.Option(help="generate: batch sizes, comma-separated.")] = "1,2,4,8,16,32,64",
     context: Annotated[int, typer.Option(help="generate: tokens of each text.")] = 1024,
     prompt: Annotated[int, typer.Option(min=1, help="generate: tokens before the first one, at most.")] = 2048,
     variants: Annotated[str, typer.Option(help="generate: such as dense,sparse,sparse-r1.56; default: all.")] = "",
