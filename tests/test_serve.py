@@ -166,6 +166,9 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
     assert [entry.id for entry in client.models.list()] == ["tiny-chat"]
     assert client.models.retrieve("tiny-chat").model_dump()["max_model_len"] == 256
     assert server.ask("/health") == (200, {"status": "ok", "running": 0, "waiting": 0})
+    assert server.ask("/health", {})[0] == 405  # which the log has, unlike what came before
+    server.wait_for("POST  /health  405")
+    assert "GET  /health  " not in server.printed()
     with pytest.raises(openai.NotFoundError, match="model 'gpt-9' is not served here; this is 'tiny-chat'"):
         client.completions.create(model="gpt-9", prompt="The ")
 
@@ -216,9 +219,24 @@ def test_parameters_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> Non
 
 
 def test_messages_that_the_template_refuses(client: openai.OpenAI) -> None:
-    messages: Any = [{"role": "tool", "content": "4", "tool_call_id": "1"}]
-    with pytest.raises(openai.BadRequestError, match="chat template refuses them: no tools here"):
+    messages: Any = [{"role": "critic", "content": "4"}]
+    with pytest.raises(openai.BadRequestError, match="chat template refuses them: no critic here"):
         client.chat.completions.create(model="tiny-chat", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("more", "message", "what"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "add"}}]}, {}, "'tools': is"),
+        ({"tool_choice": "auto"}, {}, "'tool_choice': is"),
+        ({}, {"role": "tool", "tool_call_id": "1"}, "messages: the role 'tool' is"),
+        ({}, {"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages: 'tool_calls' is"),
+    ],
+)
+def test_tools_are_refused(more: dict[str, Any], message: dict[str, Any], what: str, server: Server) -> None:
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "user", "content": "4"} | message]
+    status, answer = server.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 1} | more)
+    assert (status, answer["error"]["message"]) == (400, f"{what} not supported by this server; leave it out")
 
 
 def test_paths_and_bodies_that_are_none(server: Server) -> None:
@@ -297,7 +315,7 @@ def test_a_signal_lets_running_texts_finish(tmp_path: Path) -> None:
     request.close()
     assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 400)
     assert server.finish() == 0
-    assert "stopping; texts that have 30 s: 1\n" in server.printed()
+    assert "shutting down; 1 request in flight has 30 s\n" in server.printed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -322,7 +340,7 @@ def test_a_second_signal_does_not_wait(number: int, tmp_path: Path) -> None:
     request = server.begin(**LONG, stream=True)
     server.wait_for_texts(1)
     server.send(number)
-    server.wait_for("stopping")
+    server.wait_for("shutting down; 1 request")
     server.send(number)
     assert events(request)[-1]["error"]["message"] == "the server stops"
     assert server.finish(5) == 0
@@ -339,7 +357,7 @@ def test_an_idle_server_stops_at_once(tmp_path: Path) -> None:
         server.wait_for("GET")
         server.send(signal.SIGINT)
         assert server.finish(5) == 0
-    assert [line.partition(" ")[0] for line in server.printed().splitlines()] == ["serving", "GET", "stopping;"]
+    assert [line.partition(" ")[0] for line in server.printed().splitlines()] == ["serving", "GET", "shutting"]
 
 
 # ------------------------------------------------------------------------------------------------------------- faults

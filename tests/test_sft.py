@@ -361,9 +361,7 @@ def test_what_a_template_refuses_or_rewrites_is_named() -> None:
         return str(error.value)
 
     tool = {"role": "tool", "content": "x"}
-    assert "rows.jsonl:1: the chat template refuses the messages: no tools here" in refused(
-        WITHOUT_ENDS, [tool, ANSWER]
-    )
+    assert "rows.jsonl:1: the chat template refuses the messages: no tool here" in refused(WITHOUT_ENDS, [tool, ANSWER])
     only_last = "{% for m in messages %}{{ m.content if loop.last else '…' }}{% endfor %}"
     assert "rows.jsonl:1: the chat template writes message 2 otherwise" in refused(
         only_last, [MESSAGE, ANSWER, MESSAGE]

@@ -21,6 +21,7 @@ from slope_cli.report.terminal import one_row
 from slope_cli.serving.engine_thread import BusyError, EngineError, EngineThread, Job, StoppedError
 from slope_cli.serving.protocol import Answer, ChatRequest, CompletionRequest, TextRequest, error_body, usage
 
+HEALTH = "/health"
 LARGEST_BODY = 16 << 20
 """Bytes of a request."""
 _STATUS: dict[type[Exception], int] = {UsageError: 400, BusyError: 429, EngineError: 500, StoppedError: 503}
@@ -63,7 +64,7 @@ def make_app(thread: EngineThread, tokenizer: PreTrainedTokenizerFast, name: str
         require_model(asked)
         return listed
 
-    @app.get("/health")
+    @app.get(HEALTH)
     async def health() -> Any:
         if thread.fault:
             raise StoppedError(thread.fault)
@@ -127,7 +128,10 @@ class TextResponse(Response):
 
 
 class Gate:
-    """Before the paths: the key, and the size of a request; after them, a line of the log."""
+    """Before the paths: the key, and the size of a request; after them, a line of the log.
+
+    A healthy answer of /health has none: what watches a server asks every few seconds.
+    """
 
     NOTE = "slope.note"
     """The key of a scope for what the line says of its answer, word by word."""
@@ -161,11 +165,12 @@ class Gate:
                 await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, noting)
         finally:
             words = [scope["method"], scope["path"], status, f"{time.monotonic() - started:.2f} s"]
-            print(one_row("  ".join([*words, *scope.get(self.NOTE, ())])), file=sys.stderr, flush=True)
+            if words[1:3] != [HEALTH, "200"]:
+                print(one_row("  ".join([*words, *scope.get(self.NOTE, ())])), file=sys.stderr, flush=True)
 
     def _may_pass(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
-        return not self._expected or scope["path"] == "/health" or hmac.compare_digest(given, self._expected)
+        return not self._expected or scope["path"] == HEALTH or hmac.compare_digest(given, self._expected)
 
 
 async def _error(request: Request, error: Exception) -> Response:

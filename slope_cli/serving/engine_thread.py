@@ -134,6 +134,11 @@ class EngineThread:
         self._calls.put(lambda: self._admit(job, prompts, samplings))
         return job
 
+    @property
+    def requests(self) -> int:
+        """Those that have unfinished texts."""
+        return len(self._jobs)
+
     def cancel(self, job: Job) -> None:
         """End the texts of a request that nobody waits for; nothing, if they are finished."""
         if job.unfinished:

@@ -30,6 +30,7 @@ _NEUTRAL: Json = {
     "response_format": {"type": "text"},
 }
 """The value of a parameter without support that asks for nothing; null does so for any."""
+_TOOL_ROLES, _CALLS = ("tool", "function"), ("tool_calls", "function_call")
 _SEEDS = 2**63
 _ALL = 2**31
 """More tokens than there is room for: the engine ends a text where the positions do."""
@@ -157,6 +158,7 @@ class ContentPart(BaseModel):
 class Message(BaseModel):
     """Of a chat."""
 
+    model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[ContentPart]
 
@@ -172,6 +174,15 @@ class ChatRequest(TextRequest):
     kind, kind_of_parts = "chat.completion", "chat.completion.chunk"
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: _Positive | None = None
+
+    def require_supported(self) -> None:
+        """See TextRequest; also for messages of tools, whatever the template makes of them."""
+        super().require_supported()
+        for message in self.messages:
+            if message.role in _TOOL_ROLES:
+                raise UsageError(f"messages: the role {message.role!a} is not supported by this server; leave it out")
+            for name in filter((message.model_extra or {}).get, _CALLS):
+                raise UsageError(f"messages: {name!a} is not supported by this server; leave it out")
 
     @property
     def most_tokens(self) -> int:

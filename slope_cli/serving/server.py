@@ -94,7 +94,9 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no further requests, and wait for the answers of those that are here."""
-        print(f"stopping; texts that have {self._grace:g} s: {self.thread.texts}", file=sys.stderr, flush=True)
+        count = self.thread.requests
+        requests = "1 request in flight has" if count == 1 else f"{count} requests in flight have"
+        print(f"shutting down; {requests} {self._grace:g} s", file=sys.stderr, flush=True)
         cut = self._loop.call_later(self._grace, self.thread.cut, STOPS)
         await super().shutdown(sockets)
         cut.cancel()

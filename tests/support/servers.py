@@ -25,7 +25,8 @@ from support.models import tiny_model
 from support.processes import forkserver, run_command
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('no ' ~ message.role ~ ' here') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 POSITIONS = 20_000
