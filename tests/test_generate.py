@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import copied, slope, trained
+from support.servers import greedy, loaded_model, served_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_cli.checkpoint.load import load_model
@@ -231,6 +232,61 @@ def test_a_terminal_is_asked_until_its_input_ends(monkeypatch: pytest.MonkeyPatc
     assert (result.code, result.out) == (0, "".join(expected))
     assert result.err.count("> ") == 5
     assert "error: prompt: has 64 tokens and the model only 64 positions" in result.err
+
+
+# --------------------------------------------------------------------------------------------------------------- chats
+
+CHAT = ("--temperature", "0", "--tokens", "12")
+
+
+def answer(*messages: tuple[str, str]) -> str:
+    """The likeliest answer to a conversation."""
+    said = [{"role": role, "content": content} for role, content in messages]
+    ids = loaded_model().tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    return greedy(ids, 12)
+
+
+def test_a_chat_on_a_terminal_goes_on_until_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = answer(("system", "Be brief."), ("user", "Hello"))
+    second = answer(("system", "Be brief."), ("user", "Hello"), ("assistant", first), ("user", "And now?"))
+    assert second != answer(("system", "Be brief."), ("user", "And now?"))
+    lines = f"Hello\n{'x' * 20_000}\nAnd now?\n\nHello\n"
+    monkeypatch.setattr(sys, "stdin", Input(lines, terminal=True))
+    result = slope("generate", served_model(chat=True), "--chat", "--system", "Be brief.", *CHAT)
+    assert (result.code, result.out) == (0, f"{first}\n{second}\n{first}\n")
+    assert result.err.startswith("An empty line begins a new conversation; Ctrl-D ends.\n> ")
+    assert "only 20000 positions; shorten it; an empty line begins anew\n" in result.err
+    assert result.err.count("(a new conversation)") == 1
+
+
+def test_answers_are_streamed_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    sampling = Sampling(12, temperature=0)
+    generate(served_model(chat=True), "Hello", None, sampling, torch.device("cpu"), chat=True)
+    assert capsys.readouterr().out == answer(("user", "Hello")) + "\n"
+
+
+def test_each_prompt_and_line_begins_a_chat_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, hello, other = (served_model(chat=True), *CHAT), answer(("user", "Hello")), answer(("user", "And now?"))
+    assert slope("generate", *words, "--chat", "Hello") == (0, hello + "\n", "")
+    monkeypatch.setattr(sys, "stdin", Input("Hello\nAnd now?\n", terminal=False))
+    result = slope("generate", *words, "--chat", "--json")
+    texts = [json.loads(line) for line in result.out.splitlines()]
+    assert [(text["prompt"], text["text"]) for text in texts] == [("Hello", hello), ("And now?", other)]
+    plain = slope("generate", *words, "Hello")
+    assert plain == (0, f"Hello{greedy('Hello', 12)}\n", "note: this model has a chat template; --chat applies it\n")
+
+
+def test_a_chat_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = slope("generate", trained(), "--chat", "Hello")
+    message = "--chat: the tokenizer of this model has no chat template; leave out --chat"
+    assert result == (2, "", f"error: {message}\n")
+    assert slope("generate", trained(), "Hello", "--system", "x") == (2, "", "error: --system: is for --chat\n")
+    monkeypatch.setattr(sys, "stdin", Input("", terminal=True))
+    result = slope("generate", served_model(chat=True), "--chat", "--samples", "2")
+    assert (result.code, "--samples 2: a conversation goes on after one answer" in result.err) == (2, True)
 
 
 def test_samples_have_consecutive_seeds() -> None:

@@ -17,7 +17,7 @@ from support.servers import serving
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from slope_cli.checkpoint.load import load_model
+from slope_cli.checkpoint.load import load_model, shape_of
 from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import UsageError
@@ -307,6 +307,40 @@ def test_an_export_is_fine_tuned_as_its_run(tmp_path: Path) -> None:
     assert [counted["rows"] for counted in ours["rows"].values()] == [2, 46]
     assert ours["before"]["loss"] == pytest.approx(theirs["before"]["loss"], rel=1e-5)
     assert ours["after"]["loss"] == pytest.approx(theirs["after"]["loss"], rel=1e-3)
+
+
+def test_its_folder_is_a_model_with_its_name(tmp_path: Path) -> None:
+    run, out = trained(), tmp_path / "small-chat"
+    assert slope("finetune", run, "SFT", "--data", rows(), "--out", out, "--epochs", "1", "--seq-len", "48").code == 0
+    assert (out / "model" / "README.md").read_text().count("\n# small-chat\n\n- Fine-tuned from: ") == 1
+    for folder in (out, out / "model"):
+        assert (load_model(folder).name, load_model(folder).folder) == ("small-chat", out / "model")
+        assert shape_of(folder).vocab_size == 272
+        packed = tmp_path / f"packed-{folder.name}"
+        assert slope("export", folder, packed, "--format", "packed").code == 0
+        assert "\n# small-chat\n" in (packed / "README.md").read_text()
+        again = slope(
+            "finetune",
+            folder,
+            "SFT",
+            "--data",
+            rows(),
+            "--out",
+            tmp_path / f"to-{folder.name}",
+            "--epochs",
+            "1",
+            "--seq-len",
+            "48",
+            "--json",
+        )
+        assert json.loads(again.out)["run"] == "small-chat"
+    one, other = (slope("generate", folder, "--chat", "a", "--temperature", "0") for folder in (out, out / "model"))
+    assert one == other
+    assert one.code == 0
+    (out / "result.json").unlink()  # unfinished
+    assert load_model(out / "model").name == "model"
+    result = slope("generate", out, "a")
+    assert (result.code, "is neither a run" in result.err) == (2, True)
 
 
 def test_a_finished_one_is_returned_and_an_interrupted_one_starts_again(tmp_path: Path) -> None:

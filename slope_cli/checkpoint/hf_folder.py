@@ -26,7 +26,24 @@ from sparse_kernels.transformers import METHOD  # the import lets transformers l
 
 SEED = "slope_seed"
 """The key of a masked model's config.json for the seed that its masked tokens are drawn from."""
+RESULT, MODEL = "result.json", "model"
+"""What a finished fine-tuning's folder has: its result, and the folder of its model."""
 NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
+
+
+def model_folder(folder: Path) -> Path:
+    """Where the files of a model are: in the folder that is given, or in `model/` of a finished fine-tuning's."""
+    return folder / MODEL if _is_fine_tuning(folder) and not (folder / "config.json").is_file() else folder
+
+
+def model_name(folder: Path) -> str:
+    """What a model is called: as its folder; a fine-tuning's model as the folder of the fine-tuning."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == MODEL and _is_fine_tuning(folder.parent) else folder.name
+
+
+def _is_fine_tuning(folder: Path) -> bool:
+    return (folder / RESULT).is_file() and (folder / MODEL / "config.json").is_file()
 
 
 def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -96,7 +113,7 @@ def forget_implementations(config: PreTrainedConfig) -> None:
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder's layers are packed for inference."""
-    config = folder / "config.json"
+    config = model_folder(folder) / "config.json"
     if not config.is_file():
         return False
     with _named(folder):

@@ -27,6 +27,7 @@ from slope_cli.models.build import build_model, run_model_config
 class Loaded(NamedTuple):
     """A model with its sparse layers and adapters, in evaluation mode, and its tokenizer.
 
+    folder: where its files are.
     config, manifest and phase: of the run and of its checkpoint; None for a folder that is no run.
     """
 
@@ -36,6 +37,11 @@ class Loaded(NamedTuple):
     config: Config | None = None
     manifest: dict[str, Any] | None = None
     phase: Phase | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called: see `hf_folder.model_name`."""
+        return hf_folder.model_name(self.folder)
 
     @property
     def objective(self) -> shapes.Objective:
@@ -61,7 +67,7 @@ def load_model(
     checkpoint: store.Checkpoint | None = None,
     group: Group | None = None,
 ) -> Loaded:
-    """The model in the folder of a run, of an export, or of any causal model of transformers.
+    """The model in the folder of a run, an export, a finished fine-tuning, or any causal model of transformers.
 
     An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
     a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it. Packed layers stay packed:
@@ -75,6 +81,7 @@ def load_model(
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
         SlopeError: no sound checkpoint, files that are not the checkpoint's, or that cannot be loaded.
     """
+    folder = hf_folder.model_folder(folder)
     if not run_folder.is_run(folder):
         return Loaded(folder, *hf_folder.load(folder, device))
     config = run_folder.open_config(folder)
@@ -126,6 +133,7 @@ def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
 
 def shape_of(folder: Path) -> PreTrainedConfig:
     """transformers' config of what `load_model` would load, without its weights; raises as `load_model`."""
+    folder = hf_folder.model_folder(folder)
     if not run_folder.is_run(folder):
         return hf_folder.settings(folder)
     if is_linearized(folder):
@@ -135,6 +143,7 @@ def shape_of(folder: Path) -> PreTrainedConfig:
 
 def is_linearized(folder: Path) -> bool:
     """Whether it is a run that linearizes, or such a run's export."""
+    folder = hf_folder.model_folder(folder)
     if run_folder.is_run(folder):
         return run_folder.open_config(folder).linearizes
     return (folder / saved.FOLDER).is_dir()

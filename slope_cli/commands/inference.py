@@ -27,17 +27,22 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Texts of each prompt, with the seeds from --seed on.")] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template; prompts are the user's.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the system says first.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text: continue a prompt, or each of many."""
+    """Generate text: continue a prompt, or each of many; or chat.
+
+    With --chat on a terminal a conversation goes on until an empty line, which begins a new one.
+    """
     launch.require_one_process()
     from slope_cli.inference import generate as generating
     from slope_cli.inference.sampling import Sampling
 
     sampling = Sampling(tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     device = launch.pick_device("auto")
-    how: dict[str, Any] = {"samples": samples, "compiled": compiled, "as_json": as_json}
+    how: dict[str, Any] = {"samples": samples, "chat": chat, "system": system, "compiled": compiled, "as_json": as_json}
     generating.generate(model, prompt, batch, sampling, device, **how)
 
 

@@ -12,7 +12,9 @@ from slope_cli.distributed import launch
 from slope_cli.distributed.caches import node_caches
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Model = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="RUN|DIR", help="A run, a fine-tuning, or a folder that transformers reads.")
+]
 
 
 def recipes_with(incomplete: str) -> list[str]:

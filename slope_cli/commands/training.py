@@ -94,10 +94,11 @@ def linearize(
     """
     existing = _existing(new, overwrite, fresh)
     with StopFlag() as stop:
+        from slope_cli.checkpoint.hf_folder import model_name
         from slope_cli.train.init import linearize_overrides
         from slope_cli.train.starts import goes_on
 
-        run = out or Path("runs") / f"{init.resolve().name}-linear"
+        run = out or Path("runs") / f"{model_name(init)}-linear"
         implied = linearize_overrides(init, recipe, run if goes_on(run, existing) else None)
         _train(recipe, overrides or [], run, stop, implied, dry_run=dry_run, existing=existing, as_json=as_json)
 

@@ -75,7 +75,7 @@ def evaluate(
     names = group.first(lambda: registry.find(task_names)) if task_names else []
     loaded = load_model(folder, place, group=group)
     dataset = open_validation(loaded, data_folder, group) if perplexity else None
-    result: dict[str, Any] = {"folder" if loaded.config is None else "run": folder.resolve().name}
+    result: dict[str, Any] = {"folder" if loaded.config is None else "run": loaded.name}
     result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
     result |= {"perplexity": None, "tasks": {}, "versions": environment() | {"device": loaded.model.device.type}}
     keep = partial(group.first, lambda: write_json(out, result) if out else None)

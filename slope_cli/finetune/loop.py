@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from slope_cli.checkpoint.hf_folder import RESULT
 from slope_cli.checkpoint.load import Loaded
 from slope_cli.config.schema import MAX_SEED, OptimConfig
 from slope_cli.config.values import flat
@@ -32,7 +33,7 @@ from sparse_kernels import check_backend, masked_layers, sparse_layers
 
 SFT = "SFT"
 """The task of causal models; see `sft`."""
-RESULT, FOLDER = "result.json", "finetune"
+FOLDER = "finetune"
 FEWEST_TOKENS = 8
 """The shortest sequence that holds two short texts and their special tokens."""
 WARMUP, WEIGHT_DECAY, CLIP = 0.1, 0.01, 1.0
@@ -93,7 +94,7 @@ def finished(
         UsageError: the folder contains something else, or the result of another model, other rows or other settings.
         SlopeError: the result is damaged.
     """
-    identity = {"run": loaded.folder.resolve().name, "step": loaded.step, "settings": asdict(settings), "data": source}
+    identity = {"run": loaded.name, "step": loaded.step, "settings": asdict(settings), "data": source}
     known = RESULT, own, metrics.JSONL
 
     def is_own(path: Path) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from slope_cli.checkpoint.hf_folder import MODEL
 from slope_cli.checkpoint.load import Loaded, load_model, require_initial
 from slope_cli.distributed.launch import pick_device, require_one_process
 from slope_cli.errors import UsageError
@@ -27,10 +28,10 @@ from slope_cli.finetune.loop import SFT
 from slope_cli.inference.engine import end_ids
 from slope_cli.inference.export import write
 from slope_cli.models.loss import autocast, forward, loss_fn
+from slope_cli.report.tables import plain_in_markdown
 from slope_cli.utils import files
 from sparse_kernels import add_adapters, find_sparse_layers, masked_layers, select_layers, sparse_layers, to_dense
 
-MODEL = "model"
 LONGEST = 1024
 """The longest input, unless the model's run says with which length it was trained."""
 SPLIT_SEED = 0
@@ -113,7 +114,7 @@ def finetune(
     )
     loop.require_positions(loaded.model, settings.seq_len)
     rows, source = _load_rows(data, val)
-    out = out or loop.default_folder(folder, SFT, seed)
+    out = out or loop.default_folder(loaded.folder, SFT, seed)
     return loop.finished(loaded, settings, source, out, MODEL, lambda: _run(rows, settings, loaded, out))
 
 
@@ -160,9 +161,10 @@ def _run(rows: Mapping[str, list[Row]], s: SftSettings, loaded: Loaded, out: Pat
     learned = f"loss on held-out answers {before['loss']:.4f} before, {after['loss']:.4f} after, nats per token"
     with_adapters = f", in adapters of rank {s.lora} alone" if s.lora else ""
     lines = [
-        f"Fine-tuned on: the answers of {len(made['train'].kept):,} rows, {s.epochs} times{with_adapters}; {learned}"
+        f"Fine-tuned from: {plain_in_markdown(loaded.name)}",
+        f"Fine-tuned on: the answers of {len(made['train'].kept):,} rows, {s.epochs} times{with_adapters}; {learned}",
     ]
-    write((out / MODEL).resolve(), model.cpu(), tokenizer, loaded.folder.resolve().name, lines)
+    write((out / MODEL).resolve(), model.cpu(), tokenizer, out.resolve().name, lines)
     return {"rows": counts, "before": before, "after": after, **facts}
 
 

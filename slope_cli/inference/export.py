@@ -49,7 +49,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     config, model = loaded.config, loaded.model
     assert config is not None
     how: dict[str, Any] = {"merge": merge, "linearized": config if linear_windows(model) else None}
-    difference = write(out, model, loaded.tokenizer, run.resolve().name, _facts(loaded, config), **how)
+    difference = write(out, model, loaded.tokenizer, loaded.name, _facts(loaded, config), **how)
     return {"folder": str(out), "step": loaded.step, "logits_difference": difference}
 
 

@@ -110,7 +110,7 @@ def _model_card(loaded: Loaded, packed: int, dense: int, dtype: str, *, lineariz
         "library_name: transformers",
         "tags: [slope, sparse]",
         "---",
-        f"# {plain_in_markdown(loaded.folder.resolve().name)}",
+        f"# {plain_in_markdown(loaded.name)}",
         "",
         f"- Linear layers: {packed} packed 2:4 sparse in {dtype}, format {VERSION} of slope; {dense} dense",
         "- Low-rank adapters, if the model has any, are part of the packed layers",

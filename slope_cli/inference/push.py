@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from slope_cli.checkpoint import run_folder
+from slope_cli.checkpoint.hf_folder import model_folder
 from slope_cli.data.tokenizer import hub_answers
 from slope_cli.errors import SlopeError, UsageError, first_line
 from slope_cli.utils.files import require_no_way_out
@@ -41,6 +42,7 @@ def require_export(folder: Path) -> None:
     """UsageError unless a folder holds a model of transformers, and nothing that leads out of it."""
     if run_folder.is_run(folder):
         raise UsageError(f"{folder}: is a run; give OUT, the folder to export it to, too")
+    folder = model_folder(folder)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is not an exported folder (no config.json)")
     require_no_way_out(folder)
@@ -62,6 +64,7 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         SlopeError: the upload failed.
     """
     require_export(folder)
+    folder = model_folder(folder)
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()

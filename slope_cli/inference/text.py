@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from slope_cli.data.tokenizer import begin_id
-from slope_cli.errors import UsageError, is_utf8
+from slope_cli.errors import UsageError, first_line, is_utf8
 
 CONTEXT = 8
 """Tokens before a piece of text that it is decoded with: some tokenizers treat the first token of a text specially."""
@@ -23,6 +23,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     begin = begin_id(tokenizer)
     return ids if begin is None else [begin, *ids]
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a chat's messages, by the tokenizer's template, up to where the next answer begins.
+
+    Args:
+        messages: each with role and content.
+
+    Raises:
+        UsageError: what the template refuses.
+    """
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates refuse what they do not know by errors of their own
+        raise UsageError(f"messages: the model's chat template refuses them: {first_line(error)}") from error
+    return ids
 
 
 class TextStream:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerFast
 
-from slope_cli.errors import UsageError, first_line
+from slope_cli.errors import UsageError
 from slope_cli.inference.sampling import Sampling
+from slope_cli.inference.text import chat_ids
 
 Json = dict[str, Any]
 Prompt = str | list[int]
@@ -196,12 +197,7 @@ class ChatRequest(TextRequest):
 
     def prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
         """See TextRequest."""
-        messages = [message.plain() for message in self.messages]
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates refuse what they do not know by errors of their own
-            raise UsageError(f"messages: the model's chat template refuses them: {first_line(error)}") from error
-        return [ids] * (self.n or 1)
+        return [chat_ids(tokenizer, [message.plain() for message in self.messages])] * (self.n or 1)
 
     def choice(self, text: str) -> Json:
         """See TextRequest."""

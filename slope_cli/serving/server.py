@@ -47,7 +47,7 @@ def serve(folder: Path, host: str, port: int, dtype: str, device: torch.device, 
     """Answer requests until SIGINT or SIGTERM; the log goes to standard error.
 
     Args:
-        folder: a run, or a folder that transformers reads; its name is the model's.
+        folder: a run, or a fine-tuning, or a folder that transformers reads.
         port: 0 for a free one, which the log names.
         dtype: a key of DTYPES; auto for bf16 on a GPU and float32 elsewhere.
 
@@ -58,8 +58,8 @@ def serve(folder: Path, host: str, port: int, dtype: str, device: torch.device, 
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: {did_you_mean(dtype, DTYPES)}")
     with _bound(host, port) as listener:  # before minutes of loading
-        engine, tokenizer = _loaded(folder, DTYPES[dtype], device, limits)
-        fault = asyncio.run(_serve(engine, tokenizer, folder.resolve().name, listener, limits))
+        engine, tokenizer, name = _loaded(folder, DTYPES[dtype], device, limits)
+        fault = asyncio.run(_serve(engine, tokenizer, name, listener, limits))
     if fault:
         raise SlopeError(fault)
 
@@ -150,8 +150,8 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _loaded(
     folder: Path, dtype: torch.dtype | None, device: torch.device, limits: Limits
-) -> tuple[Engine, PreTrainedTokenizerFast]:
-    """An engine that has done what the first requests would wait for, and its tokenizer."""
+) -> tuple[Engine, PreTrainedTokenizerFast, str]:
+    """An engine that has done what the first requests would wait for, its tokenizer, and the model's name."""
     loaded = load_model(folder, device)
     try:
         engine = Engine(
@@ -169,4 +169,4 @@ def _loaded(
             raise
         texts = f"--max-batch {limits.max_batch} texts of --max-length {limits.max_length or 'all its positions'}"
         raise SlopeError(f"{folder}: out of memory for {texts}; take a smaller one of these") from error
-    return engine, loaded.tokenizer
+    return engine, loaded.tokenizer, loaded.name
