@@ -125,7 +125,7 @@ def run(document: Path, folder: Path) -> None:
     furnish(document, folder)
     names: dict[str, object] = {}
     with contextlib.chdir(folder), ExitStack() as stack:
-        servers: list[Server] = []
+        servers: dict[str, Server] = {}
         for block in blocks(document):
             if block.language == "python":
                 code = compile(_at(servers, block.text), f"{document.name}, a Python block", "exec")
@@ -139,16 +139,18 @@ def run(document: Path, folder: Path) -> None:
                     _run_command(command, folder, stack, servers)
 
 
-def _run_command(command: str, folder: Path, stack: ExitStack, servers: list[Server]) -> None:
+def _run_command(command: str, folder: Path, stack: ExitStack, servers: dict[str, Server]) -> None:
     program, *words = shlex.split(command)
     if program == "slope" and words[0] == "serve":
-        options = words[2:]
+        options, port = words[2:], "8000"
         if "--port" in options:  # it may be taken here
             place = options.index("--port")
+            port = options[place + 1]
             del options[place : place + 2]
-        where = folder / f"server-{len(servers)}"
-        servers.append(stack.enter_context(serving(where, *options, model=Path(words[1]).resolve())))
-        assert servers[-1].ask("/health")[0] == 200
+        assert port not in servers, f"{command}\nanother server of the page has this port"
+        server = stack.enter_context(serving(folder / f"server-{port}", *options, model=Path(words[1]).resolve()))
+        assert server.ask("/health")[0] == 200
+        servers[port] = server
     elif program == "slope":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once\n")))
@@ -158,12 +160,16 @@ def _run_command(command: str, folder: Path, stack: ExitStack, servers: list[Ser
         done = subprocess.run(_at(servers, command), shell=True, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         if program == "curl":
-            assert "error" not in json.loads(done.stdout), done.stdout
+            *parts, end = done.stdout.removeprefix("data: ").strip().split("\n\ndata: ")
+            assert (end == "[DONE]") is bool(parts), done.stdout  # a stream, or one object
+            assert not any("error" in json.loads(part) for part in parts or [end]), done.stdout
 
 
-def _at(servers: list[Server], text: str) -> str:
-    """A text in which the usual address is that of the first server."""
-    return text.replace("http://127.0.0.1:8000", servers[0].address) if servers else text
+def _at(servers: dict[str, Server], text: str) -> str:
+    """A text in which the addresses of the page are those of its servers here, by the ports of the page."""
+    for port, server in servers.items():
+        text = text.replace(f"http://127.0.0.1:{port}/", f"{server.address}/")
+    return text
 
 
 def tiny(words: list[str]) -> list[str]:
@@ -249,6 +255,13 @@ def _linearized(path: Path) -> None:
     assert result.code == 0, result.err
 
 
+def _chatting(path: Path) -> None:
+    rows = path.with_name(f"rows-of-{path.name}")
+    _conversations(rows)
+    result = slope(*tiny(["finetune", str(trained()), "SFT", "--data", str(rows), "--out", str(path)]))
+    assert result.code == 0, result.err
+
+
 def _sentences(path: Path) -> None:
     path.write_text("\n".join(SENTENCES * 8) + "\n")
 
@@ -308,6 +321,7 @@ FURNITURE: dict[str, Callable[[Path], None]] = {
     "runs/gpt2-nano": _copy(trained),
     "runs/bert": _copy(lambda: trained("bert-base")),
     "runs/small-linear": _linearized,
+    "runs/small-chat": _chatting,
     "exported": _exported(),
     "pruned": _exported(),
     "packed": _exported("--format", "packed"),
