@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slope_cli.distributed.launch import pick_device
-from slope_cli.errors import SlopeError
+from slope_cli.errors import SlopeError, install
 from slope_cli.utils.environment import cupy_version, driver, package_version
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
@@ -25,6 +25,16 @@ _USED_BY = {
     "uvicorn": "slope serve",
     "wandb": "log.wandb",
 }
+
+_EXTRAS = {
+    "lm_eval": "eval",
+    "accelerate": "eval or trainer",
+    "peft": "trainer",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "wandb": "wandb",
+}
+"""The extra that installs what is not installed with slope."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,10 @@ def examine() -> tuple[dict[str, Any], list[str]]:
 def _packages() -> list[Finding]:
     findings = []
     for name in (*_NEEDED, *_USED_BY):
-        fix = "" if (version := package_version(name)) else f"pip install {name}"
-        if fix and name in _USED_BY:
-            fix += f" (only {_USED_BY[name]} needs it)"
+        version, fix = package_version(name), ""
+        if version is None:
+            fix = install(_EXTRAS[name]) if name in _EXTRAS else f"pip install {name}"
+            fix += f"; only {_USED_BY[name]} needs it" if name in _USED_BY else ""
         findings.append(Finding(name, version or "missing", fix))
     return findings
 

@@ -17,6 +17,16 @@ class UsageError(SlopeError):
     exit_code = 2
 
 
+def missing(purpose: str, package: str | None, extra: str) -> UsageError:
+    """The error that `purpose` needs a package which an extra of setup.cfg installs."""
+    return UsageError(f"{purpose}: {package} is missing; {install(extra)}")
+
+
+def install(extra: str) -> str:
+    """How to install an extra of setup.cfg; by what command depends on where slope comes from."""
+    return f"install the extra {extra} (docs/start.md#install)"
+
+
 ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "the machine has too many open files: close some, or ask its administrator",

@@ -1,7 +1,9 @@
 """slope doctor: what it finds here, and what it says of what is missing."""
 
+import configparser
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,3 +145,18 @@ def test_a_failure_is_one_line() -> None:
 
 def test_the_layers_self_test_passes_on_the_reference() -> None:
     doctor.check_layer("cpu")
+
+
+def test_what_is_missing_is_installed_by_an_extra_that_setup_cfg_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_version", lambda _: None)
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    extras = setup["options.extras_require"]
+    fixes = {line.split()[0]: line for line in slope("doctor").out.splitlines() if "missing" in line}
+    assert fixes["torch"].endswith("missing; pip install torch")
+    assert fixes["peft"].endswith(
+        "install the extra trainer (docs/start.md#install); only loading an export's adapters outside slope needs it"
+    )
+    for package, line in fixes.items():
+        for extra in re.findall(r"\w+", (re.findall(r"the extra (.+?) \(", line) or [""])[0].replace(" or ", " ")):
+            assert package in extras[extra] or (package, extra) == ("accelerate", "eval")  # lm_eval[hf] brings it

@@ -549,7 +549,7 @@ def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(UsageError, match=r"list\.yaml: is no task \("):
         evaluate(trained(), task_names=[str(tmp_path / "list.yaml")])
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UsageError, match=r"pip install slope-cli\[eval\]$"):
+    with pytest.raises(UsageError, match=r"is missing; install the extra eval \(docs/start\.md#install\)$"):
         evaluate(trained(), task_names=["piqa"], task_data=task_data())
 
 

@@ -81,6 +81,13 @@ def test_the_weights_keep_their_zeros_and_peft_gives_the_runs_logits(family: str
     assert close(with_adapters, run)
 
 
+def test_a_folder_may_be_given_as_text_and_its_adapters_come_along() -> None:
+    out = exported("gpt2-nano")
+    loaded = load_model(str(out))
+    assert loaded.folder == out
+    assert close(loaded.model, load_model(trained("gpt2-nano")).model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_adapters_give_the_runs_logits_without_peft(family: str) -> None:
     out = exported(family, "--merge")

@@ -444,11 +444,11 @@ def test_a_port_that_is_taken_and_a_model_that_cannot_write() -> None:
     assert (result.code, "cannot continue text; use a causal model" in result.err) == (2, True)
 
 
-def test_a_missing_package_is_named_with_its_command() -> None:
+def test_a_missing_package_is_named_with_its_extra() -> None:
     code = (
         "import sys; sys.modules['uvicorn'] = None; sys.argv = ['slope', 'serve', 'model'];"
         "from slope_cli.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    expected = "error: slope serve: uvicorn is missing; pip install slope-cli[serve]\n"
+    expected = "error: slope serve: uvicorn is missing; install the extra serve (docs/start.md#install)\n"
     assert (done.returncode, done.stderr) == (2, expected)

@@ -79,7 +79,7 @@ def test_without_wandb_one_line_says_how_to_install_it(tmp_path: Path, monkeypat
     monkeypatch.setattr("slope_cli.utils.environment.version", missing)
     result = pretrain(tmp_path / "run")
     assert (result.code, result.out) == (2, "")
-    assert result.err == "error: log.wandb=true: wandb is missing; pip install slope-cli[wandb]\n"
+    assert result.err == "error: log.wandb=true: wandb is missing; install the extra wandb (docs/start.md#install)\n"
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

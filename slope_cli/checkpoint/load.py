@@ -61,7 +61,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    folder: Path,
+    folder: Path | str,
     device: torch.device | str = "cpu",
     *,
     checkpoint: store.Checkpoint | None = None,
@@ -81,7 +81,7 @@ def load_model(
         UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
         SlopeError: no sound checkpoint, files that are not the checkpoint's, or that cannot be loaded.
     """
-    folder = hf_folder.model_folder(folder)
+    folder = hf_folder.model_folder(Path(folder))
     if not run_folder.is_run(folder):
         return Loaded(folder, *hf_folder.load(folder, device))
     config = run_folder.open_config(folder)

@@ -8,7 +8,7 @@ import typer
 from slope_cli.commands.options import AsJson, Model, print_result
 from slope_cli.config import schema
 from slope_cli.distributed import launch
-from slope_cli.errors import UsageError
+from slope_cli.errors import UsageError, missing
 
 ExportFormat = Literal["dense", "packed"]
 PackedDtype = Literal["bfloat16", "float16", "float32"]
@@ -66,7 +66,7 @@ def serve(
     try:
         from slope_cli.serving import server
     except ModuleNotFoundError as error:
-        raise UsageError(f"slope serve: {error.name} is missing; pip install slope-cli[serve]") from None
+        raise missing("slope serve", error.name, "serve") from None
 
     limits = server.Limits(max_batch, max_queue, max_length, grace)
     server.serve(model, host, port, dtype, launch.pick_device("auto"), limits)

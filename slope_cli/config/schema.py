@@ -335,7 +335,7 @@ class LogConfig(Section, section="log"):
     tensorboard: bool = switch(True)
     """Mirror the metrics to TensorBoard files."""
     wandb: bool = switch(False)
-    """Mirror the metrics to Weights & Biases; needs `pip install slope-cli[wandb]`."""
+    """Mirror the metrics to Weights & Biases; needs the extra `wandb`."""
     wandb_project: str = setting("slope", example="my-project")
     """The project on Weights & Biases; WANDB_ENTITY in the environment names its owner."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.distributed.collectives import Group
-from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line
+from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line, missing
 from slope_cli.evaluate.rows import member_name, members, require_answers, unreadable, use_files
 from slope_cli.utils.files import atomic_file
 
@@ -72,7 +72,7 @@ class Registry:
             import lm_eval.models.huggingface
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UsageError(f"--tasks: {error.name} is missing; pip install slope-cli[eval]") from None
+            raise missing("--tasks", error.name, "eval") from None
         base = Path(lm_eval.__file__).parent / "tasks"
         own = {word: _entry_of_file(Path(word)) for word in words if word.endswith((".yaml", ".yml"))}
         names = list(dict.fromkeys(own[word].name if word in own else word for word in words))

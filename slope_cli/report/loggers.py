@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from slope_cli.errors import SlopeError, UsageError, first_line
+from slope_cli.errors import SlopeError, first_line, missing
 from slope_cli.utils import files
 from slope_cli.utils.environment import package_version
 
@@ -95,7 +95,7 @@ class Wandb:
 def require_wandb() -> None:
     """UsageError if wandb is not installed."""
     if package_version(WANDB) is None:
-        raise UsageError("log.wandb=true: wandb is missing; pip install slope-cli[wandb]")
+        raise missing("log.wandb=true", WANDB, "wandb")
 
 
 def _wandb_id(run: Path) -> str:

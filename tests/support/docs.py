@@ -38,7 +38,7 @@ NOT_RUN = {
     r"(pip|python3 -m venv|source|conda|docker|apptainer) ": "installs from a network",
     r"(sbatch|srun|export) ": "needs a cluster; `make test-slurm` runs the scripts on one",
     r"slope data prepare \S*=/": "names folders of a cluster",
-    r"slope .*(openwebtext|--tasks (?!.*--task-data))": "needs the Hugging Face Hub",
+    r"slope .*(openwebtext|--tasks (?!own/|.*--task-data))": "needs the Hugging Face Hub",
     r"slope .*log\.wandb=true": "needs an account at wandb",
     r"slope export .*--push": "needs an account at the Hugging Face Hub; tests of pushing have one on this machine",
     r"slope bench( generate|$)": "needs a GPU",
@@ -301,6 +301,16 @@ def _piqa_rows(path: Path) -> None:
     (path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _own_task(language: str) -> Callable[[Path], None]:
+    """The file of a task of one's own, as the page on evaluation prints it."""
+
+    def write(path: Path) -> None:
+        (text,) = [block.text for block in blocks(ROOT / "docs" / "evaluation.md") if block.language == language]
+        path.write_text(text)
+
+    return write
+
+
 def _prompts(path: Path) -> None:
     path.write_text("The weights\nShe said\n")
 
@@ -332,5 +342,7 @@ FURNITURE: dict[str, Callable[[Path], None]] = {
     "text.txt": _sentences,
     "rows": _piqa_rows,
     "prompts.txt": _prompts,
+    "own/capitals.yaml": _own_task("yaml"),
+    "own/capitals.jsonl": _own_task("json"),
 }
 """What pages have from other pages, or from their reader."""
