@@ -400,12 +400,13 @@ def test_chance_is_that_of_the_choices_of_each_row() -> None:
     assert found["chance"] == pytest.approx(np.mean(guesses))
     error = math.sqrt(sum(p * (1 - p) for p in guesses)) / 7
     assert found["above_chance"] == (found["acc"] > np.mean(guesses) + 2 * error)
+    assert found["below_chance"] == (found["acc"] < np.mean(guesses) - 2 * error)
     one = evaluate(run, limit=1, **words)["tasks"]["arc_easy"]
     assert (one["n"], one["chance"], one["acc_stderr"]) == (1, 0.25, None)
 
 
 @NEEDS_LM_EVAL
-def test_a_model_that_knows_the_answers_is_not_near_chance(tmp_path: Path) -> None:
+def test_accuracy_is_above_near_or_below_chance(tmp_path: Path) -> None:
     right = SENTENCES[1][-20:]
     rows = [{"goal": "g", "sol1": right, "sol2": "ξ" * 20, "label": 0} for _ in range(40)]
     write(tmp_path, "piqa", rows)
@@ -416,7 +417,12 @@ def test_a_model_that_knows_the_answers_is_not_near_chance(tmp_path: Path) -> No
     write(tmp_path, "piqa", [dict(found, label=number % 2) for number, found in enumerate(rows)])
     result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
     assert (result["tasks"]["piqa"]["acc"], result["tasks"]["piqa"]["above_chance"]) == (0.5, False)
-    assert report_lines(result)[-1].endswith("above it), as is usual for small models: piqa")
+    assert report_lines(result)[-1].endswith("of it), as is usual for small models: piqa")
+    write(tmp_path, "piqa", [dict(found, label=1) for found in rows[:12]])
+    result = evaluate(trained(), perplexity=False, task_names=["piqa"], task_data=tmp_path)
+    found = result["tasks"]["piqa"]
+    assert (found["acc"], found["above_chance"], found["below_chance"]) == (0.0, False, True)
+    assert report_lines(result)[-1] == "below chance (by more than two standard errors): piqa"
 
 
 @NEEDS_LM_EVAL
@@ -474,7 +480,7 @@ def test_only_the_file_has_the_result_and_it_names_no_path(
     assert text[0] == f"{run.name}, step 6"
     assert f"perplexity {result['perplexity']['perplexity']:.2f}" in text[2]
     assert f"acc {result['tasks']['piqa']['acc']:.4f} ± " in text[4]
-    assert result["tasks"]["piqa"]["above_chance"] == ("near chance (" not in "".join(text))
+    assert result["tasks"]["piqa"]["above_chance"] == ("chance (" not in "".join(text))
 
 
 @NEEDS_LM_EVAL

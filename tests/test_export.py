@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from support.data import scratch
 from support.runs import OVERRIDES, copied, slope, trained
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.inference.export import TOLERANCE, export
+from slope_cli.report.tables import bytes_text
+from sparse_kernels import adapters_of, sparse_layers
 from sparse_kernels import peft as peft_folder
-from sparse_kernels import sparse_layers
 
 # PEFT asks transformers a question that has a new name there.
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -182,7 +184,26 @@ def test_the_result_is_printed(tmp_path: Path) -> None:
     assert (record["folder"], record["step"]) == (str(tmp_path / "new" / "out"), 6)
     assert record["logits_difference"] <= TOLERANCE
     (tmp_path / "empty").mkdir()
-    assert slope("export", trained(), tmp_path / "empty").out.startswith(f"{tmp_path / 'empty'}: step 6, ")
+    lines = slope("export", trained(), tmp_path / "empty").out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'empty'}: step 6, ")
+    size = bytes_text(record["bytes"])
+    assert lines[1] == f"weights in float32: {size}; {record['adapters']} layers have adapters"
+    assert record["adapters"] == len(adapters_of(load_model(trained()).model)) > 1
+
+
+def test_a_dense_export_in_16_bits_keeps_the_zeros_and_rounds_the_rest(tmp_path: Path) -> None:
+    run = load_model(trained()).model
+    record = json.loads(slope("export", trained(), tmp_path / "out", "--dtype", "bfloat16", "--json").out)
+    assert 0 < record["logits_difference"] < 0.05
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    loaded = auto("gpt2-nano").from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    for name, layer in sparse_layers(run):
+        assert torch.equal(stored_weight(loaded.get_submodule(name)), layer.weight.bfloat16())
+    merged = json.loads(slope("export", trained(), tmp_path / "m", "--dtype", "float16", "--merge", "--json").out)
+    assert 0 < merged["logits_difference"] < record["logits_difference"]
+    assert merged["bytes"] < record["bytes"]  # which has the adapters beside it
 
 
 # -------------------------------------------------------------------------------------------------- refusals

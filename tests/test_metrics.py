@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import sys
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,16 +151,22 @@ def test_in_a_file_a_line_comes_every_few_steps_and_the_last(capsys: pytest.Capt
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split()[1] for line in err.splitlines()] == ["2/5", "4/5", "5/5", "5:"]
-    assert err.splitlines()[0] == "step 2/5  loss 1.5000  lr 1.00e-03  grad 0.50  1,234 tok/s  eta 0:00:03"
+    assert err.splitlines()[0] == "step 2/5  loss 1.5000  lr 1.00e-03  grad 0.50  recent 1,234 tok/s  eta 0:00:03"
     assert err.splitlines()[-1] == "step 5: [bold] as it is"
 
 
-def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:
+    """What a terminal of so many columns gets, which standard error now is."""
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", str(width))
+    return screen
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch, 140)
     progress = Progress(4, done=1, every=1)
     progress.step({"step": 3, **TRAIN}, speed())
     progress.say("a line with [brackets]")
@@ -169,6 +177,39 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss 1.5000" in screen.getvalue()
     assert "eta 0:01:15" in screen.getvalue()
     assert "MFU 50.0% dense-equivalent, 25.0% real" in screen.getvalue()
+
+
+def test_a_bar_is_drawn_a_few_times_a_second_and_only_when_a_step_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch, 100)
+    progress = Progress(1000, every=400)
+    for step in range(1, 501):
+        progress.step({"step": step, **TRAIN}, speed())
+    drawn = len(screen.getvalue())
+    time.sleep(0.3)  # a long step: nothing has changed
+    assert len(screen.getvalue()) == drawn
+    progress.close()
+    lines = screen.getvalue().splitlines()
+    assert any("step 400/1000  loss 1.5000" in line and line.endswith("tok/s  eta 0:10:00") for line in lines)
+    assert screen.getvalue().count("eta ") < 12  # 500 steps in much less than a second
+    assert "eta 0:08:20  step 500/1000" in screen.getvalue()
+
+
+def test_a_bar_takes_the_width_that_the_text_leaves_and_the_time_left_is_cut_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bars = {}
+    for width in (50, 100, 160):
+        screen = terminal(monkeypatch, width)
+        progress = Progress(4)
+        progress.step({"step": 3, **TRAIN}, speed())
+        progress.close()
+        shown = screen.getvalue()
+        assert "eta 0:00:01  step 3/4  loss 1.5000" in shown
+        last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).strip().split("\r")[-1].strip("\n")
+        assert len(last) <= width
+        bars[width] = last.count("━") + last.count("╸") + last.count("╺")
+    assert bars[50] == 0
+    assert bars[160] == bars[100] + 60 > 60
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, ["0 rows", "1 rows", "2 rows"]), (3600.0, ["0 rows"])])

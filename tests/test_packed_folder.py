@@ -21,7 +21,7 @@ import sparse_kernels.transformers as plugin
 from slope_cli.checkpoint.load import load_model
 from slope_cli.inference.export import TOLERANCE
 from slope_cli.linearize.swap import linear_windows
-from sparse_kernels import masks, sparse_layers, tile_metadata
+from sparse_kernels import adapters_of, masks, sparse_layers, tile_metadata
 from sparse_kernels.packing import packed_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +125,12 @@ def test_the_result_is_printed_and_the_card_says_what_it_is(tmp_path: Path, monk
         "lm_head": "output head",
     }
     assert 0 < record["logits_difference"] < 0.05
+    model = load_model(trained()).model
+    assert record["adapters"] == len(adapters_of(model)) > 0
+    assert record["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    adapters = sum(p.numel() for adapter in adapters_of(model).values() for p in adapter.parameters())
+    dense = type(model)(model.config).num_parameters() + adapters
+    assert record["dense_bytes"] == 2 * dense > record["bytes"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "7 packed 2:4 sparse in bfloat16, format 1 of slope; 2 dense" in card
     monkeypatch.chdir(tmp_path / "out")
@@ -385,8 +391,11 @@ def test_a_packed_folder_is_no_start_for_training_and_is_not_packed_again(tmp_pa
 
 
 def test_options_that_exclude_each_other(tmp_path: Path) -> None:
-    for option, words in (("--merge", ("--format", "packed", "--merge")), ("--dtype", ("--dtype", "float16"))):
-        result = slope("export", *words, trained(), tmp_path / "out")
+    for option, words in (
+        ("--merge", ("--format", "packed", "--merge", trained(), tmp_path / "out")),
+        ("--dtype", ("--dtype", "float16", trained(), "--push", "a/b")),
+    ):
+        result = slope("export", *words)
         assert result.code == 2
         assert result.err.startswith(f"error: {option}: ")
 

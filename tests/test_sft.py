@@ -1,6 +1,7 @@
 """slope finetune MODEL SFT: the answers alone are learned, zeros and masks stay, every fault names its line."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -347,7 +348,11 @@ def test_a_finished_one_is_returned_and_an_interrupted_one_starts_again(tmp_path
     words = ("--data", rows(), "--out", tmp_path / "out", "--epochs", "1", "--val", rows())
     first = slope("finetune", trained(), "SFT", *words)
     assert first.code == 0
-    assert first.out.splitlines()[-1] == f"  model: {tmp_path / 'out' / 'model'}"
+    lines = first.out.splitlines()
+    assert re.fullmatch(r"SFT after 1 epoch \(2 steps\) of 48 rows; 48 held-out rows, \d+ answer tokens:", lines[0])
+    assert lines[-1] == f"  model: {tmp_path / 'out' / 'model'}"
+    warnings = [line.partition(", fewer")[0] for line in first.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ["warning: 2 steps in all", "warning: 48 held-out rows"]
     weights = tmp_path / "out" / "model" / "model.safetensors"
     written = weights.stat().st_mtime_ns, weights.read_bytes()
     assert slope("finetune", trained(), "SFT", *words).out == first.out
@@ -358,6 +363,20 @@ def test_a_finished_one_is_returned_and_an_interrupted_one_starts_again(tmp_path
     (tmp_path / "out" / "model" / "README.md").unlink()
     assert slope("finetune", trained(), "SFT", *words).out == first.out
     assert weights.read_bytes() == written[1]
+
+
+@pytest.mark.parametrize(
+    ("trained_rows", "held_out", "few"),
+    [
+        (1569, 100, []),
+        (1568, 100, ["49 steps in all"]),
+        (1569, 99, ["99 held-out rows"]),
+        (1, 1, ["1 step in all", "1 held-out row"]),
+    ],
+)
+def test_too_few_steps_and_held_out_rows_are_warned_of(trained_rows: int, held_out: int, few: list[str]) -> None:
+    found = sft._warnings(trained_rows, held_out, sft.SftSettings("SFT", 1, 1e-3, 32, 48, 1, 8, 0))
+    assert [line.partition(", fewer")[0] for line in found] == few
 
 
 # ------------------------------------------------------------------------------------------------ faults in one line

@@ -11,7 +11,7 @@ from slope_cli.distributed import launch
 from slope_cli.errors import UsageError, missing
 
 ExportFormat = Literal["dense", "packed"]
-PackedDtype = Literal["bfloat16", "float16", "float32"]
+WeightDtype = Literal["bfloat16", "float16", "float32"]
 
 
 def generate(
@@ -79,7 +79,9 @@ def export(
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into weights, now dense.")] = False,
     form: Annotated[ExportFormat, typer.Option("--format", help="dense: with zeros; packed: for inference.")] = "dense",
-    dtype: Annotated[PackedDtype | None, typer.Option(help="Of packed weights; default: bfloat16.")] = None,
+    dtype: Annotated[
+        WeightDtype | None, typer.Option(help="Of the weights; default: float32, packed bfloat16.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="NAMESPACE/NAME", help="Upload OUT to the Hugging Face Hub.")
     ] = None,
@@ -98,12 +100,12 @@ def export(
         raise UsageError("--public: is for --push")
     if folder is None and push is None:
         raise UsageError("OUT is missing: the folder to write; only --push does without it, for a folder to upload")
-    if folder is None and (merge or form == "packed"):
-        raise UsageError(f"{'--merge' if merge else '--format'}: is for an export; give OUT, the folder to write")
+    if folder is None:
+        for option, given in (("--merge", merge), ("--format", form == "packed"), ("--dtype", dtype is not None)):
+            if given:
+                raise UsageError(f"{option}: is for an export; give OUT, the folder to write")
     if form == "packed" and merge:
         raise UsageError("--merge: packed layers are 2:4, and merged ones are not; leave it out")
-    if form == "dense" and dtype is not None:
-        raise UsageError("--dtype: is for --format packed; a dense export is in float32")
     result: dict[str, Any] = {}
     lines: list[str] = []
     if push is not None:
@@ -118,11 +120,10 @@ def export(
         result = export_packed(run, folder, dtype or "bfloat16")
         lines = report_lines(result)
     elif folder is not None:
-        from slope_cli.inference.export import export as write
+        from slope_cli.inference import export as exporting
 
-        result = write(run, folder, merge=merge)
-        difference = f"reloaded logits differ by {result['logits_difference']:.1e} of their size"
-        lines = [f"{folder}: step {result['step']}, {difference}"]
+        result = exporting.export(run, folder, merge=merge, dtype_name=dtype or "float32")
+        lines = exporting.report_lines(result)
     if push is not None:
         result["pushed"] = pushing.push(folder or run, push, public=public)
         lines.append(f"pushed to {result['pushed']}, {'public' if public else 'private'}")

@@ -166,7 +166,7 @@ def finetune(
     micro_batch: Annotated[int | None, typer.Option(min=1, help="SFT: rows read at once; default: 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a BERT on GLUE or SQuAD; SFT for others.
+    """Supervised fine-tuning on answers (SFT), GLUE, SQuAD.
 
     Masks stay fixed. A BERT is evaluated on dev. SFT learns the answers in rows of {"messages": [{"role", "content"}]}
     or {"prompt", "completion"}, and writes OUT/model, a folder that transformers, slope generate and slope serve load.

@@ -190,9 +190,12 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
             lines += [_perplexity_line(f"{row['first']}-{row['last']}", row) for row in perplexity["positions"]]
     if scores := result["tasks"]:
         lines += ["by lm-eval", *(line for name, row in scores.items() for line in _task_lines(name, row))]
-        if near := [name for name, row in scores.items() if not row.get("above_chance", True)]:
+        if below := [name for name, row in scores.items() if row.get("below_chance", False)]:
+            lines.append(f"below chance (by more than two standard errors): {', '.join(below)}")
+        not_above = [name for name, row in scores.items() if not row.get("above_chance", True)]
+        if near := [name for name in not_above if name not in below]:
             lines.append(
-                f"near chance (less than two standard errors above it), as is usual for small models: {', '.join(near)}"
+                f"near chance (within two standard errors of it), as is usual for small models: {', '.join(near)}"
             )
         lines += [
             f"{name}: {row['truncated']:,} of {row['n']:,} rows are longer than the model's positions; "

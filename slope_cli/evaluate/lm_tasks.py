@@ -272,9 +272,10 @@ def score(
     Returns:
         The metrics that lm-eval gives the task, such as acc, with their standard errors (None if unknown); those of
         other filters than "none" as METRIC,FILTER. For choices also `chance`, the expected accuracy of random ones, and
-        `above_chance`, whether acc exceeds it by more than two standard errors of these. `n` rows of `split`; `fewshot`
-        examples in a prompt; `truncated`, the number of rows whose prompt is longer than the model's positions and
-        loses its beginning; lm-eval's `version` of the task; for a group or tag also `subtasks` and `groups`.
+        `above_chance` and `below_chance`, whether acc is more than two standard errors of these above or below it. `n`
+        rows of `split`; `fewshot` examples in a prompt; `truncated`, the number of rows whose prompt is longer than the
+        model's positions and loses its beginning; lm-eval's `version` of the task; for a group or tag also `subtasks`
+        and `groups`.
     """
     import lm_eval
 
@@ -287,7 +288,8 @@ def score(
     n, scores = sum(sizes[name] for name in task.leaves), _scores(results.get(task.name, {}))
     if requests.chances and "acc" in scores:
         chance, error = sum(requests.chances) / n, math.sqrt(sum(p * (1 - p) for p in requests.chances)) / n
-        scores |= {"chance": chance, "above_chance": scores["acc"] > chance + 2 * error}
+        above, below = scores["acc"] > chance + 2 * error, scores["acc"] < chance - 2 * error
+        scores |= {"chance": chance, "above_chance": above, "below_chance": below}
     first = next(iter(task.leaves))
     scores |= {"n": n, "split": task.split, "fewshot": output["n-shot"][first], "truncated": requests.truncated}
     scores["version"] = output["versions"].get(task.name)

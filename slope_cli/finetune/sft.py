@@ -7,7 +7,8 @@ are, and what was learned is PEFT's folder in it.
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from slope_cli.finetune.loop import SFT
 from slope_cli.inference.engine import end_ids
 from slope_cli.inference.export import write
 from slope_cli.models.loss import autocast, forward, loss_fn
-from slope_cli.report.tables import plain_in_markdown
+from slope_cli.report.tables import counted, plain_in_markdown
 from slope_cli.utils import files
 from sparse_kernels import add_adapters, find_sparse_layers, masked_layers, select_layers, sparse_layers, to_dense
 
 LONGEST = 1024
 """The longest input, unless the model's run says with which length it was trained."""
 SPLIT_SEED = 0
+FEW_STEPS, FEW_ROWS = 50, 100
+"""Fewer steps hardly train, and fewer held-out rows hardly measure: both are warned of."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def _run(rows: Mapping[str, list[Row]], s: SftSettings, loaded: Loaded, out: Pat
     model, tokenizer = loaded.model, loaded.tokenizer
     conversations.set_template(tokenizer)
     made = {name: _examples(part, tokenizer, model, s.seq_len, name) for name, part in rows.items()}
+    for line in _warnings(len(made["train"].kept), len(made["val"].kept), s):
+        print(f"warning: {line}", file=sys.stderr)
     if s.lora:
         _add_lora(model, s)
     before = measure(model, made["val"].kept, s)
@@ -175,6 +180,16 @@ def _examples(
     if not made.kept:
         raise UsageError(f"no {name} row has a part of its answer in the first {seq_len} tokens; raise --seq-len")
     return made
+
+
+def _warnings(trained: int, held_out: int, s: SftSettings) -> Iterator[str]:
+    """What is too little, of the examples of training and validation."""
+    if (steps := math.ceil(trained * s.epochs / s.batch)) < FEW_STEPS:
+        total = f"{counted(steps, 'step')} in all, fewer than {FEW_STEPS}"
+        yield f"{total}, may teach little; raise --epochs or lower --batch"
+    if held_out < FEW_ROWS:
+        rows = f"{counted(held_out, 'held-out row')}, fewer than {FEW_ROWS}"
+        yield f"{rows}: the loss before and after is no measurement; raise --val, or name a file of more rows"
 
 
 def _add_lora(model: PreTrainedModel, s: SftSettings) -> None:
@@ -248,17 +263,17 @@ def _inputs(part: Sequence[CausalExample], s: SftSettings, device: torch.device)
 def report_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     """A result as lines of text; out: its folder."""
     settings, rows, before, after = (result[key] for key in ("settings", "rows", "before", "after"))
-    epochs = settings["epochs"]
     lines = [
-        f"SFT after {epochs} epoch{'s' * (epochs > 1)} ({result['steps']:,} steps) of {rows['train']['rows']:,} rows; "
-        f"{after['tokens']:,} tokens of answers in {rows['val']['rows']:,} others:",
+        f"SFT after {counted(settings['epochs'], 'epoch')} ({counted(result['steps'], 'step')}) "
+        f"of {counted(rows['train']['rows'], 'row')}; "
+        f"{counted(rows['val']['rows'], 'held-out row')}, {counted(after['tokens'], 'answer token')}:",
         f"  loss: {before['loss']:.4f} before, {after['loss']:.4f} after; "
         f"perplexity {before['perplexity']:.2f} before, {after['perplexity']:.2f} after",
     ]
-    for name, counted in rows.items():
-        if counted["cut"]:
+    for name, count in rows.items():
+        if count["cut"]:
             lines.append(
-                f"  longer than --seq-len {settings['seq_len']} in {name}: {counted['cut']} rows, "
-                f"which were cut; {counted['dropped']} of them had no answer left"
+                f"  longer than --seq-len {settings['seq_len']} in {name}: {count['cut']} rows, "
+                f"which were cut; {count['dropped']} of them had no answer left"
             )
     return [*lines, f"  model: {out / MODEL}"]

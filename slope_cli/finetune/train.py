@@ -27,6 +27,7 @@ from slope_cli.finetune import glue, loop, squad
 from slope_cli.finetune.examples import Example, Logits, Task, collate
 from slope_cli.finetune.loop import Settings
 from slope_cli.models.loss import autocast
+from slope_cli.report.tables import counted
 from slope_cli.utils import files
 
 TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, squad.SQUAD)}
@@ -268,9 +269,9 @@ def _inputs(examples: Sequence[Example], s: Settings, pad: int, device: torch.de
 
 def report_lines(result: Mapping[str, Any]) -> list[str]:
     """A result as lines of text."""
-    settings, epochs = result["settings"], result["settings"]["epochs"]
+    settings = result["settings"]
     lines = [
-        f"{settings['task']} after {epochs} epoch{'s' * (epochs > 1)} ({result['steps']:,} steps) "
+        f"{settings['task']} after {counted(settings['epochs'], 'epoch')} ({counted(result['steps'], 'step')}) "
         f"of {result['n_train']:,} training rows, evaluated on {result['n']:,} dev rows:"
     ]
     for name, value in result["metric"].items():

@@ -1,6 +1,6 @@
 """Export of a trained run as a folder that transformers and PEFT load, checked before it appears."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,64 @@ from slope_cli.linearize.swap import linear_windows, restore_attention
 from slope_cli.models import shapes
 from slope_cli.models.loss import forward
 from slope_cli.report import metrics
-from slope_cli.report.tables import plain_in_markdown
+from slope_cli.report.tables import bytes_text, counted, plain_in_markdown
 from slope_cli.utils.files import atomic_folder
 from sparse_kernels import adapters_of, masked_layers, peft, sparse_layers, to_dense
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, relative to their largest magnitude, that reloading may make."""
+ROUNDING = 0.1
+"""The same, that rounding the weights to 16 bits may make."""
 
 
-def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
+def export(run: Path, out: Path, *, merge: bool = False, dtype_name: str = "float32") -> dict[str, Any]:
     """Write a run's model to the folder `out`: weights with their zeros, tokenizer, model card, adapters beside them.
 
     The folder appears when all of it is written, read back and compared, and not before.
 
     Args:
         merge: add the adapters to the weights instead; these are then no longer N:M sparse.
+        dtype_name: of the weights: bfloat16, float16 or float32; adapters and maps are in float32.
 
     Returns:
-        What was written: the folder, the step, the largest relative difference of the reloaded model's logits.
+        What was written: the folder, the step, the dtype, how many layers have adapters, the bytes of all weight files,
+        the largest relative difference of the reloaded model's logits in float32, which rounding makes.
 
     Raises:
         UsageError: `out` is not empty, or `run` is no run.
-        SlopeError: no sound checkpoint, or the reloaded model's logits differ.
+        SlopeError: no sound checkpoint, weights that the dtype cannot hold, or the reloaded model's logits differ.
     """
     out = empty_folder(out)
     run_folder.require_run(run)
     loaded = load_model(run)
     config, model = loaded.config, loaded.model
     assert config is not None
+    adapters = len(adapters_of(model))
     how: dict[str, Any] = {"merge": merge, "linearized": config if linear_windows(model) else None}
+    how["dtype"] = getattr(torch, dtype_name)
     difference = write(out, model, loaded.tokenizer, loaded.name, _facts(loaded, config), **how)
-    return {"folder": str(out), "step": loaded.step, "logits_difference": difference}
+    result = {"folder": str(out), "step": loaded.step, "dtype": dtype_name, "adapters": adapters, "merged": merge}
+    return result | {"bytes": weight_bytes(out), "logits_difference": difference}
+
+
+def report_lines(result: Mapping[str, Any]) -> list[str]:
+    """What `export` wrote, as text."""
+    difference = f"reloaded logits differ by {result['logits_difference']:.1e} of their size"
+    merged = ", which are merged" if result["merged"] and result["adapters"] else ""
+    return [
+        f"{result['folder']}: step {result['step']}, {difference}",
+        f"weights in {result['dtype']}: {bytes_text(result['bytes'])}; {adapters_text(result['adapters'])}{merged}",
+    ]
+
+
+def adapters_text(count: int) -> str:
+    """How many layers have adapters."""
+    return f"{counted(count, 'layer')} {'has' if count == 1 else 'have'} adapters" if count else "no layer has adapters"
+
+
+def weight_bytes(folder: Path) -> int:
+    """The bytes of all weight files in an export, those of adapters and maps too."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def write(
@@ -62,6 +89,7 @@ def write(
     *,
     merge: bool = False,
     linearized: Config | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Write a model to a folder that is not there yet or empty, as `export` does; the model becomes dense, in place.
 
@@ -69,6 +97,7 @@ def write(
         model: on the CPU.
         name, facts: the title of the model card, and lines for its list.
         linearized: the run's configuration if its attention is linear.
+        dtype: of the weights as they are stored; adapters and maps are in float32.
 
     Returns:
         The largest difference of the reloaded model's logits, relative to their largest magnitude.
@@ -87,15 +116,15 @@ def write(
             if linearized is not None:
                 saved.write(folder / saved.FOLDER, model, linearized.linearize, seed=linearized.train.seed)
                 restore_attention(model)
-            model.save_pretrained(folder)
+            model.to(dtype).save_pretrained(folder)
             save_tokenizer(tokenizer, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            reloaded = type(model).from_pretrained(folder)
+            reloaded = type(model).from_pretrained(folder, dtype=torch.float32)
             if adapters and not merge:
                 peft.merge(reloaded, folder / peft.FOLDER)
             if linearized is not None:
                 saved.read(folder / saved.FOLDER, reloaded)
-            return require_same_logits(reloaded, expected, out)
+            return require_same_logits(reloaded, expected, out, TOLERANCE if dtype == torch.float32 else ROUNDING)
     except SafetensorError as error:  # on a full disk, for one
         raise SlopeError(f"{out}: cannot be written: {error}") from None
 
@@ -115,13 +144,13 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
         return forward(model.eval(), {"input_ids": ids_BT}).logits
 
 
-def require_same_logits(reloaded: PreTrainedModel, expected: Tensor, out: Path) -> float:
+def require_same_logits(reloaded: PreTrainedModel, expected: Tensor, out: Path, tolerance: float = TOLERANCE) -> float:
     """The largest difference of a model's sample logits from those expected, relative to their largest magnitude.
 
-    SlopeError if it is more than rounding.
+    SlopeError if it is more than the tolerance, or not a number.
     """
     difference = relative_difference(sample_logits(reloaded), expected)
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         reason = f"the logits of what was saved differ by {difference:.1e} of their size"
         raise SlopeError(f"{out}: not written: {reason}")
     return difference

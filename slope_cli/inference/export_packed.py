@@ -14,16 +14,22 @@ from slope_cli.checkpoint import hf_folder
 from slope_cli.checkpoint.load import Loaded, load_model
 from slope_cli.data.tokenizer import save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.inference.export import empty_folder, relative_difference, require_same_logits, sample_logits
+from slope_cli.inference.export import (
+    ROUNDING,
+    adapters_text,
+    empty_folder,
+    relative_difference,
+    require_same_logits,
+    sample_logits,
+    weight_bytes,
+)
 from slope_cli.linearize import saved
 from slope_cli.linearize.swap import linear_windows, restore_attention
-from slope_cli.report.tables import plain_in_markdown
+from slope_cli.report.tables import bytes_text, counted, plain_in_markdown
 from slope_cli.utils.files import atomic_folder
+from sparse_kernels import adapters_of, sparse_layers
 from sparse_kernels.packing import pack_layers, packed_linears
 from sparse_kernels.transformers import VERSION, save_packed
-
-ROUNDING = 0.1
-"""Largest difference of float32 logits, relative to their largest magnitude, that rounding the weights may make."""
 
 
 def export_packed(source: Path, out: Path, dtype_name: str = "bfloat16") -> dict[str, Any]:
@@ -48,6 +54,9 @@ def export_packed(source: Path, out: Path, dtype_name: str = "bfloat16") -> dict
     loaded = load_model(source)
     model = loaded.model
     original = sample_logits(model)
+    pruned = sum(layer.weight.numel() - layer.values.numel() for _, layer in sparse_layers(model))
+    dense_bytes = dtype.itemsize * (sum(p.numel() for p in model.parameters()) + pruned)
+    adapters = len(adapters_of(model))
     try:
         dense = pack_layers(model, dtype)
     except ValueError as error:
@@ -74,6 +83,7 @@ def export_packed(source: Path, out: Path, dtype_name: str = "bfloat16") -> dict
     except SafetensorError as error:  # on a full disk, for one
         raise SlopeError(f"{out}: cannot be written: {error}") from None
     written = {"folder": str(out), "step": loaded.step, "dtype": dtype_name, "packed": packed, "dense": dense}
+    written |= {"adapters": adapters, "bytes": weight_bytes(out), "dense_bytes": dense_bytes}
     return written | {"logits_difference": rounding}
 
 
@@ -83,7 +93,9 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
     rounding = f"rounding changes the logits by {result['logits_difference']:.1e} of their size"
     layers = [f"  {name}: {reason}" for name, reason in dense.items()]
     first = f"{result['folder']}: {packed} layers packed in {result['dtype']}; {rounding}"
-    return [first, f"{len(dense)} linear layers stay dense:", *layers]
+    sizes = f"{bytes_text(result['bytes'])}, dense in {result['dtype']} {bytes_text(result['dense_bytes'])}"
+    second = f"weights: {sizes}; {adapters_text(result['adapters'])}"
+    return [first, second, f"{counted(len(dense), 'linear layer')} stay{'s' * (len(dense) == 1)} dense:", *layers]
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The progress of long work on standard error: a live bar on a terminal, plain lines elsewhere."""
+"""The progress of long work on standard error: plain lines, and on a terminal a live bar below them."""
 
 import time
 from collections.abc import Mapping
@@ -11,14 +11,17 @@ from slope_cli.report.tables import clock, utilization_text
 from slope_cli.report.terminal import one_row
 from slope_cli.report.timing import Speed
 
+REDRAWN = 0.3
+"""Seconds from one drawing of the bar to the next, at least: a terminal may be a slow line, or be recorded."""
+
 
 class Progress:
-    """A live bar on a terminal, from the first update until `close`; plain lines elsewhere.
+    """On a terminal a live bar, from the first update until `close`; plain lines elsewhere, and with `every` there too.
 
     Args:
         total: the amount of work, in any unit; 0 if unknown.
         done: the amount that an earlier start has done.
-        every: print a plain line at each multiple of this amount, and at the end.
+        every: print a plain line at each multiple of this amount, and at the end, where a bar does not show it.
         seconds: without `every`, print a plain line at the first update, then at most one in so many seconds.
         quiet: show nothing.
     """
@@ -27,13 +30,13 @@ class Progress:
         self, total: int, done: int = 0, *, every: int = 0, seconds: float = 10.0, quiet: bool = False
     ) -> None:
         self.total, self._first, self._every, self._seconds = total, done, every, seconds
-        self._started, self._next_line = time.monotonic(), 0.0
+        self._started, self._next_line, self._next_drawing = time.monotonic(), 0.0, 0.0
         self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        # The text is last: where the terminal is narrow, it is what is cut.
-        texts = (bars.TextColumn(f"{{task.{text}}}", markup=False) for text in ("fields[eta]", "description"))
-        columns = (bars.BarColumn(bar_width=24), *texts)
-        self._bar = bars.Progress(*columns, console=self._console, disable=quiet or not self._console.is_interactive)
-        self._task = self._bar.add_task("", total=total or None, completed=done, eta="")
+        text = bars.TextColumn("{task.description}", markup=False)
+        columns = (bars.BarColumn(bar_width=None), text)  # a bar as wide as the text leaves it
+        hidden = quiet or not self._console.is_interactive
+        self._bar = bars.Progress(*columns, console=self._console, disable=hidden, auto_refresh=False)
+        self._task = self._bar.add_task("", total=total or None, completed=done)
 
     def update(self, done: int, text: str, left: float | None = None) -> None:
         """Show how much of the work is done, a line of text about it, and the time left.
@@ -45,19 +48,22 @@ class Progress:
             left = (time.monotonic() - self._started) / (done - self._first) * (self.total - done)
         eta = "" if left is None else f"eta {clock(left)}"
         self._bar.start()
-        self._bar.update(self._task, completed=done, description=one_row(text), eta=eta)
-        if self._bar.disable and self._is_due(done):
+        if redraw := (now := time.monotonic()) >= self._next_drawing or done == self.total:
+            self._next_drawing = now + REDRAWN
+        # Where the terminal is narrow the end is cut, so the time left comes first.
+        self._bar.update(self._task, completed=done, description=one_row(f"{eta}  {text}".lstrip()), refresh=redraw)
+        if self._is_due(done):
             self.say(f"{text}  {eta}".rstrip())
 
     def step(self, record: Mapping[str, Any], speed: Speed, utilization: Mapping[str, float] | None = None) -> None:
-        """Show a training record of `MetricsLog`, the smoothed speed, and the time left at it.
+        """Show a training record of `MetricsLog`, the recent speed, which is smoothed, and the time left at it.
 
         Args:
             utilization: at that speed, by the names in records; see `accounting.Flops.utilization`.
         """
         step = record["step"]
         loss = f"loss {record['loss']:.4f}" if "loss" in record else f"mse {record['mse']:.3e}"
-        text = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  {speed.tokens_per_s:,.0f} tok/s"
+        text = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  recent {speed.tokens_per_s:,.0f} tok/s"
         text += f"  MFU {utilization_text(utilization)}" if utilization else ""
         self.update(step, f"step {step}/{self.total}  {loss}  {text}", speed.seconds_for(self.total - step))
 
@@ -70,6 +76,8 @@ class Progress:
         self._bar.stop()
 
     def _is_due(self, done: int) -> bool:
+        if not self._bar.disable:
+            return bool(self._every) and done % self._every == 0 and done != self.total
         if self._every:
             return done % self._every == 0 or done == self.total
         now = time.monotonic()

@@ -77,6 +77,11 @@ def number(value: float | None, form: str = ".2f") -> str:
     return NONE if value is None else format(value, form)
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """A number with its noun, which has the ending unless the number is 1."""
+    return f"{count:,} {noun}{ending if count != 1 else ''}"
+
+
 def bytes_text(count: float | None) -> str:
     """Bytes in the unit that suits them."""
     if count is None:

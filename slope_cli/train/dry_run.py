@@ -18,7 +18,7 @@ from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import DENSE, Layers, Phases
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models.build import build_model
-from slope_cli.report.tables import bytes_text
+from slope_cli.report.tables import bytes_text, counted
 from slope_cli.train import init
 from sparse_kernels import LayerReport, ModelReport
 
@@ -74,7 +74,7 @@ def _on_gpus(config: Config, cluster: Cluster) -> tuple[dict[str, Any], list[str
     }
     where = f"{cluster.world} GPUs of {cluster.memory / GIB:g} GiB, {cluster.gpus_per_node} in a node"
     lines = [
-        f"on {where}, {micro_batches} micro-batches each; GiB:",
+        f"on {where}, {_micro_batches(micro_batches)} each; GiB:",
         f"{'memory of a GPU':32}" + "".join(f"{name:>12}" for name in (*PARTS, "all")),
         *(f"{name:32}" + "".join(f"{size / GIB:12.2f}" for size in _parts(choice)) for name, choice in rows.items()),
         f"{'a GPU sends':32}{'micro-batch':>12}{'once a step':>12}{'a step':>12}{'fits':>12}",
@@ -170,9 +170,13 @@ def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:
 def _steps(config: Config) -> list[Row]:
     train = config.train
     return [
-        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({train.accumulation()} micro-batches)"),
+        ("steps", f"{train.steps:,} of {train.tokens_per_step:,} tokens ({_micro_batches(train.accumulation())})"),
         ("tokens in all", f"{train.steps * train.tokens_per_step:,}"),
     ]
+
+
+def _micro_batches(count: int) -> str:
+    return counted(count, "micro-batch", "es")
 
 
 def _phases(phases: Phases) -> list[Row]:
@@ -213,7 +217,7 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
     state = sum(a.state_bytes.values())
     frozen_bytes = a.state_bytes["frozen (float32)"] + a.state_bytes["masks"]
     return [
-        ("linear layers", f"{memory.linear_layers} of {memory.layers} attention layers"),
+        ("linear attention", f"in {memory.linear_layers} of {counted(memory.layers, 'layer')}"),
         (
             "frozen" if _base_run(config) else "frozen, as if dense",
             f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes",

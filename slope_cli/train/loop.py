@@ -39,6 +39,7 @@ from slope_cli.models.build import build_model
 from slope_cli.report import metrics
 from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
+from slope_cli.report.tables import counted
 from slope_cli.report.timing import Speed, Times
 from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
@@ -431,9 +432,9 @@ class Trainer:
         """The line about the layers of a run that makes none sparse."""
         if windows := linear_windows(self.model):
             sparse = sum(1 for _ in sparse_layers(self.model))
-            return (
-                f"{len(windows)} attention layers become linear; {sparse} linear layers are sparse and stay as they are"
-            )
+            becomes = f"attention of {counted(len(windows), 'layer')} becomes linear attention"
+            stay = "is sparse and stays so" if sparse == 1 else "are sparse and stay so"
+            return f"{becomes}; {counted(sparse, 'linear layer')} {stay}"
         return "dense run: no layer is sparse"
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
@@ -467,7 +468,10 @@ class Trainer:
         if self.group.several:
             train, world = self.config.train, self.group.ranks.world
             name = f"{world} x {name} ({'ddp' if self.sharding is None else self.sharding.layout})"
-            parts = f"{train.micro_batch} sequences x {train.accumulation(world)} micro-batches x {world} ranks"
+            parts = (
+                f"{counted(train.micro_batch, 'sequence')} x {counted(train.accumulation(world), 'micro-batch', 'es')}"
+            )
+            parts += f" x {world} ranks"
             batch = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
         return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all{batch}"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.errors import SlopeError
-from slope_cli.report.tables import clock
+from slope_cli.report.tables import clock, counted
 from slope_cli.utils import jsonl
 
 STARTS = "starts.jsonl"
@@ -123,9 +123,6 @@ def _share(start: dict[str, Any]) -> float:
 
 def _text(start: dict[str, Any]) -> str:
     if KILLED in start:
-        return f"was killed, {_steps(start[KILLED])} saved"
-    return f"{_steps(start.get('steps', 0))} in {clock(start.get('seconds', 0))}, {_share(start):.0%} of it in steps"
-
-
-def _steps(number: int) -> str:
-    return f"{number} step{'s' * (number != 1)}"
+        return f"was killed, {counted(start[KILLED], 'step')} saved"
+    steps, time = counted(start.get("steps", 0), "step"), clock(start.get("seconds", 0))
+    return f"{steps} in {time}, {_share(start):.0%} of it in steps"

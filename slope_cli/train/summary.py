@@ -52,17 +52,18 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
     """A summary for the terminal."""
-    lines = [f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"]
+    first = f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"
     if "teacher" in summary:
         ratio = summary["perplexity"] / summary["teacher"] - 1
-        lines.append(f"the model it began with has {summary['teacher']:.2f}: {ratio:+.1%}")
+        first += f", the model it began with {summary['teacher']:.2f} ({ratio:+.1%})"
+    lines = [first]
     if len(summary["by_source"]) > 1:
         lines += [f"  {source}: {loss:.4f}" for source, loss in summary["by_source"].items()]
     if "bigram_loss" in summary:
         lines.append(f"a bigram model of the same text: {summary['bigram_loss']:.4f}")
     if "tokens_per_s" in summary:
         mfu = f", MFU {utilization_text(summary)}, of the dense peak" if "mfu_real" in summary else ""
-        lines.append(f"speed of a step: {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
+        lines.append(f"speed of the median step: {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
     if "time" in summary:
         lines.append("time: " + ", ".join(f"{part} {share:.0%}" for part, share in summary["time"].items()))
     if "peak_memory" in summary:
