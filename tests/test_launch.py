@@ -45,6 +45,18 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
         assert stop.name
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_says_at_once_that_a_ctrl_c_was_heard(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: terminal)
+    with StopFlag():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with StopFlag():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again") == terminal
+
+
 def test_outside_of_the_main_thread_a_flag_opens_and_is_never_set() -> None:
     opened = []
 

@@ -106,8 +106,12 @@ def test_lengths_that_no_run_has_had_are_refused(value: str) -> None:
 
 
 def test_a_run_does_not_become_shorter_nor_longer_and_another_one(data: Path, run: Path) -> None:
-    with pytest.raises(UsageError, match=r"another config \(train.steps: 12 -> 8\)"):
+    with pytest.raises(
+        UsageError, match=r"train.steps=12, which does not become shorter: give train.steps=12, or another --out$"
+    ):
         pretrain(tiny(data, "train.steps=8"), run)
+    with pytest.raises(UsageError, match=r"shorter.*another config, too \(optim.lr: 0.005 -> 0.1\)$"):
+        pretrain(tiny(data, "train.steps=8", "optim.lr=0.1"), run)
     with pytest.raises(UsageError, match=r"another config \(optim.lr: 0.005 -> 0.1\)"):
         pretrain(tiny(data, "train.steps=20", "optim.lr=0.1"), run)
     assert run_folder.open_config(run) == tiny(data)
@@ -309,6 +313,7 @@ def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(
     config = run_folder.open_config(out)
     assert (config.model.init, config.adapters.start, config.adapters.rank) == (f"{run}@14", 0, 4)
     assert (config.train.extended, config.optim.lr, config.model.init_optimizer) == ([], 1e-3, False)
+    assert config.adapters.lr == 1e-3  # as null has it, which the other run was given, too
     run.rename(tmp_path / "gone")
     assert "finished" in branched(out, run, "train.steps=2", "optim.lr=1e-3")
     assert "extended from 2 to 3 steps" in branched(out, f"{run}@14", "train.steps=3", "optim.lr=1e-3")

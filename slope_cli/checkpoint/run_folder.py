@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,17 @@ def _write_or_check_config(run: Path, config: Config, existing: Existing) -> Con
         # Before its first step a run may still change: a start that failed on a wrong size must not bind the next.
         if begun := _has_begun(run):
             config = configs.extended(config, saved, store.newest_step(run))
+        shorter = begun and config.train.steps < saved.train.steps
+        if shorter:
+            train = replace(config.train, steps=saved.train.steps, extended=saved.train.extended)
+            config = replace(config, train=train)
         changed = configs.differences(configs.lengthened(saved, config) if begun else saved, config)
+        if shorter:
+            also = f"; it has another config, too ({'; '.join(changed)})" if changed else ""
+            steps = f"train.steps={saved.train.steps}"
+            raise UsageError(
+                f"{run} is a run of {steps}, which does not become shorter: give {steps}, or another --out{also}"
+            )
         if changed and begun:
             choice = "choose another --out, or --overwrite it"
             raise UsageError(f"{run} holds a run of another config ({'; '.join(changed)}); {choice}")

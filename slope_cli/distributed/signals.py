@@ -1,5 +1,6 @@
 """Signals that ask a process to stop, and the exit code of a process that did."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -12,6 +13,10 @@ STOPPED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM is told to send USR2, because NCCL catches USR1; a run in one process does not start NCCL."""
+
+
+AGAIN = b"\nstopping as soon as what is done can be kept; Ctrl-C again ends at once, without keeping it\n"
+"""What a terminal shows after the first Ctrl-C."""
 
 
 class Stopped(SlopeError):
@@ -40,6 +45,8 @@ class StopFlag:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT and os.isatty(2):
+            os.write(2, AGAIN)  # Python's own streams may be in the middle of a write
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
