@@ -16,8 +16,6 @@ import slope_cli
 import slope_cli.errors
 from slope_cli import cli
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COMMANDS = [
     [],
     ["pretrain"],
