@@ -1,6 +1,5 @@
-"""Fixtures of the tests of training."""
+"""Fixtures of all tests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,10 @@ from support.runs import tiny
 from slope_cli.train.loop import pretrain
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
     """For small matrices one thread is the fastest; and runs in two processes are compared bit for bit."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +32,5 @@ def bert_data() -> Path:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of `tiny(data)`: copy it before changing it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     pretrain(tiny(data), run)
-    torch.set_num_threads(before)
     return run

@@ -19,8 +19,6 @@ from slope_cli.report import metrics
 from slope_cli.utils.gpus import dense_peak
 from sparse_kernels import adapters_of, mask_layers, sparsify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 
 

@@ -31,7 +31,6 @@ from slope_cli.train.step import Step
 from sparse_kernels import add_adapters, mask_layers, sparsify
 from sparse_kernels.ops import linear_op
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("gpt2-nano", "opt-125m", "bert-base", "llama3-8b")
 MODES = ("block", "selective")
 LENGTH = 32

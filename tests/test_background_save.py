@@ -18,7 +18,6 @@ from slope_cli.errors import SlopeError
 from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METADATA: dict[str, Any] = {"data": "", "config": {}, "tokenizer": {}}
 
 

@@ -53,7 +53,6 @@ def test_every_case_is_a_recipe_that_can_be_cut_to_its_depths(case: Case) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
     rows = list(measure.step(TINY, CPU, EAGER, QUICK))
     assert [(row.depth, row.variant) for row in rows] == [
@@ -91,7 +90,6 @@ def test_work_is_warmed_up_and_timed_in_alternating_rounds() -> None:
     assert 0 < fast < slow
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_variant_that_fails_costs_only_itself() -> None:
     variants = (EAGER[0], Variant("broken", "slope", graphed=True), EAGER[1])
     rows = list(measure.depth_rows(TINY, 1, variants, CPU, QUICK))
@@ -102,7 +100,6 @@ def test_a_variant_that_fails_costs_only_itself() -> None:
     assert measure.fastest(rows[1:2], dense=False) is None
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_masked_model_is_measured_on_its_own_objective() -> None:
     words = ["model.overrides={num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2}"]
     config = configs.load("bert-base", [*words, "train.micro_batch=2", "train.tokens_per_step=64", "train.seq_len=32"])

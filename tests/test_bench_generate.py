@@ -30,7 +30,6 @@ from slope_cli.utils.typed_json import from_json
 from sparse_kernels import masks
 from sparse_kernels.packed_linear import PackedLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, QUICK = torch.device("cpu"), Timing(warm_up=1, rounds=2)
 OLD_RUN = Path(__file__).parent / "old_runs" / "sparse"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")

@@ -35,7 +35,6 @@ CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Timing(warm_up=2, rounds=5)
 
 

@@ -15,8 +15,6 @@ from slope_cli.train.changes import Changes
 from slope_cli.train.loop import Trainer, pretrain
 from sparse_kernels import masked_layers, sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def by_layer(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     """The norm of each layer's tensors together."""

@@ -17,8 +17,6 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.checkpoint.verify import check
 from sparse_kernels import sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def flip(path: Path, at: int | None = None) -> None:
     content = bytearray(path.read_bytes())

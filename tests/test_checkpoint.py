@@ -23,9 +23,6 @@ from slope_cli.train.loop import pretrain
 from slope_cli.utils.files import write_sealed
 from sparse_kernels import add_adapters, sparsify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 METADATA: dict[str, Any] = {"data": "", "config": {}, "tokenizer": {}}
 """What every manifest has besides its files."""
 

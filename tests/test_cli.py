@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from support.runs import RECIPE, STEPS, slope, small, trained
 import slope_cli
 import slope_cli.errors
 from slope_cli import cli
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = [
     [],
@@ -86,10 +83,10 @@ def test_help_is_quick() -> None:
     command = [program] if program else [sys.executable, "-P", "-c", "from slope_cli.cli import main; main()"]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = sum(os.times()[2:4])  # of children, on the processor: other work may share it
         subprocess.run([*command, "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+        seconds.append(sum(os.times()[2:4]) - start)
+    assert 0 < min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["recipes"], ["--version"]])

@@ -33,8 +33,6 @@ from slope_cli.utils.files import file_sha256
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels import masked_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CURVE = "log.val_every=2"
 
 

@@ -14,8 +14,6 @@ from slope_cli.cli import app
 from slope_cli.config import configs
 from slope_cli.errors import UsageError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 README = ROOT / "README.md"
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(*blocks(page))))
 QUICK = ("README.md", "data.md", "library.md", "runs.md")

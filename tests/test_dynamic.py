@@ -228,7 +228,7 @@ def test_compiles_without_a_break_and_sees_new_masks() -> None:
 
 
 @TRACED
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_mvue_is_drawn_again_in_each_backward_pass(backend: str) -> None:
     torch._dynamo.reset()
     layer = make(8, 8, mvue=True)

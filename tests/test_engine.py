@@ -18,8 +18,6 @@ from slope_cli.inference.sampling import Sampling, mode_of
 from sparse_kernels import adapters_of, add_adapters, mask_layers, sparse_layers, sparsify
 from sparse_kernels.packed_linear import PackedLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GREEDY = Sampling(tokens=12, temperature=0)
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
 

@@ -37,8 +37,6 @@ from slope_cli.train.loop import pretrain
 from slope_cli.utils.environment import environment
 from sparse_kernels import sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NEEDS_LM_EVAL = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "mmlu")
 WIDE = "model.overrides.n_positions=512"

@@ -23,7 +23,7 @@ from sparse_kernels import peft as peft_folder
 
 # PEFT asks transformers a question that has a new name there.
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-pytestmark = [pytest.mark.usefixtures("one_thread"), PEFTS_OWN]
+pytestmark = PEFTS_OWN
 
 FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 

@@ -35,8 +35,6 @@ QUICK: dict[str, Any] = {"lr": 4e-3, "batch": 16, "seq_len": 32}
 # Time says little where other work shares the cores, and first calls import much.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ------------------------------------------------------------------------------------------- made-up tasks
 

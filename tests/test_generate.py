@@ -20,8 +20,6 @@ from slope_cli.inference.sampling import Sampling
 from slope_cli.train.sample import sample_text
 from sparse_kernels import sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 POSITIONS = 64
 GREEDY = Sampling(tokens=5, temperature=0)
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +13,6 @@ from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from slope_cli.inference.text import TextStream
 from slope_cli.models.build import build_model, model_config
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 BYTES = load_tokenizer("bytes")
 END = 256

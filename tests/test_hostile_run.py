@@ -25,8 +25,6 @@ from slope_cli.finetune.loop import default_folder
 from slope_cli.train.loop import pretrain
 from slope_cli.utils import files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEP = "checkpoints/step-00000006"
 
 

@@ -33,7 +33,6 @@ from sparse_kernels import sparse_layers
 from sparse_kernels.formats import BF16
 from sparse_kernels.packed import packed_layer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GB = 1e9
 
 

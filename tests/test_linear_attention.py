@@ -33,11 +33,6 @@ PATTERNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 def qkv(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, T, D), keys and values (B, G, T, D)."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,11 +21,6 @@ from sparse_kernels import add_adapters
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:The .grad")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 @pytest.fixture
 def model() -> Any:
     """Grouped heads, two layers."""

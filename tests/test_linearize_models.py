@@ -41,11 +41,6 @@ EVERY_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 EVERY_CAUSAL = pytest.mark.parametrize("name", CAUSAL)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 def logits(model: Any, ids_BT: Tensor, **more: Any) -> Tensor:
     with torch.no_grad():
         output = model(input_ids=ids_BT, **more)

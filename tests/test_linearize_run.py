@@ -36,8 +36,6 @@ from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.utils.files import file_sha256
 from sparse_kernels import AdaptedLinear, adapters_of, add_adapters, sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = (
     "train.steps=60",
     "linearize.window=2",

@@ -19,11 +19,6 @@ from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import layer_loss, transfer_losses
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 def gradients(model: Any) -> dict[str, Tensor]:
     """Every gradient of the model by its parameter's name, and none left."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -25,8 +25,6 @@ from slope_cli.report import metrics
 from slope_cli.train.loop import Trainer, pretrain
 from sparse_kernels import adapters_of, sparse_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OLD = Path(__file__).parent / "old_runs"
 RUNS = ("sparse", "linear")
 NAMES = {

@@ -24,7 +24,6 @@ from slope_cli.linearize.swap import linear_windows
 from sparse_kernels import adapters_of, masks, sparse_layers, tile_metadata
 from sparse_kernels.packing import packed_linears
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ["gpt2-nano", "opt-125m", "llama3-8b", "bert-base"]
 ROOT = Path(__file__).parents[1]
 

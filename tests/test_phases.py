@@ -28,8 +28,6 @@ from sparse_kernels import MaskedLinear, ModelReport, masked_layers, masks, spar
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RUNS = {
     "sr_ste": ["method=sr_ste"],
     "fst": ["method=fst", "fst.dense_finish=0.4", "fst.mask_update_interval=3"],

@@ -14,9 +14,6 @@ from support.runs import slope, trained
 
 from slope_cli.report import plots
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 Record = dict[str, Any]
 ADAPTERS: Record = {"kind": "adapters", "parameters": 1}
 

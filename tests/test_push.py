@@ -13,7 +13,6 @@ from support.hub import OWNER, TOKEN, Hub, serving_hub
 from support.runs import Result, slope, trained
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # of huggingface_hub's own requests
 ]
 NAME = f"{OWNER}/small-2.4"

@@ -16,8 +16,6 @@ from slope_cli.config import configs
 from slope_cli.methods import phases_of
 from slope_cli.models.shapes import SHAPES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RECIPES = configs.recipe_names()
 
 

@@ -23,8 +23,6 @@ from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.train.step import StepOutput
 from slope_cli.utils import files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def wait_for_steps(run: Path, count: int) -> None:
     """Wait until the log of a run has so many training steps."""

@@ -22,8 +22,6 @@ from slope_cli.train import starts
 from slope_cli.train.branch import branch
 from slope_cli.train.loop import Trainer, pretrain
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:

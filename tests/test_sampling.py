@@ -12,8 +12,6 @@ from torch import Tensor
 from slope_cli.errors import UsageError
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose, mode_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHARES = (0.4, 0.3, 0.15, 0.1, 0.05)
 ORDER = (3, 0, 4, 1, 2)  # the tokens from the likeliest on
 DRAWS = 40000

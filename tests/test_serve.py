@@ -23,8 +23,6 @@ from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from slope_cli.serving.engine_thread import BusyError, EngineError, EngineThread, StoppedError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -28,7 +28,6 @@ from slope_cli.inference.text import prompt_ids
 from sparse_kernels import sparse_layers
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
 ]
 

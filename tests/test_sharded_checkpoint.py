@@ -30,7 +30,6 @@ from slope_cli.report import metrics
 from slope_cli.utils.files import read_sealed, write_sealed
 from sparse_kernels import add_adapters, sparsify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METADATA: dict[str, Any] = {"data": "", "config": {}, "tokenizer": {}}
 
 

@@ -16,8 +16,6 @@ from slope_cli.train import starts
 from slope_cli.train.loop import pretrain
 from slope_cli.utils import jsonl
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def requeued(monkeypatch: pytest.MonkeyPatch, restarts: int, job: str = "77") -> None:
     monkeypatch.setenv("SLURM_JOB_ID", job)

@@ -10,8 +10,6 @@ from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
 from slope_cli.train.step import Step, StepOutput, compile_blocks, step_seed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 48}
 

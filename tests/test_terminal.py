@@ -15,8 +15,6 @@ from slope_cli.report.progress import Progress
 from slope_cli.report.tables import Document, Table, plain_in_markdown, rows_in_markdown
 from slope_cli.report.terminal import Escaped, one_row, printable
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVIL = "\x1b[31m\x07\x08\r\x9b\x7f\u202e\udcff"
 SHOWN = r"\x1b[31m\x07\x08\x0d\u009b\u007f\u202e\udcff"
 

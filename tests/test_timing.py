@@ -19,8 +19,6 @@ from slope_cli.train.loop import pretrain
 from slope_cli.train.step import Step
 from slope_cli.train.summary import report_lines, summarize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.booleans()), min_size=1), st.integers(0, 10**6))
 def test_the_tokens_left_are_the_speed_times_the_time_left(steps: list[tuple[float, bool]], left: int) -> None:

@@ -34,8 +34,6 @@ from slope_cli.utils.environment import git_commit, source_version
 from sparse_kernels import masked_layers, sparse_layers
 from sparse_kernels.masks import nm_mask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 LAYER = "transformer.h.1.mlp.c_fc"
 

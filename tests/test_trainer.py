@@ -21,7 +21,6 @@ from sparse_kernels.trainer import SparsityCallback
 ROOT = Path(__file__).parent.parent
 STEPS = 6
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # of a Trainer without GPU
 ]

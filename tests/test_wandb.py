@@ -20,7 +20,6 @@ except importlib.metadata.PackageNotFoundError:
     MISSING = True
 
 installed = pytest.mark.skipif(MISSING, reason="wandb is not installed")
-pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = (*sized("gpt2-nano"), *SHORT, "log.wandb=true", "log.wandb_project=tests", "log.save_every=3")
 
 

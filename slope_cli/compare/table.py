@@ -91,7 +91,8 @@ def settings(result: Comparison) -> Table:
 
     A key that the baseline lacks has its default. Keys whose values only follow from others are left out.
     """
-    configs = {run.variant: config_of(run) for run in reversed(result.runs)}
+    first = {run.variant: run for run in reversed(result.runs)}
+    configs = {name: config_of(run) for name, run in first.items()}
     keys_of = {name: flat(container(config)) for name, config in configs.items()}
     ignored = ("train.seed", "log.", *(["optim.lr"] if result.rates else []))  # logging does not affect the results
     base = flat(asdict(Config())) | keys_of.get(result.baseline, {})

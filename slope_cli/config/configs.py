@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import functools
 import re
 import sys
@@ -95,12 +96,12 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     parsed = [parse_override(override) for override in overrides]
     own_method = str(written.get("method", "slope"))
     method = next((str(keys["method"]) for keys in reversed(parsed) if "method" in keys), own_method)
-    tree: Any = OmegaConf.structured(Config)
+    tree = _default_tree()
     with _one_line(f"{recipe}: "):
-        tree = _merge(tree, _current(written, method, f"{recipe}: ", own_method))
+        _merge(tree, _current(written, method, f"{recipe}: ", own_method))
     for keys in parsed:
         with _one_line(""):
-            tree = _merge(tree, _current(keys, method, ""))
+            _merge(tree, _current(keys, method, ""))
     return _config(tree)
 
 
@@ -146,10 +147,12 @@ def _saved(keys: Flat, where: str) -> Config:
         _note(where, {old: new for old, new in renamed.items() if new in current})
     if method == "wanda":  # older versions chose its masks by wanda whatever this key said
         current.pop("sparsity.mask", None)
-    return _config(_merge(OmegaConf.structured(Config), current))
+    tree = _default_tree()
+    _merge(tree, current)
+    return _config(tree)
 
 
-def _config(tree: Any) -> Config:
+def _config(tree: DictConfig) -> Config:
     with _one_line(""):
         config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
@@ -209,18 +212,30 @@ def _without_other_methods(keys: Flat, method: str) -> Flat:
 
 @functools.cache
 def defaults() -> Mapping[str, Any]:
-    """Every full key and its default."""
-    return flat(OmegaConf.to_container(OmegaConf.structured(Config)))
+    """Every full key and its default, as written: some values follow from others."""
+    return flat(OmegaConf.to_container(_defaults_made_once()))
 
 
-def _merge(config: DictConfig, keys: Flat) -> DictConfig:
-    """The configuration with these keys; UsageError for an unknown key or a value of a wrong type."""
+def _default_tree() -> DictConfig:
+    """The typed tree of the defaults, a new one each time."""
+    return copy.deepcopy(_defaults_made_once())
+
+
+@functools.cache
+def _defaults_made_once() -> DictConfig:
+    tree = OmegaConf.structured(Config)  # takes five times as long as a copy
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def _merge(tree: DictConfig, keys: Flat) -> None:
+    """Set these keys in the tree; UsageError for an unknown key or a value of a wrong type."""
     try:
-        return _merged(config, keys)
+        _set(tree, keys)
     except (OmegaConfBaseException, TypeError, ValueError):
         for key, value in keys.items():  # omegaconf does not always name the wrong one
             with _named(key, value):
-                _merged(config, {key: value})
+                _set(tree, {key: value})
         raise
 
 
@@ -234,17 +249,15 @@ def _named(key: str, value: Any) -> Iterator[None]:
         raise UsageError(type_rule(key, value) if known else unknown_key(key)) from None
 
 
-def _merged(config: DictConfig, keys: Flat) -> DictConfig:
-    tree: dict[str, Any] = {}
+def _set(tree: DictConfig, keys: Flat) -> None:
+    written: dict[str, Any] = {}
     for key, value in keys.items():
-        if known := _keys(key.split(".")):
+        if known := _keys(key):
             raise UsageError(f"{key}={value}: is a section; set its keys, such as {key}.{known[0]}")
         *parents, last = key.split(".")
-        node = functools.reduce(lambda below, name: below.setdefault(name, {}), parents, tree)
+        node = functools.reduce(lambda below, name: below.setdefault(name, {}), parents, written)
         node[last] = value
-    merged = OmegaConf.merge(config, OmegaConf.create(tree))
-    assert isinstance(merged, DictConfig)
-    return merged
+    tree.merge_with(OmegaConf.create(written))
 
 
 @contextlib.contextmanager
@@ -263,11 +276,11 @@ def _one_line(where: str) -> Iterator[None]:
         raise UsageError(f"{where}{first_line(error).removesuffix('.')}") from None
 
 
-def _keys(parents: Sequence[str]) -> list[str]:
-    section: Any = Config()
-    for parent in parents:
-        section = getattr(section, parent, None)
-    return [f.name for f in fields(section)] if is_dataclass(section) else []
+@functools.cache
+def _keys(section: str) -> Sequence[str]:
+    """The names of a section's keys; none if there is no such section."""
+    found = getattr(Config(), section, None)
+    return [f.name for f in fields(found)] if is_dataclass(found) else []
 
 
 # ----------------------------------------------------------------------------------------------- writing and comparing
@@ -275,8 +288,17 @@ def _keys(parents: Sequence[str]) -> list[str]:
 
 def container(config: Config) -> dict[str, Any]:
     """The configuration as nested dictionaries, without sections that have no effect with its method."""
-    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    return {name: value for name, value in tree.items() if name not in _idle_sections(config)}
+    idle = _idle_sections(config)
+    return {name: value for name, value in _plain(config).items() if name not in idle}
+
+
+def _plain(value: Any) -> Any:
+    """Sections as dictionaries, tuples as lists, and copies of lists and dictionaries."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _idle_sections(config: Config) -> set[str]:
@@ -358,7 +380,7 @@ def without_effect(config: Config, overrides: Sequence[str]) -> list[str]:
     written: Flat = {}
     for override in overrides:
         written |= migrate(parse_override(override), config.method)[0]
-    values, usual = (flat(OmegaConf.to_container(OmegaConf.structured(each))) for each in (config, Config()))
+    values, usual = flat(_plain(config)), flat(_plain(Config()))
     lines = []
     for key, value in written.items():
         section, _, name = key.partition(".")

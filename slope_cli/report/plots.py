@@ -87,15 +87,17 @@ def picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Pat
     """The axes of each panel, and the files, which are written at the end."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     name = out.name.removesuffix(".png").removesuffix(".svg").removesuffix(".pdf")
     endings = ("pdf",) if out.suffix == ".pdf" else ("png", "svg")
     files = [out.with_name(f"{name}.{ending}") for ending in endings]
     # Text stays text, so that an SVG can be searched and edited; the salt makes the file reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slope"}):
-        figure = Figure(figsize=(8 if panels == 1 else 5.5 * panels, 4.5), layout="constrained")
+        figure = Figure(figsize=(8 if panels == 1 else 5.5 * panels, 4.5), dpi=150)
         yield list(figure.subplots(1, panels, squeeze=False)[0]), files
         out.parent.mkdir(parents=True, exist_ok=True)
+        ConstrainedLayoutEngine().execute(figure)  # once: as the figure's own layout it would be computed for each file
         for file in files:
             figure.savefig(file, dpi=150, metadata=_UNDATED[file.suffix])
 

@@ -12,7 +12,7 @@ from slope_cli.data.prepare import prepare
 from slope_cli.evaluate.evaluate import evaluate
 from slope_cli.report import metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 DONE = "COMPLETED", "0:0", 0
 

@@ -18,7 +18,7 @@ from support.runs import RECIPE, assert_same_run, final_state, records, sized, t
 from slope_cli.config.schema import Config
 from slope_cli.train.loop import pretrain
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 WORDS = ("train.steps=120", "train.tokens_per_step=256", "log.save_every=40", "log.val_every=50")
 SHAPES = {
