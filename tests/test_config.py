@@ -600,10 +600,11 @@ def test_differences_name_the_keys_that_decide_what_is_computed() -> None:
     base = configs.load("gpt2-nano")
     assert configs.differences(base, base) == []
     assert configs.differences(base, new) == [
-        f"adapters.lr: {base.optim.lr} -> 0.5",  # which follows
         "model.overrides.n_layer: None -> 2",
-        f"optim.lr: {base.optim.lr} -> 0.5",
+        f"optim.lr: {base.optim.lr} -> 0.5",  # which adapters.lr follows in both
     ]
+    own = configs.load("gpt2-nano", ["adapters.lr=0.5"])
+    assert configs.differences(base, own) == [f"adapters.lr: {base.optim.lr} -> 0.5"]
     assert "optim.lr: 0.0006 -> 0.5" in configs.differences(old, new)
 
 

@@ -131,7 +131,8 @@ def test_a_run_of_transfer_alone_draws_and_keeps_its_config() -> None:
     assert slope("plot", done.run, "--out", done.run / "again").code == 0
     other = slope("linearize", done.base, *WORDS, "train.steps=19", "--out", done.run)
     assert other.code == 2
-    assert "holds a run of another config" in other.err
+    assert "does not become shorter" in other.err
+    assert "another config, too (" in other.err
 
 
 def test_the_teacher_is_the_model_that_the_run_began_with() -> None:

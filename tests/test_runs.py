@@ -311,7 +311,6 @@ def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(
     config = run_folder.open_config(out)
     assert (config.model.init, config.adapters.start, config.adapters.rank) == (f"{run}@14", 0, 4)
     assert (config.train.extended, config.optim.lr, config.model.init_optimizer) == ([], 1e-3, False)
-    assert config.adapters.lr == 1e-3  # as null has it, which the other run was given, too
     run.rename(tmp_path / "gone")
     assert "finished" in branched(out, run, "train.steps=2", "optim.lr=1e-3")
     assert "extended from 2 to 3 steps" in branched(out, f"{run}@14", "train.steps=3", "optim.lr=1e-3")
@@ -322,6 +321,16 @@ def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(
         failed = slope("pretrain", "--from", source, "train.steps=3", "optim.lr=0.1", "--out", out)
         assert failed.code == 2
         assert reason in failed.err
+
+
+@pytest.mark.parametrize(("given", "expected"), [("null", 1e-3), ("0.002", 0.002)])
+def test_adapters_follow_the_learning_rate_of_a_branch_as_they_did(
+    given: str, expected: float, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pretrain(tiny(data, f"adapters.lr={given}", "train.steps=2", "log.save_every=2"), run)
+    recipe, words = branch(str(run), None, with_optimizer=False)
+    assert configs.load(recipe, [*words, "optim.lr=1e-3"]).adapters.lr == expected
 
 
 def test_the_optimizers_state_comes_along_if_it_is_asked_for(data: Path, finished: Path, tmp_path: Path) -> None:

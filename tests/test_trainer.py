@@ -238,7 +238,7 @@ def loop_state() -> Any:
 
 
 def test_the_documents_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = (ROOT / "docs" / "finetuning.md").read_text().split("```python\n")[1].split("```")[0]
+    source = (ROOT / "docs" / "finetuning.md").read_text().split("```python\n")[2].split("```")[0]
     assert slope("export", trained("llama3-8b", "adapters.rank=0"), tmp_path / "exported").code == 0
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 8))
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ def generate(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile linearized attention; for a GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text: continue a prompt, or each of many; or chat.
+    """Generate text: continue prompts, or chat.
 
     With --chat on a terminal a conversation goes on until an empty line, which begins a new one.
     """

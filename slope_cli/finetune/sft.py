@@ -154,10 +154,10 @@ def _run(rows: Mapping[str, list[Row]], s: SftSettings, loaded: Loaded, out: Pat
     model, tokenizer = loaded.model, loaded.tokenizer
     conversations.set_template(tokenizer)
     made = {name: _examples(part, tokenizer, model, s.seq_len, name) for name, part in rows.items()}
-    for line in _warnings(len(made["train"].kept), len(made["val"].kept), s):
-        print(f"warning: {line}", file=sys.stderr)
     if s.lora:
         _add_lora(model, s)
+    for line in _warnings(len(made["train"].kept), len(made["val"].kept), s):
+        print(f"warning: {line}", file=sys.stderr)
     before = measure(model, made["val"].kept, s)
     losses = train(model, made["train"].kept, s, out)
     after = measure(model, made["val"].kept, s)
