@@ -360,7 +360,7 @@ PLACES: dict[str, Callable[..., str]] = {
 FILES = {
     "cluster-assumed": ("cluster",),
     "cluster-fits": ("cluster",),
-    "kills": ("kills-pretrain", "kills-prepare", "kills-linearize", "kills-linearize-2"),
+    "kills": ("kills-pretrain", "kills-2-ranks", "kills-prepare", "kills-linearize", "kills-linearize-2"),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
         *("quality-gpt2-small", "linearize-gpt2-small", "linearize-decoding-h100"),
