@@ -45,7 +45,7 @@ _STAGED = {
     8: ((1, 4, 2, 3), (1, 8, 1, 3), (2, 4, 2, 2), (2, 8, 1, 3)),
 }
 _WARPGROUPS = ((4, 2), (8, 1), (8, 2), (16, 1))  # (wm, wk); the stages are as many as one block, or two, have room for
-FEWEST_TOKENS = 8
+MOST_TOKENS_WITH_X = 8
 """Up to which X is multiplied with adapters' A in the launch that makes X, where that can (`cuda.norm`)."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _L2_BYTES = 120e6  # copies of a matrix that are timed in turn, so that no cache serves them

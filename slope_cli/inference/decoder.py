@@ -167,7 +167,7 @@ class Norm(nn.Module):
 
         Of few tokens its adapters' first product is the norm's work too: a kernel less that the others wait for.
         """
-        few = len(X_NW) <= few_tokens.FEWEST_TOKENS and self.weight is not None and cuda.takes(X_NW)
+        few = len(X_NW) <= few_tokens.MOST_TOKENS_WITH_X and self.weight is not None and cuda.takes(X_NW)
         operands = product.prepare() if few and isinstance(product, PackedLinear) else None
         if operands is None or operands.lora_A is None or self.weight is None:
             return cast(Tensor, product(self(X_NW)))
