@@ -26,7 +26,16 @@ METHODS: Mapping[str, str] = {
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
 MICRO_BATCH = "train.micro_batch"
-FREE_KEYS = ("log", "distributed", "train.device", MICRO_BATCH, "train.activation_checkpointing", "data")
+FREE_KEYS = (
+    "log",
+    "distributed",
+    "train.device",
+    MICRO_BATCH,
+    "train.activation_checkpointing",
+    "train.precision",
+    "train.bf16_finish",
+    "data",
+)
 """Sections and keys that may change between two starts of one run: they affect the results by rounding at most."""
 AUTO: Mapping[str, str] = {
     "sparsity.backend": "for each product the kernel that was measured faster",
@@ -236,8 +245,12 @@ class TrainConfig(Section, section="train"):
     """Sequences in one forward pass of one GPU; how many are accumulated follows from train.tokens_per_step."""
     seq_len: int = setting(1024, unit="tokens", example="64")
     """Tokens of a sequence."""
-    precision: str = setting("auto", "auto", "bf16", "fp32")
-    """The precision of products: bf16 (autocast; weights and optimizer stay float32) or fp32."""
+    precision: str = setting("auto", "auto", "bf16", "fp32", "fp8")
+    """The precision of products: fp32; bf16 (autocast; weights and optimizer stay float32); or fp8: bf16 but for the
+    linear layers that the method makes sparse, or would, whose operands are e4m3 in training with one scale a tensor.
+    It may change between two starts of a run, which is then not repeated bit for bit."""
+    bf16_finish: float = setting(0.0, unit="a share of the run", example="0.1")
+    """The last share of a run with train.precision=fp8 that is trained in bf16."""
     device: str = setting("auto", example="cuda:1")
     """Where the run is trained: cpu, cuda or cuda:N."""
     compile: bool | str = switch("auto")
@@ -263,6 +276,7 @@ class TrainConfig(Section, section="train"):
         rule = "needs [step, steps] for each extension, with fewer steps than later"
         ordered = all(a < b for a, b in itertools.pairwise(lengths))
         self._need(ordered and all(len(p) == 2 and 0 <= p[0] <= p[1] for p in self.extended), "extended", rule)
+        self._share("bf16_finish")
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
@@ -386,6 +400,8 @@ class Config:
             s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
+        if self.linearizes and self.train.precision == "fp8":
+            raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
         if own := self.own_section:
             own.check(self)
 
