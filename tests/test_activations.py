@@ -245,7 +245,7 @@ def test_a_run_may_resume_with_other_checkpointing_of_activations(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_linearized_run_is_the_same_bit_for_bit(mode: str, tmp_path: Path) -> None:
-    words = ["train.steps=4", "linearize.window=4", "linearize.distill=0.5", "linearize.window_dropout=0.3"]
+    words = ["train.steps=4", "linearize.window=4", "distill.share=0.5", "linearize.window_dropout=0.3"]
     runs = {name: tmp_path / name for name in ("none", mode)}
     for name, run in runs.items():
         more = ["adapters.rank=4", f"train.activation_checkpointing={name}", "log.tensorboard=false"]

@@ -40,7 +40,7 @@ def test_an_example_sets_its_key_to_another_value(name: str, tmp_path: Path) -> 
     method = name.partition(".")[0]
     needs = [f"method={method}", "linearize.window=32"] if method == "linearize" else [f"method={method}"]
     needs = needs if method in METHODS else []
-    needs += ["model.init=runs/first"] * (name == "model.init_optimizer")
+    needs += ["model.init=runs/first"] * (name in ("model.init_optimizer", "distill.share"))
     recipe = tmp_path / "small.yaml"
     recipe.write_text("train: {tokens_per_step: 1024, micro_batch: 8, seq_len: 128}\n")
 

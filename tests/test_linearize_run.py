@@ -30,7 +30,8 @@ from slope_cli.methods.accounting import attention_memory
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import kl_divergence
 from slope_cli.report import metrics
-from slope_cli.train.init import linearize_overrides, softmax_teacher
+from slope_cli.train.init import linearize_overrides
+from slope_cli.train.init import teacher as teacher_of
 from slope_cli.train.linearize_steps import DistillStep
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.utils.files import file_sha256
@@ -148,7 +149,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad")
 def test_a_compiled_run_learns_and_writes_the_same() -> None:
-    words = ("train.steps=6", "linearize.transfer=0.5", "linearize.distill=0.5", "log.val_every=2")
+    words = ("train.steps=6", "linearize.transfer=0.5", "distill.share=0.5", "log.val_every=2")
     eager = linearized("sparse", *words)
     torch._dynamo.utils.counters.clear()
     # Whole, as torch's own operators: Inductor's code has a test of its own.
@@ -281,7 +282,7 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
     """Its predictions bring them nearer to it than the text does; the record's loss is the text's cross-entropy."""
     words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
     distances, losses = [], []
-    for done in (linearized("sparse", *words), linearized("sparse", *words, "linearize.distill=1")):
+    for done in (linearized("sparse", *words), linearized("sparse", *words, "distill.share=1")):
         model, teacher = (load_model(folder).model for folder in (done.run, done.base))
         ids_T = load_model(done.base).tokenizer(texts().read_text()).input_ids
         ids_BT = torch.tensor(ids_T[:1024]).view(-1, 16)
@@ -294,12 +295,12 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
 
 
 def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() -> None:
-    done = linearized("sparse", "linearize.distill=1", "train.steps=10")
+    done = linearized("sparse", "distill.share=1", "train.steps=10")
     loaded = load_model(done.run)
     config, model = loaded.config, loaded.model.requires_grad_(False)
     for adapter in adapters_of(model).values():
         adapter.requires_grad_(True)
-    teacher, began = softmax_teacher(done.run, model, "cpu"), load_model(done.base).model
+    teacher, began = teacher_of(done.run, model, "cpu", shares=True), load_model(done.base).model
     ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
     own = model.state_dict(keep_vars=True)
@@ -307,7 +308,7 @@ def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() ->
     assert apart
     assert all(".adapter." in name for name in apart)
     assert config is not None
-    assert config.linearize.distill == 1
+    assert config.distill.share == 1
 
 
 def test_a_run_without_transfer_trains_adapters_alone() -> None:
@@ -335,7 +336,7 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-ADJUSTED = [(), ("linearize.adjust_maps=true",), ("linearize.distill=0.5",)]
+ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",)]
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_the_phase_is_a_function_of_config_and_step() -> None:
     assert kinds("method=fst", "fst.dense_finish=0") == ["masked"] * 4
     assert kinds("method=wanda", "sparsity.start=1") == ["dense", "dense", "dense", "masked"]
     assert kinds("method=linearize") == ["transfer", "transfer", *["train, with adapters"] * 2]
-    assert kinds("method=linearize", "linearize.distill=1")[2:] == ["distill, with adapters"] * 2
+    assert kinds("method=linearize", "distill.share=1")[2:] == ["distill, with adapters"] * 2
     assert kinds("method=linearize", "linearize.transfer=1") == ["transfer"] * 4
     assert kinds("method=linearize", "linearize.transfer=0") == ["train, with adapters"] * 4
     fp8 = "train.precision=fp8"

@@ -104,16 +104,13 @@ class LinearizeConfig(Section, section="linearize"):
     work alone."""
     targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
     """The projections that get adapters, some of q, k, v, o."""
-    distill: float = setting(0.0, unit="a share of the loss", example="0.5")
-    """The share of the adapters' loss that is the divergence from the softmax model's predictions; the rest is the
-    cross-entropy of the text."""
 
     def _check_values(self) -> None:
         self._positive("window", "transfer_lr", "mse_weight")
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
-        self._share("transfer", "window_dropout", "distill")
+        self._share("transfer", "window_dropout")
         self._not_negative("entropy_weight")
         known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
         self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
@@ -131,5 +128,5 @@ class LinearizeConfig(Section, section="linearize"):
         if self.transfer == 0:
             return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
         if self.transfer == 1:
-            return dict.fromkeys(("targets", "adjust_maps", "distill"), "linearize.transfer=1")
+            return dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
         return {} if config.adapters.rank else {"targets": "adapters.rank=0"}

@@ -189,6 +189,29 @@ class AdapterConfig(Section, section="adapters"):
 
 
 @dataclass(kw_only=True)
+class DistillConfig(Section, section="distill"):
+    """Learning from a teacher: of the weights, or with method=linearize of the adapters."""
+
+    share: float = setting(0.0, unit="a share of the loss", example="0.5")
+    """The share of the loss that is the divergence from the teacher's predictions, KL(teacher || student); the rest is
+    the cross-entropy of the text. 0 for no teacher."""
+    teacher: str | None = setting(None, example="runs/gpt2-small")
+    """The teacher, a model with this run's tokens: a run (RUN, or RUN@STEP for an older checkpoint), or a folder of
+    `slope export` or transformers; null for the model of model.init. The run keeps a copy of it. With method=linearize
+    it is the softmax model."""
+
+    def _check_values(self) -> None:
+        self._share("share")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if config.linearizes and config.linearize.transfer == 1:
+            return self._all("linearize.transfer=1")
+        if not self.share:
+            return self._all("distill.share=0")
+        return {"teacher": "method=linearize"} if config.linearizes else {}
+
+
+@dataclass(kw_only=True)
 class OptimConfig(Section, section="optim"):
     """The optimizer and the learning rate."""
 
@@ -377,10 +400,16 @@ class Config:
     fst: FstConfig = field(default_factory=FstConfig)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the run trains its weights with a teacher, which it keeps."""
+        return self.distill.share > 0 and not self.linearizes
 
     @property
     def linearizes(self) -> bool:
@@ -402,6 +431,9 @@ class Config:
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
         if self.linearizes and self.train.precision == "fp8":
             raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
+        if self.learns_from_teacher:
+            rule = "needs a teacher: set distill.teacher, or model.init for that model"
+            self.distill._need(bool(self.distill.teacher or self.model.init), "share", rule)
         if own := self.own_section:
             own.check(self)
 

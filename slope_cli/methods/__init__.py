@@ -21,6 +21,8 @@ METHODS: Mapping[str, Callable[[Config], list[Phase]]] = {
 def phases_of(config: Config) -> Phases:
     """The phases of a run."""
     phases = METHODS[config.method](config)
+    if config.learns_from_teacher:
+        phases = [replace(phase, step="distill") for phase in phases]
     if config.train.precision != "fp8":
         return Phases(phases)
     return Phases(_in_fp8(phases, config.train.step_at(1 - config.train.bf16_finish, rest=0), config.train.steps))

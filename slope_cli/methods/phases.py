@@ -81,8 +81,10 @@ class Phase:
     @property
     def name(self) -> str:
         """A short description for the log."""
-        what = self.layers.kind if self.step == "train" and not self.linearized else self.step
-        return f"{what}{', with adapters' if self.adapters else ''}{', in fp8' if self.fp8 else ''}"
+        what: list[str] = [self.step if self.linearized else self.layers.kind]
+        what += ["with adapters"] * self.adapters + ["in fp8"] * self.fp8
+        what += ["from a teacher"] * (self.step == "distill" and not self.linearized)
+        return ", ".join(what)
 
     def updates_masks(self, step: int) -> bool:
         """Whether masks are chosen again at the end of a step, counted from 0."""

@@ -57,6 +57,7 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
+from slope_cli.utils.files import file_sha256
 from slope_cli.utils.gpus import dense_peak
 from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, kernel_choices, sparse_layers
 
@@ -168,6 +169,8 @@ class Trainer:
         if checkpoint is None:
             if self.phase.linearized:
                 group.first(lambda: init.keep_base(config, run, self.tokenizer))
+            elif config.learns_from_teacher:
+                group.first(lambda: init.keep_teacher(config, run, self.tokenizer))
             self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.input_norms))
         else:
             self.model = group.agreed(lambda: load.build(config, run, place, self.phase))
@@ -410,6 +413,8 @@ class Trainer:
         marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
         metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
         metadata["kernels"] = kernel_choices()
+        if self.config.learns_from_teacher:
+            metadata["teacher"] = self.group.first(lambda: file_sha256(self.run / store.BASE / store.MANIFEST))
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
         plan = store.planned(self.run, tensors, beside_base=self.phase.linearized, group=self.group)
