@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def test_every_command_is_in_that_list() -> None:
 @pytest.mark.parametrize("words", [[], ["data"]], ids=" ".join)
 def test_no_line_of_a_list_of_commands_is_cut(words: list[str]) -> None:
     assert "..." not in slope(*words, "--help").out.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(("columns", "used"), [("80", 80), ("200", 100)])
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_fits_the_terminal_and_names_no_python_type(
+    words: list[str], columns: str, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = slope(*words, "--help").out
+    assert max(map(len, text.splitlines())) <= used
+    assert not re.search(r"<[^>]* range>", text)
+    assert not re.search(r"^  [A-Z|=]+ <", text, flags=re.MULTILINE)
+    if words == ["pretrain"]:
+        assert "Show what would be done, without GPU, data or weights.\n" in text
 
 
 def test_help_is_quick() -> None:

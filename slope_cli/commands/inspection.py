@@ -39,15 +39,22 @@ def recipes(
 
 
 def config(
-    key: Annotated[
-        str | None,
-        typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.", autocompletion=keys_with),
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY",
+            help="Keys, such as optim.lr, sections, or patterns, such as '*.lr'.",
+            autocompletion=keys_with,
+        ),
     ] = None,
 ) -> None:
-    """Explain all sections, the keys of one, or one key."""
+    """List all sections of keys, or explain some keys.
+
+    Each with its type, default, meaning, choices or unit, and an example.
+    """
     from slope_cli.config.reference import explain
 
-    print("\n".join(explain(key)))
+    print("\n".join(explain(keys or [])))
 
 
 def plot(

@@ -44,7 +44,9 @@ def pretrain(
     source: Annotated[
         str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin with the model and config of this run.")
     ] = None,
-    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its state, too.")] = False,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="With --from: the optimizer's state, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. To resume after a stop, run the same command again.
@@ -156,13 +158,19 @@ def finetune(
     task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE, SQuAD: a BERT; SFT.")],
     data: Annotated[Path | None, typer.Option(help="Official files' folder (default: the hub); SFT: JSONL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the rows; default: 3 (CoLA 5, SQuAD 2).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 3e-5 (SFT 2e-5, --lora 2e-4).")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Default: 32 (SQuAD 24).")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384; SFT as the run).")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step; default: 32 (SQuAD 24).")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; default: 128 (SQuAD 384; SFT as the run).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED, help="Of order, dropout, new weights.")] = 1,
     val: Annotated[str | None, typer.Option(help="SFT: JSONL, or the share of rows held out; default: 0.05.")] = None,
-    lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="SFT: train adapters alone.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="SFT: train LoRA adapters of this rank alone.")
+    ] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="SFT: rows read at once; default: 8.")] = None,
     as_json: AsJson = False,
 ) -> None:
