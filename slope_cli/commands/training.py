@@ -148,7 +148,7 @@ def _train(
         summary = loop.pretrain(config, run, existing=existing, stop=stop, usual=usual)
     except WrongDataError as error:
         known = configs.recipe_data(recipe)
-        raise WrongDataError(f"{error}; {recipe} is for: {known}" if known else str(error)) from error
+        raise WrongDataError(f"{error}; the data of {recipe}: {known}" if known else str(error)) from error
     if summary:  # empty on ranks other than 0
         print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
