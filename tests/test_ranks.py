@@ -413,7 +413,14 @@ def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp
         assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("settings", [("sparsity.start=0.3",), ("method=wanda", "sparsity.start=0.3")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("sparsity.start=0.3",),
+        ("method=wanda", "sparsity.start=0.3"),
+        pytest.param(("train.precision=fp8", "train.bf16_finish=0.3"), marks=pytest.mark.slow),
+    ],
+)
 def test_weights_gathered_in_16_bits_change_as_whole_ones(settings: tuple[str, ...], tmp_path: Path) -> None:
     for layout in ("ddp", "fsdp"):
         more = (f"distributed.layout={layout}", "train.precision=bf16", "train.steps=10", *settings)

@@ -26,7 +26,16 @@ METHODS: Mapping[str, str] = {
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
 MICRO_BATCH = "train.micro_batch"
-FREE_KEYS = ("log", "distributed", "train.device", MICRO_BATCH, "train.activation_checkpointing", "data")
+FREE_KEYS = (
+    "log",
+    "distributed",
+    "train.device",
+    MICRO_BATCH,
+    "train.activation_checkpointing",
+    "train.precision",
+    "train.bf16_finish",
+    "data",
+)
 """Sections and keys that may change between two starts of one run: they affect the results by rounding at most."""
 AUTO: Mapping[str, str] = {
     "sparsity.backend": "for each product the kernel that was measured faster",
@@ -259,8 +268,12 @@ class TrainConfig(Section, section="train"):
     follows from train.tokens_per_step, and the result is the same but for rounding."""
     seq_len: int = setting(1024, unit="tokens", example="64")
     """How many tokens a training sequence has; at most the positions of the model."""
-    precision: str = setting("auto", "auto", "bf16", "fp32")
-    """In what precision products are computed: bf16 (by autocast; weights and optimizer stay float32) or fp32."""
+    precision: str = setting("auto", "auto", "bf16", "fp32", "fp8")
+    """In what precision products are computed: fp32; bf16 (by autocast; weights and optimizer stay float32); or fp8,
+    which is bf16 but for the linear layers that the method makes sparse, or would, whose operands are e4m3 in training
+    with one scale a tensor. It may change between two starts of a run, which is then not repeated bit for bit."""
+    bf16_finish: float = setting(0.0, unit="a share of the run", example="0.1")
+    """With train.precision=fp8, how much of the run, at its end, is in bf16 nevertheless: 0.1 is the last tenth."""
     device: str = setting("auto", example="cuda:1")
     """Where the run is trained: cpu, cuda, or cuda:N for the GPU of this number, from 0."""
     compile: bool | str = switch("auto")
@@ -286,6 +299,7 @@ class TrainConfig(Section, section="train"):
         rule = "needs [step, steps] for each extension, with fewer steps than later"
         ordered = all(a < b for a, b in itertools.pairwise(lengths))
         self._need(ordered and all(len(p) == 2 and 0 <= p[0] <= p[1] for p in self.extended), "extended", rule)
+        self._share("bf16_finish")
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
@@ -412,6 +426,8 @@ class Config:
             s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
+        if self.linearizes and self.train.precision == "fp8":
+            raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
         if own := self.own_section:
             own.check(self)
 

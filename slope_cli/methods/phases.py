@@ -64,6 +64,7 @@ class Phase:
     """What is trained, and how, from step `first` (counted from 0) until the next phase begins.
 
     linearized: attention is window softmax plus linear attention.
+    fp8: the products of linear layers have fp8 operands in training.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
     rates: the trained groups and their learning rates; that of the first is logged.
@@ -73,6 +74,7 @@ class Phase:
     layers: Layers = DENSE
     linearized: bool = False
     adapters: bool = False
+    fp8: bool = False
     step: StepKind = "train"
     rates: Mapping[str, Rate] = field(default_factory=dict)
 
@@ -80,7 +82,7 @@ class Phase:
     def name(self) -> str:
         """A short description for the log."""
         what = self.layers.kind if self.step == "train" and not self.linearized else self.step
-        return f"{what}, with adapters" if self.adapters else what
+        return f"{what}{', with adapters' if self.adapters else ''}{', in fp8' if self.fp8 else ''}"
 
     def updates_masks(self, step: int) -> bool:
         """Whether masks are chosen again at the end of a step, counted from 0."""

@@ -58,7 +58,7 @@ from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
 from slope_cli.utils.gpus import dense_peak
-from sparse_kernels import adapters_of, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, kernel_choices, sparse_layers
 
 
 def pretrain(
@@ -174,6 +174,8 @@ class Trainer:
         if self.sharding is not None:
             self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
+        if self.phase.fp8:
+            self._say(self._fp8_line())
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
@@ -437,6 +439,13 @@ class Trainer:
             return f"{becomes}; {counted(sparse, 'linear layer')} {stay}"
         return "dense run: no layer is sparse"
 
+    def _fp8_line(self) -> str:
+        """The line about the products that are in fp8."""
+        if obstacle := fp8_obstacle(self.device):
+            return f"train.precision=fp8: {obstacle}; products are in bf16"
+        gain = "which a CPU simulates" if self.device.type == "cpu" else "sparse ones as dense ones"
+        return f"{counted(len(fp8_layers(self.model)), 'linear layer')} multiply in fp8 in training, {gain}"
+
     def _restore(self, checkpoint: store.Checkpoint) -> None:
         whole = self.sharding is None
         self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer, derive=whole))
@@ -461,7 +470,7 @@ class Trainer:
 
     def _start_line(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        dtype = "fp32" if self.take_step.dtype is None else "bf16"
+        dtype = "fp32" if self.take_step.dtype is None else "bf16 and fp8" if fp8_layers(self.model) else "bf16"
         trained = _numel(p for p in self.model.parameters() if p.requires_grad)
         tokens = self.config.train.steps * self.config.train.tokens_per_step
         batch = ""

@@ -23,7 +23,7 @@ from sparse_kernels import backends
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """The dtype of products, or None for that of the weights."""
     precision = config.train.precision
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else None
+    return torch.bfloat16 if precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda") else None
 
 
 def make_step(
