@@ -2,7 +2,6 @@
 
 import importlib
 import platform
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from slope_cli.distributed.launch import pick_device
 from slope_cli.errors import SlopeError, install
-from slope_cli.report.terminal import wrapped
+from slope_cli.report.terminal import named_lines
 from slope_cli.utils.environment import cupy_version, driver, package_version
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
@@ -66,15 +65,8 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         error = next((finding.fix for finding in findings if finding.stops), "")
     fix = f"training cannot work: {error}" if error else ""
     findings.append(Finding("a training step", "fails" if error else "works", fix))
-    width = max(len(finding.name) for finding in findings)
-    lines = [line for finding in findings for line in _lines(finding, width)]
+    lines = named_lines({x.name: f"{x.found}{x.fix and f'; {x.fix}'}" for x in findings})
     return {"training": not error, "findings": [asdict(finding) for finding in findings]}, lines
-
-
-def _lines(finding: Finding, width: int) -> list[str]:
-    """One line for programs to search, on a terminal as many as its width makes of it."""
-    name, text = f"{finding.name:{width}}  ", f"{finding.found}{finding.fix and f'; {finding.fix}'}"
-    return wrapped(text, name, " " * len(name)) if sys.stdout.isatty() else [name + text]
 
 
 def _packages() -> list[Finding]:

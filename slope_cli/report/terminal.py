@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -41,6 +41,17 @@ def wrapped(text: str, indent: str = "", hanging: str | None = None) -> list[str
     others = indent if hanging is None else hanging
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.wrap(text, columns(), initial_indent=indent, subsequent_indent=others, **whole)
+
+
+def named_lines(texts: Mapping[str, str]) -> list[str]:
+    """Texts beside their names: a line for each, for programs that search; on a terminal as many as its width needs."""
+    lines: list[str] = []
+    width = max(map(len, texts), default=0)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
+    for name, text in texts.items():
+        first = f"{name:{width}}  "
+        lines += wrapped(text, first, " " * len(first)) if on_terminal else [first + text]
+    return lines
 
 
 class Escaped:
