@@ -261,7 +261,7 @@ def test_a_missing_an_unfinished_and_a_foreign_data_folder(tmp_path: Path) -> No
     assert "unfinished preparation" in train_error(f"data.path={unfinished}", out=tmp_path / "c", code=1)
     assert error("data", "info", missing).startswith(f"{missing}: no such data folder")
     message = error("pretrain", "gpt2-mini", f"data.path={missing}", "--out", tmp_path / "d")
-    command = "slope data prepare … --tokenizer gpt2 --out data/text"
+    command = "slope data prepare text=FOLDER --tokenizer gpt2 --out data/text"
     assert message.endswith(f"; the data of gpt2-mini: any text, {command}")
 
 

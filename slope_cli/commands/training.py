@@ -17,7 +17,9 @@ from slope_cli.errors import SlopeError, UsageError
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from slope_cli.checkpoint.run_folder import Existing
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change; `slope config` lists them.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
 New = Annotated[bool, typer.Option("--new", help="Fail if the folder already contains a run.")]
 Fresh = Annotated[bool, typer.Option("--fresh", hidden=True)]
