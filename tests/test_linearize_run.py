@@ -24,6 +24,7 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import results
 from slope_cli.config import configs
 from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.inference.export import SOURCE
 from slope_cli.linearize.swap import added_state, linear_windows, projections, using
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import attention_memory
@@ -554,7 +555,7 @@ def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: p
     assert slope("export", done.run, tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: slope-cli\ntags: [slope, linearized]\n---\n")
-    assert "- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps\n" in card
+    assert f"- Loads with: slope; {SOURCE}\n- With transformers' from_pretrained: softmax attention" in card
     train = run_folder.open_config(done.run).train
     assert (
         f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps), in sequences of {train.seq_len}\n" in card
