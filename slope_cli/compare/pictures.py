@@ -1,6 +1,7 @@
 """The picture of a comparison over time; that over tokens is `plots.draw_curves`."""
 
 from pathlib import Path
+from typing import Any
 
 from slope_cli.compare.summary import Comparison
 from slope_cli.report.plots import OPENING, picture
@@ -44,6 +45,7 @@ def draw_over_time(result: Comparison, out: Path) -> list[Path]:
         axes.set(xlabel=f"{unit} of training steps{' as measured' if result.equal == 'time' else ' as logged'}")
         axes.margins(x=0.02)
         axes.grid(alpha=0.3)
-        for text in axes.legend(loc="upper right", fontsize="small", edgecolor="none").get_texts():
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": "small"}  # hides nothing
+        for text in axes.legend(**place, edgecolor="none").get_texts():
             text.set_parse_math(False)  # names may have dollar signs, which would begin a formula
     return files

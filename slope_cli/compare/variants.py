@@ -169,6 +169,8 @@ def _named(recipe: str, overrides: Sequence[str], name: str) -> Variant:
     if name == "half-depth":
         return _half_depth(dense)
     if share is not None:
+        if not float(share[1]):
+            raise UsageError(f"{name}: must be a share above 0, such as dense-0.87")
         target = round(float(share[1]) * linear_weights(run_model_config(dense.config)))
         of = f"that are {float(share[1]):g} of the dense model's (without head and embeddings)"
         return _narrower(dense, name, "linear weights", linear_weights, target, of)
