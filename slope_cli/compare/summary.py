@@ -252,16 +252,16 @@ def _summary(variant: str, lr: float | None, rows: Sequence[Run | FailedRun]) ->
         curve=_curve([run.val for run in runs]),
         share=rows[0].share,
         steps=max((run.final.step for run in runs), default=None),
-        step_seconds=median(_step_seconds(run) for run in runs) if runs else None,
+        step_seconds=median(known) if (known := [*filter(None, map(_step_seconds, runs))]) else None,
         budget_seconds=mean(budget.seconds for budget in budgets) if budgets else None,
         **(vars(sizes) if sizes else {}),
     )
 
 
-def _step_seconds(run: Run) -> float:
+def _step_seconds(run: Run) -> float | None:
     if run.budget:
         return run.budget.seconds / run.budget.steps
-    return run.tokens / run.final.step / run.tokens_per_s
+    return run.tokens / run.final.step / run.tokens_per_s if run.tokens_per_s else None
 
 
 def _curve(runs: Sequence[Sequence[Validation]]) -> Curve:
