@@ -32,13 +32,16 @@ class Timing:
 
     def medians(self, *work: Callable[[], object]) -> list[float]:
         """Median seconds of a call of each piece of work, in alternating rounds."""
+        return [statistics.median(column) for column in zip(*self.alternating(*work), strict=True)]
+
+    def alternating(self, *work: Callable[[], object]) -> list[list[float]]:
+        """Seconds of a call of each piece of work in each of the rounds, which alternate."""
         end = time.monotonic() + (self.heat_seconds if torch.cuda.is_available() else 0.0)
         while time.monotonic() < end:
             for call in work:
                 seconds(call)
         calls = [max(1, min(self.most_calls, round(self.round_seconds / seconds(call)))) for call in work]
-        rounds = [[seconds(call, n) for call, n in zip(work, calls, strict=True)] for _ in range(self.rounds)]
-        return [statistics.median(column) for column in zip(*rounds, strict=True)]
+        return [[seconds(call, n) for call, n in zip(work, calls, strict=True)] for _ in range(self.rounds)]
 
 
 def seconds(work: Callable[[], object], calls: int = 1) -> float:

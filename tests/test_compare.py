@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.data import prepared, scratch
 from support.runs import OVERRIDES, RECIPE, copied, small
 
@@ -26,12 +28,14 @@ from slope_cli.config import configs
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
-from slope_cli.models.build import run_model_config
+from slope_cli.methods.apply import apply
+from slope_cli.models.build import build_model, run_model_config
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
 from slope_cli.utils.files import file_sha256
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels import masked_layers
+from sparse_kernels.packing import pack_layers
 
 CURVE = "log.val_every=2"
 
@@ -422,7 +426,10 @@ def test_a_result_of_an_older_version_is_read(tmp_path: Path) -> None:
     assert [run.run for run in found.runs] == [run["run"] for run in older["runs"][:-1]]
     assert len(found.variants) == 8
     for new, old in zip(found.variants, older["variants"], strict=True):
-        assert {key: value for key, value in json.loads(json.dumps(asdict(new))).items() if old[key] != value} == {}
+        new = json.loads(json.dumps(asdict(new)))
+        for part, before in ((new, old), (new["gap"], old["gap"]), (new["curve"], old["curve"])):
+            assert {key: part[key] for key in before if part[key] != before[key] and key not in ("gap", "curve")} == {}
+        assert (new["steps"], new["budget_seconds"], new["worth"]) == (old["tokens"] // 65536, None, None)
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"runs": [1]}', '{"runs": [{"run": "dense-s1"}]}'])
@@ -558,7 +565,10 @@ def test_existing_runs_are_compared_by_their_configs(tmp_path: Path) -> None:
     assert dense.gap is not None
     assert dense.gap.mean == pytest.approx(last_loss(folders[1]) - last_loss(folders[2]))
     assert dense.gap.seeds == [2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"compare.{e}" for e in ("json", "md", "png", "svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"compare-time.{ending}" for ending in ("png", "svg")),
+        *(f"compare.{ending}" for ending in ("json", "md", "png", "svg")),
+    ]
 
 
 @pytest.mark.slow
@@ -676,6 +686,45 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     assert found.config.method == "dense"
 
 
+@pytest.mark.parametrize(
+    "model", ["gpt2-nano", *(pytest.param(m, marks=pytest.mark.slow) for m in ("opt-350m", "llama3-8b"))]
+)
+@pytest.mark.parametrize("share", [0.5, 0.87])
+def test_a_share_of_the_dense_models_linear_weights(share: float, model: str) -> None:
+    base = [f"model.name={model}"]
+    (found,) = variants.variants(str(RECIPE), base, [f"dense-{share}"], [])
+    whole = variants.linear_weights(run_model_config(configs.load(str(RECIPE), base)))
+    reached = variants.linear_weights(run_model_config(found.config))
+    assert reached / whole == pytest.approx(share, rel=0.02)
+    assert (
+        f"{reached:,} linear weights, {reached / round(share * whole):.4f} of the {round(share * whole):,}"
+        in found.note
+    )
+    assert (found.name, found.config.method) == (f"dense-{share}", "dense")
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt2-nano", *(pytest.param(m, marks=pytest.mark.slow) for m in ("opt-350m", "llama3-8b"))]
+)
+def test_same_bytes_takes_what_the_packed_model_takes(model: str) -> None:
+    """Of the sparse model counted here, adapters included, after it has been packed; sides are multiples of 64."""
+    base = [f"model.name={model}", *(["model.overrides.vocab_size=512"] if model == "gpt2-nano" else [])]
+    (found,) = variants.variants(str(RECIPE), base, ["same-bytes"], [])
+    dense = build_model(run_model_config(found.config), device="meta")
+    ours = sum(2 * parameter.numel() for parameter in dense.parameters())
+    config = configs.load(str(RECIPE), [*base, "method=slope"])
+    (kept,) = [int(number.replace(",", "")) for number in re.findall(r" of the ([\d,]+) that the sparse", found.note)]
+    if model == "gpt2-nano":
+        sparse = build_model(run_model_config(config), device="cpu")
+        apply(sparse, config, phases_of(config).end)
+        pack_layers(sparse, torch.bfloat16)
+        tensors = {id(t): t for t in (*sparse.parameters(), *sparse.buffers())}.values()
+        assert kept == sum(t.numel() * (1 if t.dtype == torch.uint8 else 2) for t in tensors)
+    assert ours / kept == pytest.approx(1, abs=0.02)
+    assert f"{ours:,} bytes in 16 bits, {ours / kept:.4f} of the" in found.note
+    assert found.config.method == "dense"
+
+
 def test_names_overrides_and_their_order() -> None:
     found = found_for("slope", extra=["wide: model.overrides.n_embd=64 log.sample_prompt='a b'", "low: optim.lr=1e-4"])
     assert [variant.name for variant in found] == ["slope", "wide", "low"]
@@ -702,7 +751,13 @@ def _written(planned: variants.PlannedRun) -> Path:
             ["x: method=linearize linearize.window=8"],
             "x: slope linearize needs a trained model; compare finished runs with --runs",
         ),
-        (["sloppy"], [], r"method=sloppy: choose one of .*; or half-depth, same-active, slope-r0"),
+        (
+            ["dense-1.5"],
+            [],
+            r"method=dense-1.5: choose one of .*; or half-depth, .*, dense-SHARE \(such as dense-0.87\)",
+        ),
+        (["dense-0.0"], [], r"dense-0.0: must be a share above 0"),
+        (["sloppy"], [], r"method=sloppy: choose one of .*; or half-depth, same-active, same-bytes, dense-SHARE"),
         ([], [], "nothing to compare"),
         (["dense", "dense"], [], "dense: duplicate variant"),
         ([], ["no colon"], "--variant 'no colon': write 'NAME: KEY=VALUE"),

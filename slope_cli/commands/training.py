@@ -207,17 +207,29 @@ def compare(
         ),
     ],
     runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
-    methods: Annotated[str, typer.Option(help="Methods, half-depth, same-active, slope-r0; comma-separated.")] = "",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, slope-r0, or dense models: half-depth, dense-0.87 (or another share of the weights), "
+            "same-active, same-bytes (as the sparse one takes when it is served); comma-separated."
+        ),
+    ] = "",
     variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; may be repeated.")] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "1",
     lrs: Annotated[str, typer.Option(help="Comma-separated learning rates; each variant shows its best.")] = "",
+    equal: Annotated[
+        str | None, typer.Option(help="tokens (default), or time: the steps that the first variant's time buys.")
+    ] = None,
+    exchange: Annotated[
+        float | None, typer.Option(help="Also train the first variant with this share of its steps: gaps in steps.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the result.")] = Path("compare"),
     jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs.")] = 1,
     shard: Annotated[str | None, typer.Option(help="I/N, I from 1: only this share of the runs; no files.")] = None,
     allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare variants of a recipe, trained on the same data.
+    """Compare variants of a recipe, trained on the same data with the same tokens, or for the same time.
 
     To resume after a stop, run the same command again; finished runs are not trained again. With --shard 1/N to N/N
     the tasks of a job array train them; then the same command without --shard compares them.
@@ -228,11 +240,14 @@ def compare(
         from slope_cli.compare.variants import numbers
 
         if runs:
+            if given := next((name for name, value in (("equal", equal), ("exchange", exchange)) if value), None):
+                raise UsageError(f"--{given}: is for runs that are still to be trained; leave it out with --runs")
             result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
         else:
             names = [name for name in methods.split(",") if name]
             how: dict[str, Any] = {"out": out, "methods": names, "extra": variant or [], "jobs": jobs, "shard": shard}
             how |= {"seeds": numbers("--seeds", seeds, int), "lrs": numbers("--lrs", lrs, float), "stop": stop}
+            how |= {"equal": equal or "tokens", "exchange": exchange}
             result = comparing.compare(arguments[0], arguments[1:], **how, allow_different=allow_different)
     if as_json:
         print_result(asdict(result), [], as_json)

@@ -5,7 +5,6 @@ OUT/<run>.log            the output of its process
 OUT/starts.jsonl         a line for each start: how many runs were training then
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -61,9 +60,9 @@ class Child:
 
 
 def train(
-    planned: Sequence[PlannedRun], finished: Container[str], out: Path, jobs: int, stop: StopFlag | None
+    planned: Sequence[PlannedRun], finished: Container[str], out: Path, jobs: int, stop: StopFlag
 ) -> dict[str, str]:
-    """Train the runs that are not finished, `jobs` at a time.
+    """Train the runs that are not finished, `jobs` at a time, until `stop`, an open flag, is set.
 
     Returns:
         The error of each run that failed, by its name.
@@ -76,25 +75,24 @@ def train(
     running: list[Child] = []
     if done:
         _say(f"{done} of {len(planned)} runs are already finished")
-    with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
-        try:
-            while (waiting or running) and not stop.name:
-                while waiting and len(running) < jobs:
-                    running.append(Child(waiting.pop(0), out, min(jobs, len(waiting) + len(running) + 1)))
-                    _say(f"{running[-1].run.name}: training; its log is {running[-1].log}")
-                time.sleep(POLL)
-                for child in [child for child in running if child.process.poll() is not None]:
-                    running.remove(child)
-                    done += _ended(child, errors, stop)
-            if stop.name:
-                done += _stop_all(running)
-            if done + len(errors) < len(planned):
-                text = f"{done} of {len(planned)} runs are finished; run the same command to resume"
-                raise Stopped(f"stopped by {stop.name}: {text}")
-        finally:
-            for child in running:
-                child.process.kill()
-                child.process.wait()
+    try:
+        while (waiting or running) and not stop.name:
+            while waiting and len(running) < jobs:
+                running.append(Child(waiting.pop(0), out, min(jobs, len(waiting) + len(running) + 1)))
+                _say(f"{running[-1].run.name}: training; its log is {running[-1].log}")
+            time.sleep(POLL)
+            for child in [child for child in running if child.process.poll() is not None]:
+                running.remove(child)
+                done += _ended(child, errors, stop)
+        if stop.name:
+            done += _stop_all(running)
+        if done + len(errors) < len(planned):
+            text = f"{done} of {len(planned)} runs are finished; run the same command to resume"
+            raise Stopped(f"stopped by {stop.name}: {text}")
+    finally:
+        for child in running:
+            child.process.kill()
+            child.process.wait()
     return errors
 
 

@@ -3,8 +3,11 @@
 OUT/<variant>-s<seed>/      each run; see slope_cli.compare.processes for the files beside it
 OUT/compare.json, .md       the comparison, from the runs' own files
 OUT/compare.png, .svg       validation loss against tokens
+OUT/compare-time.png, .svg  validation loss against the time of training steps
+OUT/step-times.*            with equal time; see slope_cli.compare.step_times
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.checkpoint import run_folder, store
-from slope_cli.compare import processes, table, variants
+from slope_cli.compare import pictures, processes, step_times, table, variants
 from slope_cli.compare.rows import (
     FailedRun,
     Run,
     add_sizes,
     config_of,
+    planned_terms,
     portable,
     read_run,
     require_alike,
@@ -38,6 +42,9 @@ from slope_cli.utils.files import atomic_file, write_json
 from slope_cli.utils.shards import shard_of
 from slope_cli.utils.typed_json import from_json
 
+EQUAL = ("tokens", "time")
+"""What all variants can have alike."""
+
 
 def compare(
     recipe: str,
@@ -51,6 +58,8 @@ def compare(
     jobs: int = 1,
     allow_different: bool = False,
     shard: str | None = None,
+    equal: str = "tokens",
+    exchange: float | None = None,
     stop: StopFlag | None = None,
 ) -> Comparison:
     """Train each variant with each seed (and at each learning rate) in a process of its own, and compare the runs.
@@ -62,6 +71,8 @@ def compare(
         jobs: processes at a time.
         shard: "I/N": train and compare only the runs I, I + N, … and do not write the result. The tasks of a job array
             do so beside one another; then the same call without it compares all runs.
+        equal: "tokens", or "time": the first variant keeps its steps, the others get as many as its time buys.
+        exchange: also train the first variant with this share of its steps, to tell what a loss is worth in steps.
         stop: an open flag; by default one is opened here.
 
     Raises:
@@ -71,21 +82,48 @@ def compare(
     require_one_process()
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: must be 1 or more")
+    if equal not in EQUAL:
+        rule = "choose tokens or time; a dense model of the sparse one's bytes is the variant same-bytes"
+        raise UsageError(f"--equal {equal}: {rule}")
     compared = variants.variants(recipe, overrides, methods, extra)
+    if exchange is not None:
+        compared.append(compared[0].shortened(exchange))
     planned = variants.planned_runs(compared, seeds, lrs)
     data = {run.config.data.path: _fingerprint(run.config, out / run.name) for run in planned}
-    require_alike(
-        {run.name: terms(run.config) | {"data": data[run.config.data.path]} for run in planned}, allow_different
-    )
-    planned = _share(planned, shard) if shard else planned
+    own = {run.name: terms(run.config) | {"data": data[run.config.data.path]} for run in planned}
+    decides = None if equal == "tokens" else "equal time"
+    require_alike({run.name: planned_terms(own[run.name], run.share, decides) for run in planned}, allow_different)
+    with contextlib.nullcontext(stop) if stop else StopFlag() as stop:
+        measured: list[str] = []
+        if equal == "time":
+            compared, measured = step_times.equal_time(compared, out, stop)
+        planned = variants.planned_runs(compared, seeds, lrs)
+        notes = [*(f"{variant.name}: {variant.note}" for variant in compared if variant.note), *measured]
+        return _train(
+            _share(planned, shard) if shard else planned, data, notes, out, jobs, allow_different, shard, stop
+        )
+
+
+def _train(
+    planned: Sequence[PlannedRun],
+    data: Mapping[str, str],
+    notes: Sequence[str],
+    out: Path,
+    jobs: int,
+    allow_different: bool,
+    shard: str | None,
+    stop: StopFlag,
+) -> Comparison:
+    """Train what is not finished, and compare all; the arguments are those of `compare` and of `_finished`."""
     finished = {run.name: last for run in planned if (last := _finished(run, out / run.name, data))}
 
     def conclude(chosen: Sequence[PlannedRun], errors: dict[str, str]) -> Comparison:
         rows = [_row(run, out / run.name, errors.get(run.name, ""), finished.get(run.name)) for run in chosen]
-        notes = [f"{variant.name}: {variant.note}" for variant in compared if variant.note]
+        shared = []
         if (most := processes.most_at_once(chosen, out)) > 1:
-            notes.append(f"up to {most} runs at a time shared the machine: their speed is not that of a run alone")
-        result = summarize(add_sizes(rows, [out / run.name for run in chosen]), notes, allow_different)
+            shared = [f"up to {most} runs at a time shared the machine: their speed is not that of a run alone"]
+        sized = add_sizes(rows, [out / run.name for run in chosen])
+        result = summarize(sized, [*notes, *shared], allow_different)
         return result if shard else _write(result, out)
 
     try:
@@ -153,7 +191,8 @@ def _require_distinct(runs: Sequence[Run]) -> None:
     for number, (run, config) in enumerate(zip(runs, whole, strict=True)):
         if config in whole[:number]:
             raise UsageError(f"{run.run}: duplicate run")
-        seedless = {**config, "train.seed": 0}
+        # Each comparison measures its own step times.
+        seedless = {**config, "train.seed": 0} | ({"train.steps": 0} if run.budget else {})
         if seen.setdefault((run.variant, run.lr), seedless) != seedless:
             raise UsageError(f"{run.run}: {run.variant} names two configurations; compare their folders")
 
@@ -203,10 +242,18 @@ def _row(planned: PlannedRun, run: Path, error: str, checkpoint: store.Checkpoin
     """The row of a planned run after training, or of its failure."""
     if not error:
         try:
-            return replace(read_run(run, checkpoint), variant=planned.variant, lr=planned.lr)
+            return _as_planned(read_run(run, checkpoint), planned)
         except SlopeError as fault:
             error = str(fault)
-    return FailedRun(planned.name, planned.variant, planned.lr, planned.seed, without_folders(error))
+    return FailedRun(planned.name, planned.variant, planned.lr, planned.seed, without_folders(error), planned.share)
+
+
+def _as_planned(run: Run, planned: PlannedRun) -> Run:
+    """A run with what its comparison knows of it; the times of its validations are those of its budget."""
+    own, share = planned.budget, planned.share
+    val = [replace(each, seconds=own.seconds_until(each.step)) for each in run.val] if own else run.val
+    agreed = planned_terms(run.terms, share, own.rule if own else None)
+    return replace(run, variant=planned.variant, lr=planned.lr, share=share, budget=own, terms=agreed, val=val)
 
 
 def _write(result: Comparison, out: Path) -> Comparison:
@@ -218,4 +265,5 @@ def _write(result: Comparison, out: Path) -> Comparison:
     curves = {each.variant: vars(each.curve) for each in result.variants if each.curve.tokens}
     if curves:
         plots.draw_curves(curves, out / "compare")
+    pictures.draw_over_time(result, out / "compare-time")
     return result

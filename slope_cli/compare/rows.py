@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from slope_cli.checkpoint import run_folder, store
+from slope_cli.compare.budget import Budget
 from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
@@ -30,13 +31,17 @@ _PRIVATE = ("time", "command", "host", "slurm_job")
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation after `step` steps and `tokens` tokens: losses in nats per token, over all and by source."""
+    """A validation after `step` steps and `tokens` tokens: losses in nats per token, over all and by source.
+
+    seconds: of these steps alone, by the run's budget if it has one, else by its log; None in files of version 0.1.
+    """
 
     step: int
     tokens: int
     loss: float
     perplexity: float
     by_source: dict[str, float]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Run:
 
     lr: None unless the comparison tried learning rates. val: the last one is after the last step. tokens_per_s: the
     median after the first tenth of the steps. train_seconds: of the training steps alone. peak_memory: bytes, of the
-    allocator of the rank with most. sizes: in one run of each variant.
+    allocator of the rank with most. sizes: in one run of each variant. share, budget: see `variants.Variant`.
     """
 
     run: str
@@ -83,6 +88,8 @@ class Run:
     train_seconds: float
     peak_memory: int | None
     sizes: Sizes | None = None
+    share: float | None = None
+    budget: Budget | None = None
 
     @property
     def final(self) -> Validation:
@@ -99,6 +106,7 @@ class FailedRun:
     lr: float | None
     seed: int
     error: str
+    share: float | None = None
 
 
 def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
@@ -123,6 +131,9 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
     metrics.require(folder, train, metrics.STEPS, "tokens_per_s")
     tokenizer = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(manifest["tokenizer"].items()))
     name = folder.resolve().name
+    taken = [(record["step"], tokens / record["tokens_per_s"]) for record in train if record["tokens_per_s"]]
+    for record in val:
+        record["seconds"] = sum(seconds for step, seconds in taken if step <= record["step"])
     return Run(
         run=name,
         variant=name,
@@ -134,9 +145,19 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
         val=[from_json(Validation, record) for record in val],
         tokens=steps * tokens,
         tokens_per_s=median(record["tokens_per_s"] for record in train if record["step"] > steps // 10),
-        train_seconds=sum(tokens / record["tokens_per_s"] for record in train if record["tokens_per_s"]),
+        train_seconds=sum(seconds for _, seconds in taken),
         peak_memory=metrics.peak_memory(records),
     )
+
+
+def planned_terms(own: Terms, share: float | None, rule: str | None) -> Terms:
+    """The terms of a run in a comparison: its tokens are not those of others if it has a share of their steps, or time
+    decides; then what decides, the `rule`, takes their place.
+    """
+    if share is None and rule is None:
+        return own
+    others = {key: value for key, value in own.items() if key != "tokens"}
+    return others | ({} if rule is None or share is not None else {"tokens": rule})
 
 
 def portable(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The statistics of a comparison: each variant over its seeds, at its best learning rate, against the first one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, median, stdev
@@ -18,19 +19,57 @@ class Spread:
 
 @dataclass(frozen=True)
 class Gap(Spread):
-    """A difference of two variants over the seeds that both have."""
+    """A difference of two variants over the seeds that both have.
+
+    undecided: it is smaller than twice its standard error; None for a single seed, which has none.
+    """
 
     seeds: list[int]
+    undecided: bool | None = None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a loss is worth in steps, from the baseline's runs with all of its steps and with fewer.
+
+    variant, steps: of the shorter runs. nats: by how much their loss is higher.
+    per_log_step: nats for a unit of the natural logarithm of the steps; None if `nats` is no more than twice its
+    standard error, or not above 0.
+    """
+
+    variant: str
+    steps: int
+    nats: Gap
+    per_log_step: float | None
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A gap as a difference of the baseline's length, with which it would have the variant's loss.
+
+    steps: how many more steps; negative for a variant that is worse. time: by which share that would take longer than
+    the variant's own steps. error: the standard error of both, as a share; None for a single seed.
+    extrapolated: the length is not between those that the exchange rate was measured with.
+    """
+
+    steps: float
+    time: float | None
+    error: float | None
+    extrapolated: bool
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation loss over the seeds, at the numbers of tokens at which every seed has one."""
+    """Validation loss over the seeds, at the numbers of tokens at which every seed has one.
+
+    seconds: the mean time of the steps until then; empty if it is not known.
+    """
 
     tokens: list[int]
     mean: list[float]
     low: list[float]
     high: list[float]
+    seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,6 +78,8 @@ class Summary:
 
     by_seed: the loss after the last step. peak_memory, training_bytes, inference_bytes: bytes, None if unknown.
     lr_at_edge: the best rate is the lowest or highest of those tried. gap: to the baseline; both for its best rate.
+    share: see `variants.Variant`. step_seconds: the mean of a step, in alternating rounds if the run has a budget, else
+    the median of its log. budget_seconds: of all steps by these rounds. worth: of the gap, by the exchange rate.
     """
 
     variant: str
@@ -59,6 +100,16 @@ class Summary:
     inference_bytes: int | None = None
     lr_at_edge: bool = False
     gap: Gap | None = None
+    share: float | None = None
+    steps: int | None = None
+    step_seconds: float | None = None
+    budget_seconds: float | None = None
+    worth: Worth | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps: by the budget, or as logged."""
+        return self.train_seconds if self.budget_seconds is None else self.budget_seconds
 
 
 @dataclass(frozen=True)
@@ -66,7 +117,8 @@ class Comparison:
     """The content of compare.json.
 
     baseline: the first variant. different: a line for each difference between the terms of the runs. variants: each
-    at its best learning rate. rates: each at every learning rate, or empty if no rates were tried.
+    at its best learning rate. rates: each at every learning rate, or empty if no rates were tried. equal: what all
+    variants have alike, tokens or time. exchange: None if it was not measured.
     """
 
     baseline: str
@@ -76,6 +128,8 @@ class Comparison:
     rates: list[Summary]
     runs: list[Run]
     failures: list[FailedRun] = field(default_factory=list)
+    equal: str = "tokens"
+    exchange: Exchange | None = None
 
 
 def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_different: bool) -> Comparison:
@@ -94,14 +148,18 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
     best = [best_rate([rate for rate in rates if rate.variant == name]) for name in names]
     gpus = dict.fromkeys(str(e.get("gpu") or e.get("device")) for run in runs for e in run.environment)
     mixed = [f"trained on {', '.join(gpus)}: speed, time and memory are not comparable"] * (len(gpus) > 1)
+    best = [replace(each, gap=paired(each.by_seed, best[0].by_seed)) for each in best]
+    rate = next((exchange_rate(each, best[0]) for each in best if each.share is not None and each.seeds), None)
     return Comparison(
         baseline=best[0].variant,
         different=different,
         notes=[*notes, *mixed],
-        variants=[replace(each, gap=paired(each.by_seed, best[0].by_seed)) for each in best],
+        variants=[replace(each, worth=worth(each, best[0], rate)) for each in best],
         rates=rates if any(rate.lr is not None for rate in rates) else [],
         runs=runs,
         failures=[row for row in rows if isinstance(row, FailedRun)],
+        equal="time" if runs and all(run.budget or run.share for run in runs) else "tokens",
+        exchange=rate,
     )
 
 
@@ -114,7 +172,43 @@ def mean_and_error(values: Sequence[float]) -> Spread:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gap:
     """The mean difference of two variants, ours minus theirs by seed, and its standard error."""
     common = [seed for seed in ours if seed in theirs]
-    return Gap(**vars(mean_and_error([ours[seed] - theirs[seed] for seed in common])), seeds=common)
+    found = mean_and_error([ours[seed] - theirs[seed] for seed in common])
+    known = found.mean is not None and found.stderr is not None
+    undecided = abs(found.mean) < 2 * found.stderr if known else None  # type: ignore[arg-type, operator]
+    return Gap(**vars(found), seeds=common, undecided=undecided)
+
+
+def exchange_rate(shorter: Summary, baseline: Summary) -> Exchange | None:
+    """The exchange rate of losses to steps; None if no seed has been trained with both lengths."""
+    nats = paired(shorter.by_seed, baseline.by_seed)
+    if nats.mean is None or not shorter.steps or not baseline.steps:
+        return None
+    known = nats.mean > 0 and not nats.undecided
+    rate = nats.mean / math.log(baseline.steps / shorter.steps) if known else None
+    return Exchange(shorter.variant, shorter.steps, nats, rate)
+
+
+FARTHEST = 4
+"""The factor between lengths from which an extrapolated one says nothing."""
+
+
+def worth(variant: Summary, baseline: Summary, exchange: Exchange | None) -> Worth | None:
+    """What a variant's gap is worth; None for the baseline, without a rate, and for a gap that is beyond it.
+
+    The loss is taken as linear in the logarithm of the steps of a whole run, with the learning rate's whole schedule:
+    the curve of a single run does not tell, because the schedule lowers it towards the end.
+    """
+    gap, rate, steps = variant.gap, exchange and exchange.per_log_step, baseline.steps
+    if not exchange or not rate or not steps or gap is None or gap.mean is None or variant.variant == baseline.variant:
+        return None
+    logarithm = -gap.mean / rate
+    if abs(logarithm) > math.log(FARTHEST):
+        return None
+    factor, error = math.exp(logarithm), None
+    if gap.stderr is not None and exchange.nats.stderr is not None and exchange.nats.mean:
+        error = math.hypot(gap.stderr / rate, logarithm * exchange.nats.stderr / exchange.nats.mean)
+    time = baseline.seconds and variant.seconds and factor * baseline.seconds / variant.seconds - 1
+    return Worth(steps * (factor - 1), time, error, not exchange.steps <= steps * factor <= steps)
 
 
 def best_rate(rates: Sequence[Summary]) -> Summary:
@@ -141,6 +235,7 @@ def _summary(variant: str, lr: float | None, rows: Sequence[Run | FailedRun]) ->
     sources = [s for s in (runs[0].final.by_source if runs else ()) if all(s in run.final.by_source for run in runs)]
     peaks = [run.peak_memory for run in runs if run.peak_memory is not None]
     sizes = next((run.sizes for run in runs if run.sizes), None)
+    budgets = [run.budget for run in runs if run.budget]
     return Summary(
         variant=variant,
         lr=lr,
@@ -155,12 +250,25 @@ def _summary(variant: str, lr: float | None, rows: Sequence[Run | FailedRun]) ->
         train_seconds=mean(run.train_seconds for run in runs) if runs else None,
         peak_memory=max(peaks, default=None),
         curve=_curve([run.val for run in runs]),
+        share=rows[0].share,
+        steps=max((run.final.step for run in runs), default=None),
+        step_seconds=median(known) if (known := [*filter(None, map(_step_seconds, runs))]) else None,
+        budget_seconds=mean(budget.seconds for budget in budgets) if budgets else None,
         **(vars(sizes) if sizes else {}),
     )
 
 
+def _step_seconds(run: Run) -> float | None:
+    if run.budget:
+        return run.budget.seconds / run.budget.steps
+    return run.tokens / run.final.step / run.tokens_per_s if run.tokens_per_s else None
+
+
 def _curve(runs: Sequence[Sequence[Validation]]) -> Curve:
-    seeds = [{validation.tokens: validation.loss for validation in run} for run in runs]
+    seeds = [{validation.tokens: validation for validation in run} for run in runs]
     tokens = [at for at in (seeds[0] if seeds else {}) if all(at in seed for seed in seeds)]
-    points = [[seed[at] for seed in seeds] for at in tokens]
-    return Curve(tokens, [*map(mean, points)], [*map(min, points)], [*map(max, points)])
+    points = [[seed[at].loss for seed in seeds] for at in tokens]
+    times = [[seed[at].seconds for seed in seeds] for at in tokens]
+    known = [[time for time in row if time is not None] for row in times]
+    seconds = [*map(mean, known)] if known == times else []
+    return Curve(tokens, [*map(mean, points)], [*map(min, points)], [*map(max, points)], seconds)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from slope_cli.compare.rows import Run, config_of
-from slope_cli.compare.summary import Comparison, Spread, Summary
+from slope_cli.compare.summary import Comparison, Spread, Summary, Worth
 from slope_cli.config.configs import container, follows
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
@@ -31,13 +31,37 @@ def _notes(result: Comparison) -> list[str]:
         "loss: nats per token on the validation text after the last step, mean ± standard error over (n) seeds; "
         f"gap: to {result.baseline}, over the same seeds"
     )
+    gaps = [each.gap for each in result.variants if each.gap and each.variant != result.baseline and each.gap.n]
+    if any(gap.undecided for gap in gaps):
+        lines.append("undecided: the gap is smaller than twice its standard error, as one of nothing may be")
+    if any(gap.undecided is None for gap in gaps):
+        lines.append("a gap over one seed has no standard error, so that nothing says whether it is chance")
+    if gaps:
+        lines.append(_exchange(result))
     lines.append(
         "active: parameters at the end of the run without the pruned ones; inference: the active ones in 16 bits, and "
         "a mask bit for each weight of a sparse layer; time: of the training steps alone"
     )
+    if result.equal == "time":
+        lines.append("time: steps times the step time that was measured; logged: what the steps of the runs took")
     if any(each.lr_at_edge for each in result.variants):
         lines.append("(edge): the best rate is the lowest or highest of those tried; a better one may lie beyond")
     return [*lines, *result.notes, *_environments(result.runs)]
+
+
+def _exchange(result: Comparison) -> str:
+    """How gaps become steps, or why they do not."""
+    rate = result.exchange
+    if rate is None:
+        return f"gaps in steps: not measured; --exchange 0.8 also trains {result.baseline} with 0.8 of its steps"
+    nats = f"{rate.variant} has {spread(rate.nats, '+.4f')} nats"
+    if rate.per_log_step is None:
+        return f"gaps in steps: not measured, as {nats}, which is undecided or no loss; take fewer steps, or more seeds"
+    return (
+        f"gap in steps: how many more {result.baseline} would need for the same loss; in time: how much longer all of "
+        f"these would take than the variant's own. Rate of exchange: {rate.per_log_step:.4f} nats for a unit of the "
+        f"natural logarithm of the steps ({nats}), each length with a whole schedule; (extrapolated): beyond the two"
+    )
 
 
 def _environments(runs: Sequence[Run]) -> list[str]:
@@ -55,11 +79,14 @@ def _quality(result: Comparison) -> Table:
     sources = sources if len(sources) > 1 else []
     rated = bool(result.rates)
     columns = ["variant", *(["learning rate"] if rated else []), "validation loss", "perplexity"]
-    columns += [f"gap to {result.baseline}", *sources]
+    exchanged = ["gap in steps", "gap in time"] if any(each.worth for each in result.variants) else []
+    columns += [f"gap to {result.baseline}", *exchanged, *sources]
     rows = []
     for each in result.variants:
         row = [each.variant, *([_rate(each)] if rated else []), spread(each.loss), number(each.perplexity.mean)]
-        row.append(NONE if each.variant == result.baseline else spread(each.gap, "+.4f"))
+        undecided = ", undecided" if each.gap and each.gap.undecided else ""
+        row.append(NONE if each.variant == result.baseline else spread(each.gap, "+.4f") + undecided)
+        row += _worth(each.worth) if exchanged else []
         rows.append(row + [spread(each.by_source.get(source)) for source in sources])
     return Table("Validation", columns, rows)
 
@@ -74,14 +101,17 @@ def _rates(result: Comparison) -> Table:
 
 
 def _cost(result: Comparison) -> Table:
+    measured = any(each.budget_seconds is not None for each in result.variants)
     columns = ["variant", "parameters", "trained", "active", "training state", "inference"]
-    columns += ["tokens/s", "peak memory", "time", "tokens"]
+    columns += ["tokens/s", "peak memory", "steps", "a step", "time", *(["logged"] if measured else []), "tokens"]
     rows = []
     for each in (each for each in result.variants if each.seeds):
         counts = vars(each.parameters).values() if each.parameters else (None, None, None)
         sizes = map(bytes_text, (each.training_bytes, each.inference_bytes))
         cells = [each.variant, *(number(count, ",") for count in counts), *sizes]
-        cells += [number(each.tokens_per_s, ",.0f"), bytes_text(each.peak_memory), _time(each.train_seconds)]
+        cells += [number(each.tokens_per_s, ",.0f"), bytes_text(each.peak_memory), number(each.steps, ",")]
+        step = NONE if each.step_seconds is None else f"{1e3 * each.step_seconds:.4g} ms"
+        cells += [step, _time(each.seconds), *([_time(each.train_seconds)] if measured else [])]
         rows.append([*cells, number(each.tokens, ",")])
     return Table("Cost", columns, rows)
 
@@ -122,6 +152,15 @@ def spread(value: Spread | None, form: str = ".4f") -> str:
         return NONE
     error = "" if value.stderr is None else f" ± {value.stderr:.4f}"
     return f"{value.mean:{form}}{error} ({value.n})"
+
+
+def _worth(worth: Worth | None) -> list[str]:
+    """What a gap is worth in steps and in time."""
+    if worth is None:
+        return [NONE, NONE]
+    error = "" if worth.error is None else f" ± {worth.error:.1%}"
+    beyond = " (extrapolated)" if worth.extrapolated else ""
+    return [f"{worth.steps:+,.0f}{beyond}", NONE if worth.time is None else f"{worth.time:+.1%}{error}"]
 
 
 def _time(seconds: float | None) -> str:

@@ -1,5 +1,6 @@
 """The runs of `slope compare`: a recipe with other methods, sizes, learning rates and seeds."""
 
+import bisect
 import itertools
 import math
 import re
@@ -12,14 +13,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from slope_cli.compare.budget import Budget, with_steps
 from slope_cli.config import configs
 from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
+from slope_cli.methods.accounting import account
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models.build import build_model, run_model_config
+from slope_cli.train.dry_run import untrained_model
 
-READY_MADE = ("half-depth", "same-active", "slope-r0")
+READY_MADE = ("half-depth", "same-active", "same-bytes", "dense-SHARE (such as dense-0.87)", "slope-r0")
+_SHARE = re.compile(r"dense-(0?\.\d+)")
 _FFN = {"gpt2": "n_inner", "opt": "ffn_dim"}
 """The families' own names for the width inside the MLPs, if not intermediate_size."""
 
@@ -30,6 +35,8 @@ class Variant:
 
     recipe, overrides: from which it was loaded, except the sizes of its model.
     note: how these sizes were chosen, if the user did not give them.
+    share: of the baseline's steps, if it is the baseline once more for the exchange rate.
+    budget: of a variant whose steps time decides.
     """
 
     name: str
@@ -37,6 +44,8 @@ class Variant:
     recipe: str
     overrides: Sequence[str]
     note: str = ""
+    share: float | None = None
+    budget: Budget | None = None
 
     @classmethod
     def load(cls, name: str, recipe: str, overrides: Sequence[str], note: str = "") -> "Variant":
@@ -52,6 +61,25 @@ class Variant:
         config = replace(self.config, model=replace(model, overrides={**kept, **own}))
         return replace(self, name=name, config=config, note=note)
 
+    def lasting(self, steps: int) -> "Variant":
+        """The variant with another number of steps."""
+        overrides = [*self.overrides, f"train.steps={steps}"]
+        return replace(self, config=with_steps(self.config, steps), overrides=overrides)
+
+    def within(self, budget: Budget) -> "Variant":
+        """The variant with a budget that its steps fill."""
+        return replace(self, budget=budget)
+
+    def shortened(self, share: float) -> "Variant":
+        """The variant once more with a share of its steps; UsageError if that is none of them, or all."""
+        steps = self.config.train.steps
+        fewer = round(share * steps) if 0 < share < 1 else 0  # nan is no share, either
+        if not 0 < fewer < steps:
+            rule = f"must be a share of {self.name}'s {steps:,} steps that leaves some of them, and not all"
+            raise UsageError(f"--exchange {share:g}: {rule}")
+        note = f"{fewer:,} of {steps:,} steps, for the exchange rate"
+        return replace(self.lasting(fewer), name=f"{self.name}-{share:g}-steps", note=note, share=share)
+
     def at(self, lr: float) -> Config:
         """The config at another learning rate, with all values that follow from it."""
         config = configs.load(self.recipe, [*self.overrides, f"optim.lr={lr}"])
@@ -60,12 +88,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison; lr: None unless learning rates are tried."""
+    """One run of a comparison; lr: None unless learning rates are tried; share, budget: the variant's."""
 
     variant: str
     lr: float | None
     seed: int
     config: Config
+    share: float | None = None
+    budget: Budget | None = None
 
     @property
     def name(self) -> str:
@@ -106,7 +136,8 @@ def planned_runs(chosen: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[
     planned = []
     for variant, lr, seed in itertools.product(chosen, lrs or (None,), seeds):
         config = variant.config if lr is None else variant.at(lr)
-        planned.append(PlannedRun(variant.name, lr, seed, replace(config, train=replace(config.train, seed=seed))))
+        config = replace(config, train=replace(config.train, seed=seed))
+        planned.append(PlannedRun(variant.name, lr, seed, config, variant.share, variant.budget))
     _refuse_duplicates("run", [run.name for run in planned])
     return planned
 
@@ -127,7 +158,8 @@ def _refuse_duplicates(kind: str, names: Sequence[str]) -> None:
 def _named(recipe: str, overrides: Sequence[str], name: str) -> Variant:
     if name == "slope-r0":
         return Variant.load(name, recipe, [*overrides, "method=slope", "adapters.rank=0"], "no adapters")
-    if name not in READY_MADE:
+    share = _SHARE.fullmatch(name)
+    if share is None and name not in READY_MADE:
         configs.load(recipe, overrides)  # first, so that a wrong override is not reported as a wrong name
         try:
             return Variant.load(name, recipe, [*overrides, f"method={name}"])
@@ -136,9 +168,20 @@ def _named(recipe: str, overrides: Sequence[str], name: str) -> Variant:
     dense = Variant.load("dense", recipe, [*overrides, "method=dense"])
     if name == "half-depth":
         return _half_depth(dense)
+    if share is not None:
+        if not float(share[1]):
+            raise UsageError(f"{name}: must be a share above 0, such as dense-0.87")
+        target = round(float(share[1]) * linear_weights(run_model_config(dense.config)))
+        of = f"that are {float(share[1]):g} of the dense model's (without head and embeddings)"
+        return _narrower(dense, name, "linear weights", linear_weights, target, of)
     base = configs.load(recipe, overrides)
     sparse = configs.load(recipe, [*overrides, "method=slope"]) if phases_of(base).dense else base
-    return _same_active(dense, sparse)
+    if name == "same-bytes":
+        target = account(untrained_model(sparse), sparse).inference_bytes
+        return _narrower(dense, name, "bytes in 16 bits", dense_bytes, target, "that the sparse model takes, packed")
+    kept = linear_weights(run_model_config(dense.config)) - _pruned(sparse)
+    of = "that the sparse model keeps (without head, embeddings and adapters)"
+    return _narrower(dense, name, "linear weights", linear_weights, kept, of)
 
 
 def _custom(recipe: str, overrides: Sequence[str], text: str) -> Variant:
@@ -162,44 +205,55 @@ def _half_depth(dense: Variant) -> Variant:
     return dense.resized("half-depth", settings, note, num_hidden_layers=layers // 2)
 
 
-def _same_active(dense: Variant, sparse: Config) -> Variant:
-    """A narrower dense model with as many linear weights as the sparse one keeps; adapters do not count.
+def _narrower(
+    dense: Variant, name: str, what: str, size: Callable[[PreTrainedConfig], int], target: int, of: str
+) -> Variant:
+    """A narrower dense model whose size is as near to the target as the widths that are possible allow.
 
     Heads keep their width, so there are fewer heads. The width inside the MLPs compensates for the rounding.
+
+    Args:
+        what, size: what is to be as large as the target, as text and as a function.
+        of: what the target is.
     """
     settings = run_model_config(dense.config)
-    whole, pruned = linear_weights(settings), _pruned(sparse)
     heads: int = settings.num_attention_heads
+    hidden: int = settings.hidden_size
     group = heads // (getattr(settings, "num_key_value_heads", None) or heads)  # query heads per key-value head
-    each = settings.hidden_size // heads * group
+    each = hidden // heads * group
     step = math.lcm(64, each)
-    if step * 8 > settings.hidden_size:  # too coarse
+    if step * 8 > hidden:  # too coarse
         step = each
-    width = max(1, round(settings.hidden_size * math.sqrt(1 - pruned / whole) / step)) * step
-    sizes = {"hidden_size": width, "num_attention_heads": heads * width // settings.hidden_size}
-    if group > 1:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"] // group
-
     field = _FFN.get(settings.model_type, "intermediate_size")
+    ffn: int = getattr(settings, field) or 4 * hidden  # GPT-2's n_inner may be None
 
-    def sized(ffn: int, note: str = "") -> Variant:
-        return dense.resized("same-active", settings, note, **sizes, **{field: ffn})
+    def sized(width: int, inside: int, note: str = "") -> Variant:
+        sizes = {"hidden_size": width, "num_attention_heads": heads * width // hidden, field: inside}
+        if group > 1:
+            sizes["num_key_value_heads"] = sizes["num_attention_heads"] // group
+        return dense.resized(name, settings, note, **sizes)
 
-    def weights(ffn: int) -> int:
-        return linear_weights(run_model_config(sized(ffn).config))
+    def measured(width: int, inside: int) -> int:
+        return size(run_model_config(sized(width, inside).config))
 
-    ffn: int = getattr(settings, field) or 4 * settings.hidden_size  # GPT-2's n_inner may be None
+    def root(steps: int) -> float:
+        # Sizes grow with the square of the width, or a little slower.
+        return math.sqrt(measured(steps * step, max(1, ffn * steps * step // hidden)))
+
+    most = hidden // step
+    low = bisect.bisect_left(range(1, most), math.sqrt(target), key=root)  # the last that is too small, or 0
+    below, above = (root(low) if low else 0.0), root(low + 1)
+    width = max(1, round(low + (math.sqrt(target) - below) / (above - below))) * step
     unit = 64 if ffn >= 1024 else 16
-    # Each feature inside the MLPs has a fixed number of weights, so the missing weights determine their number.
-    each_feature = (weights(2 * unit) - weights(unit)) // unit
-    narrow = max(1, round((whole - pruned - weights(unit)) / each_feature / unit) + 1) * unit
-    reached, target = weights(narrow), whole - pruned
+    # Each feature inside the MLPs has a fixed size, so the missing size determines their number.
+    each_feature = (measured(width, 2 * unit) - measured(width, unit)) // unit
+    narrow = max(1, round((target - measured(width, unit)) / each_feature / unit) + 1) * unit
+    reached = measured(width, narrow)
     note = (
-        f"width {width} of {settings.hidden_size}, {sizes['num_attention_heads']} of {heads} heads, MLP {narrow} of "
-        f"{ffn}: {reached:,} linear weights, {reached / target:.4f} of the {target:,} that the sparse model keeps "
-        "(without head, embeddings and adapters)"
+        f"width {width} of {hidden}, {heads * width // hidden} of {heads} heads, MLP {narrow} of {ffn}: "
+        f"{reached:,} {what}, {reached / target:.4f} of the {target:,} {of}"
     )
-    return sized(narrow, note)
+    return sized(width, narrow, note)
 
 
 def linear_weights(settings: PreTrainedConfig) -> int:
@@ -208,6 +262,12 @@ def linear_weights(settings: PreTrainedConfig) -> int:
     head = model.get_output_embeddings()
     linear = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head)
     return sum(module.weight.numel() for module in linear)
+
+
+def dense_bytes(settings: PreTrainedConfig) -> int:
+    """The bytes of a dense model's weights in 16 bits."""
+    model = build_model(settings, device="meta")
+    return sum(2 * parameter.numel() for parameter in model.parameters())
 
 
 def _pruned(config: Config) -> int:
