@@ -122,7 +122,7 @@ def test_a_key_is_explained() -> None:
         "    example: optim.lr=1e-3",
     ]
     assert slope("config", "optim.schedule").out.splitlines()[2:] == [
-        "    choices: cosine, linear, polynomial, constant",
+        "    choices: cosine, linear, polynomial, constant, wsd",
         "    example: optim.schedule=linear",
     ]
     share = "    unit: below 1 a share of "

@@ -183,37 +183,58 @@ class AdapterConfig(Section, section="adapters"):
 class OptimConfig(Section, section="optim"):
     """The optimizer and the learning rate."""
 
-    name: str = setting("adamw", "adamw", "lamb")
-    """adamw, or lamb (You et al. 2020) for very large batches."""
+    name: str = setting("adamw", "adamw", "lamb", "muon")
+    """adamw; lamb (You et al. 2020) for very large batches; muon (Jordan et al. 2024) for the matrices in the blocks,
+    with adamw for all else: embeddings, head, norms, biases, adapters."""
     lr: float = setting(6e-4, unit="a learning rate", example="1e-3")
     """Peak learning rate."""
+    muon_lr: float | None = setting(None, unit="a learning rate", example="2e-3")
+    """Peak learning rate of what muon updates, on the scale of adamw's; null for optim.lr."""
+    momentum: float = setting(0.95, unit="a share below 1", example="0.9")
+    """Decay rate of muon's momentum."""
     betas: tuple[float, float] = setting((0.9, 0.95), unit="two shares below 1", example="[0.9, 0.999]")
-    """Decay rates of the two moments."""
+    """Decay rates of the two moments of adamw and lamb."""
     eps: float = setting(1e-8, unit="the size of a gradient", example="1e-6")
     """Added to the denominator of an update."""
     weight_decay: float = setting(0.1, unit="a factor, times the learning rate in each step", example="0.01")
     """Decoupled weight decay; on matrices only, never on biases and norms."""
-    schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant")
-    """How the learning rate falls after the warm-up: cosine, linear, polynomial or constant."""
+    schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant", "wsd")
+    """How the learning rate falls after the warm-up: cosine, linear, polynomial or constant; with wsd (warm-up, stable,
+    decay) it stays at its peak until the decay."""
     warmup: float = setting(0.01, unit="below 1 a share of the run, else steps", example="200")
     """Linear warm-up: a share of the run if below 1, else a number of steps."""
     min_lr: float = setting(0.1, unit="a share of the peak", example="0")
     """The learning rate of the last step, as a share of the peak."""
     power: float = setting(0.5, unit="an exponent", example="1")
     """Exponent of the polynomial schedule."""
+    decay: float = setting(0.2, unit="below 1 a share of the run, else steps", example="2000")
+    """With optim.schedule=wsd, how long the learning rate falls: the last share of the run if below 1, else the last
+    steps."""
+    decay_shape: str = setting("linear", "linear", "sqrt")
+    """How it falls there: linear, or sqrt, by the square root of the share of the decay that is done."""
     clip: float = setting(1.0, unit="a norm", example="0")
     """Maximum norm of the gradient; 0 for no clipping."""
 
     def _check_values(self) -> None:
         self._positive("lr", "eps", "power")
+        if self.muon_lr is not None:
+            self._positive("muon_lr")
         self._share("min_lr")
-        self._not_negative("warmup", "weight_decay", "clip")
+        self._not_negative("warmup", "weight_decay", "decay", "clip")
         self._need(all(0 <= b < 1 for b in self.betas), "betas", "must be at least 0 and below 1")
+        self._need(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
+
+    def check(self, config: Config) -> None:
+        rule = "method=linearize trains adapters and feature maps, which muon leaves to adamw; choose adamw"
+        self._need(self.name != "muon" or config.method != "linearize", "name", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
+        unused = {} if self.name == "muon" else dict.fromkeys(("muon_lr", "momentum"), f"optim.name={self.name}")
+        if self.schedule != "wsd":
+            unused |= dict.fromkeys(("decay", "decay_shape"), f"optim.schedule={self.schedule}")
         if config.method != "linearize":
-            return {}
-        unused = {"weight_decay": "method=linearize"}
+            return unused
+        unused["weight_decay"] = "method=linearize"
         if config.linearize.transfer == 1:
             unused["lr"] = "linearize.transfer=1"
         elif not config.adapters.rank:
@@ -382,12 +403,21 @@ class Config:
         s.mask = s.mask or ("wanda" if wanda else "magnitude")
         s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
         self.adapters.lr = self.adapters.lr or self.optim.lr
+        if self.optim.name == "muon":
+            self.optim.muon_lr = self.optim.muon_lr or self.optim.lr
+        self.optim.check(self)
         if wanda:
             s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
         if own := self.own_section:
             own.check(self)
+
+    @property
+    def following_lr(self) -> set[str]:
+        """The keys of learning rates that have the value of optim.lr, which they follow unless they were set."""
+        own = {"adapters.lr": self.adapters.lr, "optim.muon_lr": self.optim.muon_lr}
+        return {key for key, lr in own.items() if lr == self.optim.lr}
 
     @property
     def own_section(self) -> Section | None:
