@@ -107,7 +107,9 @@ def test_without_a_word_all_methods_and_sections_are_named() -> None:
 def test_a_section_is_explained_with_all_its_keys() -> None:
     code, out, err = slope("config", "optim")
     assert (code, err) == (0, "")
-    assert out.startswith("The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    adamw, or lamb")
+    assert out.startswith(
+        "The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    adamw; lamb (You"
+    )
     keys = [name for name in KEYS if name.startswith("optim.")]
     assert re.findall(r"^(optim\.\w+): ", out, flags=re.MULTILINE) == keys
     units = sum(bool(KEYS[name].facts.unit) + bool(KEYS[name].facts.choices) for name in keys)

@@ -33,7 +33,7 @@ ITERATIONS = 5
 RMS = 0.2
 """The root mean square of an update's entries before the learning rate: that of AdamW's."""
 ENTRIES = 1 << 26
-"""Of matrices that are orthogonalized together, at most, unless one alone has more."""
+"""Of matrices that are orthogonalized together, at most, unless one weight alone has more."""
 FUSED = {"c_attn": 3}
 """The parts of layers that compute several products in one, by the last part of their names."""
 LINEAR = (nn.Linear, Conv1D, MaskedLinear, SparseLinear)
@@ -76,6 +76,8 @@ class Matrix:
             stored = scatter_kept(stored, _columns(layer), layer.in_features)
         elif isinstance(layer, Conv1D):
             stored = stored.t()
+        elif self.kept < 1:  # a momentum may be left from before there was a mask
+            stored = torch.where(layer.mask, stored, 0)
         parts: Tensor = stored.unflatten(0, (self.parts, -1))
         return parts
 
