@@ -74,10 +74,12 @@ def reference(weight: Tensor, grads: Sequence[Tensor], mask: Tensor | None = Non
     for grad in grads:
         grad = grad * kept
         mean = MOMENTUM * mean + (1 - MOMENTUM) * grad
-        new = orthogonalized(MOMENTUM * mean + (1 - MOMENTUM) * grad)
-        rms = new.square().mean().sqrt()
-        new = new * kept
-        new = new * rms / (new.square().sum() / kept.sum()).sqrt()  # of the kept entries, the same
+        new = MOMENTUM * mean + (1 - MOMENTUM) * grad
+        for _ in range(1 if mask is None else 2):
+            new = orthogonalized(new)
+            rms = new.square().mean().sqrt()
+            new = new * kept
+            new = new * rms / (new.square().sum() / kept.sum()).sqrt()  # of the kept entries, the same
         weight = weight * (1 - LR * decay) - LR * 0.2 * math.sqrt(max(weight.shape)) * new
     return weight
 

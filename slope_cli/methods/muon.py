@@ -6,8 +6,8 @@ learning rate and weight decay serve (Liu et al. 2025, arXiv 2502.16982).
 
 A sparse weight is not the matrix of its values: these are orthogonalized where they sit, in the (out, in) matrix with
 its zeros, and read from there again. What falls on pruned entries is lost, so the rest is scaled up to the root mean
-square that the whole matrix had. A matrix that holds several side by side, as GPT-2's c_attn those of query, key and
-value, is orthogonalized in parts.
+square that the whole matrix had. It is no longer orthogonal, so all of this is done twice. A matrix that holds several
+side by side, as GPT-2's c_attn those of query, key and value, is orthogonalized in parts.
 
 Shape suffixes: O out features, I in features, K kept entries of a row; P parts of a weight; N matrices of R rows and no
 fewer columns C.
@@ -30,6 +30,8 @@ from sparse_kernels.reference import gather_kept, kept_columns, scatter_kept
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that is iterated, from the same page: steep at 0, and within 0.7 to 1.2 around 1."""
 ITERATIONS = 5
+PASSES = 2
+"""How often the update of a matrix with pruned entries is orthogonalized and pruned."""
 RMS = 0.2
 """The root mean square of an update's entries before the learning rate: that of AdamW's."""
 ENTRIES = 1 << 26
@@ -144,7 +146,17 @@ def updates(matrices: Sequence[Matrix], momenta: Sequence[Tensor]) -> list[Tenso
     Returns:
         Tensors of the weights' shapes, in the dtype of the momenta.
     """
-    dense = [matrix.dense(momentum) for matrix, momentum in zip(matrices, momenta, strict=True)]
+    found = _orthogonalized(matrices, momenta)
+    pruned = [place for place, matrix in enumerate(matrices) if matrix.kept < 1]
+    for _ in range(PASSES - 1 if pruned else 0):
+        again = _orthogonalized([matrices[place] for place in pruned], [found[place] for place in pruned])
+        for place, update in zip(pruned, again, strict=True):
+            found[place] = update
+    return found
+
+
+def _orthogonalized(matrices: Sequence[Matrix], stored: Sequence[Tensor]) -> list[Tensor]:
+    dense = [matrix.dense(each) for matrix, each in zip(matrices, stored, strict=True)]
     wide = [parts.mT if parts.shape[1] > parts.shape[2] else parts for parts in dense]
     orthogonal_NRC = orthogonal(torch.cat(wide)) * (RMS * math.sqrt(wide[0].shape[2]))
     each = orthogonal_NRC.split([len(parts) for parts in wide])
