@@ -77,6 +77,7 @@ SPARSE = [
     ("method=sr_ste",),
     ("method=fst", "fst.dense_finish=0.4"),
     ("method=wanda", "sparsity.start=0.5"),
+    ("optim.name=muon",),
 ]
 LINEAR = [
     ("method=linearize", "linearize.window=8"),
@@ -100,11 +101,14 @@ def test_parameters_and_bytes_are_those_of_the_tensors(family: str, more: tuple[
     parts = by_part(model, tensors)
     bytes_of = {part: size(found) for part, found in parts.items()}
     linear = config.method == "linearize"
+    lone = size(t for name, t in tensors.items() if name.endswith("exp_avg") and f"{name}_sq" not in tensors)
+    assert (lone > 0) == (config.optim.name == "muon")
     # Weights, adapters and maps have two moments in a checkpoint, and in memory a gradient.
     expected = {
         "weights (float32)": 0 if linear else bytes_of["weights"],
         "gradients (float32)": 0 if linear else bytes_of["weights"],
-        "AdamW moments": bytes_of["moments"],
+        "AdamW moments": bytes_of["moments"] - lone,
+        **({"Muon momentum": lone} if lone else {}),
         "masks": bytes_of["masks"],
         "adapters with their state": bytes_of["adapters"] * 4 // 3,
         "maps with their state": bytes_of["maps"] * 4 // 3,
@@ -119,12 +123,15 @@ def test_parameters_and_bytes_are_those_of_the_tensors(family: str, more: tuple[
     assert counts.pretrained_adapter_parameters == 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_dense_run_is_counted_as_one(family: str) -> None:
-    sparse = counted(configs.load(str(RECIPE), small(family)))
-    dense = counted(configs.load(str(RECIPE), [*small(family), "method=dense"]))
+def test_a_dense_run_is_counted_as_one(family: str, name: str) -> None:
+    words = [*small(family), f"optim.name={name}"]
+    sparse = counted(configs.load(str(RECIPE), words))
+    dense = counted(configs.load(str(RECIPE), [*words, "method=dense"]))
     assert dense.dense_parameters == dense.trained_parameters == sparse.dense_parameters > sparse.trained_parameters
     assert sum(dense.state_bytes.values()) == sum(dense.dense_state_bytes.values())
+    assert dense.dense_state_bytes == sparse.dense_state_bytes
     assert dense.real_flops_per_token == dense.dense_flops_per_token == sparse.dense_flops_per_token
 
 

@@ -26,6 +26,11 @@ LINEARIZE = "method=linearize linearize.window=32"
         ("optim.warmup=1000", "optim.warmup=1000: the warm-up is not over before the 1,000 steps that"),
         ("adapters.warmup=200", "adapters.warmup=200: the warm-up is not over before the 100 steps that"),
         (f"{LINEARIZE} optim.warmup=700", "optim.warmup=700: the warm-up is not over before the 500 steps"),
+        (
+            "optim.schedule=wsd optim.warmup=100 optim.decay=901",
+            "optim.decay=901: is longer than the 900 steps after the warm-up",
+        ),
+        ("optim.name=muon optim.muon_lr=5", "optim.muon_lr=5: is 833 times the recipe's 0.006; is it meant?"),
         ("adapters.start=1", "adapters.start=1: adapters would join after the end of the 1,000 steps"),
         (f"{LINEARIZE} linearize.transfer=0.9999", "linearize.transfer=0.9999: adapters would join after the end"),
         ("optim.lr=5", "optim.lr=5: is 833 times the recipe's 0.006; is it meant?"),
@@ -55,6 +60,8 @@ def test_what_is_likely_a_mistake_is_said_once(words: str, warning: str) -> None
         "adapters.lr=5 method=dense",
         "optim.lr=0.02",
         "adapters.schedule=run adapters.warmup=500",
+        "optim.schedule=wsd optim.warmup=0 optim.decay=1000",
+        "optim.name=muon optim.lr=0.02",
         f"{LINEARIZE} linearize.transfer=1",
     ],
 )
@@ -125,6 +132,7 @@ def test_after_divergence_the_learning_rates_to_lower_are_named() -> None:
     assert said("optim.lr=50", step=950).endswith("at step 951: lower optim.lr, now 50 (why)")
     both = "lower optim.lr, now 50 or adapters.lr, now 2 (why)"
     assert said("optim.lr=50", "adapters.lr=2", step=950, what="gradient").endswith(both)
+    assert said("optim.name=muon", "optim.muon_lr=2", step=8).endswith("0.006 or optim.muon_lr, now 2 (why)")
     assert "lower linearize.transfer_lr, now 0.01" in said(*LINEARIZE.split(), step=8)
     assert "lower adapters.lr, now 0.006" in said(*LINEARIZE.split(), step=800)
     first = "the loss was non-finite at step 1, before any update: check the weights that it begins with (model.init)"

@@ -449,6 +449,9 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
 
     assert load("optim.lr=0.5").adapters.lr == 0.5
     assert load("optim.lr=0.5", "adapters.lr=0.25").adapters.lr == 0.25
+    assert load("optim.lr=0.5").optim.muon_lr is None
+    assert load("optim.lr=0.5", "optim.name=muon").optim.muon_lr == 0.5
+    assert load("optim.lr=0.5", "optim.name=muon", "optim.muon_lr=0.25").optim.muon_lr == 0.25
     assert load().sparsity.mask == load(*chosen("fst")).sparsity.mask == "magnitude"
     assert load(*chosen("wanda")).sparsity.mask == "wanda"
     assert (load().sparsity.target_modules, load("method=fst").sparsity.target_modules) == ([], ["mlp"])
@@ -474,6 +477,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
         ),
         ("method=linearize linearize.targets=[]", "linearize.targets=[]: choose some of q, k, v, o"),
         ("method=linearize linearize.feature_map=elu", "linearize.feature_map=elu: choose one of hedgehog, t2r"),
+        ("method=linearize optim.name=muon", "optim.name=muon: method=linearize trains adapters and feature maps"),
         ("model.name=init", "model.name=init: is only for method=linearize"),
     ],
 )

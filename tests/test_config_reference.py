@@ -125,7 +125,7 @@ def test_a_key_is_explained() -> None:
     assert lines[0] == "optim.lr: number; default 0.0006"
     assert lines[-2:] == ["    unit: a factor, times the update", "    example: optim.lr=1e-3"]
     assert slope("config", "optim.schedule").out.splitlines()[-2:] == [
-        "    choices: cosine, linear, polynomial, constant",
+        "    choices: cosine, linear, polynomial, constant, wsd",
         "    example: optim.schedule=linear",
     ]
     share = "    unit: below 1 a share of "

@@ -220,7 +220,11 @@ def test_a_split_teacher_has_rows_of_its_own() -> None:
 @pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize"])
 @pytest.mark.parametrize("family", ["gpt2-nano", "opt-125m", "llama3-8b"])
 def test_the_units_of_a_model_add_up_to_the_account_of_a_run(family: str, method: str) -> None:
-    more = ["linearize.window=8"] if method == "linearize" else ["sparsity.start=0.4"] if method == "slope" else []
+    more = {
+        "linearize": ["linearize.window=8"],
+        "slope": ["sparsity.start=0.4"],
+        "sr_ste": ["optim.name=muon"],
+    }.get(method, [])
     config = configs.load(str(RECIPE), [*small(family), f"method={method}", *more])
     model = build_model(run_model_config(config), device="meta")
     counts, phases = account(copy.deepcopy(model), config), phase_sizes(model, config)

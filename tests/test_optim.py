@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +48,22 @@ def test_warm_up_is_a_share_below_one_and_a_number_of_steps_from_one_on() -> Non
     assert rates(4, 100, schedule="cosine") == pytest.approx([0.01, 0.02, 0.03, 0.04])
 
 
+def test_with_wsd_the_rate_stays_at_its_peak_until_the_decay() -> None:
+    wsd: dict[str, Any] = {"schedule": "wsd", "min_lr": 0.2}
+    expected = [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert rates(10, 2, decay=4, **wsd) == pytest.approx(expected)
+    assert rates(10, 2, decay=0.4, **wsd) == pytest.approx(expected)
+    roots = [1 - 0.8 * math.sqrt(done / 4) for done in (1, 2, 3, 4)]
+    assert rates(10, 2, decay=4, decay_shape="sqrt", **wsd) == pytest.approx([*expected[:6], *roots])
+    assert rates(6, 2, decay=0, **wsd) == rates(6, 2, schedule="constant")
+    assert rates(6, 2, decay=9, **wsd) == pytest.approx([0.5, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rates(4, 0, decay=4, **wsd) == pytest.approx([0.8, 0.6, 0.4, 0.2])  # the decay alone
+
+
 @given(
     st.integers(1, 50),
     st.one_of(st.floats(0, 0.99), st.integers(1, 60)),
-    st.sampled_from(["cosine", "linear", "polynomial", "constant"]),
+    st.sampled_from(["cosine", "linear", "polynomial", "constant", "wsd"]),
     st.floats(0, 1),
 )
 def test_any_schedule_rises_once_and_then_never_again(steps: int, warmup: float, schedule: str, min_lr: float) -> None:

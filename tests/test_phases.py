@@ -38,6 +38,7 @@ RUNS = {
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]"],
     "every step": ["slope.mask_update_interval=1", "sparsity.target_modules=[mlp]"],
     "fp8": ["train.precision=fp8", "train.bf16_finish=0.3"],
+    "muon": ["optim.name=muon", "sparsity.start=0.3", "slope.before=sr_ste"],
     "lamb": ["optim.name=lamb", "optim.lr=0.01", "adapters.schedule=run", "adapters.init=gaussian"],
 }
 

@@ -55,6 +55,7 @@ METHODS = {
     "slope": ("train.steps=50", "adapters.start=0.5"),
     "fst": ("method=fst", "train.steps=20", "fst.mask_update_interval=3"),
     "dense then sparse": ("train.steps=20", "sparsity.start=0.3", "slope.before=sr_ste"),
+    "muon": ("optim.name=muon", "train.steps=20", "adapters.start=0.5"),
     "wanda, lamb": ("method=wanda", "train.steps=20", "sparsity.start=0.3", "optim.name=lamb"),
 }
 
@@ -178,6 +179,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(rank: int, number: i
         ("distributed.layout=ddp",),
         ("distributed.layout=fsdp",),
         ("distributed.layout=fsdp", "optim.name=lamb", "sparsity.start=0.1"),
+        ("distributed.layout=fsdp", "optim.name=muon", "sparsity.start=0.1"),
         ("distributed.layout=fsdp", "method=fst", "sparsity.start=0.1", "fst.mask_update_interval=5"),
     ],
 )
@@ -364,6 +366,7 @@ SPLIT = {
     "fst": ("method=fst", "train.steps=12", "sparsity.start=0.2", "fst.dense_finish=0.3", "fst.mask_update_interval=2"),
     "dense, then wanda": ("method=wanda", "train.steps=12", "sparsity.start=0.4"),
     "lamb": ("optim.name=lamb", "train.steps=12", "adapters.start=0.5", "optim.weight_decay=0.1"),
+    "muon": ("optim.name=muon", "train.steps=12", "sparsity.start=0.3", "adapters.start=0.7"),
     "compiled": ("train.steps=8", "adapters.start=0.5", "train.compile=true"),
     "checkpointed": ("train.steps=8", "adapters.start=0.5", "train.activation_checkpointing=block"),
 }

@@ -58,7 +58,7 @@ def state_tensors(
     """All that a checkpoint holds, as live tensors by name: parameters, buffers, and the optimizer's state.
 
     A tied weight appears once. The steps AdamW counts for each parameter are one vector, in parameter order; LAMB's
-    update depends on none.
+    and Muon's updates depend on none.
 
     Args:
         derived: with the masks that follow from the values, too.
@@ -71,7 +71,7 @@ def state_tensors(
     if optimizer is not None:
         states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
         for name, state in states.items():
-            tensors |= {f"optim.{name}.{key}": state[key] for key in MOMENTS}
+            tensors |= {f"optim.{name}.{key}": state[key] for key in MOMENTS if key in state}
         if counts := [state["step"] for state in states.values() if "step" in state]:
             tensors["optim.step"] = torch.stack([count.float().cpu() for count in counts])
     return tensors

@@ -345,9 +345,7 @@ def follows(config: Config, key: str) -> bool:
 def differences(old: Config, new: Config) -> list[str]:
     """The keys, apart from FREE_KEYS, in which two configurations differ, each as "key: old -> new"."""
     before, after = fixed(old), fixed(new)
-    keys = {*before, *after} - {MICRO_BATCH}
-    if all(config.adapters.lr == config.optim.lr for config in (old, new)):  # nobody has set the former
-        keys -= {"adapters.lr"}
+    keys = {*before, *after} - {MICRO_BATCH} - (old.following_lr & new.following_lr)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted(keys) if before.get(key) != after.get(key)
     ]

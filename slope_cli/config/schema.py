@@ -228,21 +228,26 @@ class DistillConfig(Section, section="distill"):
 class OptimConfig(Section, section="optim"):
     """The optimizer and the learning rate."""
 
-    name: str = setting("adamw", "adamw", "lamb")
-    """The optimizer: adamw, or lamb (You et al. 2020), for very large batches."""
+    name: str = setting("adamw", "adamw", "lamb", "muon")
+    """The optimizer: adamw; lamb (You et al. 2020), for very large batches; or muon (Jordan et al. 2024) for the
+    matrices in the blocks, with adamw for all else: embeddings, head, norms, biases, adapters."""
     lr: float = setting(6e-4, unit="a factor, times the update", example="1e-3")
     """The learning rate at its peak: it rises to this during optim.warmup, and then falls, as optim.schedule says, to
     optim.min_lr times this. Adapters may have another one, adapters.lr. The recipes, which `slope recipes NAME` prints,
     have from 6e-3 for the smallest models to 8e-5 for the largest."""
+    muon_lr: float | None = setting(None, unit="a factor, times the update", example="2e-3")
+    """The learning rate at its peak of what muon updates, whose updates have the size of adamw's; null for optim.lr."""
+    momentum: float = setting(0.95, unit="a share below 1", example="0.9")
+    """How much muon's moving average of the gradient keeps in each step."""
     betas: tuple[float, float] = setting((0.9, 0.95), unit="two shares below 1", example="[0.9, 0.999]")
-    """How much AdamW's two moving averages, of the gradient and of its square, keep in each step."""
+    """How much the two moving averages of adamw and lamb, of the gradient and of its square, keep in each step."""
     eps: float = setting(1e-8, unit="the size of a gradient", example="1e-6")
     """Added to the denominator of AdamW's update, so that tiny gradients make no large updates."""
     weight_decay: float = setting(0.1, unit="a factor, times the learning rate in each step", example="0.01")
     """Decoupled weight decay, as in AdamW; on matrices only, never on biases and norms."""
-    schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant")
+    schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant", "wsd")
     """How the learning rate falls from its peak after the warm-up: cosine, linear, polynomial (with optim.power) or
-    constant (not at all)."""
+    constant (not at all); with wsd (warm-up, stable, decay) it stays at its peak until the decay, optim.decay."""
     warmup: float = setting(0.01, unit="below 1 a share of the run, else steps", example="200")
     """How long the learning rate rises linearly to its peak: below 1 a share of the run (0.01 is the first hundredth of
     the steps), else a number of steps."""
@@ -250,20 +255,35 @@ class OptimConfig(Section, section="optim"):
     """The learning rate of the last step, as a share of optim.lr: 0.1 is a tenth of the peak."""
     power: float = setting(0.5, unit="an exponent", example="1")
     """The exponent of optim.schedule=polynomial: 1 is linear, and below 1 the rate falls late."""
+    decay: float = setting(0.2, unit="below 1 a share of the run, else steps", example="2000")
+    """With optim.schedule=wsd, how long the learning rate falls: below 1 the last share of the run (0.2 is the last
+    fifth of the steps), else the last steps."""
+    decay_shape: str = setting("linear", "linear", "sqrt")
+    """How it falls there: linear, or sqrt, by the square root of the share of the decay that is done."""
     clip: float = setting(1.0, unit="a norm", example="0")
     """The largest norm of the gradient of all weights together, to which a larger one is scaled down; 0 is no
     clipping."""
 
     def _check_values(self) -> None:
         self._positive("lr", "eps", "power")
+        if self.muon_lr is not None:
+            self._positive("muon_lr")
         self._share("min_lr")
-        self._not_negative("warmup", "weight_decay", "clip")
+        self._not_negative("warmup", "weight_decay", "decay", "clip")
         self._need(all(0 <= b < 1 for b in self.betas), "betas", "must be at least 0 and below 1")
+        self._need(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
+
+    def check(self, config: Config) -> None:
+        rule = "method=linearize trains adapters and feature maps, which muon leaves to adamw; choose adamw"
+        self._need(self.name != "muon" or config.method != "linearize", "name", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
+        unused = {} if self.name == "muon" else dict.fromkeys(("muon_lr", "momentum"), f"optim.name={self.name}")
+        if self.schedule != "wsd":
+            unused |= dict.fromkeys(("decay", "decay_shape"), f"optim.schedule={self.schedule}")
         if config.method != "linearize":
-            return {}
-        unused = {"weight_decay": "method=linearize"}
+            return unused
+        unused["weight_decay"] = "method=linearize"
         if config.linearize.transfer == 1:
             unused["lr"] = "linearize.transfer=1"
         elif not config.adapters.rank:
@@ -451,6 +471,9 @@ class Config:
         s.mask = s.mask or ("wanda" if wanda else "magnitude")
         s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
         self.adapters.lr = self.adapters.lr or self.optim.lr
+        if self.optim.name == "muon":
+            self.optim.muon_lr = self.optim.muon_lr or self.optim.lr
+        self.optim.check(self)
         if wanda:
             s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
@@ -462,6 +485,12 @@ class Config:
             self.distill._need(bool(self.distill.teacher or self.model.init), "share", rule)
         if own := self.own_section:
             own.check(self)
+
+    @property
+    def following_lr(self) -> set[str]:
+        """The keys of learning rates that have the value of optim.lr, which they follow unless they were set."""
+        own = {"adapters.lr": self.adapters.lr, "optim.muon_lr": self.optim.muon_lr}
+        return {key for key, lr in own.items() if lr == self.optim.lr}
 
     @property
     def own_section(self) -> Section | None:

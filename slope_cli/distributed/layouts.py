@@ -51,6 +51,7 @@ class Unit:
     dense: those of them that products take from a 16-bit copy in DDP, under autocast.
     packed_bytes: of both packed copies of its sparse weights.
     mask_bytes, updated_mask_bytes: of its masks, and of those that change in a step.
+    one_moment: those of the trained of which the optimizer keeps one moment, as Muon does, and not two.
     """
 
     parameters: int
@@ -59,6 +60,7 @@ class Unit:
     packed_bytes: int = 0
     mask_bytes: int = 0
     updated_mask_bytes: int = 0
+    one_moment: int = 0
 
     def __add__(self, other: "Unit") -> "Unit":
         return Unit(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -207,7 +209,7 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     return Memory(
         weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
-        moments=_split(8 * whole.trained, shard),
+        moments=_split(8 * whole.trained - 4 * whole.one_moment, shard),
         masks=masks,
         packed=packed,
         gathered=gathered,

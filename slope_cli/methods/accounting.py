@@ -17,6 +17,7 @@ from slope_cli.distributed.layouts import Sizes, Unit
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
+from slope_cli.methods.muon import Matrix, hidden_matrices
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import (
@@ -185,6 +186,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     dense = now.weights + now.sparse - now.stored_sparse
     frozen = now.weights - now.trained + now.adapters - now.trained_adapters
     operations, in_adapters = flops(model, config), 6 * now.adapters
+    by_muon = _by_muon(model, config)
     return Account(
         dense_parameters=dense,
         trained_parameters=now.trained,
@@ -198,12 +200,12 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         pruned_layer_weights=now.pruned_layers,
         state_bytes={
             **({"frozen (float32)": 4 * frozen} if frozen else {}),
-            **_adamw_bytes(now.trained),
+            **_state_bytes(now.trained, sum(p.numel() for p in by_muon)),
             "masks": now.mask_bytes,
             "adapters with their state": 16 * now.trained_adapters,
             "maps with their state": 16 * now.maps,
         },
-        dense_state_bytes=_adamw_bytes(dense),
+        dense_state_bytes=_state_bytes(dense, sum(matrix.entries for matrix in by_muon.values())),
         derived_bytes=_derived_bytes(now) if now.sparse else {},
         activation_bytes=activation_bytes(model, config).get(config.train.activation_checkpointing),
         dense_flops_per_token=operations and operations.dense_equivalent,
@@ -242,8 +244,9 @@ def _out_features(layer: Any) -> int:
 
 def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
     """A model as it is, on any device, block by block: what a layout's memory and communication follow from."""
-    blocks = tuple(_unit(block) for block in transformer_blocks(model))
-    whole, inside = _unit(model), sum(blocks[1:], blocks[0]) if blocks else Unit(0, 0, 0)
+    by_muon = _by_muon(model, config)
+    blocks = tuple(_unit(block, by_muon) for block in transformer_blocks(model))
+    whole, inside = _unit(model, by_muon), sum(blocks[1:], blocks[0]) if blocks else Unit(0, 0, 0)
     rest = Unit(*(a - b for a, b in zip(vars(whole).values(), vars(inside).values(), strict=True)))
     rows = {x.out_features for _, x in sparse_layers(model)} | {x.out_features for _, x in masked_layers(model)}
     each = sum(layer.out_features * layer.in_features for layer, *_ in alike(model))
@@ -262,7 +265,12 @@ def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     return found
 
 
-def _unit(module: nn.Module) -> Unit:
+def _by_muon(model: nn.Module, config: Config) -> dict[nn.Parameter, Matrix]:
+    """What Muon updates in a run of a model."""
+    return hidden_matrices(model) if config.optim.name == "muon" else {}
+
+
+def _unit(module: nn.Module, by_muon: dict[nn.Parameter, Matrix]) -> Unit:
     now, masked = count(module), [x for _, x in masked_layers(module)]
     updated = [x.mask for x in masked if not x.unmasked] + [x.backward_mask_bits for _, x in sparse_layers(module)]
     return Unit(
@@ -272,6 +280,7 @@ def _unit(module: nn.Module) -> Unit:
         packed_bytes=_packed_bytes(now.sparse),
         mask_bytes=now.mask_bytes,
         updated_mask_bytes=sum(mask.nbytes for mask in updated),
+        one_moment=sum(p.numel() for p in module.parameters() if p in by_muon),
     )
 
 
@@ -289,8 +298,11 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _adamw_bytes(parameters: int) -> dict[str, int]:
-    return {"weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters, "AdamW moments": 8 * parameters}
+def _state_bytes(parameters: int, by_muon: int) -> dict[str, int]:
+    """Of trained weights, some of which Muon updates."""
+    sizes = {"weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters}
+    sizes["AdamW moments"] = 8 * (parameters - by_muon)
+    return sizes | ({"Muon momentum": 4 * by_muon} if by_muon else {})
 
 
 def _attention_flops(config: Config, model: PreTrainedModel) -> int:

@@ -7,20 +7,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from slope_cli.config.schema import Config, OptimConfig
 from slope_cli.distributed.collectives import sum_among
 from slope_cli.linearize.swap import linear_windows
-from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Phases, Rate
+from slope_cli.methods.muon import batches, hidden_matrices, updates
+from slope_cli.methods.phases import ADAPTERS, MAPS, MATRICES, WEIGHTS, Phase, Phases, Rate
 from sparse_kernels import decay_pruned
-from sparse_kernels.sharded import local, of_whole
+from sparse_kernels.sharded import local, local_rows, of_whole, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The state that both optimizers keep for each parameter, in its shape."""
+"""The state that optimizers keep for each parameter, in its shape; of what Muon updates the first alone."""
 
 
 def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.optim.Optimizer:
-    """AdamW or LAMB over all parameters that are trained in the model's present phase, in groups with their rates.
+    """The optimizer of all parameters that are trained in the model's present phase, in groups with their rates.
 
     Weight decay is on the model's own matrices alone: not on biases and norms, nor on feature maps, which start as the
     identity and are not to shrink towards zero. The kept values of a sparse layer are a matrix like any other.
@@ -33,17 +35,19 @@ def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.o
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW or LAMB over all parameters of a model that require a gradient."""
+    """The optimizer of all parameters of a model that require a gradient: AdamW, LAMB or Muon."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapters = [p for name, p in trained.items() if ".adapter." in name]
     maps = [p for window in linear_windows(model).values() for p in window.parameters() if p.requires_grad]
-    beside = {id(p) for p in (*adapters, *maps)}
-    groups = []
+    hidden = [p for p in hidden_matrices(model) if p.requires_grad] if optim.name == "muon" else []
+    beside = {id(p) for p in (*adapters, *maps, *hidden)}
+    groups: list[dict[str, Any]] = [{"params": hidden, "weight_decay": optim.weight_decay, "group": MATRICES}]
     for group, decay, own in (
         (WEIGHTS, optim.weight_decay, [p for p in trained.values() if id(p) not in beside]),
         (MAPS, 0.0, maps),
     ):
-        groups.append({"params": [p for p in own if p.dim() >= 2], "weight_decay": decay, "group": group})
+        matrices = [p for p in own if p.dim() >= 2]
+        groups.append({"params": matrices, "weight_decay": decay, "group": group, "adam": optim.name == "muon"})
         # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with.
         vectors = [p for p in own if p.dim() < 2]
         groups.append({"params": vectors, "weight_decay": 0.0, "group": group, "adam": True})
@@ -51,6 +55,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
+    if optim.name == "muon":
+        return Muon(model, groups, momentum=optim.momentum, **settings)
     return Lamb(groups, **settings)
 
 
@@ -102,13 +108,76 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon for the hidden matrices of a model, AdamW in groups with "adam"; see `slope_cli.methods.muon`.
+
+    The momentum is a decaying mean of gradients, of which the update looks one step ahead (Nesterov); weight decay is
+    decoupled. Where a process has only some rows of the matrices, it gathers their momentum, since an orthogonal matrix
+    follows from all rows, and updates its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        """
+        Args:
+            model: whose hidden layers tell, in each step, where the entries of their weights sit.
+            groups: as torch's optimizers take them.
+            lr: of groups that have none of their own.
+            momentum: the decay rate of the mean.
+            betas, eps: of AdamW.
+        """
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0, "adam": False}
+        super().__init__(groups, defaults | {"fused": True})
+        self._model = model
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p.grad is not None]:
+                init_state(self, params)
+                if group["adam"]:
+                    self._adamw(params, group)
+                else:
+                    self._update(params, group)
+
+    def _adamw(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        means, squares = ([local(self.state[p][key]) for p in params] for key in MOMENTS)
+        (beta1, beta2), steps = group["betas"], [self.state[p]["step"] for p in params]
+        weights, grads = [local(p) for p in params], [local(cast(Tensor, p.grad)) for p in params]
+        how = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        how |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}
+        adamw(weights, grads, means, squares, [], steps, **how)
+
+    def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        matrices, lr, momentum = hidden_matrices(self._model), group["lr"], group["momentum"]
+        for batch in batches({p: matrices[p] for p in params}):
+            grads = [cast(Tensor, p.grad) for p in batch]
+            means = [self.state[p]["exp_avg"] for p in batch]
+            torch._foreach_lerp_(means, grads, 1 - momentum)
+            dtype = torch.bfloat16 if batch[0].is_cuda else batch[0].dtype  # fast there, and half as much to gather
+            ahead = [whole(each.to(dtype)) for each in torch._foreach_lerp(grads, means, momentum)]
+            weights = [local(p) for p in batch]
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            for p, weight, update in zip(batch, weights, updates([matrices[p] for p in batch], ahead), strict=True):
+                weight.sub_(update[local_rows(p)].to(weight.dtype) * lr)
+
+
 def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
     """Give added adapters their own group, with its learning rate, decay and fresh state."""
     optimizer.add_param_group(_adapter_group(parameters, config.adapters.weight_decay))
 
 
 def _adapter_group(parameters: Iterable[nn.Parameter], decay: float) -> dict[str, Any]:
-    # adam: LAMB's trust ratio does not work for a matrix that starts at zero.
+    # adam: neither LAMB's trust ratio nor Muon works for a matrix that starts at zero, one of two that are multiplied.
     return {"params": list(parameters), "weight_decay": decay, "group": ADAPTERS, "adam": True}
 
 
@@ -132,17 +201,27 @@ def learning_rate(rate: Rate, step: int, optim: OptimConfig) -> float:
         step: of the run, from rate.first to rate.last - 1.
     """
     step, steps = step - rate.first, rate.last - rate.first
-    warmup_steps = round(rate.warmup * steps) if rate.warmup < 1 else int(rate.warmup)
+    warmup_steps = span(rate.warmup, steps)
     if step < warmup_steps:
         return rate.peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    if optim.schedule == "wsd":
+        decay_steps = min(span(optim.decay, steps), steps - warmup_steps)
+        done = max(0, step + 1 - (steps - decay_steps)) / max(1, decay_steps)  # the first step of the decay falls, too
+    else:
+        done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     left: float = {
         "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
         "linear": 1 - done,
         "polynomial": (1 - done) ** optim.power,
         "constant": 1.0,
+        "wsd": 1 - (math.sqrt(done) if optim.decay_shape == "sqrt" else done),
     }[optim.schedule]
     return rate.peak * (optim.min_lr + (1 - optim.min_lr) * left)
+
+
+def span(length: float, steps: int) -> int:
+    """The steps of a warm-up or a decay: a share of `steps` if below 1, else a number of steps."""
+    return round(length * steps) if length < 1 else int(length)
 
 
 # ------------------------------------------------------------------------------------------------------------- state
@@ -150,10 +229,11 @@ def learning_rate(rate: Rate, step: int, optim: OptimConfig) -> float:
 
 def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Make the state of parameters that have none, as the optimizer's first step would: zeros."""
+    matrices = {p for group in optimizer.param_groups if group.get("group") == MATRICES for p in group["params"]}
     for p in parameters:
         if not optimizer.state[p]:
-            optimizer.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
-            if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in (MOMENTS[:1] if p in matrices else MOMENTS)}
+            if not isinstance(optimizer, Lamb) and p not in matrices:
                 device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
                 optimizer.state[p]["step"] = torch.zeros((), device=device)
 
@@ -173,7 +253,7 @@ def replace_parameter(
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
-        changed = {} if like is None else {key: of_whole(state[key], like) for key in MOMENTS}
+        changed = {} if like is None else {key: of_whole(state[key], like) for key in MOMENTS if key in state}
         optimizer.state[new] = state | changed
 
 
@@ -183,7 +263,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
     Returns:
         Whether it can be captured: LAMB's cannot.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, Lamb):
         return False
     for group in optimizer.param_groups:
         init_state(optimizer, group["params"])

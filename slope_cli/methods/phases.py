@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-WEIGHTS, ADAPTERS, MAPS = "weights", "adapters", "maps"
-"""The groups of parameters, each with a learning rate of its own: the model's own, low-rank adapters, feature maps."""
+WEIGHTS, MATRICES, ADAPTERS, MAPS = "weights", "matrices", "adapters", "maps"
+"""The groups of parameters, each with a learning rate of its own: the model's own, those of them that Muon updates,
+low-rank adapters, feature maps."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from slope_cli.config.schema import MLP, Config
 from slope_cli.errors import UsageError
-from slope_cli.methods.phases import ADAPTERS, DENSE, WEIGHTS, Layers, Phase, Phases, Rate
+from slope_cli.methods.phases import ADAPTERS, DENSE, MATRICES, WEIGHTS, Layers, Phase, Phases, Rate
 from sparse_kernels import MLP as MLP_LAYERS
 from sparse_kernels import ModelReport, adapter_rank, select_layers
 
@@ -59,8 +59,12 @@ def wanda(config: Config) -> list[Phase]:
 
 
 def _phase(config: Config, first: int, layers: Layers) -> Phase:
-    optim = config.optim
-    return Phase(first, layers, rates={WEIGHTS: Rate(0, config.train.steps, optim.lr, optim.warmup)})
+    optim, steps = config.optim, config.train.steps
+    rates = {WEIGHTS: Rate(0, steps, optim.lr, optim.warmup)}
+    if optim.name == "muon":
+        assert optim.muon_lr is not None  # the configuration fills it in
+        rates[MATRICES] = Rate(0, steps, optim.muon_lr, optim.warmup)
+    return Phase(first, layers, rates=rates)
 
 
 def adapter_rate(config: Config, first: int) -> Rate:

@@ -9,10 +9,11 @@ from slope_cli.config.schema import Config
 from slope_cli.data.dataset import MANIFEST, Dataset, largely_held_out, open_dataset
 from slope_cli.errors import SlopeError
 from slope_cli.methods import phases_of
-from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase
+from slope_cli.methods.optim import span
+from slope_cli.methods.phases import ADAPTERS, MAPS, MATRICES, WEIGHTS, Phase
 from slope_cli.train.step import NonFinite
 
-RATES = {WEIGHTS: "optim.lr", ADAPTERS: "adapters.lr", MAPS: "linearize.transfer_lr"}
+RATES = {WEIGHTS: "optim.lr", MATRICES: "optim.muon_lr", ADAPTERS: "adapters.lr", MAPS: "linearize.transfer_lr"}
 """The keys of the learning rates of groups of parameters."""
 FAR = 10
 """The factor between a learning rate and the recipe's from which there is a warning."""
@@ -31,7 +32,7 @@ def warnings_of(config: Config, data: Dataset | None = None, usual: Config | Non
         data: that of the run; None if it is not known yet.
         usual: the recipe's configuration, with the recipe's learning rates.
     """
-    lines = [*dict.fromkeys(_long_warmups(config)), *_late_adapters(config)]
+    lines = [*dict.fromkeys(_long_warmups(config)), *_long_decay(config), *_late_adapters(config)]
     lines += _unusual_rates(config, usual) if usual else []
     return lines + ([*_epochs(config, data), *largely_held_out(data)] if data else [])
 
@@ -59,12 +60,22 @@ def after_failure(error: SlopeError, phase: Phase, step: int) -> str:
 def _long_warmups(config: Config) -> Iterator[str]:
     for phase in phases_of(config).distinct:
         for group, rate in phase.rates.items():
-            steps, own = rate.last - rate.first, phase.adapters and group != WEIGHTS
+            steps, own = rate.last - rate.first, phase.adapters and group not in (WEIGHTS, MATRICES)
             if rate.warmup > 1 and steps <= rate.warmup:
                 key = "adapters.warmup" if own and config.adapters.schedule == "own" else "optim.warmup"
                 span = f"the {steps:,} steps that the learning rate has"
                 late = f"the warm-up is not over before {span}; lower it, or set a share such as 0.01"
                 yield f"{key}={rate.warmup:g}: {late}"
+
+
+def _long_decay(config: Config) -> Iterator[str]:
+    o, steps = config.optim, config.train.steps
+    left = steps - span(o.warmup, steps)
+    if o.schedule == "wsd" and 0 < left < span(o.decay, steps):
+        short = (
+            f"is longer than the {left:,} steps after the warm-up, so that the learning rate never stays at its peak"
+        )
+        yield f"optim.decay={o.decay:g}: {short}; lower it, or set a share such as 0.2"
 
 
 def _late_adapters(config: Config) -> Iterator[str]:
@@ -77,14 +88,14 @@ def _late_adapters(config: Config) -> Iterator[str]:
 
 
 def _unusual_rates(config: Config, usual: Config) -> Iterator[str]:
-    followed = config.adapters.lr == config.optim.lr and usual.adapters.lr == usual.optim.lr
+    followed = config.following_lr & usual.following_lr
     for key in RATES.values():
         section, _, name = key.partition(".")
         own, theirs = getattr(config, section), getattr(usual, section)
         idle = name in own.unused(config) or (section == "linearize" and not config.linearizes)
-        if idle or (followed and key == "adapters.lr"):
-            continue
         now, then = getattr(own, name), getattr(theirs, name)
+        if idle or key in followed or then is None:
+            continue
         if not 1 / FAR <= now / then <= FAR:
             times = f"{now / then:,.0f} times" if now > then else f"1/{then / now:,.0f} of"
             yield f"{key}={now:g}: is {times} the recipe's {then:g}; is it meant?"

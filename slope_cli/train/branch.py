@@ -44,8 +44,7 @@ def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str,
     store.require_step(folder, step)
     phase = phases_of(config).at(step - 1)
     init = [f"model.init={json.dumps(f'{folder}@{step}')}", optimizer, "train.extended=[]"]
-    if config.adapters.lr == config.optim.lr:  # it was null, and goes on to be what the other one is
-        init.append("adapters.lr=null")
+    init += [f"{key}=null" for key in sorted(config.following_lr)]  # they were null, and go on to be what optim.lr is
     recipe = str(folder / run_folder.CONFIG)
     return recipe, [*init, *_beginning(recipe, init, phase)]
 

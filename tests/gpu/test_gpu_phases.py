@@ -47,6 +47,7 @@ WORDS = {
     "dense start": ["sparsity.start=0.2", "adapters.start=0.3", "slope.backward_rescale=true"],
     "sr_ste start": ["sparsity.start=0.2", "slope.before=sr_ste", "adapters.start=0.2"],
     "lamb": ["optim.name=lamb", "adapters.start=0.2"],
+    "muon": ["optim.name=muon", "sparsity.start=0.2", "adapters.start=0.4"],
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]", "slope.mask_update_interval=3"],
     "random": ["slope.backward_mask=random", "slope.mask_update_interval=2"],
 }

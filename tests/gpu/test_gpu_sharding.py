@@ -33,7 +33,7 @@ WORDS = (
     "log.save_every=0",
     "log.sample_tokens=8",
 )
-CHANGING = [("sparsity.start=0.3",), ("optim.name=lamb",), ("method=wanda", "sparsity.start=0.3")]
+CHANGING = [("sparsity.start=0.3",), ("optim.name=lamb",), ("optim.name=muon",), ("method=wanda", "sparsity.start=0.3")]
 
 
 @pytest.fixture(scope="module")
