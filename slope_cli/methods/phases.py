@@ -64,6 +64,7 @@ class Phase:
     """What is trained, and how, from step `first` (counted from 0) until the next phase begins.
 
     linearized: attention is window softmax plus linear attention.
+    softmax_layers: so many of the linearized layers have softmax attention again; which ones is chosen when it begins.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
     rates: the trained groups and their learning rates; that of the first is logged.
@@ -72,6 +73,7 @@ class Phase:
     first: int
     layers: Layers = DENSE
     linearized: bool = False
+    softmax_layers: int = 0
     adapters: bool = False
     step: StepKind = "train"
     rates: Mapping[str, Rate] = field(default_factory=dict)
