@@ -111,7 +111,10 @@ def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeConfig, str]:
     if phases.end.linearized:
         base = base_model.description(folder)
         adapted, sparse = adapted or bool(base["adapters"]), bool(base["sparse"])
-    return load.shape_of(folder), config.linearize, _left_out(sparse, adapted)
+    settings = config.linearize
+    if settings.chosen:  # which layers keep softmax makes no difference in bytes and time
+        settings = replace(settings, keep_softmax=list(range(settings.chosen)))
+    return load.shape_of(folder), settings, _left_out(sparse, adapted)
 
 
 def _left_out(sparse: bool, adapted: bool) -> str:
@@ -135,7 +138,7 @@ def memory_row(chosen: Subject) -> DecodeMemory:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear_bytes=memory.state_bytes,
         softmax_bytes=softmax,
-        kept_bytes=softmax // memory.linear_layers * (memory.layers - memory.linear_layers),
+        kept_bytes=memory.kept_bytes_per_token,
         break_even=memory.break_even,
     )
 

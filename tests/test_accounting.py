@@ -234,6 +234,17 @@ def test_attention_memory_against_a_count_by_hand() -> None:
     assert (first - 1) * memory.cache_bytes_per_token < memory.state_bytes <= first * memory.cache_bytes_per_token
 
 
+@pytest.mark.parametrize("kept", ["[1]", "auto:1"])
+def test_memory_of_layers_that_keep_softmax(kept: str) -> None:
+    words = [*small("llama3-8b"), "method=linearize", "linearize.window=8", f"linearize.keep_softmax={kept}"]
+    config = configs.load(str(RECIPE), words)
+    model = build_model(run_model_config(config), device="meta")
+    apply(model, config, phases_of(config).end)
+    memory = attention_memory(model)
+    assert (memory.layers, memory.linear_layers) == (2, 1)
+    assert memory.kept_bytes_per_token == memory.cache_bytes_per_token == 2 * 2 * 16
+
+
 def test_operations_of_a_phase_against_a_count_by_hand() -> None:
     """Blocks of 32 features with products of 96, 32, 128 and 128 outputs or inputs, two of them, and a tied head."""
     config = configs.load(str(RECIPE), [*small("gpt2-nano"), "adapters.rank=4"])

@@ -501,7 +501,9 @@ OVERRIDES = {
     "slope.before": st.sampled_from(["dense", "sr_ste"]),
     "sr_ste.decay": st.floats(0, 1),
     "fst.dense_finish": st.floats(0, 1),
-    "linearize.keep_softmax": st.lists(st.integers(0, 3)),
+    "linearize.keep_softmax": st.one_of(
+        st.lists(st.integers(0, 3), unique=True), st.sampled_from(["auto:1", "auto:12"])
+    ),
     "linearize.transfer": st.sampled_from([0, 0.25, 1]),
     "adapters.lr": st.one_of(st.just("null"), st.floats(1e-9, 1)),
     "adapters.rank": st.one_of(st.integers(0, 64), st.floats(0, 0.5)),

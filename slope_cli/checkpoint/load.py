@@ -5,6 +5,7 @@ resumed, evaluated, exported, linearized or fine-tuned.
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import Phase
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, run_model_config
+
+KEPT = "keep_softmax"
+"""The entry of a checkpoint's manifest with the layers that were chosen to keep softmax attention, once they are."""
 
 
 class Loaded(NamedTuple):
@@ -95,7 +99,7 @@ def load_model(
     if wrong := run_folder.altered_tokenizer_files(folder, manifest):
         raise SlopeError(f"{wrong[0]} is missing or not what it was when {checkpoint.folder.name} was saved")
     phase = phases_of(config).at(manifest["step"] - 1)
-    model = build(config, folder, device, phase)
+    model = build(config, folder, device, phase, manifest.get(KEPT, ()))
     store.restore(checkpoint.folder, model, None)
     model.requires_grad_(True)  # what a run froze, it froze for itself alone
     tokenizer = load_tokenizer(str((folder / run_folder.TOKENIZER).resolve()))
@@ -105,12 +109,19 @@ def load_model(
     return Loaded(folder, model.eval(), tokenizer, config, manifest, phase)
 
 
-def build(config: Config, run: Path, device: torch.device | str, phase: Phase | None = None) -> PreTrainedModel:
+def build(
+    config: Config,
+    run: Path,
+    device: torch.device | str,
+    phase: Phase | None = None,
+    kept: Collection[int] = (),
+) -> PreTrainedModel:
     """The model of a run in a phase, with new weights and masks, which are then read from a checkpoint.
 
     Args:
         run: its folder, which says what a run linearizes.
         phase: None for the model as it is before its first one.
+        kept: see `apply`; a checkpoint's manifest has them as KEPT.
 
     Raises:
         UsageError: sizes that do not fit.
@@ -121,7 +132,7 @@ def build(config: Config, run: Path, device: torch.device | str, phase: Phase | 
     else:
         model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if phase is not None:
-        apply(model, config, phase)
+        apply(model, config, phase, kept=kept)
     return model
 
 

@@ -17,7 +17,7 @@ def evaluate(
     tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each source; default: all.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a block; default: the run's.")] = None,
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated: tasks, groups, tags of lm-eval; YAML files of tasks.")
+        str, typer.Option(help="Comma-separated: recall; tasks, groups, tags of lm-eval; YAML files of tasks.")
     ] = "",
     task_data: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.jsonl[.gz]; default: the hub.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt; default: the task's.")] = None,
@@ -25,17 +25,18 @@ def evaluate(
         Path | None, typer.Option("--log-samples", help="Folder for what each row asked and got, TASK.jsonl.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum rows of each task, also of each in a group.")
+        int | None, typer.Option(min=1, help="Maximum rows of each task, also of each in a group; items of a cell.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.")] = None,
     branch: Annotated[str | None, typer.Option(help="The one active, if linearized: both, window or linear.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="That of the items of recall tasks.")] = 0,
     positions: Annotated[bool, typer.Option("--positions", help="Also show the loss by position in a block.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model's perplexity, and tasks of lm-eval.
+    """Measure a model's perplexity, what it recalls, and tasks of lm-eval.
 
-    Perplexity is that of validation text; tasks are scored by lm-eval.
+    Perplexity is that of validation text; recall is by distance; other tasks are scored by lm-eval.
 
     As several tasks of srun, or under torchrun, each has the whole model and does its share.
     """
@@ -55,6 +56,7 @@ def evaluate(
         limit=limit,
         batch=batch,
         branch=branch,
+        seed=seed,
         out=out,
     )
     if ranks.first:

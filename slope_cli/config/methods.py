@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slope_cli.config.section import Section, setting, switch
 
@@ -98,8 +99,9 @@ class LinearizeConfig(Section, section="linearize"):
     least."""
     mix: float = setting(0.1, unit="a share, above 0 and below 1", example="0.5")
     """The weight of the window against the linear branch at the start; training changes it."""
-    keep_softmax: list[int] = setting([], unit="numbers of layers", example="[0, 1]")
-    """Which layers keep softmax attention, by their numbers from 0."""
+    keep_softmax: Any = setting([], unit="numbers of layers", example="auto:2")
+    """Which layers keep softmax attention, by their numbers from 0; or auto:K for K layers that are chosen after the
+    transfer, those that bring the predictions nearest to the softmax model's where these need recall."""
     transfer: float = setting(0.5, unit="a share of the run", example="0.6")
     """How long the run is attention transfer, in which each layer learns the output of its own softmax attention, as a
     share of the run; the rest trains the adapters. 1 is transfer alone."""
@@ -117,7 +119,23 @@ class LinearizeConfig(Section, section="linearize"):
     targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
     """Which projections of attention get adapters: some of q, k, v, o."""
 
+    @property
+    def kept(self) -> list[int]:
+        """The layers that keep softmax attention from the first step on."""
+        return self.keep_softmax if isinstance(self.keep_softmax, list) else []
+
+    @property
+    def chosen(self) -> int:
+        """The number of layers that are chosen, after the transfer, to have softmax attention again."""
+        return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.removeprefix("auto:"))
+
     def _check_values(self) -> None:
+        kept = self.keep_softmax
+        if isinstance(kept, list):
+            known = all(type(layer) is int and layer >= 0 for layer in kept) and len(set(kept)) == len(kept)
+        else:
+            known = re.fullmatch(r"auto:[1-9]\d*", str(kept), re.ASCII) is not None
+        self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
         self._positive("window", "transfer_lr", "mse_weight")
         if self.features is not None:
             self._positive("features")
@@ -132,6 +150,9 @@ class LinearizeConfig(Section, section="linearize"):
         limit = f"{'half of ' * terrace}train.seq_len={length}"
         rule = f"must be below {limit}, or the linear branch has nothing to learn"
         self._need(self.window * (1 + terrace) < length, "window", rule)
+        between = config.train.step_at(self.transfer) > 0 and self.transfer < 1 and config.adapters.rank
+        rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
+        self._need(bool(between) or not self.chosen, "keep_softmax", rule)
         rule = "method=linearize runs without CUDA graphs"
         config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
         config.train.cuda_graph = False

@@ -1,4 +1,4 @@
-"""`slope eval`: evaluate a trained model by its perplexity and on tasks of lm-eval."""
+"""`slope eval`: evaluate a trained model by its perplexity, by what it recalls, and on tasks of lm-eval."""
 
 import contextlib
 import os
@@ -14,7 +14,8 @@ from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
 from slope_cli.errors import UsageError, first_line, one_line, os_reason
 from slope_cli.evaluate import lm_tasks
-from slope_cli.evaluate.perplexity import measure, open_validation
+from slope_cli.evaluate.perplexity import length_of, measure, open_validation
+from slope_cli.evaluate.recall import measure_recall, recall_lines, split_names
 from slope_cli.linearize.linear_attention import BRANCHES
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.utils.environment import environment
@@ -39,6 +40,7 @@ def evaluate(
     limit: int | None = None,
     batch: int | None = None,
     branch: str | None = None,
+    seed: int = 0,
     out: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -50,17 +52,20 @@ def evaluate(
     Args:
         data_folder: prepared data with validation text; None for the run's own.
         perplexity: whether to measure it, with `tokens` and `seq_len` as in `measure`.
-        task_names: what `Registry.find` knows; `task_data` and `fewshot` as the folder and number of `Registry.load`.
+        task_names: recall tasks, of `recall_items.TASKS`, "recall" for all of them; and what `Registry.find` knows,
+            with `task_data` and `fewshot` as the folder and number of `Registry.load`.
         samples: a folder to which the rows of each task are written with what was asked and answered, as TASK.jsonl.
-        limit: the maximum number of rows of each task, of a group in each of its tasks; None for all.
+        limit: the maximum number of rows of each task, of a group in each of its tasks; None for all. Of a recall task
+            that of items of each distance and number of pairs; None for 400.
         batch: sequences at a time; None for the run's micro-batch, and 16 requests of a task.
         branch: the branch that is active in a linearized model: "both", "window" or "linear"; None for the model's.
+        seed: of the items of recall tasks.
         out: a file to which the result is written as JSON.
 
     Returns:
         The same on every rank: run or folder (its name), step, objective, branch if given, perplexity (see `measure`)
-        or None, tasks (by name, see `lm_tasks.score`), failed (the error of each task that could not be scored; absent
-        without one), versions.
+        or None, recall (see `measure_recall`; absent without such tasks), tasks (by name, see `lm_tasks.score`), failed
+        (the error of each task that could not be scored; absent without one), versions.
 
     Raises:
         UsageError: no run and no model, an unknown branch or a model without branches, data of another tokenizer,
@@ -71,10 +76,12 @@ def evaluate(
     place = launch.pick_device(device, ranks := launch.ranks())
     group = join(ranks, place)
     group.first(lambda: _check(perplexity or bool(task_names), out, samples, task_data))
-    registry = lm_tasks.Registry()
-    names = group.first(lambda: registry.find(task_names)) if task_names else []
+    registry, (recall_names, others) = lm_tasks.Registry(), split_names(task_names)
+    names = group.first(lambda: registry.find(others)) if others else []
     loaded = load_model(folder, place, group=group)
-    dataset = open_validation(loaded, data_folder, group) if perplexity else None
+    if task_names and loaded.objective == "masked":
+        raise UsageError(f"{loaded.folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
+    dataset = open_validation(loaded, data_folder, group) if perplexity or recall_names else None
     result: dict[str, Any] = {"folder" if loaded.config is None else "run": loaded.name}
     result |= {"step": loaded.step, "objective": loaded.objective, **({"branch": branch} if branch else {})}
     result |= {"perplexity": None, "tasks": {}, "versions": environment() | {"device": loaded.model.device.type}}
@@ -82,8 +89,12 @@ def evaluate(
     with using_backend(loaded.model, "dense"), _only_branch(loaded, branch):
         load = partial(registry.load, folder=task_data, fewshot=fewshot)
         tasks = _Tasks(loaded, names, load, limit=limit, batch=batch or REQUESTS, samples=samples, group=group)
-        if dataset is not None:
+        if dataset is not None and perplexity:
             result["perplexity"] = measure(loaded, dataset, tokens=tokens, seq_len=seq_len, batch=batch, group=group)
+            keep()
+        if dataset is not None and recall_names:
+            how: dict[str, Any] = {"length": length_of(loaded, seq_len), "limit": limit, "batch": batch, "seed": seed}
+            result["recall"] = measure_recall(loaded, dataset, recall_names, group=group, **how)
             keep()
         for name in names:
             with _failure_noted(result, name):
@@ -107,8 +118,6 @@ class _Tasks:
         group: Group,
     ) -> None:
         """All is read and checked before any is scored: a choice that is too long should not cost hours."""
-        if names and loaded.objective == "masked":
-            raise UsageError(f"{loaded.folder}: predicts masked tokens, not the next one; --tasks needs a causal model")
         self._limit, self._samples, self._group = limit, samples, group
         self._tasks: dict[str, lm_tasks.LoadedTask] = {}
         self._lm: Any = None
@@ -188,6 +197,8 @@ def report_lines(result: dict[str, Any], *, positions: bool = False) -> list[str
         lines.append(_perplexity_line("all", perplexity))
         if positions:
             lines += [_perplexity_line(f"{row['first']}-{row['last']}", row) for row in perplexity["positions"]]
+    if "recall" in result:
+        lines += recall_lines(result["recall"])
     if scores := result["tasks"]:
         lines += ["by lm-eval", *(line for name, row in scores.items() for line in _task_lines(name, row))]
         if below := [name for name, row in scores.items() if row.get("below_chance", False)]:

@@ -74,7 +74,8 @@ def open_validation(loaded: Loaded, folder: Path | None, group: Group | None = N
     """
     if folder is None:
         if loaded.config is None:
-            raise UsageError(f"{loaded.folder}: has no data of its own; give --data, or --tasks with --no-perplexity")
+            advice = "give --data, or --no-perplexity with --tasks that are not of recall"
+            raise UsageError(f"{loaded.folder}: has no data of its own; {advice}")
         folder = run_folder.data_folder(loaded.config, loaded.folder)
     group, vocab_size = group or Group(), loaded.model.config.vocab_size
     share = group.ranks.rank, group.ranks.world
@@ -85,6 +86,19 @@ def open_validation(loaded: Loaded, folder: Path | None, group: Group | None = N
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     require_same_tokens(str(folder), tokenizer, str(loaded.folder), loaded.tokenizer)
     return dataset
+
+
+def length_of(loaded: Loaded, seq_len: int | None) -> int:
+    """The tokens of a sequence that is evaluated: those given, else the run's own, or 1,024 at most.
+
+    Raises:
+        UsageError: more than the model has positions.
+    """
+    positions = loaded.model.config.max_position_embeddings
+    length = seq_len or (min(positions, LONGEST) if loaded.config is None else loaded.config.train.seq_len)
+    if length > positions:
+        raise UsageError(f"--seq-len {length}: the model has only {positions} positions")
+    return length
 
 
 def measure(
@@ -119,10 +133,7 @@ def measure(
         UsageError: no validation text, or seq_len is beyond the positions.
         SlopeError: a loss that is not finite.
     """
-    group, config, positions = group or Group(), loaded.config, loaded.model.config.max_position_embeddings
-    length = seq_len or (min(positions, LONGEST) if config is None else config.train.seq_len)
-    if length > positions:
-        raise UsageError(f"--seq-len {length}: the model has only {positions} positions")
+    group, config, length = group or Group(), loaded.config, length_of(loaded, seq_len)
     masking = masking_ids(loaded.tokenizer) if loaded.objective == "masked" else None
     micro_batch = batch or (BATCH if config is None else config.train.micro_batch)
     sources = {}

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ PROJECTIONS = {
 
 
 def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0) -> list[str]:
-    """Linearize each attention layer but those of config.keep_softmax, in place.
+    """Linearize each attention layer but those of config.kept, in place.
 
     What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
     changed or moved, so `restore_attention` gives back the model as it was. Attention dropout does not reach
@@ -69,7 +69,7 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
     before = model.config._attn_implementation
     swapped = []
     for index, (name, module) in enumerate(modules):
-        if index in config.keep_softmax:
+        if index in config.kept:
             continue
         _add_linear_window(module, config, causal=causal, generator=generator, before=before)
         swapped.append(name)
@@ -78,22 +78,33 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
     return swapped
 
 
-def restore_attention(model: PreTrainedModel) -> list[str]:
+def restore_attention(model: PreTrainedModel, layers: Collection[int] | None = None) -> list[str]:
     """The inverse of `linearize_attention`: softmax attention again, and nothing left of what was added.
+
+    Args:
+        layers: of these alone, from 0; None for all.
 
     Returns:
         The names of the attention modules that were linearized.
     """
-    names = []
-    for name, module in _attention_modules(model):
+    names, before = [], model.config._attn_implementation
+    for index, (name, module) in enumerate(_attention_modules(model)):
         linear = getattr(module, "linear", None)
-        if isinstance(linear, LinearWindow):
+        if isinstance(linear, LinearWindow) and (layers is None or index in layers):
             if linear.hook is not None:
                 linear.hook.remove()
-            module.config, model.config._attn_implementation = linear.softmax_config, linear.softmax_name
+            module.config, before = linear.softmax_config, linear.softmax_name
             del module.linear
             names.append(name)
+    if not linear_windows(model):
+        model.config._attn_implementation = before
     return names
+
+
+def softmax_layers(model: PreTrainedModel) -> list[int]:
+    """The layers, from 0, that have softmax attention beside the linearized ones."""
+    modules = _attention_modules(model)
+    return [n for n, (_, module) in enumerate(modules) if not isinstance(getattr(module, "linear", None), LinearWindow)]
 
 
 def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
@@ -104,15 +115,21 @@ def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
 
 @contextlib.contextmanager
 def using(
-    model: nn.Module, *, mode: Mode | None = None, branch: Branch | None = None, compiled: bool | None = None
+    model: nn.Module,
+    *,
+    mode: Mode | None = None,
+    branch: Branch | None = None,
+    compiled: bool | None = None,
+    names: Collection[str] | None = None,
 ) -> Iterator[None]:
-    """Within it, all linearized layers are in this mode, count this branch, and are compiled or not.
+    """Within it, linearized layers are in this mode, count this branch, and are compiled or not.
 
     mode "softmax" is the original model, the teacher. A cache that one mode has filled cannot be used by the other.
+    names: of the attention modules of these layers; None for all.
     """
     if branch is not None and branch not in BRANCHES:
         raise UsageError(f"branch must be one of {', '.join(BRANCHES)}, not {branch!r}")
-    windows = list(linear_windows(model).values())
+    windows = [linear for name, linear in linear_windows(model).items() if names is None or name in names]
     before = [(linear.mode, linear.branch, linear.compiled) for linear in windows]
     try:
         for linear in windows:
@@ -171,10 +188,14 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    if unknown := [index for index in config.keep_softmax if not 0 <= index < layers]:
+    if unknown := [index for index in config.kept if not 0 <= index < layers]:
         raise UsageError(f"keep_softmax: there is no layer {unknown[0]}; the model's are 0 to {layers - 1}")
-    if len(set(config.keep_softmax)) == layers:
+    if len(config.kept) == layers:
         raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
+    if config.chosen >= layers:
+        raise UsageError(f"keep_softmax={config.keep_softmax}: the model has {layers} layers; choose fewer of them")
+    if config.chosen and not causal:
+        raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the layers")
     if config.kind == "terrace" and not causal:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
 

@@ -318,12 +318,14 @@ class AttentionMemory:
     layers, linear_layers: attention layers, and those that are linearized.
     state_bytes: of all linearized layers, windows and float32 states, at any length.
     cache_bytes_per_token: of the same layers' cache with softmax attention, for each token.
+    kept_bytes_per_token: of the cache of the layers that keep softmax attention, for each token.
     """
 
     layers: int
     linear_layers: int
     state_bytes: int
     cache_bytes_per_token: int
+    kept_bytes_per_token: int
 
     @property
     def break_even(self) -> int:
@@ -342,4 +344,6 @@ def attention_memory(model: PreTrainedModel) -> AttentionMemory:
         cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
         linear += cache.nbytes()
         softmax += 2 * 2 * groups * dim
-    return AttentionMemory(model.config.num_hidden_layers, len(windows), linear, softmax)
+    layers = model.config.num_hidden_layers
+    kept = softmax // len(windows) * (layers - len(windows))  # all layers have the same heads
+    return AttentionMemory(layers, len(windows), linear, softmax, kept)

@@ -1,6 +1,6 @@
 """The transition from one phase to a later one: of layers, attention, adapters and the optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
-from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
+from slope_cli.linearize.swap import linear_windows, linearize_attention, projections, restore_attention
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.phases import DENSE, MAPS, Layers, Phase
 from slope_cli.methods.sparse import report_layers, which_layers
@@ -43,6 +43,7 @@ def apply(
     was: Phase = UNTOUCHED,
     optimizer: torch.optim.Optimizer | None = None,
     calibrate: Calibrate | None = None,
+    kept: Collection[int] = (),
 ) -> None:
     """Bring a model, and its optimizer if there is one, from one phase into a later one, in place.
 
@@ -51,6 +52,8 @@ def apply(
     Args:
         calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, for a model whose masks are then
             read from a checkpoint.
+        kept: the layers that were chosen to keep softmax attention; without them the first ones, for a model whose
+            shapes alone matter.
 
     Raises:
         UsageError: a setting that does not fit the model.
@@ -60,6 +63,12 @@ def apply(
         _convert(model, config, was.layers, to.layers, optimizer, calibrate)
     if to.linearized and not was.linearized:
         _linearize(model, config)
+    if to.softmax_layers and not was.softmax_layers:
+        before = [p for window in linear_windows(model).values() for p in window.parameters()]
+        restore_attention(model, kept or range(to.softmax_layers))
+        left = {id(p) for window in linear_windows(model).values() for p in window.parameters()}
+        if optimizer is not None:
+            optim.drop_parameters(optimizer, [p for p in before if id(p) not in left])
     if to.adapters and not was.adapters:
         a = config.adapters
         names = projections(model, config.linearize.targets) if to.linearized else None

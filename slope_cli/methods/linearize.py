@@ -10,6 +10,10 @@ def linearize(config: Config) -> list[Phase]:
 
     The weights, dense or sparse, never change. Unlike in LoLCATs, a sparse layer's adapter from pretraining is trained
     too, side by side with the new one: it is the part of such a layer that is meant to be trained late.
+
+    Where the layers that keep softmax attention are chosen, that is after the transfer and before the adapters: before,
+    untrained maps would say which layers are hard to start with, and not which ones linear attention cannot learn;
+    after, the adapters would have learned to do without softmax in layers that get it back, and be trained in vain.
     """
     own, steps = config.linearize, config.train.steps
     alone = own.transfer == 1 or not config.adapters.rank
@@ -20,5 +24,6 @@ def linearize(config: Config) -> list[Phase]:
         rate = adapter_rate(config, first)
         rates = {ADAPTERS: rate} | ({MAPS: rate} if own.adjust_maps else {})
         step: StepKind = "distill" if config.distill.share else "train"
-        phases.append(Phase(first, linearized=True, adapters=True, step=step, rates=rates))
+        chosen = own.chosen
+        phases.append(Phase(first, linearized=True, softmax_layers=chosen, adapters=True, step=step, rates=rates))
     return phases

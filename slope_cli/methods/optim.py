@@ -257,6 +257,15 @@ def replace_parameter(
         optimizer.state[new] = state | changed
 
 
+def drop_parameters(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None:
+    """Forget parameters that the model has no more, and their state."""
+    left_out = {id(p): p for p in gone}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in left_out]
+    for p in left_out.values():
+        optimizer.state.pop(p, None)
+
+
 def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
     """Prepare the optimizer's step for capture in a CUDA graph: state allocated, learning rates in device memory.
 

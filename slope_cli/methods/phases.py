@@ -66,6 +66,7 @@ class Phase:
 
     linearized: attention is window softmax plus linear attention.
     fp8: the products of linear layers have fp8 operands in training.
+    softmax_layers: so many of the linearized layers have softmax attention again; which ones is chosen when it begins.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
     rates: the trained groups and their learning rates; that of the first is logged.
@@ -74,6 +75,7 @@ class Phase:
     first: int
     layers: Layers = DENSE
     linearized: bool = False
+    softmax_layers: int = 0
     adapters: bool = False
     fp8: bool = False
     step: StepKind = "train"

@@ -222,7 +222,7 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
     phases = phases_of(config)
     begins = "never" if phases.adapter_step is None else f"after step {phases.adapter_step:,}"
     old = f", {a.pretrained_adapter_parameters:,} of them pretrained" * bool(a.pretrained_adapter_parameters)
-    state = sum(a.state_bytes.values())
+    state, stay = sum(a.state_bytes.values()), memory.layers - memory.linear_layers
     frozen_bytes = a.state_bytes["frozen (float32)"] + a.state_bytes["masks"]
     return [
         ("linear attention", f"in {memory.linear_layers} of {counted(memory.layers, 'layer')}"),
@@ -234,5 +234,6 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
         ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
         ("training state", f"{state:,} bytes, {state - frozen_bytes:,} of them of what is trained"),
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
+        *([("  layers with softmax", f"{memory.kept_bytes_per_token:,} bytes a token")] if stay else []),
         ("break-even", f"{memory.break_even:,} tokens"),
     ]

@@ -51,6 +51,7 @@ from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_o
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import open_log
 from slope_cli.train.sample import sample_text
+from slope_cli.train.softmax_layers import Divergence, choose, probe_of, trial_lines
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.train.summary import summarize
@@ -161,6 +162,7 @@ class Trainer:
         self.saved_kernels = checkpoint and checkpoint.manifest.get("kernels")
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
+        self.kept: list[int] = [] if checkpoint is None else checkpoint.manifest.get(load.KEPT, [])
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
         layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
         dtype = products_dtype(config, device)
@@ -173,7 +175,7 @@ class Trainer:
                 group.first(lambda: init.keep_teacher(config, run, self.tokenizer))
             self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.input_norms))
         else:
-            self.model = group.agreed(lambda: load.build(config, run, place, self.phase))
+            self.model = group.agreed(lambda: load.build(config, run, place, self.phase, self.kept))
         if self.sharding is not None:
             self.sharding.split(self.model)
         self._say(str(report or self._unswapped_line()))
@@ -210,6 +212,8 @@ class Trainer:
             stopped_by = self._evaluate(log, progress, stop, present=self.group.broadcast(log.kinds))
             while self.step < steps and not stopped_by:
                 if (to := self.phases.at(self.step)) != self.phase:
+                    if to.softmax_layers and not self.phase.softmax_layers:
+                        self._choose_softmax_layers(to.softmax_layers, log, progress)
                     self._log_phase(self.enter(to), log, progress)
                     phase_begins = True
                 self._log_step(log, progress, start, first=phase_begins)
@@ -231,7 +235,7 @@ class Trainer:
     def enter(self, to: Phase) -> dict[str, Any]:
         """Move model and optimizer into a later phase, and return its log record."""
         now: dict[str, Any] = {"was": self.phase, "model": self.model, "optimizer": self.optimizer}
-        how: dict[str, Any] = {"sharding": self.sharding, "calibrate": self.batches.input_norms}
+        how: dict[str, Any] = {"sharding": self.sharding, "calibrate": self.batches.input_norms, "kept": self.kept}
         self.model, self.optimizer = enter(self.config, self.run, to, **now, **how)
         self.phase = to
         self.take_step = self._make_step()  # compiled code belongs to the old phase
@@ -264,6 +268,24 @@ class Trainer:
             raise SlopeError(advice.after_failure(error, self.phase, step)) from None
         self.step += 1
         return output, lr
+
+    def _choose_softmax_layers(self, count: int, log: metrics.Log, progress: Progress) -> None:
+        """Choose the layers that keep softmax attention, the same on every rank: a function of weights, data, seed."""
+        train, windows = self.config.train, linear_windows(self.model)
+        how = {"seq_len": train.seq_len, "seed": train.seed}
+        probe = probe_of(self.dataset, self.tokenizer, next(iter(windows.values())).pattern, **how)
+        self.model.eval()
+        with self.take_step.autocast(), eager():
+            divergence = Divergence(self.model, probe, train.micro_batch)
+            chosen, trials = self.group.broadcast(choose(range(len(windows)), count, divergence))
+        self.model.train()
+        if self.sharding is not None:
+            self.sharding.reshard(self.model)
+        self.kept = chosen
+        log.write(load.KEPT, self.step + 1, layers=chosen, trials=[trial._asdict() for trial in trials])
+        for line in trial_lines(self.config.linearize.keep_softmax, chosen, trials):
+            progress.say(line)
+        self.times.credit("validation")
 
     def _log_phase(self, changes: dict[str, Any], log: metrics.Log, progress: Progress) -> None:
         # Logged under the phase's first step, so that resuming from a checkpoint before it drops the record.
@@ -412,7 +434,7 @@ class Trainer:
         metadata = self.group.first(lambda: run_folder.manifest_metadata(self.config, self.run))
         marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
         metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
-        metadata["kernels"] = kernel_choices()
+        metadata |= {"kernels": kernel_choices()} | ({load.KEPT: self.kept} if self.kept else {})
         if self.config.learns_from_teacher:
             metadata["teacher"] = self.group.first(lambda: file_sha256(self.run / store.BASE / store.MANIFEST))
         derived = self.phase.layers.backward_mask_is_derived

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,18 @@ def enter(
     optimizer: torch.optim.Optimizer,
     sharding: Sharding | None,
     calibrate: Calibrate,
+    kept: Collection[int] = (),
 ) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
     """Bring a model and its optimizer into a later phase; returns what they are from then on.
 
     Whole weights change in place. FSDP2 lets no parameter of a module be replaced, so a split model is built once more,
     as when a run resumes: whole in rank 0's host memory, where it gets the weights of the split one, changes, and is
     split again. The optimizer's moments stay split; those that change their shape are gathered one by one.
+
+    kept: see `apply`.
     """
     if sharding is None:
-        apply(model, config, to, was=was, optimizer=optimizer, calibrate=calibrate)
+        apply(model, config, to, was=was, optimizer=optimizer, calibrate=calibrate, kept=kept)
         return model, optimizer
     convert = to.layers.kind != was.layers.kind  # every process needs the new masks, to bring its moments into shape
     built = load.build(config, run, "cpu" if convert else sharding.place, was)
@@ -118,7 +121,7 @@ def enter(
         with torch.autocast(sharding.device.type, sharding.dtype, enabled=sharding.dtype is not None):
             return calibrate(model, names)  # the split model is on the devices, its weights in 16 bits
 
-    apply(built, config, to, was=was, optimizer=continued, calibrate=calibrated)
+    apply(built, config, to, was=was, optimizer=continued, calibrate=calibrated, kept=kept)
     plain = list(built.parameters())
     sharding.split(built)
     for old, new in zip(plain, built.parameters(), strict=True):

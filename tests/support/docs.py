@@ -38,7 +38,7 @@ NOT_RUN = {
     r"(pip|python3 -m venv|source|conda|docker|apptainer) ": "installs from a network",
     r"(sbatch|srun|export) ": "needs a cluster; `make test-slurm` runs the scripts on one",
     r"slope data prepare \S*=/": "names folders of a cluster",
-    r"slope .*(openwebtext|--tasks (?!own/|.*--task-data))": "needs the Hugging Face Hub",
+    r"slope .*(openwebtext|--tasks (?!own/|recall|mqar|.*--task-data))": "needs the Hugging Face Hub",
     r"slope .*log\.wandb=true": "needs an account at wandb",
     r"slope export .*--push": "needs an account at the Hugging Face Hub; tests of pushing have one on this machine",
     r"slope bench( generate|$)": "needs a GPU",

@@ -59,6 +59,50 @@ def randomize(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.4)
 
 
+def copying_model(vocabulary: int, positions: int = 128, code: int = 128) -> Any:
+    """A GPT-2 that goes on as the text went on after the last token's earlier place, by weights that are written down.
+
+    A stream of four parts: the token's code, the place's, the code of the token before, which the first layer copies
+    there, and the result: the second layer looks for places after a token like the last one, and copies their token.
+    Only the first of four heads is used.
+
+    Args:
+        positions, code: powers of 2, positions not above code: codes of places are rows of a Hadamard matrix.
+    """
+    width = 4 * code
+    sizes = {"n_positions": positions, "n_layer": 2, "n_embd": width, "n_head": 4, "n_inner": 1}
+    own = {"vocab_size": vocabulary, "tie_word_embeddings": False, **sizes}
+    model = build_model(model_config("gpt2-nano", overrides=own, dropout=0.0))
+    places = torch.ones(1, 1)
+    while len(places) < code:
+        places = torch.cat([torch.cat([places, places], 1), torch.cat([places, -places], 1)])
+    places, one = places[:positions], torch.eye(code)
+    codes = torch.randint(2, (vocabulary, code), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    parts = {name: slice(n * code, (n + 1) * code) for n, name in enumerate(("token", "place", "before", "result"))}
+    query, key, value = (slice(n * width, n * width + code) for n in range(3))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        model.transformer.wte.weight.zero_()[:, parts["token"]] = codes
+        model.transformer.wpe.weight.zero_()[:, parts["place"]] = places
+        model.lm_head.weight.zero_()[:, parts["result"]] = codes
+        to_before = places[1:].T @ places[:-1] / code  # the code of a place to that of the one before it
+        for block, asks, keys, looks, to in zip(
+            model.transformer.h,
+            ("place", "token"),
+            ("place", "before"),
+            (3 * to_before, 4 * one),
+            ("before", "result"),
+            strict=True,
+        ):
+            weight = block.attn.c_attn.weight
+            weight[parts[asks], query], weight[parts[keys], key], weight[parts["token"], value] = looks, one, one
+            block.attn.c_proj.weight[:code, parts[to]] = one
+    return model.eval()
+
+
 def tokens(count: int, rows: int = 2) -> Tensor:
     """(rows, count) token ids without the special ones."""
     return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,269 @@
+"""The layers that keep softmax attention: chosen by what the others forget, and the same in all that reads the run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.data import prepared, scratch
+from support.models import copying_model, tiny_model
+from support.models import linearized as tiny_linearized
+from support.runs import assert_same_run, copied, slope, trained
+
+from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint.load import KEPT, load_model
+from slope_cli.config import configs
+from slope_cli.config.methods import LinearizeConfig
+from slope_cli.data.dataset import open_dataset
+from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.linearize.linear_attention import Pattern
+from slope_cli.linearize.swap import linear_windows, linearize_attention, restore_attention, softmax_layers, using
+from slope_cli.report import metrics
+from slope_cli.train.softmax_layers import Divergence, Probe, Trial, choose, probe_of, recurring
+
+LAYERS = 4
+WORDS = (
+    "train.steps=16",
+    "linearize.window=4",
+    "linearize.transfer_lr=0.03",
+    "linearize.keep_softmax=auto:2",
+    "adapters.rank=4",
+    "optim.lr=0.01",
+    "log.tensorboard=false",
+    "log.sample_tokens=4",
+    "log.sample_prompt='The '",
+    "log.val_tokens=512",
+    "log.save_every=4",
+    "log.keep=9",
+)
+
+
+def base() -> Path:
+    return trained("gpt2-nano", "method=dense", f"model.overrides.n_layer={LAYERS}", "train.steps=60")
+
+
+def chosen_run(*more: str) -> Path:
+    """A finished run in which two of four layers keep softmax."""
+    run = scratch() / "-".join(["kept", *more]).replace("/", "_")
+    if not run.exists():
+        done = slope("linearize", base(), *WORDS, *more, "--out", run)
+        assert done.code == 0, done.err
+        (run.parent / f"{run.name}.err").write_text(done.err)
+    return run
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    (record,) = [record for record in metrics.read(run) if record["kind"] == KEPT]
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------ the search
+
+
+def test_the_search_is_greedy_and_tries_few() -> None:
+    """Twelve layers whose gains are known, of which 1 and 2 are of no use together."""
+    gains = {5: 1.0, 1: 0.9, 2: 0.85, 7: 0.5, 3: 0.1}
+    seen: list[tuple[int, ...]] = []
+
+    def trial_of(layers: Any) -> Trial:
+        seen.append(tuple(layers))
+        gain = sum(gains.get(layer, 0) for layer in layers) - 0.8 * ({1, 2} <= set(layers))
+        return Trial(tuple(layers), 4 - gain, None, 4 - gain)
+
+    chosen, trials = choose(range(12), 3, trial_of)
+    assert chosen == [1, 5, 7]
+    assert seen == [*((layer,) for layer in range(12)), (), (1, 5), (2, 5), (5, 7), (1, 2, 5), (1, 5, 7), (1, 3, 5)]
+    assert sorted(trial.layers for trial in trials) == sorted(seen)
+    assert trials[0] == trial_of([])
+    assert choose(range(3), 1, lambda layers: Trial(tuple(layers), 1.0, 1.0, None))[0] == [0]
+    assert choose(range(3), 2, lambda layers: Trial(tuple(layers), 1.0, 1.0, None))[0] == [0, 1]
+
+
+def test_places_where_a_token_follows_another_one_as_it_did_before_and_far_away() -> None:
+    ids = np.array([5, 6, 1, 2, 3, 5, 6, 9, 5, 6, 4])
+    # (5, 6) at 0, 5 and 8. For the queries at 5 and 8, the earlier 6 was 4 and 2 tokens before.
+    assert recurring(ids, 1).tolist() == [5, 8]
+    assert recurring(ids, 2).tolist() == [5]
+    assert recurring(ids, 4).tolist() == []
+
+
+def test_a_probe_has_text_and_items_beyond_the_window() -> None:
+    dataset, tokenizer, pattern = open_dataset(prepared()), load_tokenizer("bytes"), Pattern(16)
+    probe = probe_of(dataset, tokenizer, pattern, seq_len=96, seed=0)
+    again = probe_of(dataset, tokenizer, pattern, seq_len=96, seed=0)
+    assert torch.equal(probe.ids_NT, again.ids_NT)
+    (rows_P, columns_P), items_P = probe.places_P, probe.items_P
+    assert probe.ids_NT.shape[1] == 96
+    assert items_P.any()
+    assert (~items_P).any()
+    for row, column in zip(rows_P.tolist(), columns_P.tolist(), strict=True):
+        following, seen = probe.ids_NT[row, column + 1], probe.ids_NT[row, : column - pattern.lookback]
+        assert (seen == following).any(), "what follows was said beyond the window"
+    short = probe_of(dataset, tokenizer, Pattern(30), seq_len=31, seed=0)
+    assert len(short.places_P[0]), "where nothing recurs, all places count"
+
+
+@pytest.mark.parametrize("kind", ["gpt2-nano", "llama3-8b"])
+def test_a_divergence_is_that_of_the_mixed_model(kind: str) -> None:
+    """The modes of layers give what a model gives that never had these layers linearized."""
+    model, teacher = tiny_linearized(kind, window=5), tiny_model(kind)
+    ids_NT = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
+    places, items_P = (torch.tensor([0, 0, 2]), torch.tensor([9, 20, 15])), torch.tensor([False, False, True])
+    found = Divergence(model, Probe(ids_NT, places, items_P), 2)
+    restored = tiny_linearized(kind, window=5)
+    assert restore_attention(restored, [1]) == list(linear_windows(model))[1:]
+    with torch.no_grad():
+        p, q = (each(input_ids=ids_NT).logits[places].double().log_softmax(-1) for each in (teacher, restored))
+    kl_P = (p.exp() * (p - q)).sum(-1)
+    trial = found([1])
+    assert trial.text == pytest.approx(float(kl_P[:2].mean()), rel=1e-4)
+    assert trial.items == pytest.approx(float(kl_P[2]), rel=1e-4)
+    assert trial.divergence == pytest.approx((trial.text + trial.items) / 2)
+    assert found([0, 1]).divergence == pytest.approx(0, abs=1e-6)
+    assert {window.mode for window in linear_windows(model).values()} == {"linear"}
+
+
+def test_the_layer_that_looks_back_is_chosen() -> None:
+    """Of a model that copies, the first layer looks one token back, and the second wherever a token was.
+
+    Of linear attention the window alone, as if the maps had learned nothing.
+    """
+    tokenizer, dataset = load_tokenizer("bytes"), open_dataset(prepared())
+    model = copying_model(272)
+    linearize_attention(model, LinearizeConfig(window=16))
+    probe = probe_of(dataset, tokenizer, Pattern(16), seq_len=96, seed=0)
+    with using(model, branch="window"):
+        chosen, trials = choose(range(2), 1, Divergence(model, probe, 8))
+    assert chosen == [1]
+    none, first, second = trials
+    assert second.divergence < 0.01 * first.divergence
+    assert first.divergence == pytest.approx(none.divergence, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
+    run = chosen_run()
+    record = record_of(run)
+    assert record["step"] == 11
+    trials = record["trials"]
+    assert [trial["layers"] for trial in trials[:5]] == [[], [0], [1], [2], [3]]
+    assert len(trials) == 1 + LAYERS + 3
+    assert min(trials, key=lambda trial: trial["divergence"])["layers"] == record["layers"]
+    assert min(trials[1:5], key=lambda trial: trial["divergence"])["layers"][0] in record["layers"]
+    printed = (run.parent / f"{run.name}.err").read_text()
+    assert "keep_softmax=auto:2: divergence from the softmax model where it must recall" in printed
+    assert [line for line in printed.splitlines() if line.endswith("  kept")]
+    transfer, last = (store.at(run, step).manifest for step in (8, 16))
+    assert KEPT not in transfer
+    assert last[KEPT] == record["layers"]
+    assert len(linear_windows(load_model(run).model)) == 2
+    assert softmax_layers(load_model(run).model) == record["layers"]
+    assert len(linear_windows(load_model(run, checkpoint=store.at(run, 8)).model)) == LAYERS
+    assert slope("check", run).code == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("linearize.adjust_maps=true",),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("distill.share=0.5",), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_run_resumes_bit_for_bit_across_the_choice(more: tuple[str, ...], step: int, tmp_path: Path) -> None:
+    whole = chosen_run(*more)
+    run = copied(whole, tmp_path)
+    for folder in store.folders(run):
+        if store.step_of(folder) > step:
+            shutil.rmtree(folder)
+    resumed = slope("linearize", base(), *WORDS, *more, "--out", run)
+    assert resumed.code == 0, resumed.err
+    assert ("where it must recall" in resumed.err) == (step == 8)
+    assert_same_run(run_folder.open_config(run), run, whole)
+
+
+def test_export_generate_and_eval_have_the_chosen_layers(tmp_path: Path) -> None:
+    run = chosen_run()
+    kept, folder = record_of(run)["layers"], tmp_path / "export"
+    assert slope("export", run, folder).code == 0
+    assert json.loads((folder / "linearize" / "settings.json").read_text())["keep_softmax"] == kept
+    assert softmax_layers(load_model(folder).model) == kept
+    one, other = (slope("generate", place, "The ", "--temperature", "0", "--tokens", "8") for place in (run, folder))
+    assert one.code == other.code == 0
+    assert one.out == other.out
+    found = [
+        slope(
+            "eval",
+            place,
+            "--no-perplexity",
+            "--tasks",
+            "mqar",
+            "--limit",
+            "4",
+            "--seq-len",
+            "48",
+            "--json",
+            "--data",
+            prepared(),
+        )
+        for place in (run, folder)
+    ]
+    rows = [json.loads(each.out)["recall"]["rows"] for each in found]
+    assert rows[0] == rows[1]
+
+
+def test_a_dry_run_counts_the_layers_that_stay() -> None:
+    done = slope("linearize", base(), *WORDS, "--dry-run")
+    assert done.code == 0, done.err
+    assert f"in 2 of {LAYERS} layers" in done.out
+    assert "keep_softmax: auto:2" in done.out
+    saved = scratch() / "dry.yaml"
+    saved.write_text(done.out)
+    assert configs.load(str(saved)).linearize.keep_softmax == "auto:2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["auto:0"], "linearize.keep_softmax=auto:0: list different layers, from 0, as [0, 3], or write auto:K"),
+        (["auto:"], "linearize.keep_softmax={'auto': None}: list different layers"),
+        (["auto"], "linearize.keep_softmax=auto: list different layers"),
+        (["2"], "linearize.keep_softmax=2: list different layers"),
+        (["null"], "linearize.keep_softmax=None: list different layers"),
+        (["[1, 1]"], "linearize.keep_softmax=[1, 1]: list different layers"),
+        (["[-1]"], "linearize.keep_softmax=[-1]: list different layers"),
+        (["[a]"], "linearize.keep_softmax=['a']: list different layers"),
+        (["auto:4"], "keep_softmax=auto:4: the model has 4 layers; choose fewer of them"),
+        (["[4]"], "keep_softmax: there is no layer 4; the model's are 0 to 3"),
+        (["auto:1", "linearize.transfer=1"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
+        (["auto:1", "linearize.transfer=0"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
+        (["auto:1", "adapters.rank=0"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
+    ],
+)
+def test_wrong_choices_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    value, *more = words
+    done = slope("linearize", base(), *WORDS, f"linearize.keep_softmax={value}", *more, "--out", tmp_path / "run")
+    assert done.code == 2, done.err
+    line = done.err.strip().splitlines()[-1]
+    assert line.startswith(f"error: {message}"), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_two_sided_model_has_no_choice(tmp_path: Path) -> None:
+    bert = trained("bert-base", "method=dense")
+    done = slope("linearize", bert, *WORDS, "linearize.keep_softmax=auto:1", "--out", tmp_path / "run")
+    assert (done.code, "is chosen for causal models alone; list the layers" in done.err) == (2, True)
+
+
+def test_all_of_a_mixed_model_can_be_switched_to_softmax() -> None:
+    """The teacher is what the model was, whichever layers have softmax by now."""
+    model, ids = tiny_linearized("llama3-8b", window=5), torch.arange(3, 43)[None]
+    restore_attention(model, [0])
+    with torch.no_grad(), using(model, mode="softmax"):
+        assert torch.equal(model(input_ids=ids).logits, tiny_model("llama3-8b")(input_ids=ids).logits)
