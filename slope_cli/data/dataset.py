@@ -214,7 +214,7 @@ def largely_held_out(dataset: Dataset) -> list[str]:
     for train in dataset.train:
         val = dataset.val.get(train.header.source)
         held_out = val.header.tokens / (val.header.tokens + train.header.tokens) if val else 0
-        if held_out > max(LARGE_SHARE, 2 * share):
+        if share and held_out > max(LARGE_SHARE, 2 * share):
             of = f"holds out {held_out:.0%} of its tokens for validation, where --val-fraction is {share:g}"
             advice = "join short files to one source as NAME=FOLDER, or prepare more text"
             lines.append(f"{dataset.folder}: source {train.header.source} {of}: it has few segments; {advice}")
@@ -224,10 +224,12 @@ def largely_held_out(dataset: Dataset) -> list[str]:
 def show(dataset: Dataset) -> None:
     """Print the documents, tokens and text bytes of each source, and their sums, to standard output."""
     rows = []
-    for train in dataset.train:
-        header, val = train.header, dataset.val.get(train.header.source)
+    train = {file.header.source: file.header for file in dataset.train}
+    for source in sorted({*train, *dataset.val}):
+        header, val = train.get(source), dataset.val.get(source)
+        trained = (header.documents, header.tokens, header.text_bytes) if header else (0, 0, 0)
         held_out = (val.header.tokens, val.header.text_bytes) if val else (0, 0)
-        rows.append((header.source, header.documents, header.tokens, header.text_bytes, *held_out))
+        rows.append((source, *trained, *held_out))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     columns = ("source", "documents", "tokens", "bytes", "val tokens", "val bytes")
     cells = [[source, *(f"{count:,}" for count in counts)] for source, *counts in rows]

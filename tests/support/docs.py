@@ -323,6 +323,7 @@ def _tokenizer(path: Path) -> None:
 FURNITURE: dict[str, Callable[[Path], None]] = {
     "corpus": _corpus,
     "more": _corpus,
+    "heldout": _corpus,
     "table.csv": _table,
     "gpt2": _tokenizer,
     "data/corpus": _copy(prepared),
