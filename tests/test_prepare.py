@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import slope_cli
-from slope_cli.data.dataset import Dataset, open_dataset
+from slope_cli.data.dataset import Dataset, open_dataset, show
 from slope_cli.data.prepare import is_held_out, prepare, prepare_shard
 from slope_cli.data.sources import Chunking, HubInput, Input, cut, find_inputs, hub_texts, read_segments, source_name
 from slope_cli.data.token_file import write_token_file
@@ -270,6 +270,30 @@ def test_one_segment_has_no_validation_text(tmp_path: Path, capfd: pytest.Captur
     assert dataset.val == {}
     header = dataset.train[0].header
     assert (header.source, header.documents, header.tokens, header.text_bytes) == ("x", 1, 5, 4)
+
+
+def test_validation_text_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, texts in {"train": ["<0>", "<1>", "<2>"], "val": ["<a>", "<b>b\n<c>"]}.items():
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "web-00000.jsonl.gz").write_bytes(gzip.compress(lines(texts)))
+    (tmp_path / "val/code.txt").write_text("x = 1\n")
+    given, val = str(tmp_path / "train"), [str(tmp_path / "val")]
+    chunking = Chunking(short_segment=5)
+    dataset = prepared([given], tmp_path / "out", val=val, chunking=chunking)
+    assert decoded(dataset) == ["<0>", "<1>", "<2>"]
+    assert sorted(dataset.val) == ["code", "web"]
+    assert bytes(dataset.val["web"].tokens[:-1].astype(np.uint8)) == b"<a>\x00<b>b\n<c>"
+    show(dataset)
+    assert "| code | 0 | 0 | 0 | 7 | 6 |" in capsys.readouterr().out
+    assert prepared([given], tmp_path / "out", val=val, chunking=chunking).fingerprint == dataset.fingerprint
+    with pytest.raises(UsageError, match="made with other inputs"):
+        prepared([given, *val], tmp_path / "out", val_fraction=0, chunking=chunking)
+    with pytest.raises(UsageError, match="--val and --val-fraction: give one of them"):
+        prepared([given], tmp_path / "out", val=val, val_fraction=0.1)
+    with pytest.raises(UsageError, match=r"web-00000\.jsonl\.gz: given twice"):
+        prepared([given], tmp_path / "new", val=[given])
+    with pytest.raises(UsageError, match="some/data: no such file or folder"):
+        prepared([given], tmp_path / "new", val=["some/data"])
 
 
 @settings(max_examples=30, deadline=None)

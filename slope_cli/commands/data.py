@@ -19,7 +19,13 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
     encoding: Annotated[str, typer.Option(help="Of text, JSON and CSV files, such as latin-1 or utf-16.")] = "utf-8",
-    val_fraction: Annotated[float, typer.Option(help="Share of each source that is held out for validation.")] = 0.01,
+    val: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT", help="A file or folder of validation text; may be repeated.")
+    ] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of each source that is held out for validation; default: 0.01, or 0 with --val."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
     config_name: Annotated[
@@ -38,7 +44,7 @@ def prepare(
     from slope_cli.data.dataset import show
 
     how: dict[str, Any] = {"tokenizer": tokenizer, "text_key": text_key, "encoding": encoding}
-    how["val_fraction"] = val_fraction
+    how |= {"val": val or (), "val_fraction": val_fraction}
     how |= {"workers": workers, "split": split, "config_name": config_name}
     if shard is None:
         show(preparing.prepare(inputs, out, **how))

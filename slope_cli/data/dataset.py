@@ -220,7 +220,7 @@ def largely_held_out(dataset: Dataset) -> list[str]:
     for train in dataset.train:
         val = dataset.val.get(train.header.source)
         part = _held_out(train.header.tokens, val.header.tokens if val else 0)
-        large += [f"{train.header.source} ({part:.0%})"] if part > max(LARGE_SHARE, 2 * share) else []
+        large += [f"{train.header.source} ({part:.0%})"] if share and part > max(LARGE_SHARE, 2 * share) else []
     line = f"{dataset.folder}: far more than --val-fraction {share:g} is held out for validation of {some(large)}"
     return [line] if large else []
 
@@ -233,10 +233,12 @@ def _held_out(train: int, val: int) -> float:
 def show(dataset: Dataset) -> None:
     """Print what each source has to train on and holds out for validation, and their sums, to standard output."""
     rows = []
-    for train in dataset.train:
-        header, val = train.header, dataset.val.get(train.header.source)
+    train = {file.header.source: file.header for file in dataset.train}
+    for source in sorted({*train, *dataset.val}):
+        header, val = train.get(source), dataset.val.get(source)
+        trained = (header.documents, header.tokens, header.text_bytes) if header else (0, 0, 0)
         held_out = (val.header.tokens, val.header.text_bytes) if val else (0, 0)
-        rows.append((header.source, header.documents, header.tokens, header.text_bytes, *held_out))
+        rows.append((source, *trained, *held_out))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     kinds = ("training documents", "training tokens", "training bytes", "validation tokens", "validation bytes")
     cells = [

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 
 LISTED_INPUTS = 1000
+VAL_FRACTION = 0.01
+"""The share of each source's segments that is held out, unless validation text is given."""
 PLAN_IN_WORDS = {
     "inputs": "other inputs",
     "tokenizer": "another --tokenizer",
@@ -85,13 +87,14 @@ class Options(TypedDict, total=False):
 
     workers: the number of processes, by default one per core; 1 works in this process. The result does not depend on
     it. Workers are spawned, so a script that prepares needs an `if __name__ == "__main__"` guard. progress: show
-    progress on standard error.
+    progress on standard error. val: files and folders that are validation text; then no segments of others are.
     """
 
     tokenizer: str
     text_key: str
     encoding: str
-    val_fraction: float
+    val: Sequence[str]
+    val_fraction: float | None
     workers: int | None
     split: str
     config_name: str | None
@@ -105,9 +108,9 @@ def prepare(
     """Tokenize text, JSON, CSV and parquet files, folders of these, or Hugging Face data sets into the folder `out`.
 
     `find_inputs` says what inputs and their sources are, `is_held_out` which segments of a source (documents, or the
-    parts that `cut` makes of long ones) go to its validation file. The same call resumes a preparation that was
-    stopped, joins what `prepare_shard` has made, and returns at once when it is finished. It needs twice the disk space
-    of the result.
+    parts that `cut` makes of long ones) go to its validation file, unless validation text is given. The same call
+    resumes a preparation that was stopped, joins what `prepare_shard` has made, and returns at once when it is
+    finished. It needs twice the disk space of the result.
 
     Args:
         stop: an open flag; by default one is opened here.
@@ -162,20 +165,31 @@ def _work(
     tokenizer: str = BYTES,
     text_key: str = "text",
     encoding: str = UTF_8,
-    val_fraction: float = 0.01,
+    val: Sequence[str] = (),
+    val_fraction: float | None = None,
     workers: int | None = None,
     split: str = "train",
     config_name: str | None = None,
     chunking: Chunking = DEFAULT_CHUNKING,
     progress: bool = True,
 ) -> _Work:
+    if val and val_fraction is not None:
+        raise UsageError("--val and --val-fraction: give one of them; with --val no other text is held out")
+    if val_fraction is None:
+        val_fraction = 0 if val else VAL_FRACTION
     if not 0 <= val_fraction <= 0.5:
         raise UsageError(f"--val-fraction {val_fraction}: must be from 0 (no validation text) to 0.5")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     notes: list[str] = []
     items = find_inputs(
-        inputs, split=split, config_name=config_name, encoding=encoding, chunking=chunking, say=notes.append
+        inputs,
+        val=val,
+        split=split,
+        config_name=config_name,
+        encoding=encoding,
+        chunking=chunking,
+        say=notes.append,
     )
     tok = load_tokenizer(tokenizer)
     target = _target(Path(out).expanduser(), tokenizer, tok)
@@ -362,10 +376,10 @@ def _chunks(work: _Work, check: Callable[[], None]) -> Iterator[Chunk]:
             chars_before = chars
             for text, ends_document, position in read_segments(item, text_key, chars, chunking):
                 check()
-                held_out, segments = is_held_out(segments, share), segments + 1
+                taken_out, segments = is_held_out(segments, share), segments + 1
                 # Where validation text is taken out, the texts before and after it do not continue each other.
-                separated = ends_document or held_out or is_held_out(segments, share)
-                pieces.append(Piece(text, "val" if held_out else "train", separated))
+                separated = ends_document or taken_out or is_held_out(segments, share)
+                pieces.append(Piece(text, "val" if item.held_out or taken_out else "train", separated))
                 chars, size = chars + len(text), size + len(text)
                 if size >= chunk_size:
                     yield Chunk(source, number, pieces, read_before + position)

@@ -44,7 +44,7 @@ class FileInput:
     """One file of a source. Its size in bytes and its modification time identify its content.
 
     path: as it was given, but absolute: its name says the format. target: where the path leads, through links.
-    encoding: Python's name of that of its text.
+    encoding: Python's name of that of its text. held_out: whether all of it is validation text.
     """
 
     source: str
@@ -53,6 +53,7 @@ class FileInput:
     size: int
     mtime_ns: int
     encoding: str = UTF_8
+    held_out: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +70,8 @@ class FileInput:
         identity = {"source": self.source, "path": self.target, "size": self.size, "mtime_ns": self.mtime_ns}
         if self.encoding != UTF_8:
             identity["encoding"] = self.encoding
+        if self.held_out:
+            identity["held_out"] = True
         if self.format.rows in FIRST_FORMATS and self.target.endswith(self.format.name):
             return identity  # a file that has always been read in this way, which earlier data sets list without it
         return identity | {"format": self.format.name}
@@ -83,6 +86,7 @@ class HubInput:
     config_name: str | None
     split: str
     size: int = 0
+    held_out: bool = False
 
     def identity(self) -> dict[str, Any]:
         """The fields that identify the input, as JSON."""
@@ -135,6 +139,7 @@ class Segment(NamedTuple):
 def find_inputs(
     given: Sequence[str | Input],
     *,
+    val: Sequence[str] = (),
     split: str = "train",
     config_name: str | None = None,
     encoding: str = UTF_8,
@@ -148,25 +153,34 @@ def find_inputs(
     Otherwise `source_name` names the source, so that shards are one source. But a folder
     that would be more than 16 sources, or that contains only plain texts of one segment each, is one source with the
     folder's name: such short texts cannot be split into training and validation text. An `Input` is kept as it is.
+    `val` names files and folders in the same way, all of whose text is validation text.
 
     UsageError if an input is missing, empty, not readable or given twice, or if there is none.
     """
     items: list[Input] = []
     encoding = known_encoding(encoding)
-    for argument in given:
-        if not isinstance(argument, str):
-            items.append(argument)
-            continue
+
+    def local(argument: str) -> list[FileInput]:
         source, name = _split_name(argument)
         path = Path(name).expanduser()
         if path.is_dir():
-            items += _folder_inputs(path, source, encoding, chunking, say)
-        elif path.exists():
-            items.append(_file_input(path, source, encoding))
+            return _folder_inputs(path, source, encoding, chunking, say)
+        return [_file_input(path, source, encoding)] if path.exists() else []
+
+    for argument in given:
+        if not isinstance(argument, str):
+            items.append(argument)
+        elif files := local(argument):
+            items += files
         else:
+            source, name = _split_name(argument)
             items.append(_hub_input(name, source, config_name, split))
     if not items:
         raise UsageError("no inputs: give text, JSONL or parquet files, a folder of these, or a data set's name")
+    for argument in val:
+        if not (files := local(argument)):
+            raise UsageError(f"{argument}: no such file or folder; validation text is given as files or folders")
+        items += [replace(item, held_out=True) for item in files]
     for name, count in Counter(item.target for item in items if isinstance(item, FileInput)).most_common(1):
         if count > 1:
             raise UsageError(f"{name}: given twice")

@@ -43,6 +43,7 @@ NOT_RUN = {
     r"slope export .*--push": "needs an account at the Hugging Face Hub; tests of pushing have one on this machine",
     r"slope bench( generate|$)": "needs a GPU",
     r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
+    r"python -m slope_cli\.benchmarks\.corpus ": "downloads packages from Debian's mirrors",
     r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
 }
 """Commands that no test runs, as regular expressions for their beginnings, and why; their words are checked."""
@@ -323,6 +324,9 @@ def _tokenizer(path: Path) -> None:
 FURNITURE: dict[str, Callable[[Path], None]] = {
     "corpus": _corpus,
     "more": _corpus,
+    "heldout": _corpus,
+    "debian/train": _corpus,
+    "debian/val": _corpus,
     "table.csv": _table,
     "gpt2": _tokenizer,
     "data/corpus": _copy(prepared),
