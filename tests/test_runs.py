@@ -1,5 +1,6 @@
 """A run is extended, begun anew in its folder, and branched from another one."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -255,6 +256,42 @@ def test_two_processes_replace_a_run_once_in_a_job(run: Path, tmp_path: Path) ->
     assert "finished: all of its 2 steps are done" in ranks.printed(0)
     assert len(learning_rates(run)) == 2
     assert not (run / "replaced").exists()
+
+
+# ------------------------------------------------------------------------------------------------- the model of a step
+
+
+def test_commands_read_the_model_of_the_step_that_is_named(finished: Path, tmp_path: Path) -> None:
+    older = f"{finished}@8"
+    loaded = load_model(older)
+    assert (loaded.folder, loaded.step, loaded.name) == (finished, 8, "run")
+    assert load_model(finished).step == 12
+    measured = [slope("eval", each, "--tokens", "64", "--json").out for each in (older, f"{finished}@12", finished)]
+    steps, losses = zip(*((r["step"], r["perplexity"]["loss"]) for r in map(json.loads, measured)), strict=True)
+    assert steps == (8, 12, 12)
+    assert losses[0] > losses[1] == losses[2]
+    assert slope("generate", older, "The ", "--tokens", "4").out.startswith("The ")
+    for more in ((), ("--format", "packed")):
+        out = tmp_path / f"export{len(more)}"
+        assert json.loads(slope("export", older, out, *more, "--json").out)["step"] == 8
+    sizes = ("linearize.window=8", "train.steps=2", "log.val_tokens=64")
+    done = slope("linearize", older, *sizes, "--out", tmp_path / "linear")
+    assert done.code == 0, done.err
+    whole = load_model(tmp_path / "linear").model.state_dict()
+    for name, tensor in loaded.model.state_dict().items():
+        if name.endswith("mlp.c_fc.values"):
+            assert torch.equal(whole[name], tensor)
+
+
+def test_a_step_that_is_not_kept_is_refused_with_those_that_are(finished: Path, tmp_path: Path) -> None:
+    for command in (("generate", f"{finished}@7", "The "), ("eval", f"{finished}@7")):
+        assert slope(*command) == (2, "", f"error: {finished}: has no checkpoint of step 7, but of 8, 12\n")
+    refused = slope("export", f"{finished}@7", tmp_path / "out")
+    assert (refused.code, "but of 8, 12" in refused.err, (tmp_path / "out").exists()) == (2, True, False)
+    exported = tmp_path / "exported"
+    assert slope("export", finished, exported).code == 0
+    says = f"error: {exported}: is not the folder of a run (no config.yaml)\n"
+    assert slope("generate", f"{exported}@7", "The ") == (2, "", says)
 
 
 # ---------------------------------------------------------------------------------------------------- from another run

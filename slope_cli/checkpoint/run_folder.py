@@ -14,6 +14,7 @@ RUN/replaced/            the run that was there before, until this one has a che
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -156,10 +157,11 @@ def require_run(run: Path) -> None:
 
 def place(text: str) -> tuple[Path, int | None]:
     """The folder that is named, and of RUN@STEP the step."""
-    name, at, step = text.rpartition("@")
-    if name and at and step.isdecimal() and not Path(text).expanduser().exists():
-        return Path(name).expanduser(), int(step)
-    return Path(text).expanduser(), None
+    text = os.path.expanduser(text)
+    name, _, step = text.rpartition("@")
+    if name and step.isascii() and step.isdecimal() and not os.path.lexists(text):
+        return Path(name), int(step)
+    return Path(text), None
 
 
 def data_folder(config: Config, run: Path) -> Path:

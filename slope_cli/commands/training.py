@@ -152,7 +152,9 @@ def _train(
 
 
 def finetune(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN[@STEP]|DIR", help="A run, or a folder that transformers reads.")
+    ],
     task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE, SQuAD: a BERT; SFT.")],
     data: Annotated[Path | None, typer.Option(help="Official files' folder (default: the hub); SFT: JSONL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,

@@ -213,8 +213,9 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
     if begun and begun.linearizes and began_with(begun, str(init)):
         sizes = {name: getattr(begun.train, name) for name in SIZES}
         return _overrides(str(begun.model.init), begun.data.path, sizes)
-    if run_folder.is_run(init):
-        base = run_folder.open_config(init)
+    folder = run_folder.place(str(init))[0]
+    if run_folder.is_run(folder):
+        base = run_folder.open_config(folder)
         path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
     else:
         path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
