@@ -372,11 +372,11 @@ SPLIT = {
 def _split_from_rank_0(group: Group, config: Config, layout: Layout) -> None:
     cpu = torch.device("cpu")
     sharding = Sharding(layout, group.ranks.world, cpu, None)
-    model = init.start(config, Path(), built_on(config, sharding, cpu), calibrate=lambda *_: {})
+    model, _ = init.start(config, Path(), built_on(config, sharding, cpu), calibrate=lambda *_: {})
     tensors = [*model.parameters(), *model.buffers()]
     assert {t.device.type for t in tensors} == {"cpu" if group.ranks.first else "meta"}
     sharding.split(model)
-    whole = init.start(config, Path(), "cpu", calibrate=lambda *_: {})
+    whole, _ = init.start(config, Path(), "cpu", calibrate=lambda *_: {})
     expected = dict([*whole.named_parameters(), *whole.named_buffers()])
     found = dict([*model.named_parameters(), *model.named_buffers()])  # one name each of tied ones
     assert list(found) == list(expected)

@@ -46,7 +46,8 @@ def test_a_finished_run_says_so_and_is_extended_by_more_steps(
     data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain(tiny(data), run)
-    assert "finished: all of its 12 steps are done; a larger train.steps extends it" in capsys.readouterr().err
+    more = "a larger train.steps extends it, --overwrite starts it anew"
+    assert capsys.readouterr().err == f"finished: all of its 12 steps are done; {more}\n"
     before = records(run)
     assert pretrain(tiny(data, "train.steps=20"), run)["step"] == 20
     config = run_folder.open_config(run)
@@ -337,6 +338,38 @@ def test_a_branch_has_weights_masks_and_adapters_in_every_phase(phase: str, data
     for name, tensor in store.state_tensors(model, None).items():
         assert torch.equal(ours[name], tensor), name
     assert ours["optim.step"].max() == 3
+
+
+def test_a_branch_says_and_records_what_it_begins_with(run: Path, tmp_path: Path) -> None:
+    sizes = ("train.steps=2", "log.save_every=1")
+    plain, with_state, second = (tmp_path / name for name in ("plain", "with", "second"))
+    begins = f"begins with {run} at step 8, without its optimizer's state"
+    assert branched(plain, f"{run}@8", *sizes).splitlines()[0] == begins
+    said = branched(with_state, run, "--with-optimizer", *sizes)
+    assert said.splitlines()[0] == f"begins with {run} at step 12, with its optimizer's state"
+    branched(second, f"{plain}@1", *sizes)
+    recorded = [
+        (plain, run, 8, 8 * 128, False),
+        (with_state, run, 12, 12 * 128, True),
+        (second, plain, 1, 9 * 128, False),
+    ]
+    for branch_of_it, source, step, tokens, state in recorded:
+        record = {"kind": "init", "step": 1, "source": str(source), "source_step": step, "source_tokens": tokens}
+        assert records(branch_of_it)[0] == record | {"optimizer": state}
+    run.rename(tmp_path / "gone")
+    shutil.rmtree(store.folders(plain)[0])
+    again = branched(plain, f"{run}@8", *sizes)
+    assert "begins with" not in again
+    assert again.splitlines()[0] == f"resuming from {store.folders(plain)[1]}"
+    assert [record["kind"] for record in records(plain)].count("init") == 1
+
+
+def test_a_dry_run_of_a_branch_needs_no_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = slope("pretrain", "--from", f"{finished}@8", "train.steps=5", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert f"{finished}@8\n" in shown.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(

@@ -54,7 +54,7 @@ def pretrain(
     overrides = list(overrides or [])
     if recipe and "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10`: the default recipe
         overrides, recipe = [recipe, *overrides], None
-    if source and (recipe or not out):
+    if source and (recipe or not (out or dry_run)):
         raise UsageError("--from takes the config of its run: give no recipe, but --out, the folder of the new run")
     if with_optimizer and not source:
         raise UsageError("--with-optimizer: is for --from")
@@ -70,7 +70,7 @@ def pretrain(
             from slope_cli.train.branch import branch
             from slope_cli.train.starts import goes_on
 
-            begun = run if goes_on(run, how["existing"]) else None
+            begun = run if out and goes_on(run, how["existing"]) else None
             recipe, how["implied"] = branch(source, begun, with_optimizer=with_optimizer)
         _train(recipe, overrides, run, stop, **how)
 
