@@ -96,7 +96,7 @@ class _Before:
     def __init__(self, run: Path, *, had_lock: bool) -> None:
         self._run = run
         self._names = {path.name for path in run.iterdir()} - (set() if had_lock else {files.LOCK})
-        self._logs = {path: path.stat().st_size for path in run.glob("*.jsonl")}
+        self._logs = {path: path.stat().st_size for path in run.glob("*.jsonl") if path.is_file()}
         written = (run / CONFIG, run / VERIFIED)
         self._contents = {path: path.read_bytes() for path in written if path.is_file()}
 
