@@ -280,6 +280,7 @@ def test_a_step_that_the_ranks_cannot_share_is_one_line(world: int, setting: str
     (line,) = ranks.printed().splitlines()
     assert line.startswith("error: train.tokens_per_step=256: is no multiple")
     assert line.endswith(advice)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_claimed_folder_is_refused_by_all_in_one_line(tmp_path: Path) -> None:
