@@ -19,7 +19,7 @@ from slope_cli.config.command import KeyCommand
 from slope_cli.distributed import peers
 from slope_cli.distributed.signals import STOPPED
 from slope_cli.errors import SlopeError, one_line
-from slope_cli.report.terminal import escaped_streams, flushed_output
+from slope_cli.report.terminal import MOST_COLUMNS, escaped_streams, flushed_output
 
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help, after `slope data`
     "recipes": inspection.recipes,
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help, after `s
 }
 # Without rich markup, Typer's own errors are plain lines, not boxes.
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
+WIDTH = {"max_content_width": MOST_COLUMNS}
 
 
 class _DataFirst(TyperGroup):
@@ -49,10 +50,12 @@ class _DataFirst(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: name != "data")
 
 
-app = typer.Typer(cls=_DataFirst, pretty_exceptions_enable=False, help=slope_cli.__doc__, **PLAIN)
+app = typer.Typer(
+    cls=_DataFirst, context_settings=WIDTH, pretty_exceptions_enable=False, help=slope_cli.__doc__, **PLAIN
+)
 data_app = typer.Typer(help="Prepare text for training.", **PLAIN)
-data_app.command("prepare")(data.prepare)
-data_app.command("info")(data.info)
+data_app.command("prepare", cls=KeyCommand)(data.prepare)
+data_app.command("info", cls=KeyCommand)(data.info)
 app.add_typer(data_app, name="data")
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=KeyCommand)(_command)

@@ -9,6 +9,7 @@ from typing import Any
 
 from slope_cli.distributed.launch import pick_device
 from slope_cli.errors import SlopeError, install
+from slope_cli.report.terminal import named_lines
 from slope_cli.utils.environment import cupy_version, driver, package_version
 
 _NEEDED = ("torch", "transformers", "tokenizers", "numpy", "omegaconf", "safetensors")
@@ -64,8 +65,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         error = next((finding.fix for finding in findings if finding.stops), "")
     fix = f"training cannot work: {error}" if error else ""
     findings.append(Finding("a training step", "fails" if error else "works", fix))
-    width = max(len(finding.name) for finding in findings)
-    lines = [f"{x.name:{width}}  {x.found}{x.fix and f'; {x.fix}'}" for x in findings]
+    lines = named_lines({x.name: f"{x.found}{x.fix and f'; {x.fix}'}" for x in findings})
     return {"training": not error, "findings": [asdict(finding) for finding in findings]}, lines
 
 

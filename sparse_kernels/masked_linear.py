@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_kernels import masks
+from sparse_kernels.operands import Operand, operand, product
 from sparse_kernels.sharded import local, local_rows
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Masks the weight where it is used, so no 16-bit copy is kept from the forward pass to the backward one."""
+    """Masks and rounds the weight where it is used, so no copy is kept from the forward pass to the backward one."""
 
     @staticmethod
     def forward(
@@ -31,39 +31,74 @@ class _MaskedLinear(torch.autograd.Function):
         X_BI: Tensor,
         W_OI: Tensor,
         bias_O: Tensor | None,
-        mask_OI: Tensor,
+        mask_OI: Tensor | None,
         unbiased: tuple[int, int] | None,
         straight_through: bool,
+        fp8: bool,
     ) -> Tensor:
-        ctx.save_for_backward(X_BI, W_OI, mask_OI)
+        X, W = operand(X_BI, fp8=fp8), operand(_masked(W_OI, mask_OI).to(X_BI.dtype), fp8=fp8)
+        ctx.save_for_backward(*X, W_OI, mask_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.unbiased, ctx.straight_through = unbiased, straight_through
-        kept_OI = _masked(W_OI, mask_OI).to(X_BI.dtype)
-        return F.linear(X_BI, kept_OI, None if bias_O is None else bias_O.to(X_BI.dtype))  # [B,I] · [O,I]^T -> [B,O]
+        return product(X, W, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        X_BI, W_OI, mask_OI = ctx.saved_tensors
+        data_BI, scale, W_OI, mask_OI = ctx.saved_tensors
+        X, fp8, dtype = Operand(data_BI, scale), scale is not None, dY_BO.dtype
+        dY = operand(dY_BO, fp8=fp8)
         dX = dW = db = None
         if ctx.needs_input_grad[0]:
-            dX = dY_BO @ _masked(W_OI, mask_OI).to(dY_BO.dtype)  # [B,O] · [O,I] -> [B,I]
+            W = operand(_masked(W_OI, mask_OI).to(dtype), fp8=fp8)
+            dX = product(dY, W.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
         if ctx.needs_input_grad[1]:
-            if ctx.unbiased is None:
-                S_BO = dY_BO
-            else:
+            S = dY
+            if ctx.unbiased is not None:
                 n, m = ctx.unbiased
-                S_BO = masks.mvue(dY_BO, n, m, dim=0)
-            dW = (S_BO.t() @ X_BI).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
+                S = operand(masks.mvue(dY_BO, n, m, dim=0), fp8=fp8)
+            dW = product(S.t(), X.t(), dtype=dtype).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
             if not ctx.straight_through:
                 dW = _masked(dW, mask_OI)
         if ctx.needs_input_grad[2]:
             db = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX, dW, db, None, None, None
+        return dX, dW, db, None, None, None, None
 
 
-def _masked(W_OI: Tensor, mask_OI: Tensor) -> Tensor:
+def linear(
+    X: Tensor,
+    W_OI: Tensor,
+    bias_O: Tensor | None,
+    mask_OI: Tensor | None = None,
+    *,
+    unbiased: tuple[int, int] | None = None,
+    straight_through: bool = True,
+    fp8: bool = False,
+) -> Tensor:
+    """Y = X · (W ⊙ mask)^T + bias with the gradients that this module's docstring states.
+
+    Args:
+        X: (..., I); its dtype, under autocast that of autocast, is that of the three products.
+        W_OI: (O, I).
+        bias_O: (O,) or None.
+        mask_OI: bool (O, I), or None for no mask.
+        unbiased: (n, m) to prune dY n:m along the tokens for the weight's gradient.
+        straight_through: whether pruned entries have a gradient, too.
+        fp8: round the operands of all three products to e4m3.
+
+    Returns:
+        (..., O).
+    """
+    device = X.device.type
+    if torch.is_autocast_enabled(device):
+        X = X.to(torch.get_autocast_dtype(device))
+    X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
+    Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, unbiased, straight_through, fp8)
+    return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(W_OI))
+
+
+def _masked(W_OI: Tensor, mask_OI: Tensor | None) -> Tensor:
     """W ⊙ mask; zero also where a pruned weight is not finite."""
-    return torch.where(mask_OI, W_OI, 0)
+    return W_OI if mask_OI is None else torch.where(mask_OI, W_OI, 0)
 
 
 class MaskedLinear(nn.Module):
@@ -77,6 +112,7 @@ class MaskedLinear(nn.Module):
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
         straight_through: pruned entries have a gradient, too; without one they stay as they are.
         unmasked: the mask was removed.
+        fp8: the operands of products in training are e4m3; see `sparse_kernels.set_fp8`.
         conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """
 
@@ -107,7 +143,7 @@ class MaskedLinear(nn.Module):
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.straight_through, self.unmasked = straight_through, False
+        self.straight_through, self.unmasked, self.fp8 = straight_through, False, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
@@ -117,13 +153,9 @@ class MaskedLinear(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
-        device = X.device.type
-        if torch.is_autocast_enabled(device):
-            X = X.to(torch.get_autocast_dtype(device))
+        how: dict[str, Any] = {"straight_through": self.straight_through, "fp8": self.fp8 and self.training}
         unbiased = (self.n, self.m) if self.mvue else None
-        X_BI = X if X.dim() == 2 else X.reshape(-1, self.in_features)
-        Y_BO: Tensor = _MaskedLinear.apply(X_BI, self.weight, self.bias, self.mask, unbiased, self.straight_through)
-        return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], self.out_features)
+        return linear(X, self.weight, self.bias, self.mask, unbiased=unbiased, **how)
 
     @property
     def masked_weight(self) -> Tensor:

@@ -7,15 +7,22 @@ Shape suffixes: B tokens, O out features, I in features, K = I·N/M kept entries
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sparse_kernels.operands import Operand, operand, product
 
 
 def scatter_kept(values_OK: Tensor, index_OK: Tensor, in_features: int) -> Tensor:
     """Kept entries to the dense matrix with its zeros: (O, K), int64 (O, K) -> (O, I)."""
-    dense_OI = values_OK.new_zeros(values_OK.shape[0], in_features)
-    return dense_OI.scatter_(1, index_OK, values_OK)
+    bits_OK = _as_bits(values_OK)
+    dense_OI = bits_OK.new_zeros(values_OK.shape[0], in_features)
+    return dense_OI.scatter_(1, index_OK, bits_OK).view(values_OK.dtype)
+
+
+def _as_bits(values: Tensor) -> Tensor:
+    """fp8 as uint8, whose 0 is the same, for what torch, or its compiler, does not do in fp8; others as they are."""
+    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values
 
 
 def kept_columns(mask_OI: Tensor, n: int, m: int) -> Tensor:
@@ -40,31 +47,51 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, X: Tensor, values_OK: Tensor, bias_O: Tensor | None, index_OK: Tensor, survives_OK: Tensor
+        ctx: Any,
+        X_BI: Tensor,
+        values_OK: Tensor,
+        bias_O: Tensor | None,
+        index_OK: Tensor,
+        survives_OK: Tensor,
+        fp8: bool,
     ) -> Tensor:
-        ctx.save_for_backward(X, values_OK, index_OK, survives_OK)
+        X, kept = operand(X_BI, fp8=fp8), operand(values_OK.to(X_BI.dtype), fp8=fp8)
+        ctx.save_for_backward(*X, values_OK, index_OK, survives_OK)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        W_OI = scatter_kept(values_OK.to(X.dtype), index_OK, X.shape[-1])
-        return F.linear(X, W_OI, None if bias_O is None else bias_O.to(X.dtype))  # [B,I] · [O,I]^T -> [B,O]
+        W_OI = Operand(scatter_kept(kept.data, index_OK, X_BI.shape[1]), kept.scale)
+        return product(X, W_OI, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        X, values_OK, index_OK, survives_OK = ctx.saved_tensors
-        dX = dV_OK = dbias_O = None
+    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
+        data_BI, scale, values_OK, index_OK, survives_OK = ctx.saved_tensors
+        X, fp8, dtype = Operand(data_BI, scale), scale is not None, dY_BO.dtype
+        dY = operand(dY_BO, fp8=fp8)
+        dX_BI = dV_OK = dbias_O = None
         if ctx.needs_input_grad[0]:
-            passed_OK = values_OK * survives_OK if ctx.needs_input_grad[1] else values_OK
-            dX = dY @ scatter_kept(passed_OK.to(dY.dtype), index_OK, X.shape[-1])  # [B,O] · [O,I] -> [B,I]
-        dY_BO = dY.flatten(0, -2)
+            kept = operand(values_OK.to(dtype), fp8=fp8)  # what survives has the scale of all
+            passed_OK = kept.data
+            if ctx.needs_input_grad[1]:
+                passed_OK = (_as_bits(passed_OK) * survives_OK).view(passed_OK.dtype)
+            W_OI = Operand(scatter_kept(passed_OK, index_OK, data_BI.shape[1]), kept.scale)
+            dX_BI = product(dY, W_OI.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
         if ctx.needs_input_grad[1]:
-            dW_OI = dY_BO.t() @ X.flatten(0, -2)  # [O,B] · [B,I] -> [O,I]
+            dW_OI = product(dY.t(), X.t(), dtype=dtype)  # [O,B] · [B,I] -> [O,I]
             dV_OK = gather_kept(dW_OI, index_OK).to(values_OK.dtype)
         if ctx.needs_input_grad[2]:
             dbias_O = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX, dV_OK, dbias_O, None, None
+        return dX_BI, dV_OK, dbias_O, None, None, None
 
 
-def sparse_linear(X: Tensor, values_OK: Tensor, bias_O: Tensor | None, index_OK: Tensor, survives_OK: Tensor) -> Tensor:
+def sparse_linear(
+    X: Tensor,
+    values_OK: Tensor,
+    bias_O: Tensor | None,
+    index_OK: Tensor,
+    survives_OK: Tensor,
+    *,
+    fp8: bool = False,
+) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C} (equations 4.4-4.6).
 
     Frozen values use the exact W^R instead: double pruning is only needed while training.
@@ -75,10 +102,11 @@ def sparse_linear(X: Tensor, values_OK: Tensor, bias_O: Tensor | None, index_OK:
         bias_O: (O,) or None.
         index_OK: int64 (O, K), the column of each kept entry.
         survives_OK: bool (O, K), whether it is kept in W^{R,C} too.
+        fp8: round the operands of all three products to e4m3.
 
     Returns:
         (..., O), the dtype of X.
     """
-    X_BI = X if X.dim() > 1 else X.unsqueeze(0)
-    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK)
-    return Y_BO if X.dim() > 1 else Y_BO.squeeze(0)
+    X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
+    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK, fp8)
+    return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(values_OK))

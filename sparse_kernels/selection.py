@@ -95,7 +95,9 @@ class ModelReport:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2), a linear layer whose weight is stored (in, out); told by name to import nothing."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
 
 
 def stored_weight(linear: nn.Module) -> Tensor:

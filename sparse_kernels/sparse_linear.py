@@ -42,6 +42,7 @@ class SparseLinear(nn.Module):
         backward_scale: buffer () or None, a factor of the input gradient; see `backward_rescale`.
         adapter: a LowRankAdapter or None; its output is added.
         backend: how a 2:4 layer is computed on a GPU; see `sparse_kernels.set_backend`.
+        fp8: the operands of products in training are e4m3; see `sparse_kernels.set_fp8`.
         dense_weight: W^R as a dense matrix (out, in) or None; see `sparse_kernels.dense_weights`. Never saved.
         conv1d: the layer was a transformers Conv1D, and `to_dense` makes it one again.
     """
@@ -81,6 +82,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("backward_scale", None)
         self.adapter = None
         self.backend: Backend = "auto"
+        self.fp8 = False
         self.dense_weight: Tensor | None = None
         self._index: Derived | None = None
         self._survives: Derived | None = None
@@ -99,6 +101,8 @@ class SparseLinear(nn.Module):
             return F.linear(X, self.dense_weight, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         if self.backward_scale is not None and self.values.requires_grad:  # a frozen layer's gradient is exact
             X = _ScaleGradient.apply(X, self.backward_scale)
+        if self.fp8 and self.training:
+            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), fp8=True)
         compiling = torch.compiler.is_compiling()
         if (self.n, self.m) in ops.TWO_OF_FOUR and (compiling or ops.fast(X, self.values, self.backend)):
             bits = self.row_mask_bits, self.backward_mask_bits

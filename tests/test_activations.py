@@ -28,7 +28,7 @@ from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
 from slope_cli.train.activations import checkpoint_activations, saved, transformer_blocks
 from slope_cli.train.step import Step
-from sparse_kernels import add_adapters, mask_layers, sparsify
+from sparse_kernels import add_adapters, mask_layers, set_fp8, sparsify
 from sparse_kernels.ops import linear_op
 
 FAMILIES = ("gpt2-nano", "opt-125m", "bert-base", "llama3-8b")
@@ -92,6 +92,16 @@ def test_every_kind_of_layer_goes_through_the_backward_pass_again(
 ) -> None:
     model = build_model(model_config("gpt2-nano", overrides=SHAPES["gpt2-nano"], dropout=0.1), seed=1).train()
     convert(model)
+    batches = [batch("gpt2-nano")]
+    assert_equal(gradients(model, mode, batches), gradients(model, "none", batches))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("convert", [lambda model: None, mask_layers, sparsify])
+def test_products_in_fp8_go_through_the_backward_pass_again(mode: str, convert: Callable[[nn.Module], object]) -> None:
+    model = build_model(model_config("gpt2-nano", overrides=SHAPES["gpt2-nano"], dropout=0.1), seed=1).train()
+    convert(model)
+    set_fp8(model, [f"transformer.h.1.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")])
     batches = [batch("gpt2-nano")]
     assert_equal(gradients(model, mode, batches), gradients(model, "none", batches))
 
@@ -235,7 +245,7 @@ def test_a_run_may_resume_with_other_checkpointing_of_activations(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_linearized_run_is_the_same_bit_for_bit(mode: str, tmp_path: Path) -> None:
-    words = ["train.steps=4", "linearize.window=4", "linearize.distill=0.5", "linearize.window_dropout=0.3"]
+    words = ["train.steps=4", "linearize.window=4", "distill.share=0.5", "linearize.window_dropout=0.3"]
     runs = {name: tmp_path / name for name in ("none", mode)}
     for name, run in runs.items():
         more = ["adapters.rank=4", f"train.activation_checkpointing={name}", "log.tensorboard=false"]

@@ -78,14 +78,26 @@ def test_fewer_tokens_than_the_steps_ask_for_are_counted_in_epochs() -> None:
     assert warnings_of(config, data) == []
 
 
-def test_a_source_of_which_nearly_half_is_held_out_is_named(tmp_path: Path) -> None:
-    text = tmp_path / "short.jsonl"
-    text.write_text('{"text": "one of two documents"}\n{"text": "the other of the two"}\n')
-    data = prepare([str(text)], tmp_path / "data", workers=1, progress=False)
+def test_sources_of_which_nearly_half_is_held_out_are_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What to do about it is said where it can be done, when the data are prepared, and then no more."""
+    rows = '{"text": "one of two documents"}\n{"text": "the other of the two"}\n'
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    inputs = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    data = prepare(inputs, tmp_path / "data", workers=1)
     (line,) = largely_held_out(data)
-    assert line.startswith(f"{data.folder}: source short holds out 50% of its tokens for validation, where --val-fra")
+    assert line == (
+        f"{data.folder}: far more than --val-fraction 0.01 is held out for validation of first (50%), second (50%)"
+    )
+    said = capsys.readouterr().err
+    assert f"warning: {line}; what is held out are whole documents, or parts of up to 16,384 characters" in said
+    assert "make short files one source (NAME=FOLDER), or prepare more text" in said
     assert warnings_of(tiny(data.folder, "train.steps=12"), data)[-1] == line
-    half = prepare([str(text)], tmp_path / "half", val_fraction=0.5, workers=1, progress=False)
+    prepare(inputs, tmp_path / "data", workers=1)
+    assert "held out" not in capsys.readouterr().err
+    half = prepare(inputs, tmp_path / "half", val_fraction=0.5, workers=1, progress=False)
     assert largely_held_out(half) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def test_every_command_is_in_that_list() -> None:
 @pytest.mark.parametrize("words", [[], ["data"]], ids=" ".join)
 def test_no_line_of_a_list_of_commands_is_cut(words: list[str]) -> None:
     assert "..." not in slope(*words, "--help").out.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(("columns", "used"), [("80", 80), ("200", 100)])
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_fits_the_terminal_and_names_no_python_type(
+    words: list[str], columns: str, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = slope(*words, "--help").out
+    assert max(map(len, text.splitlines())) <= used
+    assert not re.search(r"<[^>]* range>", text)
+    assert not re.search(r"^  [A-Z|=]+ <", text, flags=re.MULTILINE)
+    if words == ["pretrain"]:
+        assert "Show what would be done, without GPU, data or weights.\n" in text
 
 
 def test_help_is_quick() -> None:
@@ -246,8 +261,30 @@ def test_a_missing_an_unfinished_and_a_foreign_data_folder(tmp_path: Path) -> No
     assert "unfinished preparation" in train_error(f"data.path={unfinished}", out=tmp_path / "c", code=1)
     assert error("data", "info", missing).startswith(f"{missing}: no such data folder")
     message = error("pretrain", "gpt2-mini", f"data.path={missing}", "--out", tmp_path / "d")
-    command = "slope data prepare … --tokenizer gpt2 --out data/text"
-    assert message.endswith(f"; gpt2-mini is for: any text, {command}")
+    command = "slope data prepare text=FOLDER --tokenizer gpt2 --out data/text"
+    assert message.endswith(f"; the data of gpt2-mini: any text, {command}")
+
+
+def test_a_misspelt_data_folder_is_answered_with_the_nearest_one_that_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/corpus", "other"):
+        shutil.copytree(prepared(), name)
+    (tmp_path / "corpus").mkdir()  # the text, not the tokens
+    (tmp_path / "data/corpsu").mkdir()
+    own = "data/corpus? If not, make it with `slope data prepare`"
+    for wrong, what in (("data/corps", "no such data folder"), ("elsewhere/corpus", "no such data folder")):
+        message = error("pretrain", "gpt2-small", f"data.path={wrong}", "--out", "run")
+        assert message.startswith(
+            f"{wrong}: {what}; did you mean {own}; the data of gpt2-small: slope data prepare Sky"
+        )
+    for wrong in ("corpus", "data/corpsu"):
+        found = error("data", "info", wrong)
+        assert found.startswith(
+            f"{wrong}: not a prepared data set (no dataset.json); did you mean data/corpus? If not, "
+        )
+    assert error("data", "info", "nothing") == "nothing: no such data folder; make it with `slope data prepare`"
 
 
 def test_folders_that_a_run_cannot_have(tmp_path: Path) -> None:
@@ -351,6 +388,19 @@ def test_info_of_a_data_folder() -> None:
     result = slope("data", "info", prepared())
     assert (result.code, result.err) == (0, "")
     assert "tokenizer bytes, 257 ids" in result.out
+    assert "validation text is held out of training" in result.out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines()[6:]]
+    heads, source, whole = rows[0], rows[2], rows[3]
+    assert dict(zip(heads, source, strict=True)) == {
+        "source": "text",
+        "training documents": "96",
+        "training tokens": "7,264",
+        "training bytes": "7,168",
+        "validation tokens": "1,816",
+        "validation bytes": "1,792",
+        "held out": "20.0%",
+    }
+    assert whole == ["all", *source[1:]]
 
 
 def test_prepare_prints_the_table(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_an_example_sets_its_key_to_another_value(name: str, tmp_path: Path) -> 
     method = name.partition(".")[0]
     needs = [f"method={method}", "linearize.window=32"] if method == "linearize" else [f"method={method}"]
     needs = needs if method in METHODS else []
-    needs += ["model.init=runs/first"] * (name == "model.init_optimizer")
+    needs += ["model.init=runs/first"] * (name in ("model.init_optimizer", "distill.share"))
     recipe = tmp_path / "small.yaml"
     recipe.write_text("train: {tokens_per_step: 1024, micro_batch: 8, seq_len: 128}\n")
 
@@ -93,7 +93,7 @@ def _plain(value: object) -> object:
 def test_what_auto_stands_for_is_said() -> None:
     for name, meaning in AUTO.items():
         assert KEYS[name].default.startswith("auto")
-        assert KEYS[name].meaning.endswith(f"; auto is {meaning}.")
+        assert KEYS[name].meaning.endswith(f". auto: {meaning}.")
     assert {name for name, key in KEYS.items() if key.default.startswith("auto")} == set(AUTO)
 
 
@@ -107,34 +107,71 @@ def test_without_a_word_all_methods_and_sections_are_named() -> None:
 def test_a_section_is_explained_with_all_its_keys() -> None:
     code, out, err = slope("config", "optim")
     assert (code, err) == (0, "")
-    assert out.startswith("The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    adamw, or lamb")
-    keys = [name for name in KEYS if name.startswith("optim.")]
-    assert re.findall(r"^(optim\.\w+): ", out, flags=re.MULTILINE) == keys
-    units = sum(bool(KEYS[name].facts.unit) + bool(KEYS[name].facts.choices) for name in keys)
-    assert len(out.splitlines()) == 2 + 3 * len(keys) + units
+    assert out.startswith(
+        "The optimizer and the learning rate.\n\noptim.name: text; default adamw\n    The optimizer: "
+    )
+    entries = out.split("\n\n")[1:]
+    assert [entry.partition(":")[0] for entry in entries] == [name for name in KEYS if name.startswith("optim.")]
+    for entry in entries:
+        key = KEYS[entry.partition(":")[0]]
+        about = [f"choices: {', '.join(key.facts.choices)}"] * bool(key.facts.choices)
+        about += [f"unit: {key.facts.unit}"] * bool(key.facts.unit)
+        texts = (f"{key.name}: {key.type}; default {key.default}", key.meaning, *about, f"example: {key.example}")
+        assert " ".join(entry.split()) == " ".join(texts)
 
 
 def test_a_key_is_explained() -> None:
-    assert slope("config", "optim.lr").out.splitlines() == [
-        "optim.lr: number; default 0.0006",
-        "    Peak learning rate.",
-        "    unit: a learning rate",
-        "    example: optim.lr=1e-3",
-    ]
-    assert slope("config", "optim.schedule").out.splitlines()[2:] == [
+    lines = slope("config", "optim.lr").out.splitlines()
+    assert lines[0] == "optim.lr: number; default 0.0006"
+    assert lines[-2:] == ["    unit: a factor, times the update", "    example: optim.lr=1e-3"]
+    assert slope("config", "optim.schedule").out.splitlines()[-2:] == [
         "    choices: cosine, linear, polynomial, constant",
         "    example: optim.schedule=linear",
     ]
     share = "    unit: below 1 a share of "
-    assert slope("config", "optim.warmup").out.splitlines()[2] == f"{share}the run, else steps"
-    assert slope("config", "adapters.warmup").out.splitlines()[2] == f"{share}the adapters' steps, else steps"
-    assert slope("config", "adapters.rank").out.splitlines()[2] == f"{share}each layer's smaller side, else the rank"
+    assert slope("config", "optim.warmup").out.splitlines()[-2] == f"{share}the run, else steps"
+    assert slope("config", "adapters.warmup").out.splitlines()[-2] == f"{share}the adapters' steps, else steps"
+    assert slope("config", "adapters.rank").out.splitlines()[-2] == f"{share}each layer's smaller side, else the rank"
     assert slope("config", "sparsity.mask").out.startswith(
-        "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How the first masks are chosen"
+        "sparsity.mask: text or null; default magnitude (wanda: wanda)\n    How the first mask"
     )
     out = slope("config", "method").out
     assert out.startswith("method: text; default slope\n")
-    assert all(f"  {name:12}{meaning}\n" in out for name, meaning in METHODS.items())
+    assert all(f" {name} {meaning}" in " ".join(out.split()) for name, meaning in METHODS.items())
+
+
+def test_several_keys_sections_and_patterns_are_explained_in_their_order() -> None:
+    def names(*words: str) -> list[str]:
+        return re.findall(r"^(\w+\.\w+): ", slope("config", *words).out, flags=re.MULTILINE)
+
+    assert names("train.seed", "optim.lr") == ["train.seed", "optim.lr"]
+    assert names("*.lr") == ["adapters.lr", "optim.lr"]
+    assert names("sr_ste.*", "optim.eps") == ["sr_ste.mask_update_interval", "sr_ste.decay", "optim.eps"]
+    assert names("sr_ste", "optim.eps") == names("sr_ste.*", "optim.eps")
+    code, out, err = slope("config", "optim.lr", "*.zzz")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: *.zzz: unknown key; ")
+
+
+@pytest.mark.parametrize(("columns", "used"), [(None, 80), (60, 60), (80, 80), (200, 100)])
+def test_lines_are_as_wide_as_the_terminal_and_words_stay_whole(
+    columns: int | None, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    lines = reference.explain(["*"])
+    assert max(map(len, lines)) in range(used - 3, used + 1)
+    assert "    example: 'sparsity.pattern_overrides={12-23: [2, 8]}'" in lines
+
+
+@pytest.mark.parametrize("query", ["adapters.rank", "*.mask_update_interval", "log.norms_every", "distributed.gather"])
+def test_what_numbers_and_choices_mean_is_said_for_each(query: str) -> None:
+    """A share below 1 and a count, what 0 is, and each choice."""
+    for key in (key for key in KEYS.values() if re.fullmatch(query.replace("*", r"\w+"), key.name)):
+        assert "0 is no adapters" in key.meaning if key.name == "adapters.rank" else True
+        assert re.search(r"\b0 (is )?(never|no )", key.meaning) or key.facts.choices
+        assert all(f"{choice}: " in key.meaning for choice in key.facts.choices)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +192,7 @@ def test_an_unknown_key_is_answered_with_a_hint(word: str, hint: str) -> None:
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {word}: unknown key; {hint}")
     with pytest.raises(UsageError):
-        reference.explain(word)
+        reference.explain([word])
 
 
 def test_the_page_is_fresh() -> None:

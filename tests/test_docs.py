@@ -103,6 +103,13 @@ def templates() -> str:
     return "\n".join(lines)
 
 
+def test_no_text_installs_from_an_index_that_does_not_have_the_program() -> None:
+    texts = [templates(), *(page.read_text() for page in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"))]
+    bare = r"pip3? install [^\n`]*slope-cli(?![^\n`]* @ |[^\n`]*\.whl)"
+    assert [found for text in texts for found in re.findall(bare, text)] == []
+    assert re.search(bare, "pip install slope-cli[serve]")
+
+
 def test_messages_quoted_are_those_of_the_program() -> None:
     """In the first column of tables of errors; … stands for what is filled in."""
     known, messages = templates(), []

@@ -1,9 +1,11 @@
 """slope doctor: what it finds here, and what it says of what is missing."""
 
 import configparser
+import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,22 @@ def test_training_works_here_and_every_package_has_its_line() -> None:
     assert any(line.split() == ["torch", torch.__version__] for line in lines)
     assert {"lm_eval", "peft", "accelerate", "fastapi"} <= {line.split()[0] for line in lines}
     assert lines[-1].split() == ["a", "training", "step", "works"]
+
+
+def test_on_a_terminal_no_line_is_longer_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere a finding is one line, for programs that search."""
+    monkeypatch.setattr(doctor, "package_version", lambda _: None)
+    (peft,) = [line for line in doctor.examine()[1] if line.startswith("peft")]
+    assert len(peft) > 80
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = doctor.examine()[1]
+    assert max(map(len, lines)) <= 80
+    at = next(number for number, line in enumerate(lines) if line.startswith("peft"))
+    assert lines[at + 1].startswith(" " * 17)
+    assert f"{lines[at]} {lines[at + 1].strip()}" == peft
 
 
 @no_gpu

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.tokenizer import load_tokenizer
-from slope_cli.inference.export import TOLERANCE, export
+from slope_cli.inference.export import SOURCE, TOLERANCE, export
 from slope_cli.report.tables import bytes_text
 from sparse_kernels import adapters_of, sparse_layers
 from sparse_kernels import peft as peft_folder
@@ -174,6 +174,7 @@ def test_the_model_card_says_what_it_is_and_its_code_runs(family: str, monkeypat
     changed = ", ".join(word.replace("=", " ") for word in OVERRIDES[family])
     assert f"- Architecture: {family} with {changed}\n" in card
     assert "Validation loss: " in card
+    assert f"SparsityCallback(model)`; {SOURCE}.\n" in card
     monkeypatch.chdir(exported(family))
     exec(card.split("```python\n")[1].split("```")[0], {})
 

@@ -202,7 +202,7 @@ def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: 
 
 def test_a_split_teacher_has_rows_of_its_own() -> None:
     config = configs.load(
-        str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "linearize.distill=1"]
+        str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "distill.share=1"]
     )
     transfer, distill = phase_sizes(build_model(run_model_config(config), device="meta"), config)
     assert (transfer.teacher, distill.teacher) == (False, True)

@@ -24,13 +24,15 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import results
 from slope_cli.config import configs
 from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.inference.export import SOURCE
 from slope_cli.linearize.swap import added_state, linear_windows, projections, using
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import attention_memory
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import kl_divergence
 from slope_cli.report import metrics
-from slope_cli.train.init import linearize_overrides, softmax_teacher
+from slope_cli.train.init import linearize_overrides
+from slope_cli.train.init import teacher as teacher_of
 from slope_cli.train.linearize_steps import DistillStep
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.utils.files import file_sha256
@@ -148,7 +150,7 @@ def test_the_teacher_is_the_model_that_the_run_began_with() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad")
 def test_a_compiled_run_learns_and_writes_the_same() -> None:
-    words = ("train.steps=6", "linearize.transfer=0.5", "linearize.distill=0.5", "log.val_every=2")
+    words = ("train.steps=6", "linearize.transfer=0.5", "distill.share=0.5", "log.val_every=2")
     eager = linearized("sparse", *words)
     torch._dynamo.utils.counters.clear()
     # Whole, as torch's own operators: Inductor's code has a test of its own.
@@ -281,7 +283,7 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
     """Its predictions bring them nearer to it than the text does; the record's loss is the text's cross-entropy."""
     words = ("linearize.transfer=0.3", "train.steps=60", "optim.min_lr=1", "linearize.window=1")
     distances, losses = [], []
-    for done in (linearized("sparse", *words), linearized("sparse", *words, "linearize.distill=1")):
+    for done in (linearized("sparse", *words), linearized("sparse", *words, "distill.share=1")):
         model, teacher = (load_model(folder).model for folder in (done.run, done.base))
         ids_T = load_model(done.base).tokenizer(texts().read_text()).input_ids
         ids_BT = torch.tensor(ids_T[:1024]).view(-1, 16)
@@ -294,12 +296,12 @@ def test_adapters_may_learn_from_the_softmax_model() -> None:
 
 
 def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() -> None:
-    done = linearized("sparse", "linearize.distill=1", "train.steps=10")
+    done = linearized("sparse", "distill.share=1", "train.steps=10")
     loaded = load_model(done.run)
     config, model = loaded.config, loaded.model.requires_grad_(False)
     for adapter in adapters_of(model).values():
         adapter.requires_grad_(True)
-    teacher, began = softmax_teacher(done.run, model, "cpu"), load_model(done.base).model
+    teacher, began = teacher_of(done.run, model, "cpu", shares=True), load_model(done.base).model
     ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
     own = model.state_dict(keep_vars=True)
@@ -307,7 +309,7 @@ def test_the_softmax_model_is_what_the_run_began_with_and_is_not_held_twice() ->
     assert apart
     assert all(".adapter." in name for name in apart)
     assert config is not None
-    assert config.linearize.distill == 1
+    assert config.distill.share == 1
 
 
 def test_a_run_without_transfer_trains_adapters_alone() -> None:
@@ -335,7 +337,7 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-ADJUSTED = [(), ("linearize.adjust_maps=true",), ("linearize.distill=0.5",)]
+ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",)]
 
 
 @pytest.mark.slow
@@ -562,7 +564,7 @@ def test_the_card_of_an_export_says_what_loads_it(tmp_path: Path, monkeypatch: p
     assert slope("export", done.run, tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: slope-cli\ntags: [slope, linearized]\n---\n")
-    assert "- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps\n" in card
+    assert f"- Loads with: slope; {SOURCE}\n- With transformers' from_pretrained: softmax attention" in card
     train = run_folder.open_config(done.run).train
     assert (
         f"- Linearized on: {60 * train.tokens_per_step:,} tokens (60 steps), in sequences of {train.seq_len}\n" in card

@@ -17,6 +17,7 @@ OLD = [
     ("slope", "sparsity.blocks.1-3", "[1, 2]", "sparsity.pattern_overrides.1-3"),
     ("sr_ste", "sparsity.skip", "['c_fc']", "sparsity.exclude_modules"),
     ("linearize", "linearize.map", "t2r", "linearize.feature_map"),
+    ("linearize", "linearize.distill", "0.25", "distill.share"),
     ("dense", "train.dtype", "bf16", "train.precision"),
     ("slope", "sparsity.before", "sr_ste", "slope.before"),
     ("slope", "sparsity.rescale", "true", "slope.rescale"),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import sparse_kernels.transformers as plugin
 from slope_cli.checkpoint.load import load_model
-from slope_cli.inference.export import TOLERANCE
+from slope_cli.inference.export import SOURCE, TOLERANCE
 from slope_cli.linearize.swap import linear_windows
 from sparse_kernels import adapters_of, masks, sparse_layers, tile_metadata
 from sparse_kernels.packing import packed_linears
@@ -132,6 +132,7 @@ def test_the_result_is_printed_and_the_card_says_what_it_is(tmp_path: Path, monk
     assert record["dense_bytes"] == 2 * dense > record["bytes"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "7 packed 2:4 sparse in bfloat16, format 1 of slope; 2 dense" in card
+    assert f"after `import sparse_kernels.transformers`; {SOURCE}\n" in card
     monkeypatch.chdir(tmp_path / "out")
     exec(card.split("```python\n")[1].split("```")[0], {})
 

@@ -37,6 +37,7 @@ RUNS = {
     "wanda mask": ["sparsity.mask=wanda", "slope.backward_mask=random"],
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]"],
     "every step": ["slope.mask_update_interval=1", "sparsity.target_modules=[mlp]"],
+    "fp8": ["train.precision=fp8", "train.bf16_finish=0.3"],
     "lamb": ["optim.name=lamb", "optim.lr=0.01", "adapters.schedule=run", "adapters.init=gaussian"],
 }
 
@@ -61,9 +62,15 @@ def test_the_phase_is_a_function_of_config_and_step() -> None:
     assert kinds("method=fst", "fst.dense_finish=0") == ["masked"] * 4
     assert kinds("method=wanda", "sparsity.start=1") == ["dense", "dense", "dense", "masked"]
     assert kinds("method=linearize") == ["transfer", "transfer", *["train, with adapters"] * 2]
-    assert kinds("method=linearize", "linearize.distill=1")[2:] == ["distill, with adapters"] * 2
+    assert kinds("method=linearize", "distill.share=1")[2:] == ["distill, with adapters"] * 2
     assert kinds("method=linearize", "linearize.transfer=1") == ["transfer"] * 4
     assert kinds("method=linearize", "linearize.transfer=0") == ["train, with adapters"] * 4
+    fp8 = "train.precision=fp8"
+    assert kinds(fp8, "adapters.start=0.5") == ["sparse, in fp8"] * 2 + [f"{adapted}, in fp8"] * 2
+    assert kinds(fp8, "adapters.start=0.5", "train.bf16_finish=0.25")[2:] == [f"{adapted}, in fp8", adapted]
+    assert kinds(fp8, "adapters.start=0.5", "train.bf16_finish=0.5")[1:3] == ["sparse, in fp8", adapted]
+    assert kinds(fp8, "adapters.start=0.5", "train.bf16_finish=0.75")[:3] == ["sparse, in fp8", "sparse", adapted]
+    assert kinds(fp8, "method=dense", "train.bf16_finish=1") == ["dense"] * 4
 
 
 @pytest.mark.parametrize("method", METHODS)

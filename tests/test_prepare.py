@@ -266,7 +266,7 @@ def test_segments_of_a_long_document_stay_together(tmp_path: Path) -> None:
 def test_one_segment_has_no_validation_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.txt").write_text("only")
     dataset = prepared([tmp_path / "x.txt"], tmp_path / "out", progress=True)
-    assert "no validation text; only a source of two segments or more" in capfd.readouterr().err
+    assert "no validation text; only a source of two documents, or of one with more than" in capfd.readouterr().err
     assert dataset.val == {}
     header = dataset.train[0].header
     assert (header.source, header.documents, header.tokens, header.text_bytes) == ("x", 1, 5, 4)
@@ -860,6 +860,20 @@ def test_bad_parquet_columns(tmp_path: Path) -> None:
         prepared([tmp_path / "x.parquet"], tmp_path / "out", text_key="txt")
     with pytest.raises(UsageError, match="the column 'text' is int64, not text"):
         prepared([tmp_path / "x.parquet"], tmp_path / "out2")
+
+
+def test_a_misspelt_path_is_answered_with_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the Hub is asked, if it has a folder that is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/emma.txt").write_text("text")
+    wrong = {"copus/": "corpus", "corpus/ema.txt": "corpus/emma.txt", "corpus/emma.tx": "corpus/emma.txt"}
+    for word, right in wrong.items():
+        with pytest.raises(UsageError, match=rf"^{word}: no such file or folder; did you mean {right}\?$"):
+            prepared([word], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"datasets is needed to read the data set corpus/persuasion"):
+        prepared(["corpus/persuasion"], tmp_path / "out")
 
 
 def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def linearizing(*more: str, out: Path) -> list[str]:
 @pytest.mark.parametrize("layout", [(), *(("distributed.layout=fsdp", f"distributed.gather={x}") for x in GATHERS)])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_two_processes_linearize_as_one(tmp_path: Path, share: float, layout: tuple[str, ...]) -> None:
-    more = (f"linearize.distill={share}", "linearize.adjust_maps=true")
+    more = (f"distill.share={share}", "linearize.adjust_maps=true")
     for world, split in ((1, ()), (2, layout)):
         command = linearizing(*more, *split, out=tmp_path / f"{world}")
         ranks = Ranks(world, command, tmp_path / f"logs-{world}")
@@ -129,7 +129,7 @@ def test_the_peak_memory_of_a_run_is_that_of_the_rank_with_most(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["step 3/", "step 10/"])
 def test_a_split_run_that_linearizes_resumes_to_the_same_bits(stop: str, tmp_path: Path) -> None:
-    more = ("distributed.layout=fsdp", "linearize.distill=0.5", "train.steps=16", "linearize.window_dropout=0.2")
+    more = ("distributed.layout=fsdp", "distill.share=0.5", "train.steps=16", "linearize.window_dropout=0.2")
     whole = Ranks(2, linearizing(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
     cut = Ranks(2, linearizing(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
     cut.wait_for(stop)
@@ -414,7 +414,14 @@ def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp
         assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("settings", [("sparsity.start=0.3",), ("method=wanda", "sparsity.start=0.3")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("sparsity.start=0.3",),
+        ("method=wanda", "sparsity.start=0.3"),
+        pytest.param(("train.precision=fp8", "train.bf16_finish=0.3"), marks=pytest.mark.slow),
+    ],
+)
 def test_weights_gathered_in_16_bits_change_as_whole_ones(settings: tuple[str, ...], tmp_path: Path) -> None:
     for layout in ("ddp", "fsdp"):
         more = (f"distributed.layout={layout}", "train.precision=bf16", "train.steps=10", *settings)

@@ -295,12 +295,19 @@ def log_mark(manifest: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def verify_base(run: Path, manifest: Mapping[str, Any], group: Group | None = None) -> dict[str, Any]:
-    """Hash the base that a checkpoint with this manifest was saved beside; takes, returns and raises as `verify`."""
+    """Hash the base that a checkpoint with this manifest was saved beside, or a teacher that is kept in its place.
+
+    Args:
+        manifest: empty before there is a checkpoint.
+
+    Returns, raises: as `verify`.
+    """
     path, group = run / BASE / MANIFEST, group or Group()
+    bound_to = manifest.get("base", manifest.get("teacher"))
 
     def described() -> dict[str, Any]:
         base = read_sealed(path)
-        if file_sha256(path) != manifest["base"]:
+        if bound_to is not None and file_sha256(path) != bound_to:
             raise SlopeError(f"{path} is not what it was when step {manifest['step']} was saved")
         _require_kind(path, base, _BASE)
         return base

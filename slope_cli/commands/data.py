@@ -11,13 +11,15 @@ from slope_cli.distributed import launch
 def prepare(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT", help="Files, folders, NAME=PATH, or the name of a Hugging Face data set."),
+        typer.Argument(
+            metavar="INPUT", help="Files, folders, or a Hugging Face data set's name; NAME=INPUT: as the source NAME."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a folder, or a Hugging Face name.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="Field of JSON, CSV and parquet rows that holds the text.")] = "text",
     encoding: Annotated[str, typer.Option(help="Of text, JSON and CSV files, such as latin-1 or utf-16.")] = "utf-8",
-    val_fraction: Annotated[float, typer.Option(help="Share of each source's segments that is held out.")] = 0.01,
+    val_fraction: Annotated[float, typer.Option(help="Share of each source that is held out for validation.")] = 0.01,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train",
     config_name: Annotated[

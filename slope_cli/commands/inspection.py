@@ -8,6 +8,7 @@ import typer
 from slope_cli.commands.options import AsJson, keys_with, print_result, recipes_with
 from slope_cli.config import configs
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.report.terminal import named_lines
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
@@ -26,8 +27,8 @@ def recipes(
     if copy != (file is not None):
         raise UsageError("to copy a recipe: slope recipes --copy NAME FILE, such as --copy gpt2-small mine.yaml")
     if name is None:
-        for recipe in configs.recipe_names():
-            print(f"{recipe:24}{configs.recipe_text(recipe).splitlines()[0].lstrip('# ')}")
+        heads = {each: configs.recipe_text(each).splitlines()[0].lstrip("# ") for each in configs.recipe_names()}
+        print("\n".join(named_lines(heads)))
         return
     text = configs.recipe_text(name)
     if file is None:
@@ -39,15 +40,22 @@ def recipes(
 
 
 def config(
-    key: Annotated[
-        str | None,
-        typer.Argument(metavar="KEY", help="A key, such as optim.lr, or a section.", autocompletion=keys_with),
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY",
+            help="Keys, such as optim.lr, sections, or patterns, such as '*.lr'.",
+            autocompletion=keys_with,
+        ),
     ] = None,
 ) -> None:
-    """Explain all sections, the keys of one, or one key."""
+    """List all sections of keys, or explain some keys.
+
+    Each with its type, default, meaning, choices or unit, and an example.
+    """
     from slope_cli.config.reference import explain
 
-    print("\n".join(explain(key)))
+    print("\n".join(explain(keys or [])))
 
 
 def plot(

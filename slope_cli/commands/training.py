@@ -17,7 +17,9 @@ from slope_cli.errors import SlopeError, UsageError
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from slope_cli.checkpoint.run_folder import Existing
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change; `slope config` lists them.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without GPU, data or weights.")]
 New = Annotated[bool, typer.Option("--new", help="Fail if the folder already contains a run.")]
 Fresh = Annotated[bool, typer.Option("--fresh", hidden=True)]
@@ -44,7 +46,9 @@ def pretrain(
     source: Annotated[
         str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Begin with the model and config of this run.")
     ] = None,
-    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="With --from: its state, too.")] = False,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="With --from: the optimizer's state, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. To resume after a stop, run the same command again.
@@ -146,7 +150,7 @@ def _train(
         summary = loop.pretrain(config, run, existing=existing, stop=stop, usual=usual)
     except WrongDataError as error:
         known = configs.recipe_data(recipe)
-        raise WrongDataError(f"{error}; {recipe} is for: {known}" if known else str(error)) from error
+        raise WrongDataError(f"{error}; the data of {recipe}: {known}" if known else str(error)) from error
     if summary:  # empty on ranks other than 0
         print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
 
@@ -158,13 +162,19 @@ def finetune(
     task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE, SQuAD: a BERT; SFT.")],
     data: Annotated[Path | None, typer.Option(help="Official files' folder (default: the hub); SFT: JSONL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 3 (CoLA 5, SQuAD 2).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the rows; default: 3 (CoLA 5, SQuAD 2).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 3e-5 (SFT 2e-5, --lora 2e-4).")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Default: 32 (SQuAD 24).")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: 128 (SQuAD 384; SFT as the run).")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED)] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step; default: 32 (SQuAD 24).")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; default: 128 (SQuAD 384; SFT as the run).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED, help="Of order, dropout, new weights.")] = 1,
     val: Annotated[str | None, typer.Option(help="SFT: JSONL, or the share of rows held out; default: 0.05.")] = None,
-    lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="SFT: train adapters alone.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="SFT: train LoRA adapters of this rank alone.")
+    ] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="SFT: rows read at once; default: 8.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -18,17 +18,23 @@ class SlopeConfig(Section, section="slope"):
     """method=slope: double-pruned layers (SLoPe, arXiv 2405.16325)."""
 
     before: str = setting("dense", "dense", "sr_ste")
-    """What the layers are until sparsity.start: dense, or sr_ste (under a mask that follows the weights)."""
+    """What the layers are until sparsity.start: dense, or sr_ste, dense weights under a mask that follows them."""
     rescale: bool = switch(False)
-    """Scale the kept weights of each layer up to the sum of squares that the dense layer had."""
+    """When a layer becomes sparse, scale its kept weights up to the sum of squares that all of its weights had."""
     mask_update_interval: int = setting(1, unit="steps", example="100")
-    """Steps between two updates of the backward mask, which prunes W^R again to W^{R,C}; 0 for none."""
+    """How often the backward mask is chosen anew, in optimizer steps: 1 is after every step, 100 after every hundredth,
+    as in the SLoPe paper, 0 never. It prunes the sparse weights a second time, W^R to W^{R,C}, for the product that
+    computes the gradient of a layer's input, and so must follow them while they train. The mask of the forward product
+    is chosen once, and no key updates it."""
     backward_mask: str = setting("magnitude", "magnitude", "random")
-    """How the backward mask is chosen: magnitude, or random at each update."""
+    """How the backward mask (see slope.mask_update_interval) is chosen: magnitude, the largest weights, or random,
+    other ones at each update."""
     backward_rescale: bool = switch(False)
-    """Scale the input gradient by the ratio of norms of W^R and W^{R,C}."""
+    """Scale the gradient of a layer's input by the norm of W^R divided by the norm of W^{R,C}: the backward mask takes
+    some of it away."""
     decay: float = setting(6e-6, unit="a factor", example="2e-4")
-    """With slope.before=sr_ste, until sparsity.start: this times the pruned weights is added to their gradient."""
+    """With slope.before=sr_ste, until sparsity.start: pruned weights decay; this times such a weight is added to its
+    gradient."""
 
     def _check_values(self) -> None:
         self._not_negative("mask_update_interval", "decay")
@@ -44,9 +50,10 @@ class SrSteConfig(Section, section="sr_ste"):
     """method=sr_ste: dense weights under a mask that follows them (arXiv 2102.04010)."""
 
     mask_update_interval: int = setting(1, unit="steps", example="100")
-    """Steps between two updates of the masks; 0 for none."""
+    """How often the masks are chosen anew, in optimizer steps: 1 is after every step, 100 after every hundredth, 0
+    never."""
     decay: float = setting(6e-6, unit="a factor", example="2e-4")
-    """This times the pruned weights is added to their gradient."""
+    """Pruned weights decay: this times such a weight is added to its gradient."""
 
     def _check_values(self) -> None:
         self._not_negative("mask_update_interval", "decay")
@@ -57,11 +64,12 @@ class FstConfig(Section, section="fst"):
     """method=fst: transposable masks, unbiased pruning of the output's gradient, a dense end (arXiv 2404.01847)."""
 
     mask_update_interval: int = setting(40, unit="steps", example="100")
-    """Steps between two updates of the masks; 0 for none."""
+    """How often the masks are chosen anew, in optimizer steps: 40 is after every fortieth, 1 after every step, 0
+    never."""
     decay: float = setting(6e-6, unit="a factor", example="2e-4")
-    """This times the pruned weights is added to their gradient."""
+    """Pruned weights decay: this times such a weight is added to its gradient."""
     dense_finish: float = setting(0.17, unit="a share of the run", example="0.1")
-    """The share of the run, at its end, that is dense."""
+    """How long the layers are dense at the end of the run, as a share of it: 0.17 is the last sixth of the steps."""
 
     def _check_values(self) -> None:
         self._not_negative("mask_update_interval", "decay")
@@ -80,19 +88,23 @@ class LinearizeConfig(Section, section="linearize"):
     window: int = setting(64, unit="tokens", example="32")
     """Tokens that softmax attention sees, including the token itself; the linear branch sees the earlier ones."""
     kind: str = setting("standard", "standard", "terrace")
-    """standard: the last `window` tokens; terrace: a token's own block of `window` tokens and the whole one before."""
+    """What the window is: standard, the last linearize.window tokens; terrace, a token's own block of so many tokens,
+    and the whole one before."""
     feature_map: str = setting("hedgehog", *FEATURE_MAPS)
-    """hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r, phi(x) = relu(xW + b)."""
+    """The feature map of the linear branch: hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r,
+    phi(x) = relu(xW + b)."""
     features: int | None = setting(None, unit="features of a head", example="128")
-    """Columns of a head's W; null for as many features as the head has dimensions, and in hedgehog 32 at least."""
+    """How many features a head has, the columns of its W; null for as many as it has dimensions, and in hedgehog 32 at
+    least."""
     mix: float = setting(0.1, unit="a share, above 0 and below 1", example="0.5")
-    """The weight of the window against the linear branch at the start, between 0 and 1."""
-    keep_softmax: list[int] = setting([], unit="layers, from 0", example="[0, 1]")
-    """Indices, from 0, of the layers that keep softmax attention."""
+    """The weight of the window against the linear branch at the start; training changes it."""
+    keep_softmax: list[int] = setting([], unit="numbers of layers", example="[0, 1]")
+    """Which layers keep softmax attention, by their numbers from 0."""
     transfer: float = setting(0.5, unit="a share of the run", example="0.6")
-    """The share of the run that is attention transfer; the rest trains the adapters. 1 for transfer alone."""
-    transfer_lr: float = setting(1e-2, unit="a learning rate", example="1e-3")
-    """Peak learning rate of the feature maps and mix factors in the transfer."""
+    """How long the run is attention transfer, in which each layer learns the output of its own softmax attention, as a
+    share of the run; the rest trains the adapters. 1 is transfer alone."""
+    transfer_lr: float = setting(1e-2, unit="a factor, times the update", example="1e-3")
+    """The learning rate of feature maps and mix factors in the transfer, at its peak."""
     adjust_maps: bool = switch(False)
     """Keep training feature maps and mix factors along with the adapters, at the adapters' learning rate."""
     mse_weight: float = setting(1000.0, unit="a factor", example="1")
@@ -103,17 +115,14 @@ class LinearizeConfig(Section, section="linearize"):
     """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
     work alone."""
     targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
-    """The projections that get adapters, some of q, k, v, o."""
-    distill: float = setting(0.0, unit="a share of the loss", example="0.5")
-    """The share of the adapters' loss that is the divergence from the softmax model's predictions; the rest is the
-    cross-entropy of the text."""
+    """Which projections of attention get adapters: some of q, k, v, o."""
 
     def _check_values(self) -> None:
         self._positive("window", "transfer_lr", "mse_weight")
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
-        self._share("transfer", "window_dropout", "distill")
+        self._share("transfer", "window_dropout")
         self._not_negative("entropy_weight")
         known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
         self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
@@ -131,5 +140,5 @@ class LinearizeConfig(Section, section="linearize"):
         if self.transfer == 0:
             return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
         if self.transfer == 1:
-            return dict.fromkeys(("targets", "adjust_maps", "distill"), "linearize.transfer=1")
+            return dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
         return {} if config.adapters.rank else {"targets": "adapters.rank=0"}

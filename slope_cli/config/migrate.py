@@ -13,6 +13,7 @@ RENAMED = {
     "sparsity.blocks": "sparsity.pattern_overrides",
     "sparsity.skip": "sparsity.exclude_modules",
     "linearize.map": "linearize.feature_map",
+    "linearize.distill": "distill.share",
     "train.dtype": "train.precision",
 }
 """The current names of keys, or of the beginnings of keys."""

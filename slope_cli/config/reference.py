@@ -1,10 +1,11 @@
 """The reference of all keys, for `slope config` and docs/config.md: type, default and meaning, from the schema."""
 
 import ast
+import fnmatch
 import functools
 import inspect
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from slope_cli.config.schema import AUTO, METHODS, Config, SparsityConfig
 from slope_cli.config.section import Facts, Section, facts_of
 from slope_cli.config.values import flat, type_in_words, unknown_key
 from slope_cli.errors import UsageError
+from slope_cli.report.terminal import wrapped
 
 
 class Key(NamedTuple):
@@ -55,9 +57,8 @@ def _keys(section: type, prefix: str) -> Iterator[Key]:
         name, own = f"{prefix}{statement.target.id}", facts[statement.target.id]
         documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         meaning = inspect.cleandoc(str(following.value.value)) if documented else ""  # type: ignore[union-attr]
-        auto = f"; auto is {AUTO[name]}." if name in AUTO else ""
-        meaning = " ".join(meaning.split()).removesuffix("." * bool(auto)) + auto
-        yield Key(name, type_in_words(name), _default(name), meaning, own)
+        auto = f" auto: {AUTO[name]}." if name in AUTO else ""
+        yield Key(name, type_in_words(name), _default(name), " ".join(meaning.split()) + auto, own)
 
 
 def _default(name: str) -> str:
@@ -82,33 +83,58 @@ def _text(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def explain(query: str | None) -> list[str]:
-    """Lines about a key, all keys of a section, or (None) all sections.
+def explain(queries: Sequence[str] = ()) -> list[str]:
+    """Lines about keys, all keys of a section, or all that a pattern such as *.lr fits; without a query, all sections.
 
     Raises:
         UsageError: there is no such key or section; the message suggests similar names.
     """
+    parts = [_explain(query) for query in queries] or [_overview()]
+    return [line for number, part in enumerate(parts) for line in (*[""] * (number > 0), *part)]
+
+
+def _overview() -> list[str]:
+    lines = ["method", *_methods(), "", "sections"]
+    for name, (text, _) in sections().items():
+        lines += _row(name, text) if name else []
+    examples = (
+        "slope config optim.lr explains a key, slope config optim a section, slope config '*.lr' all keys like this"
+    )
+    return [*lines, "", *wrapped(examples)]
+
+
+def _explain(query: str) -> list[str]:
     documented = sections()
-    names = [name for name in documented if name]
-    methods = [f"  {name:12}{meaning}" for name, meaning in METHODS.items()]
-    if query is None:
-        lines = [f"  {name:12}{documented[name][0].splitlines()[0]}" for name in names]
-        more = "For the keys of a section: slope config SECTION; for one key: slope config SECTION.KEY"
-        return ["method", *methods, "", "sections", *lines, "", more]
-    if query in names:
+    if query and query in documented:
         text, keys = documented[query]
-        return [text, "", *(line for key in keys for line in _lines(key))]
+        return [*wrapped(text), "", *_entries(keys)]
     everything = {key.name: key for _, keys in documented.values() for key in keys}
     if query in everything:
-        return [*_lines(everything[query]), *(methods if query == "method" else [])]
+        return [*_entries([everything[query]]), *(_methods() if query == "method" else [])]
+    if keys := [everything[name] for name in everything if fnmatch.fnmatchcase(name, query)]:
+        return _entries(keys)
     raise UsageError(unknown_key(query))
 
 
-def _lines(key: Key) -> list[str]:
-    about = [f"{key.name}: {key.type}; default {key.default}", f"    {key.meaning}"]
-    about += [f"    choices: {', '.join(key.facts.choices)}"] if key.facts.choices else []
-    about += [f"    unit: {key.facts.unit}"] if key.facts.unit else []
-    return [*about, f"    example: {key.example}"]
+def _methods() -> list[str]:
+    return [line for name, meaning in METHODS.items() for line in _row(name, meaning)]
+
+
+def _row(name: str, text: str) -> list[str]:
+    return wrapped(text, f"  {name:13}", " " * 15)
+
+
+def _entries(keys: Sequence[Key]) -> list[str]:
+    """The lines of keys, with an empty one between two."""
+    lines: list[str] = []
+    for key in keys:
+        lines += [*[""] * bool(lines), *wrapped(f"{key.name}: {key.type}; default {key.default}", "", " " * 4)]
+        about = [key.meaning]
+        about += [f"choices: {', '.join(key.facts.choices)}"] if key.facts.choices else []
+        about += [f"unit: {key.facts.unit}"] if key.facts.unit else []
+        for text in (*about, f"example: {key.example}"):
+            lines += wrapped(text, " " * 4)
+    return lines
 
 
 def markdown() -> str:

@@ -26,7 +26,16 @@ METHODS: Mapping[str, str] = {
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
 MICRO_BATCH = "train.micro_batch"
-FREE_KEYS = ("log", "distributed", "train.device", MICRO_BATCH, "train.activation_checkpointing", "data")
+FREE_KEYS = (
+    "log",
+    "distributed",
+    "train.device",
+    MICRO_BATCH,
+    "train.activation_checkpointing",
+    "train.precision",
+    "train.bf16_finish",
+    "data",
+)
 """Sections and keys that may change between two starts of one run: they affect the results by rounding at most."""
 AUTO: Mapping[str, str] = {
     "sparsity.backend": "for each product the kernel that was measured faster",
@@ -52,16 +61,18 @@ class ModelConfig(Section, section="model"):
     """The model, and the weights that it starts from."""
 
     name: str = setting("gpt2-nano", example="gpt2-small")
-    """A shape, such as gpt2-small or opt-2.7b; with method=linearize also "init", the shape of model.init."""
+    """The shape of the model, such as gpt2-small or opt-2.7b (recipes are named after them: `slope recipes`); with
+    method=linearize also "init", the shape of model.init."""
     init: str | None = setting(None, example="runs/gpt2-small")
-    """A run (RUN, or RUN@STEP for an older checkpoint), or a folder of `slope export` or transformers, whose weights
-    initialize this run; null: random."""
+    """Whose weights the run begins with: those of another run (RUN, or RUN@STEP for an older checkpoint), or of a
+    folder that `slope export` or transformers wrote; null for random ones."""
     init_optimizer: bool = switch(False)
-    """Begin with the optimizer's state of the run model.init, too."""
+    """Begin with the optimizer's moments of the run model.init, too, instead of none."""
     dropout: float | None = setting(None, unit="a probability", example="0.1")
-    """The rate of every dropout in the model; null for the shape's own rates."""
+    """The probability of every dropout in the model; null for those of the shape."""
     overrides: dict[str, Any] = setting({}, example="{n_layer: 6}")
-    """Fields of the transformers config to change, for example {n_layer: 6}."""
+    """Fields of the model's config.json of transformers to change, by their names there: {n_layer: 6} makes a GPT-2 of
+    6 blocks."""
 
     def _check_values(self) -> None:
         if self.dropout is not None:
@@ -78,13 +89,15 @@ class DataConfig(Section, section="data"):
     """The training text."""
 
     path: str = setting(EMBEDDED, example="data/openwebtext")
-    """A folder made by `slope data prepare`, or "embedded": the public-domain novels inside the package, as bytes."""
+    """A folder that `slope data prepare` wrote, or "embedded": the public-domain novels inside the package, as
+    bytes."""
     verify: bool = switch(True)
-    """Hash every token file before training (about 2 GB/s), but for those that an earlier start of this run has hashed
-    and whose size, times and inode are still the same."""
+    """Hash every token file before training (about 2 GB/s), to see that none is damaged. Those that an earlier start of
+    this run has hashed are left out while their size, times and inode are the same."""
     local_copy: str | None = setting(None, example="/scratch/tokens")
-    """A folder on each node's own disk to which the token files are copied first, once a node and for all runs on the
-    same data, such as $SLURM_TMPDIR; where it has no room, a warning is shown, and data.path is read."""
+    """A folder on each node's own disk, such as $SLURM_TMPDIR, to which the token files are copied first, once a node
+    and for all runs on the same data; null to read them from data.path. Where it has no room, a warning is shown, and
+    data.path is read."""
 
 
 @dataclass(kw_only=True)
@@ -92,25 +105,30 @@ class SparsityConfig(Section, section="sparsity"):
     """The keys that all sparse methods share."""
 
     n: int = setting(2, unit="weights", example="1")
-    """The weights kept of every sparsity.m consecutive ones in a row of a weight matrix."""
+    """The N of the pattern N:M: of every M (sparsity.m) neighbouring weights in a row of a weight matrix N are kept,
+    and the others are zero. 2:4 is sparsity.n=2 sparsity.m=4, the only one that a GPU computes fast."""
     m: int = setting(4, unit="weights", example="8")
-    """See sparsity.n."""
+    """The M of the pattern N:M; see sparsity.n."""
     pattern_overrides: dict[str, list[int]] = setting({}, example="{12-23: [2, 8]}")
-    """Other patterns for ranges of blocks: {12-23: [2, 8]} makes the last half of 24 blocks 2:8."""
+    """Other patterns for ranges of the model's blocks, which are counted from 0: {12-23: [2, 8]} makes the last half of
+    24 blocks 2:8."""
     target_modules: list[str] = setting([], example="[mlp]")
-    """Regular expressions for the names of the layers that become sparse, or "mlp" for the feed-forward layers; [] for
-    every layer that can be sparse, or with method=fst for [mlp]."""
+    """Which linear layers become sparse: regular expressions that are searched for in their names, or "mlp" for the
+    feed-forward layers; [] for every layer that can be sparse, or with method=fst for [mlp]."""
     exclude_modules: list[str] = setting([], example="[c_proj]")
-    """Regular expressions for the names of further layers that stay dense."""
+    """Which of the layers of sparsity.target_modules stay dense nevertheless: regular expressions that are searched for
+    in their names."""
     mask: str | None = setting(None, "magnitude", "random", "wanda", example="random")
-    """How the first masks are chosen: magnitude (of the weights), random, or wanda (magnitude times the norm of the
-    inputs); null for the method's default."""
+    """How the first mask, which says what weights are kept, is chosen: magnitude, the largest weights; random; wanda,
+    the largest products of a weight and the norm of its input. null is the method's default."""
     calibration: int = setting(32, unit="sequences", example="128")
     """Training sequences from which sparsity.mask=wanda computes the norms of the inputs."""
     start: float = setting(0.0, unit="a share of the run", example="0.5")
-    """The share of the run after which the layers become sparse."""
+    """When the layers become sparse, as a share of the run: 0 is the first step, 0.5 after half of the steps. Until
+    then they are dense, or what slope.before says."""
     backend: str = setting("auto", "auto", "cusparselt", "dense", "reference")
-    """The backend of 2:4 matrix products on a GPU: cusparselt, dense or reference (plain torch)."""
+    """What computes 2:4 matrix products on a GPU: cusparselt, NVIDIA's library; dense, matrices with their zeros;
+    reference, plain torch, which is slow."""
 
     def _check_values(self) -> None:
         rule = "an N:M pattern needs 0 < sparsity.n < sparsity.m (for 2:4 say sparsity.n=2 sparsity.m=4)"
@@ -141,23 +159,27 @@ class AdapterConfig(Section, section="adapters"):
     """The low-rank adapters of method=slope and method=linearize."""
 
     rank: float = setting(0.0156, unit="below 1 a share of each layer's smaller side, else the rank", example="16")
-    """The rank: a whole number, or a share of each layer's smaller side if below 1; 0 for no adapters."""
+    """The rank of the low-rank adapters. From 1 on it is a count, the same for every layer: 16 is rank 16. Below 1 it
+    is a share of the smaller side of each layer's matrix: 0.0156 is rank 16 for a layer of 1024 x 4096, and rank 12 for
+    one of 768 x 3072. 0 is no adapters."""
     start: float = setting(0.99, unit="a share of the run", example="0.9")
-    """The share of the run after which adapters are added; with method=linearize that is linearize.transfer instead."""
+    """When the adapters are added, as a share of the run: 0.99 is for the last hundredth of the steps, 0 from the first
+    step. With method=linearize that is linearize.transfer instead."""
     init: str = setting("lora", "lora", "gaussian")
-    """lora: A is uniform, the scaling 1; gaussian, as in the SLoPe paper's code: A is normal, the scaling 1 / rank. B
-    begins as 0."""
+    """How the matrices A and B of an adapter begin: B is 0 in any case, so that the adapter changes nothing at first.
+    lora: A is uniform, the scaling 1; gaussian, as in the SLoPe paper's code: A is normal, the scaling 1 / rank."""
     alpha: float | None = setting(None, unit="a factor, before it is divided by the rank", example="32")
-    """The output of an adapter is scaled by alpha / rank; null for the scaling of adapters.init."""
-    lr: float | None = setting(None, unit="a learning rate", example="1e-3")
-    """Peak learning rate of the adapters; null for optim.lr."""
+    """The output of an adapter is multiplied by alpha / rank; null is the scaling of adapters.init."""
+    lr: float | None = setting(None, unit="a factor, times the update", example="1e-3")
+    """The learning rate of the adapters at its peak; null is that of optim.lr."""
     schedule: str = setting("own", "own", "run")
     """own: the adapters go through the whole schedule in their own steps; run: their learning rate is the run's in each
     step, times adapters.lr / optim.lr."""
     warmup: float = setting(0.1, unit="below 1 a share of the adapters' steps, else steps", example="20")
-    """Linear warm-up with adapters.schedule=own: a share of the adapters' steps if below 1, else a number of steps."""
+    """With adapters.schedule=own, how long the adapters' learning rate rises linearly to its peak: below 1 a share of
+    the adapters' steps, else a number of steps."""
     weight_decay: float = setting(0.0, unit="a factor, times the learning rate in each step", example="0.1")
-    """Decoupled weight decay of the adapters."""
+    """Decoupled weight decay of the adapters, as in AdamW."""
 
     def _check_values(self) -> None:
         self._not_negative("rank", "warmup", "weight_decay")
@@ -180,29 +202,57 @@ class AdapterConfig(Section, section="adapters"):
 
 
 @dataclass(kw_only=True)
+class DistillConfig(Section, section="distill"):
+    """Learning from a teacher: of the weights, or with method=linearize of the adapters."""
+
+    share: float = setting(0.0, unit="a share of the loss", example="0.5")
+    """The share of the loss that is the divergence from the teacher's predictions, KL(teacher || student); the rest is
+    the cross-entropy of the text. 0 for no teacher."""
+    teacher: str | None = setting(None, example="runs/gpt2-small")
+    """The teacher, a model with this run's tokens: a run (RUN, or RUN@STEP for an older checkpoint), or a folder of
+    `slope export` or transformers; null for the model of model.init. The run keeps a copy of it. With method=linearize
+    it is the softmax model."""
+
+    def _check_values(self) -> None:
+        self._share("share")
+
+    def unused(self, config: Config) -> dict[str, str]:
+        if config.linearizes and config.linearize.transfer == 1:
+            return self._all("linearize.transfer=1")
+        if not self.share:
+            return self._all("distill.share=0")
+        return {"teacher": "method=linearize"} if config.linearizes else {}
+
+
+@dataclass(kw_only=True)
 class OptimConfig(Section, section="optim"):
     """The optimizer and the learning rate."""
 
     name: str = setting("adamw", "adamw", "lamb")
-    """adamw, or lamb (You et al. 2020) for very large batches."""
-    lr: float = setting(6e-4, unit="a learning rate", example="1e-3")
-    """Peak learning rate."""
+    """The optimizer: adamw, or lamb (You et al. 2020), for very large batches."""
+    lr: float = setting(6e-4, unit="a factor, times the update", example="1e-3")
+    """The learning rate at its peak: it rises to this during optim.warmup, and then falls, as optim.schedule says, to
+    optim.min_lr times this. Adapters may have another one, adapters.lr. The recipes, which `slope recipes NAME` prints,
+    have from 6e-3 for the smallest models to 8e-5 for the largest."""
     betas: tuple[float, float] = setting((0.9, 0.95), unit="two shares below 1", example="[0.9, 0.999]")
-    """Decay rates of the two moments."""
+    """How much AdamW's two moving averages, of the gradient and of its square, keep in each step."""
     eps: float = setting(1e-8, unit="the size of a gradient", example="1e-6")
-    """Added to the denominator of an update."""
+    """Added to the denominator of AdamW's update, so that tiny gradients make no large updates."""
     weight_decay: float = setting(0.1, unit="a factor, times the learning rate in each step", example="0.01")
-    """Decoupled weight decay; on matrices only, never on biases and norms."""
+    """Decoupled weight decay, as in AdamW; on matrices only, never on biases and norms."""
     schedule: str = setting("cosine", "cosine", "linear", "polynomial", "constant")
-    """How the learning rate falls after the warm-up: cosine, linear, polynomial or constant."""
+    """How the learning rate falls from its peak after the warm-up: cosine, linear, polynomial (with optim.power) or
+    constant (not at all)."""
     warmup: float = setting(0.01, unit="below 1 a share of the run, else steps", example="200")
-    """Linear warm-up: a share of the run if below 1, else a number of steps."""
+    """How long the learning rate rises linearly to its peak: below 1 a share of the run (0.01 is the first hundredth of
+    the steps), else a number of steps."""
     min_lr: float = setting(0.1, unit="a share of the peak", example="0")
-    """The learning rate of the last step, as a share of the peak."""
+    """The learning rate of the last step, as a share of optim.lr: 0.1 is a tenth of the peak."""
     power: float = setting(0.5, unit="an exponent", example="1")
-    """Exponent of the polynomial schedule."""
+    """The exponent of optim.schedule=polynomial: 1 is linear, and below 1 the rate falls late."""
     clip: float = setting(1.0, unit="a norm", example="0")
-    """Maximum norm of the gradient; 0 for no clipping."""
+    """The largest norm of the gradient of all weights together, to which a larger one is scaled down; 0 is no
+    clipping."""
 
     def _check_values(self) -> None:
         self._positive("lr", "eps", "power")
@@ -226,31 +276,40 @@ class TrainConfig(Section, section="train"):
     """Steps, batches, and how they are computed."""
 
     steps: int = setting(1000, unit="steps", example="10000")
-    """Optimizer steps of the run. Of a run that has begun, more of them extend it."""
+    """How many optimizer steps the run takes, each of train.tokens_per_step tokens. With more of them the same command
+    extends a run."""
     extended: list[list[int]] = setting([], unit="steps", example="[[500, 500]]")
-    """Written when a run is extended: [step, train.steps until then] for each time. What had begun by that step stays
-    where it was; what had not, and the learning rate, follow the new length."""
+    """Written by the program when a run is extended, and not to be set: [step, train.steps until then] for each time.
+    What had begun by that step stays where it was; what had not, and the learning rate, follow the new length."""
     tokens_per_step: int = setting(524_288, unit="tokens", example="65536")
-    """Tokens of one optimizer step; a multiple of train.micro_batch * train.seq_len."""
+    """The batch size: how many tokens one optimizer step sees, on all GPUs together. Each GPU reads train.micro_batch
+    sequences of train.seq_len tokens at once, and accumulates the gradient of as many of these as make up the step. So
+    it is a multiple of train.micro_batch * train.seq_len * the number of GPUs: 524288 is 512 sequences of 1024
+    tokens."""
     micro_batch: int = setting(8, unit="sequences", example="4")
-    """Sequences in one forward pass of one GPU; how many are accumulated follows from train.tokens_per_step."""
+    """How many sequences one GPU reads at once. Lower it if memory is short: how many times it does so in a step
+    follows from train.tokens_per_step, and the result is the same but for rounding."""
     seq_len: int = setting(1024, unit="tokens", example="64")
-    """Tokens of a sequence."""
-    precision: str = setting("auto", "auto", "bf16", "fp32")
-    """The precision of products: bf16 (autocast; weights and optimizer stay float32) or fp32."""
+    """How many tokens a training sequence has; at most the positions of the model."""
+    precision: str = setting("auto", "auto", "bf16", "fp32", "fp8")
+    """In what precision products are computed: fp32; bf16 (by autocast; weights and optimizer stay float32); or fp8,
+    which is bf16 but for the linear layers that the method makes sparse, or would, whose operands are e4m3 in training
+    with one scale a tensor. It may change between two starts of a run, which is then not repeated bit for bit."""
+    bf16_finish: float = setting(0.0, unit="a share of the run", example="0.1")
+    """With train.precision=fp8, how much of the run, at its end, is in bf16 nevertheless: 0.1 is the last tenth."""
     device: str = setting("auto", example="cuda:1")
-    """Where the run is trained: cpu, cuda or cuda:N."""
+    """Where the run is trained: cpu, cuda, or cuda:N for the GPU of this number, from 0."""
     compile: bool | str = switch("auto")
-    """Compile each transformer block and the loss, in attention transfer the loss of each layer."""
+    """Compile each transformer block and the loss with torch.compile; in attention transfer, the loss of each layer."""
     cuda_graph: bool | str = switch("auto")
-    """Replay each step from CUDA graphs."""
+    """Record the kernels of a step as CUDA graphs and replay them, so that the GPU need not wait for Python."""
     activation_checkpointing: str = setting("none", "none", "block", "selective")
-    """Activations to compute again in the backward pass, for less memory: none; block, all of each transformer block;
-    selective, all but the outputs of its matrix products and of attention."""
+    """Which activations are computed again in the backward pass instead of kept, for less memory: none; block, all of
+    each transformer block; selective, all but the outputs of its matrix products and of attention."""
     seed: int = setting(1, example="2")
-    """The seed of weights, masks, data order and dropout."""
+    """The seed of initial weights, random masks, the order of the data, and dropout."""
     deterministic: bool = switch(False)
-    """Refuse kernels whose results differ from run to run."""
+    """Let torch refuse kernels whose results differ from run to run (torch.use_deterministic_algorithms)."""
 
     def _check_values(self) -> None:
         self._positive("steps", "tokens_per_step", "micro_batch", "seq_len")
@@ -263,6 +322,7 @@ class TrainConfig(Section, section="train"):
         rule = "needs [step, steps] for each extension, with fewer steps than later"
         ordered = all(a < b for a, b in itertools.pairwise(lengths))
         self._need(ordered and all(len(p) == 2 and 0 <= p[0] <= p[1] for p in self.extended), "extended", rule)
+        self._share("bf16_finish")
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
@@ -296,13 +356,15 @@ class DistributedConfig(Section, section="distributed"):
     """A run of several processes, each with a GPU of its own."""
 
     layout: str = setting("auto", "auto", "ddp", "fsdp", "hsdp")
-    """ddp: every GPU has the whole state; fsdp: it is split over all GPUs; hsdp: over groups of them that do the same
-    work; auto: the fastest that fits in a GPU's memory, see `slope pretrain --dry-run --gpus N`."""
+    """Where weights, gradients and moments lie when several GPUs train: ddp, all of them on every GPU; fsdp, split over
+    all GPUs; hsdp, split over the GPUs of a group, and every group has all of them. `slope pretrain RECIPE --dry-run
+    --gpus N` prints the memory and the traffic of each."""
     gather: str = setting("auto", "auto", "step", "block")
-    """How long FSDP keeps the weights that it gathered: block, for a block's forward or backward pass (least memory),
-    or step (least communication)."""
+    """With distributed.layout=fsdp or hsdp, where a GPU has a part of the weights and fetches the others to compute
+    with them: how long it keeps what it fetched. block: for the forward or the backward pass of one transformer block,
+    which needs the least memory; step: for a whole optimizer step, which needs the least communication."""
     rendezvous_timeout: float = setting(300.0, unit="seconds", example="600")
-    """Seconds in which all processes must have started."""
+    """How long the processes of a run wait for one another at its start, before it ends with an error."""
 
     def _check_values(self) -> None:
         self._positive("rendezvous_timeout")
@@ -316,26 +378,27 @@ class LogConfig(Section, section="log"):
     """Steps between two progress lines if standard error is not a terminal, and between two measurements of how much
     the masks change."""
     norms_every: int = setting(0, unit="steps", example="100")
-    """Steps between two measurements of each layer's norms of gradient and update, which need a copy of the trained
-    weights meanwhile; 0 for none."""
+    """How often the norms of each layer's gradient and update are logged, in steps: as records `norms` in
+    metrics.jsonl, and in TensorBoard. They show which layers learn too slowly, or diverge. Such a step keeps a copy of
+    the trained weights meanwhile. 0 is never."""
     val_every: int = setting(250, unit="steps", example="1000")
-    """Steps between validations; 0 for one at the end alone."""
+    """Steps between two validations; 0 for one at the end alone."""
     val_tokens: int = setting(262_144, unit="tokens", example="1000000")
-    """Validation tokens of each source, at most."""
+    """How many validation tokens of each source are read in a validation, at most."""
     sample_every: int = setting(1000, unit="steps", example="5000")
-    """Steps between text samples; 0 for one at the end alone."""
+    """Steps between two text samples; 0 for one at the end alone."""
     sample_prompt: str = setting("The ", example="Once upon a time")
-    """The prompt of the samples."""
+    """The text that the samples continue."""
     sample_tokens: int = setting(100, unit="tokens", example="50")
-    """Tokens of a sample."""
+    """How many tokens a sample has."""
     save_every: int = setting(500, unit="steps", example="1000")
-    """Steps between checkpoints; 0 for one at the end alone."""
+    """Steps between two checkpoints; 0 for one at the end alone. A stop by a signal saves one, too."""
     keep: int = setting(2, unit="checkpoints", example="5")
-    """The number of newest checkpoints to keep."""
+    """How many of the newest checkpoints are kept, at least 2."""
     tensorboard: bool = switch(True)
-    """Mirror the metrics to TensorBoard files."""
+    """Write the metrics to TensorBoard files in the run's folder, too."""
     wandb: bool = switch(False)
-    """Mirror the metrics to Weights & Biases; needs the extra `wandb`."""
+    """Send the metrics to Weights & Biases, too; needs the extra `wandb`."""
     wandb_project: str = setting("slope", example="my-project")
     """The project on Weights & Biases; WANDB_ENTITY in the environment names its owner."""
 
@@ -363,10 +426,16 @@ class Config:
     fst: FstConfig = field(default_factory=FstConfig)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the run trains its weights with a teacher, which it keeps."""
+        return self.distill.share > 0 and not self.linearizes
 
     @property
     def linearizes(self) -> bool:
@@ -386,6 +455,11 @@ class Config:
             s._need(s.mask == "wanda", "mask", "method=wanda chooses masks by wanda")
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
+        if self.linearizes and self.train.precision == "fp8":
+            raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
+        if self.learns_from_teacher:
+            rule = "needs a teacher: set distill.teacher, or model.init for that model"
+            self.distill._need(bool(self.distill.teacher or self.model.init), "share", rule)
         if own := self.own_section:
             own.check(self)
 

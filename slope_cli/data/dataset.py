@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slope_cli.data.folders import some
 from slope_cli.data.token_file import FileIdentity, TokenFile
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import SlopeError, UsageError, nearest
 from slope_cli.report import tables
 from slope_cli.utils.files import file_sha256, read_sealed, write_sealed
 
@@ -24,10 +25,15 @@ UNFINISHED = ".parts"
 LARGE_SHARE = 0.25
 """Of a source's tokens as validation text: above it there is a warning unless it was asked for."""
 NO_VALIDATION = (
-    "only a source of two segments or more (documents, or parts of at most 16,384 characters of a long one) "
-    "has some: combine short files into one source as NAME=FOLDER, or prepare more text"
+    "only a source of two documents, or of one with more than 16,384 characters, has some: make short files one source "
+    "(NAME=FOLDER), or prepare more text"
 )
 """Why a data set may have no validation text, and how to get some."""
+LESS_VALIDATION = (
+    "what is held out are whole documents, or parts of up to 16,384 characters of long ones: make short files one "
+    "source (NAME=FOLDER), or prepare more text"
+)
+"""Why a short source may lose much of its text to validation, and what to do."""
 
 
 class WrongDataError(UsageError):
@@ -209,44 +215,63 @@ def write_manifest(folder: Path, files: Sequence[TokenFile], made_from: dict[str
 
 
 def largely_held_out(dataset: Dataset) -> list[str]:
-    """A line for each source of which validation takes far more than its share, because it has few segments."""
-    share, lines = float(dataset.made_from.get("val_fraction", 0)), []
+    """One line about the sources of which validation takes far more than its share, as short ones may; else none."""
+    share, large = float(dataset.made_from.get("val_fraction", 0)), []
     for train in dataset.train:
         val = dataset.val.get(train.header.source)
-        held_out = val.header.tokens / (val.header.tokens + train.header.tokens) if val else 0
-        if held_out > max(LARGE_SHARE, 2 * share):
-            of = f"holds out {held_out:.0%} of its tokens for validation, where --val-fraction is {share:g}"
-            advice = "join short files to one source as NAME=FOLDER, or prepare more text"
-            lines.append(f"{dataset.folder}: source {train.header.source} {of}: it has few segments; {advice}")
-    return lines
+        part = _held_out(train.header.tokens, val.header.tokens if val else 0)
+        large += [f"{train.header.source} ({part:.0%})"] if part > max(LARGE_SHARE, 2 * share) else []
+    line = f"{dataset.folder}: far more than --val-fraction {share:g} is held out for validation of {some(large)}"
+    return [line] if large else []
+
+
+def _held_out(train: int, val: int) -> float:
+    """The share of so many training and validation tokens that is held out."""
+    return val / max(1, train + val)
 
 
 def show(dataset: Dataset) -> None:
-    """Print the documents, tokens and text bytes of each source, and their sums, to standard output."""
+    """Print what each source has to train on and holds out for validation, and their sums, to standard output."""
     rows = []
     for train in dataset.train:
         header, val = train.header, dataset.val.get(train.header.source)
         held_out = (val.header.tokens, val.header.text_bytes) if val else (0, 0)
         rows.append((header.source, header.documents, header.tokens, header.text_bytes, *held_out))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
-    columns = ("source", "documents", "tokens", "bytes", "val tokens", "val bytes")
-    cells = [[source, *(f"{count:,}" for count in counts)] for source, *counts in rows]
+    kinds = ("training documents", "training tokens", "training bytes", "validation tokens", "validation bytes")
+    cells = [
+        [source, *(f"{count:,}" for count in counts), f"{_held_out(counts[1], counts[3]):.1%}"]
+        for source, *counts in rows
+    ]
     about = f"tokenizer {dataset.tokenizer_name}, {dataset.vocab_size:,} ids, fingerprint {dataset.fingerprint[:16]}"
-    tables.Document(str(dataset.folder), [tables.Table("Sources", columns, cells, note=about)]).show()
+    meaning = "validation text is held out of training, and each source's has a loss of its own; bytes of text in UTF-8"
+    table = tables.Table("Sources", ("source", *kinds, "held out"), cells, note=f"{about}; {meaning}")
+    tables.Document(str(dataset.folder), [table]).show()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise WrongDataError(f"{folder}: no such data folder; make it with `slope data prepare`")
+        raise WrongDataError(
+            f"{folder}: no such data folder; {_prepared_near(folder)}make it with `slope data prepare`"
+        )
     if not path.is_file():
         if (folder / UNFINISHED).is_dir():
             raise SlopeError(f"{folder}: unfinished preparation; run the same `slope data prepare` again")
-        raise WrongDataError(f"{folder}: not a prepared data set (no {MANIFEST}); make one with `slope data prepare`")
+        known = f"{folder}: not a prepared data set (no {MANIFEST}); {_prepared_near(folder)}"
+        raise WrongDataError(f"{known}make one with `slope data prepare`")
     try:
         return read_sealed(path)
     except SlopeError as error:
         raise SlopeError(f"{error}; prepare the data again") from None
+
+
+def _prepared_near(folder: Path) -> str:
+    """A question about the prepared folder with the nearest name, beside this one, here or in data/; else nothing."""
+    places = dict.fromkeys((folder.parent, Path(), Path("data")))
+    found = {path.parent.name: path.parent for place in places for path in sorted(place.glob(f"*/{MANIFEST}"))}
+    near = [str(found[name]) for name in nearest(folder.name, found)]
+    return f"did you mean {' or '.join(near)}? If not, " if near else ""
 
 
 def _inside(folder: Path, name: str) -> Path:

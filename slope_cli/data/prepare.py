@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from slope_cli.data.dataset import (
+    LESS_VALIDATION,
     MANIFEST,
     NO_VALIDATION,
     UNFINISHED,
@@ -207,7 +208,7 @@ def _outcome(dataset: Dataset, is_new: bool, seconds: float) -> Iterator[str]:
         return
     if dataset.made_from["val_fraction"] and not dataset.val:
         yield f"{dataset.folder}: has no validation text; {NO_VALIDATION}"
-    yield from (f"warning: {line}" for line in largely_held_out(dataset))
+    yield from (f"warning: {line}; {LESS_VALIDATION}" for line in largely_held_out(dataset))
     tokens = sum(file.header.tokens for file in (*dataset.train, *dataset.val.values()))
     yield f"prepared: {tokens:,} tokens in {seconds:.1f} s"
 

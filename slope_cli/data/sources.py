@@ -32,7 +32,7 @@ from slope_cli.data.formats import (
     why_unread,
 )
 from slope_cli.data.token_file import read_error
-from slope_cli.errors import SlopeError, UsageError, first_line
+from slope_cli.errors import SlopeError, UsageError, first_line, nearest
 
 FOLDER_SOURCES = 16
 FIRST_FORMATS = ("", ".jsonl", ".json", ".parquet")
@@ -228,9 +228,20 @@ def _file_input(path: Path, source: str | None, encoding: str) -> FileInput:
 
 def _hub_input(name: str, source: str | None, config_name: str | None, split: str) -> HubInput:
     looks_local = name.lower().endswith((*TEXTS, *ROWS, *COMPRESSIONS, "/")) or name.startswith((".", "/", "~"))
-    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UsageError(f"{name}: no such file or folder")
+    near = _near_paths(name)
+    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or (near and "/" in name):
+        raise UsageError(f"{name}: no such file or folder{near or '; correct the path'}")
     return HubInput(source or source_name(Path(name.rsplit("/", 1)[-1])), name, config_name, split)
+
+
+def _near_paths(name: str) -> str:
+    """A question about the files and folders with the nearest names to one that is not there, to end a line with."""
+    path = Path(name).expanduser()
+    try:
+        near = [] if path.exists() else nearest(path.name, sorted(os.listdir(path.parent)))
+    except OSError:
+        return ""
+    return f"; did you mean {' or '.join(str(path.parent / each) for each in near)}?" if near else ""
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -321,5 +332,5 @@ def hub_texts(item: HubInput, text_key: str) -> Iterator[str]:
             ) from error
         raise UsageError(
             f"{item.name}: no such file or folder, and it could not be downloaded from the Hugging Face Hub "
-            f"({first_line(error)})"
+            f"({first_line(error)}){_near_paths(item.name)}"
         ) from error

@@ -71,7 +71,8 @@ class Sizes:
     rest: all outside the blocks. rows: output features of every sparse or masked layer. shared_packed_bytes: of both
     packed copies of one sparse layer of each kind. activation_bytes: of one micro-batch, by
     train.activation_checkpointing; empty where there is no estimate. teacher: whether a frozen model of the same size
-    runs before it; it shares whole weights, and split ones it has again, gathered block by block.
+    runs before it; split, it is gathered block by block. teacher_parameters: that it has for itself; 0 where it is the
+    model that is linearized, and shares its whole weights.
     """
 
     blocks: tuple[Unit, ...]
@@ -80,6 +81,7 @@ class Sizes:
     shared_packed_bytes: int = 0
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
     teacher: bool = False
+    teacher_parameters: int = 0
 
     @property
     def whole(self) -> Unit:
@@ -190,15 +192,17 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     whole, rest, block, shard = sizes.whole, sizes.rest, sizes.largest, layout.shard
     two_blocks = len(sizes.blocks[:2])  # the one at work, and the next one on its way
     gathered, packed = 2 * whole.dense, whole.packed_bytes
-    weights, masks, in_flight = 4 * whole.parameters, whole.mask_bytes, 0
+    teacher = 4 * sizes.teacher_parameters
+    weights, masks, in_flight = 4 * whole.parameters + teacher, whole.mask_bytes, 0
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
         by_block = rest.parameters + two_blocks * block.parameters
         gathered = 2 * (whole.parameters if kept else by_block)
         packed = sizes.shared_packed_bytes if layout.gather == "block" else packed
         if sizes.teacher:
-            weights, masks, gathered = 2 * weights, 2 * masks, gathered + 2 * by_block
-            packed += sizes.shared_packed_bytes
+            gathered += 2 * by_block
+        if sizes.teacher and not teacher:
+            weights, masks, packed = 2 * weights, 2 * masks, packed + sizes.shared_packed_bytes
         in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
     return Memory(
         weights=_split(weights, shard),

@@ -30,6 +30,10 @@ ROUNDING = 0.1
 """The same, that rounding the weights to 16 bits may make."""
 
 
+SOURCE = "the package is slope-cli, which is installed from its repository and is not on PyPI"
+"""What a model card says of where this program is to be had."""
+
+
 def export(run: Path, out: Path, *, merge: bool = False, dtype_name: str = "float32") -> dict[str, Any]:
     """Write a run's model to the folder `out`: weights with their zeros, tokenizer, model card, adapters beside them.
 
@@ -219,7 +223,8 @@ def _model_card(model: PreTrainedModel, name: str, facts: Sequence[str], *, merg
         code = ["from peft import PeftModel", *code, f'model = PeftModel.from_pretrained(model, "{peft.FOLDER}")']
     if linear:
         lines.append("- Attention: window softmax plus linear (slope linearize), maps in `linearize/`")
-        lines.append("- Loads with: slope; transformers' from_pretrained gives softmax attention, without the maps")
+        lines.append(f"- Loads with: slope; {SOURCE}")
+        lines.append("- With transformers' from_pretrained: softmax attention, without the maps")
         code = ["from pathlib import Path", "", "from slope_cli.checkpoint.load import load_model", ""]
         code += ['_, model, tokenizer, *_ = load_model(Path("."))']
     lines += ["", "```python", *code, "```"]
@@ -234,5 +239,5 @@ def _how_to_keep_sparse(causal: bool) -> list[str]:
     return [
         "Plain fine-tuning fills the zeros, and makes the model dense. What keeps them: an adapter (PEFT's LoRA) on",
         f"frozen weights; `slope finetune FOLDER {own}`; in transformers' Trainer",
-        "`sparse_kernels.trainer.SparsityCallback(model)` (pip install slope-cli).",
+        f"`sparse_kernels.trainer.SparsityCallback(model)`; {SOURCE}.",
     ]

@@ -16,6 +16,7 @@ from slope_cli.data.tokenizer import save_tokenizer
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.export import (
     ROUNDING,
+    SOURCE,
     adapters_text,
     empty_folder,
     relative_difference,
@@ -126,7 +127,7 @@ def _model_card(loaded: Loaded, packed: int, dense: int, dtype: str, *, lineariz
         "",
         f"- Linear layers: {packed} packed 2:4 sparse in {dtype}, format {VERSION} of slope; {dense} dense",
         "- Low-rank adapters, if the model has any, are part of the packed layers",
-        "- Loads with: transformers after `import sparse_kernels.transformers` (pip install slope-cli), or slope",
+        f"- Loads with: slope, or transformers after `import sparse_kernels.transformers`; {SOURCE}",
         "- For inference alone",
     ]
     if linearized:

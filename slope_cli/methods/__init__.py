@@ -1,6 +1,7 @@
 """What a method trains in each step of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from slope_cli.config.schema import Config
 from slope_cli.methods import sparse
@@ -19,4 +20,19 @@ METHODS: Mapping[str, Callable[[Config], list[Phase]]] = {
 
 def phases_of(config: Config) -> Phases:
     """The phases of a run."""
-    return Phases(METHODS[config.method](config))
+    phases = METHODS[config.method](config)
+    if config.learns_from_teacher:
+        phases = [replace(phase, step="distill") for phase in phases]
+    if config.train.precision != "fp8":
+        return Phases(phases)
+    return Phases(_in_fp8(phases, config.train.step_at(1 - config.train.bf16_finish, rest=0), config.train.steps))
+
+
+def _in_fp8(phases: Sequence[Phase], end: int, steps: int) -> Iterator[Phase]:
+    """The phases, in fp8 until step `end` and from there on as they were."""
+    for phase in phases:
+        if phase.first < end:
+            yield replace(phase, fp8=True)
+    if end < steps:
+        yield replace(Phases(phases).at(end), first=end)
+    yield from (phase for phase in phases if phase.first > end)

@@ -252,10 +252,12 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
 
 def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     """A model in each phase of a run, into whose last one it is brought; it may be on "meta"."""
-    found, was = [], UNTOUCHED
+    found, was, dense = [], UNTOUCHED, sum(p.numel() for p in model.parameters())
     for phase in phases_of(config).distinct:
         apply(model, config, phase, was=was)
-        found.append(replace(sizes_of(model, config), teacher=phase.step == "distill"))
+        taught = phase.step == "distill"
+        own = dense if taught and not phase.linearized else 0  # a linearized model shares its frozen weights
+        found.append(replace(sizes_of(model, config), teacher=taught, teacher_parameters=own))
         was = phase
     return found
 

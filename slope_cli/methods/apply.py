@@ -17,12 +17,17 @@ from sparse_kernels import (
     SparseLinear,
     add_adapters,
     check_adapters,
+    fp8_obstacle,
     mask_layers,
     masked_layers,
     remove_masks,
+    select_layers,
+    set_fp8,
+    sparse_layers,
     sparsify,
 )
 from sparse_kernels.convert import Norms
+from sparse_kernels.formats import SIDE_MULTIPLE
 
 Calibrate = Callable[[PreTrainedModel, Sequence[str]], Norms]
 """Measures the norms of the inputs of a model's layers of these names over the calibration sequences."""
@@ -50,6 +55,7 @@ def apply(
     Raises:
         UsageError: a setting that does not fit the model.
     """
+    set_fp8(model, ())  # so that layers are what they were, and can be swapped
     if to.layers.kind != was.layers.kind:
         _convert(model, config, was.layers, to.layers, optimizer, calibrate)
     if to.linearized and not was.linearized:
@@ -63,6 +69,18 @@ def apply(
             optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
     for window in linear_windows(model).values():
         window.requires_grad_(MAPS in to.rates)
+    if to.fp8 and not fp8_obstacle(model.device):
+        set_fp8(model, _fp8_layers(model, config))
+
+
+def _fp8_layers(model: PreTrainedModel, config: Config) -> list[str]:
+    """The sparse or masked layers, or those that could be, with sides that fp8 products take."""
+    layers: dict[str, Any] = {**dict(sparse_layers(model)), **dict(masked_layers(model))}
+    sides = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    if not sides:
+        rows = select_layers(model, **which_layers(config)).swapped
+        sides = {row.name: (row.out_features, row.in_features) for row in rows}
+    return [name for name, (rows, columns) in sides.items() if not (rows | columns) % SIDE_MULTIPLE]
 
 
 def _convert(

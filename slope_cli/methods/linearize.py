@@ -19,6 +19,6 @@ def linearize(config: Config) -> list[Phase]:
     if not alone:
         rate = adapter_rate(config, first)
         rates = {ADAPTERS: rate} | ({MAPS: rate} if own.adjust_maps else {})
-        step: StepKind = "distill" if own.distill else "train"
+        step: StepKind = "distill" if config.distill.share else "train"
         phases.append(Phase(first, linearized=True, adapters=True, step=step, rates=rates))
     return phases

@@ -64,6 +64,7 @@ class Phase:
     """What is trained, and how, from step `first` (counted from 0) until the next phase begins.
 
     linearized: attention is window softmax plus linear attention.
+    fp8: the products of linear layers have fp8 operands in training.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
     rates: the trained groups and their learning rates; that of the first is logged.
@@ -73,14 +74,17 @@ class Phase:
     layers: Layers = DENSE
     linearized: bool = False
     adapters: bool = False
+    fp8: bool = False
     step: StepKind = "train"
     rates: Mapping[str, Rate] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """A short description for the log."""
-        what = self.layers.kind if self.step == "train" and not self.linearized else self.step
-        return f"{what}, with adapters" if self.adapters else what
+        what: list[str] = [self.step if self.linearized else self.layers.kind]
+        what += ["with adapters"] * self.adapters + ["in fp8"] * self.fp8
+        what += ["from a teacher"] * (self.step == "distill" and not self.linearized)
+        return ", ".join(what)
 
     def updates_masks(self, step: int) -> bool:
         """Whether masks are chosen again at the end of a step, counted from 0."""

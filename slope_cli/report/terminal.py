@@ -3,12 +3,16 @@
 import contextlib
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but the newline and the tab, those that reorder text, and bytes of names that are no text."""
+MOST_COLUMNS = 100
+"""The longest lines of text that are still easy to read."""
 DRAWING = ("rich", "tqdm")
 """Libraries that move the cursor; what slope gives them is `printable` already."""
 
@@ -21,6 +25,33 @@ def printable(text: str) -> str:
 def one_row(text: str) -> str:
     """`printable` text without newlines and tabs, for one row of a log or a cell of a table."""
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def columns() -> int:
+    """The width of text: the terminal's, but at most MOST_COLUMNS; 80 elsewhere."""
+    return min(shutil.get_terminal_size((80, 24)).columns, MOST_COLUMNS)
+
+
+def wrapped(text: str, indent: str = "", hanging: str | None = None) -> list[str]:
+    """The lines of a text of `columns`; words are never broken, because a command or path is to be copied.
+
+    Args:
+        indent, hanging: what the first line and the others begin with; by default the same.
+    """
+    others = indent if hanging is None else hanging
+    whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, columns(), initial_indent=indent, subsequent_indent=others, **whole)
+
+
+def named_lines(texts: Mapping[str, str]) -> list[str]:
+    """Texts beside their names: a line for each, for programs that search; on a terminal as many as its width needs."""
+    lines: list[str] = []
+    width = max(map(len, texts), default=0)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
+    for name, text in texts.items():
+        first = f"{name:{width}}  "
+        lines += wrapped(text, first, " " * len(first)) if on_terminal else [first + text]
+    return lines
 
 
 class Escaped:

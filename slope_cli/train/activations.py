@@ -16,6 +16,7 @@ from sparse_kernels.ops import linear_op
 
 SPARSE = (linear_op._opoverload,)
 DENSE = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+FP8 = (torch.ops.aten._scaled_mm_v2.default,)
 ATTENTION = tuple(
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
@@ -57,7 +58,8 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
 
 def saved(context: object, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The policy of mode "selective": save the outputs that take long to compute for their size."""
-    if op in SPARSE or (op in DENSE and _wide(*args[-2:])) or (op in ATTENTION and not _draws(op, args, kwargs)):
+    wide = (op in DENSE and _wide(*args[-2:])) or (op in FP8 and _wide(*args[:2]))
+    if op in SPARSE or wide or (op in ATTENTION and not _draws(op, args, kwargs)):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -40,7 +40,7 @@ def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dic
     begins = _begins_with(config, model) if not config.linearizes else []
     counts = account(model, config)
     memory = attention_memory(model) if config.linearizes else None
-    rows = [*begins, *_steps(config), *_phases(phases)]
+    rows = [*begins, *_teacher(config), *_steps(config), *_phases(phases)]
     rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
     comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
     clustered = None
@@ -109,7 +109,7 @@ def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
     Args:
         run: its folder, if it has begun.
     """
-    if run is not None and (run / base_model.BASE).is_file():
+    if config.linearizes and run is not None and (run / base_model.BASE).is_file():
         return base_model.build(run, "meta")
     model = build_model(init.run_shape(config), device="meta")
     if config.linearizes and (base := _base_run(config)) is not None:
@@ -158,6 +158,14 @@ def _equal_blocks(layers: Sequence[tuple[int, LayerReport]]) -> Iterator[tuple[s
         indices = list(group)
         (first, layer), (last, _) = layers[indices[0]], layers[indices[-1]]
         yield "" if first < 0 else str(first) if first == last else f"{first}-{last}", layer
+
+
+def _teacher(config: Config) -> list[Row]:
+    """The line about the teacher, if there is one."""
+    if not config.learns_from_teacher:
+        return []
+    named = config.distill.teacher or config.model.init
+    return [("learns from", f"{named}, {config.distill.share:.0%} of the loss; its copy takes room on every GPU")]
 
 
 def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:

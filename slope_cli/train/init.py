@@ -120,9 +120,7 @@ def _start_from_init(
     """A model with the weights of model.init, or new ones, the phase that it is in, and what it began with."""
     loaded = None
     if config.model.init is not None and str(device) != "meta":
-        with _named_init(config.model.init):
-            load.require_initial(Path(config.model.init))
-            loaded = load_model(config.model.init)
+        loaded = _loaded("model.init", config.model.init)
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if loaded is None:
         return model, UNTOUCHED, None
@@ -196,13 +194,13 @@ def begins_with(init: str, model: PreTrainedModel) -> str:
 
 
 @contextlib.contextmanager
-def _named_init(init: str) -> Iterator[None]:
-    """Let an error about model.init name it by its key."""
+def _named_init(init: str, key: str = "model.init") -> Iterator[None]:
+    """Let an error about model.init, or about another key's model, name it by its key."""
     try:
         yield
     except SlopeError as error:
         reason = str(error).removeprefix(str(run_folder.place(init)[0])).removeprefix(":").strip()
-        raise type(error)(f"model.init={init}: {reason}") from error
+        raise type(error)(f"{key}={init}: {reason}") from error
 
 
 def _take_over(model: PreTrainedModel, initial: Loaded, config: Config) -> None:
@@ -273,17 +271,19 @@ def _positions(folder: Path) -> int:
     return shape.max_position_embeddings if shape.model_type in shapes.FAMILIES else LONGEST
 
 
-def softmax_teacher(
+def teacher(
     run: Path,
     model: PreTrainedModel,
     device: torch.device | str,
     *,
+    shares: bool,
     group: Group | None = None,
     sharding: Sharding | None = None,
 ) -> PreTrainedModel:
-    """The model that a run linearizes, in evaluation mode and frozen. It shares the tensors that `model` has frozen.
+    """The model that a run has kept to linearize it, or to learn from it, in evaluation mode and frozen.
 
     Args:
+        shares: take the tensors that `model` has frozen in place of equal ones, as a model that is linearized has.
         group: all processes of the run.
         sharding: of `model`, if it is split: then the teacher is split as well, and shares nothing.
 
@@ -291,15 +291,50 @@ def softmax_teacher(
         SlopeError: it cannot be read.
     """
     place = "cpu" if sharding is None else sharding.place  # so that the device never holds the model twice
-    teacher = (group or Group()).agreed(lambda: base_model.read(run, place)).requires_grad_(False).eval()
+    group = group or Group()
+    if not shares:  # a model that is linearized was verified with the checkpoint
+        store.verify_base(run, {}, group)
+    kept = group.agreed(lambda: base_model.read(run, place)).requires_grad_(False).eval()
     if sharding is not None:
-        sharding.split_frozen(teacher)
-        return teacher
-    own = model.state_dict(keep_vars=True)
-    for name, tensor in teacher.state_dict(keep_vars=True).items():
+        sharding.split_frozen(kept)
+        return kept
+    own = model.state_dict(keep_vars=True) if shares else {}
+    for name, tensor in kept.state_dict(keep_vars=True).items():
         if name in own and not own[name].requires_grad:
             tensor.data = own[name].data
-    return teacher.to(device)
+    return kept.to(device)
+
+
+def keep_teacher(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the teacher of a run, and its description, to the run's folder, as base/ and base.json.
+
+    Args:
+        tokenizer: of the run's data.
+
+    Raises:
+        UsageError: it is no run and no model, not causal, too short for the sequences, or has another tokenizer.
+        SlopeError: it cannot be read, or not be written to the run's folder.
+    """
+    key = "distill.teacher" if config.distill.teacher else "model.init"
+    named = str(config.distill.teacher or config.model.init)
+    loaded = _loaded(key, named)
+    if shapes.objective(loaded.model.config) != "causal" or shapes.objective(run_model_config(config)) != "causal":
+        raise UsageError(f"{key}={named}: a teacher and its student predict the next token; one of them does not")
+    to_dense(loaded.model, adapters="merge")
+    if (positions := loaded.model.config.max_position_embeddings) < config.train.seq_len:
+        raise UsageError(f"train.seq_len={config.train.seq_len}: {key}={named} has only {positions} positions")
+    require_same_tokens(f"data.path={config.data.path}", tokenizer, named, loaded.tokenizer)
+    own, theirs = run_model_config(config).vocab_size, loaded.model.config.vocab_size
+    if own != theirs:
+        raise UsageError(f"{key}={named}: has logits of {theirs} tokens, and this run's model of {own}")
+    base_model.write(run, loaded.model, dropout=0.0)
+
+
+def _loaded(key: str, named: str) -> Loaded:
+    """The model that a key names, RUN or RUN@STEP or a folder, on the CPU."""
+    with _named_init(named, key):
+        load.require_initial(Path(named))
+        return load_model(named)
 
 
 def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> Origin:

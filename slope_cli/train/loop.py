@@ -58,8 +58,9 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, validation_line
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
+from slope_cli.utils.files import file_sha256
 from slope_cli.utils.gpus import dense_peak
-from sparse_kernels import adapters_of, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, kernel_choices, sparse_layers
 
 
 def pretrain(
@@ -176,6 +177,8 @@ class Trainer:
         if checkpoint is None:
             if self.phase.linearized:
                 self.origin = group.first(lambda: init.keep_base(config, run, self.tokenizer))
+            elif config.learns_from_teacher:
+                group.first(lambda: init.keep_teacher(config, run, self.tokenizer))
             begin = partial(init.start, config, run, place, calibrate=self.batches.input_norms)
             self.model, origin = group.agreed(begin)
             self.origin = self.origin or origin
@@ -199,8 +202,11 @@ class Trainer:
         self.flops: Flops | None = None
         self.peak = self._peak()
         group.first(lambda: run_folder.write_config(run, config))  # only after all checks
-        for line in () if finished else (str(report or self._unswapped_line()), self._start_line()):
-            self._say(line)
+        if not finished:
+            self._say(str(report or self._unswapped_line()))
+            if self.phase.fp8:
+                self._say(self._fp8_line())
+            self._say(self._start_line())
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
@@ -426,6 +432,8 @@ class Trainer:
         marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
         metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
         metadata["kernels"] = kernel_choices()
+        if self.config.learns_from_teacher:
+            metadata["teacher"] = self.group.first(lambda: file_sha256(self.run / store.BASE / store.MANIFEST))
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
         plan = store.planned(self.run, tensors, beside_base=self.phase.linearized, group=self.group)
@@ -455,6 +463,13 @@ class Trainer:
             return f"{becomes}; {counted(sparse, 'linear layer')} {stay}"
         return "dense run: no layer is sparse"
 
+    def _fp8_line(self) -> str:
+        """The line about the products that are in fp8."""
+        if obstacle := fp8_obstacle(self.device):
+            return f"train.precision=fp8: {obstacle}; products are in bf16"
+        gain = "which a CPU simulates" if self.device.type == "cpu" else "sparse ones as dense ones"
+        return f"{counted(len(fp8_layers(self.model)), 'linear layer')} multiply in fp8 in training, {gain}"
+
     def _restore(self, checkpoint: store.Checkpoint) -> None:
         whole = self.sharding is None
         self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer, derive=whole))
@@ -477,7 +492,7 @@ class Trainer:
 
     def _start_line(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        dtype = "fp32" if self.take_step.dtype is None else "bf16"
+        dtype = "fp32" if self.take_step.dtype is None else "bf16 and fp8" if fp8_layers(self.model) else "bf16"
         trained = _numel(p for p in self.model.parameters() if p.requires_grad)
         tokens = self.config.train.steps * self.config.train.tokens_per_step
         batch = ""

@@ -23,7 +23,7 @@ from sparse_kernels import backends
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """The dtype of products, or None for that of the weights."""
     precision = config.train.precision
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else None
+    return torch.bfloat16 if precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda") else None
 
 
 def make_step(
@@ -52,8 +52,8 @@ def make_step(
         how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
         return TransferStep(model, optimizer, **how)
     if phase.step == "distill":
-        teacher = init.softmax_teacher(run, model, device, group=group, sharding=sharding)
-        return DistillStep(model, optimizer, teacher=teacher, share=own.distill, **how)
+        teacher = init.teacher(run, model, device, shares=phase.linearized, group=group, sharding=sharding)
+        return DistillStep(model, optimizer, teacher=teacher, share=config.distill.share, **how)
     step = Step(model, optimizer, **how)
     return GraphedStep(step) if _graphed(config, device, sharding, compiled) else step
 
@@ -77,6 +77,8 @@ def _graphed(config: Config, device: torch.device, sharding: Sharding | None, co
         reason = f"needs a GPU, and the device is {device}"
     elif sharding is not None:
         reason = f"is not for distributed.layout={sharding.layout.name}"
+    elif config.learns_from_teacher:
+        reason = "is not for distill.share above 0"
     elif compiled and train.activation_checkpointing != "none":
         # What is computed again restores the generator's state, which a capture does not allow.
         reason = "is not for train.compile with train.activation_checkpointing; set train.compile=false"

@@ -24,7 +24,8 @@ from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
 from slope_cli.report import metrics
-from slope_cli.train.init import linearize_overrides, softmax_teacher
+from slope_cli.train.init import linearize_overrides
+from slope_cli.train.init import teacher as teacher_of
 from slope_cli.train.loop import pretrain
 from slope_cli.train.step import compile_blocks
 from sparse_kernels import adapters_of, add_adapters
@@ -166,13 +167,13 @@ def test_a_run_learns_from_its_softmax_model_and_holds_it_once(tmp_path: Path) -
     words = [f"data.path={tmp_path / 'data'}", "log.tensorboard=false", "log.sample_every=0", "log.val_tokens=2048"]
     base, run = tmp_path / "base", tmp_path / "run"
     pretrain(configs.load("gpt2-nano", [*words, "train.steps=20", "adapters.start=0.5"]), base)
-    more = ["train.steps=8", "linearize.transfer=0.5", "linearize.distill=0.5", "linearize.window=32"]
+    more = ["train.steps=8", "linearize.transfer=0.5", "distill.share=0.5", "linearize.window=32"]
     pretrain(configs.load("linearize", [*linearize_overrides(base), *words, *more]), run)
     assert len([record for record in metrics.read(run) if record["kind"] == "train"]) == 4
     model, began = (load_model(folder, "cuda").model for folder in (run, base))
     for adapter in adapters_of(model.requires_grad_(False)).values():
         adapter.requires_grad_(True)
-    teacher = softmax_teacher(run, model, torch.device("cuda"))
+    teacher = teacher_of(run, model, torch.device("cuda"), shares=True)
     ids_BT = torch.randint(256, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     torch.testing.assert_close(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
     own, theirs = model.state_dict(), teacher.state_dict()

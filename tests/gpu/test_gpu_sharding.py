@@ -102,7 +102,7 @@ def test_a_split_model_changes_its_layers_and_trains_by_lamb_as_a_whole_one(
 @pytest.mark.parametrize("gather", ["step", "block"])
 def test_a_split_model_linearizes_as_a_whole_one(data: Path, tmp_path: Path, gather: str) -> None:
     losses(data, tmp_path / "base")
-    common = ("method=linearize", f"model.init={tmp_path / 'base'}", "linearize.distill=0.5", "linearize.window=16")
+    common = ("method=linearize", f"model.init={tmp_path / 'base'}", "distill.share=0.5", "linearize.window=16")
     common = (*common, "train.compile=false")
     whole = losses(data, tmp_path / "whole", *common)
     found = losses(data, tmp_path / "split", *common, "distributed.layout=fsdp", f"distributed.gather={gather}")

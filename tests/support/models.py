@@ -3,15 +3,18 @@
 Shape suffixes: B sequences, H query heads, G KV heads, T positions, D head dimension, F features, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.linear_attention import Maps, Pattern
 from slope_cli.linearize.swap import linear_windows, linearize_attention
 from slope_cli.models.build import build_model, model_config
+from sparse_kernels import MaskedLinear, SparseLinear, masks
 
 VOCABULARY = 96
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32}
@@ -109,3 +112,27 @@ def _near(n: int, j: int, pattern: Pattern) -> bool:
     if pattern.terrace:
         return n // pattern.window - j // pattern.window <= 1
     return abs(n - j) < pattern.window
+
+
+def linear_layers(out: int, inp: int, seed: int) -> dict[str, Callable[[], nn.Module]]:
+    """A layer of every kind, by its name, from one dense weight; 1:4 is a sparse one without a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    W_OI, bias = torch.randn(out, inp, generator=generator), torch.randn(out, generator=generator)
+
+    def linear() -> nn.Module:
+        layer = nn.Linear(inp, out)
+        layer.weight.data, layer.bias.data = W_OI.clone(), bias.clone()
+        return layer
+
+    def conv1d() -> nn.Module:
+        layer = Conv1D(out, inp)
+        layer.weight.data, layer.bias.data = W_OI.t().contiguous(), bias.clone()
+        return layer
+
+    return {
+        "linear": linear,
+        "conv1d": conv1d,
+        "masked": lambda: MaskedLinear(W_OI, bias, 2, 4),
+        "sparse": lambda: SparseLinear(W_OI, bias, masks.row_mask(W_OI, 2, 4), 2, 4),
+        "1:4": lambda: SparseLinear(W_OI, None, masks.row_mask(W_OI, 1, 4), 1, 4),
+    }

@@ -1,0 +1,75 @@
+"""Which layers multiply in fp8 (see operands.py) while they are in training mode.
+
+Evaluation and generation stay in the dtype that they have without it: they run the model as it will be served.
+"""
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels.masked_linear import MaskedLinear, linear
+from sparse_kernels.selection import is_conv1d, stored_weight
+from sparse_kernels.sparse_linear import SparseLinear
+
+
+class _Float8:
+    """The forward pass of a dense layer whose class `set_fp8` has changed; everything else is the layer's own."""
+
+    training: bool
+    bias: nn.Parameter | None
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not self.training:
+            return super().forward(X)  # type: ignore[misc, no-any-return]
+        layer: Any = self
+        return linear(X, stored_weight(layer), self.bias, fp8=True)
+
+
+def fp8_obstacle(device: torch.device) -> str:
+    """Why a device cannot multiply in fp8; empty if it can. A CPU can, though no faster than in its other dtypes."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"needs compute capability 8.9, and {torch.cuda.get_device_name(device)} has less"
+    return ""
+
+
+@functools.cache
+def _float8(kind: Any) -> type[nn.Module]:
+    return type(f"Float8{kind.__name__}", (_Float8, kind), {})
+
+
+def set_fp8(model: nn.Module, names: Collection[str]) -> None:
+    """Let exactly these linear layers multiply in fp8 when they train, from now on; parameters and names stay.
+
+    An nn.Linear or Conv1D becomes an instance of a subclass of its class meanwhile, as with
+    torch.nn.utils.parametrize: call this with () before layers are swapped for others.
+
+    Raises:
+        ValueError: a name that the model does not have, or one of another kind of module.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        layer = modules.get(name)
+        plain = isinstance(layer, nn.Linear) or (layer is not None and is_conv1d(layer))
+        if not (plain or isinstance(layer, SparseLinear | MaskedLinear)):
+            raise ValueError(f"{type(model).__name__} has no linear layer {name!r}")
+    chosen = {id(modules[name]) for name in names}
+    for module in modules.values():
+        on = id(module) in chosen
+        if isinstance(module, SparseLinear | MaskedLinear):
+            module.fp8 = on
+        elif isinstance(module, _Float8) and not on:
+            module.__class__ = type(module).__bases__[1]
+        elif on and not isinstance(module, _Float8):
+            kind: Any = type(module)
+            module.__class__ = _float8(kind)
+
+
+def fp8_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that multiply in fp8 when they train."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, _Float8) or getattr(module, "fp8", False)
+    ]

@@ -1,0 +1,75 @@
+"""Operands of a linear layer's products: matrices as they are, or in fp8 with one scale for each.
+
+    forward      Y[B,out]   = X8[B,in] · W8[out,in]^T · (s_X · s_W) + bias
+    input grad   dX[B,in]   = dY8[B,out] · W8[out,in] · (s_dY · s_W)      double-pruned: W^{R,C} with the scale of W^R
+    weight grad  dW[out,in] = dY8[B,out]^T · X8[B,in] · (s_dY · s_X)
+
+fp8 is e4m3 in all three: cuSPARSELt multiplies operands of one type alone, and a scale of its own gives a gradient the
+range that it needs (DeepSeek-V3, arXiv 2412.19437, section 3.3, trains so). The scale puts a tensor's largest magnitude
+on that of e4m3, 448 (arXiv 2209.05433). It comes from the tensor as it is and not from earlier steps, so a run resumes
+bit for bit. Sums are in float32.
+
+Shape suffixes: R, C, N rows and columns of any matrices.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+
+
+class Operand(NamedTuple):
+    """A matrix as a product reads it: `data` times `scale`, which is float32 (); None for 1."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    def t(self) -> "Operand":
+        """The transpose."""
+        return Operand(self.data.t(), self.scale)
+
+
+def operand(X: Tensor, *, fp8: bool) -> Operand:
+    """A tensor of any shape as an operand: as it is, or rounded to e4m3.
+
+    A value that is not finite makes all of them NaN in fp8, and so whatever is computed from them.
+    """
+    if not fp8:
+        return Operand(X)
+    if not X.numel():
+        return Operand(X.to(FP8), X.new_ones((), dtype=torch.float32))
+    scale = X.abs().amax().float() / LARGEST
+    scale = torch.where(scale == 0, 1, scale)
+    return Operand((X.float() / scale).to(FP8), scale)  # rounded once, not in 16 bits before
+
+
+def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    """A · B^T + bias, (R, N) in `dtype`.
+
+    In fp8 on a GPU of compute capability 8.9 or newer by its tensor cores, whose sides must be multiples of 16.
+
+    Args:
+        bias_N: (N,) in `dtype`, or None.
+    """
+    (A, scale_A), (B, scale_B) = A_RC, B_NC
+    if scale_A is None or scale_B is None:
+        return F.linear(A, B, bias_N)  # [R,C] · [N,C]^T -> [R,N]
+    if not A.numel() * B.numel():
+        empty_RN = A.new_zeros(len(A), len(B), dtype=dtype)
+        return empty_RN if bias_N is None else empty_RN + bias_N
+    if padding := -A.shape[1] % 16:  # tokens, in a weight gradient
+        A, B = _padded(A, padding), _padded(B, padding)
+    whole = ScalingType.TensorWise
+    how: dict[str, Any] = {"bias": bias_N, "output_dtype": dtype}
+    # [R,C] · [C,N] -> [R,N]; in memory both matrices lie by C
+    return F.scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, whole, scale_B, whole, **how)
+
+
+def _padded(matrix_RC: Tensor, columns: int) -> Tensor:
+    zeros = torch.zeros(len(matrix_RC), columns, dtype=torch.uint8, device=matrix_RC.device)
+    return torch.cat([matrix_RC.contiguous().view(torch.uint8), zeros], dim=1).view(matrix_RC.dtype)
