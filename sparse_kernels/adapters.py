@@ -88,10 +88,12 @@ def check_adapters(model: nn.Module, names: Iterable[str], rank: int | float, *,
 
     Raises:
         ValueError: a bad rank, a layer that is not linear or would lose something (see `obstacle`), one that has an
-            adapter (unless `beside`), or one whose adapters' ranks together would exceed its smaller side.
+            adapter (unless `beside`), or one whose adapters' ranks together would exceed its smaller side; the layer
+            with the least room is named, and the largest rank that fits it.
     """
     if rank <= 0 or (rank >= 1 and rank != int(rank)):
         raise ValueError(f"rank must be a positive whole number or a share below 1, got {rank}")
+    rooms: dict[str, tuple[int, str]] = {}
     for name in names:
         layer = model.get_submodule(name)
         if not (isinstance(layer, SparseLinear | AdaptedLinear) or type(layer) is nn.Linear or is_conv1d(layer)):
@@ -103,9 +105,12 @@ def check_adapters(model: nn.Module, names: Iterable[str], rank: int | float, *,
         if present is not None and not beside:
             raise ValueError(f"{name} has an adapter already")
         taken = 0 if present is None else present.rank
-        if taken + adapter_rank(rank, *sides) > min(sides):
+        room = min(sides) - taken
+        if adapter_rank(rank, *sides) > room:
             beside_it = f" and an adapter of rank {taken}" if taken else ""
-            raise ValueError(f"{name} has a side of only {min(sides)}{beside_it}")
+            rooms[name] = room, f"must be at most {room}: {name} has a side of only {min(sides)}{beside_it}"
+    if rooms:
+        raise ValueError(min(rooms.values(), key=lambda found: found[0])[1])
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:

@@ -201,7 +201,7 @@ def test_a_misspelt_command_is_met_with_the_right_one() -> None:
         (["model.overrides.n_head=3"], "model gpt2-nano: 3 attention heads do not divide the width 128"),
         (["sparsity.exclude_modules=[nonsense]"], "sparsity: exclude_modules: 'nonsense' matches no linear layer"),
         (["sparsity.exclude_modules=[.]"], "sparsity: no linear layer of GPT2LMHeadModel can be made sparse"),
-        (["adapters.rank=129"], "adapters.rank=129: transformer.h.0.attn.c_proj has a side of only 128"),
+        (["adapters.rank=129"], "adapters.rank=129: must be at most 128: transformer.h.0.attn.c_proj has a side of"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -371,6 +371,13 @@ def test_a_run_is_extended_and_replaced(tmp_path: Path) -> None:
         assert (kinds.count("transfer"), kinds.count("train")) == (transfer, train)
 
 
+def untimed(out: str) -> list[str]:
+    """What a finished run prints, without the shares of its time: each start adds to them."""
+    lines = out.splitlines()
+    assert [line.partition(" ")[0] for line in lines].count("time:") == 1
+    return [line for line in lines if not line.startswith("time: ")]
+
+
 @pytest.mark.slow
 def test_a_run_resumes_without_what_it_began_with(tmp_path: Path) -> None:
     base = copied(trained(*BASES["sparse"]), tmp_path)
@@ -378,10 +385,12 @@ def test_a_run_resumes_without_what_it_began_with(tmp_path: Path) -> None:
     assert first.code == 0, first.err
     spelled = tmp_path / "." / "run" / ".." / base.name
     again = slope("linearize", spelled, *WORDS, "train.steps=4", "--out", tmp_path / "run")
-    assert (again.code, again.out) == (0, first.out), again.err
+    assert (again.code, untimed(again.out)) == (0, untimed(first.out)), again.err
     base.rename(tmp_path / "elsewhere")
     again = slope("linearize", base, *WORDS, "train.steps=4", "--out", tmp_path / "run")
-    assert (again.code, again.out) == (0, first.out), again.err
+    assert (again.code, untimed(again.out)) == (0, untimed(first.out)), again.err
+    assert again.err.startswith("finished: all of its 4 steps are done; ")
+    assert again.err.count("\n") == 1
     other = slope("linearize", tmp_path / "elsewhere", *WORDS, "train.steps=4", "--out", tmp_path / "run")
     assert other.code == 2
     assert "model.init" in other.err
@@ -634,11 +643,13 @@ def test_bad_settings(tmp_path: Path) -> None:
     assert fault("model.overrides.n_layer=3", *out).startswith("model.overrides.n_layer: the shape is that of")
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("dense", 33), ("sparse", 29)])
-def test_a_rank_that_does_not_fit_is_refused_before_the_transfer(kind: str, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "rank", "largest"), [("dense", 33, 32), ("sparse", 29, 28)])
+def test_a_rank_that_does_not_fit_is_refused_before_the_transfer(
+    kind: str, rank: int, largest: int, tmp_path: Path
+) -> None:
     """Beside an adapter of rank 4 there is room for rank 28."""
     line = fault(f"adapters.rank={rank}", "--out", tmp_path / "run", base=trained(*BASES[kind]))
-    assert line.startswith(f"adapters.rank={rank}: transformer.h.")
+    assert line.startswith(f"adapters.rank={rank}: must be at most {largest}: transformer.h.")
     assert "a side of only 32" in line
     assert not any((tmp_path / "run" / name).exists() for name in ("metrics.jsonl", store.BASE))
 

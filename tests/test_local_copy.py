@@ -1,6 +1,7 @@
 """Token files on a node's own disk: copied once, checked, shared by runs, and never a reason to fail."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -159,7 +160,8 @@ def test_a_copy_waits_for_that_of_another_run_as_long_as_it_takes(
 
     with files.held_folder(folder), pytest.raises(Stopped):
         stage(dataset, tmp_path / "disk", print, check)
-    assert capfd.readouterr().err == f"{folder}: another process is at work in it; waiting for it to end\n"
+    holder = f"process {os.getpid()} on {platform.node()}"
+    assert capfd.readouterr().err == f"{folder}: another process is at work in it; waiting for {holder} to end\n"
 
 
 def test_a_lock_that_leads_elsewhere_costs_a_warning(dataset: Dataset, tmp_path: Path) -> None:
@@ -177,6 +179,7 @@ def test_a_lock_that_leads_elsewhere_costs_a_warning(dataset: Dataset, tmp_path:
 
 COPY = """
 import os
+import platform
 import signal
 import sys
 import time

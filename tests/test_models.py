@@ -146,9 +146,9 @@ def test_parameter_counts(name: str) -> None:
 
 def test_meta_is_instant_for_the_largest() -> None:
     config = model_config("opt-66b")
-    start = time.perf_counter()
+    start = time.process_time()  # other programs may use the processor
     build_model(config, device="meta")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # ---- configs

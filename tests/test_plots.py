@@ -40,7 +40,7 @@ def drawn(out: Path) -> str:
     return out.with_suffix(".svg").read_text()
 
 
-def drawn_axes(*runs: Path, out: Path) -> Any:
+def drawn_axes(*runs: Path, out: Path, **how: Any) -> Any:
     """The axes of the picture of runs, which is written too."""
     figures, savefig = [], Figure.savefig
 
@@ -50,7 +50,7 @@ def drawn_axes(*runs: Path, out: Path) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", noting)
-        plots.draw_loss(runs, out)
+        plots.draw_loss(runs, out, **how)
     (axes,) = figures[0].axes
     return axes
 
@@ -186,13 +186,62 @@ def test_the_same_log_gives_the_same_svg(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_what_cannot_be_drawn(tmp_path: Path) -> None:
-    message = f"error: {tmp_path}: is not the folder of a run (no metrics.jsonl)\n"
-    assert slope("plot", trained(), tmp_path, "--out", tmp_path / "x") == (2, "", message)
-    empty = written_run(tmp_path / "empty", [])
-    message = f"error: {empty}: has no finished step to draw\n"
-    assert slope("plot", empty, "--out", tmp_path / "x") == (1, "", message)
+def test_what_cannot_be_drawn_is_left_out_unless_nothing_is_left(tmp_path: Path) -> None:
+    empty, no_run = written_run(tmp_path / "empty", []), f"{tmp_path}: is not the folder of a run (no metrics.jsonl)"
+    no_step = f"{empty}: has no finished step to draw"
+    assert slope("plot", tmp_path, "--out", tmp_path / "x") == (2, "", f"error: {no_run}\n")
+    assert slope("plot", empty, tmp_path, "--out", tmp_path / "x") == (2, "", f"error: {no_step}; {no_run}\n")
+    missing = f"error: {tmp_path / 'typo'}: does not exist\n"
+    assert slope("plot", trained(), tmp_path / "typo", "--out", tmp_path / "x") == (2, "", missing)
     assert not (tmp_path / "x.png").exists()
+    drawn_with = slope("plot", empty, trained(), tmp_path, "--out", tmp_path / "x")
+    assert (drawn_with.code, drawn_with.err) == (0, f"left out: {no_step}\nleft out: {no_run}\n")
+    assert (tmp_path / "x.png").exists()
+
+
+def test_without_out_a_picture_lies_in_its_run_or_has_the_names_of_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("a", "b", "c", "d", "e")
+    for name in names:
+        written_run(tmp_path / "runs" / name, [3.0, 2.0])
+    (tmp_path / "loss.png").write_text("another picture")
+    assert slope("plot", "runs/a").out == "runs/a/loss.png\nruns/a/loss.svg\n"
+    assert slope("plot", "runs/a", "runs/b").out == "loss-a-b.png\nloss-a-b.svg\n"
+    assert slope("plot", *(f"runs/{name}" for name in names)).out.splitlines()[0] == "loss-a-b-c-2-more.png"
+    assert (tmp_path / "loss.png").read_text() == "another picture"
+
+
+def test_a_branch_is_drawn_from_where_its_run_stood(tmp_path: Path) -> None:
+    parent = written_run(tmp_path / "parent", [4.0, 3.0, 2.0], val=2.1)
+    began = {"kind": "init", "source": "gone", "source_step": 2, "source_tokens": 200, "optimizer": False}
+    branch = written_run(tmp_path / "branch", [3.0, 2.5], (1, began), (2, ADAPTERS), val=2.4)
+    axes = drawn_axes(parent, branch, out=tmp_path / "both")
+    assert [list(axes.lines[at].get_xdata()) for at in (0, 2, 3, 5, 6)] == [
+        [100, 200, 300],
+        [300],
+        [300, 400],
+        [400],
+        [300, 300],
+    ]
+    assert "of the run before" in axes.get_xlabel()
+    assert list(drawn_axes(branch, out=tmp_path / "alone").lines[0].get_xdata()) == [300, 400]
+    assert list(drawn_axes(branch, out=tmp_path / "zero", from_zero=True).lines[0].get_xdata()) == [100, 200]
+    assert slope("plot", branch, "--from-zero", "--out", tmp_path / "zero").code == 0
+    assert "of the run before" not in drawn(tmp_path / "zero")
+
+
+def test_all_points_of_the_validation_are_seen_and_a_divergence_is_cut_with_a_word(tmp_path: Path) -> None:
+    losses = [2 + 9 * 0.7**step for step in range(500)]
+    early: Record = {"kind": "val", "loss": 9.5}
+    axes = drawn_axes(written_run(tmp_path / "steep", losses, (2, early), val=2.1), out=tmp_path / "loss")
+    assert 9.5 < axes.get_ylim()[1] < 12
+    assert len(axes.texts) == 0
+    late: Record = {"kind": "val", "loss": 60.0}
+    axes = drawn_axes(written_run(tmp_path / "lost", losses, (2, early), (400, late), val=2.1), out=tmp_path / "loss")
+    assert 20 < axes.get_ylim()[1] < 25  # twice the first loss
+    assert [text.get_text() for text in axes.texts] == ["cut off: a divergence, up to 60"]
 
 
 @pytest.mark.parametrize("count", [10, plots.MOST_ROWS + 1, 2 * plots.MOST_ROWS + 1])

@@ -282,6 +282,7 @@ def test_a_step_that_the_ranks_cannot_share_is_one_line(world: int, setting: str
     (line,) = ranks.printed().splitlines()
     assert line.startswith("error: train.tokens_per_step=256: is no multiple")
     assert line.endswith(advice)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_claimed_folder_is_refused_by_all_in_one_line(tmp_path: Path) -> None:
@@ -375,11 +376,11 @@ SPLIT = {
 def _split_from_rank_0(group: Group, config: Config, layout: Layout) -> None:
     cpu = torch.device("cpu")
     sharding = Sharding(layout, group.ranks.world, cpu, None)
-    model = init.start(config, Path(), built_on(config, sharding, cpu), calibrate=lambda *_: {})
+    model, _ = init.start(config, Path(), built_on(config, sharding, cpu), calibrate=lambda *_: {})
     tensors = [*model.parameters(), *model.buffers()]
     assert {t.device.type for t in tensors} == {"cpu" if group.ranks.first else "meta"}
     sharding.split(model)
-    whole = init.start(config, Path(), "cpu", calibrate=lambda *_: {})
+    whole, _ = init.start(config, Path(), "cpu", calibrate=lambda *_: {})
     expected = dict([*whole.named_parameters(), *whole.named_buffers()])
     found = dict([*model.named_parameters(), *model.named_buffers()])  # one name each of tied ones
     assert list(found) == list(expected)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import random
 import shutil
 import signal
@@ -306,8 +307,10 @@ def test_a_second_process_in_the_same_folder_is_refused(
     try:
         wait_for_steps(run, 1)
         monkeypatch.setattr(files, "LOCK_WAIT", 0.3)
-        with pytest.raises(UsageError, match="another process is at work in it"):
+        with pytest.raises(UsageError) as refused:
             pretrain(config, run)
+        holder = f"process {child.pid} on {platform.node()}"
+        assert str(refused.value) == f"{run}: another process is at work in it; wait until {holder} ends, or end it"
     finally:
         child.kill()
         finish(child)

@@ -1,5 +1,6 @@
 """A run is extended, begun anew in its folder, and branched from another one."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_a_finished_run_says_so_and_is_extended_by_more_steps(
     data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain(tiny(data), run)
-    assert "finished: all of its 12 steps are done; a larger train.steps extends it" in capsys.readouterr().err
+    more = "a larger train.steps extends it, --overwrite starts it anew"
+    assert capsys.readouterr().err == f"finished: all of its 12 steps are done; {more}\n"
     before = records(run)
     assert pretrain(tiny(data, "train.steps=20"), run)["step"] == 20
     config = run_folder.open_config(run)
@@ -257,6 +259,42 @@ def test_two_processes_replace_a_run_once_in_a_job(run: Path, tmp_path: Path) ->
     assert not (run / "replaced").exists()
 
 
+# ------------------------------------------------------------------------------------------------- the model of a step
+
+
+def test_commands_read_the_model_of_the_step_that_is_named(finished: Path, tmp_path: Path) -> None:
+    older = f"{finished}@8"
+    loaded = load_model(older)
+    assert (loaded.folder, loaded.step, loaded.name) == (finished, 8, "run")
+    assert load_model(finished).step == 12
+    measured = [slope("eval", each, "--tokens", "64", "--json").out for each in (older, f"{finished}@12", finished)]
+    steps, losses = zip(*((r["step"], r["perplexity"]["loss"]) for r in map(json.loads, measured)), strict=True)
+    assert steps == (8, 12, 12)
+    assert losses[0] > losses[1] == losses[2]
+    assert slope("generate", older, "The ", "--tokens", "4").out.startswith("The ")
+    for more in ((), ("--format", "packed")):
+        out = tmp_path / f"export{len(more)}"
+        assert json.loads(slope("export", older, out, *more, "--json").out)["step"] == 8
+    sizes = ("linearize.window=8", "train.steps=2", "log.val_tokens=64")
+    done = slope("linearize", older, *sizes, "--out", tmp_path / "linear")
+    assert done.code == 0, done.err
+    whole = load_model(tmp_path / "linear").model.state_dict()
+    for name, tensor in loaded.model.state_dict().items():
+        if name.endswith("mlp.c_fc.values"):
+            assert torch.equal(whole[name], tensor)
+
+
+def test_a_step_that_is_not_kept_is_refused_with_those_that_are(finished: Path, tmp_path: Path) -> None:
+    for command in (("generate", f"{finished}@7", "The "), ("eval", f"{finished}@7")):
+        assert slope(*command) == (2, "", f"error: {finished}: has no checkpoint of step 7, but of 8, 12\n")
+    refused = slope("export", f"{finished}@7", tmp_path / "out")
+    assert (refused.code, "but of 8, 12" in refused.err, (tmp_path / "out").exists()) == (2, True, False)
+    exported = tmp_path / "exported"
+    assert slope("export", finished, exported).code == 0
+    says = f"error: {exported}: is not the folder of a run (no config.yaml)\n"
+    assert slope("generate", f"{exported}@7", "The ") == (2, "", says)
+
+
 # ---------------------------------------------------------------------------------------------------- from another run
 
 
@@ -300,6 +338,38 @@ def test_a_branch_has_weights_masks_and_adapters_in_every_phase(phase: str, data
     for name, tensor in store.state_tensors(model, None).items():
         assert torch.equal(ours[name], tensor), name
     assert ours["optim.step"].max() == 3
+
+
+def test_a_branch_says_and_records_what_it_begins_with(run: Path, tmp_path: Path) -> None:
+    sizes = ("train.steps=2", "log.save_every=1")
+    plain, with_state, second = (tmp_path / name for name in ("plain", "with", "second"))
+    begins = f"begins with {run} at step 8, without its optimizer's state"
+    assert branched(plain, f"{run}@8", *sizes).splitlines()[0] == begins
+    said = branched(with_state, run, "--with-optimizer", *sizes)
+    assert said.splitlines()[0] == f"begins with {run} at step 12, with its optimizer's state"
+    branched(second, f"{plain}@1", *sizes)
+    recorded = [
+        (plain, run, 8, 8 * 128, False),
+        (with_state, run, 12, 12 * 128, True),
+        (second, plain, 1, 9 * 128, False),
+    ]
+    for branch_of_it, source, step, tokens, state in recorded:
+        record = {"kind": "init", "step": 1, "source": str(source), "source_step": step, "source_tokens": tokens}
+        assert records(branch_of_it)[0] == record | {"optimizer": state}
+    run.rename(tmp_path / "gone")
+    shutil.rmtree(store.folders(plain)[0])
+    again = branched(plain, f"{run}@8", *sizes)
+    assert "begins with" not in again
+    assert again.splitlines()[0] == f"resuming from {store.folders(plain)[1]}"
+    assert [record["kind"] for record in records(plain)].count("init") == 1
+
+
+def test_a_dry_run_of_a_branch_needs_no_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = slope("pretrain", "--from", f"{finished}@8", "train.steps=5", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert f"{finished}@8\n" in shown.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_branch_is_described_by_its_config_and_resumed_without_the_other_run(

@@ -1,7 +1,10 @@
 """A requeued job says what its starts achieved, and one whose starts only ever set up is stopped with advice."""
 
 import os
+import platform
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,13 @@ from support.processes import die_in_save, finish, printed
 from support.processes import start as start_process
 from support.runs import tiny
 
+from slope_cli.checkpoint import run_folder
 from slope_cli.distributed.signals import StopFlag, Stopped
-from slope_cli.errors import SlopeError
+from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
 from slope_cli.train import starts
-from slope_cli.train.loop import pretrain
-from slope_cli.utils import jsonl
+from slope_cli.train.loop import Trainer, pretrain
+from slope_cli.utils import files, jsonl
 
 
 def requeued(monkeypatch: pytest.MonkeyPatch, restarts: int, job: str = "77") -> None:
@@ -133,3 +137,96 @@ def test_an_earlier_versions_starts_and_a_killed_one_count_together(
         pass
     done = "1 step in 0:01:00, 0% of it in steps"
     assert capsys.readouterr().err.strip().endswith(f"its last starts: {done}; {done}; was killed, 0 steps saved")
+
+
+# ------------------------------------------------------------------------------------ that fail before their first step
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder by its path, but for the lock; of folders b""."""
+    files_there = (path for path in folder.rglob("*") if path.name != files.LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in files_there}
+
+
+FAULTS = {
+    "no data": ("data.path=nowhere",),
+    "another tokenizer": ("model.overrides.vocab_size=100",),
+    "too few positions": ("log.sample_prompt=" + "x" * 256,),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_new_run_that_does_not_start_leaves_nothing(fault: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        pretrain(tiny(data, *FAULTS[fault]), tmp_path / "runs" / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm-1.out").write_text("the log of the job")
+    for name in ("empty", "logs"):
+        with pytest.raises(UsageError):
+            pretrain(tiny(data, *FAULTS[fault]), tmp_path / name)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {"empty", "logs", "logs/slurm-1.out"}
+    assert pretrain(tiny(data, "train.steps=1"), tmp_path / "empty")["step"] == 1
+
+
+@pytest.mark.parametrize("existing", ["resume", "replace"])
+def test_a_run_that_is_there_stays_as_it_was_if_a_start_fails(
+    existing: run_folder.Existing, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = contents(run)
+    longer = "train.steps=20" if existing == "resume" else "optim.lr=0.1"
+    with pytest.raises(UsageError, match="sample_prompt"):
+        pretrain(tiny(data, longer, *FAULTS["too few positions"]), run, existing=existing)
+    assert contents(run) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_fails_in_the_first_step_leaves_nothing_and_in_a_later_one_stays(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def failing(at: int) -> None:
+        def step(trainer: Trainer) -> object:
+            if trainer.step == at:
+                raise SlopeError("the machine is too small")
+            return train_step(trainer)
+
+        monkeypatch.setattr(Trainer, "train_step", step)
+        with pytest.raises(SlopeError, match="too small"):
+            pretrain(tiny(data), tmp_path / "run")
+
+    failing(0)
+    assert list(tmp_path.iterdir()) == []
+    failing(2)
+    assert [record["step"] for record in metrics.read(tmp_path / "run") if record["kind"] == "train"] == [1, 2]
+
+
+def test_a_start_that_waits_for_one_that_fails_makes_the_folder_anew(data: Path, tmp_path: Path) -> None:
+    """The lock that it waited for is of a file that is gone: it must not train in a folder that nobody sees."""
+    run, ended = tmp_path / "run", threading.Event()
+    reached = threading.Event()
+
+    def slow(*_: object) -> None:
+        reached.set()
+        ended.wait(20)
+        raise UsageError("no data")
+
+    def fail() -> None:
+        with (
+            pytest.raises(UsageError, match="no data"),
+            run_folder.claimed(run, tiny(data), "resume", lambda: False),
+        ):
+            slow()
+
+    first = threading.Thread(target=fail)
+    first.start()
+    assert reached.wait(20)
+    threading.Timer(0.3, ended.set).start()
+    with run_folder.claimed(run, tiny(data), "resume", lambda: True):
+        first.join()
+        assert run_folder.is_run(run)
+        assert (run / files.LOCK).read_text() == f"{os.getpid()} {platform.node()}\n"

@@ -32,13 +32,15 @@ NEXT_SENTENCE = ("bert.pooler", "cls.seq_relationship")
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the files of a model are: in the folder that is given, or in `model/` of a finished fine-tuning's."""
+    """Where the files of a model are: of RUN@STEP in RUN, else in the folder that is given, or in `model/` of a
+    finished fine-tuning's."""
+    folder = run_folder.place(str(folder))[0]
     return folder / MODEL if _is_fine_tuning(folder) and not (folder / "config.json").is_file() else folder
 
 
 def model_name(folder: Path) -> str:
     """What a model is called: as its folder; a fine-tuning's model as the folder of the fine-tuning."""
-    folder = folder.resolve()
+    folder = run_folder.place(str(folder))[0].resolve()
     return folder.parent.name if folder.name == MODEL and _is_fine_tuning(folder.parent) else folder.name
 
 

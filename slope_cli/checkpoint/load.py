@@ -71,24 +71,28 @@ def load_model(
     checkpoint: store.Checkpoint | None = None,
     group: Group | None = None,
 ) -> Loaded:
-    """The model in the folder of a run, an export, a finished fine-tuning, or any causal model of transformers.
+    """The model of a run, an export, a finished fine-tuning, or any causal model of transformers.
 
     An export stores sparse weights with their zeros: a layer that keeps at most N of every M along its inputs becomes
     a sparse layer again, its W^{R,C} chosen by magnitude, and an adapter beside it joins it. Packed layers stay packed:
     they are for inference alone.
 
     Args:
+        folder: its folder; of a run RUN, the newest sound checkpoint, or RUN@STEP, that of this step.
         checkpoint: the result of `store.latest` for a run, so that nothing is hashed twice.
         group: whose ranks share the hashing and each load the whole model; every rank calls it.
 
     Raises:
-        UsageError: neither a run nor a model, or a tokenizer with more ids than the model has.
+        UsageError: neither a run nor a model, a step that is not kept, or a tokenizer with more ids than the model has.
         SlopeError: no sound checkpoint, files that are not the checkpoint's, or that cannot be loaded.
     """
+    step = run_folder.place(str(folder))[1]
     folder = hf_folder.model_folder(Path(folder))
-    if not run_folder.is_run(folder):
+    if step is None and not run_folder.is_run(folder):
         return Loaded(folder, *hf_folder.load(folder, device))
     config = run_folder.open_config(folder)
+    if step is not None:
+        checkpoint = store.at(folder, step, group)
     checkpoint = checkpoint or store.latest(folder, group)
     if checkpoint is None:
         raise SlopeError(f"{folder} has no checkpoint yet")

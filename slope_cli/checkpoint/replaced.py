@@ -51,6 +51,17 @@ def finish(run: Path) -> None:
     files.remove(moved)
 
 
+def put_back(run: Path) -> None:
+    """Undo what `move_away` and `finish` have done, for a new run that has come to nothing; OSError if that fails."""
+    own = run.resolve()
+    moved = _moved(own)
+    os.rename(own / store.REPLACED, moved)
+    for log in (path for path in own.iterdir() if path.suffix in LOG_ENDINGS):
+        os.rename(log, moved / log.name)
+    files.remove(own)
+    os.rename(moved, own)
+
+
 def require_seen(run: Path) -> None:
     """Wait until this process sees the new folder: a network file system may show it the old one for some time.
 

@@ -14,8 +14,10 @@ RUN/replaced/            the run that was there before, until this one has a che
 
 import contextlib
 import hashlib
+import itertools
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from typing import Any, Literal
 from slope_cli.checkpoint import replaced, store
 from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
+from slope_cli.data.dataset import VERIFIED
+from slope_cli.distributed.signals import Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.report import metrics
 from slope_cli.utils import files
@@ -36,8 +40,13 @@ Existing = Literal["resume", "refuse", "replace"]
 
 
 @contextlib.contextmanager
-def claimed(run: Path, config: Config, existing: Existing) -> Iterator[Config]:
+def claimed(run: Path, config: Config, existing: Existing, begun: Callable[[], bool]) -> Iterator[Config]:
     """Hold the folder of a new run, or of this very run, for this process.
+
+    What fails before a step is finished leaves the folder as it was: absent, empty, or with the run that was there.
+
+    Args:
+        begun: whether this start has finished a step.
 
     Yields:
         The configuration, with the earlier lengths of a run that is or was extended.
@@ -52,7 +61,9 @@ def claimed(run: Path, config: Config, existing: Existing) -> Iterator[Config]:
         return known or is_run(run)
 
     with contextlib.ExitStack() as held:
-        if existing == "replace" and is_run(run):
+        made = list(itertools.takewhile(lambda folder: not folder.exists(), (run, *run.parents)))
+        had_lock, replaces = (run / files.LOCK).exists(), existing == "replace" and is_run(run)
+        if replaces:
             # To the end: a process that waits for it would take the moved folder for the run.
             held.enter_context(files.held_folder(run))
             _require_apart(run, config)
@@ -61,7 +72,46 @@ def claimed(run: Path, config: Config, existing: Existing) -> Iterator[Config]:
             print(f"{there}: the run that was in {run}, until the new one has a checkpoint", file=sys.stderr)
         held.enter_context(files.claimed_folder(run, "run", may_hold))
         replaced.finish(run)
-        yield _write_or_check_config(run, config, existing)
+        before = _Before(run, had_lock=had_lock)
+        try:
+            yield _write_or_check_config(run, config, existing)
+        except Stopped:
+            raise
+        except Exception:
+            if not begun():
+                with contextlib.suppress(OSError):  # why the start failed matters more
+                    if replaces:
+                        replaced.put_back(run)
+                        print(f"{run}: holds the run again that was there before", file=sys.stderr)
+                    else:
+                        before.restore()
+                        for folder in made:
+                            folder.rmdir()
+            raise
+
+
+class _Before:
+    """What a folder, which this process holds, was before a start."""
+
+    def __init__(self, run: Path, *, had_lock: bool) -> None:
+        self._run = run
+        self._names = {path.name for path in run.iterdir()} - (set() if had_lock else {files.LOCK})
+        self._logs = {path: path.stat().st_size for path in run.glob("*.jsonl") if path.is_file()}
+        written = (run / CONFIG, run / VERIFIED)
+        self._contents = {path: path.read_bytes() for path in written if path.is_file()}
+
+    def restore(self) -> None:
+        """Remove what has come since then, but for logs of batch systems, and bring back what was."""
+        for path in self._run.iterdir():
+            if path.name not in self._names and path.suffix not in replaced.LOG_ENDINGS:
+                files.remove(path)
+        for path, content in self._contents.items():
+            if path.read_bytes() != content:
+                with files.atomic_file(path) as file:
+                    file.write(content)
+        for path, size in self._logs.items():
+            if path.stat().st_size > size:
+                os.truncate(path, size)
 
 
 def _require_apart(run: Path, config: Config) -> None:
@@ -156,10 +206,11 @@ def require_run(run: Path) -> None:
 
 def place(text: str) -> tuple[Path, int | None]:
     """The folder that is named, and of RUN@STEP the step."""
-    name, at, step = text.rpartition("@")
-    if name and at and step.isdecimal() and not Path(text).expanduser().exists():
-        return Path(name).expanduser(), int(step)
-    return Path(text).expanduser(), None
+    text = os.path.expanduser(text)
+    name, _, step = text.rpartition("@")
+    if name and step.isascii() and step.isdecimal() and not os.path.lexists(text):
+        return Path(name), int(step)
+    return Path(text), None
 
 
 def data_folder(config: Config, run: Path) -> Path:

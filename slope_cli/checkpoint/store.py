@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from slope_cli.checkpoint import dcp
 from slope_cli.distributed.collectives import Group
-from slope_cli.errors import SlopeError
+from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods.optim import MOMENTS, init_state
 from slope_cli.utils.files import atomic_folder, file_sha256, read_sealed, remove, write_sealed
 from sparse_kernels import update_backward_masks
@@ -384,19 +384,23 @@ def at(run: Path, step: int, group: Group | None = None) -> Checkpoint:
     """The checkpoint of a step; every rank of the group calls it.
 
     Raises:
-        SlopeError: there is none, or it is damaged.
+        UsageError: there is none.
+        SlopeError: it is damaged, or the base that it needs is.
     """
     group = group or Group()
     folder = group.first(lambda: require_step(run, step))
-    return Checkpoint(folder, verify(folder, group), [])
+    manifest = verify(folder, group)
+    if "base" in manifest:
+        verify_base(run, manifest, group)
+    return Checkpoint(folder, manifest, [])
 
 
 def require_step(run: Path, step: int) -> Path:
-    """The folder of a step's checkpoint, not verified; SlopeError if there is none."""
+    """The folder of a step's checkpoint, not verified; UsageError, with the steps that are kept, if there is none."""
     if (folder := _folder(run, step)).is_dir():
         return folder
     there = ", ".join(str(step_of(each)) for each in reversed(folders(run)))
-    raise SlopeError(f"{run}: has no checkpoint of step {step}" + (f", but of {there}" if there else ""))
+    raise UsageError(f"{run}: has no checkpoint of step {step}" + (f", but of {there}" if there else ""))
 
 
 def newest_step(run: Path) -> int:

@@ -73,7 +73,9 @@ def serve(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run; packed also a folder of any 2:4 model.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN[@STEP]|DIR", help="A run; packed also a folder of any 2:4 model.")
+    ],
     folder: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="A new or empty folder; without it DIR is pushed as it is.")
     ] = None,

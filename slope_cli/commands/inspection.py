@@ -60,15 +60,19 @@ def config(
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Path of the plot; NAME.pdf for a PDF.")] = Path("loss"),
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the plot, NAME.pdf for a PDF; default: RUN/loss, or loss-RUN-RUN.")
+    ] = None,
+    from_zero: Annotated[bool, typer.Option("--from-zero", help="Draw each branch from zero tokens on, too.")] = False,
 ) -> None:
     """Plot the loss of runs as PNG and SVG, or as PDF.
 
-    Runs of several tokenizers are drawn in bits per byte.
+    A run that began with another one's weights begins where that one stood. Runs of several tokenizers are drawn in
+    bits per byte. A folder without a finished step is left out.
     """
     from slope_cli.report.plots import draw_loss
 
-    for file in draw_loss(runs, out):
+    for file in draw_loss(runs, out, from_zero=from_zero):
         print(file)
 
 

@@ -13,7 +13,8 @@ from slope_cli.distributed.caches import node_caches
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[
-    Path, typer.Argument(metavar="RUN|DIR", help="A run, a fine-tuning, or a folder that transformers reads.")
+    Path,
+    typer.Argument(metavar="RUN[@STEP]|DIR", help="A run, a fine-tuning, or a folder that transformers reads."),
 ]
 
 

@@ -58,7 +58,7 @@ def pretrain(
     overrides = list(overrides or [])
     if recipe and "=" in recipe and not Path(recipe).is_file():  # `slope pretrain train.steps=10`: the default recipe
         overrides, recipe = [recipe, *overrides], None
-    if source and (recipe or not out):
+    if source and (recipe or not (out or dry_run)):
         raise UsageError("--from takes the config of its run: give no recipe, but --out, the folder of the new run")
     if with_optimizer and not source:
         raise UsageError("--with-optimizer: is for --from")
@@ -74,7 +74,7 @@ def pretrain(
             from slope_cli.train.branch import branch
             from slope_cli.train.starts import goes_on
 
-            begun = run if goes_on(run, how["existing"]) else None
+            begun = run if out and goes_on(run, how["existing"]) else None
             recipe, how["implied"] = branch(source, begun, with_optimizer=with_optimizer)
         _train(recipe, overrides, run, stop, **how)
 
@@ -156,7 +156,9 @@ def _train(
 
 
 def finetune(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, or a folder that transformers reads.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN[@STEP]|DIR", help="A run, or a folder that transformers reads.")
+    ],
     task: Annotated[str, typer.Argument(metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, RTE, SQuAD: a BERT; SFT.")],
     data: Annotated[Path | None, typer.Option(help="Official files' folder (default: the hub); SFT: JSONL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/finetune/TASK-SEED.")] = None,

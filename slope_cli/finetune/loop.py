@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from slope_cli.checkpoint import run_folder
 from slope_cli.checkpoint.hf_folder import RESULT
 from slope_cli.checkpoint.load import Loaded
 from slope_cli.config.schema import MAX_SEED, OptimConfig
@@ -74,8 +75,8 @@ def require_positions(model: Any, seq_len: int) -> None:
 
 
 def default_folder(folder: Path, task: str, seed: int) -> Path:
-    """FOLDER/finetune/TASK-SEED; UsageError if it is a link, since the folder may be a stranger's."""
-    out = folder / FOLDER / f"{task}-{seed}"
+    """FOLDER/finetune/TASK-SEED, of RUN@STEP in RUN; UsageError if it is a link: it may be a stranger's folder."""
+    out = run_folder.place(str(folder))[0] / FOLDER / f"{task}-{seed}"
     if link := next((path for path in (out.parent, out) if path.is_symlink()), None):
         raise UsageError(f"{link}: is a link, which is not written through; choose another folder with --out")
     return out

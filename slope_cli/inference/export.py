@@ -52,7 +52,7 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype_name: str = "floa
         SlopeError: no sound checkpoint, weights that the dtype cannot hold, or the reloaded model's logits differ.
     """
     out = empty_folder(out)
-    run_folder.require_run(run)
+    run_folder.require_run(run_folder.place(str(run))[0])
     loaded = load_model(run)
     config, model = loaded.config, loaded.model
     assert config is not None

@@ -102,8 +102,10 @@ def report_layers(config: Config, phases: Phases, model: nn.Module) -> ModelRepo
         report = select_layers(model, **which_layers(config))
     except ValueError as error:
         raise UsageError(f"sparsity: {error}") from None
-    for layer in report.swapped if phases.adapter_step is not None else ():
-        side = min(layer.out_features, layer.in_features)
-        if adapter_rank(config.adapters.rank, layer.out_features, layer.in_features) > side:
-            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {layer.name} has a side of only {side}")
+    if phases.adapter_step is not None:
+        sides = {layer.name: min(layer.out_features, layer.in_features) for layer in report.swapped}
+        name, side = min(sides.items(), key=lambda item: item[1])
+        if adapter_rank(config.adapters.rank, side, side) > side:
+            reason = f"must be at most {side}: {name} has a side of only {side}"
+            raise UsageError(f"adapters.rank={config.adapters.rank:g}: {reason}")
     return report

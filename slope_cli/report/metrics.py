@@ -22,6 +22,8 @@ JSONL = "metrics.jsonl"
 STEPS = ("train", "transfer")
 """The kinds of records written once per step: of training, with a loss in nats; of attention transfer, with the mean
 squared error of a layer's output."""
+INIT = "init"
+"""The kind of the record of the model that a run begins with; see `slope_cli.train.init.Origin`."""
 CLOCK = ("tokens_per_s", "mfu_dense_equivalent", "mfu_real")
 """What records of steps hold of the clock; those of the kind "time" hold nothing else."""
 _NEEDED = {"train": "loss", "transfer": "mse", "val": "loss", "teacher": "loss", "swapped": "loss", "sample": "text"}
@@ -38,6 +40,17 @@ def read(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise SlopeError(f"{run} holds no {JSONL}: not the folder of a run")
     return jsonl.read(path, _is_sound)
+
+
+def beginning(run: Path) -> dict[str, Any] | None:
+    """The record of the model that a run began with; None if it began with new weights, or in an earlier version.
+
+    Raises:
+        SlopeError: the log cannot be read.
+    """
+    lines = jsonl.lines(run / JSONL, _is_sound) if (run / JSONL).is_file() else ()
+    first = itertools.takewhile(lambda record: record["step"] == 1, (record for record, _ in lines if record))
+    return next((record for record in first if record["kind"] == INIT), None)
 
 
 def peak_memory(records: Iterable[Mapping[str, Any]]) -> int | None:

@@ -1,11 +1,12 @@
 """Loss curves of one or several runs, or of variants over seeds, as PNG and SVG."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from slope_cli.errors import SlopeError, UsageError
+from slope_cli.errors import UsageError
 from slope_cli.report import metrics
 from slope_cli.report.terminal import one_row
 from slope_cli.utils.files import file_sha256
@@ -13,10 +14,14 @@ from slope_cli.utils.files import file_sha256
 WINDOW = 20
 """Steps over which the training loss is smoothed; fewer at the beginning, where the curve would lag behind."""
 OPENING = 50
-"""The steep first 1/OPENING of a run does not affect the upper limit of the loss axis."""
+"""The steep first 1/OPENING of a training curve does not affect the upper limit of the loss axis."""
+DIVERGED = 2
+"""A loss so many times the first one is cut off, and the picture says so; every other validation is seen."""
 MOST_ROWS = 24
 """The rows of a legend that is as high as the picture."""
 
+NAMED = 3
+"""The runs whose names are in that of a picture."""
 SHOWN = 2000
 """The points of a curve that a picture has room for."""
 
@@ -27,34 +32,48 @@ _JOIN: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
 _TEACHER: dict[str, Any] = {"linestyle": "-.", "linewidth": 1}
 
 
-def draw_loss(runs: Sequence[Path], out: Path) -> list[Path]:
+def default_path(runs: Sequence[Path]) -> Path:
+    """Where the picture of runs belongs: RUN/loss of one; of several loss-NAME-NAME here, by the runs' names."""
+    if len(runs) == 1:
+        return runs[0] / "loss"
+    names = [run.resolve().name for run in runs]
+    more = [f"{len(names) - NAMED}-more"] if len(names) > NAMED else []
+    return Path("-".join(["loss", *names[:NAMED], *more]))
+
+
+def draw_loss(folders: Sequence[Path], out: Path | None = None, *, from_zero: bool = False) -> list[Path]:
     """Draw training and validation loss against tokens; a dotted line marks where adapters were added.
 
-    Linearized runs also have a line for their teacher, and a second panel with the squared error of attention transfer.
+    A run that began with another one's weights begins where that one stood. Linearized runs also have a line for their
+    teacher, and a second panel with the squared error of attention transfer.
     Runs of several tokenizers are drawn in bits per byte, each by its validation text's bytes per token.
 
     Args:
-        runs: folders of runs.
-        out: the path; OUT.png and OUT.svg are written, but of OUT.pdf only that.
+        folders: of runs; of several those that hold no finished step are left out, each with a line on standard error.
+        out: the path, by default `default_path`; OUT.png and OUT.svg are written, but of OUT.pdf only that.
+        from_zero: every run begins at zero tokens.
 
     Raises:
-        UsageError: a folder is not a run, or runs of several tokenizers do not all record bits per byte.
-        SlopeError: a run has no finished step, or a damaged log.
+        UsageError: a folder does not exist, none has a finished step, or runs of several tokenizers do not all record
+            bits per byte.
+        SlopeError: a damaged log.
     """
-    logs = [_records(run) for run in runs]
+    runs, logs = _with_steps(folders)
+    out = out or default_path(runs)
     transfers = [_of("transfer", records) for records in logs]
     unit, scales = _common_unit(runs, logs)
     with picture(out, panels=2 if any(transfers) else 1) as ((axes, *more), files):
-        drawn = zip(logs, scales, strict=True)
-        heights = [_draw_run(axes, records, f"C{number}", scale) for number, (records, scale) in enumerate(drawn)]
+        starts = [0 if from_zero else _tokens_before(records) for records in logs]
+        drawn = zip(logs, scales, starts, strict=True)
+        heights = [_draw_run(axes, records, f"C{number}", *how) for number, (records, *how) in enumerate(drawn)]
         styles = {"training": _SMOOTH, "validation": _VAL}
         styles |= {"adapters join": _JOIN} if any(_first_adapter_step(records) for records in logs) else {}
         styles |= {"teacher": _TEACHER} if any(_of("teacher", records) for records in logs) else {}
         _label(axes, [str(run) for run in runs], styles)
-        axes.set(ylabel=f"loss ({unit})")
+        axes.set(ylabel=f"loss ({unit})", xlabel="tokens, with those of the run before" if any(starts) else "tokens")
         for panel in more:
             _draw_transfer(panel, transfers)
-        _set_height(axes, min(low for low, _ in heights), max(high for _, high in heights))
+        _set_height(axes, heights)
     return files
 
 
@@ -72,10 +91,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) 
             style = ("-", "--", ":", "-.")[number // 10 % 4]
             axes.plot(curve["tokens"], curve["mean"], style, color=color, label=one_row(name), marker="o", markersize=3)
             axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
-        late = [at >= curve["tokens"][-1] / OPENING for curve in curves.values() for at in curve["tokens"]]
-        high = [value for curve in curves.values() for value in curve["high"]]
-        lowest = min(value for curve in curves.values() for value in curve["low"])
-        _set_height(axes, lowest, max(value for value, is_late in zip(high, late, strict=True) if is_late))
+        _set_height(axes, [Height(min(c["low"]), max(c["high"]), DIVERGED * c["high"][0]) for c in curves.values()])
         _describe_axes(axes)
         axes.set(ylabel="validation loss (nats per token)", title="mean and range over seeds")
         _legend_beside(axes)
@@ -102,19 +118,44 @@ def picture(out: Path, *, panels: int = 1) -> Iterator[tuple[list[Any], list[Pat
             figure.savefig(file, dpi=150, metadata=_UNDATED[file.suffix])
 
 
-def _set_height(axes: Any, low: float, high: float) -> None:
+class Height(NamedTuple):
+    """The lowest and the highest loss of a run that should be seen, and the one from which it has diverged."""
+
+    low: float
+    high: float
+    diverged: float
+
+
+def _set_height(axes: Any, heights: Sequence[Height]) -> None:
+    """Let every run be seen up to where it diverged, and say how far one goes on that did."""
+    low, high = min(each.low for each in heights), max(min(each.high, each.diverged) for each in heights)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
+    if (cut := max(each.high for each in heights)) > high + margin:
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top", "fontsize": "small"}
+        axes.text(0.99, 0.98, f"cut off: a divergence, up to {cut:.4g}", **place)
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    if not (run / metrics.JSONL).is_file():
-        raise UsageError(f"{run}: is not the folder of a run (no {metrics.JSONL})")
-    records = metrics.read(run)
-    if not any(_of(kind, records) for kind in metrics.STEPS):
-        raise SlopeError(f"{run}: has no finished step to draw")
-    metrics.require(run, records, metrics.STEPS, "tokens")
-    return records
+def _with_steps(folders: Sequence[Path]) -> tuple[list[Path], list[list[dict[str, Any]]]]:
+    """The folders that hold finished steps, and their records; the others are named, UsageError if they are all."""
+    runs, logs, reasons = [], [], []
+    for folder in folders:
+        if not folder.exists():
+            raise UsageError(f"{folder}: does not exist")
+        is_log = (folder / metrics.JSONL).is_file()
+        records = metrics.read(folder) if is_log else []
+        if any(_of(kind, records) for kind in metrics.STEPS):
+            metrics.require(folder, records, metrics.STEPS, "tokens")
+            runs.append(folder)
+            logs.append(records)
+        else:
+            why = "has no finished step to draw" if is_log else f"is not the folder of a run (no {metrics.JSONL})"
+            reasons.append(f"{folder}: {why}")
+    if not runs:
+        raise UsageError("; ".join(reasons))
+    for reason in reasons:
+        print(f"left out: {reason}", file=sys.stderr)
+    return runs, logs
 
 
 def _of(kind: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,24 +193,30 @@ def _tokenizer(run: Path) -> str:
     return file_sha256(path) if path.is_file() else ""
 
 
-def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str, scale: float) -> tuple[float, float]:
-    """Draw one run's losses times a scale, and return the lowest and the highest that should be visible."""
+def _tokens_before(records: Sequence[dict[str, Any]]) -> int:
+    """The tokens that the weights of a run had been trained on before its first step, by its own log."""
+    return next((record.get("source_tokens") or 0 for record in _of(metrics.INIT, records)), 0)
+
+
+def _draw_run(axes: Any, records: Sequence[dict[str, Any]], color: str, scale: float, start: float) -> Height:
+    """Draw one run's losses times a scale, from a number of tokens on."""
     train, val = _of("train", records), _of("val", records)
     first = [*train, *_of("transfer", records)][0]
     per_step = first["tokens"] / first["step"]
-    tokens, losses = [r["tokens"] for r in train], [scale * r["loss"] for r in train]
+    tokens, losses = [start + r["tokens"] for r in train], [scale * r["loss"] for r in train]
     smooth = _smooth(losses)
     _plot_steps(axes, tokens, losses, smooth, color)
     validated = [scale * r["loss"] for r in val]
-    axes.plot(*_thinned([r["step"] * per_step for r in val], validated), color=color, **_VAL)
+    axes.plot(*_thinned([start + r["step"] * per_step for r in val], validated), color=color, **_VAL)
     if step := _first_adapter_step(records):
-        axes.axvline((step - 1) * per_step, color=color, **_JOIN)  # between the step before and this one
+        axes.axvline(start + (step - 1) * per_step, color=color, **_JOIN)  # between the step before and this one
     teacher = [scale * record["loss"] for record in _of("teacher", records)]
     for loss in teacher:
         axes.axhline(loss, color=color, **_TEACHER)
     shown = teacher + validated
-    opening = len(losses) // OPENING
-    return min(losses + shown), max(smooth[opening:] + (shown if teacher else []))
+    later = smooth[len(losses) // OPENING :] + shown
+    first_losses = [curve[0] for curve in (losses, validated, teacher) if curve]
+    return Height(min(losses + shown), max(later), DIVERGED * max(first_losses))
 
 
 def _plot_steps(

@@ -38,11 +38,12 @@ class Progress:
         self._bar = bars.Progress(*columns, console=self._console, disable=hidden, auto_refresh=False)
         self._task = self._bar.add_task("", total=total or None, completed=done)
 
-    def update(self, done: int, text: str, left: float | None = None) -> None:
+    def update(self, done: int, text: str, left: float | None = None, *, line: str = "") -> None:
         """Show how much of the work is done, a line of text about it, and the time left.
 
         Args:
             left: the seconds left; None for what the work has taken since this object was made says.
+            line: a plain line for this amount, whether or not one is due; empty for none.
         """
         if left is None and done > self._first and self.total:
             left = (time.monotonic() - self._started) / (done - self._first) * (self.total - done)
@@ -52,20 +53,32 @@ class Progress:
             self._next_drawing = now + REDRAWN
         # Where the terminal is narrow the end is cut, so the time left comes first.
         self._bar.update(self._task, completed=done, description=one_row(f"{eta}  {text}".lstrip()), refresh=redraw)
-        if self._is_due(done):
-            self.say(f"{text}  {eta}".rstrip())
+        if line or self._is_due(done):
+            self.say(line or f"{text}  {eta}".rstrip())
 
-    def step(self, record: Mapping[str, Any], speed: Speed, utilization: Mapping[str, float] | None = None) -> None:
+    def step(
+        self,
+        record: Mapping[str, Any],
+        speed: Speed,
+        utilization: Mapping[str, float] | None = None,
+        *,
+        first: bool = False,
+    ) -> None:
         """Show a training record of `MetricsLog`, the recent speed, which is smoothed, and the time left at it.
 
         Args:
             utilization: at that speed, by the names in records; see `accounting.Flops.utilization`.
+            first: of a start or a phase: it has a plain line, with the loss's unit and without the speed, which is not
+                known before the second one.
         """
         step = record["step"]
-        loss = f"loss {record['loss']:.4f}" if "loss" in record else f"mse {record['mse']:.3e}"
-        text = f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  recent {speed.tokens_per_s:,.0f} tok/s"
+        loss, unit = (f"loss {record['loss']:.4f}", " nats per token") if "loss" in record else ("", "")
+        loss = loss or f"mse {record['mse']:.3e}"
+        head, rates = f"step {step}/{self.total}  {loss}", f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
+        text = f"{head}  {rates}  recent {speed.tokens_per_s:,.0f} tok/s"
         text += f"  MFU {utilization_text(utilization)}" if utilization else ""
-        self.update(step, f"step {step}/{self.total}  {loss}  {text}", speed.seconds_for(self.total - step))
+        line = f"{head}{unit}  {rates}" if first else ""
+        self.update(step, text, speed.seconds_for(self.total - step), line=line)
 
     def say(self, line: str) -> None:
         """Show one line as it is, above the bar."""

@@ -31,8 +31,7 @@ def branch(source: str, run: Path | None, *, with_optimizer: bool) -> tuple[str,
         with_optimizer: begin with the optimizer's state, too.
 
     Raises:
-        UsageError: no run that another one can begin with.
-        SlopeError: it has no such checkpoint.
+        UsageError: no run that another one can begin with, or it has no such checkpoint.
     """
     folder, step = run_folder.place(source)
     optimizer = f"model.init_optimizer={str(with_optimizer).lower()}"

@@ -113,7 +113,8 @@ def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
         return base_model.build(run, "meta")
     model = build_model(init.run_shape(config), device="meta")
     if config.linearizes and (base := _base_run(config)) is not None:
-        end = phases_of(base).end
+        step = run_folder.place(str(config.model.init))[1]
+        end = phases_of(base).end if step is None else phases_of(base).at(step - 1)
         # As in linearizing: masked layers become sparse, unmasked ones dense.
         layers = {"masked": Layers("sparse"), "unmasked": DENSE}.get(end.layers.kind, end.layers)
         apply(model, base, replace(end, layers=layers))
@@ -122,7 +123,7 @@ def untrained_model(config: Config, run: Path | None = None) -> PreTrainedModel:
 
 def _base_run(config: Config) -> Config | None:
     """The config of the run that is linearized; None for a transformers folder, or without model.init."""
-    folder = None if config.model.init is None else Path(config.model.init).expanduser()
+    folder = None if config.model.init is None else run_folder.place(config.model.init)[0]
     return run_folder.open_config(folder) if folder is not None and run_folder.is_run(folder) else None
 
 

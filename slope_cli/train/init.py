@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -23,6 +24,7 @@ from slope_cli.methods.phases import Phase
 from slope_cli.methods.sparse import which_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, model_config, run_model_config
+from slope_cli.report import metrics
 from sparse_kernels import find_sparse_layers, masked_layers, sparse_layers, to_dense
 
 LONGEST = 1024
@@ -31,29 +33,63 @@ SEQUENCES = 8
 SIZES = ("seq_len", "micro_batch", "tokens_per_step")
 
 
+class Origin(NamedTuple):
+    """The model that a run begins with, as the run's log has it.
+
+    source: its folder.
+    source_step: the finished steps of the run that it is of; None for a folder that is no run.
+    source_tokens: the tokens that its weights were trained on, with those of the runs before; None for a folder that is
+        no run, and for a run that linearizes, which counts its own.
+    optimizer: whether the optimizer's state comes along.
+    """
+
+    source: str
+    source_step: int | None
+    source_tokens: int | None
+    optimizer: bool
+
+    @classmethod
+    def of(cls, loaded: Loaded, config: Config) -> "Origin":
+        """That of a run of a configuration which begins with a loaded model."""
+        tokens = None
+        if loaded.config is not None and loaded.step is not None and not config.linearizes:
+            before = metrics.beginning(loaded.folder) or {}
+            tokens = loaded.step * loaded.config.train.tokens_per_step + (before.get("source_tokens") or 0)
+        return cls(str(loaded.folder), loaded.step, tokens, config.model.init_optimizer)
+
+    def __str__(self) -> str:
+        if self.source_step is None:
+            return f"begins with {self.source}"
+        state = f"{'with' if self.optimizer else 'without'} its optimizer's state"
+        return f"begins with {self.source} at step {self.source_step:,}, {state}"
+
+
 def start(
     config: Config,
     run: Path,
     device: torch.device | str,
     *,
     calibrate: Calibrate,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Origin | None]:
     """The model of a run in its first phase, before its first step; if it linearizes, of what `keep_base` has written.
 
     On the meta device its shapes alone: model.init is not read, and nothing is calibrated.
+
+    Returns:
+        The model, and what it began with, if model.init was read.
 
     Raises:
         UsageError: model.init is no run and no model, of another shape, or a setting that does not fit it.
         SlopeError: it cannot be read.
     """
-    first = phases_of(config).at(0)
+    first, origin = phases_of(config).at(0), None
     if first.linearized:
         # Rebuilt and read back: the loaded model is freed by now, so memory never holds it twice.
         model, now = base_model.read(run, device), UNTOUCHED
     else:
-        model, now = _start_from_init(config, device, first)
+        model, now, origin = _start_from_init(config, device, first)
     apply(model, config, first, was=now, calibrate=None if model.device.type == "meta" else calibrate)
-    return model
+    return model, origin
 
 
 def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
@@ -78,14 +114,16 @@ def run_shape(config: Config, run: Path | None = None) -> PreTrainedConfig:
 # -------------------------------------------------------------------------------------------------- weights of a model
 
 
-def _start_from_init(config: Config, device: torch.device | str, first: Phase) -> tuple[PreTrainedModel, Phase]:
-    """A model with the weights of model.init, or new ones, and the phase that it is in."""
+def _start_from_init(
+    config: Config, device: torch.device | str, first: Phase
+) -> tuple[PreTrainedModel, Phase, Origin | None]:
+    """A model with the weights of model.init, or new ones, the phase that it is in, and what it began with."""
     loaded = None
     if config.model.init is not None and str(device) != "meta":
         loaded = _loaded("model.init", config.model.init)
     model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
     if loaded is None:
-        return model, UNTOUCHED
+        return model, UNTOUCHED, None
     now, sparse = UNTOUCHED, dict(sparse_layers(loaded.model))
     if (sparse and first.layers.kind == "sparse") or _same_masks(config, loaded, first):
         had_adapters = any(layer.adapter is not None for layer in sparse.values())
@@ -94,7 +132,7 @@ def _start_from_init(config: Config, device: torch.device | str, first: Phase) -
     else:
         to_dense(loaded.model, adapters="merge")
     _take_over(model, loaded, config)
-    return model, now
+    return model, now, Origin.of(loaded, config)
 
 
 def _same_masks(config: Config, loaded: Loaded, first: Phase) -> bool:
@@ -210,8 +248,9 @@ def linearize_overrides(init: Path, recipe: str = "linearize", run: Path | None 
     if begun and begun.linearizes and began_with(begun, str(init)):
         sizes = {name: getattr(begun.train, name) for name in SIZES}
         return _overrides(str(begun.model.init), begun.data.path, sizes)
-    if run_folder.is_run(init):
-        base = run_folder.open_config(init)
+    folder = run_folder.place(str(init))[0]
+    if run_folder.is_run(folder):
+        base = run_folder.open_config(folder)
         path, length, sequences = base.data.path, base.train.seq_len, base.train.micro_batch
     else:
         path, length, sequences = None, min(_positions(init), LONGEST), SEQUENCES
@@ -293,17 +332,19 @@ def keep_teacher(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) 
 
 def _loaded(key: str, named: str) -> Loaded:
     """The model that a key names, RUN or RUN@STEP or a folder, on the CPU."""
-    folder, step = run_folder.place(named)
     with _named_init(named, key):
-        load.require_initial(folder)
-        return load_model(folder, checkpoint=None if step is None else store.at(folder, step))
+        load.require_initial(Path(named))
+        return load_model(named)
 
 
-def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> Origin:
     """Write the model of model.init and its description to a run's folder, as base/ and base.json.
 
     Args:
         tokenizer: of the run's data.
+
+    Returns:
+        What it is the model of.
 
     Raises:
         UsageError: model.init is no run and no model, of another shape or tokenizer, or a setting that does not fit it.
@@ -314,6 +355,7 @@ def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> 
     trial = base_model.rebuild(base_model.describe(loaded.model), "meta")
     apply(trial, config, phases_of(config).end)  # raises before anything is written
     base_model.write(run, loaded.model, dropout=config.model.dropout)
+    return Origin.of(loaded, config)
 
 
 def _to_linearize(config: Config) -> Loaded:

@@ -1,4 +1,4 @@
-"""The length of a run that has begun: what a start says when there is nothing left to do, or more than there was."""
+"""The length of a run that has begun: what a start says when nothing is left to do, or more than there was."""
 
 from dataclasses import replace
 
@@ -6,16 +6,19 @@ from slope_cli.config.schema import Config
 from slope_cli.methods import optim, phases_of
 
 
-def length_lines(config: Config, step: int) -> list[str]:
-    """That a run is finished, or was extended at its newest checkpoint, and how each learning rate goes on there.
+def finished_line(config: Config) -> str:
+    """That all steps of a run are done, and what to do for more."""
+    more = "a larger train.steps extends it, --overwrite starts it anew"
+    return f"finished: all of its {config.train.steps:,} steps are done; {more}"
+
+
+def extension_lines(config: Config, step: int) -> list[str]:
+    """That a run was extended at its newest checkpoint, if it was, and how each learning rate goes on there.
 
     Args:
         step: of that checkpoint, the finished steps.
     """
     train = config.train
-    if step == train.steps:
-        more = "a larger train.steps extends it, --overwrite starts it anew"
-        return [f"finished: all of its {step:,} steps are done; {more}"]
     if not train.extended or train.extended[-1][0] != step or not step:
         return []
     before = replace(config, train=replace(train, steps=train.extended[-1][1], extended=train.extended[:-1]))

@@ -10,6 +10,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from slope_cli.inference.text import prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import Flops, flops
-from slope_cli.methods.phases import Phase
+from slope_cli.methods.phases import ADAPTERS, Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
@@ -45,7 +46,7 @@ from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.length import length_lines
+from slope_cli.train.length import extension_lines, finished_line
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
 from slope_cli.train.run_data import open_run_data
@@ -73,6 +74,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train, or resume training, in the folder `run`, as one of the processes that srun or torchrun started.
 
+    A start that fails before its first step leaves nothing new there.
+
     Args:
         existing: what to do with a run in the folder: resume it, refuse it, or replace it by a new one. The start of
             a requeued job always goes on with the run that this job has started.
@@ -98,8 +101,9 @@ def pretrain(
             if config.log.wandb:
                 require_wandb()
             how = "resume" if starts.is_restart(run) else existing
-            settled = held.enter_context(run_folder.claimed(run, config, how))
-            start = held.enter_context(starts.recorded(run))
+            start = Start()
+            settled = held.enter_context(run_folder.claimed(run, config, how, lambda: start.has_stepped))
+            held.enter_context(starts.recorded(run, start))
             store.clean(run)
             note_environment(run, device, group.members)
             return start, settled
@@ -159,6 +163,9 @@ class Trainer:
         self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device, group.ranks)
         self._check_evaluation(shape)
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
+        finished = self.step == config.train.steps
+        if finished:
+            self._say(finished_line(config))
         self.saved_kernels = checkpoint and checkpoint.manifest.get("kernels")
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
@@ -168,19 +175,21 @@ class Trainer:
         dtype = products_dtype(config, device)
         self.sharding = Sharding(layout, group.ranks.world, device, dtype) if layout.gather else None
         place = built_on(config, self.sharding, device)
+        self.origin: init.Origin | None = None
         if checkpoint is None:
             if self.phase.linearized:
-                group.first(lambda: init.keep_base(config, run, self.tokenizer))
+                self.origin = group.first(lambda: init.keep_base(config, run, self.tokenizer))
             elif config.learns_from_teacher:
                 group.first(lambda: init.keep_teacher(config, run, self.tokenizer))
-            self.model = group.agreed(lambda: init.start(config, run, place, calibrate=self.batches.input_norms))
+            begin = partial(init.start, config, run, place, calibrate=self.batches.input_norms)
+            self.model, origin = group.agreed(begin)
+            self.origin = self.origin or origin
+            if self.origin is not None:
+                self._say(str(self.origin))
         else:
             self.model = group.agreed(lambda: load.build(config, run, place, self.phase, self.kept))
         if self.sharding is not None:
             self.sharding.split(self.model)
-        self._say(str(report or self._unswapped_line()))
-        if self.phase.fp8:
-            self._say(self._fp8_line())
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
         self.optimizer = optim.build_optimizer(self.model, config, self.phases)
         if checkpoint is None:
@@ -189,11 +198,17 @@ class Trainer:
             group.first(lambda: save_tokenizer(self.tokenizer, run / run_folder.TOKENIZER))
         else:
             self._restore(checkpoint)
+            for line in () if finished else (f"resuming from {checkpoint.folder}", *extension_lines(config, self.step)):
+                self._say(line)
         self.take_step = self._make_step()
         self.flops: Flops | None = None
         self.peak = self._peak()
         group.first(lambda: run_folder.write_config(run, config))  # only after all checks
-        self._say(self._start_line())
+        if not finished:
+            self._say(str(report or self._unswapped_line()))
+            if self.phase.fp8:
+                self._say(self._fp8_line())
+            self._say(self._start_line())
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
@@ -205,6 +220,8 @@ class Trainer:
         with contextlib.closing(log), contextlib.closing(progress), self._saving(progress):
             self.model.train()
             self.times.credit("start")
+            if self.step == 0 and self.origin is not None:  # as step 1, so that a restart does not log it again
+                log.write(metrics.INIT, 1, **self.origin._asdict())
             if self.phase.linearized and self.step == 0:
                 self._log_references(log, progress, stop)
             phase_begins = True
@@ -308,9 +325,11 @@ class Trainer:
                 progress.say(f"step {self.step}: products of the sparse layers: {kernels}")
         values: dict[str, Any] = output.record(layers=_due(self.step, self.config.log.every))
         values |= {} if self.changes.masks_changed is None else {"masks_changed": self.changes.masks_changed}
+        if (rate := self.phase.rates.get(ADAPTERS)) is not None:
+            values["adapters_lr"] = optim.learning_rate(rate, self.step - 1, self.config.optim)
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
         record = log.write(output.kind, self.step, lr=lr, **values, **self._utilization(tokens / seconds))
-        progress.step(record, self.speed, self._utilization(self.speed.tokens_per_s))
+        progress.step(record, self.speed, self._utilization(self.speed.tokens_per_s), first=first)
         if self.changes.norms:
             log.write("norms", self.step, **self.changes.norms)
 
@@ -479,8 +498,6 @@ class Trainer:
         if self.sharding is not None and store.is_derived(checkpoint.manifest):
             self.sharding.update_masks(self.model, "magnitude", seed=0)
         self.group.first(lambda: self._tidy(checkpoint))
-        for line in (f"resuming from {checkpoint.folder}", *length_lines(self.config, self.step)):
-            self._say(line)
 
     def _tidy(self, checkpoint: store.Checkpoint) -> None:
         """Bring the run's folder to what it was when a checkpoint was saved."""

@@ -35,6 +35,11 @@ class Start:
         self._began = time.monotonic()
         self._in_steps, self._steps = 0.0, 0
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether a step is finished."""
+        return self._steps > 0
+
     def step(self, seconds: float) -> None:
         """Note a step. The time of the first one is that of setting up: it compiles, and measures kernels."""
         self._in_steps += seconds if self._steps else 0.0
@@ -47,8 +52,11 @@ class Start:
 
 
 @contextlib.contextmanager
-def recorded(run: Path) -> Iterator[Start]:
+def recorded(run: Path, start: Start | None = None) -> Iterator[Start]:
     """A start of a run, recorded at its beginning and end; what a requeued job's earlier starts achieved is said first.
+
+    Args:
+        start: by default one that begins now.
 
     Raises:
         SlopeError: each of the last starts of this job spent most of its time on setting up, or was killed before it
@@ -66,7 +74,7 @@ def recorded(run: Path) -> Iterator[Start]:
                 f"step, or spent less than {LEAST:.0%} of its time in steps; submit the job again with a longer "
                 "--time, more --mem, or a shorter lead in --signal=USR2@SECONDS that still exceeds a step and a save"
             )
-    start = Start()
+    start = start or Start()
     jsonl.append(path, {**job, BEGINS: step})
     try:
         yield start

@@ -12,6 +12,7 @@ from slope_cli.errors import SlopeError
 from slope_cli.report import metrics, plots
 from slope_cli.report.tables import bytes_text, utilization_text
 from slope_cli.report.timing import PARTS, Times, time_shares
+from slope_cli.train.validation import validation_line
 from slope_cli.utils.environment import program
 
 BIGRAM_LIMIT = 4096
@@ -52,7 +53,7 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
     """A summary for the terminal."""
-    first = f"step {summary['step']}: validation loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.2f}"
+    first = validation_line(f"step {summary['step']}", summary)
     if "teacher" in summary:
         ratio = summary["perplexity"] / summary["teacher"] - 1
         first += f", the model it began with {summary['teacher']:.2f} ({ratio:+.1%})"

@@ -80,4 +80,4 @@ class Validation:
 
 def validation_line(where: str, record: dict[str, Any]) -> str:
     """A validation record for the terminal."""
-    return f"{where}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
+    return f"{where}: validation loss {record['loss']:.4f} nats per token, perplexity {record['perplexity']:.2f}"

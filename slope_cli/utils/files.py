@@ -4,8 +4,11 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import platform
+import re
 import shutil
 import stat
 import sys
@@ -181,8 +184,10 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def held_folder(
     folder: Path, part: str = "", *, shared: bool = False, check: Callable[[], None] | None = None
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Lock a folder, or a named part of it, for this process; the lock is released however the process ends.
+
+    Yields whether the folder is still the one that was locked: the process before may have removed it.
 
     Args:
         shared: other processes may share the lock.
@@ -190,26 +195,45 @@ def held_folder(
             the wait. None waits for LOCK_WAIT at most.
 
     Raises:
-        UsageError: another process still holds it, or the folder cannot be written.
+        UsageError: another process, which is named, still holds it, or the folder cannot be written.
     """
     name, taken = (f"{LOCK}-{part}", f"on {part}") if part else (LOCK, "in it")
     taken = f"{folder}: another process is at work {taken}"
     try:
-        lock = open(open_own(folder / name, os.O_RDWR), "rb+")  # noqa: SIM115 - held by the with statement below
+        lock = open(open_own(folder / name, os.O_RDWR), "rb+", buffering=0)  # noqa: SIM115 - held by the with below
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {os_reason(error)}") from error
     with lock:
         try:
             _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, taken, check)
+            with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+                lock.seek(0)
+                lock.truncate()
+                lock.write(b"" if shared else f"{os.getpid()} {platform.node()}\n".encode())
         except BlockingIOError as error:
-            raise UsageError(f"{taken}; wait until it ends, or end it") from error
+            raise UsageError(f"{taken}; wait until {_holder(lock)} ends, or end it") from error
         except OSError as error:
             risk = "start no second process in it"
             print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)
-        yield
+        yield _is_file(lock, folder / name)
 
 
-def _lock(lock: BinaryIO, kind: int, taken: str, check: Callable[[], None] | None) -> None:
+def _is_file(opened: io.RawIOBase, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(lock: io.RawIOBase) -> str:
+    """The process that holds a lock, by the file's content; "it" where that does not say."""
+    lock.seek(0)
+    found = re.fullmatch(rb"(\d+) ([\w.-]+)\n", lock.read(300) or b"")
+    return f"process {int(found[1])} on {found[2].decode()}" if found else "it"
+
+
+def _lock(lock: io.RawIOBase, kind: int, taken: str, check: Callable[[], None] | None) -> None:
     """Lock a file, if need be after a wait, which a line from `taken` on says; BlockingIOError if it stays taken."""
     end, told = time.monotonic() + LOCK_WAIT, False
     while True:
@@ -220,7 +244,7 @@ def _lock(lock: BinaryIO, kind: int, taken: str, check: Callable[[], None] | Non
                 raise
         if not told:
             most = "" if check else f"up to {LOCK_WAIT:.0f} s "
-            print(f"{taken}; waiting {most}for it to end", file=sys.stderr)
+            print(f"{taken}; waiting {most}for {_holder(lock)} to end", file=sys.stderr)
             told = True
         if check is not None:
             check()
@@ -242,15 +266,18 @@ def claimed_folder(
         UsageError: it contains something else, or a link that leads out of it, cannot be made or written, or another
             process holds it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not may_hold(path))
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be made or read: {os_reason(error)}") from None
-    if foreign:
-        raise UsageError(
-            f"{folder}: is not empty and holds no {what} (it contains {foreign[0]}); choose another folder"
-        )
-    require_no_way_out(folder)
-    with held_folder(folder, shared=shared):
+    with contextlib.ExitStack() as held:
+        there = False
+        while not there:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                foreign = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not may_hold(path))
+            except OSError as error:
+                raise UsageError(f"{folder}: cannot be made or read: {os_reason(error)}") from None
+            if foreign:
+                raise UsageError(
+                    f"{folder}: is not empty and holds no {what} (it contains {foreign[0]}); choose another folder"
+                )
+            require_no_way_out(folder)
+            there = held.enter_context(held_folder(folder, shared=shared))
         yield
