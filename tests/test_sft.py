@@ -429,7 +429,7 @@ def test_what_a_template_refuses_or_rewrites_is_named() -> None:
         (["--val", "nothing.jsonl"], "nothing.jsonl: cannot be read"),
         (["--seq-len", "65"], "--seq-len 65: the model has only 64 positions"),
         (["--seq-len", "8"], "no val row has a part of its answer in the first 8 tokens"),
-        (["--lora", "64"], "--lora 64: transformer.h."),
+        (["--lora", "64"], "--lora 64: must be at most 28: transformer.h.0."),
     ],
 )
 def test_wrong_words(words: list[str], fault: str, tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from slope_cli.train.loop import pretrain
 from sparse_kernels import fp8_obstacle, set_fp8
 from sparse_kernels.operands import operand
 
-pytestmark = pytest.mark.skipif(bool(fp8_obstacle(torch.device("cuda"))), reason="no fp8 products on this GPU")
+
+@pytest.fixture(autouse=True)
+def able() -> None:
+    if reason := fp8_obstacle(torch.device("cuda")):
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
