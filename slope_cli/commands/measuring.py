@@ -34,7 +34,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model's perplexity, recall, and tasks of lm-eval.
+    """Measure perplexity, recall, and tasks of lm-eval.
 
     Perplexity is that of validation text; recall is by distance; other tasks are scored by lm-eval.
 

@@ -231,7 +231,9 @@ def compare(
     allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare variants of a recipe, trained on the same data with the same tokens, or for the same time.
+    """Compare variants of a recipe at equal tokens, or at equal time.
+
+    All are trained on the same data.
 
     To resume after a stop, run the same command again; finished runs are not trained again. With --shard 1/N to N/N
     the tasks of a job array train them; then the same command without --shard compares them.
