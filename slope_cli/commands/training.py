@@ -231,7 +231,7 @@ def compare(
     allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare variants of a recipe at equal tokens, or at equal time.
+    """Compare variants of a recipe at equal tokens or time.
 
     All are trained on the same data.
 
