@@ -27,7 +27,7 @@ from typing import Any
 from sparse_kernels import deprecated
 from sparse_kernels.adapters import adapted_layers, adapter_rank, adapters_of, add_adapters, check_adapters
 from sparse_kernels.convert import find_sparse_layers, input_norms, mask_layers, sparsify, to_dense
-from sparse_kernels.fp8 import fp8_layers, fp8_obstacle, set_fp8
+from sparse_kernels.fp8 import fp8_layers, fp8_obstacle, fp8_underflow, set_fp8
 from sparse_kernels.kernel_choice import kernel_choices, use_choices
 from sparse_kernels.layers import (
     backends,
@@ -71,6 +71,7 @@ __all__ = [
     "find_sparse_layers",
     "fp8_layers",
     "fp8_obstacle",
+    "fp8_underflow",
     "input_norms",
     "kernel_choices",
     "mask_buffers",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels.masked_linear import MaskedLinear, linear
+from sparse_kernels.operands import COUNTED
 from sparse_kernels.selection import is_conv1d, stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -26,7 +27,7 @@ class _Float8:
         if not self.training:
             return super().forward(X)  # type: ignore[misc, no-any-return]
         layer: Any = self
-        return linear(X, stored_weight(layer), self.bias, fp8=True)
+        return linear(X, stored_weight(layer), self.bias, counts=layer.fp8_counts)
 
 
 def fp8_obstacle(device: torch.device) -> str:
@@ -50,7 +51,7 @@ def set_fp8(model: nn.Module, names: Collection[str]) -> None:
     Raises:
         ValueError: a name that the model does not have, or one of another kind of module.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     for name in names:
         layer = modules.get(name)
         plain = isinstance(layer, nn.Linear) or (layer is not None and is_conv1d(layer))
@@ -59,17 +60,41 @@ def set_fp8(model: nn.Module, names: Collection[str]) -> None:
     chosen = {id(modules[name]) for name in names}
     for module in modules.values():
         on = id(module) in chosen
+        if on == (_counts(module) is not None):
+            continue
+        device = next(module.parameters()).device if on else None
+        counts = torch.zeros(len(COUNTED), 2, dtype=torch.int64, device=device) if on else None
         if isinstance(module, SparseLinear | MaskedLinear):
-            module.fp8 = on
-        elif isinstance(module, _Float8) and not on:
-            module.__class__ = type(module).__bases__[1]
-        elif on and not isinstance(module, _Float8):
+            module.fp8_counts = counts
+        elif on:
             kind: Any = type(module)
             module.__class__ = _float8(kind)
+            module.register_buffer("fp8_counts", counts, persistent=False)
+        else:
+            module.__class__ = type(module).__bases__[1]
+            del module.fp8_counts
+
+
+def _counts(module: nn.Module) -> Tensor | None:
+    counts: Tensor | None = getattr(module, "fp8_counts", None)
+    return counts
 
 
 def fp8_layers(model: nn.Module) -> list[str]:
     """The names of the layers that multiply in fp8 when they train."""
-    return [
-        name for name, module in model.named_modules() if isinstance(module, _Float8) or getattr(module, "fp8", False)
-    ]
+    return [name for name, module in model.named_modules() if _counts(module) is not None]
+
+
+def fp8_underflow(model: nn.Module) -> dict[str, float]:
+    """The share of the entries of all layers' operands that were not zero and became so since the last call.
+
+    Returns:
+        By the operands' names, X, W and dY; empty without layers in fp8, or where nothing was counted.
+    """
+    every = [counts for module in model.modules() if (counts := _counts(module)) is not None]
+    if not every:
+        return {}
+    sums = torch.stack(every).sum(0).tolist()
+    for counts in every:
+        counts.zero_()
+    return {name: zeroed / entries for name, (entries, zeroed) in zip(COUNTED, sums, strict=True) if entries}

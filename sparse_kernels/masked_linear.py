@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
-from sparse_kernels.operands import Operand, operand, product
+from sparse_kernels.operands import Operand, operand, product, rows_of
 from sparse_kernels.sharded import local, local_rows
 
 
@@ -34,19 +34,22 @@ class _MaskedLinear(torch.autograd.Function):
         mask_OI: Tensor | None,
         unbiased: tuple[int, int] | None,
         straight_through: bool,
-        fp8: bool,
+        counts: Tensor | None,
     ) -> Tensor:
-        X, W = operand(X_BI, fp8=fp8), operand(_masked(W_OI, mask_OI).to(X_BI.dtype), fp8=fp8)
-        ctx.save_for_backward(*X, W_OI, mask_OI)
+        fp8, of_X, of_W, _ = rows_of(counts)
+        X = operand(X_BI, fp8=fp8, counts=of_X)
+        W = operand(_masked(W_OI, mask_OI).to(X_BI.dtype), fp8=fp8, counts=of_W)
+        ctx.save_for_backward(*X, W_OI, mask_OI, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.unbiased, ctx.straight_through = unbiased, straight_through
         return product(X, W, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, scale, W_OI, mask_OI = ctx.saved_tensors
-        X, fp8, dtype = Operand(data_BI, scale), scale is not None, dY_BO.dtype
-        dY = operand(dY_BO, fp8=fp8)
+        data_BI, scale, W_OI, mask_OI, counts = ctx.saved_tensors
+        X, dtype = Operand(data_BI, scale), dY_BO.dtype
+        fp8, _, _, of_dY = rows_of(counts)
+        dY = operand(dY_BO, fp8=fp8, counts=of_dY)
         dX = dW = db = None
         if ctx.needs_input_grad[0]:
             W = operand(_masked(W_OI, mask_OI).to(dtype), fp8=fp8)
@@ -72,7 +75,7 @@ def linear(
     *,
     unbiased: tuple[int, int] | None = None,
     straight_through: bool = True,
-    fp8: bool = False,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Y = X · (W ⊙ mask)^T + bias with the gradients that this module's docstring states.
 
@@ -83,7 +86,7 @@ def linear(
         mask_OI: bool (O, I), or None for no mask.
         unbiased: (n, m) to prune dY n:m along the tokens for the weight's gradient.
         straight_through: whether pruned entries have a gradient, too.
-        fp8: round the operands of all three products to e4m3.
+        counts: int64 (3, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
 
     Returns:
         (..., O).
@@ -92,7 +95,7 @@ def linear(
     if torch.is_autocast_enabled(device):
         X = X.to(torch.get_autocast_dtype(device))
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
-    Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, unbiased, straight_through, fp8)
+    Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, unbiased, straight_through, counts)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(W_OI))
 
 
@@ -112,13 +115,15 @@ class MaskedLinear(nn.Module):
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
         straight_through: pruned entries have a gradient, too; without one they stay as they are.
         unmasked: the mask was removed.
-        fp8: the operands of products in training are e4m3; see `sparse_kernels.set_fp8`.
+        fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
+            see `sparse_kernels.set_fp8`.
         conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     mask: Tensor
+    fp8_counts: Tensor | None
 
     def __init__(
         self,
@@ -143,17 +148,19 @@ class MaskedLinear(nn.Module):
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.straight_through, self.unmasked, self.fp8 = straight_through, False, False
+        self.straight_through, self.unmasked = straight_through, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
         self.weight = nn.Parameter(weight_OI.detach().clone(memory_format=torch.contiguous_format))
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
+        self.register_buffer("fp8_counts", None, persistent=False)
         self.register_buffer("mask", self._choose(self.weight.detach().abs() if score_OI is None else score_OI))
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
-        how: dict[str, Any] = {"straight_through": self.straight_through, "fp8": self.fp8 and self.training}
+        counts = self.fp8_counts if self.training else None
+        how: dict[str, Any] = {"straight_through": self.straight_through, "counts": counts}
         unbiased = (self.n, self.m) if self.mvue else None
         return linear(X, self.weight, self.bias, self.mask, unbiased=unbiased, **how)
 

@@ -7,7 +7,7 @@
 fp8 is e4m3 in all three: cuSPARSELt multiplies operands of one type alone, and a scale of its own gives a gradient the
 range that it needs (DeepSeek-V3, arXiv 2412.19437, section 3.3, trains so). The scale puts a tensor's largest magnitude
 on that of e4m3, 448 (arXiv 2209.05433). It comes from the tensor as it is and not from earlier steps, so a run resumes
-bit for bit. Sums are in float32.
+bit for bit, and nothing saturates; what is counted is what becomes zero. Sums are in float32.
 
 Shape suffixes: R, C, N rows and columns of any matrices.
 """
@@ -21,6 +21,10 @@ from torch.nn.functional import ScalingType
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
+ROUNDS_TO_ZERO = 2.0**-10
+"""The largest magnitude that becomes zero in e4m3: half of its smallest."""
+COUNTED = ("X", "W", "dY")
+"""The operands of a layer whose entries are counted, in the order of `counts`."""
 
 
 class Operand(NamedTuple):
@@ -34,10 +38,13 @@ class Operand(NamedTuple):
         return Operand(self.data.t(), self.scale)
 
 
-def operand(X: Tensor, *, fp8: bool) -> Operand:
+def operand(X: Tensor, *, fp8: bool, counts: Tensor | None = None) -> Operand:
     """A tensor of any shape as an operand: as it is, or rounded to e4m3.
 
     A value that is not finite makes all of them NaN in fp8, and so whatever is computed from them.
+
+    Args:
+        counts: int64 (2,), to which are added how many entries are not zero, and how many of them become zero.
     """
     if not fp8:
         return Operand(X)
@@ -45,7 +52,16 @@ def operand(X: Tensor, *, fp8: bool) -> Operand:
         return Operand(X.to(FP8), X.new_ones((), dtype=torch.float32))
     scale = X.abs().amax().float() / LARGEST
     scale = torch.where(scale == 0, 1, scale)
-    return Operand((X.float() / scale).to(FP8), scale)  # rounded once, not in 16 bits before
+    scaled = X.float() / scale  # in float32, to be rounded once
+    if counts is not None:
+        counts[0] += (scaled != 0).sum()
+        counts[1] += ((scaled != 0) & (scaled.abs() <= ROUNDS_TO_ZERO)).sum()
+    return Operand(scaled.to(FP8), scale)
+
+
+def rows_of(counts: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None, Tensor | None]:
+    """Whether a layer multiplies in fp8, which its counts, int64 (3, 2), are for; and those of X, W and dY."""
+    return (False, None, None, None) if counts is None else (True, counts[0], counts[1], counts[2])
 
 
 def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels.operands import Operand, operand, product
+from sparse_kernels.operands import Operand, operand, product, rows_of
 
 
 def scatter_kept(values_OK: Tensor, index_OK: Tensor, in_features: int) -> Tensor:
@@ -53,10 +53,11 @@ class _SparseLinear(torch.autograd.Function):
         bias_O: Tensor | None,
         index_OK: Tensor,
         survives_OK: Tensor,
-        fp8: bool,
+        counts: Tensor | None,
     ) -> Tensor:
-        X, kept = operand(X_BI, fp8=fp8), operand(values_OK.to(X_BI.dtype), fp8=fp8)
-        ctx.save_for_backward(*X, values_OK, index_OK, survives_OK)
+        fp8, of_X, of_W, _ = rows_of(counts)
+        X, kept = operand(X_BI, fp8=fp8, counts=of_X), operand(values_OK.to(X_BI.dtype), fp8=fp8, counts=of_W)
+        ctx.save_for_backward(*X, values_OK, index_OK, survives_OK, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         W_OI = Operand(scatter_kept(kept.data, index_OK, X_BI.shape[1]), kept.scale)
         return product(X, W_OI, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
@@ -64,9 +65,10 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, scale, values_OK, index_OK, survives_OK = ctx.saved_tensors
-        X, fp8, dtype = Operand(data_BI, scale), scale is not None, dY_BO.dtype
-        dY = operand(dY_BO, fp8=fp8)
+        data_BI, scale, values_OK, index_OK, survives_OK, counts = ctx.saved_tensors
+        X, dtype = Operand(data_BI, scale), dY_BO.dtype
+        fp8, _, _, of_dY = rows_of(counts)
+        dY = operand(dY_BO, fp8=fp8, counts=of_dY)
         dX_BI = dV_OK = dbias_O = None
         if ctx.needs_input_grad[0]:
             kept = operand(values_OK.to(dtype), fp8=fp8)  # what survives has the scale of all
@@ -89,8 +91,7 @@ def sparse_linear(
     bias_O: Tensor | None,
     index_OK: Tensor,
     survives_OK: Tensor,
-    *,
-    fp8: bool = False,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C} (equations 4.4-4.6).
 
@@ -102,11 +103,11 @@ def sparse_linear(
         bias_O: (O,) or None.
         index_OK: int64 (O, K), the column of each kept entry.
         survives_OK: bool (O, K), whether it is kept in W^{R,C} too.
-        fp8: round the operands of all three products to e4m3.
+        counts: int64 (3, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
 
     Returns:
         (..., O), the dtype of X.
     """
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
-    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK, fp8)
+    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK, counts)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(values_OK))

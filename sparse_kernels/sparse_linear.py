@@ -42,7 +42,8 @@ class SparseLinear(nn.Module):
         backward_scale: buffer () or None, a factor of the input gradient; see `backward_rescale`.
         adapter: a LowRankAdapter or None; its output is added.
         backend: how a 2:4 layer is computed on a GPU; see `sparse_kernels.set_backend`.
-        fp8: the operands of products in training are e4m3; see `sparse_kernels.set_fp8`.
+        fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
+            see `sparse_kernels.set_fp8`.
         dense_weight: W^R as a dense matrix (out, in) or None; see `sparse_kernels.dense_weights`. Never saved.
         conv1d: the layer was a transformers Conv1D, and `to_dense` makes it one again.
     """
@@ -52,6 +53,7 @@ class SparseLinear(nn.Module):
     row_mask_bits: Tensor
     backward_mask_bits: Tensor
     backward_scale: Tensor | None
+    fp8_counts: Tensor | None
     adapter: LowRankAdapter | None
 
     def __init__(
@@ -80,9 +82,9 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_mask_bits", masks.pack_bits(row_mask_OI))
         self.register_buffer("backward_mask_bits", masks.pack_bits(backward_mask_OI.t()))
         self.register_buffer("backward_scale", None)
+        self.register_buffer("fp8_counts", None, persistent=False)
         self.adapter = None
         self.backend: Backend = "auto"
-        self.fp8 = False
         self.dense_weight: Tensor | None = None
         self._index: Derived | None = None
         self._survives: Derived | None = None
@@ -101,8 +103,8 @@ class SparseLinear(nn.Module):
             return F.linear(X, self.dense_weight, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         if self.backward_scale is not None and self.values.requires_grad:  # a frozen layer's gradient is exact
             X = _ScaleGradient.apply(X, self.backward_scale)
-        if self.fp8 and self.training:
-            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), fp8=True)
+        if self.fp8_counts is not None and self.training:
+            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), self.fp8_counts)
         compiling = torch.compiler.is_compiling()
         if (self.n, self.m) in ops.TWO_OF_FOUR and (compiling or ops.fast(X, self.values, self.backend)):
             bits = self.row_mask_bits, self.backward_mask_bits

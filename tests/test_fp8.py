@@ -21,6 +21,7 @@ from sparse_kernels import (
     MaskedLinear,
     SparseLinear,
     fp8_layers,
+    fp8_underflow,
     mask_layers,
     set_fp8,
     sparsify,
@@ -133,6 +134,24 @@ def test_fp8_is_for_training_and_can_be_taken_back(kind: str) -> None:
     assert torch.equal(model(X), plain)
 
 
+@pytest.mark.parametrize("kind", ["linear", "masked", "sparse"])
+def test_entries_that_become_zero_are_counted(kind: str) -> None:
+    model = nn.Sequential(layers(32, 16, 0)[kind]())
+    set_fp8(model, ["0"])
+    assert fp8_underflow(model) == {}
+    X, dY = torch.randn(6, 16), torch.randn(6, 32)
+    X[0, :4], dY[1, :8] = 1e-6, 0
+    dY[2, :2] = -1e-7
+    for _ in range(2):  # a second micro-batch
+        model(X).backward(dY)
+    found = fp8_underflow(model)
+    assert found == {"X": 4 / X.numel(), "W": pytest.approx(0, abs=0.02), "dY": 2 / (dY.numel() - 8)}
+    assert fp8_underflow(model) == {}
+    model.eval()(X)
+    assert fp8_underflow(model) == {}
+    assert not any("counts" in name for name in model.state_dict())
+
+
 def test_layers_that_are_none_are_refused_before_any_changes() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
     for name in ("1", "2"):
@@ -153,11 +172,12 @@ def test_compiled_layers_compute_the_same(kind: str) -> None:
         X.grad = None
         Y = run(X)
         Y.square().sum().backward()
-        results.append([Y.detach(), *(p.grad for p in (X, *model.parameters())), fp8_layers(model)])
-    *tensors, names = zip(*results, strict=True)
+        results.append([Y.detach(), *(p.grad for p in (X, *model.parameters())), fp8_underflow(model)])
+    *tensors, counted = zip(*results, strict=True)
     for eager, compiled in tensors:
         torch.testing.assert_close(compiled, eager)
-    assert names == (["0"], ["0"])
+    assert counted[0].keys() == {"X", "W", "dY"}
+    assert counted[0] == counted[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -184,9 +204,11 @@ def test_a_run_learns_in_fp8_nearly_as_in_bf16(method: str, data: Path, tmp_path
     for precision in ("bf16", "fp8"):
         words = (f"method={method}", "model.dropout=0", f"train.precision={precision}")
         losses[precision] = pretrain(tiny(data, *words), tmp_path / precision)["loss"]
-    first = next(r for r in records(tmp_path / "fp8") if r["kind"] == "train")["loss"]
+    first, *later = (r for r in records(tmp_path / "fp8") if r["kind"] == "train")
+    (logged,) = (r for r in later if "fp8_underflow_X" in r)  # every log.every steps
+    assert all(0 <= logged[f"fp8_underflow_{name}"] < 0.5 for name in ("X", "W", "dY"))
     assert losses["fp8"] != losses["bf16"]
-    assert abs(losses["fp8"] - losses["bf16"]) < 0.1 * (first - losses["bf16"])
+    assert abs(losses["fp8"] - losses["bf16"]) < 0.1 * (first["loss"] - losses["bf16"])
 
 
 def test_precision_may_change_between_starts(data: Path, tmp_path: Path) -> None:

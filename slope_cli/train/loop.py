@@ -61,7 +61,7 @@ from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT, note_environment
 from slope_cli.utils.files import file_sha256
 from slope_cli.utils.gpus import dense_peak
-from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, fp8_underflow, kernel_choices, sparse_layers
 
 
 def pretrain(
@@ -327,6 +327,8 @@ class Trainer:
         values |= {} if self.changes.masks_changed is None else {"masks_changed": self.changes.masks_changed}
         if (rate := self.phase.rates.get(ADAPTERS)) is not None:
             values["adapters_lr"] = optim.learning_rate(rate, self.step - 1, self.config.optim)
+        if _due(self.step, self.config.log.every):
+            values |= {f"fp8_underflow_{name}": share for name, share in fp8_underflow(self.model).items()}
         values |= {"tokens": self.step * tokens, "tokens_per_s": round(tokens / seconds, 1)}
         record = log.write(output.kind, self.step, lr=lr, **values, **self._utilization(tokens / seconds))
         progress.step(record, self.speed, self._utilization(self.speed.tokens_per_s), first=first)
