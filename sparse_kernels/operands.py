@@ -81,9 +81,11 @@ def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype
     if padding := -A.shape[1] % 16:  # tokens, in a weight gradient
         A, B = _padded(A, padding), _padded(B, padding)
     whole = ScalingType.TensorWise
-    how: dict[str, Any] = {"bias": bias_N, "output_dtype": dtype}
+    fused = bias_N if dtype.itemsize == 2 else None  # a GPU's product adds no bias of 32 bits
+    how: dict[str, Any] = {"bias": fused, "output_dtype": dtype}
     # [R,C] · [C,N] -> [R,N]; in memory both matrices lie by C
-    return F.scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, whole, scale_B, whole, **how)
+    Y_RN = F.scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, whole, scale_B, whole, **how)
+    return Y_RN if bias_N is None or fused is not None else Y_RN + bias_N
 
 
 def _padded(matrix_RC: Tensor, columns: int) -> Tensor:
