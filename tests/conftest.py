@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ from support.data import prepared
 from support.runs import tiny
 
 from slope_cli.train.loop import pretrain
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later search for garbage what the imports made, which is most of all objects and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

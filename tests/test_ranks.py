@@ -1,18 +1,18 @@
 """Runs of several processes: the same run as one process makes, stopped together, ended together."""
 
-import functools
 import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.data import prepared
+from support.data import prepared, scratch
 from support.ranks import Ranks, together
 from support.runs import RECIPE, final_state, records, sized, slope, tiny, trained
 from torch import Tensor, nn
@@ -302,14 +302,14 @@ def _without(absent: int, rank: int) -> None:
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=3", out=tmp_path / "run")
-    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=functools.partial(_without, 1))
+    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=partial(_without, 1))
     assert ranks.finish(60) == [1, 7, 1]
     assert "error: rank 1 did not come within 3 s" in ranks.printed(0)
 
 
 def test_without_rank_0_the_others_end_in_time_with_a_line(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=2", out=tmp_path / "run")
-    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=functools.partial(_without, 0))
+    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=partial(_without, 0))
     assert ranks.finish(60) == [7, 1]
     (line,) = ranks.printed(1).splitlines()
     assert "rank 0 did not answer at 127.0.0.1:" in line
@@ -401,18 +401,26 @@ def test_a_model_that_rank_0_alone_has_is_split_bit_for_bit(model: str, finished
     together(world, _split_from_rank_0, tiny("unused", *more, model=model), Layout("fsdp", world, "block"))
 
 
+@cache
+def not_split(method: str) -> Path:
+    """A run of one process by a method of SPLIT."""
+    settings, world = (*SPLIT[method], "train.micro_batch=1"), 2 if method == "fst" else 1  # each rank prunes at random
+    run = scratch() / f"not-split-{method}"
+    assert Ranks(world, words(*settings, out=run), scratch() / f"logs-{method}").finish() == [0] * world
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gather", GATHERS)
 @pytest.mark.parametrize("method", SPLIT)
 def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp_path: Path) -> None:
-    settings, whole = (*SPLIT[method], "train.micro_batch=1"), 2 if method == "fst" else 1  # each rank prunes at random
-    assert Ranks(whole, words(*settings, out=tmp_path / "whole"), tmp_path / "logs").finish() == [0] * whole
+    settings, whole = (*SPLIT[method], "train.micro_batch=1"), not_split(method)
     for world in (2, 4) if method == "sparse, adapters join" else (2,):
         split = ("distributed.layout=fsdp", f"distributed.gather={gather}")
         ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
         assert ranks.finish() == [0] * world, ranks.printed()
-        assert_close(tmp_path / f"{world}", tmp_path / "whole")
-        ours, theirs = (dict(load_model(tmp_path / name).model.named_buffers()) for name in (f"{world}", "whole"))
+        assert_close(tmp_path / f"{world}", whole)
+        ours, theirs = (dict(load_model(run).model.named_buffers()) for run in (tmp_path / f"{world}", whole))
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
 

@@ -170,8 +170,8 @@ def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        ("linearize.adjust_maps=true",),
-        pytest.param((), marks=pytest.mark.slow),
+        (),
+        pytest.param(("linearize.adjust_maps=true",), marks=pytest.mark.slow),
         pytest.param(("distill.share=0.5",), marks=pytest.mark.slow),
     ],
 )
