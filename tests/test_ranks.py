@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -49,6 +50,15 @@ def assert_close(run: Path, other: Path, tolerance: float = 1e-4) -> None:
     ours, theirs = numbers(run), numbers(other)
     assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
     assert max(abs(a[2] - b[2]) / max(1, abs(b[2])) for a, b in zip(ours, theirs, strict=True)) < tolerance
+
+
+@cache
+def not_split(command: Callable[..., list[str]], *more: str, world: int = 1) -> Path:
+    """A finished run of a command with whole weights, trained once. It is read only."""
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    ranks = Ranks(world, command(*more, out=folder / "run"), folder / "logs")
+    assert ranks.finish() == [0] * world, ranks.printed()
+    return folder / "run"
 
 
 METHODS = {
@@ -106,11 +116,9 @@ def linearizing(*more: str, out: Path) -> list[str]:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_two_processes_linearize_as_one(tmp_path: Path, share: float, layout: tuple[str, ...]) -> None:
     more = (f"distill.share={share}", "linearize.adjust_maps=true")
-    for world, split in ((1, ()), (2, layout)):
-        command = linearizing(*more, *split, out=tmp_path / f"{world}")
-        ranks = Ranks(world, command, tmp_path / f"logs-{world}")
-        assert ranks.finish() == [0] * world, ranks.printed()
-    assert_close(tmp_path / "2", tmp_path / "1")
+    ranks = Ranks(2, linearizing(*more, *layout, out=tmp_path / "2"), tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    assert_close(tmp_path / "2", not_split(linearizing, *more))
 
 
 def _has_allocated(rank: int) -> None:
@@ -401,20 +409,12 @@ def test_a_model_that_rank_0_alone_has_is_split_bit_for_bit(model: str, finished
     together(world, _split_from_rank_0, tiny("unused", *more, model=model), Layout("fsdp", world, "block"))
 
 
-@cache
-def not_split(method: str) -> Path:
-    """A run of one process by a method of SPLIT."""
-    settings, world = (*SPLIT[method], "train.micro_batch=1"), 2 if method == "fst" else 1  # each rank prunes at random
-    run = scratch() / f"not-split-{method}"
-    assert Ranks(world, words(*settings, out=run), scratch() / f"logs-{method}").finish() == [0] * world
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("gather", GATHERS)
 @pytest.mark.parametrize("method", SPLIT)
 def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp_path: Path) -> None:
-    settings, whole = (*SPLIT[method], "train.micro_batch=1"), not_split(method)
+    settings = (*SPLIT[method], "train.micro_batch=1")
+    whole = not_split(words, *settings, world=2 if method == "fst" else 1)  # each rank prunes at random
     for world in (2, 4) if method == "sparse, adapters join" else (2,):
         split = ("distributed.layout=fsdp", f"distributed.gather={gather}")
         ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
