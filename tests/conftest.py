@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,29 @@ from support.data import prepared
 from support.runs import tiny
 
 from slope_cli.train.loop import pretrain
+
+LONGEST = (
+    *("ranks", "linearize_run", "resume", "evaluate", "compare", "sharded_checkpoint", "docs", "kills", "train"),
+    *("bench_linearize", "bench_generate", "runs", "prepare", "phases", "sft", "install", "equal_time", "wandb"),
+)
+"""The files that take longest, with their slow tests."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from an order of its own, in which the files of most tests are first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process works on when the others have ended."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later search for garbage what the imports made, which is most of all objects and stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,11 +2,10 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.runs import slope
 
 from slope_cli.errors import ADVICE, SlopeError, os_reason
 from slope_cli.utils import files, jsonl
@@ -42,10 +41,9 @@ def test_a_folder_that_cannot_be_made_or_locked(tmp_path: Path) -> None:
 
 def test_the_command_line_says_it_too(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    words = ["pretrain", "gpt2-nano", "--out", str(tmp_path / "file/run")]
-    done = subprocess.run([sys.executable, "-P", "-m", "slope_cli", *words], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'file/run'}: cannot be made or read: {IN_THE_WAY}\n"
+    done = slope("pretrain", "gpt2-nano", "--out", tmp_path / "file/run")
+    assert done.code == 2
+    assert done.err == f"error: {tmp_path / 'file/run'}: cannot be made or read: {IN_THE_WAY}\n"
 
 
 def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:

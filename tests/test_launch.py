@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.runs import slope
 
-import sparse_kernels
+import slope_cli
 from slope_cli import cli
 from slope_cli.distributed import launch
 from slope_cli.distributed.launch import pick_device, require_one_process
@@ -233,12 +233,10 @@ def test_a_child_process_imports_nothing_from_the_working_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", inherited.replace("HERE", str(tmp_path / "link")))
     monkeypatch.setattr(sys, "path", ["", ".", str(tmp_path), str(tmp_path / "link"), *sys.path])
-    command, environment = children.python(
-        "import json, sparse_kernels; print(sparse_kernels.__file__, *sys.argv[1:])", "ab"
-    )
+    command, environment = children.python("import json, slope_cli; print(slope_cli.__file__, *sys.argv[1:])", "ab")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{sparse_kernels.__file__} a b\n"
+    assert done.stdout == f"{slope_cli.__file__} a b\n"
 
 
 def test_the_workers_of_prepare_import_nothing_from_the_working_folder(tmp_path: Path) -> None:

@@ -51,9 +51,9 @@ WORDS = (
 )
 SMALL_BERT = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 BASES: dict[str, tuple[str, ...]] = {
-    "dense": ("gpt2-nano", "method=dense", "train.steps=200"),
-    "sparse": ("gpt2-nano", "train.steps=200"),
-    "llama": ("llama3-8b", "method=dense", "train.steps=200"),
+    "dense": ("gpt2-nano", "method=dense", "train.steps=120"),
+    "sparse": ("gpt2-nano", "train.steps=120"),
+    "llama": ("llama3-8b", "method=dense", "train.steps=120"),
     "opt": ("opt-125m", "train.steps=20"),
     "masked": ("gpt2-nano", "method=sr_ste"),
     "bert": ("bert-base", "method=dense"),

@@ -1,18 +1,19 @@
 """Runs of several processes: the same run as one process makes, stopped together, ended together."""
 
-import functools
 import json
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.data import prepared
+from support.data import prepared, scratch
 from support.ranks import Ranks, together
 from support.runs import RECIPE, final_state, records, sized, slope, tiny, trained
 from torch import Tensor, nn
@@ -49,6 +50,15 @@ def assert_close(run: Path, other: Path, tolerance: float = 1e-4) -> None:
     ours, theirs = numbers(run), numbers(other)
     assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
     assert max(abs(a[2] - b[2]) / max(1, abs(b[2])) for a, b in zip(ours, theirs, strict=True)) < tolerance
+
+
+@cache
+def not_split(command: Callable[..., list[str]], *more: str, world: int = 1) -> Path:
+    """A finished run of a command with whole weights, trained once. It is read only."""
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    ranks = Ranks(world, command(*more, out=folder / "run"), folder / "logs")
+    assert ranks.finish() == [0] * world, ranks.printed()
+    return folder / "run"
 
 
 METHODS = {
@@ -106,11 +116,9 @@ def linearizing(*more: str, out: Path) -> list[str]:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_two_processes_linearize_as_one(tmp_path: Path, share: float, layout: tuple[str, ...]) -> None:
     more = (f"distill.share={share}", "linearize.adjust_maps=true")
-    for world, split in ((1, ()), (2, layout)):
-        command = linearizing(*more, *split, out=tmp_path / f"{world}")
-        ranks = Ranks(world, command, tmp_path / f"logs-{world}")
-        assert ranks.finish() == [0] * world, ranks.printed()
-    assert_close(tmp_path / "2", tmp_path / "1")
+    ranks = Ranks(2, linearizing(*more, *layout, out=tmp_path / "2"), tmp_path / "logs")
+    assert ranks.finish() == [0, 0], ranks.printed()
+    assert_close(tmp_path / "2", not_split(linearizing, *more))
 
 
 def _has_allocated(rank: int) -> None:
@@ -302,14 +310,14 @@ def _without(absent: int, rank: int) -> None:
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=3", out=tmp_path / "run")
-    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=functools.partial(_without, 1))
+    ranks = Ranks(3, command, tmp_path / "logs", prepare_child=partial(_without, 1))
     assert ranks.finish(60) == [1, 7, 1]
     assert "error: rank 1 did not come within 3 s" in ranks.printed(0)
 
 
 def test_without_rank_0_the_others_end_in_time_with_a_line(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=2", out=tmp_path / "run")
-    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=functools.partial(_without, 0))
+    ranks = Ranks(2, command, tmp_path / "logs", prepare_child=partial(_without, 0))
     assert ranks.finish(60) == [7, 1]
     (line,) = ranks.printed(1).splitlines()
     assert "rank 0 did not answer at 127.0.0.1:" in line
@@ -405,14 +413,14 @@ def test_a_model_that_rank_0_alone_has_is_split_bit_for_bit(model: str, finished
 @pytest.mark.parametrize("gather", GATHERS)
 @pytest.mark.parametrize("method", SPLIT)
 def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp_path: Path) -> None:
-    settings, whole = (*SPLIT[method], "train.micro_batch=1"), 2 if method == "fst" else 1  # each rank prunes at random
-    assert Ranks(whole, words(*settings, out=tmp_path / "whole"), tmp_path / "logs").finish() == [0] * whole
+    settings = (*SPLIT[method], "train.micro_batch=1")
+    whole = not_split(words, *settings, world=2 if method == "fst" else 1)  # each rank prunes at random
     for world in (2, 4) if method == "sparse, adapters join" else (2,):
         split = ("distributed.layout=fsdp", f"distributed.gather={gather}")
         ranks = Ranks(world, words(*settings, *split, out=tmp_path / f"{world}"), tmp_path / f"logs-{world}")
         assert ranks.finish() == [0] * world, ranks.printed()
-        assert_close(tmp_path / f"{world}", tmp_path / "whole")
-        ours, theirs = (dict(load_model(tmp_path / name).model.named_buffers()) for name in (f"{world}", "whole"))
+        assert_close(tmp_path / f"{world}", whole)
+        ours, theirs = (dict(load_model(run).model.named_buffers()) for run in (tmp_path / f"{world}", whole))
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
 

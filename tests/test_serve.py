@@ -13,7 +13,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from support.data import scratch
 from support.runs import slope, trained
@@ -33,8 +32,10 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    """OpenAI's own."""
+def client(server: Server) -> Iterator[Any]:
+    """OpenAI's own, an import of seconds that not every process of the tests needs."""
+    import openai
+
     with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -42,7 +43,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
-def test_a_completion(client: openai.OpenAI) -> None:
+def test_a_completion(client: Any) -> None:
     answer = client.completions.create(model="tiny-chat", prompt="The wind", max_tokens=20, temperature=0)
     assert [choice.text for choice in answer.choices] == [greedy("The wind")]
     assert (answer.choices[0].finish_reason, answer.model) == ("length", "tiny-chat")
@@ -54,7 +55,7 @@ def test_a_completion(client: openai.OpenAI) -> None:
     }
 
 
-def test_twenty_at_once_have_the_texts_of_the_engine_alone(client: openai.OpenAI) -> None:
+def test_twenty_at_once_have_the_texts_of_the_engine_alone(client: Any) -> None:
     prompts = ["The wind was cold. " * (1 + i % 4) + str(i) for i in range(20)]
 
     def text(prompt: str) -> str:
@@ -66,7 +67,7 @@ def test_twenty_at_once_have_the_texts_of_the_engine_alone(client: openai.OpenAI
     assert len(set(texts)) > 10
 
 
-def test_a_stream(client: openai.OpenAI) -> None:
+def test_a_stream(client: Any) -> None:
     how: dict[str, Any] = {"model": "tiny-chat", "prompt": "The wind", "max_tokens": 20, "temperature": 0}
     parts = list(client.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     *texts, last = parts
@@ -86,7 +87,7 @@ def test_a_stream_by_plain_http(server: Server) -> None:
     assert not any("usage" in part for part in parts)
 
 
-def test_choices_of_a_seed_and_of_several_prompts(client: openai.OpenAI) -> None:
+def test_choices_of_a_seed_and_of_several_prompts(client: Any) -> None:
     how: dict[str, Any] = {"model": "tiny-chat", "max_tokens": 12, "temperature": 1.5, "top_p": 0.9}
     answer = client.completions.create(**how, prompt=["The ", "A dog"], n=2, seed=-1)
     seeds = (2**63 - 1, 0)
@@ -102,7 +103,7 @@ def test_choices_of_a_seed_and_of_several_prompts(client: openai.OpenAI) -> None
     )
 
 
-def test_prompts_of_ids(client: openai.OpenAI) -> None:
+def test_prompts_of_ids(client: Any) -> None:
     how: dict[str, Any] = {"model": "tiny-chat", "max_tokens": 6, "temperature": 0}
     for prompt, count in (([84, 104], 1), ([[84, 104], [65]], 2)):
         choices = client.completions.create(**how, prompt=prompt).choices
@@ -110,7 +111,7 @@ def test_prompts_of_ids(client: openai.OpenAI) -> None:
         assert [choice.text for choice in choices] == expected
 
 
-def test_stop_strings(client: openai.OpenAI) -> None:
+def test_stop_strings(client: Any) -> None:
     whole = greedy("The wind", 16)
     for stop in (whole[4:6], [whole[4:6], "never"]):
         answer = client.completions.create(model="tiny-chat", prompt="The wind", stop=stop, temperature=0)
@@ -118,7 +119,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_chat(client: openai.OpenAI) -> None:
+def test_a_chat(client: Any) -> None:
     ids = loaded_model().tokenizer("system: Be brief.\nuser: Hello\nassistant: ").input_ids
     messages: Any = [
         {"role": "system", "content": "Be brief."},
@@ -160,14 +161,16 @@ def test_a_run_is_served_and_has_no_chat(form: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- requests and limits
 
 
-def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
+def test_models_and_health(server: Server, client: Any) -> None:
+    from openai import NotFoundError
+
     assert [entry.id for entry in client.models.list()] == ["tiny-chat"]
     assert client.models.retrieve("tiny-chat").model_dump()["max_model_len"] == 256
     assert server.ask("/health") == (200, {"status": "ok", "running": 0, "waiting": 0})
     assert server.ask("/health", {})[0] == 405  # which the log has, unlike what came before
     server.wait_for("POST  /health  405")
     assert "GET  /health  " not in server.printed()
-    with pytest.raises(openai.NotFoundError, match="model 'gpt-9' is not served here; this is 'tiny-chat'"):
+    with pytest.raises(NotFoundError, match="model 'gpt-9' is not served here; this is 'tiny-chat'"):
         client.completions.create(model="gpt-9", prompt="The ")
 
 
@@ -208,7 +211,7 @@ def test_a_bad_request_is_a_sentence(body: Any, sentence: str, stream: bool, ser
     assert answer["error"]["message"].startswith(sentence)
 
 
-def test_parameters_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
+def test_parameters_that_ask_for_nothing_are_taken(client: Any) -> None:
     neutral: dict[str, Any] = {"best_of": 1, "echo": False, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me"}
     how: dict[str, Any] = {"model": "tiny-chat", "prompt": "The ", "max_tokens": 3, "temperature": 0}
     assert client.completions.create(**how, **neutral, logprobs=None).choices[0].text == greedy("The ", 3)
@@ -216,9 +219,11 @@ def test_parameters_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> Non
     client.chat.completions.create(model="tiny-chat", messages=messages, max_tokens=1, logprobs=False, tools=[])
 
 
-def test_messages_that_the_template_refuses(client: openai.OpenAI) -> None:
+def test_messages_that_the_template_refuses(client: Any) -> None:
+    from openai import BadRequestError
+
     messages: Any = [{"role": "critic", "content": "4"}]
-    with pytest.raises(openai.BadRequestError, match="chat template refuses them: no critic here"):
+    with pytest.raises(BadRequestError, match="chat template refuses them: no critic here"):
         client.chat.completions.create(model="tiny-chat", messages=messages)
 
 

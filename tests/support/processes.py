@@ -1,6 +1,7 @@
 """Runs in processes of their own that can be killed at any operation on the disk, and a disk that is full."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -75,11 +76,12 @@ def run_command(
 
 
 def _begin(log: Path, flag: int) -> None:
-    """In a child: print to a file, and compute in one thread."""
+    """In a child: print to a file, compute in one thread, and search for garbage only among what is new."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | flag)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None, args: tuple[Any, ...]) -> None:

@@ -1,5 +1,6 @@
 """Commands, or a function, as several ranks on this machine, which meet by torchrun's variables."""
 
+import gc
 import os
 import signal
 import socket
@@ -104,6 +105,7 @@ def together(world: int, work: Callable[..., Any], *args: Any, seconds: float = 
 def _rank(pipe: Any, variables: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
+    gc.freeze()
     try:
         group = join(ranks(), torch.device("cpu"))
         result: Any = (work(group, *args),)
