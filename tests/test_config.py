@@ -665,6 +665,8 @@ def test_the_largest_seed_and_existing_devices_are_accepted(word: str) -> None:
         ("method=fst adapters.lr=1e-3", "adapters.lr=0.001", "method=fst"),
         ("adapters.rank=0 adapters.lr=1e-3", "adapters.lr=0.001", "adapters.rank=0"),
         ("adapters.schedule=run adapters.warmup=7", "adapters.warmup=7.0", "adapters.schedule=run"),
+        ("train.precision=bf16 train.bf16_finish=0.1", "train.bf16_finish=0.1", "train.precision=bf16"),
+        ("optim.schedule=wsd optim.power=2", "optim.power=2.0", "optim.schedule=wsd"),
         ("method=linearize sparsity.n=1", "sparsity.n=1", "method=linearize"),
         ("method=linearize adapters.start=0.5", "adapters.start=0.5", "method=linearize"),
         ("method=linearize optim.weight_decay=0.3", "optim.weight_decay=0.3", "method=linearize"),

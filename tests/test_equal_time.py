@@ -382,6 +382,16 @@ def test_budgets_are_read_back() -> None:
     assert from_json(Budget, json.loads(json.dumps(asdict(own)))) == own
 
 
+def test_times_are_measured_again_for_what_they_depend_on_alone() -> None:
+    def key(*overrides: str) -> str:
+        return step_times.key_of(configs.load(str(RECIPE), words("optim.name=muon", *overrides)))
+
+    same = ("optim.lr=3e-3", "optim.muon_lr=1e-3", "train.seed=9", "train.steps=77", "log.every=3")
+    assert {key(each) for each in same} == {key()}
+    other = ("train.precision=bf16", "train.precision=fp8", "optim.name=adamw", "model.overrides.n_layer=1")
+    assert len({key(), *map(key, other)}) == 1 + len(other)
+
+
 @pytest.mark.slow
 def test_a_whole_comparison_at_equal_time_in_processes_of_its_own(tmp_path: Path) -> None:
     options = ["--methods", "dense,slope", "--equal", "time", "--exchange", "0.5", "--out", tmp_path, "--json"]

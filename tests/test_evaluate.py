@@ -545,6 +545,8 @@ def test_an_unknown_task_and_a_missing_program(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(task_index={}, all_tasks=everything))
     with pytest.raises(UsageError, match=r"^--tasks helaswag: unknown task; did you mean hellaswag\?$"):
         evaluate(trained(), task_names=["helaswag"])
+    with pytest.raises(UsageError, match=r"^--tasks recal: unknown task; did you mean recall\?$"):
+        evaluate(trained(), task_names=["recal"])
     with pytest.raises(UsageError, match=r"^--tasks xyzzy: unknown task; `lm-eval ls tasks` lists them$"):
         evaluate(trained(), task_names=["xyzzy"])
     with pytest.raises(UsageError, match=r"^--tasks no\.yaml: is no task \(.*No such file"):

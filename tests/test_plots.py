@@ -210,6 +210,10 @@ def test_without_out_a_picture_lies_in_its_run_or_has_the_names_of_its_runs(
     assert slope("plot", "runs/a").out == "runs/a/loss.png\nruns/a/loss.svg\n"
     assert slope("plot", "runs/a", "runs/b").out == "loss-a-b.png\nloss-a-b.svg\n"
     assert slope("plot", *(f"runs/{name}" for name in names)).out.splitlines()[0] == "loss-a-b-c-2-more.png"
+    long = [run.rename(run.with_name(run.name + 100 * "ä")) for run in map(Path, ("runs/a", "runs/b", "runs/c"))]
+    files = slope("plot", *long).out.splitlines()
+    assert files[0].startswith("loss-aä")
+    assert all(Path(file).is_file() for file in files)
     assert (tmp_path / "loss.png").read_text() == "another picture"
 
 

@@ -208,7 +208,8 @@ def test_a_process_that_sees_the_old_folder_waits_for_the_new_one(run: Path, mon
 
 
 def test_what_the_new_run_needs_is_not_replaced(data: Path, run: Path) -> None:
-    for words in ([f"model.init={run}"], [f"data.path={run / 'data'}"]):
+    teacher = ["distill.share=0.5", f"distill.teacher={run}@12"]
+    for words in ([f"model.init={run}"], [f"data.path={run / 'data'}"], teacher):
         with pytest.raises(UsageError, match="is in the run that --overwrite replaces"):
             pretrain(tiny(data, *words), run, existing="replace")
     assert store.newest_step(run) == 12

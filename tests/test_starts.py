@@ -184,6 +184,43 @@ def test_a_run_that_is_there_stays_as_it_was_if_a_start_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("existing", ["resume", "replace", None])
+def test_what_others_write_while_a_start_fails_stays(
+    existing: run_folder.Existing | None, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command may export a run, or its user take notes, while a start compiles or waits for memory."""
+    run = tmp_path / "run"
+    if existing:
+        shutil.copytree(finished, run)
+        (run / "finetune").mkdir()
+    before = contents(run)
+
+    def step(_: Trainer) -> object:
+        (run / "exported").mkdir()
+        (run / "exported" / "model.safetensors").write_text("weights")
+        (run / "notes.md").write_text("mine")
+        (run / "finetune").mkdir(exist_ok=True)
+        raise SlopeError("the machine is too small")
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(SlopeError, match="too small"):
+        pretrain(tiny(data, "train.steps=20"), run, existing=existing or "resume")
+    others = {"exported": b"", "exported/model.safetensors": b"weights", "notes.md": b"mine", "finetune": b""}
+    if existing == "replace":
+        others["finetune-1"] = b""
+    assert contents(run) == before | others
+
+
+def test_the_names_of_what_a_run_writes_are_known(data: Path, tmp_path: Path) -> None:
+    words = ("data.path=embedded", "train.steps=2", "adapters.start=0.5", "log.tensorboard=true")
+    pretrain(tiny(data, *words), tmp_path / "run")
+    again = ("distill.share=0.5", f"distill.teacher={tmp_path / 'run'}")
+    pretrain(tiny(data, *words, *again), tmp_path / "taught")
+    names = {path.name for run in ("run", "taught") for path in (tmp_path / run).iterdir()}
+    assert {name for name in names if not run_folder.OWN.fullmatch(name)} == set()
+    assert names >= {"config.yaml", "base.json", "data", "tensorboard", "loss.png"}
+
+
 def test_what_fails_in_the_first_step_leaves_nothing_and_in_a_later_one_stays(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

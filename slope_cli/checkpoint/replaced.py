@@ -4,7 +4,9 @@ The folder is renamed as a whole to .replacing-RUN beside it, and becomes RUN/re
 finds it under the first name was preceded by a kill, and does the rest.
 """
 
+import itertools
 import os
+import re
 import time
 from pathlib import Path
 
@@ -51,13 +53,19 @@ def finish(run: Path) -> None:
     files.remove(moved)
 
 
-def put_back(run: Path) -> None:
-    """Undo what `move_away` and `finish` have done, for a new run that has come to nothing; OSError if that fails."""
+def put_back(run: Path, written: re.Pattern[str]) -> None:
+    """Undo what `move_away` and `finish` have done, for a new run that has come to nothing; OSError if that fails.
+
+    Args:
+        written: the names of what a run writes. All else that is in the folder comes along, under another name if the
+            run before has such a name, too.
+    """
     own = run.resolve()
     moved = _moved(own)
     os.rename(own / store.REPLACED, moved)
-    for log in (path for path in own.iterdir() if path.suffix in LOG_ENDINGS):
-        os.rename(log, moved / log.name)
+    for path in (path for path in own.iterdir() if not written.fullmatch(path.name)):
+        names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(1)))
+        os.rename(path, next(moved / name for name in names if not os.path.lexists(moved / name)))
     files.remove(own)
     os.rename(moved, own)
 

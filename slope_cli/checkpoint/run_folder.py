@@ -2,11 +2,14 @@
 
 RUN/config.yaml          the resolved configuration
 RUN/environment.jsonl    a line for each start: versions, source, machine
+RUN/starts.jsonl         what each start achieved
+RUN/verified.json        the token files that were hashed
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
 RUN/wandb.id             of a run that is mirrored to Weights & Biases
 RUN/checkpoints/step-*   see slope_cli.checkpoint.store
 RUN/tokenizer/           for generate and export
-RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains
+RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains.
+                         In a run that learns from a teacher, the teacher
 RUN/data/                the embedded text as tokens, in a run that trains on it
 RUN/loss.png, loss.svg   drawn at the end
 RUN/replaced/            the run that was there before, until this one has a checkpoint; see checkpoint/replaced.py
@@ -16,6 +19,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -34,6 +38,11 @@ from slope_cli.utils.environment import source_version
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+OWN = re.compile(
+    r"config\.yaml|(environment|metrics|starts)\.jsonl|verified\.json|tensorboard|wandb\.id|checkpoints|tokenizer"
+    r"|base\.json|base|data|loss\.(png|svg)|\.lock(-.*)?|\..*\.tmp|\.tmp-.*"
+)
+"""The names of what a run writes in its folder; other files and folders are the user's, or of other commands."""
 SEAL = "# sha256 of the lines above: "
 Existing = Literal["resume", "refuse", "replace"]
 """What a start does with a run that is in its folder."""
@@ -44,6 +53,7 @@ def claimed(run: Path, config: Config, existing: Existing, begun: Callable[[], b
     """Hold the folder of a new run, or of this very run, for this process.
 
     What fails before a step is finished leaves the folder as it was: absent, empty, or with the run that was there.
+    What others have written to it meanwhile stays.
 
     Args:
         begun: whether this start has finished a step.
@@ -81,7 +91,7 @@ def claimed(run: Path, config: Config, existing: Existing, begun: Callable[[], b
             if not begun():
                 with contextlib.suppress(OSError):  # why the start failed matters more
                     if replaces:
-                        replaced.put_back(run)
+                        replaced.put_back(run, OWN)
                         print(f"{run}: holds the run again that was there before", file=sys.stderr)
                     else:
                         before.restore()
@@ -101,9 +111,9 @@ class _Before:
         self._contents = {path: path.read_bytes() for path in written if path.is_file()}
 
     def restore(self) -> None:
-        """Remove what has come since then, but for logs of batch systems, and bring back what was."""
+        """Remove what a run has written since then, and bring back what was."""
         for path in self._run.iterdir():
-            if path.name not in self._names and path.suffix not in replaced.LOG_ENDINGS:
+            if path.name not in self._names and OWN.fullmatch(path.name):
                 files.remove(path)
         for path, content in self._contents.items():
             if path.read_bytes() != content:
@@ -116,7 +126,8 @@ class _Before:
 
 def _require_apart(run: Path, config: Config) -> None:
     """UsageError if a new run needs something of the folder of the run that it replaces."""
-    for key, path in (("model.init", config.model.init), ("data.path", config.data.path)):
+    needed = {"model.init": config.model.init, "data.path": config.data.path, "distill.teacher": config.distill.teacher}
+    for key, path in needed.items():
         if path and place(path)[0].resolve().is_relative_to(run.resolve()):
             raise UsageError(f"{key}={path}: is in the run that --overwrite replaces; choose another --out")
 

@@ -244,7 +244,9 @@ def compare(
         from slope_cli.compare.variants import numbers
 
         if runs:
-            if given := next((name for name, value in (("equal", equal), ("exchange", exchange)) if value), None):
+            if given := next(
+                (name for name, value in (("equal", equal), ("exchange", exchange)) if value is not None), None
+            ):
                 raise UsageError(f"--{given}: is for runs that are still to be trained; leave it out with --runs")
             result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
         else:

@@ -42,7 +42,7 @@ from sparse_kernels import children
 
 FILE = "step-times.jsonl"
 TIMING = Timing(warm_up=3, rounds=9, round_seconds=0.2, most_calls=50, heat_seconds=3.0)
-_NO_EFFECT = (MICRO_BATCH, "train.seed", "train.steps", "train.extended", "optim.lr", "adapters.lr")
+_NO_EFFECT = (MICRO_BATCH, "train.seed", "train.steps", "train.extended", "optim.lr", "optim.muon_lr", "adapters.lr")
 """Keys that may change without another measurement: the micro-batch as in a run that resumes."""
 
 
@@ -70,7 +70,7 @@ class StepTime:
 
 def key_of(config: Config) -> str:
     """The hash of what a step's time depends on."""
-    keys = configs.fixed(config)
+    keys = {**configs.fixed(config), "train.precision": config.train.precision}
     return content_sha256({key: value for key, value in keys.items() if key not in _NO_EFFECT})
 
 

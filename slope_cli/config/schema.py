@@ -281,6 +281,8 @@ class OptimConfig(Section, section="optim"):
         unused = {} if self.name == "muon" else dict.fromkeys(("muon_lr", "momentum"), f"optim.name={self.name}")
         if self.schedule != "wsd":
             unused |= dict.fromkeys(("decay", "decay_shape"), f"optim.schedule={self.schedule}")
+        if self.schedule != "polynomial":
+            unused["power"] = f"optim.schedule={self.schedule}"
         if config.method != "linearize":
             return unused
         unused["weight_decay"] = "method=linearize"
@@ -346,6 +348,9 @@ class TrainConfig(Section, section="train"):
         tokens = self.micro_batch * self.seq_len
         rule = f"must be a multiple of train.micro_batch * train.seq_len = {tokens}"
         self._need(self.tokens_per_step % tokens == 0, "tokens_per_step", rule)
+
+    def unused(self, config: Config) -> dict[str, str]:
+        return {} if self.precision == "fp8" else {"bf16_finish": f"train.precision={self.precision}"}
 
     def step_at(self, share: float, *, rest: int = 1) -> int:
         """The step, counted from 0, at a share of the run, with `rest` steps at least from there on.

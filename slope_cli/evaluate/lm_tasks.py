@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.distributed.collectives import Group
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, first_line, missing
+from slope_cli.evaluate.recall_items import GROUP, TASKS
 from slope_cli.evaluate.rows import member_name, members, require_answers, unreadable, use_files
 from slope_cli.utils.files import atomic_file
 
@@ -87,7 +88,7 @@ class Registry:
                 return names
         for name in names:
             if name not in self._manager.task_index:
-                hint = did_you_mean(name, self._manager.all_tasks, "`lm-eval ls tasks` lists them")
+                hint = did_you_mean(name, [GROUP, *TASKS, *self._manager.all_tasks], "`lm-eval ls tasks` lists them")
                 raise UsageError(f"--tasks {name}: unknown task; {hint}")
         return names
 

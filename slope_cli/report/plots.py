@@ -1,6 +1,7 @@
 """Loss curves of one or several runs, or of variants over seeds, as PNG and SVG."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ MOST_ROWS = 24
 
 NAMED = 3
 """The runs whose names are in that of a picture."""
+NAME_BYTES = 60
+"""Of the name of each of several runs there: a file's name has 255 bytes at most."""
 SHOWN = 2000
 """The points of a curve that a picture has room for."""
 
@@ -36,7 +39,7 @@ def default_path(runs: Sequence[Path]) -> Path:
     """Where the picture of runs belongs: RUN/loss of one; of several loss-NAME-NAME here, by the runs' names."""
     if len(runs) == 1:
         return runs[0] / "loss"
-    names = [run.resolve().name for run in runs]
+    names = [os.fsencode(run.resolve().name)[:NAME_BYTES].decode(errors="ignore") for run in runs]
     more = [f"{len(names) - NAMED}-more"] if len(names) > NAMED else []
     return Path("-".join(["loss", *names[:NAMED], *more]))
 
