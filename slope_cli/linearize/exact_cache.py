@@ -127,6 +127,7 @@ def no_entries(k_BGSD: Tensor, v_BGSD: Tensor, count: int) -> Entries:
     return Entries(keys, values, torch.full(keys.shape[:3], -1, device=keys.device))
 
 
+@torch.compiler.disable  # a compiler would unroll it: minutes for a long sequence, and anew for each length
 def _scan(
     queries: int,
     k_BGSD: Tensor,
