@@ -203,7 +203,8 @@ class Decoder:
     """Greedy decoding of `batch` sequences of `length` tokens, a step at a time.
 
     Attributes:
-        graphed: whether a step is replayed from a CUDA graph; a terrace's is not, since its cache makes new tensors.
+        graphed: whether a step is replayed from a CUDA graph; a terrace's and an exact
+            cache's is not, since their memory makes new tensors.
         remembered: bytes of the cache.
     """
 
@@ -219,7 +220,7 @@ class Decoder:
         self.graphed = False
         for _ in range(timing.warm_up):
             self.run()
-        if graphed and not any(window.pattern.terrace for window in linear_windows(model).values()):
+        if graphed and not any(window.pattern.blockwise for window in linear_windows(model).values()):
             self._capture()
 
     def run(self) -> None:

@@ -57,7 +57,8 @@ def test_a_full_cache_gives_the_logits_of_a_growing_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"window": 8}, {"window": 8, "keep_softmax": [1]}, {"window": 4, "kind": "terrace"}]
+    "settings",
+    [{"window": 8}, {"window": 8, "keep_softmax": [1]}, {"window": 4, "kind": "terrace"}, {"window": 4, "cache": 8}],
 )
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_estimated_memory_is_that_of_the_cache(name: str, settings: dict[str, Any]) -> None:

@@ -132,7 +132,14 @@ def test_scaled_rotary_positions(rope_type: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize(
-    "form", [{"window": 5}, {"window": 4, "kind": "terrace"}, {"window": 1}, {"window": 8, "keep_softmax": [1]}]
+    "form",
+    [
+        {"window": 5},
+        {"window": 4, "kind": "terrace"},
+        {"window": 4, "cache": 6},
+        {"window": 1},
+        {"window": 8, "keep_softmax": [1]},
+    ],
 )
 def test_a_linearized_model_continues_as_in_transformers(name: str, form: dict[str, Any]) -> None:
     check(linearized(name, **form), {"max_batch": 3})

@@ -679,6 +679,43 @@ def test_what_is_linearized_already_is_refused_by_a_dry_run_too(tmp_path: Path) 
             assert line == f"{init}: is linearized already; give the model that it was made of"
 
 
+def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
+    done, folder = linearized("llama", "linearize.cache=6", "train.steps=12"), tmp_path / "export"
+    assert done.records("transfer")[-1]["mse"] < done.records("transfer")[0]["mse"]
+    assert slope("export", done.run, folder).code == 0
+    models = [load_model(place).model for place in (done.run, folder)]
+    assert all(linear.pattern.cache == 6 for model in models for linear in linear_windows(model).values())
+    ids_BT = tokens(40)
+    with torch.no_grad():
+        found, expected = (model(ids_BT).logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (done.run, folder)]
+    assert written[0].code == 0, written[0].err
+    assert written[0].out == written[1].out != ""
+
+
+def test_an_export_of_before_the_cache_has_none(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    assert slope("export", linearized("dense").run, folder).code == 0
+    file = folder / "linearize" / "settings.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "cache"}))
+    assert {linear.pattern.cache for linear in linear_windows(load_model(folder).model).values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "linearize.cache=-1: must be 0, or 4 or more: the first tokens"),
+        (3, "linearize.cache=3: must be 0, or 4 or more: the first tokens"),
+        (999, "linearize.cache=999: must be below the "),
+    ],
+)
+def test_a_cache_of_a_wrong_size_is_one_line(value: int, message: str, tmp_path: Path) -> None:
+    done = slope("linearize", trained(*BASES["dense"]), *WORDS, f"linearize.cache={value}", "--out", tmp_path / "run")
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
+    assert done.err.startswith(f"error: {message}"), done.err
+
+
 def test_settings_of_another_version_are_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     assert slope("export", linearized("dense").run, folder).code == 0

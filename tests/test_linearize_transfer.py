@@ -75,12 +75,12 @@ def test_the_entropy_is_that_of_the_whole_weights(form: dict[str, Any]) -> None:
     form = dict(form)
     name = "gpt2-nano" if form.pop("causal", True) else "bert-base"
     linear = next(iter(linear_windows(linearized(name, **form)).values())).double()
-    q, k, v = (torch.randn(2, 4, 150, 8, dtype=torch.float64) for _ in range(3))
+    q, k = (torch.randn(2, 4, 150, 8, dtype=torch.float64) for _ in range(2))
     keep = torch.ones(2, 150, dtype=torch.bool)
     keep[1, :7] = False
-    loss = layer_loss(linear, q, k, v, 0.4, keep, v, mse_weight=0.0, entropy_weight=2.0)
     # One-hot values make an attention's output its weights.
     eye_BHSS = torch.eye(150, dtype=torch.float64).expand(2, 4, 150, 150)
+    loss = layer_loss(linear, q, k, eye_BHSS, 0.4, keep, eye_BHSS, mse_weight=0.0, entropy_weight=2.0)
     weights = linear.compute(q, k, eye_BHSS, 0.4, keep)
     seen = keep[:, None, None] & (torch.ones(150, 150).tril() > 0 if linear.pattern.causal else True)
     target = F.scaled_dot_product_attention(q, k, eye_BHSS, attn_mask=seen, scale=0.4)

@@ -82,6 +82,10 @@ class FstConfig(Section, section="fst"):
         s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
 
 
+SINKS = 4
+"""The entries of an exact cache that a sequence's first tokens have for good."""
+
+
 @dataclass(kw_only=True)
 class LinearizeConfig(Section, section="linearize"):
     """method=linearize: softmax attention becomes window softmax plus linear attention (LoLCATs, arXiv 2410.10254)."""
@@ -91,6 +95,9 @@ class LinearizeConfig(Section, section="linearize"):
     kind: str = setting("standard", "standard", "terrace")
     """What the window is: standard, the last linearize.window tokens; terrace, a token's own block of so many tokens,
     and the whole one before."""
+    cache: int = setting(0, unit="entries of a KV head", example="64")
+    """How many far tokens keep exact keys and values beside the window: the first ones, and those whose values the
+    linear branch predicts worst. Tokens then leave the window by blocks of linearize.window. 0 for none."""
     feature_map: str = setting("hedgehog", *FEATURE_MAPS)
     """The feature map of the linear branch: hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r,
     phi(x) = relu(xW + b)."""
@@ -137,6 +144,7 @@ class LinearizeConfig(Section, section="linearize"):
             known = re.fullmatch(r"auto:[1-9]\d*", str(kept), re.ASCII) is not None
         self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
         self._positive("window", "transfer_lr", "mse_weight")
+        self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
@@ -150,6 +158,9 @@ class LinearizeConfig(Section, section="linearize"):
         limit = f"{'half of ' * terrace}train.seq_len={length}"
         rule = f"must be below {limit}, or the linear branch has nothing to learn"
         self._need(self.window * (1 + terrace) < length, "window", rule)
+        far = (length - 1) // self.window * self.window - self.window + (not terrace)  # before the last block
+        rule = f"must be below the {far} tokens that leave the windows within train.seq_len={length}"
+        self._need(self.cache == 0 or self.cache < far, "cache", f"{rule}, or the linear branch has nothing to learn")
         between = config.train.step_at(self.transfer) > 0 and self.transfer < 1 and config.adapters.rank
         rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
         self._need(bool(between) or not self.chosen, "keep_softmax", rule)

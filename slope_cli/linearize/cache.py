@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from slope_cli.linearize.linear_attention import Pattern, with_ones
+from slope_cli.linearize.exact_cache import no_entries
+from slope_cli.linearize.linear_attention import Attended, Entries, Pattern, with_ones
 
 
 class Remembered(NamedTuple):
     """What a LinearWindow reads of a sequence, the new tokens included.
 
     keys, values: (B, G, S, D). keep: (B, S), bool, which of them are real. state: (B, G, F, E), of the tokens before.
-    first: (B,), the position of the first new token, counted from the first real one.
+    first: (B,), the position of the first new token, counted from the first real one. entries: of the exact cache, if
+    the layer has one.
     """
 
     keys: Tensor
@@ -26,6 +28,7 @@ class Remembered(NamedTuple):
     keep: Tensor
     state: Tensor
     first: Tensor
+    entries: Entries | None
 
 
 class Ring(NamedTuple):
@@ -43,6 +46,8 @@ class Ring(NamedTuple):
 
 class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     """The last W keys and values of a sequence, and the float32 state of all before: of one size at any length.
+
+    Beside the state there are the entries of the exact cache, if the pattern has one.
 
     The W are a ring buffer: the next token replaces the oldest. Left padding is kept as tokens that are not real. Beams
     are reordered as in every cache; tokens cannot be removed (`crop`), because the state is a sum.
@@ -63,7 +68,11 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         self.keep_BW = torch.zeros(B, W, dtype=torch.bool, device=self.device)
         self.state_BGFE = key_states.new_zeros(B, G, self.features, D + 1, dtype=precise)
         self.oldest_1 = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.tokens_B = torch.zeros(B, dtype=torch.long, device=self.device)  # of a terrace, since the first real one
+        self.tokens_B = torch.zeros(
+            B, dtype=torch.long, device=self.device
+        )  # where keys become far by blocks, since the first real one
+        if self.pattern.cache:
+            self._hold(no_entries(self.keys, self.values, self.pattern.cache))
         self.is_initialized = True
 
     def update(
@@ -86,15 +95,19 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
             torch.cat([self.keep_BW[:, order_W], keep_BT], dim=1),
             self.state_BGFE,
             torch.where(self.tokens_B > 0, self.tokens_B, leading_padding(keep_BT).neg()),
+            Entries(self.entry_keys, self.entry_values, self.entry_positions) if self.pattern.cache else None,
         )
 
-    def remember(self, read: Remembered, state_BGFE: Tensor) -> None:
-        """Keep the newest W of the keys that were read, and the state of all before them."""
+    def remember(self, read: Remembered, attended: Attended) -> None:
+        """Keep the newest W of the keys that were read, and what attention made of those before them."""
+        assert attended.state is not None
         W = self.pattern.lookback
         new = read.keys.shape[2] - W
         # Copies: a view would keep the keys of a whole prompt alive.
         self.keys, self.values = read.keys[:, :, new:].clone(), read.values[:, :, new:].clone()
-        self.keep_BW, self.state_BGFE = read.keep[:, new:].clone(), state_BGFE
+        self.keep_BW, self.state_BGFE = read.keep[:, new:].clone(), attended.state
+        if attended.entries is not None:
+            self._hold(attended.entries)
         self.oldest_1 = torch.zeros_like(self.oldest_1)
         self.tokens_B = (read.first + new).clamp(min=0)
         self.seen += new
@@ -169,13 +182,18 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         for name in ("keys", "values"):
             own[name][row] = new[name][0, :, order_W]
         own["keep_BW"][row] = new["keep_BW"][0, order_W]
-        for name in ("state_BGFE", "tokens_B"):
+        for name in own.keys() - {"keys", "values", "keep_BW"}:
             own[name][row] = new[name][0]
 
     def tensors(self) -> dict[str, Tensor]:
         """What is remembered of each sequence, by name; the first dimension is that of the sequences."""
-        names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B")
+        entries = ("entry_keys", "entry_values", "entry_positions") if self.pattern.cache else ()
+        names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B", *entries)
         return {name: getattr(self, name) for name in names}
+
+    def _hold(self, entries: Entries) -> None:
+        self.entry_keys, self.entry_values = entries.keys.to(self.dtype), entries.values.to(self.dtype)
+        self.entry_positions = entries.positions
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self.tensors().items():

@@ -37,16 +37,26 @@ SHORTEST_CHUNK = 64
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys are near a query: of a window of tokens, or of its own block and the one before (terrace)."""
+    """Which keys are near a query: of a window of tokens, or of its own block and the one before (terrace).
+
+    cache: entries of the exact cache of a KV head. Beside one, keys leave a window by blocks of as many tokens, as they
+    do in a terrace.
+    """
 
     window: int
     terrace: bool = False
     causal: bool = True
+    cache: int = 0
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether keys become far by blocks of `window` tokens."""
+        return self.terrace or self.cache > 0
 
     @property
     def lookback(self) -> int:
-        """The largest distance of a near key before the query."""
-        return 2 * self.window - 1 if self.terrace else self.window - 1
+        """The largest distance of a near key before the query, the entries of a cache left out."""
+        return self.always_near + self.blockwise * (self.window - 1)
 
     @property
     def always_near(self) -> int:
@@ -56,13 +66,13 @@ class Pattern:
     def masks(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(near, far): bool, shaped as positions of `queries` (..., C, 1) and `keys` (..., 1, K) broadcast.
 
-        Positions count from a sequence's first real token.
+        Positions count from a sequence's first real token. Entries of a cache are among the far ones.
         """
         distance = queries - keys
-        if self.terrace:
+        if self.blockwise:
             # Not by the blocks of keys: Inductor makes floored quotients of negative numbers of them, and every eighth
             # came out wrong (torch 2.11, H100).
-            near = keys >= queries - queries.remainder(self.window) - self.window
+            near = keys >= queries - queries.remainder(self.window) - self.always_near
         else:
             near = distance.abs() < self.window
         allowed = distance >= 0 if self.causal else torch.ones_like(near)
@@ -76,11 +86,23 @@ class Maps(NamedTuple):
     k: Callable[[Tensor], Tensor]
 
 
+class Entries(NamedTuple):
+    """The exact cache: far keys and values (B, G, X, D) that are not in the state.
+
+    positions: (B, G, X), int64, counted from the first real token; -1 where there is no entry yet.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
 class Attended(NamedTuple):
-    """What `attend` returns: y (B, H, T, D), and the new state (B, G, F, E), None where none was given."""
+    """Output y (B, H, T, D), the new state (B, G, F, E) and the new entries, each None where none was given."""
 
     y: Tensor
     state: Tensor | None
+    entries: Entries | None = None
 
 
 class _Layout(NamedTuple):
@@ -178,16 +200,23 @@ def weights_of(
     *,
     start: int,
     first_B: Tensor,
+    entries_BGCX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights (B, H, C, S) of queries start..start + C over all S keys: (softmax attention's, `attend`'s).
 
-    Rows sum to 1, and to 0 for a query without any key. Float tensors of one precision; first_B: of position 0.
+    Rows sum to 1, and to 0 for a query without any key. Float tensors of one precision. first_B: position of place 0.
+    entries_BGCX: positions of the entries in the exact cache of each query, -1 for none; None without a cache.
     """
     (B, _, C, _), (G, S) = q_BHCD.shape, k_BGSD.shape[1:3]
     places_S = torch.arange(S, device=q_BHCD.device)
     positions = first_B[:, None, None, None] + places_S
     near, far = pattern.masks(positions[..., start : start + C].mT, positions)
     near, far = (mask & keep_BS[:, None, None] for mask in (near, far))
+    if entries_BGCX is not None:
+        places_BGCX = (entries_BGCX - first_B[:, None, None, None]).masked_fill(entries_BGCX < 0, S)
+        held_BGCS = near.new_zeros(B, G, C, S + 1).scatter_(3, places_BGCX, True)[..., :S]
+        held_BHCS = held_BGCS.repeat_interleave(q_BHCD.shape[1] // G, dim=1)
+        near, far = near | held_BHCS, far & ~held_BHCS
     scores_BHCS = scale * (q_BHCD.view(B, G, -1, C, q_BHCD.shape[-1]) @ k_BGSD.mT[:, :, None]).flatten(1, 2)
     softmax_BHCS = exp_below_max(scores_BHCS, near | far)
     far_BHCS = (phi_q_BHCF.view(B, G, -1, C, phi_q_BHCF.shape[-1]) @ phi_k_BGSF.mT[:, :, None]).flatten(1, 2) * far

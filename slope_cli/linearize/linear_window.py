@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
-from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend
+from slope_cli.linearize.exact_cache import attend_cached
+from slope_cli.linearize.linear_attention import Attended, Branch, Maps, Pattern, attend
 from slope_cli.linearize.maps import make_map
 
 Mode = Literal["linear", "softmax", "transfer"]
@@ -50,7 +51,7 @@ class LinearWindow(nn.Module):
         self.map_q = make_map(name, heads, head_dim, columns, generator)
         self.map_k = make_map(name, kv_heads, head_dim, columns, generator)
         self.mix = nn.Parameter(torch.full((heads,), math.log(config.mix / (1 - config.mix))))
-        self.pattern = Pattern(config.window, config.kind == "terrace", causal)
+        self.pattern = Pattern(config.window, config.kind == "terrace", causal, config.cache)
         self.window_dropout = config.window_dropout
         self.mode: Mode = "linear"
         self.branch: Branch = "both"
@@ -64,7 +65,8 @@ class LinearWindow(nn.Module):
     def extra_repr(self) -> str:
         """For print(model)."""
         form = "terrace" if self.pattern.terrace else "window"
-        return f"{form}={self.pattern.window}, mode={self.mode}, branch={self.branch}"
+        cache = f", cache={self.pattern.cache}" if self.pattern.cache else ""
+        return f"{form}={self.pattern.window}{cache}, mode={self.mode}, branch={self.branch}"
 
     def new_cache(self) -> LinearWindowCache:
         """An empty memory of this layer."""
@@ -86,44 +88,33 @@ class LinearWindow(nn.Module):
         """
         if memory is None:
             return self.compute(q_BHTD, k_BGTD, v_BGTD, scale, keep_BT).to(q_BHTD.dtype)
-        if q_BHTD.shape[2] == 1 and self.pattern.lookback and not self.pattern.terrace and not torch.is_grad_enabled():
+        if (
+            q_BHTD.shape[2] == 1
+            and self.pattern.lookback
+            and not self.pattern.blockwise
+            and not torch.is_grad_enabled()
+        ):
             gamma_H, maps = self.mix.sigmoid(), Maps(self.map_q, self.map_k)
             remembered = (memory, self.branch)
             y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, *remembered, compiled=self.compiled)
             return y_BH1D.to(q_BHTD.dtype)
         read = memory.recall(k_BGTD, v_BGTD, keep_BT)
-        y_BHTD, state_BGFE = attend(
-            q_BHTD,
-            read.keys,
-            read.values,
-            read.keep,
-            self.mix.sigmoid(),
-            Maps(self.map_q, self.map_k),
-            self.pattern,
-            scale,
-            state_BGFE=read.state,
-            first_B=read.first,
-            branch=self.branch,
-        )
-        assert state_BGFE is not None
-        memory.remember(read, state_BGFE)
-        return y_BHTD.to(q_BHTD.dtype)
+        carried = {"state_BGFE": read.state} | ({} if read.entries is None else {"entries": read.entries})
+        attended = self._attend(q_BHTD, read.keys, read.values, scale, read.keep, first_B=read.first, **carried)
+        memory.remember(read, attended)
+        return attended.y.to(q_BHTD.dtype)
 
     def compute(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, keep_BT: Tensor | None) -> Tensor:
         """Linearized attention without a memory, (B, H, T, D) in float32 (float64 if q is)."""
         dropped_BH = None
         if self.window_dropout and (self.training or self.mode == "transfer"):
             dropped_BH = torch.rand(q_BHTD.shape[:2], device=q_BHTD.device) < self.window_dropout
-        return attend(
-            q_BHTD,
-            k_BGTD,
-            v_BGTD,
-            keep_BT,
-            self.mix.sigmoid(),
-            Maps(self.map_q, self.map_k),
-            self.pattern,
-            scale,
-            first_B=None if keep_BT is None else leading_padding(keep_BT).neg(),
-            branch=self.branch,
-            dropped_BH=dropped_BH,
-        ).y
+        first_B = None if keep_BT is None else leading_padding(keep_BT).neg()
+        return self._attend(q_BHTD, k_BGTD, v_BGTD, scale, keep_BT, first_B=first_B, dropped_BH=dropped_BH).y
+
+    def _attend(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, keep_BS: Tensor | None, **more: Any
+    ) -> Attended:
+        form: Callable[..., Attended] = attend_cached if self.pattern.cache else attend
+        own = (self.mix.sigmoid(), Maps(self.map_q, self.map_k), self.pattern, scale)
+        return form(q_BHTD, k_BGSD, v_BGSD, keep_BS, *own, branch=self.branch, **more)

@@ -198,11 +198,15 @@ def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
         raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the layers")
     if config.kind == "terrace" and not causal:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
+    if config.cache and not causal:
+        raise UsageError(f"cache={config.cache}: has no meaning in a two-sided model; set it to 0")
 
 
 def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:
     """UsageError if near keys would be some that the model itself never looks at."""
     own = getattr(model.config, "sliding_window", None) if hasattr(type(model.config), "sliding_window") else None
+    if config.cache and own is not None:
+        raise UsageError(f"cache={config.cache}: the model itself never looks beyond its sliding_window; set it to 0")
     largest = own if own is None or config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
     if largest is not None and config.window > largest:
         raise UsageError(f"window={config.window}: the model's own sliding_window is {own}; choose at most {largest}")

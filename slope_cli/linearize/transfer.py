@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import leading_padding
-from slope_cli.linearize.linear_attention import SHORTEST_CHUNK, weights_of
+from slope_cli.linearize.exact_cache import entries_of_queries
+from slope_cli.linearize.linear_attention import SHORTEST_CHUNK, Maps, weights_of
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import SMALLEST
 from slope_cli.linearize.swap import linear_windows, using
@@ -132,7 +133,7 @@ def layer_loss(
     mse = _mean_of_real(square_BHT, keep_BT)
     entropy = torch.zeros_like(mse)
     if entropy_weight:
-        entropy = _entropy(linear, q_BHTD, k_BGTD, scale, keep_BT)
+        entropy = _entropy(linear, q_BHTD, k_BGTD, v_BGTD, scale, keep_BT)
     return LayerLoss(mse_weight * mse + entropy_weight * entropy, mse, entropy)
 
 
@@ -142,15 +143,20 @@ def _compiled_loss() -> Callable[..., LayerLoss]:
     return torch.compile(layer_loss)
 
 
-def _entropy(linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, scale: float, keep_BT: Tensor | None) -> Tensor:
+def _entropy(
+    linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, keep_BT: Tensor | None
+) -> Tensor:
     """The mean cross-entropy of weights, held for one chunk of queries at a time, in the backward pass too."""
     (B, _, T, D) = q_BHTD.shape
     if keep_BT is None:
         keep_BT = torch.ones(B, T, dtype=torch.bool, device=q_BHTD.device)
     with torch.autocast(q_BHTD.device.type, enabled=False):
-        q_BHTD, k_BGTD = q_BHTD.float(), k_BGTD.float()
+        q_BHTD, k_BGTD, v_BGTD = q_BHTD.float(), k_BGTD.float(), v_BGTD.float()
         phi_q_BHTF, phi_k_BGTF = linear.map_q(q_BHTD * (scale * D**0.5)), linear.map_k(k_BGTD)
-        first_B, gamma_H = leading_padding(keep_BT).neg(), linear.mix.sigmoid()
+        first_B, gamma_H, entries_BGTX = leading_padding(keep_BT).neg(), linear.mix.sigmoid(), None
+        if linear.pattern.cache:
+            maps = Maps(linear.map_q, linear.map_k)
+            entries_BGTX = entries_of_queries(k_BGTD, v_BGTD, keep_BT, maps, linear.pattern, first_B)
 
         def rows(q_BHCD: Tensor, phi_q_BHCF: Tensor, phi_k_BGSF: Tensor, mix_H: Tensor, start: int) -> Tensor:
             target_BHCS, weight_BHCS = weights_of(
@@ -164,6 +170,7 @@ def _entropy(linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, scale: float,
                 scale,
                 start=start,
                 first_B=first_B,
+                entries_BGCX=None if entries_BGTX is None else entries_BGTX[:, :, start : start + q_BHCD.shape[2]],
             )
             return -(target_BHCS * weight_BHCS.clamp(min=SMALLEST).log()).sum(-1)
 

@@ -46,7 +46,10 @@ def test_a_sliding_window() -> None:
     assert texts(model, "cuda", GREEDY) == texts(model, "cpu", GREEDY)
 
 
-@pytest.mark.parametrize("form", [{"window": 5}, {"window": 4, "kind": "terrace"}, {"window": 8, "keep_softmax": [1]}])
+@pytest.mark.parametrize(
+    "form",
+    [{"window": 5}, {"window": 4, "kind": "terrace"}, {"window": 4, "cache": 6}, {"window": 8, "keep_softmax": [1]}],
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_linearized_model(form: dict[str, Any], compiled: bool) -> None:
     model = linearized("llama3-8b", **form)

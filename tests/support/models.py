@@ -27,7 +27,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {**_COMMON, "num_attention_heads": 4, "intermediate_size": 48},
 }
 CAUSAL = ("gpt2-nano", "opt-125m", "llama3-8b", "mistral-7b")
-FORMS = {"window": {"window": 5}, "terrace": {"window": 4, "kind": "terrace"}}
+FORMS = {
+    "window": {"window": 5},
+    "terrace": {"window": 4, "kind": "terrace"},
+    "cache": {"window": 4, "cache": 6},
+}
 
 
 def tiny_model(name: str, **overrides: Any) -> Any:
