@@ -127,7 +127,8 @@ def no_entries(k_BGSD: Tensor, v_BGSD: Tensor, count: int) -> Entries:
     return Entries(keys, values, torch.full(keys.shape[:3], -1, device=keys.device))
 
 
-@torch.compiler.disable  # a compiler would unroll it: minutes for a long sequence, and anew for each length
+# A compiler would unroll it: minutes for a long sequence, and anew for each length.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scan(
     queries: int,
     k_BGSD: Tensor,
