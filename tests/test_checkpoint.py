@@ -111,6 +111,19 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_a_checkpoint_stays_as_long_as_it_was_to_be_kept(tmp_path: Path) -> None:
+    """A later start with a smaller number does not take away what an earlier one was to keep."""
+    save(tmp_path, 1, 2, 3, keep=4)
+    store.prune(tmp_path, 2)
+    save(tmp_path, 4, keep=2)
+    assert [store.step_of(folder) for folder in store.folders(tmp_path)] == [4, 3, 2, 1]
+    save(tmp_path, 5, 6, keep=2)
+    assert [store.step_of(folder) for folder in store.folders(tmp_path)] == [6, 5, 3]
+    (tmp_path / "checkpoints/step-00000003" / store.MANIFEST).write_text("{")
+    store.prune(tmp_path, 2)
+    assert [store.step_of(folder) for folder in store.folders(tmp_path)] == [6, 5]
+
+
 def test_an_existing_step_is_never_written_to(tmp_path: Path) -> None:
     (folder,) = save(tmp_path, 1)
     before = content(folder)
@@ -207,7 +220,7 @@ def test_a_checkpoint_that_is_dropped_while_it_is_verified_is_no_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is training saves and drops checkpoints while another process looks for the newest."""
-    save(tmp_path, 1)
+    save(tmp_path, 1, keep=1)
     digest = hashlib.file_digest
 
     def dropping(*args: Any) -> Any:

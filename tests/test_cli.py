@@ -385,6 +385,9 @@ def test_check_of_a_sound_run_as_text_and_json() -> None:
 
 
 def test_info_of_a_data_folder() -> None:
+    counted = json.loads(slope("data", "info", prepared(), "--json").out)
+    assert counted["tokenizer"] == "bytes"
+    assert counted["sources"][-1]["training_tokens"] == sum(s["training_tokens"] for s in counted["sources"][:-1]) > 0
     result = slope("data", "info", prepared())
     assert (result.code, result.err) == (0, "")
     assert "tokenizer bytes, 257 ids" in result.out

@@ -152,11 +152,16 @@ def test_a_bert_resumes_bit_for_bit_too(bert_data: Path, tmp_path: Path) -> None
     assert_same_run(config, run, reference)
 
 
-def test_what_is_measured_does_not_touch_what_is_trained(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_what_is_measured_does_not_touch_what_is_trained(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     words = ("log.save_every=3", "log.val_every=1", "log.sample_every=2", "log.keep=9", "log.sample_prompt=a")
     assert finish(start(tiny(data, *words), run, die_in_save, 9, 1)) == -signal.SIGKILL
+    capsys.readouterr()
     pretrain(tiny(data), run)  # log.* may change from one start to the next
+    assert "changed since the last start: log.keep: 9 -> 2; log.sample_every: 2 -> " in capsys.readouterr().err
+    assert [store.step_of(folder) for folder in store.folders(run)][-2:] == [6, 3]  # they were to be kept
     ours, theirs = ([r for r in records(folder) if r["kind"] == "train"] for folder in (run, finished))
     assert ours == theirs
 

@@ -1,6 +1,7 @@
 """Speed and time: tokens are rate times time, what is left is what the speed says, and no second is lost."""
 
 import itertools
+import os
 import re
 import time
 from pathlib import Path
@@ -16,10 +17,29 @@ from torch import Tensor
 
 from slope_cli.data.dataset import open_dataset
 from slope_cli.report import metrics
-from slope_cli.report.timing import PARTS, Speed, Times, time_shares
+from slope_cli.report.timing import PARTS, Cores, Speed, Times, crowded, time_shares
 from slope_cli.train.loop import pretrain
 from slope_cli.train.step import Step
 from slope_cli.train.summary import report_lines, summarize
+
+
+def test_threads_that_get_too_few_cores_on_a_busy_machine_are_named() -> None:
+    busy = (os.cpu_count() or 1) + 1.0
+    assert "torch's 8 threads had 2.0 cores on average" in crowded(8, 2.0, busy)
+    assert "OMP_NUM_THREADS=1" in crowded(8, 2.0, busy)
+    assert crowded(8, 7.0, busy) == ""  # they get what they need
+    assert crowded(8, 2.0, 0.5) == ""  # a small model leaves cores idle
+
+
+def test_a_crowded_process_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slope_cli.report.timing.CROWDED_AFTER", 0.2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e6, 0.0, 0.0))
+    cores, alone = Cores(4), Cores(1)
+    assert cores.warning() == ""  # too early to tell
+    time.sleep(0.25)
+    assert cores.warning().startswith("warning: torch's 4 threads had 0.")
+    assert cores.warning() == ""
+    assert alone.warning() == ""
 
 
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.booleans()), min_size=1), st.integers(0, 10**6))

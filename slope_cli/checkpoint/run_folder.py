@@ -158,6 +158,8 @@ def _write_or_check_config(run: Path, config: Config, existing: Existing) -> Con
         if saved.train.micro_batch != config.train.micro_batch:
             sizes = f"{saved.train.micro_batch} -> {config.train.micro_batch}"
             print(f"train.micro_batch: {sizes}; from here on the results differ by rounding", file=sys.stderr)
+        if begun and (free := configs.free_differences(saved, config)):
+            print(f"changed since the last start: {'; '.join(free)}", file=sys.stderr)
         if not changed:
             return config
     write_config(run, config)

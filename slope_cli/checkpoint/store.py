@@ -190,21 +190,37 @@ def save(
     if group.first(final.exists):
         return final
     plan = tensors if isinstance(tensors, dcp.Plan) else planned(run, tensors, group=group)
-    metadata = {"step": step, **metadata, **plan.metadata} | ({"derived": [DERIVED]} if derived else {})
+    metadata = {"step": step, "keep": keep, **metadata, **plan.metadata} | ({"derived": [DERIVED]} if derived else {})
     _write(final, f"the checkpoint of step {step}", plan, metadata, group)
     group.first(lambda: prune(run, keep))
     return final
 
 
 def prune(run: Path, keep: int) -> None:
-    """Once there is a checkpoint, drop all but the newest `keep`, and the run that this one replaces."""
+    """Once there is a checkpoint, drop all but the newest `keep`, and the run that this one replaces.
+
+    One that was saved with a larger `keep` stays while it is among that many: a command that goes on with a run and
+    leaves the number out does not take away what an earlier one was to keep.
+    """
     with contextlib.suppress(OSError):  # an old checkpoint that cannot be removed is no reason to stop
-        for old in folders(run)[keep:]:
+        for newer, old in enumerate(folders(run)):
+            if newer < keep or newer < _promised(old):
+                continue
             dead = old.with_name(f".dead-{old.name}")  # renamed first, so that a kill cannot leave half a step-* folder
             os.rename(old, dead)
             remove(dead)
         if folders(run):
             remove(run / REPLACED)
+
+
+def _promised(folder: Path) -> int:
+    """How many of the newest checkpoints were to be kept when this one was saved; 0 if nothing readable says so."""
+    if folder.is_symlink():  # not a checkpoint of this run
+        return 0
+    try:
+        return int(read_sealed(folder / MANIFEST).get("keep", 0))
+    except (SlopeError, OSError, TypeError, ValueError):
+        return 0
 
 
 def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slope_cli.commands.options import AsJson
 from slope_cli.distributed import launch
 
 
@@ -32,6 +33,7 @@ def prepare(
         str | None, typer.Option("--config", help="Configuration of a Hugging Face data set.")
     ] = None,
     shard: Annotated[str | None, typer.Option(help="I/N, I from 1: prepare only this share of the text.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Turn files of text, or a Hub data set, into token files.
 
@@ -47,13 +49,15 @@ def prepare(
     how |= {"val": val or (), "val_fraction": val_fraction}
     how |= {"workers": workers, "split": split, "config_name": config_name}
     if shard is None:
-        show(preparing.prepare(inputs, out, **how))
+        show(preparing.prepare(inputs, out, **how), as_json=as_json)
     else:
         preparing.prepare_shard(shard, inputs, out, **how)
 
 
-def info(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")]) -> None:
+def info(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")], as_json: AsJson = False
+) -> None:
     """Show what a prepared folder holds, and check its bytes."""
     from slope_cli.data.dataset import open_dataset, show
 
-    show(open_dataset(folder))
+    show(open_dataset(folder), as_json=as_json)

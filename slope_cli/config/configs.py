@@ -351,6 +351,13 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+def free_differences(old: Config, new: Config) -> list[str]:
+    """The keys of FREE_KEYS, but for train.micro_batch, in which two configurations differ, as `differences`."""
+    bound, before, after = {*fixed(old), *fixed(new)}, flat(container(old)), flat(container(new))
+    keys = sorted({*before, *after} - bound)
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
 def extended(config: Config, saved: Config, step: int) -> Config:
     """A configuration for going on with the run of a saved one after a step: with the lengths that the run has had."""
     own, then = config.train, saved.train

@@ -419,7 +419,8 @@ class LogConfig(Section, section="log"):
     save_every: int = setting(500, unit="steps", example="1000")
     """Steps between two checkpoints; 0 for one at the end alone. A stop by a signal saves one, too."""
     keep: int = setting(2, unit="checkpoints", example="5")
-    """How many of the newest checkpoints are kept, at least 2."""
+    """How many of the newest checkpoints are kept, at least 2. One that was saved with a larger number
+    stays while it is among so many; to free the disk remove its folder."""
     tensorboard: bool = switch(True)
     """Write the metrics to TensorBoard files in the run's folder, too."""
     wandb: bool = switch(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,7 +231,7 @@ def _held_out(train: int, val: int) -> float:
     return val / max(1, train + val)
 
 
-def show(dataset: Dataset) -> None:
+def show(dataset: Dataset, *, as_json: bool = False) -> None:
     """Print what each source has to train on and holds out for validation, and their sums, to standard output."""
     rows = []
     train = {file.header.source: file.header for file in dataset.train}
@@ -241,6 +242,20 @@ def show(dataset: Dataset) -> None:
         rows.append((source, *trained, *held_out))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     kinds = ("training documents", "training tokens", "training bytes", "validation tokens", "validation bytes")
+    if as_json:
+        sources = [
+            {"source": source}
+            | {kind.replace(" ", "_"): count for kind, count in zip(kinds, counts, strict=True)}
+            | {"held_out": _held_out(counts[1], counts[3])}
+            for source, *counts in rows
+        ]
+        known = {
+            "tokenizer": dataset.tokenizer_name,
+            "vocab_size": dataset.vocab_size,
+            "fingerprint": dataset.fingerprint,
+        }
+        print(json.dumps({"folder": str(dataset.folder), **known, "sources": sources}, indent=1))
+        return
     cells = [
         [source, *(f"{count:,}" for count in counts), f"{_held_out(counts[1], counts[3]):.1%}"]
         for source, *counts in rows

@@ -1,9 +1,12 @@
 """How fast a run is, how long it still takes, and where its time went."""
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+CROWDED_AFTER = 30.0
+"""Seconds of training on a CPU after which a run looks once whether its threads get the cores that they need."""
 FADE = 0.95
 """How much an older step counts for the speed, compared with the one after it."""
 PARTS = ("start", "steps", "validation", "sampling", "saving")
@@ -39,6 +42,36 @@ class Speed:
     def seconds_for(self, steps: int) -> float:
         """How long so many steps more take at this speed, without validations, samples and checkpoints."""
         return steps * self._seconds / max(self._steps, 1.0)
+
+
+class Cores:
+    """Looks once whether a process on a CPU shares its cores with so many others that its threads wait."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._done = threads, threads < 2
+        self._began, self._used = time.monotonic(), time.process_time()
+
+    def warning(self) -> str:
+        """A line to show, once CROWDED_AFTER seconds have gone by, if the threads get too little; else ""."""
+        seconds = time.monotonic() - self._began
+        if self._done or seconds < CROWDED_AFTER:
+            return ""
+        self._done = True
+        return crowded(self._threads, (time.process_time() - self._used) / seconds, os.getloadavg()[0])
+
+
+def crowded(threads: int, cores: float, load: float) -> str:
+    """What to do about threads that get too few cores on a machine whose cores are all in use; "" if there is nothing.
+
+    Args:
+        threads: how many compute together.
+        cores: how many cores they had on average.
+        load: how many threads of the machine want to run.
+    """
+    if cores > 0.7 * threads or load <= (os.cpu_count() or 1):
+        return ""
+    had = f"torch's {threads} threads had {cores:.1f} cores on average, since other programs use them too"
+    return f"warning: {had}; stop the run, and start it again with OMP_NUM_THREADS=1 before the command"
 
 
 class Times:

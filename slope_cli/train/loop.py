@@ -41,7 +41,7 @@ from slope_cli.report import metrics
 from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
 from slope_cli.report.tables import counted
-from slope_cli.report.timing import Speed, Times
+from slope_cli.report.timing import Cores, Speed, Times
 from slope_cli.train import advice, init, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
@@ -149,6 +149,7 @@ class Trainer:
     ) -> None:
         """Set up everything that a step needs, and check that it fits together; raises as `pretrain`."""
         self.times, self.speed = Times(), Speed()
+        self.cores: Cores | None = None
         self.config, self.run, self.device, self.phases = config, run, device, phases_of(config)
         self.group = group = group or Group()
         self.speaks = group.ranks.first
@@ -208,6 +209,9 @@ class Trainer:
             self._say(str(report or self._unswapped_line()))
             if self.phase.fp8:
                 self._say(self._fp8_line())
+            if share := config.distill.share:
+                teacher = config.distill.teacher or config.model.init
+                self._say(f"{share:.0%} of the loss is the divergence from the predictions of {teacher}")
             self._say(self._start_line())
 
     # ------------------------------------------------------------------------------------------------------- the steps
@@ -225,6 +229,7 @@ class Trainer:
             if self.phase.linearized and self.step == 0:
                 self._log_references(log, progress, stop)
             phase_begins = True
+            self.cores = Cores(torch.get_num_threads()) if self.device.type == "cpu" else None
             # What a signal has interrupted:
             stopped_by = self._evaluate(log, progress, stop, present=self.group.broadcast(log.kinds))
             while self.step < steps and not stopped_by:
@@ -315,6 +320,8 @@ class Trainer:
         started = time.perf_counter()
         output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
+        if self.cores is not None and (warning := self.cores.warning()):
+            progress.say(warning)
         if start is not None:
             start.step(seconds)
         self.speed.add(tokens, seconds, first=first)
