@@ -11,8 +11,9 @@ from support.runs import tiny
 from slope_cli.train.loop import pretrain
 
 LONGEST = (
-    *("ranks", "linearize_run", "resume", "evaluate", "compare", "sharded_checkpoint", "docs", "kills", "train"),
-    *("bench_linearize", "bench_generate", "runs", "prepare", "phases", "sft", "install", "equal_time", "wandb"),
+    *("ranks", "linearize_run", "resume", "evaluate", "compare", "sharded_checkpoint", "docs", "kills", "runs"),
+    *("train", "bench_linearize", "bench_generate", "bench", "sources", "engine", "prepare", "plots", "phases"),
+    *("config", "softmax_layers", "equal_time", "packed_folder", "cli", "install", "sft", "wandb"),
 )
 """The files that take longest, with their slow tests."""
 
