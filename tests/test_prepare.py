@@ -905,6 +905,7 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "x.txt").write_text("text")
     missing: list[tuple[Path | str, str]] = [
         ("none.txt", r"none\.txt: no such file or folder"),
+        ("", r"'': names no file, folder or data set; write \. for this folder"),
         ("./none", r"\./none: no such file"),
         ("no thing", "no such file"),
         (tmp_path / "empty", "contains no files"),
@@ -914,6 +915,8 @@ def test_inputs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for word, message in missing:
         with pytest.raises(UsageError, match=message):
             prepared([word], tmp_path / "out")
+    with pytest.raises(UsageError, match="'': names no file"):
+        prepared([tmp_path / "x.txt"], tmp_path / "out", val=[""])
     with pytest.raises(UsageError, match="no inputs"):
         prepared([], tmp_path / "out")
     with pytest.raises(UsageError, match="given twice"):

@@ -200,12 +200,14 @@ def _plain_name(name: str) -> str:
 
 
 def _split_name(argument: str) -> tuple[str | None, str]:
-    """The source's name, if the argument gives one, and the rest."""
-    if "=" not in argument or Path(argument).expanduser().exists():
-        return None, argument
-    source, rest = argument.split("=", 1)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source):
-        raise UsageError(f"{argument}: name a source with letters, digits, dots, dashes and underscores only")
+    """The source's name, if the argument gives one, and the rest; UsageError for an empty one."""
+    source, rest = None, argument
+    if "=" in argument and not Path(argument).expanduser().exists():
+        source, rest = argument.split("=", 1)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source):
+            raise UsageError(f"{argument}: name a source with letters, digits, dots, dashes and underscores only")
+    if not rest:  # a variable of a shell script that is not set; as a path it would be this folder
+        raise UsageError(f"{argument!r}: names no file, folder or data set; write . for this folder")
     return source, rest
 
 

@@ -157,6 +157,9 @@ def restore_optimizer(
     folder, step = run_folder.place(init)
     if not group.first(lambda: run_folder.is_run(folder)):
         raise UsageError(f"model.init_optimizer=true: model.init={init} is no run, and has no optimizer's state")
+    own, theirs = config.optim.name, group.first(lambda: run_folder.open_config(folder).optim.name)
+    if own != theirs:
+        raise UsageError(f"model.init_optimizer=true: model.init={init} has the state of {theirs}, not of {own}")
     with _named_init(init):
         checkpoint = store.latest(folder, group) if step is None else store.at(folder, step, group)
         if checkpoint is None:
