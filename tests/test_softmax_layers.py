@@ -42,7 +42,7 @@ WORDS = (
 
 
 def base() -> Path:
-    return trained("gpt2-nano", "method=dense", f"model.overrides.n_layer={LAYERS}", "train.steps=20")
+    return trained("gpt2-nano", "method=dense", f"model.overrides.n_layer={LAYERS}", "train.steps=60")
 
 
 def chosen_run(*more: str) -> Path:
