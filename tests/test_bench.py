@@ -205,6 +205,7 @@ def test_products_that_cannot_be_measured_have_a_row_with_the_reason() -> None:
     assert report.break_even(rows) == {}
 
 
+@pytest.mark.slow
 def test_a_failing_process_is_one_line() -> None:
     with pytest.raises(SlopeError, match="ended with exit code 1"):
         list(bench.measured(["step", "no-such-case"], 100))

@@ -66,6 +66,7 @@ def test_a_folder_that_is_not_this_user_s_alone_is_not_used(
     assert not any(key in os.environ for key in CACHES)
 
 
+@pytest.mark.slow
 def test_inductor_and_triton_and_plans_go_there(tmp_path: Path) -> None:
     """By a compilation in another process, as each rank has it."""
     code = """

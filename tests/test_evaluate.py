@@ -796,6 +796,7 @@ def test_a_model_folder_with_code_of_its_own_is_refused_without_a_question(
 # -------------------------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 @NEEDS_LM_EVAL
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     run, tasks = trained("gpt2-nano", WIDE), ["piqa", "winogrande", "mmlu"]

@@ -281,6 +281,7 @@ def test_a_dry_run_says_what_does_not_fit() -> None:
     assert "train.tokens_per_step" in result.err
 
 
+@pytest.mark.slow
 def test_the_simulated_cluster_is_that_of_the_arithmetic_of_today() -> None:
     """The results file is out of date if this fails: run benchmarks/cluster.py and `make render`."""
     result = json.loads((RESULTS / "cluster.json").read_text())

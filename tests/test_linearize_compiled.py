@@ -52,6 +52,7 @@ def decoded(model: Any, ids_BT: Tensor, prompt: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
+@pytest.mark.slow
 def test_compiled_steps_decode_the_same_logits_at_any_batch(model: Any) -> None:
     expected = [decoded(model, tokens(30, rows), 12) for rows in (2, 3)]
     before = graphs()
@@ -61,6 +62,7 @@ def test_compiled_steps_decode_the_same_logits_at_any_batch(model: Any) -> None:
     assert graphs() == before + 1
 
 
+@pytest.mark.slow
 def test_compiled_transfer_has_the_same_losses_and_gradients(model: Any) -> None:
     inputs = dict(zip(("input_ids", "attention_mask"), left_padded(tokens(150), [3, 20]), strict=True))
     expected = transfer_losses(model, inputs)
@@ -102,6 +104,7 @@ def test_compiled_steps_of_transfer(without_kernels: None) -> None:
         assert compiledly.layers == pytest.approx(eagerly.layers, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_adapters(without_kernels: None) -> None:
     batch, found = {"input_ids": tokens(80), "labels": tokens(80).roll(-1, 1)}, []
     for compiled in (False, True):

@@ -100,6 +100,7 @@ def test_tensorboard_has_the_same_numbers_and_forgets_what_is_done_again(tmp_pat
     log.write("sample", 4, text="some words")
     log.write("val", 4, loss=4.0, by_source={"a/b": 1.0, "c": {"d": 2}})
     log.close()
+    time.sleep(1 - time.time() % 1)  # files are read in the order of their names, which hold the second they began in
     log = MetricsLog(tmp_path, 2, mirrors=[TensorBoard(tmp_path, 2)])
     log.write("train", 3, loss=30.0)
     log.close()

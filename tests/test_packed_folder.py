@@ -157,6 +157,7 @@ print([name for name in sys.modules if name.startswith(("slope", "sparse_kernels
 """
 
 
+@pytest.mark.slow
 def test_a_load_without_the_plugin_fails_and_says_what_is_missing(tmp_path: Path) -> None:
     folder = altered(tmp_path)
     config = json.loads((folder / "config.json").read_text())

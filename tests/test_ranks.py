@@ -308,6 +308,7 @@ def _without(absent: int, rank: int) -> None:
         os._exit(7)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     command = words("distributed.rendezvous_timeout=3", out=tmp_path / "run")
     ranks = Ranks(3, command, tmp_path / "logs", prepare_child=partial(_without, 1))

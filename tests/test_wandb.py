@@ -131,6 +131,7 @@ def test_a_wandb_that_cannot_start_is_an_error_at_first_and_later_a_warning(tmp_
     assert last.endswith("); log in with `wandb login`, or set WANDB_MODE=offline or log.wandb=false")
 
 
+@pytest.mark.slow
 @installed
 def test_rank_0_alone_tells_wandb(tmp_path: Path) -> None:
     ranks = Ranks(2, command(tmp_path / "run", "train.micro_batch=1"), tmp_path / "logs", variables=offline(tmp_path))
