@@ -4,11 +4,9 @@ import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.data import prepared, scratch
+from support.processes import has_content, stopped, wait_until
 from support.runs import OVERRIDES, RECIPE, copied, small
 
 from slope_cli.checkpoint import run_folder, store
@@ -363,14 +362,8 @@ cli.main()
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", program], stderr=subprocess.PIPE, text=True, env=environment
     )
-    log = out / "dense-s1" / metrics.JSONL
-    for _ in range(3000):
-        if log.is_file() and log.stat().st_size:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+    wait_until(lambda: has_content(out / "dense-s1" / metrics.JSONL))
+    err = stopped(process)
     last = "stopped by SIGTERM: 0 of 2 runs are finished; run the same command to resume"
     assert err.splitlines()[-1] == last
     assert store.latest(out / "dense-s1") is not None
@@ -793,18 +786,15 @@ def test_a_killed_comparison_leaves_no_process_and_the_same_command_works(tmp_pa
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "train.steps=100000"], stderr=subprocess.DEVNULL, env=environment)
     logs = [out / name / metrics.JSONL for name in ("dense-s1", "dense-s2")]
-    _until(lambda: all(log.is_file() and log.stat().st_size for log in logs))
+    wait_until(lambda: all(map(has_content, logs)))
     process.kill()
     process.wait()
     for log in logs:
-        _until(lambda log=log: _is_free(log.parent))
+        wait_until(lambda log=log: _is_free(log.parent))
     process = subprocess.Popen([*command, "train.steps=100000"], stderr=subprocess.PIPE, text=True, env=environment)
     lengths = [log.stat().st_size for log in logs]
-    _until(lambda: all(log.stat().st_size != length for log, length in zip(logs, lengths, strict=True)))
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert "failed" not in err
+    wait_until(lambda: all(log.stat().st_size != length for log, length in zip(logs, lengths, strict=True)))
+    assert "failed" not in stopped(process)
 
 
 def _is_free(run: Path) -> bool:
@@ -814,11 +804,3 @@ def _is_free(run: Path) -> bool:
         except BlockingIOError:
             return False
     return True
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise TimeoutError

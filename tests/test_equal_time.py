@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.data import prepared, scratch
+from support.processes import has_content, stopped, wait_until
 from support.runs import RECIPE, copied, slope, small
 
 from slope_cli.benchmarks.timing import Timing
@@ -424,13 +424,8 @@ def test_a_signal_while_steps_are_timed_ends_with_75_and_leaves_no_process(tmp_p
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     log = tmp_path / "step-times.log"
-    for _ in range(6000):
-        if log.is_file() and log.stat().st_size:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+    wait_until(lambda: has_content(log))
+    err = stopped(process)
     assert "stopped by SIGTERM while step times were measured; run the same command to resume" in err
     size = log.stat().st_size
     time.sleep(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.models import attend_as_defined
+from support.models import attend_as_defined, bytes_for_backward
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -261,17 +261,9 @@ def test_time_and_memory_are_linear_in_length() -> None:
     """No tensor that autograd keeps grows faster than the sequence."""
 
     def kept_bytes(length: int) -> int:
-        sizes: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         q, k, v = qkv(length, torch.float32)
         linear = window_linear(window=8).float().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            linear.compute(q, k, v, SCALE, None).sum().backward()
-        return sum(sizes.values())
+        return bytes_for_backward(lambda: linear.compute(q, k, v, SCALE, None))
 
     short, long = kept_bytes(512), kept_bytes(4096)
     assert long < 8.5 * short

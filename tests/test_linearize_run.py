@@ -15,7 +15,7 @@ from support.data import prepared, scratch, texts
 from support.models import linearized as tiny_linearized
 from support.models import tiny_model, tokens
 from support.processes import die_in_save, die_in_save_base, finish, start
-from support.runs import assert_same_run, copied, slope, trained
+from support.runs import LINEARIZED, assert_same_run, copied, slope, trained
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -39,15 +39,9 @@ from slope_cli.utils.files import file_sha256
 from sparse_kernels import AdaptedLinear, adapters_of, add_adapters, sparse_layers
 
 WORDS = (
+    *LINEARIZED,
     "train.steps=60",
     "linearize.window=2",
-    "linearize.transfer_lr=0.03",
-    "adapters.rank=4",
-    "optim.lr=0.01",
-    "log.tensorboard=false",
-    "log.sample_tokens=4",
-    "log.sample_prompt='The '",
-    "log.val_tokens=512",
 )
 SMALL_BERT = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 BASES: dict[str, tuple[str, ...]] = {

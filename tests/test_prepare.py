@@ -11,7 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import wait_until
 from tokenizers.processors import TemplateProcessing
 
 import slope_cli
@@ -455,13 +455,6 @@ def preparing(text: Path, out: Path, tokenizer: str, script: str, parts: int) ->
     )
     wait_until(lambda: len(list(out.glob(".parts/*.train.tok"))) >= parts)
     return child
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For a minute at most."""
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def session_members(session: int) -> int:

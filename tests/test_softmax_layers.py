@@ -11,7 +11,7 @@ import torch
 from support.data import prepared, scratch
 from support.models import copying_model, tiny_model
 from support.models import linearized as tiny_linearized
-from support.runs import assert_same_run, copied, slope, trained
+from support.runs import LINEARIZED, assert_same_run, copied, slope, trained
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import KEPT, load_model
@@ -26,16 +26,10 @@ from slope_cli.train.softmax_layers import Divergence, Probe, Trial, choose, pro
 
 LAYERS = 4
 WORDS = (
+    *LINEARIZED,
     "train.steps=16",
     "linearize.window=4",
-    "linearize.transfer_lr=0.03",
     "linearize.keep_softmax=auto:2",
-    "adapters.rank=4",
-    "optim.lr=0.01",
-    "log.tensorboard=false",
-    "log.sample_tokens=4",
-    "log.sample_prompt='The '",
-    "log.val_tokens=512",
     "log.save_every=4",
     "log.keep=9",
 )

@@ -310,6 +310,12 @@ def log_mark(manifest: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     return mark if isinstance(mark, dict) and type(mark.get("bytes")) is int and "sha256" in mark else None
 
 
+def base_hash(manifest: Mapping[str, Any]) -> str | None:
+    """The hash of the base, or the teacher in its place, that a checkpoint was saved beside; None without one."""
+    found: str | None = manifest.get("base", manifest.get("teacher"))
+    return found
+
+
 def verify_base(run: Path, manifest: Mapping[str, Any], group: Group | None = None) -> dict[str, Any]:
     """Hash the base that a checkpoint with this manifest was saved beside, or a teacher that is kept in its place.
 
@@ -319,7 +325,7 @@ def verify_base(run: Path, manifest: Mapping[str, Any], group: Group | None = No
     Returns, raises: as `verify`.
     """
     path, group = run / BASE / MANIFEST, group or Group()
-    bound_to = manifest.get("base", manifest.get("teacher"))
+    bound_to = base_hash(manifest)
 
     def described() -> dict[str, Any]:
         base = read_sealed(path)

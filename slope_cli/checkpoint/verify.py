@@ -54,11 +54,7 @@ def check(run: Path) -> dict[str, Any]:
     for name in (ENVIRONMENT, STARTS):
         if (run / name).is_file():
             look(name, partial(_check_lines, run / name, manifest))
-    if (
-        manifest
-        and {"base", "teacher"} & manifest.keys()
-        and not look(store.BASE, partial(store.verify_base, run, manifest))
-    ):
+    if manifest and store.base_hash(manifest) and not look(store.BASE, partial(store.verify_base, run, manifest)):
         newest = None
     data = run_folder.data_folder(config, run) if config else run / "data"
     if data.is_dir():

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import configs
@@ -37,17 +39,8 @@ class Child:
         # Processes that each use all cores mostly wait for one another.
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
         arguments = ["pretrain", str(config), "--out", str(out / run.name)]
-        # If this process is killed, its runs must not go on unseen, and hold their folders.
-        code = f"from slope_cli.utils.parent import end_with; end_with({os.getpid()}); "
-        command, environment = children.python(f"{code}from slope_cli.cli import main; main()", arguments)
         with self.log.open("ab") as log:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                command,
-                env={**threads, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self.process = started("from slope_cli.cli import main; main()", arguments, log, threads)
 
     def error(self, code: int) -> str:
         """Why the process failed, in one line."""
@@ -55,8 +48,30 @@ class Child:
             return f"killed by {signal.Signals(-code).name}"
         with self.log.open("rb") as file:
             file.seek(self._earlier_bytes)
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+            return last_line(file.read()) or f"exit code {code}"
+
+
+def started(
+    work: str, arguments: Sequence[str], log: BinaryIO, variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[bytes]:
+    """A Python process that does `work` and writes to a log.
+
+    If this process is killed, that one ends: it must not go on unseen, and hold its folder.
+
+    Args:
+        work: Python, which finds the arguments in sys.argv.
+        variables: of its environment, unless they are set here.
+    """
+    code = f"from slope_cli.utils.parent import end_with; end_with({os.getpid()}); {work}"
+    command, environment = children.python(code, arguments)
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env={**variables, **environment}, **streams)
+
+
+def last_line(log: bytes) -> str:
+    """What a process that failed has said last, without "error: "; empty if nothing."""
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def train(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.checkpoint import run_folder, store
-from slope_cli.compare import pictures, processes, step_times, table, variants
+from slope_cli.compare import processes, step_times, table, variants
 from slope_cli.compare.rows import (
     FailedRun,
     Run,
@@ -42,6 +42,8 @@ from slope_cli.utils.files import atomic_file, write_json
 from slope_cli.utils.shards import shard_of
 from slope_cli.utils.typed_json import from_json
 
+TIMES = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+"""Units of time by their seconds."""
 EQUAL = ("tokens", "time")
 """What all variants can have alike."""
 
@@ -265,5 +267,10 @@ def _write(result: Comparison, out: Path) -> Comparison:
     curves = {each.variant: vars(each.curve) for each in result.variants if each.curve.tokens}
     if curves:
         plots.draw_curves(curves, out / "compare")
-    pictures.draw_over_time(result, out / "compare-time")
+    if timed := {name: curve for name, curve in curves.items() if curve["seconds"]}:  # not in results of version 0.1
+        longest = max(curve["seconds"][-1] for curve in timed.values())
+        size, unit = next((size, unit) for size, unit in TIMES if longest >= size or size == 1)
+        over_time = {name: {**curve, "time": [s / size for s in curve["seconds"]]} for name, curve in timed.items()}
+        label = f"{unit} of training steps as {'measured' if result.equal == 'time' else 'logged'}"
+        plots.draw_curves(over_time, out / "compare-time", over="time", label=label)
     return result

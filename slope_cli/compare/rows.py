@@ -2,8 +2,11 @@
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,8 +135,9 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
     tokenizer = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in sorted(manifest["tokenizer"].items()))
     name = folder.resolve().name
     taken = [(record["step"], tokens / record["tokens_per_s"]) for record in train if record["tokens_per_s"]]
+    passed = [0.0, *accumulate(seconds for _, seconds in taken)]
     for record in val:
-        record["seconds"] = sum(seconds for step, seconds in taken if step <= record["step"])
+        record["seconds"] = passed[bisect_right(taken, record["step"], key=itemgetter(0))]
     return Run(
         run=name,
         variant=name,
@@ -145,7 +149,7 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
         val=[from_json(Validation, record) for record in val],
         tokens=steps * tokens,
         tokens_per_s=median(record["tokens_per_s"] for record in train if record["step"] > steps // 10),
-        train_seconds=sum(seconds for _, seconds in taken),
+        train_seconds=passed[-1],
         peak_memory=metrics.peak_memory(records),
     )
 

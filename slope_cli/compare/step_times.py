@@ -9,8 +9,6 @@ Steps are those of the training loop itself, on the run's own data: with mask up
 """
 
 import contextlib
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ import torch
 
 from slope_cli.benchmarks.timing import Timing, free
 from slope_cli.compare.budget import budget, steps_bought
+from slope_cli.compare.processes import last_line, started
 from slope_cli.compare.summary import mean_and_error
 from slope_cli.compare.variants import Variant
 from slope_cli.config import configs
@@ -38,7 +37,6 @@ from slope_cli.utils import jsonl
 from slope_cli.utils.environment import environment
 from slope_cli.utils.files import content_sha256, held_folder
 from slope_cli.utils.typed_json import from_json
-from sparse_kernels import children
 
 FILE = "step-times.jsonl"
 TIMING = Timing(warm_up=3, rounds=9, round_seconds=0.2, most_calls=50, heat_seconds=3.0)
@@ -102,7 +100,8 @@ def equal_time(variants: Sequence[Variant], out: Path, stop: StopFlag) -> tuple[
             times = _found(timed, out)
     rows = [row for found in times.values() for row in found.values() if row is not None]
     if missing := next((f"{name}, {at}" for name, found in times.items() for at in found if found[at] is None), None):
-        raise SlopeError(f"{missing}: could not be timed: {_last_line(out)}")
+        reason = last_line((out / "step-times.log").read_bytes()) or "it was killed"
+        raise SlopeError(f"{missing}: could not be timed: {reason}")
     unit = median(row.baseline_seconds for row in rows)
     rule = f"what the time of {steps * tokens:,} tokens of {first.name} buys"
     seconds: dict[str, dict[str, float]] = {
@@ -143,11 +142,8 @@ def _measure(variants: Sequence[Variant], out: Path, stop: StopFlag) -> None:
     with tempfile.TemporaryDirectory() as folder, (out / "step-times.log").open("wb") as log:
         for each in variants:
             (Path(folder) / f"{each.name}.yaml").write_text(configs.dump(each.config), encoding="utf-8")
-        code = f"from slope_cli.utils.parent import end_with; end_with({os.getpid()}); "
-        code += "from slope_cli.compare.step_times import main; main(*sys.argv[1:])"
-        command, variables = children.python(code, [str(out), folder, *(each.name for each in variants)])
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=variables, **streams)
+        work = "from slope_cli.compare.step_times import main; main(*sys.argv[1:])"
+        process = started(work, [str(out), folder, *(each.name for each in variants)], log)
         try:
             while process.poll() is None and not stop.name:
                 time.sleep(0.1)
@@ -156,11 +152,6 @@ def _measure(variants: Sequence[Variant], out: Path, stop: StopFlag) -> None:
             process.wait()
     if stop.name:
         raise Stopped(f"stopped by {stop.name} while step times were measured; run the same command to resume")
-
-
-def _last_line(out: Path) -> str:
-    lines = (out / "step-times.log").read_text(errors="replace").split("\n")
-    return next((line.strip().removeprefix("error: ") for line in reversed(lines) if line.strip()), "it was killed")
 
 
 def _lines(baseline: str, rows: Sequence[StepTime]) -> list[str]:

@@ -459,6 +459,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
+    def teacher(self) -> str | None:
+        """The teacher of a run that has one, as it is named; None if nothing names one."""
+        return self.distill.teacher or self.model.init
+
+    @property
     def learns_from_teacher(self) -> bool:
         """Whether the run trains its weights with a teacher, which it keeps."""
         return self.distill.share > 0 and not self.linearizes
@@ -488,7 +493,7 @@ class Config:
             raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
         if self.learns_from_teacher:
             rule = "needs a teacher: set distill.teacher, or model.init for that model"
-            self.distill._need(bool(self.distill.teacher or self.model.init), "share", rule)
+            self.distill._need(bool(self.teacher), "share", rule)
         if own := self.own_section:
             own.check(self)
 

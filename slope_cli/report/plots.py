@@ -80,22 +80,30 @@ def draw_loss(folders: Sequence[Path], out: Path | None = None, *, from_zero: bo
     return files
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path) -> list[Path]:
-    """Draw validation loss against tokens: the mean and the range over the seeds for each name.
+def draw_curves(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], out: Path, *, over: str = "tokens", label: str | None = None
+) -> list[Path]:
+    """Draw validation loss, by default against tokens: the mean and the range over the seeds for each name.
 
     Args:
         curves: by name, lists of equal length: tokens, and mean, low and high in nats per token.
         out: as for `draw_loss`.
+        over, label: the list that is drawn against in place of tokens, and what its axis says.
     """
+    from matplotlib.ticker import ScalarFormatter
+
     with picture(out) as ((axes,), files):
         for number, (name, curve) in enumerate(curves.items()):
             color = f"C{number}"
             # There are ten colours; after these the line style distinguishes the curves.
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axes.plot(curve["tokens"], curve["mean"], style, color=color, label=one_row(name), marker="o", markersize=3)
-            axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
+            axes.plot(curve[over], curve["mean"], style, color=color, label=one_row(name), marker="o", markersize=3)
+            axes.fill_between(curve[over], curve["low"], curve["high"], color=color, alpha=0.2, linewidth=0)
         _set_height(axes, [Height(min(c["low"]), max(c["high"]), DIVERGED * c["high"][0]) for c in curves.values()])
         _describe_axes(axes)
+        if label is not None:
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(ylabel="validation loss (nats per token)", title="mean and range over seeds")
         _legend_beside(axes)
     return files

@@ -164,8 +164,9 @@ def _teacher(config: Config) -> list[Row]:
     """The line about the teacher, if there is one."""
     if not config.learns_from_teacher:
         return []
-    named = config.distill.teacher or config.model.init
-    return [("learns from", f"{named}, {config.distill.share:.0%} of the loss; its copy takes room on every GPU")]
+    return [
+        ("learns from", f"{config.teacher}, {config.distill.share:.0%} of the loss; its copy takes room on every GPU")
+    ]
 
 
 def _begins_with(config: Config, model: PreTrainedModel) -> list[Row]:

@@ -319,7 +319,7 @@ def keep_teacher(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) 
         SlopeError: it cannot be read, or not be written to the run's folder.
     """
     key = "distill.teacher" if config.distill.teacher else "model.init"
-    named = str(config.distill.teacher or config.model.init)
+    named = str(config.teacher)
     loaded = _loaded(key, named)
     if shapes.objective(loaded.model.config) != "causal" or shapes.objective(run_model_config(config)) != "causal":
         raise UsageError(f"{key}={named}: a teacher and its student predict the next token; one of them does not")

@@ -210,8 +210,7 @@ class Trainer:
             if self.phase.fp8:
                 self._say(self._fp8_line())
             if share := config.distill.share:
-                teacher = config.distill.teacher or config.model.init
-                self._say(f"{share:.0%} of the loss is the divergence from the predictions of {teacher}")
+                self._say(f"{share:.0%} of the loss is the divergence from the predictions of {config.teacher}")
             self._say(self._start_line())
 
     # ------------------------------------------------------------------------------------------------------- the steps

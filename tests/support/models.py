@@ -162,6 +162,19 @@ def _near(n: int, j: int, pattern: Pattern) -> bool:
     return abs(n - j) < pattern.window
 
 
+def bytes_for_backward(run: Callable[[], Tensor]) -> int:
+    """The bytes that autograd keeps from a forward pass, of the sum of whose result it then takes the gradient."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run().sum().backward()
+    return sum(sizes.values())
+
+
 def linear_layers(out: int, inp: int, seed: int) -> dict[str, Callable[[], nn.Module]]:
     """A layer of every kind, by its name, from one dense weight; 1:4 is a sparse one without a bias."""
     generator = torch.Generator().manual_seed(seed)

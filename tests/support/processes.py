@@ -7,7 +7,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -95,6 +97,28 @@ def _child(config: Config, run: Path, prepare_child: Callable[..., None] | None,
         sys.stderr.flush()
         os._exit(error.exit_code)
     os._exit(0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait up to a minute; TimeoutError if it does not come true."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def has_content(path: Path) -> bool:
+    """Whether a file has been written to."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """Send SIGTERM, and expect exit code 75; what the process has said on standard error."""
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    return str(err)
 
 
 def die_in_save(step: int, operation: int) -> None:

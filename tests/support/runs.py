@@ -45,6 +45,16 @@ SHORT = (
     "log.val_every=0",
     "log.val_tokens=128",
 )
+LINEARIZED = (
+    "linearize.transfer_lr=0.03",
+    "adapters.rank=4",
+    "optim.lr=0.01",
+    "log.tensorboard=false",
+    "log.sample_tokens=4",
+    "log.sample_prompt='The '",
+    "log.val_tokens=512",
+)
+"""A short run that linearizes, but for its length and its window."""
 _COMMON = ("hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "vocab_size=272")
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "gpt2-nano": ("n_layer=2", "n_embd=32", "n_head=2", "n_positions=64"),
