@@ -258,7 +258,7 @@ def _on_gpus(side: Json | None) -> list[str]:
 def _scaling(result: Json) -> str:
     """Weak scaling over the GPUs of a node."""
     found = scaling.document(from_json(scaling.ScalingResults, result)).tables[0]
-    where = f"Weak scaling of {result['rows'][0]['model']}: {_where(result['machine'], result['libraries'])}."
+    where = f"Weak scaling: {_where(result['machine'], result['libraries'])}."
     return _markdown(found.columns, found.rows, where)
 
 

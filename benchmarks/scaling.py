@@ -1,48 +1,76 @@
-"""Training speed and memory by number of GPUs of one node, layout and method.
+"""Training speed, memory and communication by number of GPUs of a node, layout and method, beside the dry run's.
 
-    python -m slope_cli.benchmarks.scaling --data DIR --work DIR --out FILE [--gpus 1,2,4,8] [--model NAME] KEY=VALUE...
+    python -m slope_cli.benchmarks.scaling --data DIR --work DIR --out FILE --models opt-1.3b,opt-2.7b KEY=VALUE...
 
-train.tokens_per_step is that of one GPU.
-
-Each row is a run of `slope pretrain` with one process for each GPU: the median over its steps but for the first ones,
-with the same micro-batches on each GPU (weak scaling). Rows are not alternated: compare what differs by more than 5 %.
+train.tokens_per_step is that of one GPU. Each row is one run's training steps, by the trainer itself, with one process
+for each GPU: the same micro-batches on each GPU (weak scaling), the median over the steps but for the first ones. Rows
+are not alternated: compare what differs by more than 5 %.
 """
 
 import argparse
+import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slope_cli.report import metrics
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from slope_cli.checkpoint import store
+from slope_cli.config import configs
+from slope_cli.distributed import launch
+from slope_cli.distributed.collectives import Group, join
+from slope_cli.distributed.layouts import Choice, Cluster, choices
+from slope_cli.methods.accounting import phase_sizes
 from slope_cli.report.tables import Document, Table
+from slope_cli.train.dry_run import untrained_model
+from slope_cli.train.loop import Trainer
 from slope_cli.utils.files import write_json
+from slope_cli.utils.typed_json import from_json
 
 from .records import Results
 
-WARM_UP = 4
+WARM_UP = 3
 """Steps that are not timed: they compile, capture graphs, and measure kernels."""
+TIMED = 8
 LAYOUTS = {
     "ddp": ["distributed.layout=ddp"],
     "fsdp, gather=step": ["distributed.layout=fsdp", "distributed.gather=step"],
     "fsdp, gather=block": ["distributed.layout=fsdp", "distributed.gather=block"],
 }
+SHARES = {"all_reduce": 2, "allreduce": 2, "all_gather": 1, "allgather": 1, "reduce_scatter": 1}
+"""By a ring, a GPU of n sends this many (n-1)/n-th parts of what is reduced or gathered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingRow:
-    """tokens_per_s: of all GPUs together; peak_bytes: of the GPU with most; loss: of the last step."""
+    """One run. In bytes, of the GPU with most: `peak` of all its memory, `state` of weights, moments and masks, `sent`
+    by its collectives in a step; each with what the dry run says.
+
+    tokens_per_s: of all GPUs together. loss: of the last step.
+    """
 
     model: str
     method: str
     layout: str
     gpus: int
     tokens_per_s: float | None = None
-    peak_bytes: int | None = None
+    peak: int | None = None
+    peak_said: int | None = None
+    state: int | None = None
+    state_said: int | None = None
+    sent: float | None = None
+    sent_said: float | None = None
     loss: float | None = None
+    seconds: float | None = None
     error: str = ""
 
 
@@ -54,37 +82,129 @@ class ScalingResults(Results):
     rows: list[ScalingRow] = field(default_factory=list)
 
 
-def measure(
-    model: str, method: str, layout: str, gpus: int, words: list[str], data: Path, work: Path, port: int
-) -> ScalingRow:
-    """Train for a few steps on some of the GPUs."""
-    run = work / f"{model}-{method}-{layout}-{gpus}".replace(", ", "-")
-    keys = [f"method={method}", f"data.path={data}", *words, *LAYOUTS[layout]]
-    command = [sys.executable, "-P", "-m", "slope_cli", "pretrain", model, *keys, "--out", str(run)]
-    shared = {"WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+# ------------------------------------------------------------------------------------------------------ in each process
+
+
+def rank(row: ScalingRow, words: list[str], run: Path, out: Path) -> None:
+    """Train a few steps as one of a run's processes; rank 0 writes the row."""
+    began = time.perf_counter()
+    ranks = launch.ranks()
+    config = configs.load(row.model, words)
+    device = launch.pick_device(config.train.device, ranks)
+    group = join(ranks, device)
+    group.first(lambda: run.mkdir(parents=True, exist_ok=True))
+    trainer = Trainer(config, run, device, None, group)
+    trainer.model.train()
+    for _ in range(WARM_UP):
+        trainer.train_step()
+    already, seconds = len(_collectives()), []
+    for _ in range(TIMED):
+        started = time.perf_counter()
+        output, _ = trainer.train_step()
+        seconds.append(time.perf_counter() - started)
+    sent = sum(_sent(each, ranks.world) for each in _collectives()[already:]) / TIMED
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    state = sum(_local_bytes(t) for t in store.state_tensors(trainer.model, trainer.optimizer).values())
+    found = _largest(group, {"peak": peak, "state": state, "sent": sent})
+    if ranks.first:
+        memory, choice = None, _choice(row, config)
+        if choice is not None:
+            memory = choice.memory
+            micro_batches = config.train.accumulation(ranks.world)
+            found["sent_said"] = choice.traffic.of_step(micro_batches)
+            found["peak_said"] = memory.total if config.model.dropout == 0 else None
+            found["state_said"] = memory.weights + memory.moments + memory.masks
+        speed = config.train.tokens_per_step / statistics.median(seconds)
+        found |= {"tokens_per_s": speed, "loss": output.loss, "seconds": time.perf_counter() - began}
+        write_json(out, asdict(replace(row, **found)))
+    group.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # nothing is saved, and gloo may abort when it is taken apart
+
+
+def _choice(row: ScalingRow, config: Any) -> Choice | None:
+    """What a dry run says of the row's layout."""
+    cluster = Cluster(row.gpus, row.gpus)
+    mode = config.train.activation_checkpointing
+    every = choices(phase_sizes(untrained_model(config), config), cluster, activation_checkpointing=mode)
+    return next((choice for choice in every if str(choice.layout) == row.layout), None)
+
+
+def _largest(group: Group, own: dict[str, Any]) -> dict[str, Any]:
+    every = group.gather(own)
+    return {key: max((each[key] for each in every if each[key] is not None), default=None) for key in own}
+
+
+def _local_bytes(tensor: Tensor) -> int:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.numel() * own.element_size()
+
+
+def _collectives() -> list[dict[str, Any]]:
+    """What torch's flight recorder holds of NCCL's collectives; nothing without NCCL."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    return [] if dump is None else pickle.loads(dump(True, False, False)).get("entries", [])
+
+
+def _sent(collective: dict[str, Any], world: int) -> float:
+    """Bytes that a GPU sends in one collective, by a ring."""
+    name = collective["profiling_name"].lower()
+    parts = next((parts for kind, parts in SHARES.items() if kind in name), 0)
+    sides = [(collective["input_sizes"], collective["input_dtypes"])]
+    sides.append((collective["output_sizes"], collective["output_dtypes"]))
+    payload = max(sum(map(_bytes, sizes, types)) for sizes, types in sides)  # the whole, which all ranks share
+    return parts * payload * (world - 1) / world
+
+
+def _bytes(shape: Iterable[int], dtype: str) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count * {"Float": 4, "Half": 2, "BFloat16": 2, "Byte": 1, "Char": 1, "Int": 4, "Long": 8}.get(dtype, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------- all of them
+
+
+def measure(row: ScalingRow, words: list[str], work: Path, port: int, first_gpu: int = 0) -> "Measuring":
+    """Start the processes of a row, on the GPUs from `first_gpu` on."""
+    name = f"{row.model}-{row.method}-{row.layout}-{row.gpus}".replace(", ", "-")
+    out = work / f"{name}.json"
+    keys = [f"method={row.method}", *words, *LAYOUTS[row.layout]]
+    command = [sys.executable, "-P", "-m", "slope_cli.benchmarks.scaling", "--row", json.dumps(asdict(row))]
+    command += ["--work", str(work / name), "--out", str(out), *keys]
+    visible = ",".join(str(first_gpu + index) for index in range(row.gpus))
+    shared = {"WORLD_SIZE": row.gpus, "LOCAL_WORLD_SIZE": row.gpus, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"CUDA_VISIBLE_DEVICES": visible, "TORCH_FR_BUFFER_SIZE": 100_000}
     children = []
-    for rank in range(gpus):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+    for index in range(row.gpus):
+        own = {**shared, "RANK": index, "LOCAL_RANK": index}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        with (work / f"{run.name}.{rank}.log").open("wb") as log:
+        with (work / f"{name}.{index}.log").open("wb") as log:
             children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    codes = [child.wait() for child in children]
-    row: dict[str, Any] = {"model": model, "method": method, "layout": layout, "gpus": gpus}
-    if any(codes):
-        lines = (work / f"{run.name}.0.log").read_text().splitlines()
-        return ScalingRow(**row, error=lines[-1] if lines else f"exit codes {codes}")
-    records = metrics.read(run)
-    steps = [record for record in records if record["kind"] == "train"][WARM_UP:]
-    return ScalingRow(
-        **row,
-        tokens_per_s=statistics.median(record["tokens_per_s"] for record in steps),
-        peak_bytes=metrics.peak_memory(records),
-        loss=steps[-1]["loss"],
-    )
+    return Measuring(row, children, out, work / f"{name}.0.log")
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A row whose processes run."""
+
+    row: ScalingRow
+    children: list[subprocess.Popen[bytes]]
+    out: Path
+    log: Path
+
+    def finish(self) -> ScalingRow:
+        """Wait for them; the row, or why there is none."""
+        codes = [child.wait() for child in self.children]
+        if any(codes):
+            lines = self.log.read_text().splitlines()
+            return replace(self.row, error=lines[-1] if lines else f"exit codes {codes}")
+        return from_json(ScalingRow, json.loads(self.out.read_text()))
 
 
 def document(results: ScalingResults) -> Document:
-    """The table: speed for each GPU, how much of one GPU's it is, and over the dense model in the same layout."""
+    """The table: speed for each GPU, its share of one GPU's, its ratio to dense in the same layout, and bytes."""
     speed = {(r.model, r.method, r.layout, r.gpus): r.tokens_per_s for r in results.rows}
     cells = []
     for r in results.rows:
@@ -92,43 +212,71 @@ def document(results: ScalingResults) -> Document:
         per_gpu = r.tokens_per_s and r.tokens_per_s / r.gpus
         cells.append(
             [
+                r.model,
                 r.method,
                 r.layout,
                 str(r.gpus),
                 f"{per_gpu:,.0f}" if per_gpu else r.error,
                 f"{per_gpu / one:.3f}" if per_gpu and one else "",
                 f"{r.tokens_per_s / dense:.3f}" if r.tokens_per_s and dense else "",
-                f"{r.peak_bytes / 1e9:.1f}" if r.peak_bytes else "",
+                *(_beside(*pair) for pair in ((r.state, r.state_said), (r.peak, r.peak_said), (r.sent, r.sent_said))),
             ]
         )
-    columns = ("method", "layout", "GPUs", "tokens/s a GPU", "of one GPU", "over dense", "peak GB")
+    speeds = ("tokens/s a GPU", "of one GPU", "over dense")
+    sizes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
+    columns = ("model", "method", "layout", "GPUs", *speeds, *sizes)
     note = f"{results.machine['gpu']}, torch {results.machine['torch']}; {' '.join(results.words)}"
-    return Document(f"Scaling of {results.rows[0].model}", [Table("Weak scaling", columns, cells, note=note)])
+    return Document("Scaling over the GPUs of a node", [Table("Weak scaling", columns, cells, note=note)])
+
+
+def _beside(found: float | None, said: float | None) -> str:
+    if not found:
+        return ""
+    return f"{found / 1e9:.1f} ({said / 1e9:.1f})" if said else f"{found / 1e9:.1f}"
 
 
 def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder of `slope data prepare`")
+    parser.add_argument("--data", type=Path, help="a folder of `slope data prepare`")
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--gpus", default="1,2,4,8", help="how many, comma-separated")
-    parser.add_argument("--model", default="opt-2.7b")
+    parser.add_argument(
+        "--gpus", default="1,2,4,8", help="how many, comma-separated; one is a run for each method at once"
+    )
+    parser.add_argument("--models", default="opt-2.7b")
     parser.add_argument("--methods", default="slope,dense")
+    parser.add_argument("--layouts", default=";".join(LAYOUTS), help="for more than one GPU, separated by semicolons")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # what one of its processes is given
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
+    if given.row:
+        rank(from_json(ScalingRow, given.row), given.words, given.work, given.out)
     given.work.mkdir(parents=True, exist_ok=True)
-    results, port = ScalingResults(words=given.words), 21000
+    (tokens,) = [int(word.partition("=")[2]) for word in given.words if word.startswith("train.tokens_per_step=")]
     sizes = [word for word in given.words if not word.startswith("train.tokens_per_step=")]
-    tokens = int(next(word for word in given.words if word.startswith("train.tokens_per_step=")).partition("=")[2])
-    for gpus in map(int, given.gpus.split(",")):
-        for layout in LAYOUTS if gpus > 1 else ["ddp"]:
-            for method in given.methods.split(","):
-                words, port = [*sizes, f"train.tokens_per_step={gpus * tokens}"], port + 1
-                results.rows.append(measure(given.model, method, layout, gpus, words, given.data, given.work, port))
-                print(results.rows[-1], flush=True)
-                write_json(given.out, asdict(results))
+    results = ScalingResults(words=given.words)
+    for number, batch in enumerate(_batches(given)):
+        started = []
+        for index, row in enumerate(batch):
+            words = [f"data.path={given.data}", *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
+            started.append(measure(row, words, given.work, 21000 + 16 * number + index, first_gpu=index))
+        for each in started:
+            results.rows.append(each.finish())
+            print(results.rows[-1], flush=True)
+        write_json(given.out, asdict(results))
     document(results).show()
+
+
+def _batches(given: argparse.Namespace) -> Iterable[list[ScalingRow]]:
+    """The rows that run at once: on one GPU each where it is for one, else one after another."""
+    for model in given.models.split(","):
+        for gpus in map(int, given.gpus.split(",")):
+            for layout in given.layouts.split(";") if gpus > 1 else ["ddp"]:
+                how: dict[str, Any] = {"model": model, "layout": layout, "gpus": gpus}
+                rows = [ScalingRow(method=method, **how) for method in given.methods.split(",")]
+                together = gpus == 1 and len(rows) <= torch.cuda.device_count()
+                yield from [rows] if together else [[row] for row in rows]
 
 
 if __name__ == "__main__":
