@@ -23,6 +23,8 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 ROUNDS_TO_ZERO = 2.0**-10
 """The largest magnitude that becomes zero in e4m3: half of its smallest."""
+SMALLEST_SCALE = 2.0**-126
+"""About the smallest float32 that has a reciprocal; a tensor of zeros has it, too."""
 COUNTED = ("X", "W", "dY")
 """The operands of a layer whose entries are counted, in the order of `counts`."""
 
@@ -50,9 +52,9 @@ def operand(X: Tensor, *, fp8: bool, counts: Tensor | None = None) -> Operand:
         return Operand(X)
     if not X.numel():
         return Operand(X.to(FP8), X.new_ones((), dtype=torch.float32))
-    scale = X.abs().amax().float() / LARGEST
-    scale = torch.where(scale == 0, 1, scale)
-    scaled = X.float() / scale  # in float32, to be rounded once
+    # By products, because compilers and GPUs divide each in their own way.
+    scale = (X.abs().amax().float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
+    scaled = X.float() * scale.reciprocal()  # in float32, to be rounded once
     if counts is not None:
         counts[0] += (scaled != 0).sum()
         counts[1] += ((scaled != 0) & (scaled.abs() <= ROUNDS_TO_ZERO)).sum()
@@ -67,7 +69,8 @@ def rows_of(counts: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None, 
 def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
     """A · B^T + bias, (R, N) in `dtype`.
 
-    In fp8 on a GPU of compute capability 8.9 or newer by its tensor cores, whose sides must be multiples of 16.
+    In fp8 on a GPU of compute capability 8.9 or newer by its tensor cores, whose sides must be multiples of 16; on a
+    CPU in float32, of the same operands.
 
     Args:
         bias_N: (N,) in `dtype`, or None.
@@ -78,6 +81,10 @@ def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype
     if not A.numel() * B.numel():
         empty_RN = A.new_zeros(len(A), len(B), dtype=dtype)
         return empty_RN if bias_N is None else empty_RN + bias_N
+    if not A.is_cuda:
+        # [R,C] · [N,C]^T -> [R,N]
+        Y_RN = (F.linear(A.float(), B.float()) * (scale_A * scale_B)).to(dtype)
+        return Y_RN if bias_N is None else Y_RN + bias_N
     if padding := -A.shape[1] % 16:  # tokens, in a weight gradient
         A, B = _padded(A, padding), _padded(B, padding)
     whole = ScalingType.TensorWise

@@ -217,21 +217,24 @@ def account(model: PreTrainedModel, config: Config) -> Account:
 def activation_bytes(model: PreTrainedModel, config: Config) -> dict[str, int]:
     """What a micro-batch keeps for its backward pass, estimated by train.activation_checkpointing; {} if linearized.
 
-    In 16 bits with fused attention a block keeps its input, two norms' outputs, the sum between them, what its products
-    and attention give, the activation function's result, and the masks of dropout: 34 bytes a token and feature in
-    GPT-2 and OPT (Korthikanti et al. 2022, section 4.1). Beside the blocks: the logits with their gradient in float32.
+    In 16 bits with fused attention a block keeps its input, two norms' outputs, the sum between them, what attention
+    gives, what its other products but the two that are added to the sum give, the activation function's result (a ReLU
+    keeps it alone), and the masks of dropout in 8 bits: 34 bytes a token and feature in GPT-2 (Korthikanti et al. 2022,
+    section 4.1). Beside the blocks: the logits with their gradient in float32.
     """
     if linear_windows(model):
         return {}
     tokens = config.train.micro_batch * config.train.seq_len
     width, vocab = model.config.hidden_size, model.config.vocab_size
+    masks = 2 * width * shapes.drops(model.config)
+    by_result = getattr(model.config, shapes.family_of(model.config).activation) == "relu"
     inputs = selective = whole = largest = 0
     for block in transformer_blocks(model):
         layers = [x for x in block.modules() if isinstance(x, LINEAR)]
         products = sum(map(_out_features, layers))
         widest = max(map(_out_features, layers), default=0)
-        between = sum(_out_features(x) for x in layers if _out_features(x) == widest)
-        each = 2 * (products + between + 4 * width)
+        between = 0 if by_result else sum(_out_features(x) for x in layers if _out_features(x) == widest)
+        each = 2 * (products + between + 3 * width) + masks
         inputs, whole, largest = inputs + 2 * width, whole + each, max(largest, each)
         selective += 2 * (products + 2 * width)
     sizes = {"none": whole, "block": inputs + largest, "selective": min(selective + largest, whole)}

@@ -207,3 +207,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise UsageError(f"model type {config.model_type!r} is not supported; it must be one of {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]
+
+
+def drops(config: PreTrainedConfig) -> bool:
+    """Whether a model drops anything in training."""
+    return any(getattr(config, name, 0.0) for name in family_of(config).dropouts)

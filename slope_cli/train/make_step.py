@@ -11,7 +11,7 @@ from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import UsageError
 from slope_cli.methods.phases import Phase
-from slope_cli.models.shapes import FAMILIES
+from slope_cli.models.shapes import drops
 from slope_cli.train import init
 from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.cuda_graphs import GraphedStep
@@ -61,8 +61,7 @@ def make_step(
 def _compiled(config: Config, device: torch.device, model: PreTrainedModel) -> bool:
     """Whether blocks are compiled; UsageError if they are to be, and would have a wrong gradient."""
     train, gpu = config.train, device.type == "cuda"
-    rates = (getattr(model.config, name, 0.0) for name in FAMILIES[model.config.model_type].dropouts)
-    if not (gpu and train.activation_checkpointing != "none" and any(rates)):
+    if not (gpu and train.activation_checkpointing != "none" and drops(model.config)):
         return gpu if train.compile == "auto" else bool(train.compile)
     if train.compile is True:  # its gradient was off by a sixth on an H200 with torch 2.11
         rule = "compiled blocks do not drop again what they dropped; set model.dropout=0 or train.compile=false"

@@ -197,12 +197,13 @@ class Step:
     def norm(self) -> Tensor:
         """The norm of the whole gradient, on the device."""
         grads = [p.grad for p in self._trained() if p.grad is not None]
-        split = [grad for grad in grads if isinstance(grad, DTensor)]
         whole = torch.nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
-        if not split:
+        if self.sharding is None:
             return whole
-        norm: Any = torch.nn.utils.get_total_norm(split)
-        return torch.hypot(norm.full_tensor(), whole.to(self.model.device))
+        # Of this process's rows at once: torch would reduce the norm of each split matrix by itself.
+        own = torch.nn.utils.get_total_norm([grad.to_local() for grad in grads if isinstance(grad, DTensor)])
+        squares = self.sharding.sum_(own.to(self.model.device).square())
+        return torch.sqrt(squares + whole.to(self.model.device).square())
 
     def update(self, norm: Tensor) -> None:
         """Clip by the gradient's `norm` and update; without waiting for the device."""

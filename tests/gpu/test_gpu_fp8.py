@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import inductor
 from support.models import linear_layers as layers
 from support.runs import records, tiny
 from torch import nn
@@ -12,6 +13,8 @@ from torch import nn
 from slope_cli.train.loop import pretrain
 from sparse_kernels import fp8_obstacle, set_fp8
 from sparse_kernels.operands import operand
+
+pytestmark = inductor.QUIET
 
 
 @pytest.fixture(autouse=True)

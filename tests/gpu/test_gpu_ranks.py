@@ -11,6 +11,7 @@ from support.data import prepared, scratch
 from support.ranks import Ranks
 
 from slope_cli.checkpoint.load import load_model
+from slope_cli.distributed import checks
 from slope_cli.report import metrics
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -34,11 +35,16 @@ METHODS = {
 }
 
 
+def _share_gpus(rank: int) -> None:
+    """Other tests are on these GPUs, too."""
+    checks.LEAST_MEMORY = 0.0
+
+
 def ranks(world: int, run: Path, *more: str) -> Ranks:
     """The command with so many GPUs; its kernels are compiled and measured once for all tests."""
     words = ["pretrain", "gpt2-nano", f"data.path={prepared('bytes')}", *WORDS, *more, "--out", str(run)]
-    cache_dir = {"SLOPE_CACHE_DIR": str(scratch() / "cache")}
-    return Ranks(world, words, run.parent / f"logs-{run.name}-{world}", variables=cache_dir)
+    how = {"variables": {"SLOPE_CACHE_DIR": str(scratch() / "cache")}, "prepare_child": _share_gpus}
+    return Ranks(world, words, run.parent / f"logs-{run.name}-{world}", **how)
 
 
 def finish(started: Ranks, *expected: int) -> None:
