@@ -11,6 +11,7 @@ Each row is printed as a line of JSON as soon as it is measured. `slope bench` r
 a crash or a hang of the GPU costs only one case.
 """
 
+import itertools
 import json
 import os
 import re
@@ -66,6 +67,7 @@ class Variant(OfMethod):
     method: str
     compiled: bool = False
     graphed: bool = False
+    precision: str = "bf16"
 
 
 VARIANTS = (
@@ -74,12 +76,16 @@ VARIANTS = (
     Variant("dense eager", "dense"),
     Variant("sparse compiled + graph", "slope", compiled=True, graphed=True),
     Variant("sparse eager", "slope"),
+    Variant("dense fp8 compiled + graph", "dense", compiled=True, graphed=True, precision="fp8"),
+    Variant("sparse fp8 compiled + graph", "slope", compiled=True, graphed=True, precision="fp8"),
 )
+PRECISIONS = ("bf16", "fp8")
 
 
-def case_config(case: Case, method: str, depth: int | None = None) -> Config:
+def case_config(case: Case, method: str, depth: int | None = None, precision: str = "bf16") -> Config:
     """The case's recipe with its batch, without dropout; cut to `depth` blocks, or whole."""
     overrides = [f"method={method}", "model.dropout=0", f"train.seq_len={case.seq_len}"]
+    overrides += [] if precision == "bf16" else [f"train.precision={precision}"]
     overrides += [f"train.micro_batch={case.tokens // case.seq_len}", f"train.tokens_per_step={case.tokens}"]
     if depth is not None:
         overrides.append(f"model.overrides.num_hidden_layers={depth}")
@@ -105,7 +111,9 @@ class Runner:
         objective = shapes.objective(self.model.config)
         self._batch = random_batch(config, self.model.config.vocab_size, objective, device)
         if device.type == "cuda":
-            sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # keeps its measurements out of the peak
+            own = torch.float8_e4m3fn if variant.precision == "fp8" else torch.bfloat16
+            # keeps its measurements out of the peak
+            sparse_kernels.prepare(self.model, config.train.tokens_per_step, own)
             peak.restart()
         for _ in range(timing.warm_up):
             self.loss = self.step().loss
@@ -147,21 +155,24 @@ def step(
     for row in depth_rows(case, largest, variants, device, timing):
         rows.append(row)
         yield row
-    best = {row.variant for row in (fastest(rows, dense=True), fastest(rows, dense=False)) if row}
+    kinds = itertools.product((True, False), PRECISIONS)
+    found = (fastest(rows, dense=dense, precision=precision) for dense, precision in kinds)
+    best = {one.variant for one in found if one is not None}
     for depth in smaller:
         yield from depth_rows(case, depth, [variant for variant in variants if variant.name in best], device, timing)
 
 
-def fastest(rows: Sequence[StepRow], *, dense: bool) -> StepRow | None:
+def fastest(rows: Sequence[StepRow], *, dense: bool, precision: str = "bf16") -> StepRow | None:
     """The row of the fastest dense variant, or of the fastest sparse one; None if none ran."""
-    ran = [(row.step_ms, row) for row in rows if row.dense == dense and row.step_ms is not None]
+    same = [row for row in rows if (row.dense, row.precision) == (dense, precision)]
+    ran = [(row.step_ms, row) for row in same if row.step_ms is not None]
     return min(ran, key=lambda pair: pair[0])[1] if ran else None
 
 
 def depth_rows(
     case: Case, depth: int, variants: Sequence[Variant], device: torch.device, timing: Timing = STEP_TIMING
 ) -> Iterator[StepRow]:
-    """Time variants in their order, each in alternating rounds with the fastest dense one before it.
+    """Time variants in their order, each in alternating rounds with the fastest dense one in 16 bits before it.
 
     Where the two do not fit into memory together, that variant and the following ones are timed alone: "alternated" is
     false, and the dense variant they are compared with is built and timed again just before.
@@ -169,11 +180,17 @@ def depth_rows(
 
     def attempt(variant: Variant) -> tuple[Runner | None, StepRow]:
         row = StepRow(
-            case=case.name, depth=depth, variant=variant.name, method=variant.method, alternated=best is not None
+            case=case.name,
+            depth=depth,
+            variant=variant.name,
+            method=variant.method,
+            alternated=best is not None,
+            precision=variant.precision,
         )
         started = time.perf_counter()
         try:
-            runner = Runner(case_config(case, variant.method, depth), variant, device, timing)
+            config = case_config(case, variant.method, depth, variant.precision)
+            runner = Runner(config, variant, device, timing)
             ms, *dense_ms = (1e3 * s for s in timing.medians(runner.step, *([best.step] if best else [])))
             row = replace(row, step_ms=ms, dense_ms=dense_ms[0] if dense_ms else None, peak_bytes=runner.peak_bytes)
             row = replace(row, loss=runner.loss, seconds=time.perf_counter() - started)
@@ -194,7 +211,7 @@ def depth_rows(
         if (step_ms := row.step_ms) is not None:
             dense_ms = row.dense_ms or best_ms
             row = replace(row, dense_ms=dense_ms or None, ratio=dense_ms / step_ms if dense_ms else None)
-            if variant.dense and (not dense_ms or step_ms < dense_ms):
+            if variant.dense and variant.precision == "bf16" and (not dense_ms or step_ms < dense_ms):
                 best, best_ms = runner if together else None, step_ms
         runner = None
         free()

@@ -63,8 +63,8 @@ def cases() -> dict[str, Case]:
 class StepRow(OfMethod):
     """A training step of one variant of a case, cut to `depth` blocks.
 
-    dense_ms: the fastest dense variant, in the same rounds if `alternated`, else just before; ratio: dense_ms over
-    step_ms. seconds: to build and measure. backends: how the sparse products of the layers ran.
+    dense_ms: the fastest dense variant in 16 bits, in the same rounds if `alternated`, else just before.
+    ratio: dense_ms over step_ms. seconds: to build and measure. backends: how the layers' sparse products ran.
     """
 
     case: str
@@ -72,6 +72,7 @@ class StepRow(OfMethod):
     variant: str
     method: str
     alternated: bool
+    precision: str = "bf16"
     error: str = ""
     step_ms: float | None = None
     dense_ms: float | None = None

@@ -9,6 +9,7 @@ typedef unsigned long long u64;
 
 struct bf16 { u16 bits; };
 struct fp16 { u16 bits; };
+struct e4m3 { u8 bits; };
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
@@ -29,6 +30,16 @@ template <> __device__ inline fp16 from_float<fp16>(float x) {
   fp16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
+}
+// To the nearest, ties to even; what is beyond the largest becomes the largest.
+template <> __device__ inline e4m3 from_float<e4m3>(float x) {
+#if __CUDA_ARCH__ >= 890
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return {u8(pair)};
+#else
+  return {0};  // cuda.py does not launch it there
+#endif
 }
 
 #ifdef HALF

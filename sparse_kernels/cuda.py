@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
 # The tiles and block sizes of kernels.cu.
 _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
@@ -373,8 +373,9 @@ def refresh(
     bias: Tensor | None = None,
     bias_out: Tensor | None = None,
     metadata: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> KernelLaunch:
-    """Write W^R, and W^{R,C} transposed, in 16 bits, packed or dense, in place, in one pass over the values.
+    """Write W^R, and W^{R,C} transposed, in 16 or 8 bits, packed or dense, in place, in one pass over the values.
 
     A packed matrix gets zeros in its filler slots (kernels.cu says which these are); its metadata stays, except that of
     a `w_t` whose mask is updated.
@@ -385,14 +386,15 @@ def refresh(
         backward_bits: uint8 (I, O/8), W^{R,C}'s mask, transposed.
         update_mask: choose W^{R,C} first, into `backward_bits`, bit for bit as masks.double_prune does. The version of
             `backward_bits` counts up here, before the launch.
-        w: bfloat16 or float16, (O, I/2) packed or (O, I) dense; None leaves it out.
+        w: bfloat16, float16, or of float32 values e4m3, (O, I/2) packed or (O, I) dense; None leaves it out.
         w_t: the same for the transpose: (I, O/2) packed or (I, O) dense.
         bias, bias_out: (O,), converted in the same launch; `bias` has the dtype of `values_OK`.
         metadata: with `update_mask`, that of a packed `w_t`, written as `metadata` below would, with its sides and
             alignment.
+        factor: float32 (), of what is written in e4m3.
     """
     tensors = {"values_OK": values_OK, "row_bits": row_bits, "backward_bits": backward_bits, "w": w, "w_t": w_t}
-    _check(**tensors, bias=bias, metadata=metadata)
+    _check(**tensors, bias=bias, metadata=metadata, factor=factor)
     rows, columns = values_OK.shape[0], values_OK.shape[1] * 2
     half = values_OK.dtype if values_OK.dtype != torch.float32 else torch.bfloat16
     dtype = next((written.dtype for written in (w, w_t, bias_out) if written is not None), half)
@@ -400,7 +402,7 @@ def refresh(
     packed_t = w_t is not None and w_t.shape[1] != rows
     if update_mask:
         torch.autograd.graph.increment_version(backward_bits)
-    addresses = map(address, (values_OK, row_bits, backward_bits, bias, w, w_t, bias_out, metadata))
+    addresses = map(address, (values_OK, row_bits, backward_bits, bias, w, w_t, bias_out, metadata, factor))
     blocks = -(-rows // _REFRESH_TILE[0]) * -(-columns // _REFRESH_TILE[1])
     args = (*addresses, rows, columns, int(packed), int(packed_t))
     kernel = f"{'update' if update_mask else 'refresh'}_{_NAMES[values_OK.dtype]}_{_NAMES[dtype]}"
@@ -425,7 +427,7 @@ def slot_markers(bits: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         bits: uint8 (R, C/8), at most two bits in every nibble.
-        dtype: bfloat16 or float16.
+        dtype: bfloat16, float16 or e4m3.
 
     Returns:
         (R, C) of `dtype`.

@@ -30,6 +30,7 @@ class Order(IntEnum):
 class DataType(IntEnum):
     FLOAT16 = 2
     BFLOAT16 = 14
+    E4M3 = 28
 
 
 class AlgorithmAttribute(IntEnum):
@@ -43,7 +44,7 @@ class AlgorithmAttribute(IntEnum):
 
 NON_TRANSPOSE = 0
 COMPUTE_FLOAT32 = 2
-BIAS_POINTER = 8
+ALPHA_VECTOR_SCALING, BIAS_POINTER = 5, 8
 SPARSITY_50_PERCENT = 0
 ALGORITHM_DEFAULT = 0
 

@@ -21,12 +21,21 @@ class PackedFormat:
     """One format.
 
     Attributes:
-        dtype: of the values, and of the products' other operand and result.
+        dtype: of the values, and of the products' other operand.
         data_type: of that dtype in cuSPARSELt.
+        result: the dtype of the products' result and of a bias.
+        sides: both sides of a matrix must be multiples of this.
     """
 
     dtype: torch.dtype
     data_type: DataType
+    result: torch.dtype
+    sides: int = SIDE_MULTIPLE
+
+    @property
+    def scaled(self) -> bool:
+        """Whether operands have scales: see operands.py."""
+        return self.dtype.itemsize == 1
 
     def value_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the kept entries."""
@@ -50,7 +59,10 @@ class PackedFormat:
         return packed[start : start + self.metadata_bytes(rows, columns)]
 
 
-BF16 = PackedFormat(torch.bfloat16, DataType.BFLOAT16)
-FP16 = PackedFormat(torch.float16, DataType.FLOAT16)
-FORMATS = {form.dtype: form for form in (BF16, FP16)}
+BF16 = PackedFormat(torch.bfloat16, DataType.BFLOAT16, torch.bfloat16)
+FP16 = PackedFormat(torch.float16, DataType.FLOAT16, torch.float16)
+E4M3 = PackedFormat(torch.float8_e4m3fn, DataType.E4M3, torch.bfloat16, sides=32)
+FORMATS = {form.dtype: form for form in (BF16, FP16, E4M3)}
 """The formats by the dtype of a product's operand."""
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes of 16 bits, which values can have, too."""

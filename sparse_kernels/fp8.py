@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels.masked_linear import MaskedLinear, linear
-from sparse_kernels.operands import COUNTED
+from sparse_kernels.operands import COUNTED, operand
 from sparse_kernels.selection import is_conv1d, stored_weight
+from sparse_kernels.sharded import local, local_rows
 from sparse_kernels.sparse_linear import SparseLinear
 
 
@@ -89,12 +90,24 @@ def fp8_underflow(model: nn.Module) -> dict[str, float]:
     """The share of the entries of all layers' operands that were not zero and became so since the last call.
 
     Returns:
-        By the operands' names, X, W and dY; empty without layers in fp8, or where nothing was counted.
+        By the operands' names, X, dY, and W as it is now; empty without layers in fp8, or where nothing was counted.
     """
-    every = [counts for module in model.modules() if (counts := _counts(module)) is not None]
+    every = [(module, counts) for module in model.modules() if (counts := _counts(module)) is not None]
     if not every:
         return {}
-    sums = torch.stack(every).sum(0).tolist()
-    for counts in every:
+    counted = torch.stack([counts for _, counts in every]).sum(0)
+    of_W = torch.zeros_like(counted[0])
+    for module, counts in every:
         counts.zero_()
-    return {name: zeroed / entries for name, (entries, zeroed) in zip(COUNTED, sums, strict=True) if entries}
+        operand(_weight(module), fp8=True, counts=of_W)
+    (entries, zeroed), *others = [of_W.tolist(), *counted.tolist()]
+    found = {name: gone / all_ for name, (all_, gone) in zip(COUNTED, others, strict=True) if all_}
+    return found | {"W": zeroed / entries} if found and entries else found
+
+
+def _weight(layer: Any) -> Tensor:
+    """What its products round, of which this process has the rows."""
+    weight: Tensor = local(layer.values if isinstance(layer, SparseLinear) else layer.weight).detach()
+    if isinstance(layer, MaskedLinear):
+        return torch.where(layer.mask[local_rows(layer.weight)], weight, 0)
+    return weight

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_kernels import children, cuda, cusparselt
 from sparse_kernels.cusparselt import CuSparseLtError
-from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
+from sparse_kernels.formats import FORMATS
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random_mask
+from sparse_kernels.operands import Operand, product
 
 # Below these no search is made: the product is too small to gain, and with few rows an algorithm has hung.
 SMALLEST_SIDE, FEWEST_TOKENS = 512, 256
@@ -167,8 +167,9 @@ def _lasting(choice: Choice) -> bool:
 
 def refusal(shape: MatmulShape) -> str:
     """Why a shape is not worth a search; empty if it is."""
-    if shape.tokens % 8 or shape.rows % SIDE_MULTIPLE or shape.columns % SIDE_MULTIPLE:
-        return "sides are not multiples of 16 and tokens not of 8"
+    multiple = FORMATS[shape.dtype].sides
+    if shape.tokens % 8 or shape.rows % multiple or shape.columns % multiple:
+        return f"sides are not multiples of {multiple} and tokens not of 8"
     if min(shape.rows, shape.columns) < SMALLEST_SIDE:
         return f"a side is below {SMALLEST_SIDE}"
     if shape.tokens < FEWEST_TOKENS:
@@ -207,17 +208,21 @@ def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tup
     """Search, check and time on random operands; of a shape whose times are known, search and check."""
     with torch.cuda.device(device_index):
         packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
+        scaled = FORMATS[shape.dtype].scaled
+        ones_R = torch.ones(shape.rows, device=X_BC.device) if scaled else None
         try:
             plan = MatmulPlan(shape, device_index)
-            algorithm = plan.search(packed, X_BC, bias_R)
+            algorithm = plan.search(packed, X_BC, bias_R, ones_R)
         except CuSparseLtError as error:
             return Choice(False, str(error)), None
-        if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
+        if not _agrees(plan, packed, dense_RC, X_BC, bias_R, ones_R):
             return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
         if known is not None:
             return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
         sparse_ms, dense_ms = graph_ms(
-            lambda: plan.matmul(packed, X_BC, bias_R), lambda: F.linear(X_BC, dense_RC, bias_R), calls=_calls(shape)
+            lambda: plan.matmul(packed, X_BC, bias_R, scale_R=ones_R),
+            lambda: _dense(X_BC, dense_RC, bias_R, ones_R),
+            calls=_calls(shape),
         )
         wins = sparse_ms < dense_ms
         reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
@@ -229,25 +234,41 @@ def _operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Te
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
 
-    def normal(*sides: int) -> Tensor:
-        return torch.randn(sides, dtype=shape.dtype, device=device, generator=generator)
+    form = FORMATS[shape.dtype]
+
+    def normal(*sides: int, dtype: torch.dtype = form.result) -> Tensor:
+        return torch.randn(sides, dtype=dtype, device=device, generator=generator)
 
     row_bits = random_mask(shape.rows, shape.columns, generator)
     packed = compress(cuda.slot_markers(row_bits, shape.dtype))
     dense_RC = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
-    values = normal(shape.rows, shape.columns // 2)
-    unused = row_bits.view(shape.columns // 8, shape.rows)
-    for w in (FORMATS[shape.dtype].values(packed, shape.rows, shape.columns), dense_RC):
-        cuda.launch(cuda.refresh(values, row_bits, unused, w=w))
-    return packed, dense_RC, normal(shape.tokens, shape.columns), normal(shape.rows) if shape.bias else None
+    values = normal(shape.rows, shape.columns // 2, dtype=torch.float32 if form.scaled else shape.dtype)
+    unused, factor = row_bits.view(shape.columns // 8, shape.rows), torch.ones((), device=device)
+    for w in (form.values(packed, shape.rows, shape.columns), dense_RC):
+        cuda.launch(cuda.refresh(values, row_bits, unused, w=w, factor=factor))
+    X_BC = normal(shape.tokens, shape.columns).to(shape.dtype)
+    return packed, dense_RC, X_BC, normal(shape.rows) if shape.bias else None
 
 
-def _agrees(plan: MatmulPlan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
+def _dense(X_BC: Tensor, dense_RC: Tensor, bias_R: Tensor | None, ones_R: Tensor | None) -> Tensor:
+    """The product by cuBLAS: [B,C] · [R,C]^T -> [B,R]; with scales of one in fp8."""
+    one = None if ones_R is None else ones_R[0]
+    return product(Operand(X_BC, one), Operand(dense_RC, one), bias_R, dtype=FORMATS[X_BC.dtype].result)
+
+
+def _agrees(
+    plan: MatmulPlan,
+    packed: Tensor,
+    dense_RC: Tensor,
+    X_BC: Tensor,
+    bias_R: Tensor | None,
+    ones_R: Tensor | None,
+) -> bool:
     """Twice, because an algorithm has been seen to be wrong only now and then; with a bias, from two addresses."""
     for bias in (bias_R, None if bias_R is None else bias_R.flip(0)):
-        expected = F.linear(X_BC, dense_RC, bias)
+        expected = _dense(X_BC, dense_RC, bias, ones_R)
         scale = torch.linalg.vector_norm(expected, dtype=torch.float32) / expected.numel() ** 0.5
-        error = (plan.matmul(packed, X_BC, bias) - expected).abs_()
+        error = (plan.matmul(packed, X_BC, bias, scale_R=ones_R) - expected).abs_()
         # Of values that reach 6 times the scale, two roundings to 8 bits are at most 0.05 apart.
         if not (error.max() < 0.1 * scale and error.mean(dtype=torch.float32) < 0.01 * scale):
             return False

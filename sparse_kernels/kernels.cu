@@ -12,7 +12,7 @@
 
 #include "common.cuh"
 
-// N neighbours that are moved together: 8, 16 or 32 bytes.
+// N neighbours that are moved together: 4, 8, 16 or 32 bytes.
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T at[N]; };
 
 template <class P> __device__ inline P load(const void* address) { return *static_cast<const P*>(address); }
@@ -29,6 +29,16 @@ template <class T> __device__ inline void store(T* address, const Pack<T, 8>& pa
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word(pack.at)), "r"(word(pack.at + 2)),
                "r"(word(pack.at + 4)), "r"(word(pack.at + 6))
                : "memory");
+}
+
+__device__ inline u32 word(const e4m3* four) {
+  return u32(four[0].bits) | u32(four[1].bits) << 8 | u32(four[2].bits) << 16 | u32(four[3].bits) << 24;
+}
+__device__ inline void store(e4m3* address, const Pack<e4m3, 4>& pack) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(word(pack.at)) : "memory");
+}
+__device__ inline void store(e4m3* address, const Pack<e4m3, 8>& pack) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word(pack.at)), "r"(word(pack.at + 4)) : "memory");
 }
 
 // The two kept entries of a group out of its four, in order; `nibble` has two bits set.
@@ -118,7 +128,7 @@ __device__ inline void gather_kept(const D* dense, const u8* row_bits, V* kept, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // refresh: values to what the products read: W^R (O, I/2 packed or I dense) and W^{R,C} transposed (I, O/2 packed
-// or O dense). A block takes a tile of 64 rows and 128 columns, a thread 4 rows and 8 columns of it; it writes the tile of
+// or O dense); in 8 bits times `factor`. A block takes a tile of 64 rows and 128 columns, a thread 4 rows and 8 columns of it; it writes the tile of
 // W^R while it reads, keeps it dense in shared memory, and reads it there by columns to write W^{R,C}. A null pointer leaves
 // that one out.
 //
@@ -140,6 +150,7 @@ template <class V, class T> struct Layer {
   T* w_t;
   T* bias_out;
   u8* metadata;  // of a packed w_t: rows a multiple of 32, columns of 64
+  const float* factor;  // of what is written in 8 bits
   i64 rows, columns, packed, packed_t;
 };
 
@@ -196,7 +207,8 @@ template <class V> __device__ inline u64 prune(const Pack<V, 4>* kept, const u32
 }
 
 template <bool UPDATE, class V, class T> __device__ inline void refresh(const Layer<V, T>& layer) {
-  const auto [values, row_bits, backward_bits, bias, w, w_t, bias_out, metadata, rows, columns, packed, packed_t] = layer;
+  const auto [values, row_bits, backward_bits, bias, w, w_t, bias_out, metadata, factor, rows, columns, packed, packed_t] =
+      layer;
   const u32 across = (u32(columns) + TILE_I - 1) / TILE_I;
   const u32 o0 = blockIdx.x / across * TILE_O, i0 = blockIdx.x % across * TILE_I;
   if (o0 >= rows) return;  // a layer that is smaller than the largest of the launch
@@ -237,7 +249,13 @@ template <bool UPDATE, class V, class T> __device__ inline void refresh(const La
       const u32 row = 4 * group + r, at = row * stride + 8 * chunk;
       Pack<T, 4> small;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) small.at[k] = from_float<T>(to_float(kept[r].at[k]));
+      for (int k = 0; k < 4; ++k) {
+        const float value = to_float(kept[r].at[k]);
+        if constexpr (sizeof(T) == 1)
+          small.at[k] = from_float<T>(value * *factor);
+        else
+          small.at[k] = from_float<T>(value);
+      }
       Pack<T, 8> wide;
       spread(small.at[0], small.at[1], bits[r] & 15, from_float<T>(0.0f), wide.at);
       spread(small.at[2], small.at[3], bits[r] >> 4, from_float<T>(0.0f), wide.at + 4);
@@ -478,9 +496,9 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 #define REFRESH(NAME, UPDATE, V, T)                                                                                         \
   extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
       NAME##_##V##_##T(const V* values, const u8* row_bits, u8* backward_bits, const V* bias, T* w, T* w_t, T* bias_out,    \
-                       u8* metadata, i64 rows, i64 columns, i64 packed, i64 packed_t) {                                     \
-    const Layer<V, T> layer{values, row_bits, backward_bits, bias,    w,      w_t,                                          \
-                            bias_out, metadata, rows,      columns, packed, packed_t};                                      \
+                       u8* metadata, const float* factor, i64 rows, i64 columns, i64 packed, i64 packed_t) {                \
+    const Layer<V, T> layer{values, row_bits, backward_bits, bias, w,       w_t,    bias_out,                               \
+                            metadata, factor, rows,          columns, packed, packed_t};                                    \
     refresh<UPDATE>(layer);                                                                                                 \
   }                                                                                                                         \
   extern "C" __global__ void __launch_bounds__(REFRESH_THREADS, NAME##_BLOCKS)                                              \
@@ -518,8 +536,10 @@ BOTH(float, bf16)
 BOTH(float, fp16)
 BOTH(bf16, bf16)
 BOTH(fp16, fp16)
+BOTH(float, e4m3)
 MARKERS(bf16)
 MARKERS(fp16)
+MARKERS(e4m3)
 EXPAND(bf16)
 EXPAND(fp16)
 SILU_MUL(bf16)

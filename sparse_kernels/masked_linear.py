@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
-from sparse_kernels.operands import Operand, operand, product, rows_of
+from sparse_kernels.operands import Operand, operand, product, rows_of, weight_operand
 from sparse_kernels.sharded import local, local_rows
 
 
@@ -36,9 +36,8 @@ class _MaskedLinear(torch.autograd.Function):
         straight_through: bool,
         counts: Tensor | None,
     ) -> Tensor:
-        fp8, of_X, of_W, _ = rows_of(counts)
-        X = operand(X_BI, fp8=fp8, counts=of_X)
-        W = operand(_masked(W_OI, mask_OI).to(X_BI.dtype), fp8=fp8, counts=of_W)
+        fp8, of_X, _ = rows_of(counts)
+        X, W = operand(X_BI, fp8=fp8, counts=of_X), weight_operand(_masked(W_OI, mask_OI), X_BI.dtype, fp8=fp8)
         ctx.save_for_backward(*X, W_OI, mask_OI, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.unbiased, ctx.straight_through = unbiased, straight_through
@@ -48,18 +47,18 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
         data_BI, scale, W_OI, mask_OI, counts = ctx.saved_tensors
         X, dtype = Operand(data_BI, scale), dY_BO.dtype
-        fp8, _, _, of_dY = rows_of(counts)
+        fp8, _, of_dY = rows_of(counts)
         dY = operand(dY_BO, fp8=fp8, counts=of_dY)
         dX = dW = db = None
         if ctx.needs_input_grad[0]:
-            W = operand(_masked(W_OI, mask_OI).to(dtype), fp8=fp8)
+            W = weight_operand(_masked(W_OI, mask_OI), dtype, fp8=fp8)
             dX = product(dY, W.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
         if ctx.needs_input_grad[1]:
             S = dY
             if ctx.unbiased is not None:
                 n, m = ctx.unbiased
                 S = operand(masks.mvue(dY_BO, n, m, dim=0), fp8=fp8)
-            dW = product(S.t(), X.t(), dtype=dtype).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
+            dW = product(S.t(), X.t(), dtype=dtype, exact=True).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
             if not ctx.straight_through:
                 dW = _masked(dW, mask_OI)
         if ctx.needs_input_grad[2]:
@@ -86,7 +85,7 @@ def linear(
         mask_OI: bool (O, I), or None for no mask.
         unbiased: (n, m) to prune dY n:m along the tokens for the weight's gradient.
         straight_through: whether pruned entries have a gradient, too.
-        counts: int64 (3, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
+        counts: int64 (2, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
 
     Returns:
         (..., O).
@@ -115,7 +114,7 @@ class MaskedLinear(nn.Module):
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
         straight_through: pruned entries have a gradient, too; without one they stay as they are.
         unmasked: the mask was removed.
-        fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
+        fp8_counts: buffer int64 (2, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
         conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """

@@ -1,6 +1,7 @@
 """One product of a packed 2:4 matrix by cuSPARSELt: its plan, and packing a matrix for it.
 
     Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
+    Y[B,R] = X[B,C] · A[R,C]^T · scale[R] + bias[R]         of operands in fp8
 
 The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
 transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
@@ -54,15 +55,19 @@ class MatmulPlan:
         self._bias_at, self._streams = 0, (ctypes.c_void_p * 1)()
         self._a = structured(shape.rows, shape.columns, shape.dtype, self._handle)
         self._x, self._y, self._product, self._algorithm, self._plan = (Structure() for _ in range(5))
-        call, at, kind = self._library.call, self._handle.address, FORMATS[shape.dtype].data_type
-        for matrix, rows in ((self._x, shape.columns), (self._y, shape.rows)):
+        call, at, self._form = self._library.call, self._handle.address, FORMATS[shape.dtype]
+        form = self._form
+        result = FORMATS[form.result].data_type
+        for matrix, rows, of in ((self._x, shape.columns, form.data_type), (self._y, shape.rows, result)):
             column = cusparselt.Order.COLUMN
-            call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, kind, column)
+            call("DenseDescriptorInit", at, matrix.address, rows, shape.tokens, rows, 16, of, column)
         operands = (self._a.address, self._x.address, self._y.address, self._y.address)
         keep, compute = cusparselt.NON_TRANSPOSE, cusparselt.COMPUTE_FLOAT32
         call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, compute)
         if shape.bias:
-            self._point_at_bias(torch.zeros(shape.rows, dtype=shape.dtype, device=f"cuda:{device_index}"))
+            self._point_at_bias(torch.zeros(shape.rows, dtype=form.result, device=f"cuda:{device_index}"))
+        if form.scaled:
+            self._set(cusparselt.ALPHA_VECTOR_SCALING, ctypes.c_int(1))
         default = cusparselt.ALGORITHM_DEFAULT
         call("MatmulAlgSelectionInit", at, self._algorithm.address, self._product.address, default)
         call("MatmulPlanInit", at, self._plan.address, self._product.address, self._algorithm.address)
@@ -71,26 +76,34 @@ class MatmulPlan:
         self.workspace_bytes = self._workspace()
 
     def matmul(
-        self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None, plus_BR: Tensor | None = None
+        self,
+        packed: Tensor,
+        X_BC: Tensor,
+        bias_R: Tensor | None = None,
+        plus_BR: Tensor | None = None,
+        scale_R: Tensor | None = None,
     ) -> Tensor:
-        """Y = X · A^T + bias + plus on torch's current stream.
+        """Y = X · A^T · scale + bias + plus on torch's current stream.
 
         Args:
             packed: what `compress` returned for A.
             X_BC: (tokens, columns), contiguous, 16-byte aligned.
-            bias_R: (rows,) of X's dtype if the plan's shape has a bias, else None.
-            plus_BR: (tokens, rows) of X's dtype, contiguous; None for nothing.
+            bias_R: (rows,) of the result's dtype if the plan's shape has a bias, else None.
+            plus_BR: (tokens, rows) of the result's dtype, contiguous; None for nothing.
+            scale_R: float32 (rows,) of operands in fp8, else None.
 
         Returns:
-            (tokens, rows).
+            (tokens, rows), X's dtype, or bfloat16 of operands in fp8.
         """
-        Y_BR = X_BC.new_empty(self.shape.tokens, self.shape.rows)
-        self._run("Matmul", packed, X_BC, bias_R, Y_BR, plus_BR)
+        Y_BR = self._empty(X_BC)
+        self._run("Matmul", packed, X_BC, bias_R, Y_BR, plus_BR, scale_R)
         return Y_BR
 
-    def search(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> dict[str, int]:
+    def search(
+        self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None, scale_R: Tensor | None = None
+    ) -> dict[str, int]:
         """Time the library's algorithms on these operands, keep the fastest, and return its attributes."""
-        self._run("MatmulSearch", packed, X_BC, bias_R, X_BC.new_empty(self.shape.tokens, self.shape.rows))
+        self._run("MatmulSearch", packed, X_BC, bias_R, self._empty(X_BC), None, scale_R)
         self.workspace_bytes = self._workspace()
         attributes, value = {}, ctypes.c_int()
         for attribute in AlgorithmAttribute:
@@ -99,15 +112,20 @@ class MatmulPlan:
             attributes[attribute.name.lower()] = value.value
         return attributes
 
+    def _empty(self, X_BC: Tensor) -> Tensor:
+        return X_BC.new_empty(self.shape.tokens, self.shape.rows, dtype=self._form.result)
+
     def _workspace(self) -> int:
         (size,) = self._library.sizes("MatmulGetWorkspace", self._handle.address, self._plan.address, count=1)
         return size
 
     def _point_at_bias(self, bias_R: Tensor) -> None:
-        pointer = ctypes.c_void_p(bias_R.data_ptr())
-        arguments = (cusparselt.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
-        self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
+        self._set(cusparselt.BIAS_POINTER, ctypes.c_void_p(bias_R.data_ptr()))
         self._bias_at = bias_R.data_ptr()
+
+    def _set(self, attribute: int, value: ctypes.c_int | ctypes.c_void_p) -> None:
+        arguments = (attribute, ctypes.addressof(value), ctypes.sizeof(value))
+        self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
 
     def _run(
         self,
@@ -116,18 +134,20 @@ class MatmulPlan:
         X_BC: Tensor,
         bias_R: Tensor | None,
         Y_BR: Tensor,
-        plus_BR: Tensor | None = None,
+        plus_BR: Tensor | None,
+        scale_R: Tensor | None,
     ) -> None:
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
-                return self._run(name, packed, X_BC, bias_R, Y_BR, plus_BR)
+                return self._run(name, packed, X_BC, bias_R, Y_BR, plus_BR, scale_R)
         # Torch's allocator hands the workspace out anew each time: safe on every stream and inside a captured graph.
         size = self.workspace_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=X_BC.device) if size else None
         at_workspace = None if workspace is None else workspace.data_ptr()
         at, plan, y = self._handle.address, self._plan.address, Y_BR.data_ptr()
         times, plus = (_ZERO_AT, y) if plus_BR is None else (_ONE_AT, plus_BR.data_ptr())
-        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), times, plus, y, at_workspace, self._streams, 1)
+        one = _ONE_AT if scale_R is None else scale_R.data_ptr()
+        operands = (one, packed.data_ptr(), X_BC.data_ptr(), times, plus, y, at_workspace, self._streams, 1)
         with self._lock:
             if bias_R is not None and bias_R.data_ptr() != self._bias_at:
                 self._point_at_bias(bias_R)
@@ -165,7 +185,7 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
     """Pack a 2:4 matrix, into `packed` if it is given.
 
     Args:
-        dense_RC: (R, C), bfloat16 or float16; it decides by its non-zeros where the slots are.
+        dense_RC: (R, C), of a format's dtype; it decides by its non-zeros where the slots are.
 
     Returns:
         uint8, [values | metadata].
@@ -195,7 +215,7 @@ def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: i
     The library does not document that order, and it may differ for odd sides, another GPU or another version. Then a
     new mask is packed by the library.
     """
-    if rows % 64 or columns % 32:
+    if rows % 64 or columns % 32 or FORMATS[dtype].scaled:  # that of fp8 differs, and the kernels do not write it
         return False
     device = torch.device("cuda", device_index)
     bits = random_mask(rows, columns, torch.Generator(device).manual_seed(0))

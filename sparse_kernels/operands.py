@@ -25,8 +25,8 @@ ROUNDS_TO_ZERO = 2.0**-10
 """The largest magnitude that becomes zero in e4m3: half of its smallest."""
 SMALLEST_SCALE = 2.0**-126
 """About the smallest float32 that has a reciprocal; a tensor of zeros has it, too."""
-COUNTED = ("X", "W", "dY")
-"""The operands of a layer whose entries are counted, in the order of `counts`."""
+COUNTED = ("X", "dY")
+"""The operands of a layer whose entries are counted in each product, in the order of `counts`."""
 
 
 class Operand(NamedTuple):
@@ -53,7 +53,7 @@ def operand(X: Tensor, *, fp8: bool, counts: Tensor | None = None) -> Operand:
     if not X.numel():
         return Operand(X.to(FP8), X.new_ones((), dtype=torch.float32))
     # By products, because compilers and GPUs divide each in their own way.
-    scale = (X.abs().amax().float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
+    scale = scale_of(X.abs().amax())
     scaled = X.float() * scale.reciprocal()  # in float32, to be rounded once
     if counts is not None:
         counts[0] += (scaled != 0).sum()
@@ -61,12 +61,24 @@ def operand(X: Tensor, *, fp8: bool, counts: Tensor | None = None) -> Operand:
     return Operand(scaled.to(FP8), scale)
 
 
-def rows_of(counts: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None, Tensor | None]:
-    """Whether a layer multiplies in fp8, which its counts, int64 (3, 2), are for; and those of X, W and dY."""
-    return (False, None, None, None) if counts is None else (True, counts[0], counts[1], counts[2])
+def scale_of(largest: Tensor) -> Tensor:
+    """The scale of a tensor with this largest magnitude, (): float32 ()."""
+    return (largest.float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
 
 
-def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+def rows_of(counts: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether a layer multiplies in fp8, which its counts, int64 (2, 2), are for; and those of X and dY."""
+    return (False, None, None) if counts is None else (True, counts[0], counts[1])
+
+
+def weight_operand(W: Tensor, dtype: torch.dtype, *, fp8: bool) -> Operand:
+    """A weight of any shape as an operand: in the products' dtype, or rounded to e4m3 once, from its own."""
+    return operand(W if fp8 else W.to(dtype), fp8=fp8)
+
+
+def product(
+    A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype: torch.dtype, exact: bool = False
+) -> Tensor:
     """A · B^T + bias, (R, N) in `dtype`.
 
     In fp8 on a GPU of compute capability 8.9 or newer by its tensor cores, whose sides must be multiples of 16; on a
@@ -74,6 +86,7 @@ def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype
 
     Args:
         bias_N: (N,) in `dtype`, or None.
+        exact: in fp8, sum in float32 throughout, and not for a while in the fewer bits of the tensor cores: slower.
     """
     (A, scale_A), (B, scale_B) = A_RC, B_NC
     if scale_A is None or scale_B is None:
@@ -89,7 +102,7 @@ def product(A_RC: Operand, B_NC: Operand, bias_N: Tensor | None = None, *, dtype
         A, B = _padded(A, padding), _padded(B, padding)
     whole = ScalingType.TensorWise
     fused = bias_N if dtype.itemsize == 2 else None  # a GPU's product adds no bias of 32 bits
-    how: dict[str, Any] = {"bias": fused, "output_dtype": dtype}
+    how: dict[str, Any] = {"bias": fused, "output_dtype": dtype, "use_fast_accum": not exact}
     # [R,C] · [C,N] -> [R,N]; in memory both matrices lie by C
     Y_RN = F.scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, whole, scale_B, whole, **how)
     return Y_RN if bias_N is None or fused is not None else Y_RN + bias_N

@@ -4,6 +4,9 @@
     input_grad(dY, values, bits..., backend, exact) -> dX      by the packed W^{R,C}; exact: by W^R, of frozen values
     weight_grad(dY, X, values, bits..., backend) -> dV         dense product, then gather_kept
 
+In fp8 the first two take rounded operands with their scales (operands.py), and `fp8_linear` rounds outside of them,
+where torch's compiler fuses it.
+
 The packed weights are those of packed.py. The ops are functions of their arguments alone: on a CPU or in another dtype
 they give the same by plain torch. Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a
 row. row_bits is uint8 (O, I/8), W^R's mask; backward_bits uint8 (I, O/8), W^{R,C}'s mask, transposed.
@@ -21,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sparse_kernels import cuda, masks, reference
-from sparse_kernels.formats import FORMATS, SIDE_MULTIPLE
+from sparse_kernels.formats import E4M3, FORMATS, HALVES, SIDE_MULTIPLE
+from sparse_kernels.operands import Operand, operand, product, rows_of
 from sparse_kernels.packed import Backend, LayerWeight, PackedLayer, packed_layer
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
@@ -45,7 +49,13 @@ def fast_weight(values_OK: Tensor, backend: str) -> bool:
     """Whether the kernels take a 2:4 weight at all: on CUDA, float32 or 16 bits, sides that are multiples of 16."""
     if backend == "reference" or not values_OK.is_cuda or (values_OK.shape[0] | values_OK.shape[1] * 2) % SIDE_MULTIPLE:
         return False
-    return values_OK.dtype in (torch.float32, *FORMATS) and _usable(values_OK.get_device())
+    return values_OK.dtype in (torch.float32, *HALVES) and _usable(values_OK.get_device())
+
+
+def fast_fp8(values_OK: Tensor, backend: str) -> bool:
+    """Whether the kernels take a 2:4 weight in fp8: of float32 values."""
+    sides = (values_OK.shape[0] | values_OK.shape[1] * 2) % E4M3.sides
+    return values_OK.dtype == torch.float32 and not sides and fast_weight(values_OK, backend)
 
 
 def _aligned(X: Tensor) -> Tensor:
@@ -65,14 +75,14 @@ def _linear_fast(
     X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
 ) -> Tensor:
     weight = LayerWeight(values, row_bits, backward_bits, bias)
-    return _packed(X_BI, row_bits, backend).linear(_aligned(X_BI), weight)
+    return _packed(X_BI, row_bits, backend).linear(Operand(_aligned(X_BI)), weight)
 
 
 def _input_grad_fast(
     dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool
 ) -> Tensor:
     packed, weight = _packed(dY_BO, row_bits, backend), LayerWeight(values, row_bits, backward_bits)
-    return packed.exact_input_grad(dY_BO, weight) if exact else packed.input_grad(_aligned(dY_BO), weight)
+    return packed.exact_input_grad(dY_BO, weight) if exact else packed.input_grad(Operand(_aligned(dY_BO)), weight)
 
 
 def _weight_grad_fast(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
@@ -195,4 +205,142 @@ def linear(
     if X.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
         run = _Linear.apply if torch.is_grad_enabled() else _linear_fast
     Y_BO = run(X_BI, values, bias, row_bits, backward_bits, backend)
+    return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], values.shape[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In fp8
+
+
+def _linear_fp8(
+    X_BI: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_bits: Tensor,
+    backward_bits: Tensor,
+    backend: str,
+) -> Tensor:
+    X, dtype = Operand(_aligned(X_BI), scale), E4M3.result
+    if fast_fp8(values, backend):
+        return _packed(X_BI, row_bits, backend).linear(X, LayerWeight(values, row_bits, backward_bits, bias))
+    kept = operand(values, fp8=True)
+    W_OI = Operand(_scattered(kept.data, row_bits, X_BI.shape[1]), kept.scale)
+    return product(X, W_OI, None if bias is None else bias.to(dtype), dtype=dtype)  # [B,I] · [O,I]^T -> [B,O]
+
+
+def _input_grad_fp8(
+    dY_BO: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    row_bits: Tensor,
+    backward_bits: Tensor,
+    backend: str,
+    exact: bool,
+) -> Tensor:
+    dY = Operand(_aligned(dY_BO), scale)
+    if fast_fp8(values, backend) and not exact:
+        return _packed(dY_BO, row_bits, backend).input_grad(dY, LayerWeight(values, row_bits, backward_bits))
+    kept = operand(values, fp8=True)
+    W_OI = _scattered(kept.data, row_bits, backward_bits.shape[0]).view(torch.uint8)
+    if not exact:
+        W_OI = W_OI * masks.unpack_bits(backward_bits, values.shape[0]).t()
+    W = Operand(W_OI.view(kept.data.dtype), kept.scale)
+    return product(dY, W.t(), dtype=E4M3.result)  # [B,O] · [O,I] -> [B,I]
+
+
+def _gather_kept(dW_OI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
+    if fast_fp8(values, backend):
+        return cuda.gather_kept(dW_OI, row_bits, values.dtype)
+    return reference.gather_kept(dW_OI, _kept_columns(row_bits, dW_OI.shape[1])).to(values.dtype)
+
+
+def _scattered(values_OK: Tensor, row_bits: Tensor, columns: int) -> Tensor:
+    return reference.scatter_kept(values_OK, _kept_columns(row_bits, columns), columns)
+
+
+def _kept_columns(row_bits: Tensor, columns: int) -> Tensor:
+    return reference.kept_columns(masks.unpack_bits(row_bits, columns), 2, 4)  # 1:2 too is 2 of 4
+
+
+linear_fp8_op = torch.library.custom_op("slope::linear_fp8", _linear_fp8, mutates_args=())
+input_grad_fp8_op = torch.library.custom_op("slope::input_grad_fp8", _input_grad_fp8, mutates_args=())
+gather_kept_op = torch.library.custom_op("slope::gather_kept", _gather_kept, mutates_args=())
+
+
+@linear_fp8_op.register_fake
+def _(X_BI: Tensor, scale: Tensor, values: Tensor, *_: object) -> Tensor:
+    return X_BI.new_empty(X_BI.shape[0], values.shape[0], dtype=E4M3.result)
+
+
+@input_grad_fp8_op.register_fake
+def _(dY_BO: Tensor, scale: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, *_: object) -> Tensor:
+    return dY_BO.new_empty(dY_BO.shape[0], backward_bits.shape[0], dtype=E4M3.result)
+
+
+@gather_kept_op.register_fake
+def _(dW_OI: Tensor, values: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(values)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        X_BI: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        row_bits: Tensor,
+        backward_bits: Tensor,
+        counts: Tensor,
+        backend: str,
+    ) -> Tensor:
+        _, of_X, _ = rows_of(counts)
+        X = operand(X_BI, fp8=True, counts=of_X)
+        assert X.scale is not None
+        ctx.save_for_backward(*X, values, row_bits, backward_bits, counts)
+        ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
+        Y_BO: Tensor = linear_fp8_op(*X, values, bias, row_bits, backward_bits, backend)
+        return Y_BO
+
+    @staticmethod
+    def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
+        data_BI, scale, values, row_bits, backward_bits, counts = ctx.saved_tensors
+        needs_X, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        _, _, of_dY = rows_of(counts)
+        dY = operand(dY_BO, fp8=True, counts=of_dY)
+        dX = dV = db = None
+        if needs_X:
+            dX = input_grad_fp8_op(*dY, values, row_bits, backward_bits, ctx.backend, not needs_values)
+        if needs_values:
+            dW_OI = product(
+                dY.t(), Operand(data_BI, scale).t(), dtype=E4M3.result, exact=True
+            )  # [O,B] · [B,I] -> [O,I]
+            dV = gather_kept_op(dW_OI, values, row_bits, ctx.backend)
+        if needs_bias:
+            db = dY_BO.sum(0, dtype=ctx.bias_dtype)
+        return dX, dV, db, None, None, None, None
+
+
+def fp8_linear(
+    X: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_bits: Tensor,
+    backward_bits: Tensor,
+    counts: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """As `linear`, with the operands of all three products rounded to e4m3.
+
+    Args:
+        X: (..., I), bfloat16.
+        counts: int64 (2, 2); see operands.py.
+        Others are those of `linear`.
+
+    Returns:
+        (..., O), bfloat16.
+    """
+    X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
+    Y_BO: Tensor = _Fp8Linear.apply(X_BI, values, bias, row_bits, backward_bits, counts, backend)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], values.shape[0])

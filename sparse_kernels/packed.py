@@ -1,7 +1,9 @@
-"""The packed 16-bit weights that a 2:4 layer's products on a GPU read: derived from `values` and masks, never saved.
+"""The packed weights that a 2:4 layer's products on a GPU read, in 16 or 8 bits: derived from `values`, never saved.
 
     PackedWeight   one 2:4 matrix in one format, packed for cuSPARSELt or dense for cuBLAS, as measured; `matmul(X)`
     PackedLayer    a layer's two (W^R and W^{R,C} transposed) and its 16-bit bias; `refresh` rewrites them in place
+
+In fp8 both have the scale of W^R; operands and results of the products are then as in operands.py.
 
 A PackedLayer belongs to its layer: it hangs on the storage of the layer's row mask, which is made, moved and freed with
 the layer. A custom op in a compiled graph gets tensors and no layer; it finds its PackedLayer there too, whatever
@@ -20,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -28,6 +29,7 @@ from sparse_kernels import cuda, kernel_choice
 from sparse_kernels.formats import FORMATS, PackedFormat
 from sparse_kernels.kernel_choice import Choice
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
+from sparse_kernels.operands import Operand, product, scale_of
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cusparselt", "dense", "reference")
@@ -113,12 +115,20 @@ class PackedWeight:
         """Whether the matrix is packed for cuSPARSELt."""
         return self._packed is not None
 
-    def matmul(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
-        """X · A^T + bias, (B, R); None if there is no plan for this number of tokens."""
+    def matmul(self, X: Operand, bias_R: Tensor | None, scale: Tensor | None) -> Tensor | None:
+        """X · A^T + bias, (B, R), for X (B, C); None if there is no plan for this number of tokens.
+
+        Args:
+            scale: of A, float32 () in fp8, else None.
+        """
         if self._packed is None:
-            return F.linear(X_BC, self.target, bias_R)  # [B,C] · [R,C]^T -> [B,R]
-        plan = self.plan(X_BC.shape[0], bias_R is not None)
-        return None if plan is None else plan.matmul(self._packed, X_BC, bias_R)
+            # [B,C] · [R,C]^T -> [B,R]
+            return product(X, Operand(self.target, scale), bias_R, dtype=self.format.result)
+        plan = self.plan(X.data.shape[0], bias_R is not None)
+        if plan is None:
+            return None
+        both_R = None if scale is None or X.scale is None else (X.scale * scale).expand(self.rows).contiguous()
+        return plan.matmul(self._packed, X.data, bias_R, scale_R=both_R)
 
     def plan(self, tokens: int, bias: bool) -> MatmulPlan | None:
         """The library's plan for this number of tokens, made at the first call; None if none is possible."""
@@ -199,12 +209,13 @@ class LayerWeight(NamedTuple):
 
 
 class _Targets(TypedDict, total=False):
-    """What `cuda.refresh` is to write for a layer, by its parameters' names."""
+    """What `cuda.refresh` is to write for a layer, and by what it multiplies, by its parameters' names."""
 
     w: Tensor
     w_t: Tensor
     bias: Tensor
     bias_out: Tensor
+    factor: Tensor | None
 
 
 class PackedLayer:
@@ -222,6 +233,7 @@ class PackedLayer:
         self.format, self.backend, self.shared = form, backend, shared
         self.forward: PackedWeight | None = None
         self.backward: PackedWeight | None = None
+        self._scales: Tensor | None = None
         self._bias: Tensor | None = None
         self._dense: Tensor | None = None
         self._stamps: dict[Product, tuple[object, ...]] = {}
@@ -229,29 +241,31 @@ class PackedLayer:
 
     # -------------------------------------------------------------------------------------------------- products
 
-    def linear(self, X_BI: Tensor, weight: LayerWeight) -> Tensor:
+    def linear(self, X_BI: Operand, weight: LayerWeight) -> Tensor:
         """X · W^R^T + bias, (B, O)."""
-        if self.forward is None and X_BI.shape[0] >= kernel_choice.FEWEST_TOKENS:
-            self._make_forward(weight, X_BI.shape[0])
+        if self.forward is None and X_BI.data.shape[0] >= kernel_choice.FEWEST_TOKENS:
+            self._make_forward(weight, X_BI.data.shape[0])
         self._refresh_if_stale(weight, "linear")
-        bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.dtype else self._bias
-        Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O)
+        bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.result else self._bias
+        Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O, self._scale)
         if Y_BO is None:  # too few tokens, or a count without a plan: a temporary dense matrix
-            dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=X_BI.device)
-            cuda.launch(cuda.refresh(*weight[:3], w=dense_OI))
-            Y_BO = F.linear(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
+            dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=weight.values.device)
+            cuda.launch(cuda.refresh(*weight[:3], w=dense_OI, factor=self._factor))
+            # [B,I] · [O,I]^T -> [B,O]
+            Y_BO = product(X_BI, Operand(dense_OI, self._scale), bias_O, dtype=self.format.result)
         return Y_BO
 
-    def input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
+    def input_grad(self, dY_BO: Operand, weight: LayerWeight) -> Tensor:
         """dY · W^{R,C}, (B, I)."""
-        if self.backward is None and dY_BO.shape[0] >= kernel_choice.FEWEST_TOKENS:
-            self._make_backward(weight, dY_BO.shape[0])
+        if self.backward is None and dY_BO.data.shape[0] >= kernel_choice.FEWEST_TOKENS:
+            self._make_backward(weight, dY_BO.data.shape[0])
         self._refresh_if_stale(weight, "input_grad")
-        dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None)
+        dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None, self._scale)
         if dX_BI is None:
-            dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=dY_BO.device)
-            cuda.launch(cuda.refresh(*weight[:3], w_t=dense_IO))
-            dX_BI = F.linear(dY_BO, dense_IO)  # [B,O] · [I,O]^T -> [B,I]
+            dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=weight.values.device)
+            cuda.launch(cuda.refresh(*weight[:3], w_t=dense_IO, factor=self._factor))
+            # [B,O] · [I,O]^T -> [B,I]
+            dX_BI = product(dY_BO, Operand(dense_IO, self._scale), dtype=self.format.result)
         return dX_BI
 
     def exact_input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
@@ -279,8 +293,8 @@ class PackedLayer:
         for matrix, bias in ((self.forward, weight.bias is not None), (self.backward, False)):
             if matrix is not None:
                 matrix.plan(tokens, bias)
-        for product in PRODUCTS[: 2 if backward else 1]:
-            self._refresh_if_stale(weight, product)
+        for which in PRODUCTS[: 2 if backward else 1]:
+            self._refresh_if_stale(weight, which)
 
     def refresh(self, weight: LayerWeight, products: Sequence[Product] = PRODUCTS) -> list[cuda.KernelLaunch]:
         """The launches, for the caller to do, that write what these products read from the present tensors."""
@@ -290,8 +304,10 @@ class PackedLayer:
         if "input_grad" in products and self.backward is not None:
             launches += self.backward.update_metadata(weight.backward_mask_bits)
         self._stamps |= {product: weight.stamps(product) for product in products}
+        self._rescale(weight)
         targets = self._targets(weight, products)
-        return [*launches, cuda.refresh(*weight[:3], **targets)] if targets else launches
+        written = targets.keys() - {"factor"}
+        return [*launches, cuda.refresh(*weight[:3], **targets)] if written else launches
 
     def refresh_if_stale(self, weight: LayerWeight, product: Product) -> list[cuda.KernelLaunch]:
         """The same, if what a product reads is stale: for both products in one reading, but of layers that take turns.
@@ -314,6 +330,7 @@ class PackedLayer:
             return self.refresh(weight)
         launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
         metadata = None if backward is None else backward.metadata
+        self._rescale(weight)
         targets = self._targets(weight, PRODUCTS)
         launches.append(cuda.refresh(*weight[:3], update_mask=True, **targets, metadata=metadata))
         if backward is not None:
@@ -325,18 +342,36 @@ class PackedLayer:
         for launch in self.refresh_if_stale(weight, product):
             cuda.launch(launch)
 
+    def _rescale(self, weight: LayerWeight) -> None:
+        """Compute the scale of fp8 from the present values."""
+        if not self.format.scaled:
+            return
+        if self._scales is None:
+            self._scales = outside_graphs(lambda: torch.empty(2, device=weight.values.device))
+        scale = scale_of(torch.linalg.vector_norm(weight.values.detach(), float("inf")))
+        self._scales.copy_(torch.stack([scale, scale.reciprocal()]))
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return None if self._scales is None else self._scales[0]
+
+    @property
+    def _factor(self) -> Tensor | None:
+        return None if self._scales is None else self._scales[1]
+
     def _targets(self, weight: LayerWeight, products: Sequence[Product]) -> _Targets:
-        targets: _Targets = {}
+        targets: _Targets = {"factor": self._factor} if self.format.scaled else {}
         if "input_grad" in products and self.backward is not None:
             targets["w_t"] = self.backward.target
         if "linear" not in products:
             return targets
         if self.forward is not None:
             targets["w"] = self.forward.target
-        if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.dtype:
+        if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.result:
             if self._bias is None:
-                self._bias = outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.dtype))
-            if bias_O.dtype == weight.values.dtype:  # the kernel converts a bias of the values' dtype
+                self._bias = outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.result))
+            # The kernel converts a bias of the values' dtype to that of what it writes.
+            if bias_O.dtype == weight.values.dtype and not self.format.scaled:
                 targets |= {"bias": bias_O, "bias_out": self._bias}
             else:
                 self._bias.copy_(bias_O)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels.operands import Operand, operand, product, rows_of
+from sparse_kernels.operands import Operand, operand, product, rows_of, weight_operand
 
 
 def scatter_kept(values_OK: Tensor, index_OK: Tensor, in_features: int) -> Tensor:
@@ -55,8 +55,8 @@ class _SparseLinear(torch.autograd.Function):
         survives_OK: Tensor,
         counts: Tensor | None,
     ) -> Tensor:
-        fp8, of_X, of_W, _ = rows_of(counts)
-        X, kept = operand(X_BI, fp8=fp8, counts=of_X), operand(values_OK.to(X_BI.dtype), fp8=fp8, counts=of_W)
+        fp8, of_X, _ = rows_of(counts)
+        X, kept = operand(X_BI, fp8=fp8, counts=of_X), weight_operand(values_OK, X_BI.dtype, fp8=fp8)
         ctx.save_for_backward(*X, values_OK, index_OK, survives_OK, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         W_OI = Operand(scatter_kept(kept.data, index_OK, X_BI.shape[1]), kept.scale)
@@ -67,18 +67,18 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
         data_BI, scale, values_OK, index_OK, survives_OK, counts = ctx.saved_tensors
         X, dtype = Operand(data_BI, scale), dY_BO.dtype
-        fp8, _, _, of_dY = rows_of(counts)
+        fp8, _, of_dY = rows_of(counts)
         dY = operand(dY_BO, fp8=fp8, counts=of_dY)
         dX_BI = dV_OK = dbias_O = None
         if ctx.needs_input_grad[0]:
-            kept = operand(values_OK.to(dtype), fp8=fp8)  # what survives has the scale of all
+            kept = weight_operand(values_OK, dtype, fp8=fp8)  # what survives has the scale of all
             passed_OK = kept.data
             if ctx.needs_input_grad[1]:
                 passed_OK = (_as_bits(passed_OK) * survives_OK).view(passed_OK.dtype)
             W_OI = Operand(scatter_kept(passed_OK, index_OK, data_BI.shape[1]), kept.scale)
             dX_BI = product(dY, W_OI.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
         if ctx.needs_input_grad[1]:
-            dW_OI = product(dY.t(), X.t(), dtype=dtype)  # [O,B] · [B,I] -> [O,I]
+            dW_OI = product(dY.t(), X.t(), dtype=dtype, exact=True)  # [O,B] · [B,I] -> [O,I]
             dV_OK = gather_kept(dW_OI, index_OK).to(values_OK.dtype)
         if ctx.needs_input_grad[2]:
             dbias_O = dY_BO.sum(0, dtype=ctx.bias_dtype)
@@ -103,7 +103,7 @@ def sparse_linear(
         bias_O: (O,) or None.
         index_OK: int64 (O, K), the column of each kept entry.
         survives_OK: bool (O, K), whether it is kept in W^{R,C} too.
-        counts: int64 (3, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
+        counts: int64 (2, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
 
     Returns:
         (..., O), the dtype of X.

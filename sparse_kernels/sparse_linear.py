@@ -42,7 +42,7 @@ class SparseLinear(nn.Module):
         backward_scale: buffer () or None, a factor of the input gradient; see `backward_rescale`.
         adapter: a LowRankAdapter or None; its output is added.
         backend: how a 2:4 layer is computed on a GPU; see `sparse_kernels.set_backend`.
-        fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
+        fp8_counts: buffer int64 (2, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
         dense_weight: W^R as a dense matrix (out, in) or None; see `sparse_kernels.dense_weights`. Never saved.
         conv1d: the layer was a transformers Conv1D, and `to_dense` makes it one again.
@@ -103,13 +103,15 @@ class SparseLinear(nn.Module):
             return F.linear(X, self.dense_weight, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         if self.backward_scale is not None and self.values.requires_grad:  # a frozen layer's gradient is exact
             X = _ScaleGradient.apply(X, self.backward_scale)
-        if self.fp8_counts is not None and self.training:
-            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), self.fp8_counts)
-        compiling = torch.compiler.is_compiling()
-        if (self.n, self.m) in ops.TWO_OF_FOUR and (compiling or ops.fast(X, self.values, self.backend)):
-            bits = self.row_mask_bits, self.backward_mask_bits
+        counts = self.fp8_counts if self.training else None
+        compiling, two_of_four = torch.compiler.is_compiling(), (self.n, self.m) in ops.TWO_OF_FOUR
+        bits = self.row_mask_bits, self.backward_mask_bits
+        if counts is not None and two_of_four and X.dtype == torch.bfloat16:
+            if compiling or ops.fast_fp8(self.values, self.backend):
+                return ops.fp8_linear(X, self.values, self.bias, *bits, counts, self.backend)
+        elif counts is None and two_of_four and (compiling or ops.fast(X, self.values, self.backend)):
             return ops.linear(X, self.values, self.bias, *bits, self.backend)
-        return reference.sparse_linear(X, self.values, self.bias, *self.layout())
+        return reference.sparse_linear(X, self.values, self.bias, *self.layout(), counts)
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """Where the values sit: their columns, int64 (out, in·n/m), and whether W^{R,C} keeps them, bool, same shape.

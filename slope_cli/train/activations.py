@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from slope_cli.models.build import transformer_blocks
-from sparse_kernels.ops import linear_op
+from sparse_kernels.ops import linear_fp8_op, linear_op
 
-SPARSE = (linear_op._opoverload,)
+SPARSE = (linear_op._opoverload, linear_fp8_op._opoverload)
 DENSE = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 FP8 = (torch.ops.aten._scaled_mm_v2.default,)
 ATTENTION = tuple(

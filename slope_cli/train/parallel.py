@@ -21,8 +21,9 @@ from slope_cli.methods.accounting import phase_sizes
 from slope_cli.methods.apply import Calibrate, apply
 from slope_cli.methods.phases import DENSE, Phase
 from slope_cli.train.dry_run import untrained_model
-from sparse_kernels import check_backend, kernel_choices, measure_kernels, use_choices
+from sparse_kernels import check_backend, fp8_layers, kernel_choices, measure_kernels, use_choices
 from sparse_kernels.convert import Norms
+from sparse_kernels.operands import FP8
 from sparse_kernels.sharded import whole
 
 BITS = 8
@@ -154,4 +155,6 @@ def agree_on_kernels(
         use_choices(saved or {})
     if group.several:
         group.first(lambda: measure_kernels(model, tokens, dtype))
+        if fp8_layers(model):
+            group.first(lambda: measure_kernels(model, tokens, FP8))
         use_choices(group.broadcast(kernel_choices()))

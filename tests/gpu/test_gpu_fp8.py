@@ -11,8 +11,18 @@ from support.runs import records, tiny
 from torch import nn
 
 from slope_cli.train.loop import pretrain
-from sparse_kernels import fp8_obstacle, set_fp8
-from sparse_kernels.operands import operand
+from sparse_kernels import (
+    SparseLinear,
+    fp8_obstacle,
+    kernel_choice,
+    masks,
+    set_backend,
+    set_fp8,
+    update_backward_masks,
+)
+from sparse_kernels.matmul_plan import MatmulShape
+from sparse_kernels.operands import FP8, operand
+from sparse_kernels.packed import Backend
 
 pytestmark = inductor.QUIET
 
@@ -49,6 +59,43 @@ def test_rounding_is_that_of_a_cpu() -> None:
             assert ours is not None
             assert theirs is not None
             torch.testing.assert_close(theirs.cpu().float(), ours.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(512, 1024, 256), (1536, 768, 512), (544, 1056, 264)])
+def test_the_library_multiplies_packed_e4m3(rows: int, columns: int, tokens: int, bias: bool) -> None:
+    """A plan is given out only if its product agrees with the dense one."""
+    shape = MatmulShape(rows, columns, tokens, FP8, bias)
+    assert kernel_choice.plan_for(shape, 0) is not None, kernel_choice.choose(shape, 0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("backend", ["cusparselt", "dense", "auto"])
+@pytest.mark.parametrize("tokens", [40, 512])
+def test_packed_products_are_those_of_plain_torch(tokens: int, backend: Backend, biased: bool) -> None:
+    torch.manual_seed(0)
+    W_OI, bias = torch.randn(1024, 512), torch.randn(1024) if biased else None
+    model = nn.Sequential(SparseLinear(W_OI, bias, masks.row_mask(W_OI, 2, 4), 2, 4)).cuda()
+    set_fp8(model, ["0"])
+    X, dY = torch.randn(tokens, 512, device="cuda"), torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def products(backend: Backend) -> list[torch.Tensor]:
+        set_backend(model, backend)
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            Y = model(x)
+        Y.backward(dY)
+        return [Y.detach(), *(p.grad for p in (x, *model.parameters()) if p.grad is not None)]
+
+    for change in range(3):
+        for ours, theirs in zip(products(backend), products("reference"), strict=True):
+            limit = 1e-2 * float(theirs.abs().max())
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=limit)
+        with torch.no_grad():
+            model[0].values.mul_(torch.rand_like(model[0].values) * 4)
+        if change:  # before, what is packed finds out by itself
+            update_backward_masks(model)
 
 
 @pytest.mark.parametrize("method", ["slope", "dense", "sr_ste"])
