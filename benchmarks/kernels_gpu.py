@@ -22,7 +22,6 @@ from slope_cli.utils.environment import environment, gpu_libraries
 from slope_cli.utils.files import write_json
 from sparse_kernels import SparseLinear, cuda, kernel_choice, layers, masks
 from sparse_kernels.matmul_plan import random_mask
-from sparse_kernels.operands import Operand
 from sparse_kernels.packed import packed_layer
 
 from . import RESULTS
@@ -125,7 +124,7 @@ def host_costs() -> dict[str, float]:
     assert weight is not None
     with torch.no_grad():
         costs = {
-            "PackedWeight.matmul": host_us(lambda: weight.matmul(Operand(x), None, None)),
+            "PackedWeight.matmul": host_us(lambda: weight.matmul(x, None)),
             "SparseLinear.forward, no grad": host_us(lambda: layer(x)),
             "F.linear (dense)": host_us(lambda: F.linear(x, dense)),
             "gather_kept": host_us(lambda: cuda.gather_kept(dW, layer.row_mask_bits, torch.float32)),

@@ -24,13 +24,14 @@ class PackedFormat:
         dtype: of the values, and of the products' other operand.
         data_type: of that dtype in cuSPARSELt.
         result: the dtype of the products' result and of a bias.
-        sides: both sides of a matrix must be multiples of this.
+        sides, tokens: both sides of a matrix, and the rows of the other operand, must be multiples of these.
     """
 
     dtype: torch.dtype
     data_type: DataType
     result: torch.dtype
     sides: int = SIDE_MULTIPLE
+    tokens: int = 8
 
     @property
     def scaled(self) -> bool:
@@ -61,7 +62,7 @@ class PackedFormat:
 
 BF16 = PackedFormat(torch.bfloat16, DataType.BFLOAT16, torch.bfloat16)
 FP16 = PackedFormat(torch.float16, DataType.FLOAT16, torch.float16)
-E4M3 = PackedFormat(torch.float8_e4m3fn, DataType.E4M3, torch.bfloat16, sides=32)
+E4M3 = PackedFormat(torch.float8_e4m3fn, DataType.E4M3, torch.bfloat16, sides=32, tokens=16)
 FORMATS = {form.dtype: form for form in (BF16, FP16, E4M3)}
 """The formats by the dtype of a product's operand."""
 HALVES = (torch.bfloat16, torch.float16)

@@ -167,9 +167,9 @@ def _lasting(choice: Choice) -> bool:
 
 def refusal(shape: MatmulShape) -> str:
     """Why a shape is not worth a search; empty if it is."""
-    multiple = FORMATS[shape.dtype].sides
-    if shape.tokens % 8 or shape.rows % multiple or shape.columns % multiple:
-        return f"sides are not multiples of {multiple} and tokens not of 8"
+    form = FORMATS[shape.dtype]
+    if shape.tokens % form.tokens or shape.rows % form.sides or shape.columns % form.sides:
+        return f"sides are not multiples of {form.sides} and tokens not of {form.tokens}"
     if min(shape.rows, shape.columns) < SMALLEST_SIDE:
         return f"a side is below {SMALLEST_SIDE}"
     if shape.tokens < FEWEST_TOKENS:
@@ -208,21 +208,17 @@ def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tup
     """Search, check and time on random operands; of a shape whose times are known, search and check."""
     with torch.cuda.device(device_index):
         packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
-        scaled = FORMATS[shape.dtype].scaled
-        ones_R = torch.ones(shape.rows, device=X_BC.device) if scaled else None
         try:
             plan = MatmulPlan(shape, device_index)
-            algorithm = plan.search(packed, X_BC, bias_R, ones_R)
+            algorithm = plan.search(packed, X_BC, bias_R)
         except CuSparseLtError as error:
             return Choice(False, str(error)), None
-        if not _agrees(plan, packed, dense_RC, X_BC, bias_R, ones_R):
+        if not _agrees(plan, packed, dense_RC, X_BC, bias_R):
             return Choice(False, "cuSPARSELt's product differs from the dense one", algorithm=algorithm), None
         if known is not None:
             return Choice(known.sparse, known.reason, known.sparse_ms, known.dense_ms, algorithm), plan
         sparse_ms, dense_ms = graph_ms(
-            lambda: plan.matmul(packed, X_BC, bias_R, scale_R=ones_R),
-            lambda: _dense(X_BC, dense_RC, bias_R, ones_R),
-            calls=_calls(shape),
+            lambda: plan.matmul(packed, X_BC, bias_R), lambda: dense(X_BC, dense_RC, bias_R), calls=_calls(shape)
         )
         wins = sparse_ms < dense_ms
         reason = f"{dense_ms / sparse_ms:.2f} times the speed of dense"
@@ -250,25 +246,19 @@ def _operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Te
     return packed, dense_RC, X_BC, normal(shape.rows) if shape.bias else None
 
 
-def _dense(X_BC: Tensor, dense_RC: Tensor, bias_R: Tensor | None, ones_R: Tensor | None) -> Tensor:
-    """The product by cuBLAS: [B,C] · [R,C]^T -> [B,R]; with scales of one in fp8."""
-    one = None if ones_R is None else ones_R[0]
-    return product(Operand(X_BC, one), Operand(dense_RC, one), bias_R, dtype=FORMATS[X_BC.dtype].result)
+def dense(X_BC: Tensor, A_RC: Tensor, bias_R: Tensor | None = None) -> Tensor:
+    """X · A^T + bias by cuBLAS, of operands of a format's dtype; in fp8 without their scales."""
+    form = FORMATS[X_BC.dtype]
+    one = torch.ones((), device=X_BC.device) if form.scaled else None
+    return product(Operand(X_BC, one), Operand(A_RC, one), bias_R, dtype=form.result)  # [B,C] · [R,C]^T -> [B,R]
 
 
-def _agrees(
-    plan: MatmulPlan,
-    packed: Tensor,
-    dense_RC: Tensor,
-    X_BC: Tensor,
-    bias_R: Tensor | None,
-    ones_R: Tensor | None,
-) -> bool:
+def _agrees(plan: MatmulPlan, packed: Tensor, dense_RC: Tensor, X_BC: Tensor, bias_R: Tensor | None) -> bool:
     """Twice, because an algorithm has been seen to be wrong only now and then; with a bias, from two addresses."""
     for bias in (bias_R, None if bias_R is None else bias_R.flip(0)):
-        expected = _dense(X_BC, dense_RC, bias, ones_R)
+        expected = dense(X_BC, dense_RC, bias)
         scale = torch.linalg.vector_norm(expected, dtype=torch.float32) / expected.numel() ** 0.5
-        error = (plan.matmul(packed, X_BC, bias, scale_R=ones_R) - expected).abs_()
+        error = (plan.matmul(packed, X_BC, bias) - expected).abs_()
         # Of values that reach 6 times the scale, two roundings to 8 bits are at most 0.05 apart.
         if not (error.max() < 0.1 * scale and error.mean(dtype=torch.float32) < 0.01 * scale):
             return False

@@ -47,15 +47,17 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
         packed = [own for own in _packed_layers(layer) if not own.shared]  # what is shared follows at its next product
         if layer.kernel_chooses(kind):
             chosen.append(layer)
-            weight = _weight(layer)
-            alone = [cuda.refresh(*weight[:3], update_mask=True)]
-            launches += packed[0].update_mask(weight) if packed else alone
+            if packed:
+                launches += packed[0].update_mask(_weight(layer, packed[0]))
+            else:
+                bits = layer.row_mask_bits, layer.backward_mask_bits
+                launches.append(cuda.refresh(layer.values, *bits, update_mask=True))
             packed = packed[1:]
         else:
             layer.update_backward_mask(kind, layer_seed(seed, name))
         stale += [(layer, other) for other in packed]
     cuda.launch_all(launches)
-    cuda.launch_all(launch for layer, packed in stale for launch in packed.refresh(_weight(layer)))
+    cuda.launch_all(launch for layer, packed in stale for launch in packed.refresh(_weight(layer, packed)))
     for layer in chosen:
         layer.update_backward_scale()
 
@@ -154,12 +156,15 @@ def measure_kernels(model: nn.Module, tokens: int, dtype: torch.dtype) -> None:
     for _, layer in sparse_layers(model):
         if layer.values.is_cuda and layer.backend != "reference" and (layer.n, layer.m) == (2, 4) and dtype in FORMATS:
             sides, device = (layer.out_features, layer.in_features), layer.values.get_device()
-            kernel_choice.choose(MatmulShape(*sides, tokens, dtype, layer.bias is not None), device)
+            biased = layer.bias is not None and not FORMATS[dtype].scaled
+            kernel_choice.choose(MatmulShape(*sides, tokens, dtype, biased), device)
             kernel_choice.choose(MatmulShape(*sides[::-1], tokens, dtype, bias=False), device)
 
 
-def _weight(layer: SparseLinear) -> LayerWeight:
-    return LayerWeight(layer.values, layer.row_mask_bits, layer.backward_mask_bits, layer.bias)
+def _weight(layer: SparseLinear, packed: PackedLayer) -> LayerWeight:
+    """What these packed weights come from: in fp8 the product has no bias."""
+    bias_O = None if packed.format.scaled else layer.bias
+    return LayerWeight(layer.values, layer.row_mask_bits, layer.backward_mask_bits, bias_O)
 
 
 def _packed_layers(layer: SparseLinear) -> list[PackedLayer]:
@@ -190,7 +195,7 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
         two_of_four = (layer.n, layer.m) in ops.TWO_OF_FOUR
         if two_of_four and ops.fast(probe, layer.values, layer.backend) and tokens >= kernel_choice.FEWEST_TOKENS:
             packed = packed_layer(layer.row_mask_bits, dtype, layer.backend)
-            packed.prepare(_weight(layer), tokens, backward=backward)
+            packed.prepare(_weight(layer, packed), tokens, backward=backward)
 
 
 @torch.no_grad()
@@ -203,7 +208,7 @@ def refresh(model: nn.Module) -> None:
     Elsewhere the layers do this on their own; those that share packed weights always do.
     """
     own = ((layer, packed) for _, layer, packed in _all_packed(model) if not packed.shared)
-    cuda.launch_all(launch for layer, packed in own for launch in packed.refresh(_weight(layer)))
+    cuda.launch_all(launch for layer, packed in own for launch in packed.refresh(_weight(layer, packed)))
 
 
 def alike(model: nn.Module) -> list[list[SparseLinear]]:

@@ -1,7 +1,6 @@
 """One product of a packed 2:4 matrix by cuSPARSELt: its plan, and packing a matrix for it.
 
     Y[B,R] = X[B,C] · A[R,C]^T + bias[R]        A: 2:4 along C, packed; X, Y: row-major, untouched
-    Y[B,R] = X[B,C] · A[R,C]^T · scale[R] + bias[R]         of operands in fp8
 
 The library sees A row-major, X as its (C, B) transpose in column order and Y as (R, B) in column order, so nothing is
 transposed and the bias of an output feature is the bias of a row. The forward product has A = W^R (R = out features),
@@ -66,8 +65,6 @@ class MatmulPlan:
         call("MatmulDescriptorInit", at, self._product.address, keep, keep, *operands, compute)
         if shape.bias:
             self._point_at_bias(torch.zeros(shape.rows, dtype=form.result, device=f"cuda:{device_index}"))
-        if form.scaled:
-            self._set(cusparselt.ALPHA_VECTOR_SCALING, ctypes.c_int(1))
         default = cusparselt.ALGORITHM_DEFAULT
         call("MatmulAlgSelectionInit", at, self._algorithm.address, self._product.address, default)
         call("MatmulPlanInit", at, self._plan.address, self._product.address, self._algorithm.address)
@@ -76,34 +73,26 @@ class MatmulPlan:
         self.workspace_bytes = self._workspace()
 
     def matmul(
-        self,
-        packed: Tensor,
-        X_BC: Tensor,
-        bias_R: Tensor | None = None,
-        plus_BR: Tensor | None = None,
-        scale_R: Tensor | None = None,
+        self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None, plus_BR: Tensor | None = None
     ) -> Tensor:
-        """Y = X · A^T · scale + bias + plus on torch's current stream.
+        """Y = X · A^T + bias + plus on torch's current stream.
 
         Args:
             packed: what `compress` returned for A.
             X_BC: (tokens, columns), contiguous, 16-byte aligned.
             bias_R: (rows,) of the result's dtype if the plan's shape has a bias, else None.
             plus_BR: (tokens, rows) of the result's dtype, contiguous; None for nothing.
-            scale_R: float32 (rows,) of operands in fp8, else None.
 
         Returns:
             (tokens, rows), X's dtype, or bfloat16 of operands in fp8.
         """
         Y_BR = self._empty(X_BC)
-        self._run("Matmul", packed, X_BC, bias_R, Y_BR, plus_BR, scale_R)
+        self._run("Matmul", packed, X_BC, bias_R, Y_BR, plus_BR)
         return Y_BR
 
-    def search(
-        self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None, scale_R: Tensor | None = None
-    ) -> dict[str, int]:
+    def search(self, packed: Tensor, X_BC: Tensor, bias_R: Tensor | None = None) -> dict[str, int]:
         """Time the library's algorithms on these operands, keep the fastest, and return its attributes."""
-        self._run("MatmulSearch", packed, X_BC, bias_R, self._empty(X_BC), None, scale_R)
+        self._run("MatmulSearch", packed, X_BC, bias_R, self._empty(X_BC))
         self.workspace_bytes = self._workspace()
         attributes, value = {}, ctypes.c_int()
         for attribute in AlgorithmAttribute:
@@ -120,12 +109,10 @@ class MatmulPlan:
         return size
 
     def _point_at_bias(self, bias_R: Tensor) -> None:
-        self._set(cusparselt.BIAS_POINTER, ctypes.c_void_p(bias_R.data_ptr()))
-        self._bias_at = bias_R.data_ptr()
-
-    def _set(self, attribute: int, value: ctypes.c_int | ctypes.c_void_p) -> None:
-        arguments = (attribute, ctypes.addressof(value), ctypes.sizeof(value))
+        pointer = ctypes.c_void_p(bias_R.data_ptr())
+        arguments = (cusparselt.BIAS_POINTER, ctypes.addressof(pointer), ctypes.sizeof(pointer))
         self._library.call("MatmulDescSetAttribute", self._handle.address, self._product.address, *arguments)
+        self._bias_at = bias_R.data_ptr()
 
     def _run(
         self,
@@ -134,20 +121,18 @@ class MatmulPlan:
         X_BC: Tensor,
         bias_R: Tensor | None,
         Y_BR: Tensor,
-        plus_BR: Tensor | None,
-        scale_R: Tensor | None,
+        plus_BR: Tensor | None = None,
     ) -> None:
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
-                return self._run(name, packed, X_BC, bias_R, Y_BR, plus_BR, scale_R)
+                return self._run(name, packed, X_BC, bias_R, Y_BR, plus_BR)
         # Torch's allocator hands the workspace out anew each time: safe on every stream and inside a captured graph.
         size = self.workspace_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=X_BC.device) if size else None
         at_workspace = None if workspace is None else workspace.data_ptr()
         at, plan, y = self._handle.address, self._plan.address, Y_BR.data_ptr()
         times, plus = (_ZERO_AT, y) if plus_BR is None else (_ONE_AT, plus_BR.data_ptr())
-        one = _ONE_AT if scale_R is None else scale_R.data_ptr()
-        operands = (one, packed.data_ptr(), X_BC.data_ptr(), times, plus, y, at_workspace, self._streams, 1)
+        operands = (_ONE_AT, packed.data_ptr(), X_BC.data_ptr(), times, plus, y, at_workspace, self._streams, 1)
         with self._lock:
             if bias_R is not None and bias_R.data_ptr() != self._bias_at:
                 self._point_at_bias(bias_R)

@@ -5,9 +5,10 @@
     weight grad  dW[out,in] = dY8[B,out]^T · X8[B,in] · (s_dY · s_X)
 
 fp8 is e4m3 in all three: cuSPARSELt multiplies operands of one type alone, and a scale of its own gives a gradient the
-range that it needs (DeepSeek-V3, arXiv 2412.19437, section 3.3, trains so). The scale puts a tensor's largest magnitude
-on that of e4m3, 448 (arXiv 2209.05433). It comes from the tensor as it is and not from earlier steps, so a run resumes
-bit for bit, and nothing saturates; what is counted is what becomes zero. Sums are in float32.
+range that it needs (DeepSeek-V3, arXiv 2412.19437, section 3.3, trains so). The scale is the smallest power of two that
+brings a tensor's largest magnitude to that of e4m3, 448 (arXiv 2209.05433), or below: multiplying by it rounds nothing.
+It comes from the tensor as it is and not from earlier steps, so a run resumes bit for bit, and nothing saturates; what
+is counted is what becomes zero. Sums are in float32.
 
 Shape suffixes: R, C, N rows and columns of any matrices.
 """
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -63,7 +63,10 @@ def operand(X: Tensor, *, fp8: bool, counts: Tensor | None = None) -> Operand:
 
 def scale_of(largest: Tensor) -> Tensor:
     """The scale of a tensor with this largest magnitude, (): float32 ()."""
-    return (largest.float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
+    exact = (largest.float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
+    # Up to the next power of two, in the bits of float32: the mantissa becomes zero.
+    power = ((exact.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(exact.isfinite(), power, exact)
 
 
 def rows_of(counts: Tensor | None) -> tuple[bool, Tensor | None, Tensor | None]:
@@ -100,11 +103,10 @@ def product(
         return Y_RN if bias_N is None else Y_RN + bias_N
     if padding := -A.shape[1] % 16:  # tokens, in a weight gradient
         A, B = _padded(A, padding), _padded(B, padding)
-    whole = ScalingType.TensorWise
     fused = bias_N if dtype.itemsize == 2 else None  # a GPU's product adds no bias of 32 bits
-    how: dict[str, Any] = {"bias": fused, "output_dtype": dtype, "use_fast_accum": not exact}
-    # [R,C] · [C,N] -> [R,N]; in memory both matrices lie by C
-    Y_RN = F.scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, whole, scale_B, whole, **how)
+    how: dict[str, Any] = {"bias": fused, "out_dtype": dtype, "use_fast_accum": not exact}
+    # Not F.scaled_mm, which torch 2.11 cannot compile. [R,C] · [C,N] -> [R,N]; in memory both matrices lie by C
+    Y_RN = torch._scaled_mm(A.contiguous(), B.contiguous().t(), scale_A, scale_B, **how)
     return Y_RN if bias_N is None or fused is not None else Y_RN + bias_N
 
 

@@ -4,8 +4,8 @@
     input_grad(dY, values, bits..., backend, exact) -> dX      by the packed W^{R,C}; exact: by W^R, of frozen values
     weight_grad(dY, X, values, bits..., backend) -> dV         dense product, then gather_kept
 
-In fp8 the first two take rounded operands with their scales (operands.py), and `fp8_linear` rounds outside of them,
-where torch's compiler fuses it.
+In fp8 the first two multiply rounded data, and also return the weights' scale (operands.py); `fp8_linear` rounds and
+scales outside of them, where torch's compiler fuses it.
 
 The packed weights are those of packed.py. The ops are functions of their arguments alone: on a CPU or in another dtype
 they give the same by plain torch. Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sparse_kernels import cuda, masks, reference
+from sparse_kernels import cuda, kernel_choice, masks, reference
 from sparse_kernels.formats import E4M3, FORMATS, HALVES, SIDE_MULTIPLE
 from sparse_kernels.operands import Operand, operand, product, rows_of
 from sparse_kernels.packed import Backend, LayerWeight, PackedLayer, packed_layer
@@ -75,14 +75,14 @@ def _linear_fast(
     X_BI: Tensor, values: Tensor, bias: Tensor | None, row_bits: Tensor, backward_bits: Tensor, backend: str
 ) -> Tensor:
     weight = LayerWeight(values, row_bits, backward_bits, bias)
-    return _packed(X_BI, row_bits, backend).linear(Operand(_aligned(X_BI)), weight)
+    return _packed(X_BI, row_bits, backend).linear(_aligned(X_BI), weight)
 
 
 def _input_grad_fast(
     dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool
 ) -> Tensor:
     packed, weight = _packed(dY_BO, row_bits, backend), LayerWeight(values, row_bits, backward_bits)
-    return packed.exact_input_grad(dY_BO, weight) if exact else packed.input_grad(Operand(_aligned(dY_BO)), weight)
+    return packed.exact_input_grad(dY_BO, weight) if exact else packed.input_grad(_aligned(dY_BO), weight)
 
 
 def _weight_grad_fast(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
@@ -213,40 +213,37 @@ def linear(
 
 
 def _linear_fp8(
-    X_BI: Tensor,
-    scale: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    row_bits: Tensor,
-    backward_bits: Tensor,
-    backend: str,
-) -> Tensor:
-    X, dtype = Operand(_aligned(X_BI), scale), E4M3.result
+    X_BI: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     if fast_fp8(values, backend):
-        return _packed(X_BI, row_bits, backend).linear(X, LayerWeight(values, row_bits, backward_bits, bias))
+        packed = _packed(X_BI, row_bits, backend)
+        Y_BO = packed.linear(_aligned(X_BI), LayerWeight(values, row_bits, backward_bits))
+        return Y_BO, packed.scale
     kept = operand(values, fp8=True)
-    W_OI = Operand(_scattered(kept.data, row_bits, X_BI.shape[1]), kept.scale)
-    return product(X, W_OI, None if bias is None else bias.to(dtype), dtype=dtype)  # [B,I] · [O,I]^T -> [B,O]
+    return _dense_fp8(X_BI, _scattered(kept.data, row_bits, X_BI.shape[1])), _scale(kept)
 
 
 def _input_grad_fp8(
-    dY_BO: Tensor,
-    scale: Tensor,
-    values: Tensor,
-    row_bits: Tensor,
-    backward_bits: Tensor,
-    backend: str,
-    exact: bool,
-) -> Tensor:
-    dY = Operand(_aligned(dY_BO), scale)
+    dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, backend: str, exact: bool
+) -> tuple[Tensor, Tensor]:
     if fast_fp8(values, backend) and not exact:
-        return _packed(dY_BO, row_bits, backend).input_grad(dY, LayerWeight(values, row_bits, backward_bits))
+        packed = _packed(dY_BO, row_bits, backend)
+        dX_BI = packed.input_grad(_aligned(dY_BO), LayerWeight(values, row_bits, backward_bits))
+        return dX_BI, packed.scale
     kept = operand(values, fp8=True)
     W_OI = _scattered(kept.data, row_bits, backward_bits.shape[0]).view(torch.uint8)
     if not exact:
         W_OI = W_OI * masks.unpack_bits(backward_bits, values.shape[0]).t()
-    W = Operand(W_OI.view(kept.data.dtype), kept.scale)
-    return product(dY, W.t(), dtype=E4M3.result)  # [B,O] · [O,I] -> [B,I]
+    return _dense_fp8(dY_BO, W_OI.view(kept.data.dtype).t()), _scale(kept)
+
+
+def _dense_fp8(X_BC: Tensor, A_RC: Tensor) -> Tensor:
+    return kernel_choice.dense(X_BC, A_RC)  # [B,C] · [R,C]^T -> [B,R]
+
+
+def _scale(one: Operand) -> Tensor:
+    assert one.scale is not None
+    return one.scale
 
 
 def _gather_kept(dW_OI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
@@ -269,13 +266,15 @@ gather_kept_op = torch.library.custom_op("slope::gather_kept", _gather_kept, mut
 
 
 @linear_fp8_op.register_fake
-def _(X_BI: Tensor, scale: Tensor, values: Tensor, *_: object) -> Tensor:
-    return X_BI.new_empty(X_BI.shape[0], values.shape[0], dtype=E4M3.result)
+def _(X_BI: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    Y_BO = X_BI.new_empty(X_BI.shape[0], values.shape[0], dtype=E4M3.result)
+    return Y_BO, X_BI.new_empty((), dtype=torch.float32)
 
 
 @input_grad_fp8_op.register_fake
-def _(dY_BO: Tensor, scale: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, *_: object) -> Tensor:
-    return dY_BO.new_empty(dY_BO.shape[0], backward_bits.shape[0], dtype=E4M3.result)
+def _(dY_BO: Tensor, values: Tensor, row_bits: Tensor, backward_bits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    dX_BI = dY_BO.new_empty(dY_BO.shape[0], backward_bits.shape[0], dtype=E4M3.result)
+    return dX_BI, dY_BO.new_empty((), dtype=torch.float32)
 
 
 @gather_kept_op.register_fake
@@ -297,11 +296,11 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:
         _, of_X, _ = rows_of(counts)
         X = operand(X_BI, fp8=True, counts=of_X)
-        assert X.scale is not None
         ctx.save_for_backward(*X, values, row_bits, backward_bits, counts)
         ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
-        Y_BO: Tensor = linear_fp8_op(*X, values, bias, row_bits, backward_bits, backend)
-        return Y_BO
+        product_BO, scale = linear_fp8_op(X.data, values, row_bits, backward_bits, backend)
+        Y_BO: Tensor = product_BO * (_scale(X) * scale)
+        return Y_BO if bias is None else Y_BO + bias.to(Y_BO.dtype)
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
@@ -311,7 +310,9 @@ class _Fp8Linear(torch.autograd.Function):
         dY = operand(dY_BO, fp8=True, counts=of_dY)
         dX = dV = db = None
         if needs_X:
-            dX = input_grad_fp8_op(*dY, values, row_bits, backward_bits, ctx.backend, not needs_values)
+            how = values, row_bits, backward_bits, ctx.backend, not needs_values
+            product_BI, of_W = input_grad_fp8_op(dY.data, *how)
+            dX = product_BI * (_scale(dY) * of_W)
         if needs_values:
             dW_OI = product(
                 dY.t(), Operand(data_BI, scale).t(), dtype=E4M3.result, exact=True

@@ -3,7 +3,8 @@
     PackedWeight   one 2:4 matrix in one format, packed for cuSPARSELt or dense for cuBLAS, as measured; `matmul(X)`
     PackedLayer    a layer's two (W^R and W^{R,C} transposed) and its 16-bit bias; `refresh` rewrites them in place
 
-In fp8 both have the scale of W^R; operands and results of the products are then as in operands.py.
+In fp8 both have the scale of W^R (operands.py). A product there is that of the operands' data, without a bias: the
+library multiplies results by nothing, so whoever called does, where torch's compiler fuses it with what follows.
 
 A PackedLayer belongs to its layer: it hangs on the storage of the layer's row mask, which is made, moved and freed with
 the layer. A custom op in a compiled graph gets tensors and no layer; it finds its PackedLayer there too, whatever
@@ -29,7 +30,7 @@ from sparse_kernels import cuda, kernel_choice
 from sparse_kernels.formats import FORMATS, PackedFormat
 from sparse_kernels.kernel_choice import Choice
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
-from sparse_kernels.operands import Operand, product, scale_of
+from sparse_kernels.operands import scale_of
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cusparselt", "dense", "reference")
@@ -115,20 +116,12 @@ class PackedWeight:
         """Whether the matrix is packed for cuSPARSELt."""
         return self._packed is not None
 
-    def matmul(self, X: Operand, bias_R: Tensor | None, scale: Tensor | None) -> Tensor | None:
-        """X · A^T + bias, (B, R), for X (B, C); None if there is no plan for this number of tokens.
-
-        Args:
-            scale: of A, float32 () in fp8, else None.
-        """
+    def matmul(self, X_BC: Tensor, bias_R: Tensor | None) -> Tensor | None:
+        """X · A^T + bias, (B, R); None if there is no plan for this number of tokens."""
         if self._packed is None:
-            # [B,C] · [R,C]^T -> [B,R]
-            return product(X, Operand(self.target, scale), bias_R, dtype=self.format.result)
-        plan = self.plan(X.data.shape[0], bias_R is not None)
-        if plan is None:
-            return None
-        both_R = None if scale is None or X.scale is None else (X.scale * scale).expand(self.rows).contiguous()
-        return plan.matmul(self._packed, X.data, bias_R, scale_R=both_R)
+            return kernel_choice.dense(X_BC, self.target, bias_R)
+        plan = self.plan(X_BC.shape[0], bias_R is not None)
+        return None if plan is None else plan.matmul(self._packed, X_BC, bias_R)
 
     def plan(self, tokens: int, bias: bool) -> MatmulPlan | None:
         """The library's plan for this number of tokens, made at the first call; None if none is possible."""
@@ -241,31 +234,29 @@ class PackedLayer:
 
     # -------------------------------------------------------------------------------------------------- products
 
-    def linear(self, X_BI: Operand, weight: LayerWeight) -> Tensor:
+    def linear(self, X_BI: Tensor, weight: LayerWeight) -> Tensor:
         """X · W^R^T + bias, (B, O)."""
-        if self.forward is None and X_BI.data.shape[0] >= kernel_choice.FEWEST_TOKENS:
-            self._make_forward(weight, X_BI.data.shape[0])
+        if self.forward is None and X_BI.shape[0] >= kernel_choice.FEWEST_TOKENS:
+            self._make_forward(weight, X_BI.shape[0])
         self._refresh_if_stale(weight, "linear")
         bias_O = weight.bias if weight.bias is None or weight.bias.dtype == self.format.result else self._bias
-        Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O, self._scale)
+        Y_BO = None if self.forward is None else self.forward.matmul(X_BI, bias_O)
         if Y_BO is None:  # too few tokens, or a count without a plan: a temporary dense matrix
-            dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=weight.values.device)
+            dense_OI = torch.empty(weight.sides, dtype=self.format.dtype, device=X_BI.device)
             cuda.launch(cuda.refresh(*weight[:3], w=dense_OI, factor=self._factor))
-            # [B,I] · [O,I]^T -> [B,O]
-            Y_BO = product(X_BI, Operand(dense_OI, self._scale), bias_O, dtype=self.format.result)
+            Y_BO = kernel_choice.dense(X_BI, dense_OI, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         return Y_BO
 
-    def input_grad(self, dY_BO: Operand, weight: LayerWeight) -> Tensor:
+    def input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
         """dY · W^{R,C}, (B, I)."""
-        if self.backward is None and dY_BO.data.shape[0] >= kernel_choice.FEWEST_TOKENS:
-            self._make_backward(weight, dY_BO.data.shape[0])
+        if self.backward is None and dY_BO.shape[0] >= kernel_choice.FEWEST_TOKENS:
+            self._make_backward(weight, dY_BO.shape[0])
         self._refresh_if_stale(weight, "input_grad")
-        dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None, self._scale)
+        dX_BI = None if self.backward is None else self.backward.matmul(dY_BO, None)
         if dX_BI is None:
-            dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=weight.values.device)
+            dense_IO = torch.empty(weight.sides[::-1], dtype=self.format.dtype, device=dY_BO.device)
             cuda.launch(cuda.refresh(*weight[:3], w_t=dense_IO, factor=self._factor))
-            # [B,O] · [I,O]^T -> [B,I]
-            dX_BI = product(dY_BO, Operand(dense_IO, self._scale), dtype=self.format.result)
+            dX_BI = kernel_choice.dense(dY_BO, dense_IO)  # [B,O] · [I,O]^T -> [B,I]
         return dX_BI
 
     def exact_input_grad(self, dY_BO: Tensor, weight: LayerWeight) -> Tensor:
@@ -352,8 +343,10 @@ class PackedLayer:
         self._scales.copy_(torch.stack([scale, scale.reciprocal()]))
 
     @property
-    def _scale(self) -> Tensor | None:
-        return None if self._scales is None else self._scales[0]
+    def scale(self) -> Tensor:
+        """That of the weights in fp8, a copy of float32 ()."""
+        assert self._scales is not None
+        return self._scales[0].clone()
 
     @property
     def _factor(self) -> Tensor | None:
@@ -370,8 +363,7 @@ class PackedLayer:
         if (bias_O := weight.bias) is not None and bias_O.dtype != self.format.result:
             if self._bias is None:
                 self._bias = outside_graphs(lambda: torch.empty_like(bias_O, dtype=self.format.result))
-            # The kernel converts a bias of the values' dtype to that of what it writes.
-            if bias_O.dtype == weight.values.dtype and not self.format.scaled:
+            if bias_O.dtype == weight.values.dtype:  # the kernel converts a bias of the values' dtype
                 targets |= {"bias": bias_O, "bias_out": self._bias}
             else:
                 self._bias.copy_(bias_O)

@@ -18,10 +18,11 @@ ENTRIES = {
         f"{name}_{x}{all}"
         for name in ("refresh", "update")
         for all in ("", "_all")
-        for x in ("float_bf16", "float_fp16", "bf16_bf16", "fp16_fp16")
+        for x in ("float_bf16", "float_fp16", "bf16_bf16", "fp16_fp16", "float_e4m3")
     ),
     "metadata",
     "metadata_all",
+    "slot_markers_e4m3",
     *(f"{name}_{x}" for name in ("slot_markers", "expand", "silu_mul", "norm") for x in ("bf16", "fp16")),
 }
 # By source: definitions, entry points. Of kernels that are compiled for a shape, one of each kind.

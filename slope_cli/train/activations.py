@@ -16,7 +16,7 @@ from sparse_kernels.ops import linear_fp8_op, linear_op
 
 SPARSE = (linear_op._opoverload, linear_fp8_op._opoverload)
 DENSE = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-FP8 = (torch.ops.aten._scaled_mm_v2.default,)
+FP8 = (torch.ops.aten._scaled_mm.default,)
 ATTENTION = tuple(
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")

@@ -497,8 +497,8 @@ class Trainer:
         """The line about the products that are in fp8."""
         if obstacle := fp8_obstacle(self.device):
             return f"train.precision=fp8: {obstacle}; products are in bf16"
-        gain = "which a CPU simulates" if self.device.type == "cpu" else "sparse ones as dense ones"
-        return f"{counted(len(fp8_layers(self.model)), 'linear layer')} multiply in fp8 in training, {gain}"
+        simulated = ", which a CPU simulates" if self.device.type == "cpu" else ""
+        return f"{counted(len(fp8_layers(self.model)), 'linear layer')} multiply in fp8 in training{simulated}"
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
         whole = self.sharding is None
