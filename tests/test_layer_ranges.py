@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.data import scratch
+from safetensors.torch import load_file, save_file
+from support.data import prepared, scratch
 from support.models import SHAPES, tiny_model, tokens
 from support.processes import finish, printed, start
-from support.runs import LINEARIZED, Result, final_state, records, slope, trained
+from support.runs import LINEARIZED, Result, copied, final_state, records, slope, trained
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from slope_cli.checkpoint import base_model, run_folder, store
+from slope_cli.checkpoint import base_model, load, run_folder, store, weight_files
 from slope_cli.checkpoint.load import load_model
 from slope_cli.config import configs
 from slope_cli.config.methods import LinearizeConfig
@@ -33,6 +35,7 @@ from slope_cli.linearize.swap import added_state, linear_windows, linearize_atte
 from slope_cli.linearize.transfer import headless
 from slope_cli.train import layer_ranges
 from slope_cli.train.init import linearize_overrides
+from sparse_kernels import sparse_layers
 
 WORDS = (*LINEARIZED, "train.steps=12", "linearize.window=2", "linearize.transfer=0.5")
 BASES: dict[str, tuple[str, ...]] = {
@@ -166,6 +169,86 @@ def test_no_more_layers_than_that_are_in_memory_at_once(kind: str, at_once: int,
     assert result.code == 0, result.err
     assert max(seen) == at_once
     assert len(seen) > 5 * LAYERS
+
+
+@cache
+def exported(kind: str) -> Path:
+    """The base as a folder of transformers."""
+    folder = scratch() / f"ranges-exported-{kind}"
+    assert slope("export", trained(*EXPORTED[kind]), folder).code == 0
+    return folder
+
+
+EXPORTED = {
+    **{kind: BASES[kind] for kind in ("llama", "bert")},
+    "dense": ("gpt2-nano", "method=dense"),
+    "opt": ("opt-125m", "method=dense"),
+    "sparse": ("gpt2-nano", "adapters.rank=0"),
+    "sparse-opt": ("opt-125m", "adapters.rank=0", "sparsity.m=8"),
+}
+
+
+@pytest.mark.parametrize("kind", list(EXPORTED))
+def test_a_folder_is_read_tensor_by_tensor_as_it_is_as_a_whole(kind: str) -> None:
+    whole, opened = load_model(exported(kind)), load.open_model(exported(kind))
+    assert opened is not None
+    (parts, weights), expected = opened, store.state_tensors(whole.model, None)
+    assert all(p.is_meta for p in parts.model.parameters())
+    assert any(True for _ in sparse_layers(parts.model)) is kind.startswith("sparse")
+    assert base_model.describe(parts.model) == base_model.describe(whole.model)
+    assert store.state_tensors(parts.model, None).keys() == expected.keys()
+    for name, tensor in expected.items():
+        found = weights.read(name.removeprefix("model."))
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor), name
+
+
+def test_what_cannot_be_read_tensor_by_tensor_is_loaded_as_a_whole(tmp_path: Path) -> None:
+    """A run; adapters beside the weights; a name or a tie of embedding and head that transformers makes fit."""
+    assert load.open_model(trained(*BASES["llama"])) is None
+    adapted = tmp_path / "adapted"
+    assert slope("export", trained(*BASES["gpt2"]), adapted).code == 0
+    assert load.open_model(adapted) is None
+    renamed, tied, prefixed = (copied(exported("llama"), tmp_path / name) for name in ("renamed", "tied", "prefixed"))
+    settings = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    tensors = load_file(renamed / "model.safetensors")
+    tensors["model.norm.other"] = tensors.pop("model.norm.weight")
+    save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
+    assert load.open_model(renamed) is load.open_model(tied) is None
+    tensors = load_file(prefixed / "model.safetensors")
+    names = {name: name.removeprefix("model.") for name in tensors}
+    save_file({names[name]: tensor.bfloat16() for name, tensor in tensors.items()}, prefixed / "model.safetensors")
+    opened = load.open_model(prefixed)
+    assert opened is not None
+    assert torch.equal(opened[1].read("model.norm.weight"), tensors["model.norm.weight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["dense", "llama", "sparse"])
+def test_a_base_is_written_with_one_tensor_in_memory(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a tensor is read there are besides at most the one before it, and that one as it is written."""
+    folder, read, held = exported(kind), weight_files.Weights._read, list[int]()
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_meta]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def observed(self: weight_files.Weights, name: str) -> torch.Tensor:
+        held.append(alive() - before)
+        return read(self, name)
+
+    words = [*WORDS, f"data.path={prepared()}", "train.steps=2", "linearize.transfer=1", AT_ONCE]
+    whole = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    largest = max(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    monkeypatch.setattr(weight_files.Weights, "_read", observed)
+    before = alive()
+    result = slope("linearize", folder, *words, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert len(held) > 20
+    assert max(held) <= 2 * largest < 0.5 * whole
 
 
 # ---------------------------------------------------------------------------------------------------- resuming

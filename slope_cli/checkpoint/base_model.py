@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import store
+from slope_cli.checkpoint.weight_files import Weights
 from slope_cli.errors import SlopeError, first_line
 from slope_cli.linearize.layer_range import Passage, keep_layers
 from slope_cli.models import shapes
@@ -26,17 +27,19 @@ from sparse_kernels.convert import sparsify_as
 BASE = "base.json"
 
 
-def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None) -> None:
+def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None, weights: Weights | None = None) -> None:
     """Write a model and its description to a run that has no checkpoint yet.
 
     Args:
         dropout: all of the family's rates in the description, if given.
+        weights: what reads the tensors of a model on the meta device.
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
     """
     content = as_json(describe(model, dropout=dropout))
-    store.save_base(run, store.state_tensors(model, None), content_sha256(content))
+    read = None if weights is None else lambda name: weights.read(name.removeprefix("model."))
+    store.save_base(run, store.state_tensors(model, None), content_sha256(content), read)
     write_sealed(run / BASE, content)
 
 

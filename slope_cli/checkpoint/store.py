@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,11 +229,14 @@ def _promised(folder: Path) -> int:
         return 0
 
 
-def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:
+def save_base(
+    run: Path, tensors: Mapping[str, Tensor], description: str, read: Callable[[str], Tensor] | None = None
+) -> None:
     """Write the model that a run without checkpoints begins with, in place of one that an earlier start left.
 
     Args:
         description: the hash of what else belongs to the model, for the manifest.
+        read: see `dcp.Plan`.
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
@@ -241,7 +244,8 @@ def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> Non
     """
     shutil.rmtree(run / BASE, ignore_errors=True)
     metadata = {"tensors": sorted(tensors), "description": description}
-    _write(run / BASE, "the model that the run begins with", dcp.Plan(tensors, Group()), metadata, Group())
+    plan = dcp.Plan(tensors, Group(), read=read)
+    _write(run / BASE, "the model that the run begins with", plan, metadata, Group())
 
 
 def _write(final: Path, what: str, plan: dcp.Plan, metadata: Mapping[str, Any], group: Group) -> None:
