@@ -366,3 +366,26 @@ def test_bad_settings_are_one_line(tmp_path: Path) -> None:
     assert line.endswith("linearize.layers_at_once=1: layers 1-1 all keep softmax attention; choose more at once")
     unused = slope("linearize", trained(*BASES["llama"]), *WORDS, f"linearize.scratch={tmp_path}", "--dry-run")
     assert "has no effect with linearize.layers_at_once=0" in unused.err
+
+
+# ---------------------------------------------------------------------------------------------------- a dry run
+
+
+@pytest.mark.parametrize(("kind", "at_once", "ranges"), [("gpt2", 2, 3), ("llama", 3, 2)])
+def test_a_dry_run_says_what_ranges_take(kind: str, at_once: int, ranges: int, tmp_path: Path) -> None:
+    """The bytes are those of the hidden states of a run, and of the largest of its models."""
+    words = [*WORDS, f"linearize.layers_at_once={at_once}", "train.precision=fp32"]
+    run, base = tmp_path / "run", trained(*BASES[kind])
+    record = json.loads(slope("linearize", base, *words, "--dry-run", "--json").out)["ranges"]
+    assert finish(start(config_of(kind, *words), run, ends_at_save, 2, signal.SIGKILL)) == -signal.SIGKILL
+    assert f" ({record['disk_bytes']:,} bytes)\n" in printed(run)
+    sizes = [path.stat().st_size for path in (run / "transfer" / "states").iterdir()]
+    assert (record["ranges"], max(sizes) * min(2, ranges - 1)) == (ranges, record["disk_bytes"])
+    held = []
+    for layers in ranges_of(LAYERS, at_once):
+        how = {"head": layers.stop == LAYERS}
+        model, _ = base_model.read_layers(run, "cpu", layers, lambda whole: whole.requires_grad_(False), **how)
+        held.append(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    assert max(held) == record["device_bytes"]
+    lines = slope("linearize", base, *words, "--dry-run").out
+    assert f"# transfer                    in {ranges} ranges of up to {at_once} layers\n" in lines

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slope_cli.config.methods import LinearizeConfig
+from slope_cli.errors import UsageError
 from slope_cli.models.build import transformer_blocks
 
 
@@ -71,6 +73,26 @@ class _NoEmbedding(nn.Module):
 def ranges_of(layers: int, at_once: int) -> list[range]:
     """The layers from 0 in ranges of `at_once`, the last of which may be shorter."""
     return [range(first, min(first + at_once, layers)) for first in range(0, layers, at_once)]
+
+
+def learning_ranges(layers: int, config: LinearizeConfig) -> list[range]:
+    """The ranges of config.layers_at_once up to the last one that has layers to linearize.
+
+    Raises:
+        UsageError: one before it has none.
+    """
+    ranges = ranges_of(layers, config.layers_at_once)
+    learning = [any(layer not in config.kept for layer in each) for each in ranges]
+    found = ranges[: len(learning) - learning[::-1].index(True)]
+    if not all(learning[: len(found)]):
+        rule = f"layers {name_of(found[learning.index(False)])} all keep softmax attention; choose more at once"
+        raise UsageError(f"linearize.layers_at_once={config.layers_at_once}: {rule}")
+    return found
+
+
+def name_of(layers: range) -> str:
+    """The first and the last layer, "0-7"."""
+    return f"{layers.start}-{layers.stop - 1}"
 
 
 def keep_layers(model: PreTrainedModel, layers: range, *, head: bool = False) -> Passage:

@@ -31,7 +31,7 @@ from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.linearize.hidden_states import HiddenStates, require_room, states_on_disk
-from slope_cli.linearize.layer_range import Passage, ranges_of
+from slope_cli.linearize.layer_range import Passage, learning_ranges, name_of, ranges_of
 from slope_cli.linearize.linear_window import Mode
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import headless
@@ -81,9 +81,8 @@ class LayerRanges:
         self.dataset.check_model(shape.vocab_size, config.train.seq_len)
         self.batches = Batches(config, self.dataset, tokenizer, shapes.objective(shape), device)
         check_evaluation(config, self.dataset, self.batches, tokenizer, shape)
-        at_once = config.linearize.layers_at_once
-        self.whole = ranges_of(shape.num_hidden_layers, at_once)
-        self.ranges = _learning(self.whole, config)
+        self.whole = ranges_of(shape.num_hidden_layers, config.linearize.layers_at_once)
+        self.ranges = learning_ranges(shape.num_hidden_layers, config.linearize)
         self.dtype = products_dtype(config, device)
         self.scratch = _scratch(config, run)
         self._require_room(shape)
@@ -118,12 +117,12 @@ class LayerRanges:
                 if entering is not None:
                     entering.path.unlink()
                 return
-            leaving = self._hidden(layers.stop, opened) if layers is not self.ranges[-1] else None
+            leaving = self._hidden(layers.stop, opened) if layers != self.ranges[-1] else None
             if entering is not None:
                 entering.require(self.steps)
             if leaving is not None:
                 leaving.cut(step)
-            references = self._references() if self.origin is not None and layers is self.ranges[0] else {}
+            references = self._references() if self.origin is not None and layers == self.ranges[0] else {}
             log = opened.enter_context(contextlib.closing(metrics.MetricsLog(_made(folder), step, saved=mark)))
             for kind, record in references.items():
                 log.write(kind, 1, **record)
@@ -139,7 +138,7 @@ class LayerRanges:
     ) -> None:
         """Take the steps of a range after `step`, with a checkpoint when one is due, on a signal, and at the end."""
         log_config = self.config.log
-        self._say(f"layers {_name(work.layers)} of {self.whole[-1].stop}: attention transfer from step {step + 1}")
+        self._say(f"layers {name_of(work.layers)} of {self.whole[-1].stop}: attention transfer from step {step + 1}")
         with contextlib.closing(Progress(self.steps, step, every=log_config.every)) as progress:
             self.times.credit("start")
             for number in range(step, self.steps):
@@ -161,7 +160,7 @@ class LayerRanges:
                         leaving.sync()
                     self._save(work, number + 1)
                 if stopped:
-                    done = f"stopped by {stopped} after step {number + 1} of layers {_name(work.layers)}"
+                    done = f"stopped by {stopped} after step {number + 1} of layers {name_of(work.layers)}"
                     raise Stopped(f"{done}, checkpoint saved; run the same command to resume")
 
     def _save(self, work: "_Range", step: int) -> None:
@@ -202,13 +201,13 @@ class LayerRanges:
         """
         states, dtype, record = list[torch.Tensor](), self.dtype, dict[str, Any]()
         for layers in self.whole:
-            model, passage = self.model_of(layers, head=layers is self.whole[-1])
+            model, passage = self.model_of(layers, head=layers == self.whole[-1])
             if learned and layers in self.ranges:
                 store.restore(self._saved(layers).folder, nn.ModuleList(linear_windows(model).values()), None)
             passage.entering.extend(states)
             autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
             with using(model, mode=mode):
-                if layers is not self.whole[-1]:
+                if layers != self.whole[-1]:
                     found = self._pass_on(model, passage, autocast)
                 else:
                     found = Validation(self.dataset, self.batches, self.group, None)(model, autocast, self.stop)
@@ -266,7 +265,7 @@ class LayerRanges:
         linearize_attention(model, self.config.linearize, seed=self.config.train.seed, device="cpu")
 
     def _folder(self, layers: range) -> Path:
-        return self.run / run_folder.TRANSFER / _name(layers)
+        return self.run / run_folder.TRANSFER / name_of(layers)
 
     def _saved(self, layers: range) -> store.Checkpoint:
         """The newest sound checkpoint of a range that has one."""
@@ -282,10 +281,10 @@ class LayerRanges:
         return states
 
     def _require_room(self, shape: PreTrainedConfig) -> None:
-        """Say what the hidden states take; SlopeError if the disk has less free."""
+        """Say what the hidden states take on the disk; SlopeError if it has less free."""
         tokens, dtype = self.config.train.tokens_per_step, self.dtype or torch.float32
         need = states_on_disk(self.steps, tokens, shape.hidden_size, len(self.ranges), dtype)
-        what = f"{counted(len(self.ranges), 'range')} of {counted(len(self.whole[0]), 'layer')}"
+        what = f"{counted(len(self.ranges), 'range')} of up to {counted(len(self.whole[0]), 'layer')}"
         self._say(f"attention transfer in {what}: hidden states on disk: {bytes_text(need)} ({need:,} bytes)")
         require_room(self.scratch, need)
 
@@ -411,26 +410,12 @@ def joined_records(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict
     yield from (dict(record) for log in logs for record in log if record["kind"] == "time")
 
 
-def _learning(ranges: Sequence[range], config: Config) -> list[range]:
-    """The ranges up to the last one that has layers to linearize; UsageError if one before it has none."""
-    learning = [any(layer not in config.linearize.kept for layer in layers) for layers in ranges]
-    found = list(ranges[: len(learning) - learning[::-1].index(True)])
-    if not all(learning[: len(found)]):
-        rule = f"layers {_name(found[learning.index(False)])} all keep softmax attention; choose more at once"
-        raise UsageError(f"linearize.layers_at_once={config.linearize.layers_at_once}: {rule}")
-    return found
-
-
 def _scratch(config: Config, run: Path) -> Path:
     """The folder of a run's hidden states."""
     if config.linearize.scratch is None:
         return run / run_folder.TRANSFER / "states"
     name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
     return Path(config.linearize.scratch).expanduser() / f"{run.resolve().name}-{name}"
-
-
-def _name(layers: range) -> str:
-    return f"{layers.start}-{layers.stop - 1}"
 
 
 def _made(folder: Path) -> Path:
