@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from support.data import prepared, scratch
 from support.models import SHAPES, tiny_model, tokens
 from support.processes import finish, printed, start
+from support.ranks import Ranks
 from support.runs import LINEARIZED, Result, copied, final_state, records, slope, trained
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from slope_cli.checkpoint import base_model, load, run_folder, store, weight_files
+from slope_cli.checkpoint import base_model, dcp, load, run_folder, store, weight_files
 from slope_cli.checkpoint.load import load_model
 from slope_cli.config import configs
 from slope_cli.config.methods import LinearizeConfig
@@ -35,6 +36,7 @@ from slope_cli.linearize.swap import added_state, linear_windows, linearize_atte
 from slope_cli.linearize.transfer import headless
 from slope_cli.train import layer_ranges
 from slope_cli.train.init import linearize_overrides
+from slope_cli.train.parallel import require_whole
 from sparse_kernels import sparse_layers
 
 WORDS = (*LINEARIZED, "train.steps=12", "linearize.window=2", "linearize.transfer=0.5")
@@ -142,33 +144,42 @@ def test_a_range_computes_what_its_layers_do_in_the_whole_model(name: str, at_on
 
 
 @contextlib.contextmanager
-def counting(blocks: list[int]) -> Iterator[None]:
-    """Within it, each forward pass of a block adds how many blocks' weights there are in this process, at any place."""
+def counting(found: list[int]) -> Iterator[None]:
+    """Within it, each forward pass of a block, and each tensor that is read from a base, adds how many blocks' weights
+    there are in this process, on any device but meta."""
 
-    def count(module: nn.Module, inputs: object) -> None:
-        if type(module).__name__ in ("GPT2Block", "LlamaDecoderLayer"):
-            gc.collect()
-            alive = (x for x in gc.get_objects() if isinstance(x, type(module)))
-            blocks.append(sum(not any(p.is_meta for p in block.parameters()) for block in alive))
+    def count(module: object = None, inputs: object = None) -> None:
+        if module is None or type(module).__name__ in BLOCKS:
+            blocks = [x for x in gc.get_objects() if type(x).__name__ in BLOCKS]
+            found.append(sum(not any(p.is_meta for p in block.parameters()) for block in blocks))
 
-    hook = register_module_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def read(self: dcp.SavedTensor, into: torch.Tensor) -> None:
+        count()
+        read_in_fact(self, into)
+
+    gc.collect()
+    hook, read_in_fact = register_module_forward_pre_hook(count), dcp.SavedTensor.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.SavedTensor, "read", read)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("at_once", [1, 2])
+BLOCKS = ("GPT2Block", "LlamaDecoderLayer")
+
+
+@pytest.mark.parametrize(("kind", "at_once"), [("sparse", 1), ("llama", 2)])
 def test_no_more_layers_than_that_are_in_memory_at_once(kind: str, at_once: int, tmp_path: Path) -> None:
     words = [*WORDS, "linearize.transfer=1", "train.steps=2", f"linearize.layers_at_once={at_once}"]
-    trained(*BASES[kind])
-    seen = list[int]()
+    folder, seen = exported(kind), list[int]()
+    layers = load.shape_of(folder).num_hidden_layers
     with counting(seen):
-        result = slope("linearize", trained(*BASES[kind]), *words, "--out", tmp_path / "run")
+        result = slope("linearize", folder, *words, f"data.path={prepared()}", "--out", tmp_path / "run")
     assert result.code == 0, result.err
-    assert max(seen) == at_once
-    assert len(seen) > 5 * LAYERS
+    assert max(seen) == at_once < layers
+    assert len(seen) > 5 * layers
 
 
 @cache
@@ -183,7 +194,7 @@ EXPORTED = {
     **{kind: BASES[kind] for kind in ("llama", "bert")},
     "dense": ("gpt2-nano", "method=dense"),
     "opt": ("opt-125m", "method=dense"),
-    "sparse": ("gpt2-nano", "adapters.rank=0"),
+    "sparse": ("gpt2-nano", "adapters.rank=0", "model.overrides.n_layer=4"),
     "sparse-opt": ("opt-125m", "adapters.rank=0", "sparsity.m=8"),
 }
 
@@ -366,6 +377,32 @@ def test_bad_settings_are_one_line(tmp_path: Path) -> None:
     assert line.endswith("linearize.layers_at_once=1: layers 1-1 all keep softmax attention; choose more at once")
     unused = slope("linearize", trained(*BASES["llama"]), *WORDS, f"linearize.scratch={tmp_path}", "--dry-run")
     assert "has no effect with linearize.layers_at_once=0" in unused.err
+
+
+# ---------------------------------------------------------------------------------------------------- several ranks
+
+
+@pytest.mark.slow
+def test_several_ranks_go_on_once_the_transfer_is_done(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", trained(*BASES["llama"])
+    words = ["linearize", str(base), *WORDS, AT_ONCE, "train.micro_batch=1", "--out", str(run)]
+    refused = Ranks(2, words, tmp_path / "refused")
+    assert refused.finish() == [2, 2]
+    assert "linearize.layers_at_once=2: transfers attention in one process; several go on" in refused.printed(0)
+    config = config_of("llama", AT_ONCE, "train.micro_batch=1")
+    assert finish(start(config, run, ends_at_save, 5, signal.SIGKILL)) == -signal.SIGKILL
+    assert [store.step_of(folder) for folder in store.folders(run)] == [6]
+    several = Ranks(2, words, tmp_path / "several")
+    assert several.finish() == [0, 0], several.printed(0)
+    whole = [record["loss"] for record in records(linearized("llama")) if record["kind"] == "train"]
+    assert [x["loss"] for x in records(run) if x["kind"] == "train"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_whole_model_that_does_not_fit_is_one_line() -> None:
+    run, config = linearized("llama", AT_ONCE), config_of("llama", AT_ONCE)
+    require_whole(config, run, 1 << 30)
+    with pytest.raises(SlopeError, match="the transfer is done and saved; the adapters train the whole model, which"):
+        require_whole(config, run, 1 << 16)
 
 
 # ---------------------------------------------------------------------------------------------------- a dry run

@@ -12,6 +12,7 @@ Shape suffixes: S micro-batches of a step, B sequences, T positions, D hidden si
 """
 
 import contextlib
+import gc
 import hashlib
 import math
 import sys
@@ -47,13 +48,14 @@ from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
 from slope_cli.train.linearize_steps import INPUTS
 from slope_cli.train.make_step import make_step, products_dtype, set_matmul_precision
-from slope_cli.train.parallel import set_up_torch
+from slope_cli.train.parallel import agree_on_kernels, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.starts import Start
 from slope_cli.train.step import eager, step_seed
 from slope_cli.train.validation import Validation, check_evaluation, validation_line
 from slope_cli.utils.files import file_sha256, remove
+from sparse_kernels import kernel_choices
 
 REFERENCES: tuple[tuple[str, Mode], ...] = (("teacher", "softmax"), ("swapped", "linear"))
 """The kinds of records that a linearized model is compared with, and the mode that its layers are in for each."""
@@ -99,6 +101,7 @@ class LayerRanges:
         """Take the steps of all ranges that are not done, and join them; raises as `pretrain`."""
         for layers in self.ranges:
             self._transfer(layers)
+            gc.collect()  # a model is tied into circles, and would stay on the device beside the next one
         validation = self._validate("linear", learned=True)
         self._join(validation)
 
@@ -126,7 +129,7 @@ class LayerRanges:
             log = opened.enter_context(contextlib.closing(metrics.MetricsLog(_made(folder), step, saved=mark)))
             for kind, record in references.items():
                 log.write(kind, 1, **record)
-            work = _Range(self, layers, log)
+            work = _Range(self, layers, log, {} if checkpoint is None else checkpoint.manifest.get("kernels", {}))
             if checkpoint is not None:
                 store.restore(checkpoint.folder, work.windows, work.optimizer)
             self._take_steps(work, step, entering, leaving)
@@ -167,7 +170,11 @@ class LayerRanges:
         """Write a checkpoint of a range, bound to the run's base as one of a student is to its teacher."""
         work.log.write("time", step, **self.times.record())
         entries = manifest_entries(self.config, self.run, self.dataset, work.log.sync())
-        entries |= {"teacher": file_sha256(self.run / store.BASE / store.MANIFEST), "steps": self.steps}
+        entries |= {
+            "kernels": kernel_choices(),
+            "teacher": file_sha256(self.run / store.BASE / store.MANIFEST),
+            "steps": self.steps,
+        }
         tensors = store.state_tensors(work.windows, work.optimizer)
         store.save(self._folder(work.layers), step, tensors, entries, keep=self.config.log.keep)
         self.times.credit("saving")
@@ -213,8 +220,9 @@ class LayerRanges:
                     found = Validation(self.dataset, self.batches, self.group, None)(model, autocast, self.stop)
             if found is None:
                 raise Stopped(f"{self.run}: stopped by {self.stop.name}; run the same command to resume")
-            record = found
-            states = passage.leaving
+            record, states = found, passage.leaving
+            del model, passage
+            gc.collect()  # a model is tied into circles, and would stay on the device beside the next one
         self.times.credit("validation")
         return record
 
@@ -249,6 +257,7 @@ class LayerRanges:
                 store.restore(self._saved(layers).folder, nn.ModuleList(own), optimizer)
             plan = store.planned(self.run, store.state_tensors(model, optimizer), beside_base=True)
             entries = manifest_entries(self.config, self.run, self.dataset, log.sync())
+            entries["kernels"] = kernel_choices()
             folder = store.save(self.run, self.steps, plan, entries, keep=self.config.log.keep)
         self._say(f"step {self.steps}: saved {folder}")
         for place in (self.run / run_folder.TRANSFER, self.scratch):
@@ -295,13 +304,20 @@ class LayerRanges:
 class _Range:
     """A range of layers in training: its model, the maps alone as `windows`, their optimizer, and the log."""
 
-    def __init__(self, whole: LayerRanges, layers: range, log: metrics.MetricsLog) -> None:
+    def __init__(self, whole: LayerRanges, layers: range, log: metrics.MetricsLog, kernels: Mapping[str, Any]) -> None:
+        """
+        Args:
+            kernels: `kernel_choices` of the start that a checkpoint is of, to go on with; empty for none.
+        """
         self.layers, self.log, self._config, self._phase = layers, log, whole.config, whole.phase
         self._batches, self._speed = whole.batches, Speed()
         self.model, self.passage = whole.model_of(layers)
         self.model.train()
         self.windows = nn.ModuleList(linear_windows(self.model).values())
         self.optimizer = optim.build_optimizer(self.model, self._config, phases_of(self._config))
+        if whole.device.type == "cuda" and whole.dtype is not None:
+            train = self._config.train
+            agree_on_kernels(self.model, train.micro_batch * train.seq_len, whole.dtype, whole.group, kernels)
         own: dict[str, Any] = {"device": whole.device, "group": whole.group, "sharding": None}
         self._take_step = make_step(self._config, whole.run, self._phase, self.model, self.optimizer, **own)
 

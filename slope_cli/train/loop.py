@@ -45,7 +45,7 @@ from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.length import extension_lines, finished_line
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
+from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, require_whole, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.sample import sample_text
@@ -116,6 +116,8 @@ def pretrain(
                 print(finished_line(config), file=sys.stderr)
             summary = group.first(lambda: summarize(run, dataset))
             return summary if ranks.first else {}
+        if layer_ranges.by_ranges(config) and device.type == "cuda" and not group.several:
+            require_whole(config, run, torch.cuda.get_device_properties(device).total_memory)
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
             if not taken:
