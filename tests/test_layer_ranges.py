@@ -49,6 +49,11 @@ LAYERS = 5
 AT_ONCE = "linearize.layers_at_once=2"
 
 
+def slow(*values: object) -> Any:
+    """Parameters of a slow test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @cache
 def linearized(kind: str, *more: str) -> Path:
     """A finished run of `slope linearize`. Copy it before you alter it."""
@@ -76,13 +81,15 @@ def assert_equal_but_for_rounding(one: list[dict[str, Any]], other: list[dict[st
 # ---------------------------------------------------------------------------------------------------- equality
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
-def test_ranges_learn_what_all_layers_at_once_do(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("gpt2", ()), ("llama", ("linearize.keep_softmax=auto:1", "distill.share=0.5")), slow("bert", ())],
+)
+def test_ranges_learn_what_all_layers_at_once_do(kind: str, more: tuple[str, ...]) -> None:
     """Bit for bit where products are in float32: maps, optimizer state, adapters; the log but for sums' rounding."""
-    whole, ranges = linearized(kind), linearized(kind, AT_ONCE)
+    whole, ranges = linearized(kind, *more), linearized(kind, *more, AT_ONCE)
     assert_equal_but_for_rounding(records(ranges), records(whole))
-    ours = final_state(config_of(kind, AT_ONCE), ranges)
-    theirs = final_state(config_of(kind), whole)
+    ours, theirs = final_state(config_of(kind, *more, AT_ONCE), ranges), final_state(config_of(kind, *more), whole)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert not (ranges / run_folder.TRANSFER).exists()
@@ -170,7 +177,7 @@ def counting(found: list[int]) -> Iterator[None]:
 BLOCKS = ("GPT2Block", "LlamaDecoderLayer")
 
 
-@pytest.mark.parametrize(("kind", "at_once"), [("sparse", 1), ("llama", 2)])
+@pytest.mark.parametrize(("kind", "at_once"), [slow("sparse", 1), ("llama", 2)])
 def test_no_more_layers_than_that_are_in_memory_at_once(kind: str, at_once: int, tmp_path: Path) -> None:
     words = [*WORDS, "linearize.transfer=1", "train.steps=2", f"linearize.layers_at_once={at_once}"]
     folder, seen = exported(kind), list[int]()
@@ -235,7 +242,7 @@ def test_what_cannot_be_read_tensor_by_tensor_is_loaded_as_a_whole(tmp_path: Pat
     assert torch.equal(opened[1].read("model.norm.weight"), tensors["model.norm.weight"].bfloat16().float())
 
 
-@pytest.mark.parametrize("kind", ["dense", "llama", "sparse"])
+@pytest.mark.parametrize("kind", [slow("dense"), slow("llama"), "sparse"])
 def test_a_base_is_written_with_one_tensor_in_memory(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +286,7 @@ def ends_at_save(number: int, by: int) -> None:
     store.save = counted
 
 
-@pytest.mark.parametrize("scratch_folder", [False, True])
+@pytest.mark.parametrize("scratch_folder", [slow(False), True])
 def test_an_interrupted_range_goes_on_where_it_was(scratch_folder: bool, tmp_path: Path) -> None:
     """Killed in the second range after its first checkpoint, stopped in the third one, then killed before the join."""
     words = [AT_ONCE, "log.save_every=2", *([f"linearize.scratch={tmp_path / 'states'}"] * scratch_folder)]
@@ -408,7 +415,7 @@ def test_a_whole_model_that_does_not_fit_is_one_line() -> None:
 # ---------------------------------------------------------------------------------------------------- a dry run
 
 
-@pytest.mark.parametrize(("kind", "at_once", "ranges"), [("gpt2", 2, 3), ("llama", 3, 2)])
+@pytest.mark.parametrize(("kind", "at_once", "ranges"), [("gpt2", 2, 3), slow("llama", 3, 2)])
 def test_a_dry_run_says_what_ranges_take(kind: str, at_once: int, ranges: int, tmp_path: Path) -> None:
     """The bytes are those of the hidden states of a run, and of the largest of its models."""
     words = [*WORDS, f"linearize.layers_at_once={at_once}", "train.precision=fp32"]
