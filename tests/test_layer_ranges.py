@@ -307,12 +307,24 @@ def test_an_interrupted_range_goes_on_where_it_was(scratch_folder: bool, tmp_pat
     assert not list(tmp_path.rglob("*.states"))
 
 
+def test_a_range_goes_on_before_its_damaged_checkpoint(tmp_path: Path) -> None:
+    config, run = config_of("llama", AT_ONCE, "log.save_every=2"), tmp_path / "run"
+    assert finish(start(config, run, ends_at_save, 3, signal.SIGKILL)) == -signal.SIGKILL
+    path = run / "transfer" / "0-1" / "checkpoints" / "step-00000004" / store.MANIFEST
+    path.write_bytes(path.read_bytes()[:-9])
+    assert finish(start(config, run)) == 0
+    assert "; resuming from step-00000002\nlayers 0-1 of 5: attention transfer from step 3\n" in printed(run)
+    ours, theirs = final_state(config, run), final_state(config_of("llama"), linearized("llama"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_another_config_or_length_does_not_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert finish(start(config_of("llama", AT_ONCE), run, ends_at_save, 2, signal.SIGKILL)) == -signal.SIGKILL
     base = trained(*BASES["llama"])
     for more, line in (
         (("linearize.window=3",), "holds a run of another config (linearize.window: 2 -> 3)"),
+        (("train.precision=bf16",), "precision=bf16: the hidden states on the disk are in torch.float32; change it af"),
         (("train.steps=14",), "have begun a transfer of 6 steps, not of 7; extend the run once its transfer is done"),
     ):
         result = slope("linearize", base, *WORDS, AT_ONCE, *more, "--out", run)

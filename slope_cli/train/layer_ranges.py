@@ -114,6 +114,9 @@ class LayerRanges:
         mark = None if checkpoint is None else store.log_mark(checkpoint.manifest, metrics.JSONL)
         if checkpoint is not None:
             self._require_same(checkpoint.manifest)
+            for fault in checkpoint.faults:
+                self._say(f"warning: {fault}; resuming from {checkpoint.folder.name}")
+            store.set_aside_newer(folder, step)
         with contextlib.ExitStack() as opened:
             entering = self._hidden(layers.start, opened) if layers.start else None
             if step == self.steps:
@@ -174,6 +177,7 @@ class LayerRanges:
             "kernels": kernel_choices(),
             "teacher": file_sha256(self.run / store.BASE / store.MANIFEST),
             "steps": self.steps,
+            "hidden_states": str(self.dtype or torch.float32),
         }
         tensors = store.state_tensors(work.windows, work.optimizer)
         store.save(self._folder(work.layers), step, tensors, entries, keep=self.config.log.keep)
@@ -185,6 +189,9 @@ class LayerRanges:
             rule = f"was trained on other data than {self.dataset.folder}; choose another --out"
             raise UsageError(f"{self.run} {rule}")
         run_folder.require_same_config(self.config, self.run, manifest)
+        if manifest["hidden_states"] != str(self.dtype or torch.float32):
+            rule = f"the hidden states on the disk are in {manifest['hidden_states']}; change it after the transfer"
+            raise UsageError(f"train.precision={self.config.train.precision}: {rule}")
         if manifest["steps"] != self.steps:
             rule = f"its ranges of layers have begun a transfer of {manifest['steps']} steps, not of {self.steps}"
             raise UsageError(f"{self.run}: {rule}; extend the run once its transfer is done")
