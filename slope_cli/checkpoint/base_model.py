@@ -5,15 +5,19 @@ weights, masks and adapters, written once: checkpoints hold what differs from th
 a run can be resumed and loaded without the model that it began with.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import store
+from slope_cli.checkpoint.weight_files import Weights
 from slope_cli.errors import SlopeError, first_line
+from slope_cli.linearize.layer_range import Passage, keep_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
 from slope_cli.utils.files import as_json, content_sha256, read_sealed, write_sealed
@@ -23,17 +27,19 @@ from sparse_kernels.convert import sparsify_as
 BASE = "base.json"
 
 
-def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None) -> None:
+def write(run: Path, model: PreTrainedModel, *, dropout: float | None = None, weights: Weights | None = None) -> None:
     """Write a model and its description to a run that has no checkpoint yet.
 
     Args:
         dropout: all of the family's rates in the description, if given.
+        weights: what reads the tensors of a model on the meta device.
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
     """
     content = as_json(describe(model, dropout=dropout))
-    store.save_base(run, store.state_tensors(model, None), content_sha256(content))
+    read = None if weights is None else lambda name: weights.read(name.removeprefix("model."))
+    store.save_base(run, store.state_tensors(model, None), content_sha256(content), read)
     write_sealed(run / BASE, content)
 
 
@@ -47,6 +53,49 @@ def read(run: Path, device: torch.device | str) -> PreTrainedModel:
     if model.device.type != "meta":
         store.restore(run / store.BASE, model, None)
     return model
+
+
+def read_layers(
+    run: Path,
+    device: torch.device | str,
+    layers: range,
+    linearize: Callable[[PreTrainedModel], object],
+    *,
+    head: bool = False,
+) -> tuple[PreTrainedModel, Passage]:
+    """A range of the layers of the model that `write` wrote, linearized, in float32 and in training mode.
+
+    No other layer's weights are read: host and device hold those of the range, the device beside them what lies outside
+    of all layers.
+
+    Args:
+        linearize: freezes the whole model, which lies on the meta device, and linearizes it; what that adds is real.
+        head: with the model's head.
+
+    Returns:
+        The model, and where hidden states enter and leave it.
+
+    Raises:
+        SlopeError: its description or its tensors are missing or damaged.
+    """
+    model = build(run, "meta")
+    linearize(model)
+    first = store.first_names(model)
+    passage = keep_layers(model, layers, head=head)
+    unread = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    computed = [module for module in model.modules() if any(map(_is_meta, module.buffers(recurse=False)))]
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    for module in computed:
+        if module._non_persistent_buffers_set and not any(True for _ in module.parameters(recurse=False)):
+            model._init_weights(module)  # what is in no checkpoint, such as the frequencies of rotary positions
+    saved, tensors = store.saved_tensors(run / store.BASE), model.state_dict()
+    for name in unread:
+        saved[f"model.{first[name]}"].read(into=tensors[name])
+    return model, passage
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta
 
 
 def build(run: Path, device: torch.device | str) -> PreTrainedModel:

@@ -9,7 +9,7 @@ name only the few classes that describe tensors, none of which is called: each b
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -66,11 +66,14 @@ def rows_here(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 class _Planner(DefaultSavePlanner):
-    """Takes tensors from their copies, where there are any."""
+    """Reads tensors, or takes them from their copies, where there are any."""
 
     copies: Mapping[str, Tensor] | None = None
+    read: Callable[[str], Tensor] | None = None
 
     def lookup_object(self, index: MetadataIndex) -> Any:
+        if self.read is not None:
+            return self.read(index.fqn)
         return super().lookup_object(index) if self.copies is None else self.copies[index.fqn]
 
 
@@ -87,9 +90,17 @@ class Plan:
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], group: Group, metadata: Mapping[str, Any] = MappingProxyType({})
+        self,
+        tensors: Mapping[str, Tensor],
+        group: Group,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        read: Callable[[str], Tensor] | None = None,
     ) -> None:
         """
+        Args:
+            read: returns a tensor by its name when it is written; `tensors` may then lie on the meta device.
+
         Raises:
             TypeError: a tensor is split otherwise than by rows, or its other rows are on ranks that are not in `group`.
         """
@@ -104,6 +115,7 @@ class Plan:
         plans, self._metadata = self._planner.create_global_plan(group.gather(self._planner.create_local_plan()))
         self._plan = plans[group.ranks.rank]
         self.copy_bytes = sum(_host_bytes(self._planner.lookup_object(item.index)) for item in self._plan.items)
+        self._planner.read = read
 
     def copy(self, into: dict[str, Tensor]) -> None:
         """Copy what this rank writes into host memory, so that the tensors may change before they are written.
@@ -131,8 +143,10 @@ class Plan:
         Returns:
             Size and hash of every file by its name, on every rank.
         """
-        # Tensors are not copied from the GPU ahead: so they are in one order in the file, wherever they were.
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        # Tensors are not copied from the GPU ahead: so they are in one order in the file, wherever they were. Those
+        # that are read one by one have a file each: the writer keeps all of a file until it is written.
+        together = self._planner.read is None
+        writer = FileSystemWriter(folder, single_file_per_rank=together, per_thread_copy_ahead=0)
         rank = group.ranks.rank
         # A file is called after the place of its plan among those of all ranks.
         plan = writer.prepare_global_plan([SavePlan([])] * rank + [self._plan])[rank]

@@ -58,7 +58,7 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
     """
     config = settings(folder)
     logging.disable_progress_bar()
-    with _named(folder):
+    with named(folder):
         masked = shapes.objective(config) == "masked"
         kind = AutoModelForPreTraining if masked else AutoModelForCausalLM
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
@@ -83,18 +83,23 @@ def load(folder: Path, device: torch.device | str) -> tuple[PreTrainedModel, Pre
                 raise UsageError(str(error)) from None
         if (folder / saved.FOLDER).is_dir():
             saved.read(folder / saved.FOLDER, model)
+    return model.to(device).eval(), tokenizer_of(folder, model.config)
+
+
+def tokenizer_of(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model's folder; UsageError if it has more ids than the model."""
     tokenizer = load_tokenizer(str(folder.resolve()))
-    ids, rows = vocabulary_size(tokenizer), model.config.vocab_size
+    ids, rows = vocabulary_size(tokenizer), config.vocab_size
     if ids > rows:
         raise UsageError(f"{folder}: its tokenizer has {ids} ids, and the model a vocabulary of only {rows}")
-    return model.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def settings(folder: Path) -> PreTrainedConfig:
     """transformers' config of a folder's model, without its weights; errors as for `load`."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is neither a run (no {run_folder.CONFIG}) nor a model folder (no config.json)")
-    with _named(folder):
+    with named(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         forget_implementations(config)
         if shapes.objective(config) == "causal" and any("MaskedLM" in name for name in config.architectures or ()):
@@ -118,7 +123,7 @@ def is_packed(folder: Path) -> bool:
     config = model_folder(folder) / "config.json"
     if not config.is_file():
         return False
-    with _named(folder):
+    with named(folder):
         quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
         return quantization.get("quant_method") == METHOD
 
@@ -130,7 +135,7 @@ def require_trainable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
+def named(folder: Path) -> Iterator[None]:
     """Turn any error about a folder's files into one line."""
     try:
         yield

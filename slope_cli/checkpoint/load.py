@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.checkpoint import base_model, hf_folder, run_folder, store
+from slope_cli.checkpoint import base_model, hf_folder, run_folder, store, weight_files
 from slope_cli.config.schema import Config
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.distributed.collectives import Group
@@ -111,6 +111,21 @@ def load_model(
     if shapes.objective(model.config) == "masked":
         setattr(model.config, hf_folder.SEED, config.train.seed)
     return Loaded(folder, model.eval(), tokenizer, config, manifest, phase)
+
+
+def open_model(folder: Path | str) -> tuple[Loaded, weight_files.Weights] | None:
+    """What `load_model` would load of a folder of transformers, on the meta device, and what reads its weights.
+
+    Returns:
+        None for a run, and where only `load_model` can read the files.
+
+    Raises:
+        UsageError, SlopeError: as `load_model`.
+    """
+    folder = hf_folder.model_folder(Path(folder))
+    if run_folder.is_run(folder) or (opened := weight_files.open_folder(folder)) is None:
+        return None
+    return Loaded(folder, opened.model, opened.tokenizer), opened.weights
 
 
 def build(

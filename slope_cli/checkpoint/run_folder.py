@@ -10,6 +10,8 @@ RUN/checkpoints/step-*   see slope_cli.checkpoint.store
 RUN/tokenizer/           for generate and export
 RUN/base.json, base/     the model that is linearized, in a run that does so; checkpoints hold only what it trains.
                          In a run that learns from a teacher, the teacher
+RUN/transfer/            of attention transfer by ranges of layers, until it is done: what each range has learned, and
+                         the hidden states between two of them
 RUN/data/                the embedded text as tokens, in a run that trains on it
 RUN/loss.png, loss.svg   drawn at the end
 RUN/replaced/            the run that was there before, until this one has a checkpoint; see checkpoint/replaced.py
@@ -38,9 +40,10 @@ from slope_cli.utils.environment import source_version
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+TRANSFER = "transfer"
 OWN = re.compile(
     r"config\.yaml|(environment|metrics|starts)\.jsonl|verified\.json|tensorboard|wandb\.id|checkpoints|tokenizer"
-    r"|base\.json|base|data|loss\.(png|svg)|\.lock(-.*)?|\..*\.tmp|\.tmp-.*"
+    r"|base\.json|base|transfer|data|loss\.(png|svg)|\.lock(-.*)?|\..*\.tmp|\.tmp-.*"
 )
 """The names of what a run writes in its folder; other files and folders are the user's, or of other commands."""
 SEAL = "# sha256 of the lines above: "
@@ -169,7 +172,12 @@ def _write_or_check_config(run: Path, config: Config, existing: Existing) -> Con
 def _has_begun(run: Path) -> bool:
     """Whether a run has finished a step."""
     logged = metrics.read(run) if (run / metrics.JSONL).is_file() else []
-    return bool(store.folders(run)) or any(record["kind"] in metrics.STEPS for record in logged)
+    return bool(saved_steps(run)) or any(record["kind"] in metrics.STEPS for record in logged)
+
+
+def saved_steps(run: Path) -> int:
+    """The saved steps of a run: those of its newest checkpoint, or of all ranges of layers before there is one."""
+    return store.newest_step(run) or sum(store.newest_step(folder) for folder in (run / TRANSFER).glob("*"))
 
 
 def write_config(run: Path, config: Config) -> None:

@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +63,10 @@ def state_tensors(
     Args:
         derived: with the masks that follow from the values, too.
     """
-    named = model.state_dict(keep_vars=True)
+    named, first = model.state_dict(keep_vars=True), first_names(model)
     if not derived:
         named = {name: tensor for name, tensor in named.items() if not name.endswith(f".{DERIVED}")}
-    first_name = {id(tensor): name for name, tensor in reversed(named.items())}
-    tensors = {f"model.{name}": tensor for name, tensor in named.items() if first_name[id(tensor)] == name}
+    tensors = {f"model.{name}": tensor for name, tensor in named.items() if first[name] == name}
     if optimizer is not None:
         states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
         for name, state in states.items():
@@ -75,6 +74,13 @@ def state_tensors(
         if counts := [state["step"] for state in states.values() if "step" in state]:
             tensors["optim.step"] = torch.stack([count.float().cpu() for count in counts])
     return tensors
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """The name that a checkpoint has each tensor of a model under, by its own: of a tied one that of the first."""
+    named = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: first[id(tensor)] for name, tensor in named.items()}
 
 
 def restore(
@@ -102,8 +108,8 @@ def restore(
     manifest = read_sealed(folder / MANIFEST)
     base = folder.parents[1] / BASE if "base" in manifest else None
     derived = is_derived(manifest)
-    saved = _saved_tensors(folder)
-    held = saved if base is None else _saved_tensors(base) | saved
+    saved = saved_tensors(folder)
+    held = saved if base is None else saved_tensors(base) | saved
     if optimizer is not None:
         init_state(optimizer, (p for name, p in model.named_parameters() if f"optim.{name}.exp_avg" in saved))
     parts = ("model.",) * weights + ("optim.",) * (optimizer is not None)
@@ -130,8 +136,8 @@ def is_derived(manifest: Mapping[str, Any]) -> bool:
     return DERIVED in manifest.get("derived", ())
 
 
-def _saved_tensors(folder: Path) -> dict[str, dcp.SavedTensor]:
-    """The tensors of a checkpoint or base by their current names."""
+def saved_tensors(folder: Path) -> dict[str, dcp.SavedTensor]:
+    """Where the tensors of a checkpoint or base lie, by their current names."""
     return {_current_name(name): saved for name, saved in dcp.saved_tensors(folder).items()}
 
 
@@ -223,11 +229,14 @@ def _promised(folder: Path) -> int:
         return 0
 
 
-def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> None:
+def save_base(
+    run: Path, tensors: Mapping[str, Tensor], description: str, read: Callable[[str], Tensor] | None = None
+) -> None:
     """Write the model that a run without checkpoints begins with, in place of one that an earlier start left.
 
     Args:
         description: the hash of what else belongs to the model, for the manifest.
+        read: see `dcp.Plan`.
 
     Raises:
         SlopeError: it could not be written (a full disk, say).
@@ -235,7 +244,8 @@ def save_base(run: Path, tensors: Mapping[str, Tensor], description: str) -> Non
     """
     shutil.rmtree(run / BASE, ignore_errors=True)
     metadata = {"tensors": sorted(tensors), "description": description}
-    _write(run / BASE, "the model that the run begins with", dcp.Plan(tensors, Group()), metadata, Group())
+    plan = dcp.Plan(tensors, Group(), read=read)
+    _write(run / BASE, "the model that the run begins with", plan, metadata, Group())
 
 
 def _write(final: Path, what: str, plan: dcp.Plan, metadata: Mapping[str, Any], group: Group) -> None:

@@ -114,6 +114,13 @@ class LinearizeConfig(Section, section="linearize"):
     share of the run; the rest trains the adapters. 1 is transfer alone."""
     transfer_lr: float = setting(1e-2, unit="a factor, times the update", example="1e-3")
     """The learning rate of feature maps and mix factors in the transfer, at its peak."""
+    layers_at_once: int = setting(0, unit="layers", example="8")
+    """How many layers' weights the device holds at once in the transfer, which goes from one range of so many layers to
+    the next, each for all of its steps; the hidden states between two ranges are kept on the disk. For models larger
+    than the device's memory, on one device. 0 for all layers."""
+    scratch: str | None = setting(None, example="/scratch/states")
+    """A folder for the hidden states of linearize.layers_at_once, which a resumed run finds again; null for the run's
+    own."""
     adjust_maps: bool = switch(False)
     """Keep training feature maps and mix factors along with the adapters, at the adapters' learning rate."""
     mse_weight: float = setting(1000.0, unit="a factor", example="1")
@@ -149,7 +156,7 @@ class LinearizeConfig(Section, section="linearize"):
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
         self._share("transfer", "window_dropout")
-        self._not_negative("entropy_weight")
+        self._not_negative("entropy_weight", "layers_at_once")
         known = bool(self.targets) and set(self.targets) <= {"q", "k", "v", "o"}
         self._need(known, "targets", "choose some of q, k, v, o; for no adapters set adapters.rank=0")
 
@@ -170,7 +177,9 @@ class LinearizeConfig(Section, section="linearize"):
 
     def unused(self, config: Config) -> dict[str, str]:
         if self.transfer == 0:
-            return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
+            idle = ("transfer_lr", "mse_weight", "entropy_weight", "layers_at_once", "scratch")
+            return dict.fromkeys(idle, "linearize.transfer=0")
+        found = {} if self.layers_at_once else {"scratch": "linearize.layers_at_once=0"}
         if self.transfer == 1:
-            return dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
-        return {} if config.adapters.rank else {"targets": "adapters.rank=0"}
+            return found | dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
+        return found if config.adapters.rank else found | {"targets": "adapters.rank=0"}

@@ -34,6 +34,7 @@ FREE_KEYS = (
     "train.activation_checkpointing",
     "train.precision",
     "train.bf16_finish",
+    "linearize.scratch",
     "data",
 )
 """Sections and keys that may change between two starts of one run: they affect the results by rounding at most."""

@@ -9,5 +9,7 @@ linear_window.py  LinearWindow, the module that each attention layer gets, with 
 cache.py          the layer of transformers' cache that holds one LinearWindow's state
 swap.py           linearize_attention and its inverse; the attention function that transformers calls; branch and mode
 transfer.py       the losses of attention transfer, each layer's backward inside the forward pass
+layer_range.py    a model with a range of its layers alone
+hidden_states.py  the hidden states between two ranges, on disk
 saved.py          what linearizing added, as a folder of an export
 """

@@ -41,7 +41,9 @@ PROJECTIONS = {
 """Names of the layers that compute q, k and v, and that read attention's output; GPT-2's c_attn computes all three."""
 
 
-def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0) -> list[str]:
+def linearize_attention(
+    model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0, device: torch.device | str | None = None
+) -> list[str]:
     """Linearize each attention layer but those of config.kept, in place.
 
     What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
@@ -50,6 +52,7 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
 
     Args:
         seed: of the entries of a feature map's W that do not start as the identity.
+        device: where what is added lies; None for that of each attention module.
 
     Returns:
         The names of the attention modules, in order.
@@ -71,7 +74,7 @@ def linearize_attention(model: PreTrainedModel, config: LinearizeConfig, *, seed
     for index, (name, module) in enumerate(modules):
         if index in config.kept:
             continue
-        _add_linear_window(module, config, causal=causal, generator=generator, before=before)
+        _add_linear_window(module, config, causal=causal, generator=generator, before=before, device=device)
         swapped.append(name)
     # The model's own setting decides which mask is made: the plain one of padding.
     model.config._attn_implementation = NAME
@@ -213,7 +216,13 @@ def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:
 
 
 def _add_linear_window(
-    module: Any, config: LinearizeConfig, *, causal: bool, generator: torch.Generator, before: str
+    module: Any,
+    config: LinearizeConfig,
+    *,
+    causal: bool,
+    generator: torch.Generator,
+    before: str,
+    device: torch.device | str | None,
 ) -> None:
     shape = module.config
     heads = shape.num_attention_heads
@@ -225,7 +234,8 @@ def _add_linear_window(
         causal=causal,
         generator=generator,
     )
-    linear.to(next(itertools.chain(module.parameters(), module.buffers())).device).train(module.training)
+    own = next(itertools.chain(module.parameters(), module.buffers())).device
+    linear.to(own if device is None else device).train(module.training)
     linear.softmax_config, linear.softmax_name = shape, before
     linear.hook = module.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
     module.linear = linear

@@ -68,13 +68,13 @@ def transfer_losses(
         raise UsageError("transfer: the model is not linearized")
     losses: dict[str, LayerLoss] = {}
     observed = _observed(model, losses, mse_weight, entropy_weight, scale, backward)
-    with using(model, mode="transfer", compiled=compiled), observed, _headless(model), torch.no_grad():
+    with using(model, mode="transfer", compiled=compiled), observed, headless(model), torch.no_grad():
         model(**{**inputs, "use_cache": False})
     return losses
 
 
 @contextlib.contextmanager
-def _headless(model: PreTrainedModel) -> Iterator[None]:
+def headless(model: PreTrainedModel) -> Iterator[None]:
     """Within it, a call of the model runs it without its head: its own call, with its hooks, by which FSDP2 gathers."""
     model.__dict__["forward"] = model.base_model
     try:

@@ -4,20 +4,24 @@ Embeddings and heads are counted as they are. Bytes are exact for the training s
 count of each parameter tensor; activations are an estimate.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slope_cli.config.schema import Config
 from slope_cli.distributed.layouts import Sizes, Unit
+from slope_cli.linearize.hidden_states import states_on_disk
+from slope_cli.linearize.layer_range import learning_ranges, ranges_of
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.methods.muon import Matrix, hidden_matrices
+from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import (
@@ -350,3 +354,48 @@ def attention_memory(model: PreTrainedModel) -> AttentionMemory:
     layers = model.config.num_hidden_layers
     kept = softmax // len(windows) * (layers - len(windows))  # all layers have the same heads
     return AttentionMemory(layers, len(windows), linear, softmax, kept)
+
+
+@dataclass(frozen=True)
+class RangeMemory:
+    """What attention transfer by ranges of layers takes.
+
+    ranges: of layers that learn.
+    device_bytes: of the frozen weights that the device holds at once, in float32: of a range's layers, and what lies
+        outside of all layers; with the embedding for the first ones, and for the last, in validation, the head.
+    disk_bytes: of the hidden states on the disk at once, in 16 bits, or 32 with train.precision=fp32.
+    """
+
+    ranges: int
+    device_bytes: int
+    disk_bytes: int
+
+
+def range_memory(model: PreTrainedModel, config: Config) -> RangeMemory | None:
+    """What the transfer of a model, which is not linearized yet, takes by ranges; None if it is of all layers at once.
+
+    Raises:
+        UsageError: a range has no layers to linearize.
+    """
+    at_once, steps = config.linearize.layers_at_once, phases_of(config).at(0).rates.get(MAPS)
+    if not at_once or steps is None:
+        return None
+    blocks = [_bytes(block.state_dict().values()) for block in transformer_blocks(model)]
+    embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    whole = _bytes({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
+    ends = embedding.nbytes + (head.nbytes if head is not embedding else 0)
+    held = [
+        sum(blocks[layer] for layer in layers)
+        + embedding.nbytes * (layers.start == 0)
+        + head.nbytes * (layers.stop == len(blocks))
+        for layers in ranges_of(len(blocks), at_once)
+    ]
+    ranges = len(learning_ranges(len(blocks), config.linearize))
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    width, tokens = model.config.hidden_size, config.train.tokens_per_step
+    disk = states_on_disk(steps.last, tokens, width, ranges, dtype)
+    return RangeMemory(ranges, max(held) + whole - sum(blocks) - ends, disk)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -13,7 +13,16 @@ from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.distributed.layouts import GIB, Choice, Cluster, Memory, choices, choose
 from slope_cli.methods import phases_of
-from slope_cli.methods.accounting import Account, AttentionMemory, account, attention_memory, phase_sizes, sizes_of
+from slope_cli.methods.accounting import (
+    Account,
+    AttentionMemory,
+    RangeMemory,
+    account,
+    attention_memory,
+    phase_sizes,
+    range_memory,
+    sizes_of,
+)
 from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import DENSE, Layers, Phases
 from slope_cli.methods.sparse import report_layers
@@ -37,11 +46,13 @@ def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dic
     """
     phases, model = phases_of(config), untrained_model(config)
     report = report_layers(config, phases, model)
+    ranges = range_memory(model, config) if config.linearizes else None
     begins = _begins_with(config, model) if not config.linearizes else []
     counts = account(model, config)
     memory = attention_memory(model) if config.linearizes else None
     rows = [*begins, *_teacher(config), *_steps(config), *_phases(phases)]
     rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
+    rows += _by_ranges(config, ranges) if ranges else []
     comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
     clustered = None
     if gpus is not None:
@@ -52,6 +63,7 @@ def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dic
         "layers": [asdict(layer) for layer in report.layers] if report is not None else [],
         "account": asdict(counts),
         "attention": None if memory is None else asdict(memory) | {"break_even": memory.break_even},
+        "ranges": None if ranges is None else asdict(ranges),
         "cluster": clustered,
     }
     return record, [*configs.dump(config).splitlines(), *(f"# {line}".rstrip() for line in comments)]
@@ -238,4 +250,14 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
         *([("  layers with softmax", f"{memory.kept_bytes_per_token:,} bytes a token")] if stay else []),
         ("break-even", f"{memory.break_even:,} tokens"),
+    ]
+
+
+def _by_ranges(config: Config, memory: RangeMemory) -> list[Row]:
+    bits = 32 if config.train.precision == "fp32" else 16
+    at_once = counted(config.linearize.layers_at_once, "layer")
+    return [
+        ("transfer", f"in {counted(memory.ranges, 'range')} of up to {at_once}"),
+        ("  weights on the device", f"{bytes_text(memory.device_bytes)}, in float32"),
+        ("  hidden states on disk", f"{bytes_text(memory.disk_bytes)} ({memory.disk_bytes:,} bytes), in {bits} bits"),
     ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from slope_cli.checkpoint import base_model, load, run_folder, store
 from slope_cli.checkpoint.load import Loaded, load_model
+from slope_cli.checkpoint.weight_files import Weights
 from slope_cli.config import configs
 from slope_cli.config.schema import INIT, Config
 from slope_cli.data.tokenizer import require_same_tokens
@@ -353,24 +354,31 @@ def keep_base(config: Config, run: Path, tokenizer: PreTrainedTokenizerFast) -> 
         UsageError: model.init is no run and no model, of another shape or tokenizer, or a setting that does not fit it.
         SlopeError: it cannot be read, or not be written to the run's folder.
     """
-    loaded = _to_linearize(config)
+    loaded, weights = _to_linearize(config)
     _check_base(config, loaded, tokenizer)
     trial = base_model.rebuild(base_model.describe(loaded.model), "meta")
     apply(trial, config, phases_of(config).end)  # raises before anything is written
-    base_model.write(run, loaded.model, dropout=config.model.dropout)
+    base_model.write(run, loaded.model, dropout=config.model.dropout, weights=weights)
     return Origin.of(loaded, config)
 
 
-def _to_linearize(config: Config) -> Loaded:
-    """The model of model.init on the CPU, its pruned layers sparse layers."""
+def _to_linearize(config: Config) -> tuple[Loaded, Weights | None]:
+    """The model of model.init on the CPU, its pruned layers sparse layers.
+
+    Where linearize.layers_at_once spares memory and its folder can be read tensor by tensor, it is on the meta device,
+    with what reads its weights.
+    """
     init = _linearized_folder(config)
     load.require_initial(init)
+    if config.linearize.layers_at_once and (opened := load.open_model(init)) is not None:
+        shapes.family_of(opened[0].model.config)
+        return opened
     loaded = load_model(init)
     shapes.family_of(loaded.model.config)
     if any(True for _ in masked_layers(loaded.model)):
         to_dense(loaded.model)
         find_sparse_layers(loaded.model)
-    return loaded
+    return loaded, None
 
 
 def _linearized_folder(config: Config) -> Path:

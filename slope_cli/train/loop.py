@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from slope_cli.checkpoint import load, replaced, run_folder, store
 from slope_cli.checkpoint.background import Saver
 from slope_cli.config.schema import Config
-from slope_cli.data.dataset import NO_VALIDATION
 from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
 from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
@@ -29,7 +27,6 @@ from slope_cli.distributed.sharding import Sharding
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.sampling import Sampling
-from slope_cli.inference.text import prompt_ids
 from slope_cli.linearize.swap import linear_windows, using
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import Flops, flops
@@ -42,24 +39,22 @@ from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
 from slope_cli.report.tables import counted
 from slope_cli.report.timing import Cores, Speed, Times
-from slope_cli.train import advice, init, starts
+from slope_cli.train import advice, init, layer_ranges, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.length import extension_lines, finished_line
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
-from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, set_up_torch
+from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, require_whole, set_up_torch
 from slope_cli.train.run_data import open_run_data
-from slope_cli.train.run_log import open_log
+from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.sample import sample_text
 from slope_cli.train.softmax_layers import Divergence, choose, probe_of, trial_lines
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.train.summary import summarize
-from slope_cli.train.validation import Validation, validation_line
-from slope_cli.utils import jsonl
-from slope_cli.utils.environment import ENVIRONMENT, note_environment
-from slope_cli.utils.files import file_sha256
+from slope_cli.train.validation import Validation, check_evaluation, validation_line
+from slope_cli.utils.environment import note_environment
 from slope_cli.utils.gpus import dense_peak
 from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, fp8_underflow, kernel_choices, sparse_layers
 
@@ -111,9 +106,22 @@ def pretrain(
         start, config = group.first(begin)
         if group.first((run / store.REPLACED).is_dir):
             group.agreed(lambda: replaced.require_seen(run))
+        how: dict[str, Any] = {"group": group, "stop": stop, "start": start, "usual": usual}
+        taken = layer_ranges.transfer(config, run, device, **how)
+        if group.first(
+            lambda: layer_ranges.ended(config, run)
+        ):  # the whole model may be larger than the device's memory
+            dataset = open_run_data(config, run, group, stop)
+            if ranks.first and not taken:
+                print(finished_line(config), file=sys.stderr)
+            summary = group.first(lambda: summarize(run, dataset))
+            return summary if ranks.first else {}
+        if layer_ranges.by_ranges(config) and device.type == "cuda" and not group.several:
+            require_whole(config, run, torch.cuda.get_device_properties(device).total_memory)
         trainer = Trainer(config, run, device, stop, group)
         with contextlib.closing(trainer.batches):
-            group.first(lambda: advice.warn(config, trainer.dataset, usual))
+            if not taken:
+                group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
         summary = group.first(lambda: summarize(run, trainer.dataset, trainer.times))
         return summary if ranks.first else {}
@@ -162,7 +170,7 @@ class Trainer:
         self.dataset.check_model(shape.vocab_size, config.train.seq_len)
         self.objective = shapes.objective(shape)
         self.batches = Batches(config, self.dataset, self.tokenizer, self.objective, device, group.ranks)
-        self._check_evaluation(shape)
+        check_evaluation(config, self.dataset, self.batches, self.tokenizer, shape)
         self.step = 0 if checkpoint is None else int(checkpoint.manifest["step"])
         finished = self.step == config.train.steps
         if finished:
@@ -407,7 +415,7 @@ class Trainer:
 
     def validate(self, stop: StopFlag | None = None) -> dict[str, Any] | None:
         """The loss on validation text; None once `stop` is set on any rank."""
-        return self.validation(self.model, self.take_step, stop)
+        return self.validation(self.model, self.take_step.autocast(), stop)
 
     def _log_references(self, log: metrics.Log, progress: Progress, stop: StopFlag) -> None:
         """Validate what a linearized model is compared with: the original, and itself before any training.
@@ -458,12 +466,8 @@ class Trainer:
         self._report_save(progress, wait=True)
 
     def _write_checkpoint(self, log: dict[str, Any], *, wait: bool) -> Path | None:
-        metadata = self.group.first(lambda: run_folder.manifest_metadata(self.config, self.run))
-        marks = self.group.first(lambda: jsonl.marks(self.run / ENVIRONMENT, self.run / starts.STARTS))
-        metadata = {"data": self.dataset.fingerprint, **metadata, "logs": {metrics.JSONL: log} | marks}
+        metadata = self.group.first(lambda: manifest_entries(self.config, self.run, self.dataset, log))
         metadata |= {"kernels": kernel_choices()} | ({load.KEPT: self.kept} if self.kept else {})
-        if self.config.learns_from_teacher:
-            metadata["teacher"] = self.group.first(lambda: file_sha256(self.run / store.BASE / store.MANIFEST))
         derived = self.phase.layers.backward_mask_is_derived
         tensors = store.state_tensors(self.model, self.optimizer, derived=not derived)
         plan = store.planned(self.run, tensors, beside_base=self.phase.linearized, group=self.group)
@@ -535,16 +539,6 @@ class Trainer:
             parts += f" x {world} ranks"
             batch = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
         return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all{batch}"
-
-    def _check_evaluation(self, shape: PreTrainedConfig) -> None:
-        """UsageError, before training, for missing validation text or a sample prompt that does not fit."""
-        if not any(True for source in self.dataset.val for _ in self.batches.validation(source)):
-            raise UsageError(f"{self.dataset.folder}: has no validation text, {NO_VALIDATION}")
-        if self.objective == "causal":
-            length, room = len(prompt_ids(self.tokenizer, self.config.log.sample_prompt)), shape.max_position_embeddings
-            rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
-            if not 0 < length < room:
-                raise UsageError(f"log.sample_prompt: {rule}")
 
 
 def _due(step: int, every: int) -> bool:

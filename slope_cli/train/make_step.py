@@ -26,6 +26,16 @@ def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda") else None
 
 
+def set_matmul_precision(config: Config, device: torch.device) -> None:
+    """Allow TF32 in products of float32 where a linearized model's others are in bf16, on a GPU.
+
+    Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features and states
+    to 10 bits, which bf16 would not.
+    """
+    if device.type == "cuda" and products_dtype(config, device) is not None:
+        torch.set_float32_matmul_precision("high")
+
+
 def make_step(
     config: Config,
     run: Path,
@@ -38,11 +48,9 @@ def make_step(
     sharding: Sharding | None,
 ) -> Step | GraphedStep:
     """What takes the steps of a phase; UsageError for CUDA graphs where there can be none."""
-    train, gpu, dtype = config.train, device.type == "cuda", products_dtype(config, device)
-    if phase.linearized and gpu and dtype is not None:
-        # Linearized attention computes in float32 from 16-bit q, k and v. TF32 holds these exactly, and features
-        # and states to 10 bits, which bf16 would not.
-        torch.set_float32_matmul_precision("high")
+    train, dtype = config.train, products_dtype(config, device)
+    if phase.linearized:
+        set_matmul_precision(config, device)
     checkpoint_activations(model, train.activation_checkpointing)
     compiled = _compiled(config, device, model)
     how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}

@@ -61,6 +61,21 @@ def layout_of(config: Config, run: Path | None, world: int, gpus_per_node: int, 
     return choice.layout
 
 
+def require_whole(config: Config, run: Path, memory: int) -> None:
+    """SlopeError if the rest of a run, whose transfer went by ranges of layers, does not fit on one GPU.
+
+    Args:
+        memory: bytes of the GPU.
+    """
+    choice = _choice(config, run, Cluster(1, 1, memory), BITS)
+    if not choice.fits:
+        need = f"{choice.memory.total / 1e9:.0f} GB of a GPU that has {memory / 1e9:.0f}"
+        rule = "start the same command on more GPUs, with distributed.layout=fsdp"
+        raise SlopeError(
+            f"{run}: the transfer is done and saved; the adapters train the whole model, which needs {need}; {rule}"
+        )
+
+
 def built_on(config: Config, sharding: Sharding | None, device: torch.device) -> torch.device:
     """Where a process builds the model of a run that begins or resumes.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slope_cli.checkpoint import run_folder, store
+from slope_cli.checkpoint import run_folder
 from slope_cli.errors import SlopeError
 from slope_cli.report.tables import clock, counted
 from slope_cli.utils import jsonl
@@ -62,7 +62,7 @@ def recorded(run: Path, start: Start | None = None) -> Iterator[Start]:
         SlopeError: each of the last starts of this job spent most of its time on setting up, or was killed before it
             saved a step.
     """
-    path, job, step = run / STARTS, _job(), store.newest_step(run)
+    path, job, step = run / STARTS, _job(), run_folder.saved_steps(run)
     restarts = int(job["slurm_restarts"])
     if restarts and job["slurm_job"]:
         own = [start for start in _earlier(path, step) if start.get("slurm_job") == job["slurm_job"]]

@@ -3,19 +3,22 @@
 import itertools
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.data.dataset import Dataset
+from slope_cli.config.schema import Config
+from slope_cli.data.dataset import NO_VALIDATION, Dataset
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.sharding import Sharding
 from slope_cli.distributed.signals import StopFlag
+from slope_cli.errors import UsageError
+from slope_cli.inference.text import prompt_ids
 from slope_cli.models.loss import Loss, forward, loss_fn
 from slope_cli.train.batches import Batches
-from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.step import Step, eager
+from slope_cli.train.step import eager
 
 
 class Validation:
@@ -25,18 +28,18 @@ class Validation:
         self._dataset, self._batches, self._group, self._sharding = dataset, batches, group, sharding
 
     def __call__(
-        self, model: PreTrainedModel, step: Step | GraphedStep, stop: StopFlag | None = None
+        self, model: PreTrainedModel, autocast: AbstractContextManager[Any], stop: StopFlag | None = None
     ) -> dict[str, Any] | None:
         """Mean token loss and perplexity of each source's validation text, and over all of it.
 
         Args:
-            step: whose precision it has.
+            autocast: as in a step.
             stop: once it is set on any rank, the result is None.
         """
         sums = {}
         model.eval()
         try:
-            with torch.no_grad(), step.autocast(), eager():
+            with torch.no_grad(), autocast, eager():
                 for source in self._dataset.val:
                     losses = self._losses(model, source, stop)
                     if losses is None:
@@ -76,6 +79,19 @@ class Validation:
         # Read from the device only now, so that it need not wait between batches.
         by_rank = self._group.gather([(float(loss.token_loss), int(loss.targets)) for loss in own])
         return [loss for row in itertools.zip_longest(*by_rank) for loss in row if loss is not None]
+
+
+def check_evaluation(
+    config: Config, dataset: Dataset, batches: Batches, tokenizer: PreTrainedTokenizerFast, shape: PreTrainedConfig
+) -> None:
+    """UsageError, before training, for missing validation text or a sample prompt that does not fit."""
+    if not any(True for source in dataset.val for _ in batches.validation(source)):
+        raise UsageError(f"{dataset.folder}: has no validation text, {NO_VALIDATION}")
+    if batches.causal:
+        length, room = len(prompt_ids(tokenizer, config.log.sample_prompt)), shape.max_position_embeddings
+        rule = f"must have at least 1 token and fewer than the model's {room} positions, not {length}"
+        if not 0 < length < room:
+            raise UsageError(f"log.sample_prompt: {rule}")
 
 
 def validation_line(where: str, record: dict[str, Any]) -> str:
