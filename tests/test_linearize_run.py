@@ -331,7 +331,7 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",)]
+ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",), ("linearize.state=gated",)]
 
 
 @pytest.mark.slow
@@ -688,12 +688,53 @@ def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     assert written[0].out == written[1].out != ""
 
 
-def test_an_export_of_before_the_cache_has_none(tmp_path: Path) -> None:
+def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     assert slope("export", linearized("dense").run, folder).code == 0
     file = folder / "linearize" / "settings.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "cache"}))
-    assert {linear.pattern.cache for linear in linear_windows(load_model(folder).model).values()} == {0}
+    own = json.loads(file.read_text()).items()
+    file.write_text(json.dumps({key: value for key, value in own if key not in ("cache", "state")}))
+    windows = linear_windows(load_model(folder).model).values()
+    assert {(linear.pattern.cache, linear.gate) for linear in windows} == {(0, None)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "sparse"])
+def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: str, tmp_path: Path) -> None:
+    """The transfer is that of an additive state: until it ends every gate is 1."""
+    done, folder = linearized(kind, "linearize.state=gated", "linearize.kind=terrace"), tmp_path / "export"
+    additive = linearized(kind, "linearize.kind=terrace")
+    both = [[record["mse"] for record in each.records("transfer")] for each in (done, additive)]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    transferred, adjusted = done.records("val")
+    assert transferred["loss"] == pytest.approx(additive.records("val")[0]["loss"])
+    assert adjusted["loss"] < transferred["loss"]
+    assert slope("export", done.run, folder).code == 0
+    models = [load_model(place).model for place in (done.run, folder)]
+    gates = [[linear.gate for linear in linear_windows(model).values()] for model in models]
+    assert all(gate is not None and (gate.weight != 0).all() for gate in gates[0])
+    gates_of_all = sum(p.numel() for gate in gates[0] if gate is not None for p in gate.parameters())
+    adapters = done.records("phase")[0]["adapter_parameters"]
+    assert done.records("phase")[0]["trained_parameters"] == adapters + gates_of_all
+    ids_BT = tokens(40)
+    with torch.no_grad():
+        found, expected = (model(ids_BT).logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (done.run, folder)]
+    assert written[0].code == 0, written[0].err
+    assert written[0].out == written[1].out != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("linearize.cache=6",), "the exact cache ranks tokens by an additive state; set linearize.cache=0"),
+        (("linearize.transfer=1",), "its gates are trained with the adapters; set linearize.transfer below 1"),
+        (("adapters.rank=0",), "its gates are trained with the adapters; set linearize.transfer below 1"),
+    ],
+)
+def test_a_gated_state_that_cannot_be_is_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    line = fault("linearize.state=gated", *words, "--out", tmp_path / "run")
+    assert line.startswith(f"linearize.state=gated: {message}")
 
 
 @pytest.mark.parametrize(

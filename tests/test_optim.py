@@ -98,6 +98,15 @@ def test_feature_maps_do_not_decay_towards_zero() -> None:
     assert {decay for name, decay in groups if name == MAPS} == {0.0}
 
 
+def test_gates_are_in_the_group_of_adapters() -> None:
+    model = linearized("gpt2-nano", window=5, state="gated")
+    optimizer = optimizer_of(model, tiny("unused", "adapters.weight_decay=0.2"))
+    gates = [p for window in linear_windows(model).values() if window.gate for p in window.gate.parameters()]
+    (group,) = [group for group in optimizer.param_groups if group["group"] == ADAPTERS]
+    assert [id(p) for p in group["params"]] == [id(p) for p in gates]
+    assert group["weight_decay"] == 0.2
+
+
 def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
     words = ("optim.schedule=linear", "optim.warmup=0", "optim.min_lr=0", "optim.lr=1", "adapters.lr=10")
     config = tiny("unused", *words, "adapters.warmup=2", "adapters.weight_decay=0.5", "train.steps=13")

@@ -98,6 +98,9 @@ class LinearizeConfig(Section, section="linearize"):
     cache: int = setting(0, unit="entries of a KV head", example="64")
     """How many far tokens keep exact keys and values beside the window: the first ones, and those whose values the
     linear branch predicts worst. Tokens then leave the window by blocks of linearize.window. 0 for none."""
+    state: str = setting("additive", "additive", "gated")
+    """What a far token does to the state of the linear branch: additive, it adds to it; gated, it first decays what is
+    there, by a factor of its key and its KV head that is 1 at first and is trained with the adapters."""
     feature_map: str = setting("hedgehog", *FEATURE_MAPS)
     """The feature map of the linear branch: hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r,
     phi(x) = relu(xW + b)."""
@@ -145,6 +148,8 @@ class LinearizeConfig(Section, section="linearize"):
         self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
         self._positive("window", "transfer_lr", "mse_weight")
         self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
+        rule = "the exact cache ranks tokens by an additive state; set linearize.cache=0"
+        self._need(not (self.cache and self.state == "gated"), "state", rule)
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
@@ -162,6 +167,9 @@ class LinearizeConfig(Section, section="linearize"):
         rule = f"must be below the {far} tokens that leave the windows within train.seq_len={length}"
         self._need(self.cache == 0 or self.cache < far, "cache", f"{rule}, or the linear branch has nothing to learn")
         between = config.train.step_at(self.transfer) > 0 and self.transfer < 1 and config.adapters.rank
+        rule = "its gates are trained with the adapters; set linearize.transfer below 1, and adapters.rank"
+        trained = self.transfer < 1 and config.adapters.rank
+        self._need(bool(trained) or self.state == "additive", "state", rule)
         rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
         self._need(bool(between) or not self.chosen, "keep_softmax", rule)
         rule = "method=linearize runs without CUDA graphs"

@@ -43,7 +43,8 @@ class Counts:
     weights: those that are stored, adapters and feature maps aside; of a sparse layer the kept ones.
     trained: those of them that are trained.
     active: those of them that no mask prunes.
-    adapters, trained_adapters, maps: of adapters, of those among them that are trained, and of feature maps.
+    adapters, trained_adapters: of adapters, and of those among them that are trained.
+    maps, trained_maps: of what linearizing adds, feature maps, mix factors and gates, and of what is trained of it.
     linear: entries of the weights that take part in a product: a lookup in an embedding is none, a head tied to one is.
     sparse, stored_sparse: entries of the weights of sparse layers, and those of them that are stored.
     pruned_layers: entries of the weights of layers that are sparse or under a mask.
@@ -56,6 +57,7 @@ class Counts:
     adapters: int
     trained_adapters: int
     maps: int
+    trained_maps: int
     linear: int
     sparse: int
     stored_sparse: int
@@ -80,6 +82,7 @@ def count(model: nn.Module) -> Counts:
         adapters=sum(map(_parameters, adapters)),
         trained_adapters=sum(_parameters(x) for x in adapters if x.lora_A.requires_grad),
         maps=sum(map(_parameters, windows)),
+        trained_maps=sum(p.numel() for window in windows for p in window.parameters() if p.requires_grad),
         linear=entries + sum(x.weight.numel() for x in model.modules() if isinstance(x, DENSE)),
         sparse=entries,
         stored_sparse=sum(x.values.numel() for x in sparse),
@@ -136,7 +139,7 @@ class Account:
     trained_parameters, active_parameters: weights that are trained, and that are not pruned; adapters and maps aside.
     frozen_parameters: weights, and adapters, that are stored and not trained.
     adapter_parameters: of trained adapters; pretrained_adapter_parameters: those that the run begins with among them.
-    map_parameters: of feature maps.
+    map_parameters, trained_map_parameters: of feature maps, mix factors and gates, and of those that are trained.
     all_adapter_parameters: of adapters, trained or not.
     linear_weights, pruned_layer_weights: entries of the weights of all linear layers, and of those that are pruned.
     state_bytes, dense_state_bytes: of the training state, by its parts.
@@ -155,6 +158,7 @@ class Account:
     pretrained_adapter_parameters: int
     all_adapter_parameters: int
     map_parameters: int
+    trained_map_parameters: int
     linear_weights: int
     pruned_layer_weights: int
     state_bytes: dict[str, int]
@@ -196,6 +200,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         pretrained_adapter_parameters=sum(old.get(name, 0) for name in trained),
         all_adapter_parameters=now.adapters,
         map_parameters=now.maps,
+        trained_map_parameters=now.trained_maps,
         linear_weights=now.linear,
         pruned_layer_weights=now.pruned_layers,
         state_bytes={

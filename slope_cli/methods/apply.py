@@ -75,9 +75,12 @@ def apply(
         how: dict[str, Any] = {"alpha": a.alpha, "init": a.init, "seed": config.train.seed}
         adapters = add_adapters(model, a.rank, names, beside=to.linearized, **how)
         if optimizer is not None:
-            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
+            new = [*adapters.values(), *(w.gate for w in linear_windows(model).values() if w.gate is not None)]
+            optim.add_adapter_group(optimizer, [p for x in new for p in x.parameters()], config)
     for window in linear_windows(model).values():
         window.requires_grad_(MAPS in to.rates)
+        if window.gate is not None:
+            window.gate.requires_grad_(to.adapters)
     if to.fp8 and not fp8_obstacle(model.device):
         set_fp8(model, _fp8_layers(model, config))
 

@@ -37,8 +37,11 @@ def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.o
 def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimizer of all parameters of a model that require a gradient: AdamW, LAMB or Muon."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    windows = linear_windows(model).values()
+    gates = {p for window in windows if window.gate is not None for p in window.gate.parameters() if p.requires_grad}
     adapters = [p for name, p in trained.items() if ".adapter." in name]
-    maps = [p for window in linear_windows(model).values() for p in window.parameters() if p.requires_grad]
+    adapters += [p for p in trained.values() if p in gates]
+    maps = [p for window in windows for p in window.parameters() if p.requires_grad and p not in gates]
     hidden = [p for p in hidden_matrices(model) if p.requires_grad] if optim.name == "muon" else []
     beside = {id(p) for p in (*adapters, *maps, *hidden)}
     groups: list[dict[str, Any]] = [{"params": hidden, "weight_decay": optim.weight_decay, "group": MATRICES}]
@@ -172,7 +175,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
-    """Give added adapters their own group, with its learning rate, decay and fresh state."""
+    """Give added adapters, and gates, their own group, with its learning rate, decay and fresh state."""
     optimizer.add_param_group(_adapter_group(parameters, config.adapters.weight_decay))
 
 

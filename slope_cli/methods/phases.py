@@ -10,7 +10,7 @@ from typing import Literal
 
 WEIGHTS, MATRICES, ADAPTERS, MAPS = "weights", "matrices", "adapters", "maps"
 """The groups of parameters, each with a learning rate of its own: the model's own, those of them that Muon updates,
-low-rank adapters, feature maps."""
+low-rank adapters (and the gates of linear attention, which are trained with them), feature maps."""
 
 
 @dataclass(frozen=True)

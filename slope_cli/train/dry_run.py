@@ -232,7 +232,10 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
             "frozen" if _base_run(config) else "frozen, as if dense",
             f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes",
         ),
-        ("maps and mix factors", f"{a.map_parameters:,} parameters"),
+        (
+            "maps, mix factors, gates" if config.linearize.state == "gated" else "maps and mix factors",
+            f"{a.map_parameters:,} parameters",
+        ),
         ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
         ("training state", f"{state:,} bytes, {state - frozen_bytes:,} of them of what is trained"),
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
