@@ -72,9 +72,9 @@ def recall(
     seed: Annotated[int, typer.Option(min=0, help="Of the items.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Copy a prepared folder, with items of recall tasks as one more source of training text.
+    """Copy a prepared folder, adding recall items to train on.
 
-    They are made of the training text, and none is drawn as `slope eval --tasks recall` draws its own.
+    They are one more source, made of the training text; `slope eval --tasks recall` draws others.
     """
     launch.require_one_process()
     from slope_cli.data.dataset import show
