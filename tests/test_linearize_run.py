@@ -331,7 +331,15 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",), ("linearize.state=gated",)]
+ALL = ("linearize.train=all", "distill.share=0.5")
+ADJUSTED = [
+    (),
+    ("linearize.adjust_maps=true",),
+    ("distill.share=0.5",),
+    ("linearize.state=gated",),
+    ALL,
+    (*ALL, "linearize.state=gated", "adapters.rank=0"),
+]
 
 
 @pytest.mark.slow
@@ -671,6 +679,56 @@ def test_what_is_linearized_already_is_refused_by_a_dry_run_too(tmp_path: Path) 
         for init in (done.run, folder):
             line = fault(f"data.path={prepared()}", *words, base=init)
             assert line == f"{init}: is linearized already; give the model that it was made of"
+
+
+@pytest.mark.parametrize("kind", ["llama", "sparse"])
+def test_all_weights_are_trained_and_the_teacher_keeps_its_own(kind: str, tmp_path: Path) -> None:
+    done, folder = linearized(kind, *ALL), tmp_path / "export"
+    transferred, adjusted = done.records("val")
+    assert adjusted["loss"] < transferred["loss"]
+    model, began = load_model(done.run).model, load_model(done.base).model
+    before, after = (dict(each.named_parameters()) for each in (began, model))
+    assert all(not torch.equal(after[name], p) for name, p in before.items() if ".adapter." not in name)
+    for name, layer in sparse_layers(began):
+        assert torch.equal(model.get_submodule(name).row_mask_bits, layer.row_mask_bits)  # type: ignore[arg-type]
+    (phase,) = done.records("phase")
+    assert phase["trained_parameters"] == sum(p.numel() for p in model.parameters())
+    teacher = teacher_of(done.run, model, "cpu", shares=False)
+    ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
+    assert slope("export", done.run, folder).code == 0
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids_BT).logits for each in (load_model(folder).model, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_weights_may_be_trained_without_adapters() -> None:
+    done = linearized("dense", "linearize.train=all", "adapters.rank=0", "train.steps=20")
+    model, began = load_model(done.run).model, load_model(done.base).model
+    assert not adapters_of(model)
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(after[name], p) for name, p in began.named_parameters())
+    assert [record["adapters"] for record in done.records("phase")] == [False]
+
+
+def test_a_dry_run_counts_weights_that_are_trained_and_the_teacher() -> None:
+    done = linearized("llama", *ALL)
+    result = slope("linearize", done.base, *WORDS, *ALL, "--dry-run", "--json")
+    record, held = json.loads(result.out)["account"], store.state_tensors(load_model(done.run).model, None)
+    weights = sum(t.numel() for name, t in held.items() if not any(part in name for part in (".linear.", ".adapter.")))
+    assert (record["trained_parameters"], record["frozen_parameters"]) == (weights, 0)
+    checkpoint = store.latest(done.run)
+    assert checkpoint is not None
+    saved = FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
+    moments = sum(4 * entry.size.numel() for name, entry in saved.items() if name.endswith(("exp_avg", "exp_avg_sq")))
+    state = record["state_bytes"]
+    beside = state["adapters with their state"] + state["maps with their state"]
+    assert state["AdamW moments"] == 8 * weights
+    assert moments == state["AdamW moments"] + beside // 2
+    assert state["teacher (float32)"] == 4 * weights
+    lines = slope("linearize", done.base, *WORDS, *ALL, "--dry-run").out
+    assert f"# weights                     {weights:,} parameters, trained after step 36\n" in lines
+    assert f"# teacher                     its own copy, {4 * weights:,} bytes\n" in lines
 
 
 def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ class LinearizeConfig(Section, section="linearize"):
     window_dropout: float = setting(0.0, unit="a probability", example="0.1")
     """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
     work alone."""
+    train: str = setting("adapters", "adapters", "all")
+    """What is trained after the transfer: adapters; or all, every weight at optim.lr, feature maps and mix factors, and
+    adapters unless adapters.rank=0. A teacher (distill.share) then needs room for weights of its own."""
     targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
     """Which projections of attention get adapters: some of q, k, v, o."""
 
@@ -138,6 +141,11 @@ class LinearizeConfig(Section, section="linearize"):
     def chosen(self) -> int:
         """The number of layers that are chosen, after the transfer, to have softmax attention again."""
         return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.removeprefix("auto:"))
+
+    @property
+    def every(self) -> bool:
+        """Whether all weights are trained after the transfer."""
+        return self.train == "all" and self.transfer < 1
 
     def _check_values(self) -> None:
         kept = self.keep_softmax
@@ -166,12 +174,12 @@ class LinearizeConfig(Section, section="linearize"):
         far = (length - 1) // self.window * self.window - self.window + (not terrace)  # before the last block
         rule = f"must be below the {far} tokens that leave the windows within train.seq_len={length}"
         self._need(self.cache == 0 or self.cache < far, "cache", f"{rule}, or the linear branch has nothing to learn")
-        between = config.train.step_at(self.transfer) > 0 and self.transfer < 1 and config.adapters.rank
+        after = self.transfer < 1 and (self.every or config.adapters.rank > 0)
         rule = "its gates are trained with the adapters; set linearize.transfer below 1, and adapters.rank"
-        trained = self.transfer < 1 and config.adapters.rank
-        self._need(bool(trained) or self.state == "additive", "state", rule)
+        self._need(after or self.state == "additive", "state", rule)
+        between = config.train.step_at(self.transfer) > 0 and after
         rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
-        self._need(bool(between) or not self.chosen, "keep_softmax", rule)
+        self._need(between or not self.chosen, "keep_softmax", rule)
         rule = "method=linearize runs without CUDA graphs"
         config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
         config.train.cuda_graph = False
@@ -180,5 +188,6 @@ class LinearizeConfig(Section, section="linearize"):
         if self.transfer == 0:
             return dict.fromkeys(("transfer_lr", "mse_weight", "entropy_weight"), "linearize.transfer=0")
         if self.transfer == 1:
-            return dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
-        return {} if config.adapters.rank else {"targets": "adapters.rank=0"}
+            return dict.fromkeys(("train", "targets", "adjust_maps"), "linearize.transfer=1")
+        unused = {"adjust_maps": "linearize.train=all"} if self.every else {}
+        return unused | ({} if config.adapters.rank else {"targets": "adapters.rank=0"})

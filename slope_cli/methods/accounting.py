@@ -18,6 +18,7 @@ from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.methods.muon import Matrix, hidden_matrices
+from slope_cli.methods.phases import WEIGHTS
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import (
@@ -32,6 +33,8 @@ from sparse_kernels import (
 from sparse_kernels.formats import BF16
 from sparse_kernels.layers import alike
 
+TEACHER = "teacher (float32)"
+"""Of the state of a run that linearizes and trains all weights: those that the teacher has for itself."""
 DENSE = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
 LINEAR = DENSE | SparseLinear
 
@@ -182,7 +185,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     Args:
         model: as it is before it enters the run's first phase; it is brought into the last one. It may be on "meta".
     """
-    before = adapters_of(model)
+    before, begun = adapters_of(model), _parameters(model)
     old, end = {name: _parameters(adapter) for name, adapter in before.items()}, phases_of(config).end
     apply(model, config, end)
     now = count(model)
@@ -205,6 +208,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         pruned_layer_weights=now.pruned_layers,
         state_bytes={
             **({"frozen (float32)": 4 * frozen} if frozen else {}),
+            **({TEACHER: 4 * begun} if end.linearized and end.step == "distill" and WEIGHTS in end.rates else {}),
             **_state_bytes(now.trained, sum(p.numel() for p in by_muon)),
             "masks": now.mask_bytes,
             "adapters with their state": 16 * now.trained_adapters,
@@ -264,7 +268,8 @@ def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     for phase in phases_of(config).distinct:
         apply(model, config, phase, was=was)
         taught = phase.step == "distill"
-        own = dense if taught and not phase.linearized else 0  # a linearized model shares its frozen weights
+        shared = phase.linearized and WEIGHTS not in phase.rates  # a linearized model shares its frozen weights
+        own = dense if taught and not shared else 0
         found.append(replace(sizes_of(model, config), teacher=taught, teacher_parameters=own))
         was = phase
     return found

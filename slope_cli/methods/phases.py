@@ -85,6 +85,7 @@ class Phase:
     def name(self) -> str:
         """A short description for the log."""
         what: list[str] = [self.step if self.linearized else self.layers.kind]
+        what += ["all weights"] * (self.linearized and WEIGHTS in self.rates)
         what += ["with adapters"] * self.adapters + ["in fp8"] * self.fp8
         what += ["from a teacher"] * (self.step == "distill" and not self.linearized)
         return ", ".join(what)
