@@ -56,6 +56,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare text for training.", **PLAIN)
 data_app.command("prepare", cls=KeyCommand)(data.prepare)
 data_app.command("info", cls=KeyCommand)(data.info)
+data_app.command("recall", cls=KeyCommand)(data.recall)
 app.add_typer(data_app, name="data")
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=KeyCommand)(_command)

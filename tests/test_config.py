@@ -477,7 +477,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
         ),
         ("method=linearize linearize.targets=[]", "linearize.targets=[]: choose some of q, k, v, o"),
         ("method=linearize linearize.feature_map=elu", "linearize.feature_map=elu: choose one of hedgehog, t2r"),
-        ("method=linearize optim.name=muon", "optim.name=muon: method=linearize trains adapters and feature maps"),
+        ("method=linearize optim.name=muon", "optim.name=muon: is not for method=linearize"),
         ("model.name=init", "model.name=init: is only for method=linearize"),
     ],
 )

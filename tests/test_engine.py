@@ -137,6 +137,8 @@ def test_scaled_rotary_positions(rope_type: str) -> None:
         {"window": 5},
         {"window": 4, "kind": "terrace"},
         {"window": 4, "cache": 6},
+        {"window": 5, "state": "gated"},
+        {"window": 4, "kind": "terrace", "state": "gated"},
         {"window": 1},
         {"window": 8, "keep_softmax": [1]},
     ],

@@ -217,15 +217,16 @@ def test_a_split_teacher_has_rows_of_its_own() -> None:
     assert sent == 2 * weights / 2
 
 
-@pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize"])
+@pytest.mark.parametrize("method", ["slope", "dense", "sr_ste", "fst", "linearize", "linearize all"])
 @pytest.mark.parametrize("family", ["gpt2-nano", "opt-125m", "llama3-8b"])
 def test_the_units_of_a_model_add_up_to_the_account_of_a_run(family: str, method: str) -> None:
     more = {
         "linearize": ["linearize.window=8"],
+        "linearize all": ["linearize.window=8", "linearize.train=all", "distill.share=0.5"],
         "slope": ["sparsity.start=0.4"],
         "sr_ste": ["optim.name=muon"],
     }.get(method, [])
-    config = configs.load(str(RECIPE), [*small(family), f"method={method}", *more])
+    config = configs.load(str(RECIPE), [*small(family), f"method={method.split()[0]}", *more])
     model = build_model(run_model_config(config), device="meta")
     counts, phases = account(copy.deepcopy(model), config), phase_sizes(model, config)
     alone = memory_of(phases[-1], Layout("ddp"))

@@ -10,11 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.models import attend_as_defined, bytes_for_backward
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import leading_padding
+from slope_cli.linearize.gate import Gate, decays
 from slope_cli.linearize.linear_attention import Branch, Maps, Pattern, attend, weights_of
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import make_map
@@ -31,6 +32,7 @@ PATTERNS = [
     Pattern(4, causal=False),
     Pattern(70, causal=False),
 ]
+STATES = [(pattern, gated) for pattern in PATTERNS for gated in (False, True) if pattern.causal or not gated]
 
 
 def qkv(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,13 +43,16 @@ def qkv(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple
     return q_BHTD, k_BGTD, v_BGTD
 
 
-def make_maps(name: str = "hedgehog") -> Maps:
-    """Random maps in float64."""
+def make_maps(name: str = "hedgehog", *, gated: bool = False) -> Maps:
+    """Random maps in float64, and a random gate: of half of the keys it is 1."""
     generator = torch.Generator().manual_seed(1)
     q, k = (make_map(name, heads, D, 5, generator).double().requires_grad_(False) for heads in (H, G))
     for feature_map in (q, k):
         feature_map.weight.normal_(generator=generator)
-    return Maps(q, k)
+    gate = Gate(G, D).double().requires_grad_(False)
+    for parameter in gate.parameters():
+        parameter.normal_(std=0.2, generator=generator)
+    return Maps(q, k, gate if gated else None)
 
 
 def mixes() -> Tensor:
@@ -74,25 +79,26 @@ def window_linear(**form: Any) -> LinearWindow:
 
 
 @pytest.mark.parametrize("name", ["hedgehog", "t2r"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_chunked_form_is_the_definition(pattern: Pattern, name: str) -> None:
+@pytest.mark.parametrize(("pattern", "gated"), STATES, ids=str)
+def test_the_chunked_form_is_the_definition(pattern: Pattern, gated: bool, name: str) -> None:
     for length in (1, 4, 5, 9, 150) if name == "hedgehog" else (9,):
         q, k, v = qkv(length)
-        keep, maps = padding(length), make_maps(name)
+        keep, maps = padding(length), make_maps(name, gated=gated)
         expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)
         first = leading_padding(keep).neg()
         y = attend(q, k, v, keep, mixes(), maps, pattern, SCALE, first_B=first).y
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_weights_are_the_definition_and_softmax(pattern: Pattern) -> None:
+@pytest.mark.parametrize(("pattern", "gated"), STATES, ids=str)
+def test_the_weights_are_the_definition_and_softmax(pattern: Pattern, gated: bool) -> None:
     length, start = 40, 9
     q, k, v = qkv(length)
-    keep, maps = padding(length), make_maps()
+    keep, maps = padding(length), make_maps(gated=gated)
     phi_q, phi_k, first = maps.q(q * SCALE * D**0.5), maps.k(k), leading_padding(keep).neg()
     parts = (q[:, :, start:], phi_q[:, :, start:], k, phi_k)
-    softmax, mixed = weights_of(*parts, keep, mixes(), pattern, SCALE, start=start, first_B=first)
+    how = {"log_gates_BGS": maps.gate(k) * keep[:, None]} if maps.gate else {}
+    softmax, mixed = weights_of(*parts, keep, mixes(), pattern, SCALE, start=start, first_B=first, **how)
     v_BHTD = v.repeat_interleave(H // G, dim=1)
     expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)[:, :, start:]
     torch.testing.assert_close(mixed @ v_BHTD, expected, rtol=0, atol=1e-12)
@@ -107,13 +113,14 @@ def test_the_weights_are_the_definition_and_softmax(pattern: Pattern) -> None:
     length=st.integers(1, 24),
     window=st.integers(1, 26),
     form=st.sampled_from(["window", "terrace", "two-sided"]),
+    gated=st.booleans(),
     kept=st.lists(st.booleans(), min_size=24, max_size=24),
     seed=st.integers(0, 99),
 )
-def test_any_mask_of_padding(length: int, window: int, form: str, kept: list[bool], seed: int) -> None:
+def test_any_mask_of_padding(length: int, window: int, form: str, gated: bool, kept: list[bool], seed: int) -> None:
     pattern = Pattern(window, terrace=form == "terrace", causal=form != "two-sided")
     q, k, v = qkv(length, seed=seed)
-    keep, maps = torch.tensor([kept[:length], kept[-length:]]), make_maps()
+    keep, maps = torch.tensor([kept[:length], kept[-length:]]), make_maps(gated=gated and pattern.causal)
     expected = attend_as_defined(q, k, v, keep, mixes(), maps, pattern, SCALE)
     y = attend(q, k, v, keep, mixes(), maps, pattern, SCALE, first_B=leading_padding(keep).neg()).y
     rows = keep.any(1)
@@ -129,13 +136,24 @@ def test_a_window_over_everything_is_softmax_attention() -> None:
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(3), Pattern(3, terrace=True), Pattern(3, causal=False)], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "gated"),
+    [
+        (Pattern(3), False),
+        (Pattern(3, terrace=True), False),
+        (Pattern(3, causal=False), False),
+        (Pattern(3), True),
+        (Pattern(3, terrace=True), True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("branch", ["both", "linear"])
-def test_gradients(pattern: Pattern, branch: Branch) -> None:
+def test_gradients(pattern: Pattern, gated: bool, branch: Branch) -> None:
     length = 70  # two chunks
     q, k, v = (x[:1].requires_grad_() for x in qkv(length))
-    mix, maps = mixes().requires_grad_(), make_maps()
+    mix, maps = mixes().requires_grad_(), make_maps(gated=gated)
     weights = [feature_map.weight.requires_grad_() for feature_map in (maps.q, maps.k)]
+    weights += [p.requires_grad_() for p in maps.gate.parameters()] if isinstance(maps.gate, Gate) else []
 
     def run(*_: Tensor) -> Tensor:
         return attend(q, k, v, None, mix, maps, pattern, SCALE, branch=branch).y
@@ -156,7 +174,8 @@ def test_gradients(pattern: Pattern, branch: Branch) -> None:
 def test_bands_overlap_in_no_view(pattern: Pattern) -> None:
     """Their gradients are sums of slices: one added entry by entry, a GPU would sum in no order."""
     q, k, v = (x.requires_grad_() for x in qkv(300))
-    nodes, left = set[Any](), [attend(q, k, v, None, mixes(), make_maps(), pattern, SCALE).y.grad_fn]
+    maps = make_maps(gated=pattern.causal)
+    nodes, left = set[Any](), [attend(q, k, v, None, mixes(), maps, pattern, SCALE).y.grad_fn]
     while left:
         if (node := left.pop()) is not None and node not in nodes:
             nodes.add(node)
@@ -191,10 +210,11 @@ def test_dropped_windows_leave_the_linear_branch() -> None:
 
 
 @pytest.mark.parametrize("form", [{"window": 5}, {"window": 1}, {"window": 4, "kind": "terrace"}], ids=str)
+@pytest.mark.parametrize("state", ["additive", "gated"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], padded: bool, in_place: bool) -> None:
-    length, linear = 150, window_linear(**form)
+def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], state: str, padded: bool, in_place: bool) -> None:
+    length, linear = 150, window_linear(**form, state=state)
     q, k, v = qkv(length)
     keep = padding(length) if padded else None
     with torch.set_grad_enabled(not in_place):  # with gradients single tokens are chunks of one
@@ -216,8 +236,9 @@ def _compare_splits(linear: LinearWindow, q: Tensor, k: Tensor, v: Tensor, keep:
         assert memory.get_seq_length() == length
 
 
-def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt() -> None:
-    linear = window_linear(window=5)
+@pytest.mark.parametrize("state", ["additive", "gated"])
+def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt(state: str) -> None:
+    linear = window_linear(window=5, state=state)
     memory, sizes = linear.new_cache(), []
     for length in (200, 1, 3, 1):
         q, k, v = qkv(length)
@@ -229,7 +250,9 @@ def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{"window": 16}, {"window": 16, "kind": "terrace"}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{"window": 16}, {"window": 16, "kind": "terrace"}, {"window": 16, "state": "gated"}], ids=str
+)
 @torch.no_grad()
 def test_bfloat16_inputs_with_a_float32_state_stay_accurate(form: dict[str, Any]) -> None:
     length, linear = 4096, window_linear(**form)
@@ -257,12 +280,13 @@ def test_autocast_does_not_reach_it() -> None:
     torch.testing.assert_close(inside, linear(q, k, v, SCALE), rtol=0, atol=0)
 
 
-def test_time_and_memory_are_linear_in_length() -> None:
+@pytest.mark.parametrize("state", ["additive", "gated"])
+def test_time_and_memory_are_linear_in_length(state: str) -> None:
     """No tensor that autograd keeps grows faster than the sequence."""
 
     def kept_bytes(length: int) -> int:
         q, k, v = qkv(length, torch.float32)
-        linear = window_linear(window=8).float().requires_grad_()
+        linear = window_linear(window=8, state=state).float().requires_grad_()
         return bytes_for_backward(lambda: linear.compute(q, k, v, SCALE, None))
 
     short, long = kept_bytes(512), kept_bytes(4096)
@@ -281,3 +305,66 @@ def test_maps_start_as_the_identity(name: str) -> None:
     assert (wide(x) > 0).all()
     assert make_map(name, 3, 64, None, generator).features == 64
     assert make_map(name, 3, 4, None, generator).features == {"hedgehog": 32, "t2r": 4}[name]
+
+
+@pytest.mark.parametrize("kind", ["standard", "terrace"])
+def test_a_gate_is_1_at_first_and_the_state_additive(kind: str) -> None:
+    """To the last bit in a chunk and token by token; chunks are added up in another order."""
+    form, q_k_v = {"window": 5, "kind": kind}, qkv(150)
+    gated, additive = window_linear(**form, state="gated"), window_linear(**form)
+    gated.load_state_dict(additive.state_dict(), strict=False)
+    assert gated.gate is not None
+    for parameter in gated.gate.parameters():
+        parameter.zero_()  # as it is made
+    assert all(torch.equal(p, torch.zeros_like(p)) for p in Gate(G, D).parameters())
+    whole = [linear(*q_k_v, SCALE) for linear in (gated, additive)]
+    torch.testing.assert_close(*whole, rtol=0, atol=1e-13)
+    memories = gated.new_cache(), additive.new_cache()
+    for part in (slice(0, 40), *(slice(t, t + 1) for t in range(40, 150))):
+        q, k, v = (x[:, :, part] for x in q_k_v)
+        pairs = zip((gated, additive), memories, strict=True)
+        y, expected = (linear(q, *memory.update(k, v), SCALE, None, memory) for linear, memory in pairs)
+        assert torch.equal(y, expected)
+    assert torch.equal(memories[0].state_BGFE, memories[1].state_BGFE)
+
+
+def test_a_gate_that_is_1_has_a_gradient() -> None:
+    q, k, v = qkv(150)
+    linear = window_linear(window=5, state="gated")
+    assert linear.gate is not None
+    for parameter in linear.gate.parameters():
+        parameter.zero_().requires_grad_()
+    linear(q, k, v, SCALE).square().sum().backward()
+    assert all((p.grad != 0).all() for p in linear.gate.parameters() if p.grad is not None)
+    assert linear.gate.bias.grad is not None
+
+
+def test_gates_near_0_and_long_products_neither_overflow_nor_vanish() -> None:
+    """Of far keys behind a closed gate nothing is left; the newest one counts in full, so that denominators do."""
+    q, k, v = qkv(600, torch.float32)
+    linear = window_linear(window=5, state="gated").float()
+    assert linear.gate is not None
+    for closed in (50.0, 1e6):
+        linear.gate.weight.zero_()
+        linear.gate.bias = nn.Parameter(torch.full((G,), closed))
+        y = linear(q, k, v, SCALE)
+        newest = attend_as_defined(*(x[:, :, -6:] for x in (q, k, v)), torch.ones(B, 6) > 0, *linear_parts(linear))
+        torch.testing.assert_close(y[:, :, -1], newest[:, :, -1], rtol=0, atol=1e-6)
+        y.sum().backward()
+        assert linear.gate.bias.grad is not None
+        assert linear.gate.bias.grad.isfinite().all()
+    linear.gate.weight.normal_(std=30.0)
+    keep = torch.ones(B, 600, dtype=torch.bool)
+    expected = attend_as_defined(q[:, :, -90:], k[:, :, -90:], v[:, :, -90:], keep[:, -90:], *linear_parts(linear))
+    torch.testing.assert_close(linear(q[:, :, -90:], k[:, :, -90:], v[:, :, -90:], SCALE), expected, rtol=0, atol=2e-4)
+
+
+def linear_parts(linear: LinearWindow) -> tuple[Tensor, Maps, Pattern, float]:
+    """What `attend_as_defined` takes of a module."""
+    return linear.mix.sigmoid(), linear.maps, linear.pattern, SCALE
+
+
+def test_decays_are_products_of_the_gates_of_far_keys() -> None:
+    gates_S, far_CS = torch.tensor([0.5, 0.25, 0.1, 0.9]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]) > 0
+    expected = torch.tensor([[0.125, 0.25, 1, 1, 1], [0.0125, 0.025, 0.1, 1, 1]])
+    torch.testing.assert_close(decays(gates_S.log()[None], far_CS), expected)

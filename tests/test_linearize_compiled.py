@@ -21,11 +21,11 @@ from sparse_kernels import add_adapters
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:The .grad")]
 
 
-@pytest.fixture
-def model() -> Any:
+@pytest.fixture(params=["additive", "gated"])
+def model(request: pytest.FixtureRequest) -> Any:
     """Grouped heads, two layers."""
     torch._dynamo.reset()
-    return linearized("llama3-8b", window=5)
+    return linearized("llama3-8b", window=5, state=request.param)
 
 
 @pytest.fixture
@@ -105,10 +105,14 @@ def test_compiled_steps_of_transfer(without_kernels: None) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_of_adapters(without_kernels: None) -> None:
+@pytest.mark.parametrize("state", ["additive", "gated"])
+def test_compiled_steps_of_adapters(without_kernels: None, state: str) -> None:
     batch, found = {"input_ids": tokens(80), "labels": tokens(80).roll(-1, 1)}, []
     for compiled in (False, True):
-        model = linearized("llama3-8b", window=5).train().requires_grad_(False)
+        model = linearized("llama3-8b", window=5, state=state).train().requires_grad_(False)
+        for window in linear_windows(model).values():
+            if window.gate is not None:
+                window.gate.requires_grad_(True)
         adapters = add_adapters(model, 2, projections(model, "qkvo"), seed=1)
         step = Step(model, optimizer_of(model), dtype=None, clip=1.0, compiled=compiled)
         found.append([step([batch]), step([batch])])

@@ -304,6 +304,7 @@ def test_what_was_saved_of_another_model_is_refused() -> None:
         ("llama3-8b", {"features": 3}, "saved with shape"),
         ("llama3-8b", {"feature_map": "t2r"}, "is only in the saved maps"),
         ("llama3-8b", {"keep_softmax": [0]}, "is only in the model"),
+        ("llama3-8b", {"state": "gated"}, "is only in the saved maps"),
         ("gpt2-nano", {}, "is only in"),
     ]:
         state = added_state(linearized(name, **settings))
@@ -359,6 +360,8 @@ def test_models_that_cannot_be_linearized() -> None:
         linearize_attention(model, LinearizeConfig())
     with pytest.raises(UsageError, match="two-sided"):
         linearize_attention(tiny_model("bert-base"), LinearizeConfig(kind="terrace"))
+    with pytest.raises(UsageError, match="state=gated: has no meaning in a two-sided model"):
+        linearize_attention(tiny_model("bert-base"), LinearizeConfig(state="gated"))
     config = GPTNeoXConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UsageError, match="'gpt_neox' is not supported"):
         linearize_attention(GPTNeoXForCausalLM(config), LinearizeConfig())

@@ -331,7 +331,15 @@ def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-ADJUSTED = [(), ("linearize.adjust_maps=true",), ("distill.share=0.5",)]
+ALL = ("linearize.train=all", "distill.share=0.5")
+ADJUSTED = [
+    (),
+    ("linearize.adjust_maps=true",),
+    ("distill.share=0.5",),
+    ("linearize.state=gated",),
+    ALL,
+    (*ALL, "linearize.state=gated", "adapters.rank=0"),
+]
 
 
 @pytest.mark.slow
@@ -673,6 +681,56 @@ def test_what_is_linearized_already_is_refused_by_a_dry_run_too(tmp_path: Path) 
             assert line == f"{init}: is linearized already; give the model that it was made of"
 
 
+@pytest.mark.parametrize("kind", ["llama", "sparse"])
+def test_all_weights_are_trained_and_the_teacher_keeps_its_own(kind: str, tmp_path: Path) -> None:
+    done, folder = linearized(kind, *ALL), tmp_path / "export"
+    transferred, adjusted = done.records("val")
+    assert adjusted["loss"] < transferred["loss"]
+    model, began = load_model(done.run).model, load_model(done.base).model
+    before, after = (dict(each.named_parameters()) for each in (began, model))
+    assert all(not torch.equal(after[name], p) for name, p in before.items() if ".adapter." not in name)
+    for name, layer in sparse_layers(began):
+        assert torch.equal(model.get_submodule(name).row_mask_bits, layer.row_mask_bits)  # type: ignore[arg-type]
+    (phase,) = done.records("phase")
+    assert phase["trained_parameters"] == sum(p.numel() for p in model.parameters())
+    teacher = teacher_of(done.run, model, "cpu", shares=False)
+    ids_BT = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(teacher(input_ids=ids_BT).logits, began(input_ids=ids_BT).logits)
+    assert slope("export", done.run, folder).code == 0
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids_BT).logits for each in (load_model(folder).model, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_weights_may_be_trained_without_adapters() -> None:
+    done = linearized("dense", "linearize.train=all", "adapters.rank=0", "train.steps=20")
+    model, began = load_model(done.run).model, load_model(done.base).model
+    assert not adapters_of(model)
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(after[name], p) for name, p in began.named_parameters())
+    assert [record["adapters"] for record in done.records("phase")] == [False]
+
+
+def test_a_dry_run_counts_weights_that_are_trained_and_the_teacher() -> None:
+    done = linearized("llama", *ALL)
+    result = slope("linearize", done.base, *WORDS, *ALL, "--dry-run", "--json")
+    record, held = json.loads(result.out)["account"], store.state_tensors(load_model(done.run).model, None)
+    weights = sum(t.numel() for name, t in held.items() if not any(part in name for part in (".linear.", ".adapter.")))
+    assert (record["trained_parameters"], record["frozen_parameters"]) == (weights, 0)
+    checkpoint = store.latest(done.run)
+    assert checkpoint is not None
+    saved = FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
+    moments = sum(4 * entry.size.numel() for name, entry in saved.items() if name.endswith(("exp_avg", "exp_avg_sq")))
+    state = record["state_bytes"]
+    beside = state["adapters with their state"] + state["maps with their state"]
+    assert state["AdamW moments"] == 8 * weights
+    assert moments == state["AdamW moments"] + beside // 2
+    assert state["teacher (float32)"] == 4 * weights
+    lines = slope("linearize", done.base, *WORDS, *ALL, "--dry-run").out
+    assert f"# weights                     {weights:,} parameters, trained after step 36\n" in lines
+    assert f"# teacher                     its own copy, {4 * weights:,} bytes\n" in lines
+
+
 def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     done, folder = linearized("llama", "linearize.cache=6", "train.steps=12"), tmp_path / "export"
     assert done.records("transfer")[-1]["mse"] < done.records("transfer")[0]["mse"]
@@ -688,12 +746,53 @@ def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     assert written[0].out == written[1].out != ""
 
 
-def test_an_export_of_before_the_cache_has_none(tmp_path: Path) -> None:
+def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     assert slope("export", linearized("dense").run, folder).code == 0
     file = folder / "linearize" / "settings.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "cache"}))
-    assert {linear.pattern.cache for linear in linear_windows(load_model(folder).model).values()} == {0}
+    own = json.loads(file.read_text()).items()
+    file.write_text(json.dumps({key: value for key, value in own if key not in ("cache", "state")}))
+    windows = linear_windows(load_model(folder).model).values()
+    assert {(linear.pattern.cache, linear.gate) for linear in windows} == {(0, None)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "sparse"])
+def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: str, tmp_path: Path) -> None:
+    """The transfer is that of an additive state: until it ends every gate is 1."""
+    done, folder = linearized(kind, "linearize.state=gated", "linearize.kind=terrace"), tmp_path / "export"
+    additive = linearized(kind, "linearize.kind=terrace")
+    both = [[record["mse"] for record in each.records("transfer")] for each in (done, additive)]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    transferred, adjusted = done.records("val")
+    assert transferred["loss"] == pytest.approx(additive.records("val")[0]["loss"])
+    assert adjusted["loss"] < transferred["loss"]
+    assert slope("export", done.run, folder).code == 0
+    models = [load_model(place).model for place in (done.run, folder)]
+    gates = [[linear.gate for linear in linear_windows(model).values()] for model in models]
+    assert all(gate is not None and (gate.weight != 0).all() for gate in gates[0])
+    gates_of_all = sum(p.numel() for gate in gates[0] if gate is not None for p in gate.parameters())
+    adapters = done.records("phase")[0]["adapter_parameters"]
+    assert done.records("phase")[0]["trained_parameters"] == adapters + gates_of_all
+    ids_BT = tokens(40)
+    with torch.no_grad():
+        found, expected = (model(ids_BT).logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (done.run, folder)]
+    assert written[0].code == 0, written[0].err
+    assert written[0].out == written[1].out != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("linearize.cache=6",), "the exact cache ranks tokens by an additive state; set linearize.cache=0"),
+        (("linearize.transfer=1",), "its gates are trained with the adapters; set linearize.transfer below 1"),
+        (("adapters.rank=0",), "its gates are trained with the adapters; set linearize.transfer below 1"),
+    ],
+)
+def test_a_gated_state_that_cannot_be_is_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    line = fault("linearize.state=gated", *words, "--out", tmp_path / "run")
+    assert line.startswith(f"linearize.state=gated: {message}")
 
 
 @pytest.mark.parametrize(

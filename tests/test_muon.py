@@ -327,7 +327,7 @@ def test_a_branch_decays_from_the_stable_part_of_a_run(data: Path, tmp_path: Pat
 
 
 def test_muon_is_refused_where_adamw_trains_all() -> None:
-    with pytest.raises(UsageError, match=r"^optim.name=muon: method=linearize trains adapters and feature maps"):
+    with pytest.raises(UsageError, match=r"^optim.name=muon: is not for method=linearize; choose adamw"):
         tiny("unused", "method=linearize", "linearize.window=8", "optim.name=muon")
 
 

@@ -28,6 +28,15 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return optim.build_optimizer(model, config, phases_of(config))
 
 
+def with_adapter(config: Config) -> torch.optim.Optimizer:
+    """The optimizer of a layer that an adapter has joined."""
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    optimizer = optimizer_of(model, config)
+    model["layer"].adapter = nn.Linear(2, 2, bias=False)
+    optim.join(optimizer, model, config)
+    return optimizer
+
+
 def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
     return optim.set_learning_rates(optimizer, phases_of(config).at(step), step, config.optim)
 
@@ -98,12 +107,20 @@ def test_feature_maps_do_not_decay_towards_zero() -> None:
     assert {decay for name, decay in groups if name == MAPS} == {0.0}
 
 
+def test_gates_are_in_the_group_of_adapters() -> None:
+    model = linearized("gpt2-nano", window=5, state="gated")
+    optimizer = optimizer_of(model, tiny("unused", "adapters.weight_decay=0.2"))
+    gates = [p for window in linear_windows(model).values() if window.gate for p in window.gate.parameters()]
+    (group,) = [group for group in optimizer.param_groups if group["group"] == ADAPTERS]
+    assert [id(p) for p in group["params"]] == [id(p) for p in gates]
+    assert group["weight_decay"] == 0.2
+
+
 def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
     words = ("optim.schedule=linear", "optim.warmup=0", "optim.min_lr=0", "optim.lr=1", "adapters.lr=10")
     config = tiny("unused", *words, "adapters.warmup=2", "adapters.weight_decay=0.5", "train.steps=13")
     assert phases_of(config).adapter_step == 6
-    optimizer = optimizer_of(nn.Linear(2, 2), config)
-    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    optimizer = with_adapter(config)
     seen = []
     for step in range(6, 13):
         run = set_rates(optimizer, step, config)
@@ -116,16 +133,14 @@ def test_adapters_have_their_own_rate_warm_up_and_decay() -> None:
 
 def test_without_a_rate_of_their_own_adapters_take_that_of_the_run(tmp_path: Path) -> None:
     config = tiny(tmp_path, "adapters.lr=null", "adapters.warmup=0", "optim.schedule=constant")
-    optimizer = optimizer_of(nn.Linear(2, 2), config)
-    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    optimizer = with_adapter(config)
     set_rates(optimizer, 7, config)
     assert optimizer.param_groups[-1]["lr"] == config.optim.lr
 
 
 def test_with_the_schedule_of_the_run_adapters_have_its_rate_times_their_own() -> None:
     config = tiny("unused", "optim.lr=0.1", "adapters.lr=0.3", "adapters.schedule=run", "adapters.warmup=5")
-    optimizer = optimizer_of(nn.Linear(2, 2), config)
-    optim.add_adapter_group(optimizer, [nn.Parameter(torch.ones(2, 2))], config)
+    optimizer = with_adapter(config)
     for step in range(6, 12):
         run = set_rates(optimizer, step, config)
         assert optimizer.param_groups[-1]["lr"] == pytest.approx(3 * run)

@@ -65,6 +65,10 @@ def test_the_phase_is_a_function_of_config_and_step() -> None:
     assert kinds("method=linearize") == ["transfer", "transfer", *["train, with adapters"] * 2]
     assert kinds("method=linearize", "distill.share=1")[2:] == ["distill, with adapters"] * 2
     assert kinds("method=linearize", "linearize.transfer=1") == ["transfer"] * 4
+    every = ("method=linearize", "linearize.train=all")
+    assert kinds(*every)[2:] == ["train, all weights, with adapters"] * 2
+    assert kinds(*every, "adapters.rank=0", "distill.share=1")[2:] == ["distill, all weights"] * 2
+    assert kinds(*every, "linearize.transfer=1") == ["transfer"] * 4
     assert kinds("method=linearize", "linearize.transfer=0") == ["train, with adapters"] * 4
     fp8 = "train.precision=fp8"
     assert kinds(fp8, "adapters.start=0.5") == ["sparse, in fp8"] * 2 + [f"{adapted}, in fp8"] * 2
@@ -119,6 +123,13 @@ def test_each_phase_says_what_is_trained_at_which_rate() -> None:
     assert groups("adapters.start=0.5") == [[WEIGHTS]] * 2 + [[WEIGHTS, ADAPTERS]] * 2
     assert groups("method=linearize") == [[MAPS]] * 2 + [[ADAPTERS]] * 2
     assert groups("method=linearize", "linearize.adjust_maps=true") == [[MAPS]] * 2 + [[ADAPTERS, MAPS]] * 2
+    every = ("method=linearize", "linearize.train=all")
+    assert groups(*every)[2:] == [[WEIGHTS, ADAPTERS, MAPS]] * 2
+    assert groups(*every, "adapters.rank=0")[2:] == [[WEIGHTS, MAPS]] * 2
+    assert groups(*every, "adapters.rank=0", "linearize.state=gated")[2:] == [[WEIGHTS, ADAPTERS, MAPS]] * 2
+    rates = in_each_step(*every, "optim.lr=0.5", "adapters.lr=0.25")[3].rates
+    assert [rates[group].peak for group in (WEIGHTS, ADAPTERS, MAPS)] == [0.5, 0.25, 0.25]
+    assert {(rate.first, rate.last) for rate in rates.values()} == {(2, 4)}
     own = in_each_step("adapters.start=0.5", "adapters.lr=0.25", "adapters.warmup=1")[3].rates[ADAPTERS]
     assert (own.first, own.last, own.peak, own.warmup) == (2, 4, 0.25, 1)
     run = in_each_step("adapters.start=0.5", "adapters.lr=0.25", "adapters.schedule=run")[3].rates

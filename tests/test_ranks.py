@@ -113,9 +113,16 @@ def linearizing(*more: str, out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(), *(("distributed.layout=fsdp", f"distributed.gather={x}") for x in GATHERS)])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_two_processes_linearize_as_one(tmp_path: Path, share: float, layout: tuple[str, ...]) -> None:
-    more = (f"distill.share={share}", "linearize.adjust_maps=true")
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("linearize.adjust_maps=true",),
+        ("linearize.adjust_maps=true", "distill.share=0.5"),
+        ("linearize.train=all", "linearize.state=gated", "distill.share=0.5"),
+    ],
+    ids=" ".join,
+)
+def test_two_processes_linearize_as_one(tmp_path: Path, more: tuple[str, ...], layout: tuple[str, ...]) -> None:
     ranks = Ranks(2, linearizing(*more, *layout, out=tmp_path / "2"), tmp_path / "logs")
     assert ranks.finish() == [0, 0], ranks.printed()
     assert_close(tmp_path / "2", not_split(linearizing, *more))
@@ -136,9 +143,10 @@ def test_the_peak_memory_of_a_run_is_that_of_the_rank_with_most(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", ["step 3/", "step 10/"])
-def test_a_split_run_that_linearizes_resumes_to_the_same_bits(stop: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "train"), [("step 3/", "adapters"), ("step 10/", "adapters"), ("step 12/", "all")])
+def test_a_split_run_that_linearizes_resumes_to_the_same_bits(stop: str, train: str, tmp_path: Path) -> None:
     more = ("distributed.layout=fsdp", "distill.share=0.5", "train.steps=16", "linearize.window_dropout=0.2")
+    more += (f"linearize.train={train}",)
     whole = Ranks(2, linearizing(*more, out=tmp_path / "whole"), tmp_path / "logs-whole")
     cut = Ranks(2, linearizing(*more, out=tmp_path / "cut"), tmp_path / "logs-cut")
     cut.wait_for(stop)

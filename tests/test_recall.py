@@ -22,7 +22,7 @@ from slope_cli.data.dataset import open_dataset
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.errors import UsageError
 from slope_cli.evaluate.evaluate import evaluate
-from slope_cli.evaluate.recall import material_of, score, split_names
+from slope_cli.evaluate.recall import score, split_names, validation_material
 from slope_cli.evaluate.recall_items import TASKS, Item, Material, occurrences
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
@@ -34,7 +34,7 @@ WORDS = 512
 @cache
 def bytes_material() -> Material:
     """Of the tests' text in bytes."""
-    return material_of(load_tokenizer("bytes"), open_dataset(prepared()))
+    return validation_material(load_tokenizer("bytes"), open_dataset(prepared()))
 
 
 @cache
@@ -121,7 +121,7 @@ def test_distances_are_split_at_the_window() -> None:
 
 def test_text_of_too_few_tokens_is_refused() -> None:
     tokenizer = load_tokenizer("bytes")
-    with pytest.raises(UsageError, match="recall tasks need 16 different tokens, and the validation text has 3;"):
+    with pytest.raises(UsageError, match="recall tasks need 16 different tokens, and the text has 3;"):
         Material.of(tokenizer, np.array([97, 98, 99] * 50))
     letters = Material.of(tokenizer, np.arange(97, 113))
     assert len(letters.words) == 16

@@ -61,3 +61,25 @@ def info(
     from slope_cli.data.dataset import open_dataset, show
 
     show(open_dataset(folder), as_json=as_json)
+
+
+def recall(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    share: Annotated[float, typer.Option(help="Of the training tokens, those of recall items.")] = 0.05,
+    seq_len: Annotated[int, typer.Option(help="Tokens of an item, at most: no more than a run's sequences.")] = 1024,
+    tasks: Annotated[str, typer.Option(help="Recall tasks with commas between them.")] = "recall",
+    seed: Annotated[int, typer.Option(min=0, help="Of the items.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a prepared folder, adding recall items to train on.
+
+    They are one more source, made of the training text; `slope eval --tasks recall` draws others.
+    """
+    launch.require_one_process()
+    from slope_cli.data.dataset import show
+    from slope_cli.evaluate.recall import split_names
+    from slope_cli.evaluate.recall_source import add_recall
+
+    names, others = split_names(tasks.split(","))
+    show(add_recall(folder, out, share=share, length=seq_len, names=[*names, *others], seed=seed), as_json=as_json)

@@ -17,9 +17,7 @@ from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
 from slope_cli.errors import SlopeError, UsageError
-from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import account
-from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
 from slope_cli.report import metrics
 from slope_cli.train.dry_run import untrained_model
@@ -238,8 +236,7 @@ def _sizes(folder: Path) -> Sizes:
     config = run_folder.open_config(folder)
     a = account(untrained_model(config, folder), config)
     beside = a.all_adapter_parameters + a.map_parameters
-    maps = a.map_parameters if MAPS in phases_of(config).end.rates else 0
-    trained = a.trained_parameters + a.adapter_parameters + maps
+    trained = a.trained_parameters + a.adapter_parameters + a.trained_map_parameters
     return Sizes(
         Parameters(a.dense_parameters + beside, trained, a.active_parameters + beside),
         training_bytes=None if a.frozen_parameters else sum(a.state_bytes.values()),

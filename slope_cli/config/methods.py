@@ -98,6 +98,9 @@ class LinearizeConfig(Section, section="linearize"):
     cache: int = setting(0, unit="entries of a KV head", example="64")
     """How many far tokens keep exact keys and values beside the window: the first ones, and those whose values the
     linear branch predicts worst. Tokens then leave the window by blocks of linearize.window. 0 for none."""
+    state: str = setting("additive", "additive", "gated")
+    """What a far token does to the state of the linear branch: additive, it adds to it; gated, it first decays what is
+    there, by a factor of its key and its KV head that is 1 at first and is trained with the adapters."""
     feature_map: str = setting("hedgehog", *FEATURE_MAPS)
     """The feature map of the linear branch: hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r,
     phi(x) = relu(xW + b)."""
@@ -130,6 +133,9 @@ class LinearizeConfig(Section, section="linearize"):
     window_dropout: float = setting(0.0, unit="a probability", example="0.1")
     """The probability that training drops the window of one head of one sequence, so that the linear branch learns to
     work alone."""
+    train: str = setting("adapters", "adapters", "all")
+    """What is trained after the transfer: adapters; or all, every weight at optim.lr, feature maps and mix factors, and
+    adapters unless adapters.rank=0. A teacher (distill.share) then needs room for weights of its own."""
     targets: list[str] = setting(["q", "k", "v", "o"], example="[q, v]")
     """Which projections of attention get adapters: some of q, k, v, o."""
 
@@ -143,6 +149,11 @@ class LinearizeConfig(Section, section="linearize"):
         """The number of layers that are chosen, after the transfer, to have softmax attention again."""
         return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.removeprefix("auto:"))
 
+    @property
+    def every(self) -> bool:
+        """Whether all weights are trained after the transfer."""
+        return self.train == "all" and self.transfer < 1
+
     def _check_values(self) -> None:
         kept = self.keep_softmax
         if isinstance(kept, list):
@@ -152,6 +163,8 @@ class LinearizeConfig(Section, section="linearize"):
         self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
         self._positive("window", "transfer_lr", "mse_weight")
         self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
+        rule = "the exact cache ranks tokens by an additive state; set linearize.cache=0"
+        self._need(not (self.cache and self.state == "gated"), "state", rule)
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
@@ -168,9 +181,12 @@ class LinearizeConfig(Section, section="linearize"):
         far = (length - 1) // self.window * self.window - self.window + (not terrace)  # before the last block
         rule = f"must be below the {far} tokens that leave the windows within train.seq_len={length}"
         self._need(self.cache == 0 or self.cache < far, "cache", f"{rule}, or the linear branch has nothing to learn")
-        between = config.train.step_at(self.transfer) > 0 and self.transfer < 1 and config.adapters.rank
+        after = self.transfer < 1 and (self.every or config.adapters.rank > 0)
+        rule = "its gates are trained with the adapters; set linearize.transfer below 1, and adapters.rank"
+        self._need(after or self.state == "additive", "state", rule)
+        between = config.train.step_at(self.transfer) > 0 and after
         rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
-        self._need(bool(between) or not self.chosen, "keep_softmax", rule)
+        self._need(between or not self.chosen, "keep_softmax", rule)
         rule = "method=linearize runs without CUDA graphs"
         config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)
         config.train.cuda_graph = False
@@ -181,5 +197,6 @@ class LinearizeConfig(Section, section="linearize"):
             return dict.fromkeys(idle, "linearize.transfer=0")
         found = {} if self.layers_at_once else {"scratch": "linearize.layers_at_once=0"}
         if self.transfer == 1:
-            return found | dict.fromkeys(("targets", "adjust_maps"), "linearize.transfer=1")
+            return found | dict.fromkeys(("train", "targets", "adjust_maps"), "linearize.transfer=1")
+        found |= {"adjust_maps": "linearize.train=all"} if self.every else {}
         return found if config.adapters.rank else found | {"targets": "adapters.rank=0"}

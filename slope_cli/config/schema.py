@@ -204,7 +204,7 @@ class AdapterConfig(Section, section="adapters"):
 
 @dataclass(kw_only=True)
 class DistillConfig(Section, section="distill"):
-    """Learning from a teacher: of the weights, or with method=linearize of the adapters."""
+    """Learning from a teacher: of the weights, or with method=linearize of what is trained after the transfer."""
 
     share: float = setting(0.0, unit="a share of the loss", example="0.5")
     """The share of the loss that is the divergence from the teacher's predictions, KL(teacher || student); the rest is
@@ -275,7 +275,7 @@ class OptimConfig(Section, section="optim"):
         self._need(0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1")
 
     def check(self, config: Config) -> None:
-        rule = "method=linearize trains adapters and feature maps, which muon leaves to adamw; choose adamw"
+        rule = "is not for method=linearize; choose adamw"
         self._need(self.name != "muon" or config.method != "linearize", "name", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
@@ -285,6 +285,8 @@ class OptimConfig(Section, section="optim"):
         if self.schedule != "polynomial":
             unused["power"] = f"optim.schedule={self.schedule}"
         if config.method != "linearize":
+            return unused
+        if config.linearize.every:
             return unused
         unused["weight_decay"] = "method=linearize"
         if config.linearize.transfer == 1:
@@ -491,7 +493,7 @@ class Config:
             rule = "wanda prunes a trained model: set sparsity.start above 0, or model.init"
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
         if self.linearizes and self.train.precision == "fp8":
-            raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
+            raise UsageError("train.precision=fp8: is not for method=linearize; set bf16 or fp32")
         if self.learns_from_teacher:
             rule = "needs a teacher: set distill.teacher, or model.init for that model"
             self.distill._need(bool(self.teacher), "share", rule)

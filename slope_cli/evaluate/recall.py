@@ -11,7 +11,7 @@ Shape suffixes: B items, T tokens of a prompt, C choices, W tokens of a choice, 
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.checkpoint.load import Loaded
 from slope_cli.data.dataset import NO_VALIDATION, Dataset
-from slope_cli.data.token_file import TokenReader
+from slope_cli.data.token_file import TokenFile, TokenReader
 from slope_cli.distributed.collectives import Group
 from slope_cli.errors import UsageError
 from slope_cli.evaluate.recall_items import GROUP, TASKS, Cell, Item, Material
@@ -48,16 +48,20 @@ def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(names)), [word for word in words if word != GROUP and word not in TASKS]
 
 
-def material_of(tokenizer: PreTrainedTokenizerFast, dataset: Dataset) -> Material:
+def validation_material(tokenizer: PreTrainedTokenizerFast, dataset: Dataset) -> Material:
     """What items are made of, from the validation text of a data set.
 
     Raises:
         UsageError: it has none, or too few different tokens.
     """
-    files = dataset.val.values()
-    texts = [TokenReader(file).read(0, min(file.header.tokens, TEXT)).astype(np.int64) for file in files]
-    if not texts:
+    if not dataset.val:
         raise UsageError(f"{dataset.folder}: has no validation text, {NO_VALIDATION}")
+    return material_of(tokenizer, dataset.val.values(), TEXT)
+
+
+def material_of(tokenizer: PreTrainedTokenizerFast, files: Iterable[TokenFile], tokens: int) -> Material:
+    """What items are made of, from so many tokens of each file; UsageError if too few are different."""
+    texts = [TokenReader(file).read(0, min(file.header.tokens, tokens)).astype(np.int64) for file in files]
     return Material.of(tokenizer, np.concatenate(texts))
 
 
@@ -95,7 +99,7 @@ def measure_recall(
     group, patterns = group or Group(), [linear.pattern for linear in linear_windows(loaded.model).values()]
     # A distance counts from the place of the answer: the query is one token before it.
     near, far = (patterns[0].always_near + 1, patterns[0].lookback + 1) if patterns else (length, length)
-    material, count = material_of(loaded.tokenizer, dataset), limit or ITEMS
+    material, count = validation_material(loaded.tokenizer, dataset), limit or ITEMS
     rows: list[dict[str, Any]] = []
     for name in names:
         task, before = TASKS[name], len(rows)

@@ -1,7 +1,7 @@
 """Recall tasks, each a generator of items: a prompt that says something once, and a question whose answer repeats it.
 
-An item is made of tokens, not of text, so every tokenizer serves. Keys and values are random words, tokens of the
-validation text in random order, which no training text has together: only the prompt tells which value a key has.
+An item is made of tokens, not of text, so every tokenizer serves. Keys and values are random words, tokens of a
+text in random order, which no text has together: only the prompt tells which value a key has.
 
 Shape suffixes: T tokens of a prompt, C choices, W tokens of a choice.
 """
@@ -104,7 +104,7 @@ class Material:
         plain = np.array([tokenizer.decode([int(token)]).strip().isalnum() for token in common], dtype=bool)
         words = common[plain] if plain.sum() >= FEWEST_WORDS else common
         if len(words) < FEWEST_WORDS:
-            rule = f"recall tasks need {FEWEST_WORDS} different tokens, and the validation text has {len(words)}"
+            rule = f"recall tasks need {FEWEST_WORDS} different tokens, and the text has {len(words)}"
             raise UsageError(f"{rule}; prepare more text")
         begin = begin_id(tokenizer)
 
@@ -171,17 +171,18 @@ class Task:
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), *cell])
         items: list[Item] = []
         while len(items) < count:
-            if (item := self._drawn(material, cell, length, rng)) is None:
+            if (item := self.item(material, cell, length, rng)) is None:
                 return []
             items.append(item)
         return items
 
-    def _drawn(self, material: Material, cell: Cell, length: int, rng: np.random.Generator) -> Item | None:
+    def item(self, material: Material, cell: Cell, length: int, rng: np.random.Generator) -> Item | None:
+        """A sound item of a cell, drawn; None if it has none, whatever is drawn. Otherwise as `items`."""
         for _ in range(TRIES):
             item = self.make(material, cell, length, rng)
             if item is None or item.is_sound:
                 return item
-        words = f"the {len(material.words)} different words of the validation text are too few"
+        words = f"the {len(material.words)} different words of the text are too few"
         raise UsageError(f"{self.name}: {words} for {cell.pairs} pairs; leave it out, or prepare more text")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from slope_cli.linearize.exact_cache import no_entries
-from slope_cli.linearize.linear_attention import Attended, Entries, Pattern, with_ones
+from slope_cli.linearize.linear_attention import Attended, Entries, Maps, Pattern, with_ones
 
 
 class Remembered(NamedTuple):
@@ -200,8 +200,8 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
             setattr(self, name, change(tensor))
 
 
-def absorb_oldest(ring: Ring, phi: Callable[[Tensor], Tensor]) -> None:
-    """In place: the oldest key and value join the state; `replace_oldest` comes after it.
+def absorb_oldest(ring: Ring, maps: Maps) -> None:
+    """In place: the oldest key and value join the state, by their gate if it is gated; `replace_oldest` comes after it.
 
     In both, no shape depends on the data and the host reads nothing of the device: a CUDA graph can hold them.
     """
@@ -209,7 +209,10 @@ def absorb_oldest(ring: Ring, phi: Callable[[Tensor], Tensor]) -> None:
     old_k_BG1D, old_v_BG1D = (remembered.index_select(2, ring.oldest) for remembered in (ring.keys, ring.values))
     old_keep_B1 = ring.keep.index_select(1, ring.oldest)
     old_v_BG1E = with_ones(old_v_BG1D.to(dtype)) * old_keep_B1[:, None, :, None]
-    ring.state.addcmul_(phi(old_k_BG1D.to(dtype)).mT, old_v_BG1E)
+    old_k_BG1D = old_k_BG1D.to(dtype)
+    if maps.gate is not None:
+        ring.state.mul_((maps.gate(old_k_BG1D) * old_v_BG1E[..., -1]).exp()[..., None])
+    ring.state.addcmul_(maps.k(old_k_BG1D).mT, old_v_BG1E)
 
 
 def replace_oldest(ring: Ring, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor) -> None:

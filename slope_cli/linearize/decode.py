@@ -68,7 +68,7 @@ def _step(
     near_BGPE = torch.cat([y_BGPD, near_BGPK.sum(-1, keepdim=True)], dim=-1)
     phi_q_BGPF = maps.q(q_BH1D * (scale * D**0.5)).reshape(B, G, H // G, -1)
     y_BGPD = normalised(near_BGPE, _product(phi_q_BGPF, ring.state), branch)
-    absorb_oldest(ring, maps.k)
+    absorb_oldest(ring, maps)
     return y_BGPD.reshape(B, H, 1, D)
 
 

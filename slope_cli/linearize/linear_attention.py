@@ -13,7 +13,8 @@ Queries are taken in chunks of C. A chunk sees a band of K keys, its own and the
 the R after it): that holds all near keys and a few far ones. The far keys outside of the band come as a sum over them,
 the state, phi_k(k)^T·[v, 1]; its last column, from the ones, adds up to the denominator. A decoder therefore keeps the
 last R keys and values and the state of those before: the same function serves training, a prompt in any pieces, and
-single tokens, which are chunks of one.
+single tokens, which are chunks of one. Where the state is gated (see `gate`), the weight of far key j is multiplied by
+the gates of the far keys after it.
 
 Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head (H = G·P), T queries, S keys
 (the remembered ones, then those of the queries), D head dimension, E = D + 1 (values and a column of ones),
@@ -27,6 +28,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from slope_cli.linearize.gate import decays
 
 Branch = Literal["both", "window", "linear"]
 BRANCHES: tuple[Branch, ...] = ("both", "window", "linear")
@@ -80,10 +83,14 @@ class Pattern:
 
 
 class Maps(NamedTuple):
-    """The feature maps of queries, (B, H, T, D) -> (B, H, T, F), and of keys, (B, G, S, D) -> (B, G, S, F)."""
+    """The feature maps of queries, (B, H, T, D) -> (B, H, T, F), and of keys, (B, G, S, D) -> (B, G, S, F).
+
+    gate: of a gated state the logarithms of the gates of keys, (B, G, S, D) -> (B, G, S).
+    """
 
     q: Callable[[Tensor], Tensor]
     k: Callable[[Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor] | None = None
 
 
 class Entries(NamedTuple):
@@ -201,11 +208,13 @@ def weights_of(
     start: int,
     first_B: Tensor,
     entries_BGCX: Tensor | None = None,
+    log_gates_BGS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights (B, H, C, S) of queries start..start + C over all S keys: (softmax attention's, `attend`'s).
 
     Rows sum to 1, and to 0 for a query without any key. Float tensors of one precision. first_B: position of place 0.
     entries_BGCX: positions of the entries in the exact cache of each query, -1 for none; None without a cache.
+    log_gates_BGS: of the keys, where the state is gated.
     """
     (B, _, C, _), (G, S) = q_BHCD.shape, k_BGSD.shape[1:3]
     places_S = torch.arange(S, device=q_BHCD.device)
@@ -220,6 +229,9 @@ def weights_of(
     scores_BHCS = scale * (q_BHCD.view(B, G, -1, C, q_BHCD.shape[-1]) @ k_BGSD.mT[:, :, None]).flatten(1, 2)
     softmax_BHCS = exp_below_max(scores_BHCS, near | far)
     far_BHCS = (phi_q_BHCF.view(B, G, -1, C, phi_q_BHCF.shape[-1]) @ phi_k_BGSF.mT[:, :, None]).flatten(1, 2) * far
+    if log_gates_BGS is not None:
+        decays_BGCS = decays(log_gates_BGS[:, :, None], far)[..., 1:]
+        far_BHCS = far_BHCS * decays_BGCS.repeat_interleave(q_BHCD.shape[1] // G, dim=1)
     mixed_BHCS = mix_H[:, None, None].to(scores_BHCS.dtype) * exp_below_max(scores_BHCS, near) + far_BHCS
     return _shares(softmax_BHCS), _shares(mixed_BHCS)
 
@@ -304,37 +316,67 @@ def _far(
     far: the mask of the first J places of the bands.
     """
     T, stateful = q_BHTD.shape[2], state_BGFE is not None or cut.chunks > 1
-    weights_BGNPCJ, sums_BGNPCE, new_state_BGFE = None, None, None
+    weights_BGNPCJ, sums_BGNPCE, new_state_BGFE, log_gates_BGS, decays_BGN1CJ = None, None, None, None, None
     if cut.far or stateful:
         places = cut.chunk * (cut.chunks - 1 + -(-max(cut.far, 1) // cut.chunk))
         phi_k_BGSF = maps.k(k_BGSD[:, :, :places])
         phi_q_BGNPCF = _chunked(maps.q(q_BHTD), k_BGSD.shape[1], cut)
+        if maps.gate is not None:
+            log_gates_BGS = maps.gate(k_BGSD[:, :, :places]) * v_BGSE[:, :, :places, -1]  # there padding has a 0
     if cut.far:
         weights_BGNPCJ = (phi_q_BGNPCF @ _bands(phi_k_BGSF, cut, cut.far).mT[:, :, :, None]) * far
+        if log_gates_BGS is not None:
+            decays_BGN1CJ = decays(_bands(log_gates_BGS[..., None], cut, cut.far).mT[:, :, :, None], far)
+            weights_BGNPCJ = weights_BGNPCJ * decays_BGN1CJ[..., 1:]
     if stateful:
-        states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, state_BGFE, T, cut)
+        states_BGNFE, new_state_BGFE = _states(phi_k_BGSF, v_BGSE, log_gates_BGS, state_BGFE, T, cut)
         if not pattern.causal:
             used = slice(cut.chunks * cut.chunk + 2 * cut.reach)
-            after_BGNFE, _ = _states(phi_k_BGSF[:, :, used].flip(2), v_BGSE[:, :, used].flip(2), None, T, cut)
+            after_BGNFE, _ = _states(phi_k_BGSF[:, :, used].flip(2), v_BGSE[:, :, used].flip(2), None, None, T, cut)
             states_BGNFE = states_BGNFE + after_BGNFE.flip(2)
         sums_BGNPCE = phi_q_BGNPCF @ states_BGNFE[:, :, :, None]
+        if decays_BGN1CJ is not None:
+            sums_BGNPCE = sums_BGNPCE * decays_BGN1CJ[..., :1]
     return weights_BGNPCJ, sums_BGNPCE, new_state_BGFE if state_BGFE is not None else None
 
 
 def _states(
-    phi_BGSF: Tensor, v_BGSE: Tensor, state_BGFE: Tensor | None, queries: int, cut: _Layout
+    phi_BGSF: Tensor,
+    v_BGSE: Tensor,
+    log_gates_BGS: Tensor | None,
+    state_BGFE: Tensor | None,
+    queries: int,
+    cut: _Layout,
 ) -> tuple[Tensor, Tensor]:
     """The state before each chunk's band (B, G, N, F, E), and that before the band of a chunk that would come next."""
     # Padding left of the keys fills the first `reach` places: the keys before chunk n's band are the first n·C places.
     length = cut.chunks * cut.chunk
     v_BGNCE = F.pad(v_BGSE[:, :, :queries], (0, 0, 0, length - queries)).unflatten(2, (cut.chunks, cut.chunk))
     phi_BGNCF = phi_BGSF[:, :, :length].unflatten(2, (cut.chunks, cut.chunk))
+    if log_gates_BGS is not None:
+        log_gates_BGNC = F.pad(log_gates_BGS[:, :, :queries], (0, length - queries)).unflatten(2, (cut.chunks, -1))
+        every = torch.ones_like(log_gates_BGNC, dtype=torch.bool)
+        phi_BGNCF = phi_BGNCF * decays(log_gates_BGNC, every)[..., 1:, None]
     sums_BGNFE = phi_BGNCF.mT @ v_BGNCE
     before_BGFE = torch.zeros_like(sums_BGNFE[:, :, 0]) if state_BGFE is None else state_BGFE
     states_BGNFE = before_BGFE[:, :, None]
+    if log_gates_BGS is not None:
+        states_BGNFE = _decayed_sums(torch.cat([states_BGNFE, sums_BGNFE], dim=2), log_gates_BGNC.sum(-1))
+        return states_BGNFE[:, :, :-1], states_BGNFE[:, :, -1]
     if cut.chunks > 1:
         states_BGNFE = torch.cat([states_BGNFE, sums_BGNFE[:, :, :-1]], dim=2).cumsum(2)
     return states_BGNFE, states_BGNFE[:, :, -1] + sums_BGNFE[:, :, -1]
+
+
+def _decayed_sums(x_BGMFE: Tensor, log_gates_BGN: Tensor) -> Tensor:
+    """s_0 = x_0, s_n = exp(log_gates_n-1) · s_n-1 + x_n, of M = N + 1: (B, G, M, F, E).
+
+    As a product with all decays from one to another, M·M numbers of a head: few beside the states themselves.
+    """
+    M = x_BGMFE.shape[2]
+    before_MN = torch.ones(M, M - 1, dtype=torch.bool, device=x_BGMFE.device).tril(-1)
+    decays_BGMM = decays(log_gates_BGN[:, :, None], before_MN).tril()
+    return (decays_BGMM @ x_BGMFE.flatten(3)).view_as(x_BGMFE)
 
 
 def normalised(near: Tensor, far: Tensor | None, branch: Branch, dropped: Tensor | None = None) -> Tensor:

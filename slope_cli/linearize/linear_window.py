@@ -15,6 +15,7 @@ from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.exact_cache import attend_cached
+from slope_cli.linearize.gate import Gate
 from slope_cli.linearize.linear_attention import Attended, Branch, Maps, Pattern, attend
 from slope_cli.linearize.maps import make_map
 
@@ -27,7 +28,7 @@ class LinearWindow(nn.Module):
     """Everything that linearizing adds to one attention layer; its name there is `linear`.
 
     Trainable: the feature map of queries (one W for each query head), that of keys (one for each KV head), and `mix`,
-    (H,), whose sigmoid is gamma.
+    (H,), whose sigmoid is gamma; with a gated state also the gate of keys (one for each KV head).
 
     mode: what the layer computes: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
@@ -50,6 +51,7 @@ class LinearWindow(nn.Module):
         name, columns = config.feature_map, config.features
         self.map_q = make_map(name, heads, head_dim, columns, generator)
         self.map_k = make_map(name, kv_heads, head_dim, columns, generator)
+        self.gate = Gate(kv_heads, head_dim) if config.state == "gated" else None
         self.mix = nn.Parameter(torch.full((heads,), math.log(config.mix / (1 - config.mix))))
         self.pattern = Pattern(config.window, config.kind == "terrace", causal, config.cache)
         self.window_dropout = config.window_dropout
@@ -66,7 +68,13 @@ class LinearWindow(nn.Module):
         """For print(model)."""
         form = "terrace" if self.pattern.terrace else "window"
         cache = f", cache={self.pattern.cache}" if self.pattern.cache else ""
+        cache += "" if self.gate is None else ", gated"
         return f"{form}={self.pattern.window}{cache}, mode={self.mode}, branch={self.branch}"
+
+    @property
+    def maps(self) -> Maps:
+        """The feature maps, and the gate, as functions."""
+        return Maps(self.map_q, self.map_k, self.gate)
 
     def new_cache(self) -> LinearWindowCache:
         """An empty memory of this layer."""
@@ -94,7 +102,7 @@ class LinearWindow(nn.Module):
             and not self.pattern.blockwise
             and not torch.is_grad_enabled()
         ):
-            gamma_H, maps = self.mix.sigmoid(), Maps(self.map_q, self.map_k)
+            gamma_H, maps = self.mix.sigmoid(), self.maps
             remembered = (memory, self.branch)
             y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, *remembered, compiled=self.compiled)
             return y_BH1D.to(q_BHTD.dtype)
@@ -116,5 +124,5 @@ class LinearWindow(nn.Module):
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, keep_BS: Tensor | None, **more: Any
     ) -> Attended:
         form: Callable[..., Attended] = attend_cached if self.pattern.cache else attend
-        own = (self.mix.sigmoid(), Maps(self.map_q, self.map_k), self.pattern, scale)
+        own = (self.mix.sigmoid(), self.maps, self.pattern, scale)
         return form(q_BHTD, k_BGSD, v_BGSD, keep_BS, *own, branch=self.branch, **more)

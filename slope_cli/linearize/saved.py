@@ -11,7 +11,7 @@ from slope_cli.errors import UsageError
 from slope_cli.linearize.swap import added_state, linearize_attention, load_added_state, softmax_layers
 
 FOLDER = "linearize"
-KEYS = ("feature_map", "features", "window", "cache", "mix", "window_dropout", "keep_softmax")
+KEYS = ("feature_map", "features", "window", "cache", "state", "mix", "window_dropout", "keep_softmax")
 """The config keys in settings.json, which also has `terrace` (a boolean) and `seed`."""
 
 
@@ -31,7 +31,7 @@ def settings(folder: Path) -> LinearizeConfig:
     try:
         written = dict(json.loads(file.read_text(encoding="utf-8")))
         kind, _ = "terrace" if written.pop("terrace") else "standard", written.pop("seed")
-        written.setdefault("cache", 0)  # of before version 0.2
+        written = {"cache": 0, "state": "additive", **written}  # of before version 0.2
         if odd := sorted(written.keys() ^ set(KEYS)):
             raise KeyError(odd[0])
         return LinearizeConfig(kind=kind, **written)

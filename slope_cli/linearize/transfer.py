@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import leading_padding
 from slope_cli.linearize.exact_cache import entries_of_queries
-from slope_cli.linearize.linear_attention import SHORTEST_CHUNK, Maps, weights_of
+from slope_cli.linearize.linear_attention import SHORTEST_CHUNK, weights_of
 from slope_cli.linearize.linear_window import LinearWindow
 from slope_cli.linearize.maps import SMALLEST
 from slope_cli.linearize.swap import linear_windows, using
@@ -155,10 +155,17 @@ def _entropy(
         phi_q_BHTF, phi_k_BGTF = linear.map_q(q_BHTD * (scale * D**0.5)), linear.map_k(k_BGTD)
         first_B, gamma_H, entries_BGTX = leading_padding(keep_BT).neg(), linear.mix.sigmoid(), None
         if linear.pattern.cache:
-            maps = Maps(linear.map_q, linear.map_k)
-            entries_BGTX = entries_of_queries(k_BGTD, v_BGTD, keep_BT, maps, linear.pattern, first_B)
+            entries_BGTX = entries_of_queries(k_BGTD, v_BGTD, keep_BT, linear.maps, linear.pattern, first_B)
+        log_gates_BGT = None if linear.gate is None else linear.gate(k_BGTD) * keep_BT[:, None]
 
-        def rows(q_BHCD: Tensor, phi_q_BHCF: Tensor, phi_k_BGSF: Tensor, mix_H: Tensor, start: int) -> Tensor:
+        def rows(
+            q_BHCD: Tensor,
+            phi_q_BHCF: Tensor,
+            phi_k_BGSF: Tensor,
+            log_gates_BGS: Tensor | None,
+            mix_H: Tensor,
+            start: int,
+        ) -> Tensor:
             target_BHCS, weight_BHCS = weights_of(
                 q_BHCD,
                 phi_q_BHCF,
@@ -171,13 +178,14 @@ def _entropy(
                 start=start,
                 first_B=first_B,
                 entries_BGCX=None if entries_BGTX is None else entries_BGTX[:, :, start : start + q_BHCD.shape[2]],
+                log_gates_BGS=log_gates_BGS,
             )
             return -(target_BHCS * weight_BHCS.clamp(min=SMALLEST).log()).sum(-1)
 
         entropies = []
         for start in range(0, T, SHORTEST_CHUNK):
             part = slice(start, start + SHORTEST_CHUNK)
-            arguments = (q_BHTD[:, :, part], phi_q_BHTF[:, :, part], phi_k_BGTF, gamma_H, start)
+            arguments = (q_BHTD[:, :, part], phi_q_BHTF[:, :, part], phi_k_BGTF, log_gates_BGT, gamma_H, start)
             entropies.append(checkpoint(rows, *arguments, use_reentrant=False))
         return _mean_of_real(torch.cat(entropies, dim=-1), keep_BT)
 

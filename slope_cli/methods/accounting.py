@@ -21,7 +21,7 @@ from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.methods.muon import Matrix, hidden_matrices
-from slope_cli.methods.phases import MAPS
+from slope_cli.methods.phases import MAPS, WEIGHTS
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import (
@@ -36,6 +36,8 @@ from sparse_kernels import (
 from sparse_kernels.formats import BF16
 from sparse_kernels.layers import alike
 
+TEACHER = "teacher (float32)"
+"""Of the state of a run that linearizes and trains all weights: those that the teacher has for itself."""
 DENSE = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
 LINEAR = DENSE | SparseLinear
 
@@ -47,7 +49,8 @@ class Counts:
     weights: those that are stored, adapters and feature maps aside; of a sparse layer the kept ones.
     trained: those of them that are trained.
     active: those of them that no mask prunes.
-    adapters, trained_adapters, maps: of adapters, of those among them that are trained, and of feature maps.
+    adapters, trained_adapters: of adapters, and of those among them that are trained.
+    maps, trained_maps: of what linearizing adds, feature maps, mix factors and gates, and of what is trained of it.
     linear: entries of the weights that take part in a product: a lookup in an embedding is none, a head tied to one is.
     sparse, stored_sparse: entries of the weights of sparse layers, and those of them that are stored.
     pruned_layers: entries of the weights of layers that are sparse or under a mask.
@@ -60,6 +63,7 @@ class Counts:
     adapters: int
     trained_adapters: int
     maps: int
+    trained_maps: int
     linear: int
     sparse: int
     stored_sparse: int
@@ -84,6 +88,7 @@ def count(model: nn.Module) -> Counts:
         adapters=sum(map(_parameters, adapters)),
         trained_adapters=sum(_parameters(x) for x in adapters if x.lora_A.requires_grad),
         maps=sum(map(_parameters, windows)),
+        trained_maps=sum(p.numel() for window in windows for p in window.parameters() if p.requires_grad),
         linear=entries + sum(x.weight.numel() for x in model.modules() if isinstance(x, DENSE)),
         sparse=entries,
         stored_sparse=sum(x.values.numel() for x in sparse),
@@ -140,7 +145,7 @@ class Account:
     trained_parameters, active_parameters: weights that are trained, and that are not pruned; adapters and maps aside.
     frozen_parameters: weights, and adapters, that are stored and not trained.
     adapter_parameters: of trained adapters; pretrained_adapter_parameters: those that the run begins with among them.
-    map_parameters: of feature maps.
+    map_parameters, trained_map_parameters: of feature maps, mix factors and gates, and of those that are trained.
     all_adapter_parameters: of adapters, trained or not.
     linear_weights, pruned_layer_weights: entries of the weights of all linear layers, and of those that are pruned.
     state_bytes, dense_state_bytes: of the training state, by its parts.
@@ -159,6 +164,7 @@ class Account:
     pretrained_adapter_parameters: int
     all_adapter_parameters: int
     map_parameters: int
+    trained_map_parameters: int
     linear_weights: int
     pruned_layer_weights: int
     state_bytes: dict[str, int]
@@ -182,7 +188,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     Args:
         model: as it is before it enters the run's first phase; it is brought into the last one. It may be on "meta".
     """
-    before = adapters_of(model)
+    before, begun = adapters_of(model), _parameters(model)
     old, end = {name: _parameters(adapter) for name, adapter in before.items()}, phases_of(config).end
     apply(model, config, end)
     now = count(model)
@@ -200,10 +206,12 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         pretrained_adapter_parameters=sum(old.get(name, 0) for name in trained),
         all_adapter_parameters=now.adapters,
         map_parameters=now.maps,
+        trained_map_parameters=now.trained_maps,
         linear_weights=now.linear,
         pruned_layer_weights=now.pruned_layers,
         state_bytes={
             **({"frozen (float32)": 4 * frozen} if frozen else {}),
+            **({TEACHER: 4 * begun} if end.linearized and end.step == "distill" and WEIGHTS in end.rates else {}),
             **_state_bytes(now.trained, sum(p.numel() for p in by_muon)),
             "masks": now.mask_bytes,
             "adapters with their state": 16 * now.trained_adapters,
@@ -266,7 +274,8 @@ def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     for phase in phases_of(config).distinct:
         apply(model, config, phase, was=was)
         taught = phase.step == "distill"
-        own = dense if taught and not phase.linearized else 0  # a linearized model shares its frozen weights
+        shared = phase.linearized and WEIGHTS not in phase.rates  # a linearized model shares its frozen weights
+        own = dense if taught and not shared else 0
         found.append(replace(sizes_of(model, config), teacher=taught, teacher_parameters=own))
         was = phase
     return found

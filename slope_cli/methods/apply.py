@@ -11,7 +11,7 @@ from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
 from slope_cli.linearize.swap import linear_windows, linearize_attention, projections, restore_attention
 from slope_cli.methods import optim, phases_of
-from slope_cli.methods.phases import DENSE, MAPS, Layers, Phase
+from slope_cli.methods.phases import ADAPTERS, DENSE, MAPS, WEIGHTS, Layers, Phase
 from slope_cli.methods.sparse import report_layers, which_layers
 from sparse_kernels import (
     SparseLinear,
@@ -73,11 +73,15 @@ def apply(
         a = config.adapters
         names = projections(model, config.linearize.targets) if to.linearized else None
         how: dict[str, Any] = {"alpha": a.alpha, "init": a.init, "seed": config.train.seed}
-        adapters = add_adapters(model, a.rank, names, beside=to.linearized, **how)
-        if optimizer is not None:
-            optim.add_adapter_group(optimizer, [p for x in adapters.values() for p in x.parameters()], config)
+        add_adapters(model, a.rank, names, beside=to.linearized, **how)
+    if to.linearized and WEIGHTS in to.rates:
+        model.requires_grad_(True)
     for window in linear_windows(model).values():
         window.requires_grad_(MAPS in to.rates)
+        if window.gate is not None:
+            window.gate.requires_grad_(ADAPTERS in to.rates)
+    if optimizer is not None:
+        optim.join(optimizer, model, config)
     if to.fp8 and not fp8_obstacle(model.device):
         set_fp8(model, _fp8_layers(model, config))
 

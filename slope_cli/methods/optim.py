@@ -36,22 +36,7 @@ def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.o
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimizer of all parameters of a model that require a gradient: AdamW, LAMB or Muon."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapters = [p for name, p in trained.items() if ".adapter." in name]
-    maps = [p for window in linear_windows(model).values() for p in window.parameters() if p.requires_grad]
-    hidden = [p for p in hidden_matrices(model) if p.requires_grad] if optim.name == "muon" else []
-    beside = {id(p) for p in (*adapters, *maps, *hidden)}
-    groups: list[dict[str, Any]] = [{"params": hidden, "weight_decay": optim.weight_decay, "group": MATRICES}]
-    for group, decay, own in (
-        (WEIGHTS, optim.weight_decay, [p for p in trained.values() if id(p) not in beside]),
-        (MAPS, 0.0, maps),
-    ):
-        matrices = [p for p in own if p.dim() >= 2]
-        groups.append({"params": matrices, "weight_decay": decay, "group": group, "adam": optim.name == "muon"})
-        # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with.
-        vectors = [p for p in own if p.dim() < 2]
-        groups.append({"params": vectors, "weight_decay": 0.0, "group": group, "adam": True})
-    groups = [group for group in (*groups, _adapter_group(adapters, adapter_decay)) if group["params"]]
+    groups = _groups(model, optim, adapter_decay)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
@@ -171,14 +156,38 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(update[local_rows(p)].to(weight.dtype) * lr)
 
 
-def add_adapter_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], config: Config) -> None:
-    """Give added adapters their own group, with its learning rate, decay and fresh state."""
-    optimizer.add_param_group(_adapter_group(parameters, config.adapters.weight_decay))
+def join(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config) -> None:
+    """Give what is trained from now on, and was not until now, groups of its own, with fresh state."""
+    present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in _groups(model, config.optim, config.adapters.weight_decay):
+        if new := [p for p in group["params"] if id(p) not in present]:
+            optimizer.add_param_group({**group, "params": new})
 
 
-def _adapter_group(parameters: Iterable[nn.Parameter], decay: float) -> dict[str, Any]:
+def _groups(model: nn.Module, optim: OptimConfig, adapter_decay: float) -> list[dict[str, Any]]:
+    """The parameters that require a gradient, in groups."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    windows = linear_windows(model).values()
+    gates = [p for window in windows if window.gate is not None for p in window.gate.parameters() if p.requires_grad]
+    adapters = [p for name, p in trained.items() if ".adapter." in name]
+    gate_ids = set(map(id, gates))
+    maps = [p for window in windows for p in window.parameters() if p.requires_grad and id(p) not in gate_ids]
+    hidden = [p for p in hidden_matrices(model) if p.requires_grad] if optim.name == "muon" else []
+    beside = {id(p) for p in (*adapters, *gates, *maps, *hidden)}
+    groups: list[dict[str, Any]] = [{"params": hidden, "weight_decay": optim.weight_decay, "group": MATRICES}]
+    for group, decay, own in (
+        (WEIGHTS, optim.weight_decay, [p for p in trained.values() if id(p) not in beside]),
+        (MAPS, 0.0, maps),
+    ):
+        matrices = [p for p in own if p.dim() >= 2]
+        groups.append({"params": matrices, "weight_decay": decay, "group": group, "adam": optim.name == "muon"})
+        # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with.
+        vectors = [p for p in own if p.dim() < 2]
+        groups.append({"params": vectors, "weight_decay": 0.0, "group": group, "adam": True})
     # adam: neither LAMB's trust ratio nor Muon works for a matrix that starts at zero, one of two that are multiplied.
-    return {"params": list(parameters), "weight_decay": decay, "group": ADAPTERS, "adam": True}
+    for late in (adapters, gates):  # adapters may be split over processes, and gates are not
+        groups.append({"params": late, "weight_decay": adapter_decay, "group": ADAPTERS, "adam": True})
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, phase: Phase, step: int, optim: OptimConfig) -> float:

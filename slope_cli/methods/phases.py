@@ -10,7 +10,7 @@ from typing import Literal
 
 WEIGHTS, MATRICES, ADAPTERS, MAPS = "weights", "matrices", "adapters", "maps"
 """The groups of parameters, each with a learning rate of its own: the model's own, those of them that Muon updates,
-low-rank adapters, feature maps."""
+low-rank adapters (and the gates of linear attention, which are trained with them), feature maps."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Phase:
     def name(self) -> str:
         """A short description for the log."""
         what: list[str] = [self.step if self.linearized else self.layers.kind]
+        what += ["all weights"] * (self.linearized and WEIGHTS in self.rates)
         what += ["with adapters"] * self.adapters + ["in fp8"] * self.fp8
         what += ["from a teacher"] * (self.step == "distill" and not self.linearized)
         return ", ".join(what)

@@ -14,6 +14,7 @@ from slope_cli.config.schema import Config
 from slope_cli.distributed.layouts import GIB, Choice, Cluster, Memory, choices, choose
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import (
+    TEACHER,
     Account,
     AttentionMemory,
     RangeMemory,
@@ -237,16 +238,21 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
     begins = "never" if phases.adapter_step is None else f"after step {phases.adapter_step:,}"
     old = f", {a.pretrained_adapter_parameters:,} of them pretrained" * bool(a.pretrained_adapter_parameters)
     state, stay = sum(a.state_bytes.values()), memory.layers - memory.linear_layers
-    frozen_bytes = a.state_bytes["frozen (float32)"] + a.state_bytes["masks"]
+    teacher = a.state_bytes.get(TEACHER, 0)
+    frozen_bytes = a.state_bytes.get("frozen (float32)", 0) + a.state_bytes["masks"]
+    weights = ("frozen", f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes")
+    if a.trained_parameters:
+        weights = ("weights", f"{a.trained_parameters:,} parameters, trained after step {phases.end.first:,}")
     return [
         ("linear attention", f"in {memory.linear_layers} of {counted(memory.layers, 'layer')}"),
+        (weights[0] if _base_run(config) else f"{weights[0]}, as if dense", weights[1]),
+        *([("teacher", f"its own copy, {teacher:,} bytes")] if teacher else []),
         (
-            "frozen" if _base_run(config) else "frozen, as if dense",
-            f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes",
+            "maps, mix factors, gates" if config.linearize.state == "gated" else "maps and mix factors",
+            f"{a.map_parameters:,} parameters",
         ),
-        ("maps and mix factors", f"{a.map_parameters:,} parameters"),
         ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
-        ("training state", f"{state:,} bytes, {state - frozen_bytes:,} of them of what is trained"),
+        ("training state", f"{state:,} bytes, {state - frozen_bytes - teacher:,} of them of what is trained"),
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
         *([("  layers with softmax", f"{memory.kept_bytes_per_token:,} bytes a token")] if stay else []),
         ("break-even", f"{memory.break_even:,} tokens"),

@@ -287,7 +287,7 @@ def teacher(
     """The model that a run has kept to linearize it, or to learn from it, in evaluation mode and frozen.
 
     Args:
-        shares: take the tensors that `model` has frozen in place of equal ones, as a model that is linearized has.
+        shares: take the tensors that `model` has frozen in place of equal ones, as one has whose adapters are trained.
         group: all processes of the run.
         sharding: of `model`, if it is split: then the teacher is split as well, and shares nothing.
 

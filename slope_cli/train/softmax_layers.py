@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slope_cli.data.batches import val_batches
 from slope_cli.data.dataset import Dataset
-from slope_cli.evaluate.recall import material_of
+from slope_cli.evaluate.recall import validation_material
 from slope_cli.evaluate.recall_items import TASKS, Item
 from slope_cli.linearize.linear_attention import Pattern
 from slope_cli.linearize.swap import linear_windows, using
@@ -131,7 +131,7 @@ def _text_rows(dataset: Dataset, seq_len: int) -> list[NDArray[np.int64]]:
 
 def _far_items(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, near: int, seq_len: int, seed: int) -> list[Item]:
     """Items of all tasks with distances above `near`, of evenly chosen cells, SEQUENCES in all; [] if none fits."""
-    material = material_of(tokenizer, dataset)
+    material = validation_material(tokenizer, dataset)
     cells = [(task, cell) for task in TASKS.values() for cell in task.cells(seq_len, [near]) if cell.first > near]
     found = [task.items(material, cell, seq_len, 1, seed) for task, cell in cells]
     fitting = [cell for cell, items in zip(cells, found, strict=True) if items]

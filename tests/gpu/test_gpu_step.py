@@ -217,8 +217,7 @@ def test_adapters_join_a_graphed_run(compiled: bool) -> None:
         for number in range(8):
             if number == 4:
                 adapters = add_adapters(run.model, 8, seed=1)
-                parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
-                optim.add_adapter_group(run.optimizer, parameters, run.config)
+                optim.join(run.optimizer, run.model, run.config)
                 step = new_step(run.model, run.optimizer, torch.bfloat16, graphed=bool(at), compiled=compiled)
                 run = run._replace(step=step)
             record.append(run.take(batches("gpt2", 2, number), number))

@@ -31,6 +31,8 @@ FORMS = {
     "window": {"window": 5},
     "terrace": {"window": 4, "kind": "terrace"},
     "cache": {"window": 4, "cache": 6},
+    "gated": {"window": 5, "state": "gated"},
+    "gated terrace": {"window": 4, "kind": "terrace", "state": "gated"},
 }
 
 
@@ -133,9 +135,10 @@ def attend_as_defined(
     pattern: Pattern,
     scale: float,
 ) -> Tensor:
-    """Equation 7 of LoLCATs, query by query: (B, H, T, D)."""
+    """Equation 7 of LoLCATs, query by query, each far key decayed by the gates of those after it: (B, H, T, D)."""
     (B, H, T, D), G = q_BHTD.shape, k_BGTD.shape[1]
     phi_q_BHTF, phi_k_BGTF = maps.q(q_BHTD * scale * D**0.5), maps.k(k_BGTD)
+    gates_BGT = k_BGTD.new_ones(B, G, T) if maps.gate is None else maps.gate(k_BGTD).exp()
     rows = []
     for b in range(B):
         real = keep_BT[b].nonzero().flatten().tolist()
@@ -151,7 +154,9 @@ def attend_as_defined(
                     scores = scale * k_BGTD[b, g, near] @ q_BHTD[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(near),), mix_H[h] * (scores - scores.max()).exp())
                 if far:
-                    weights_T = weights_T.index_put((torch.tensor(far),), phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n])
+                    left = torch.stack([gates_BGT[b, g, far[place + 1 :]].prod() for place in range(len(far))])
+                    product = phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n]
+                    weights_T = weights_T.index_put((torch.tensor(far),), left * product)
                 rows.append(weights_T @ v_BGTD[b, g] / weights_T.sum() if seen else torch.zeros_like(q_BHTD[b, h, n]))
     return torch.stack(rows).view(B, H, T, D)
 

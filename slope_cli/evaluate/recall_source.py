@@ -1,0 +1,124 @@
+"""`slope data recall`: a data set with one more source, items of recall tasks to be learned from.
+
+The items are those of `recall_items`, of all numbers of pairs and ranges of distances that fit, each with its answer
+and a separator behind it. They are made of the training text, where the evaluation has validation text, and drawn by
+random numbers that no seed of the evaluation gives: training sees none of its items, but by chance.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from slope_cli.data.dataset import Dataset, open_dataset, write_manifest
+from slope_cli.data.token_file import TokenFile, Tokens, write_token_file
+from slope_cli.data.tokenizer import load_tokenizer, save_tokenizer
+from slope_cli.errors import UsageError
+from slope_cli.evaluate.recall import material_of
+from slope_cli.evaluate.recall_items import GROUP, TASKS, Cell, Material, Task
+from slope_cli.report.progress import Progress
+from slope_cli.utils.files import atomic_folder
+
+TEXT = 1 << 22
+"""Tokens of each source's training text that are read for words and filling."""
+TRAINING = 1
+"""Which of a seed's sequences of random numbers; the evaluation's have no such key."""
+
+
+def add_recall(
+    folder: Path, out: Path, *, share: float, length: int, names: Sequence[str] = tuple(TASKS), seed: int = 0
+) -> Dataset:
+    """Write a copy of a data set with the training source "recall", the same one for the same arguments.
+
+    Args:
+        folder: the data set, which stays as it is.
+        share: of the new training tokens, those of the source.
+        length: tokens of an item with its answer, at most.
+        names: of TASKS; the items of each are about as many.
+        seed: of the items.
+
+    Raises:
+        UsageError: an argument is out of range, the data set has such a source or too few different tokens, no item
+            fits, or `out` is not empty.
+        SlopeError: a file of the data set is damaged, or the disk is full.
+    """
+    out = Path(out).expanduser()
+    if unknown := [name for name in names if name not in TASKS]:
+        raise UsageError(f"--tasks {unknown[0]}: choose some of {', '.join(TASKS)}")
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share:g}: is a share of the training tokens, which must lie between 0 and 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not empty; choose another folder")
+    dataset = open_dataset(folder, verify=False)
+    if any(file.header.source == GROUP for file in dataset.train):
+        raise UsageError(f"{folder}: has a source {GROUP} already; give the data set without it")
+    tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
+    material = material_of(tokenizer, dataset.train, TEXT)
+    items = recall_items(material, [TASKS[name] for name in names], length, seed)
+    made_from = {"share": share, "seq_len": length, "tasks": list(names), "seed": seed}
+    with atomic_folder(out) as new:
+        files = [_copied(file, new) for file in (*dataset.train, *dataset.val.values())]
+        save_tokenizer(tokenizer, new / "tokenizer")
+        wanted = round(dataset.train_tokens * share / (1 - share))
+        files.append(_written(dataset, material, items, wanted, new))
+        write_manifest(new, sorted(files, key=lambda file: file.path), dataset.made_from | {GROUP: made_from})
+    return open_dataset(out, verify=False)
+
+
+def recall_items(material: Material, tasks: Sequence[Task], length: int, seed: int) -> Iterator[Tokens]:
+    """Items without end, each a prompt and its answer without what begins a text, (tokens,), int64.
+
+    Tasks of which an item fits take turns. Of those of a task all cells that fit are as likely.
+
+    Raises:
+        UsageError: no item fits, or the words are too few.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(TRAINING,)))
+    fitting: list[tuple[Task, list[Cell]]] = []
+    for task in tasks:
+        if cells := [cell for cell in task.cells(length) if task.item(material, cell, length, rng)]:
+            fitting.append((task, cells))
+        else:
+            print(f"{task.name}: none fits {length} tokens", file=sys.stderr)
+    if not fitting:
+        raise UsageError(f"--seq-len {length}: no item fits so few tokens; give more")
+    while True:
+        for task, cells in fitting:
+            item = task.item(material, cells[rng.integers(len(cells))], length, rng)
+            assert item is not None
+            yield np.concatenate([item.prompt[len(material.begin) :], item.answer])
+
+
+def _written(dataset: Dataset, material: Material, items: Iterator[Tokens], wanted: int, out: Path) -> TokenFile:
+    """The token file of the first items that have so many tokens together."""
+    begin = material.begin[material.begin != dataset.separator_id]
+    end = np.concatenate([[dataset.separator_id], begin])
+
+    def documents() -> Iterator[Tokens]:
+        tokens = 0
+        with closing(Progress(wanted)) as display:
+            while tokens < wanted:
+                yield (document := np.concatenate([next(items), end]))
+                tokens += len(document)
+                display.update(tokens, f"{tokens:,} tokens of recall items")
+
+    return write_token_file(
+        out / "train" / f"{GROUP}.tok",
+        documents(),
+        source=GROUP,
+        split="train",
+        vocab_size=dataset.vocab_size,
+        separator_id=dataset.separator_id,
+        tokenizer=dataset.tokenizer_name,
+    )
+
+
+def _copied(file: TokenFile, folder: Path) -> TokenFile:
+    """A copy of a token file in another data set, checked as it is read."""
+    copy = folder / file.header.split / file.path.name
+    copy.parent.mkdir(exist_ok=True)
+    with open(copy, "wb") as target:
+        target.writelines(file.verified())
+    return TokenFile.open(copy)
