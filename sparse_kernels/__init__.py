@@ -18,7 +18,7 @@ The only trainable weight is `values` (out, in·N/M), an ordinary parameter: opt
 nothing special. Under DDP set broadcast_buffers=False: every rank updates its masks alike. Under FSDP2 a rank has some
 rows of `values`, and `update_masks` does not work: slope_cli.distributed.sharding has what does.
 
-The baselines SR-STE, FST and Wanda train dense weights under a mask: `mask_layers` makes MaskedLinear layers,
+The baselines SR-STE, FST, S-STE and Wanda train dense weights: `mask_layers` makes MaskedLinear layers,
 `update_masks` and `decay_pruned` are called in the training loop, and `sparsify` can continue from there.
 """
 

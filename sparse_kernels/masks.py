@@ -1,4 +1,4 @@
-"""N:M masks: choosing them, pruning twice, unbiased pruning, and the bits in which masks are stored.
+"""N:M masks: choosing them, pruning twice, soft thresholding, unbiased pruning, and the bits in which masks are stored.
 
 Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; T tiles, P patterns of a tile.
 """
@@ -149,6 +149,48 @@ def tile_patterns(n: int, m: int, device: torch.device) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Soft thresholding
+
+
+def soft_threshold(weight: Tensor, n: int, m: int) -> Tensor:
+    """S(W): sign(w) · max(|w| - t, 0), with t the (n + 1)-th largest magnitude of each `m` consecutive entries.
+
+    At most `n` of every `m` entries along the last side are left, and unlike a mask's product it is a continuous
+    function of W (S-STE, arXiv 2409.09099, which has it for 2:4).
+
+    Args:
+        weight: any shape, its last side a multiple of `m`.
+
+    Returns:
+        The same shape and dtype; zeros are +0.
+
+    Raises:
+        ValueError: not 0 < n < m.
+    """
+    check_pattern(n, m)
+    groups = weight.unflatten(-1, (-1, m))
+    left = list(groups.abs().unbind(-1))
+    for _ in range(n):
+        _take_largest(left)
+    t = _take_largest(left).unsqueeze(-1)
+    soft: Tensor = groups - groups.clamp(-t, t)
+    return soft.flatten(-2)
+
+
+def soft_scale(weight: Tensor, n: int, m: int) -> Tensor:
+    """The beta that minimises ||W - beta · S(W)||²: <W, S(W)> / <S(W), S(W)>; 1 where S(W) is 0.
+
+    S-STE (arXiv 2409.09099) computes it once for a weight, from its first values.
+
+    Returns:
+        () float32.
+    """
+    soft = soft_threshold(weight, n, m)
+    products = [(each.double() * soft.double()).sum() for each in (weight, soft)]
+    return torch.where(products[1] > 0, products[0] / products[1], 1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Unbiased pruning
 
 
@@ -191,11 +233,8 @@ def mvue(X: Tensor, n: int, m: int, dim: int, generator: torch.Generator | None 
 def _mvue_threshold(sizes: list[Tensor], n: int) -> Tensor:
     """The tau for which min(1, size / tau) adds up to `n`: the least of (all but the k largest) / (n - k), k < n."""
     left, largest = list(sizes), []
-    for _ in range(n - 1):  # bubble the largest to the end
-        for place in range(len(left) - 1):
-            low, high = torch.minimum(left[place], left[place + 1]), torch.maximum(left[place], left[place + 1])
-            left[place], left[place + 1] = low, high
-        largest.append(left.pop())
+    for _ in range(n - 1):
+        largest.append(_take_largest(left))
     # Added from below: the total less its largest would lose the small ones to rounding.
     rest = functools.reduce(torch.add, left)
     tau = rest
@@ -203,6 +242,14 @@ def _mvue_threshold(sizes: list[Tensor], n: int) -> Tensor:
         rest = rest + size
         tau = torch.minimum(tau, rest / count)
     return tau
+
+
+def _take_largest(left: list[Tensor]) -> Tensor:
+    """Remove the largest of some tensors, entry by entry, and return it; the others are left in any order."""
+    for place in range(len(left) - 1):  # it bubbles to the end
+        low, high = torch.minimum(left[place], left[place + 1]), torch.maximum(left[place], left[place + 1])
+        left[place], left[place + 1] = low, high
+    return left.pop()
 
 
 def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor]]:

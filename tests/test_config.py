@@ -389,6 +389,7 @@ OWN = {
     "slope": {"mask_update_interval": 7, "backward_mask": "random", "rescale": True},
     "sr_ste": {"mask_update_interval": 7, "decay": 1e-3},
     "fst": {"mask_update_interval": 7, "dense_finish": 0.3},
+    "s_ste": {"mvue": False},
     "linearize": {"window": 16, "keep_softmax": [1]},
 }
 """Of each method with a section, keys with other values than their defaults."""
@@ -455,6 +456,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
     assert load().sparsity.mask == load(*chosen("fst")).sparsity.mask == "magnitude"
     assert load(*chosen("wanda")).sparsity.mask == "wanda"
     assert (load().sparsity.target_modules, load("method=fst").sparsity.target_modules) == ([], ["mlp"])
+    assert load("method=s_ste").sparsity.target_modules == ["mlp"]
     assert load("method=fst", "sparsity.target_modules=[c_fc]").sparsity.target_modules == ["c_fc"]
     assert [load(f"method={method}").train.cuda_graph for method in ("slope", "linearize")] == ["auto", False]
 
@@ -469,6 +471,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
         ),
         ("method=fst sparsity.m=8", "sparsity.m=8: fst searches transposable masks up to 4"),
         ("method=fst sparsity.pattern_overrides.0-1=[1,4]", "sparsity.m=4: fst searches transposable masks up to 4"),
+        ("method=s_ste sparsity.mask=random", "sparsity.mask=random: soft thresholding keeps the largest magnitudes"),
         ("method=linearize train.cuda_graph=true", "train.cuda_graph=True: method=linearize runs without CUDA graphs"),
         ("method=linearize linearize.window=128", "linearize.window=128: must be below train.seq_len=128"),
         (
@@ -501,6 +504,7 @@ OVERRIDES = {
     "slope.before": st.sampled_from(["dense", "sr_ste"]),
     "sr_ste.decay": st.floats(0, 1),
     "fst.dense_finish": st.floats(0, 1),
+    "s_ste.mvue": st.booleans(),
     "linearize.keep_softmax": st.one_of(
         st.lists(st.integers(0, 3), unique=True), st.sampled_from(["auto:1", "auto:12"])
     ),
@@ -537,7 +541,7 @@ def test_a_dumped_config_loads_back_equal(
 ) -> None:
     others = OWN.keys() - {method}
     keys = [key for key in sorted(chosen_keys) if key.partition(".")[0] not in others]
-    if method == "wanda":
+    if method in ("wanda", "s_ste"):
         keys = [key for key in keys if key != "sparsity.mask"]
     if method == "fst":
         keys = [key for key in keys if not key.startswith("sparsity.pattern_overrides")]
@@ -598,6 +602,7 @@ def test_a_dump_leaves_out_what_has_no_effect() -> None:
     assert sections("method=dense") == always
     assert sections(*chosen("wanda")) == {*always, "sparsity"}
     assert sections("method=fst") == {*always, "sparsity", "fst"}
+    assert sections("method=s_ste") == {*always, "sparsity", "s_ste"}
     assert sections("method=linearize") == {*always, "linearize", "adapters"}
     assert sections("method=linearize", "linearize.transfer=1") == {*always, "linearize"}
 

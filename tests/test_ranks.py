@@ -374,6 +374,7 @@ SPLIT = {
     "sr_ste, then sparse": ("train.steps=12", "sparsity.start=0.4", "slope.before=sr_ste"),
     "dense, then sr_ste": ("method=sr_ste", "train.steps=12", "sparsity.start=0.4"),
     "fst": ("method=fst", "train.steps=12", "sparsity.start=0.2", "fst.dense_finish=0.3", "fst.mask_update_interval=2"),
+    "s_ste": ("method=s_ste", "train.steps=12", "sparsity.start=0.2", "s_ste.mvue=false"),
     "dense, then wanda": ("method=wanda", "train.steps=12", "sparsity.start=0.4"),
     "lamb": ("optim.name=lamb", "train.steps=12", "adapters.start=0.5", "optim.weight_decay=0.1"),
     "muon": ("optim.name=muon", "train.steps=12", "sparsity.start=0.3", "adapters.start=0.7"),

@@ -82,6 +82,19 @@ class FstConfig(Section, section="fst"):
         s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
 
 
+@dataclass(kw_only=True)
+class SSteConfig(Section, section="s_ste"):
+    """method=s_ste: dense weights that soft thresholding makes N:M in every product (S-STE, arXiv 2409.09099)."""
+
+    mvue: bool = switch(True)
+    """Prune the gradient of a layer's output N:M along the tokens, at random and without bias, for the gradient of its
+    weight, as the paper does to make this product sparse, too; false takes the exact gradient."""
+
+    def check(self, config: Config) -> None:
+        s = config.sparsity
+        s._need(s.mask == "magnitude", "mask", "soft thresholding keeps the largest magnitudes; choose magnitude")
+
+
 SINKS = 4
 """The entries of an exact cache that a sequence's first tokens have for good."""
 

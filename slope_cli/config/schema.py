@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slope_cli.config.methods import FstConfig, LinearizeConfig, SlopeConfig, SrSteConfig
+from slope_cli.config.methods import FstConfig, LinearizeConfig, SlopeConfig, SrSteConfig, SSteConfig
 from slope_cli.config.section import Section, setting, switch
 from slope_cli.errors import UsageError
 
@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
     "dense": "the same model and loop with dense layers",
     "sr_ste": "dense weights under a mask that follows them; the gradient goes straight through the mask",
     "fst": "sr_ste with transposable masks, in the MLPs alone, and dense at the end",
+    "s_ste": "dense weights that soft thresholding makes N:M, in the MLPs alone; the gradient goes straight through it",
     "wanda": "a mask chosen once, by weights and inputs, for a trained model",
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
@@ -114,7 +115,7 @@ class SparsityConfig(Section, section="sparsity"):
     24 blocks 2:8."""
     target_modules: list[str] = setting([], example="[mlp]")
     """Which linear layers become sparse: regular expressions that are searched for in their names, or "mlp" for the
-    feed-forward layers; [] for every layer that can be sparse, or with method=fst for [mlp]."""
+    feed-forward layers; [] for every layer that can be sparse, or with method=fst and s_ste for [mlp]."""
     exclude_modules: list[str] = setting([], example="[c_proj]")
     """Which of the layers of sparsity.target_modules stay dense nevertheless: regular expressions that are searched for
     in their names."""
@@ -450,6 +451,7 @@ class Config:
     slope: SlopeConfig = field(default_factory=SlopeConfig)
     sr_ste: SrSteConfig = field(default_factory=SrSteConfig)
     fst: FstConfig = field(default_factory=FstConfig)
+    s_ste: SSteConfig = field(default_factory=SSteConfig)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -480,7 +482,7 @@ class Config:
             raise UsageError(f"model.name={INIT}: is only for method=linearize; name a shape")
         s, wanda = self.sparsity, self.method == "wanda"
         s.mask = s.mask or ("wanda" if wanda else "magnitude")
-        s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
+        s.target_modules = s.target_modules or [MLP] * (self.method in ("fst", "s_ste"))
         self.adapters.lr = self.adapters.lr or self.optim.lr
         if self.optim.name == "muon":
             self.optim.muon_lr = self.optim.muon_lr or self.optim.lr

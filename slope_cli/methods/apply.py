@@ -117,6 +117,7 @@ def _convert(
     old = {name: model.get_submodule(name) for name in names}
     if to.kind == "masked":
         how |= {"transposable": to.transposable, "mvue": to.mvue, "straight_through": to.straight_through}
+        how |= {"soft_threshold": to.soft_threshold}
         mask_layers(model, **how)
     else:
         how |= {"rescale": to.rescale, "backward_rescale": to.backward_rescale, "backend": config.sparsity.backend}

@@ -21,7 +21,7 @@ class Layers:
     mask_update_interval: steps between mask updates; 0: never.
     backward_mask: how that of W^{R,C} is chosen, magnitude or random.
     rescale, backward_rescale: of sparse layers; see `sparse_kernels.sparsify`.
-    transposable, mvue, straight_through: of masked layers; see `sparse_kernels.mask_layers`.
+    transposable, mvue, straight_through, soft_threshold: of masked layers; see `sparse_kernels.mask_layers`.
     decay: of pruned weights; see `sparse_kernels.decay_pruned`.
     """
 
@@ -33,12 +33,24 @@ class Layers:
     transposable: bool = False
     mvue: bool = False
     straight_through: bool = True
+    soft_threshold: bool = False
     decay: float = 0.0
 
     @property
     def backward_mask_is_derived(self) -> bool:
         """Whether W^{R,C}'s mask follows from values and row mask after each step, so that it need not be saved."""
         return self.kind == "sparse" and self.mask_update_interval == 1 and self.backward_mask == "magnitude"
+
+    @property
+    def sparse_products(self) -> list[str]:
+        """Which of the three products of a pruned layer have an operand that is N:M along what is summed over."""
+        sparse, pruned = self.kind == "sparse", self.kind in ("masked", "sparse")
+        products = {
+            "forward": pruned,
+            "input gradient": sparse or (pruned and self.transposable),
+            "weight gradient": pruned and self.mvue,
+        }
+        return [name for name, holds in products.items() if holds]
 
 
 DENSE = Layers()

@@ -53,6 +53,12 @@ def fst(config: Config) -> list[Phase]:
     return [_phase(config, 0, DENSE), _phase(config, start, layers), *dense_end]
 
 
+def s_ste(config: Config) -> list[Phase]:
+    """Weights made N:M by soft thresholding, and pruned output gradients. The masks follow what it keeps."""
+    layers = Layers("masked", mask_update_interval=1, mvue=config.s_ste.mvue, soft_threshold=True)
+    return [_phase(config, 0, DENSE), _phase(config, _sparse_step(config), layers)]
+
+
 def wanda(config: Config) -> list[Phase]:
     """Masks chosen once. Pruned weights get no gradient, which would only count in clipping."""
     return [_phase(config, 0, DENSE), _phase(config, _sparse_step(config), Layers("masked", straight_through=False))]
