@@ -32,6 +32,7 @@ from sparse_kernels.kernel_choice import kernel_choices, use_choices
 from sparse_kernels.layers import (
     backends,
     check_backend,
+    dense_gradients,
     dense_weights,
     mask_buffers,
     measure_kernels,
@@ -42,6 +43,7 @@ from sparse_kernels.layers import (
     sparse_layers,
     update_backward_masks,
     update_masks,
+    update_row_masks,
     using_backend,
 )
 from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
@@ -67,6 +69,7 @@ __all__ = [
     "check_adapters",
     "check_backend",
     "decay_pruned",
+    "dense_gradients",
     "dense_weights",
     "find_sparse_layers",
     "fp8_layers",
@@ -90,6 +93,7 @@ __all__ = [
     "to_dense",
     "update_backward_masks",
     "update_masks",
+    "update_row_masks",
     "use_choices",
     "using_backend",
 ]

@@ -101,6 +101,36 @@ def double_prune(
     return nm_mask(score_OI, n, m, dim=0) & row_mask_OI
 
 
+def drop_and_grow(
+    weight_OI: Tensor, mask_OI: Tensor, gradient_OI: Tensor, n: int, m: int, share: float = 1.0
+) -> Tensor:
+    """An N:M mask that follows the gradient, by one swap in a group at most.
+
+    As in RigL (Evci et al. 2020, arXiv 1911.11134), which does so in whole layers: a group's kept entry of the smallest
+    magnitude gives its place to the pruned entry of the largest gradient. Here it does so where that gradient is larger
+    than its own, in the groups of a row where it is so by most; of equal entries the first counts.
+
+    Args:
+        weight_OI: (out, in).
+        mask_OI: bool (out, in), N:M along the rows.
+        gradient_OI: (out, in), of the loss with respect to each entry, pruned ones included.
+        share: of the kept entries of a row, at most, that lose their place; but for ties.
+
+    Returns:
+        bool (out, in), with as many kept entries in each group as before.
+    """
+    size_OI = gradient_OI.abs()
+    drop_OI = nm_mask(torch.where(mask_OI, -weight_OI.abs(), -torch.inf), 1, m)
+    grow_OI = nm_mask(torch.where(mask_OI, -1, size_OI), 1, m)
+    lost_OG, gained_OG = ((size_OI * each_OI).unflatten(1, (-1, m)).sum(-1) for each_OI in (drop_OI, grow_OI))
+    gain_OG = gained_OG - lost_OG
+    count = min(int(share * n * gain_OG.shape[1]), gain_OG.shape[1])
+    if not count:
+        return mask_OI.clone()
+    swap_OG = (gain_OG > 0) & (gain_OG >= gain_OG.topk(count, dim=1).values[:, -1:])
+    return torch.where(swap_OG.repeat_interleave(m, dim=1), (mask_OI & ~drop_OI) | grow_OI, mask_OI)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transposable masks
 

@@ -37,7 +37,8 @@ class SparseLinear(nn.Module):
     Attributes:
         values: parameter (out, in·n/m), the kept entries of W^R row by row in column order.
         bias: parameter (out,) or None.
-        row_mask_bits: uint8 buffer (out, ceil(in/8)), W^R's mask; fixed once it is chosen.
+        row_mask_bits: uint8 buffer (out, ceil(in/8)), W^R's mask; fixed once it is chosen, but for
+            `sparse_kernels.update_row_masks`.
         backward_mask_bits: uint8 buffer (in, ceil(out/8)), W^{R,C}'s mask, transposed; see `update_backward_mask`.
         backward_scale: buffer () or None, a factor of the input gradient; see `backward_rescale`.
         adapter: a LowRankAdapter or None; its output is added.

@@ -1,6 +1,7 @@
 """Every method in the same loop: its phases, its masks, and that a killed run resumes bit for bit."""
 
 import ast
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -36,6 +37,7 @@ RUNS = {
     "dense start": ["sparsity.start=0.4", "slope.rescale=true", "slope.backward_rescale=true"],
     "sr_ste start": ["sparsity.start=0.4", "slope.before=sr_ste"],
     "wanda mask": ["sparsity.mask=wanda", "slope.backward_mask=random"],
+    "row masks": ["slope.row_mask_until=0.7", "slope.row_mask_update_interval=2", "sparsity.start=0.2"],
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]"],
     "every step": ["slope.mask_update_interval=1", "sparsity.target_modules=[mlp]"],
     "fp8": ["train.precision=fp8", "train.bf16_finish=0.3"],
@@ -128,6 +130,18 @@ def test_masks_are_updated_as_their_method_wants() -> None:
     assert due("method=s_ste") == every(1)
     assert due("method=wanda", "sparsity.start=0.5") == every(0)  # chosen once
     assert due("method=dense") == due("method=linearize", "linearize.window=8") == every(0)
+    rows = ("slope.row_mask_update_interval=2", "slope.row_mask_until=0.75")
+    assert due("slope.mask_update_interval=0", *rows) == [False, True, False, True, *[False] * 4]
+    assert due("slope.mask_update_interval=3", *rows) == [False, True, True, True, False, True, False, False]
+    assert due("slope.mask_update_interval=0", "sparsity.start=0.25", *rows) == [*[False] * 3, True, *[False] * 4]
+
+
+def test_row_masks_change_less_and_less_until_they_are_fixed() -> None:
+    words = ("slope.row_mask_until=0.75", "slope.row_mask_update_interval=1", "slope.row_mask_share=0.4")
+    phases = in_each_step(*words, "adapters.start=0.5")  # 4 steps
+    shares = [phase.row_mask_share(step) for step, phase in enumerate(phases)]
+    assert shares == pytest.approx([0.2 * (1 + math.cos(math.pi / 3)), 0.2 * (1 + math.cos(2 * math.pi / 3)), 0, 0])
+    assert [phase.row_mask_share(step) for step, phase in enumerate(in_each_step())] == [0] * 4
 
 
 def test_each_phase_says_what_is_trained_at_which_rate() -> None:

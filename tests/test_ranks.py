@@ -374,6 +374,12 @@ SPLIT = {
     "sr_ste, then sparse": ("train.steps=12", "sparsity.start=0.4", "slope.before=sr_ste"),
     "dense, then sr_ste": ("method=sr_ste", "train.steps=12", "sparsity.start=0.4"),
     "fst": ("method=fst", "train.steps=12", "sparsity.start=0.2", "fst.dense_finish=0.3", "fst.mask_update_interval=2"),
+    "row masks": (
+        "train.steps=12",
+        "slope.row_mask_until=0.7",
+        "slope.row_mask_update_interval=3",
+        "adapters.start=0.5",
+    ),
     "s_ste": ("method=s_ste", "train.steps=12", "sparsity.start=0.2", "s_ste.mvue=false"),
     "dense, then wanda": ("method=wanda", "train.steps=12", "sparsity.start=0.4"),
     "lamb": ("optim.name=lamb", "train.steps=12", "adapters.start=0.5", "optim.weight_decay=0.1"),
