@@ -51,6 +51,7 @@ from sparse_kernels.masked_linear import MaskedLinear, decay_pruned, masked_laye
 from sparse_kernels.packed import Backend
 from sparse_kernels.selection import MLP, LayerReport, ModelReport, select_layers
 from sparse_kernels.sparse_linear import SparseLinear
+from sparse_kernels.sparse_relu import SparseSquaredReLU, defer_activations
 
 __all__ = [
     "MLP",
@@ -61,6 +62,7 @@ __all__ = [
     "MaskedLinear",
     "ModelReport",
     "SparseLinear",
+    "SparseSquaredReLU",
     "adapted_layers",
     "adapter_rank",
     "adapters_of",
@@ -69,6 +71,7 @@ __all__ = [
     "check_adapters",
     "check_backend",
     "decay_pruned",
+    "defer_activations",
     "dense_gradients",
     "dense_weights",
     "find_sparse_layers",

@@ -38,11 +38,13 @@ class _MaskedLinear(torch.autograd.Function):
         mvue: bool,
         straight_through: bool,
         counts: Tensor | None,
+        for_weight_BI: Tensor | None,
     ) -> Tensor:
         fp8, of_X, of_W, _ = rows_of(counts)
         X = operand(X_BI, fp8=fp8, counts=of_X)
         P = operand(_projected(W_OI, mask_OI, scale, pattern).to(X_BI.dtype), fp8=fp8, counts=of_W)
-        ctx.save_for_backward(*X, W_OI, mask_OI, scale, counts)
+        saved = X if for_weight_BI is None else Operand(for_weight_BI)
+        ctx.save_for_backward(*saved, W_OI, mask_OI, scale, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.pattern, ctx.mvue, ctx.straight_through = pattern, mvue, straight_through
         return product(X, P, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
@@ -67,7 +69,7 @@ class _MaskedLinear(torch.autograd.Function):
                 dW = _masked(dW, mask_OI)
         if ctx.needs_input_grad[2]:
             db = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX, dW, db, None, None, None, None, None, None
+        return dX, dW, db, None, None, None, None, None, None, None
 
 
 def linear(
@@ -81,6 +83,7 @@ def linear(
     mvue: bool = False,
     straight_through: bool = True,
     counts: Tensor | None = None,
+    for_weight: Tensor | None = None,
 ) -> Tensor:
     """Y = X · P^T + bias with the gradients that this module's docstring states.
 
@@ -94,6 +97,7 @@ def linear(
         mvue: prune dY n:m along the tokens, without bias, for the weight's gradient.
         straight_through: whether pruned entries have a gradient, too.
         counts: int64 (3, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
+        for_weight: (B, I), what the weight's gradient is computed with in place of X; then without counts. Or None.
 
     Returns:
         (..., O).
@@ -102,7 +106,7 @@ def linear(
     if torch.is_autocast_enabled(device):
         X = X.to(torch.get_autocast_dtype(device))
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
-    how = scale, pattern, mvue, straight_through, counts
+    how = scale, pattern, mvue, straight_through, counts, for_weight
     Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, *how)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(W_OI))
 
@@ -132,6 +136,7 @@ class MaskedLinear(nn.Module):
         unmasked: the mask was removed.
         fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
+        prunes_input: in training the input is pruned; see `sparse_kernels.defer_activations`.
         conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """
 
@@ -166,7 +171,7 @@ class MaskedLinear(nn.Module):
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.straight_through, self.unmasked = straight_through, False
+        self.straight_through, self.unmasked, self.prunes_input = straight_through, False, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
@@ -181,6 +186,8 @@ class MaskedLinear(nn.Module):
         counts = self.fp8_counts if self.training else None
         how: dict[str, Any] = {"scale": self.scale, "pattern": (self.n, self.m), "mvue": self.mvue}
         how |= {"straight_through": self.straight_through, "counts": counts}
+        if self.prunes_input and self.training:
+            X, how["for_weight"] = masks.prune_features(X), masks.prune_tokens(X)
         return linear(X, self.weight, self.bias, self.mask, **how)
 
     @property

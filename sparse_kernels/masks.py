@@ -1,6 +1,7 @@
 """N:M masks: choosing them, pruning twice, soft thresholding, unbiased pruning, and the bits in which masks are stored.
 
-Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; T tiles, P patterns of a tile.
+Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; G groups; T tiles, P patterns of a tile;
+B tokens, F features of an activation; R, C rows and columns of any matrix.
 """
 
 import functools
@@ -297,6 +298,31 @@ def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tupl
         taken.append((sure, passed == before))
         before = passed
     return taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations that are not negative
+
+
+def prune_features(A: Tensor) -> Tensor:
+    """The 2 largest of each 4 features, others 0: (..., F) -> (..., F); a rest that is no group is left as it is."""
+    whole = A.shape[-1] // 4 * 4
+    groups = A[..., :whole]
+    pruned = torch.where(nm_mask(groups.detach(), 2, 4), groups, 0)
+    return pruned if whole == A.shape[-1] else torch.cat([pruned, A[..., whole:]], -1)
+
+
+@torch.no_grad()
+def prune_tokens(A: Tensor) -> Tensor:
+    """The 2 largest of each 4 tokens of a feature, others 0: (..., F) -> (B, F), without a graph.
+
+    Of B tokens those of a group are B // 4 apart. A rest that is no group, the last tokens, is left as it is.
+    """
+    A_BF = A.reshape(-1, A.shape[-1])
+    whole = len(A_BF) // 4 * 4
+    groups_RC = A_BF[:whole].reshape(4, -1)  # a column is a group: of one feature, tokens whole / 4 apart
+    pruned_BF = torch.where(nm_mask(groups_RC, 2, 4, dim=0), groups_RC, 0).view(whole, A_BF.shape[1])
+    return pruned_BF if whole == len(A_BF) else torch.cat([pruned_BF, A_BF[whole:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

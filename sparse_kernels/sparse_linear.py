@@ -46,6 +46,7 @@ class SparseLinear(nn.Module):
         fp8_counts: buffer int64 (3, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
         dense_weight: W^R as a dense matrix (out, in) or None; see `sparse_kernels.dense_weights`. Never saved.
+        prunes_input: in training the input is pruned; see `sparse_kernels.defer_activations`.
         conv1d: the layer was a transformers Conv1D, and `to_dense` makes it one again.
     """
 
@@ -85,6 +86,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("backward_scale", None)
         self.register_buffer("fp8_counts", None, persistent=False)
         self.adapter = None
+        self.prunes_input = False
         self.backend: Backend = "auto"
         self.dense_weight: Tensor | None = None
         self._index: Derived | None = None
@@ -95,17 +97,21 @@ class SparseLinear(nn.Module):
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
-        Y = self._product(X)
+        for_weight = None
+        if self.prunes_input and self.training:
+            X, for_weight = masks.prune_features(X), masks.prune_tokens(X)
+        Y = self._product(X, for_weight)
         return Y if self.adapter is None else Y + self.adapter(X)
 
-    def _product(self, X: Tensor) -> Tensor:
+    def _product(self, X: Tensor, for_weight_BI: Tensor | None) -> Tensor:
         if self.dense_weight is not None and self.dense_weight.dtype == X.dtype and not torch.is_grad_enabled():
             bias_O = None if self.bias is None else self.bias.to(X.dtype)
             return F.linear(X, self.dense_weight, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         if self.backward_scale is not None and self.values.requires_grad:  # a frozen layer's gradient is exact
             X = _ScaleGradient.apply(X, self.backward_scale)
-        if self.fp8_counts is not None and self.training:
-            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), self.fp8_counts)
+        counts = self.fp8_counts if self.training else None
+        if counts is not None or for_weight_BI is not None:
+            return reference.sparse_linear(X, self.values, self.bias, *self.layout(), counts, for_weight_BI)
         compiling = torch.compiler.is_compiling()
         if (self.n, self.m) in ops.TWO_OF_FOUR and (compiling or ops.fast(X, self.values, self.backend)):
             bits = self.row_mask_bits, self.backward_mask_bits

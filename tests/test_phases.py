@@ -38,6 +38,7 @@ RUNS = {
     "sr_ste start": ["sparsity.start=0.4", "slope.before=sr_ste"],
     "wanda mask": ["sparsity.mask=wanda", "slope.backward_mask=random"],
     "row masks": ["slope.row_mask_until=0.7", "slope.row_mask_update_interval=2", "sparsity.start=0.2"],
+    "sparse_relu2": ["model.activation=sparse_relu2", "sparsity.start=0.3"],
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]"],
     "every step": ["slope.mask_update_interval=1", "sparsity.target_modules=[mlp]"],
     "fp8": ["train.precision=fp8", "train.bf16_finish=0.3"],

@@ -374,6 +374,7 @@ SPLIT = {
     "sr_ste, then sparse": ("train.steps=12", "sparsity.start=0.4", "slope.before=sr_ste"),
     "dense, then sr_ste": ("method=sr_ste", "train.steps=12", "sparsity.start=0.4"),
     "fst": ("method=fst", "train.steps=12", "sparsity.start=0.2", "fst.dense_finish=0.3", "fst.mask_update_interval=2"),
+    "sparse_relu2": ("model.activation=sparse_relu2", "train.steps=12", "method=dense"),
     "row masks": (
         "train.steps=12",
         "slope.row_mask_until=0.7",

@@ -71,6 +71,10 @@ class ModelConfig(Section, section="model"):
     """Begin with the optimizer's moments of the run model.init, too, instead of none."""
     dropout: float | None = setting(None, unit="a probability", example="0.1")
     """The probability of every dropout in the model; null for those of the shape."""
+    activation: str | None = setting(None, "relu2", "sparse_relu2")
+    """The activation of the MLPs of a GPT-2 or an OPT; null for that of the shape. relu2: squared ReLU, relu(x)².
+    sparse_relu2: the same, of which each token keeps the 2 largest of every 4 features; for the gradient of the next
+    layer's weight each feature keeps the 2 largest of every 4 tokens instead. It is computed with dense products."""
     overrides: dict[str, Any] = setting({}, example="{n_layer: 6}")
     """Fields of the model's config.json of transformers to change, by their names there: {n_layer: 6} makes a GPT-2 of
     6 blocks."""
@@ -82,7 +86,7 @@ class ModelConfig(Section, section="model"):
         self._need(self.init is not None or not self.init_optimizer, "init_optimizer", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
-        return {"init_optimizer": "method=linearize"} if config.method == "linearize" else {}
+        return dict.fromkeys(("init_optimizer", "activation"), "method=linearize") if config.linearizes else {}
 
 
 @dataclass(kw_only=True)
@@ -493,6 +497,8 @@ class Config:
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
         if self.linearizes and self.train.precision == "fp8":
             raise UsageError("train.precision=fp8: is not for method=linearize, which trains low-rank adapters alone")
+        if self.model.activation == "sparse_relu2" and self.train.precision == "fp8":
+            raise UsageError("model.activation=sparse_relu2: is not for train.precision=fp8")
         if self.learns_from_teacher:
             rule = "needs a teacher: set distill.teacher, or model.init for that model"
             self.distill._need(bool(self.teacher), "share", rule)

@@ -17,6 +17,7 @@ from sparse_kernels import (
     SparseLinear,
     add_adapters,
     check_adapters,
+    defer_activations,
     fp8_obstacle,
     mask_layers,
     masked_layers,
@@ -59,6 +60,7 @@ def apply(
         UsageError: a setting that does not fit the model.
     """
     set_fp8(model, ())  # so that layers are what they were, and can be swapped
+    defer_activations(model, on=False)
     if to.layers.kind != was.layers.kind:
         _convert(model, config, was.layers, to.layers, optimizer, calibrate)
     if to.linearized and not was.linearized:
