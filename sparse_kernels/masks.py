@@ -40,9 +40,9 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     rank = [torch.full(entries[0].shape, place, dtype=narrow, device=score.device) for place in range(m)]
     for late in range(m):
         for early in range(late):
-            late_wins = (entries[late] > entries[early]).view(torch.int8)
+            late_wins = entries[late] > entries[early]
             rank[early] += late_wins
-            rank[late] -= late_wins
+            rank[late].add_(late_wins, alpha=-1)  # torch subtracts no bool, and compiles no view of one on a GPU
     return (torch.stack(rank, dim + 1) < n).flatten(dim, dim + 1)
 
 
