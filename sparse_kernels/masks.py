@@ -42,7 +42,7 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
         for early in range(late):
             late_wins = entries[late] > entries[early]
             rank[early] += late_wins
-            rank[late].add_(late_wins, alpha=-1)  # torch subtracts no bool, and compiles no view of one on a GPU
+            rank[late].add_(late_wins, alpha=-1)  # torch subtracts no bool otherwise
     return (torch.stack(rank, dim + 1) < n).flatten(dim, dim + 1)
 
 
