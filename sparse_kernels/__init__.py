@@ -18,7 +18,7 @@ The only trainable weight is `values` (out, in·N/M), an ordinary parameter: opt
 nothing special. Under DDP set broadcast_buffers=False: every rank updates its masks alike. Under FSDP2 a rank has some
 rows of `values`, and `update_masks` does not work: slope_cli.distributed.sharding has what does.
 
-The baselines SR-STE, FST and Wanda train dense weights under a mask: `mask_layers` makes MaskedLinear layers,
+The baselines SR-STE, FST, S-STE and Wanda train dense weights: `mask_layers` makes MaskedLinear layers,
 `update_masks` and `decay_pruned` are called in the training loop, and `sparsify` can continue from there.
 """
 
@@ -32,6 +32,7 @@ from sparse_kernels.kernel_choice import kernel_choices, use_choices
 from sparse_kernels.layers import (
     backends,
     check_backend,
+    dense_gradients,
     dense_weights,
     mask_buffers,
     measure_kernels,
@@ -42,6 +43,7 @@ from sparse_kernels.layers import (
     sparse_layers,
     update_backward_masks,
     update_masks,
+    update_row_masks,
     using_backend,
 )
 from sparse_kernels.lora import AdaptedLinear, LowRankAdapter
@@ -49,6 +51,7 @@ from sparse_kernels.masked_linear import MaskedLinear, decay_pruned, masked_laye
 from sparse_kernels.packed import Backend
 from sparse_kernels.selection import MLP, LayerReport, ModelReport, select_layers
 from sparse_kernels.sparse_linear import SparseLinear
+from sparse_kernels.sparse_relu import SparseSquaredReLU, defer_activations
 
 __all__ = [
     "MLP",
@@ -59,6 +62,7 @@ __all__ = [
     "MaskedLinear",
     "ModelReport",
     "SparseLinear",
+    "SparseSquaredReLU",
     "adapted_layers",
     "adapter_rank",
     "adapters_of",
@@ -67,6 +71,8 @@ __all__ = [
     "check_adapters",
     "check_backend",
     "decay_pruned",
+    "defer_activations",
+    "dense_gradients",
     "dense_weights",
     "find_sparse_layers",
     "fp8_layers",
@@ -90,6 +96,7 @@ __all__ = [
     "to_dense",
     "update_backward_masks",
     "update_masks",
+    "update_row_masks",
     "use_choices",
     "using_backend",
 ]

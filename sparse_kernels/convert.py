@@ -96,6 +96,7 @@ def mask_layers(
     transposable: bool = False,
     mvue: bool = False,
     straight_through: bool = True,
+    soft_threshold: bool = False,
     target_modules: Sequence[str] = (),
     exclude_modules: Sequence[str] = (),
     pattern_overrides: PatternOverrides = (),
@@ -107,18 +108,23 @@ def mask_layers(
         transposable: masks that are N:M along both sides.
         mvue: prune the output's gradient without bias for the weight's gradient.
         straight_through: let pruned weights have a gradient; a mask that never changes has no use for it.
+        soft_threshold: make weights N:M by soft thresholding, which follows their magnitudes in every product.
         mask: how the first masks are chosen: "magnitude", "random" or "wanda". It and the others are `sparsify`'s.
 
     Returns:
         A report of every linear layer: swapped, or why not.
 
     Raises:
-        ValueError: as `sparsify`, or m > 4 and transposable. Nothing was swapped.
+        ValueError: as `sparsify`, m > 4 and transposable, or soft_threshold and not by magnitude. Nothing was swapped.
     """
     which = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     report = select_layers(model, n=n, m=m, **which, pattern_overrides=pattern_overrides)
     if mask == "present":
         raise ValueError("mask kind 'present' is for sparsify alone")
+    if soft_threshold and (mask != "magnitude" or transposable):
+        raise ValueError(
+            "soft thresholding keeps the largest magnitudes of a row's groups: no other mask, nor transposable"
+        )
     _check_mask(model, report, mask, norms)
     if transposable and (largest := max(row.m for row in report.swapped)) > masks.LARGEST_TRANSPOSABLE:
         raise ValueError(f"transposable masks are searched for up to m={masks.LARGEST_TRANSPOSABLE}, got m={largest}")
@@ -132,6 +138,7 @@ def mask_layers(
             transposable=transposable,
             mvue=mvue,
             straight_through=straight_through,
+            soft_threshold=soft_threshold,
             conv1d=conv1d,
         )
         _swap(model, linear, masked, masked.weight)
@@ -181,6 +188,8 @@ def _layers_to_swap(
     for row in report.swapped:
         linear = model.get_submodule(row.name)
         weight_OI, bias_O = stored_weight(linear).detach(), cast(Tensor | None, linear.bias)
+        if isinstance(linear, MaskedLinear) and linear.scale is not None:
+            weight_OI = linear.masked_weight.detach()
         if mask == "present":
             score_OI = cast(MaskedLinear, linear).mask
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels.masked_linear import MaskedLinear, linear
 from sparse_kernels.operands import COUNTED, operand
 from sparse_kernels.selection import is_conv1d, stored_weight
-from sparse_kernels.sharded import local, local_rows
+from sparse_kernels.sharded import local
 from sparse_kernels.sparse_linear import SparseLinear
 
 
@@ -107,7 +107,6 @@ def fp8_underflow(model: nn.Module) -> dict[str, float]:
 
 def _weight(layer: Any) -> Tensor:
     """What its products round, of which this process has the rows."""
-    weight: Tensor = local(layer.values if isinstance(layer, SparseLinear) else layer.weight).detach()
     if isinstance(layer, MaskedLinear):
-        return torch.where(layer.mask[local_rows(layer.weight)], weight, 0)
-    return weight
+        return layer.local_masked_weight().detach()
+    return local(layer.values if isinstance(layer, SparseLinear) else layer.weight).detach()

@@ -2,19 +2,20 @@
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_kernels import cuda, cusparselt, kernel_choice, ops
+from sparse_kernels import cuda, cusparselt, kernel_choice, masks, ops
 from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
 from sparse_kernels.matmul_plan import MatmulShape
 from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers, share
+from sparse_kernels.sharded import local, local_rows, whole_of
 from sparse_kernels.sparse_linear import SparseLinear
 
 
@@ -62,9 +63,71 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
         layer.update_backward_scale()
 
 
+@torch.no_grad()
+def update_row_masks(
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    share: float = 1.0,
+    moments: Callable[[nn.Parameter], Iterable[Tensor]] = lambda _: (),
+) -> None:
+    """Let the row mask of every sparse layer follow the gradient (`masks.drop_and_grow`), in place.
+
+    Entries that join begin at 0. The backward masks are to be updated next: some keep entries that are gone.
+
+    Args:
+        gradients: of the dense weights, (out, in), by the layers' names, whole; see `dense_gradients`.
+        share: of the kept entries of each row, at most, that lose their place.
+        moments: of a parameter, what an optimizer keeps in its shape: it moves with the entries, and begins at 0, too.
+    """
+    for name, layer in sparse_layers(model):
+        values_RK, rows = local(layer.values), local_rows(layer.values)
+        mask_RI = masks.unpack_bits(layer.row_mask_bits[rows], layer.in_features)
+        W_RI, n, m = masks.scatter(values_RK, mask_RI), layer.n, layer.m
+        grown_RI = masks.drop_and_grow(W_RI, mask_RI, gradients[name][rows], n, m, share)
+        for kept_RK in (values_RK, *map(local, moments(layer.values))):
+            kept_RK.copy_(masks.scatter(kept_RK, mask_RI)[grown_RI].view_as(kept_RK))
+        layer.row_mask_bits.copy_(whole_of(masks.pack_bits(grown_RI), layer.values))
+
+
+def dense_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The gradient of a loss with respect to every sparse layer's weight as a dense matrix, pruned entries included.
+
+    No parameter's own gradient is touched. Compiled blocks run uncompiled.
+
+    Args:
+        loss: called once; runs the model and returns the loss, (), with its graph.
+
+    Returns:
+        (out, in) float32 for each layer by its name, of the tokens of this process alone.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], Y: Tensor) -> None:
+            inputs[name], outputs[name] = given[0].detach(), Y
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in sparse_layers(model)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            value = loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = torch.autograd.grad(value, list(outputs.values()), materialize_grads=True)
+    found = {}
+    for (name, X), dY in zip(inputs.items(), given, strict=True):
+        dY_BO = dY.reshape(-1, dY.shape[-1])
+        X_BI = X.reshape(-1, X.shape[-1]).to(dY.dtype)
+        found[name] = (dY_BO.t() @ X_BI).float()  # [O,B] · [B,I] -> [O,I]
+    return found
+
+
 @renamed_arguments
 def update_masks(model: nn.Module, *, backward: str = "magnitude", seed: int = 0) -> None:
-    """Update the masks that may change in training: W^{R,C} of sparse layers, and the masks of masked ones.
+    """Update the masks that may change in each step: W^{R,C} of sparse layers, and the masks of masked ones.
 
     Args:
         backward, seed: kind and seed for `update_backward_masks`; masked layers go by their present magnitudes.

@@ -1,12 +1,13 @@
-"""MaskedLinear: a dense weight times a mask that may follow it, the layer of SR-STE, FST and Wanda.
+"""MaskedLinear: a dense weight, and what N:M sparse products read of it: the layer of SR-STE, FST, S-STE and Wanda.
 
-    forward      Y[B,out]  = X[B,in] · (W ⊙ mask)^T + bias
-    input grad   dX[B,in]  = dY[B,out] · (W ⊙ mask)
+    forward      Y[B,out]  = X[B,in] · P^T + bias                P[out,in] = W ⊙ mask, or with a scale beta · S(W)
+    input grad   dX[B,in]  = dY[B,out] · P
     weight grad  dW[out,in] = dY[B,out]^T · X[B,in], straight through to pruned entries too; of mvue(dY) if asked for
 
 Trained and stored dense: it saves neither time nor memory, and is what a sparse layer's quality is compared with.
 SR-STE (arXiv 2102.04010) updates the mask by magnitude in every step, FST (2404.01847) now and then, transposable;
 both pull pruned weights towards zero (`decay_pruned`). Wanda (arXiv 2306.11695) chooses it once, by weights and inputs.
+S-STE (arXiv 2409.09099) has no mask to choose: S, soft thresholding, is a continuous function of W that is N:M.
 
 Shape suffixes: B tokens, O out features, I in features.
 """
@@ -32,38 +33,43 @@ class _MaskedLinear(torch.autograd.Function):
         W_OI: Tensor,
         bias_O: Tensor | None,
         mask_OI: Tensor | None,
-        unbiased: tuple[int, int] | None,
+        scale: Tensor | None,
+        pattern: tuple[int, int],
+        mvue: bool,
         straight_through: bool,
         counts: Tensor | None,
+        for_weight_BI: Tensor | None,
     ) -> Tensor:
         fp8, of_X, _ = rows_of(counts)
-        X, W = operand(X_BI, fp8=fp8, counts=of_X), weight_operand(_masked(W_OI, mask_OI), X_BI.dtype, fp8=fp8)
-        ctx.save_for_backward(*X, W_OI, mask_OI, counts)
+        X = operand(X_BI, fp8=fp8, counts=of_X)
+        P = weight_operand(_projected(W_OI, mask_OI, scale, pattern), X_BI.dtype, fp8=fp8)
+        saved = X if for_weight_BI is None else Operand(for_weight_BI)
+        ctx.save_for_backward(*saved, W_OI, mask_OI, scale, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        ctx.unbiased, ctx.straight_through = unbiased, straight_through
-        return product(X, W, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
+        ctx.pattern, ctx.mvue, ctx.straight_through = pattern, mvue, straight_through
+        return product(X, P, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, scale, W_OI, mask_OI, counts = ctx.saved_tensors
-        X, dtype = Operand(data_BI, scale), dY_BO.dtype
+        data_BI, fp8_scale, W_OI, mask_OI, scale, counts = ctx.saved_tensors
+        X, dtype = Operand(data_BI, fp8_scale), dY_BO.dtype
         fp8, _, of_dY = rows_of(counts)
         dY = operand(dY_BO, fp8=fp8, counts=of_dY)
         dX = dW = db = None
         if ctx.needs_input_grad[0]:
-            W = weight_operand(_masked(W_OI, mask_OI), dtype, fp8=fp8)
-            dX = product(dY, W.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
+            P = weight_operand(_projected(W_OI, mask_OI, scale, ctx.pattern), dtype, fp8=fp8)
+            dX = product(dY, P.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
         if ctx.needs_input_grad[1]:
             S = dY
-            if ctx.unbiased is not None:
-                n, m = ctx.unbiased
+            if ctx.mvue:
+                n, m = ctx.pattern
                 S = operand(masks.mvue(dY_BO, n, m, dim=0), fp8=fp8)
             dW = product(S.t(), X.t(), dtype=dtype, exact=True).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
             if not ctx.straight_through:
                 dW = _masked(dW, mask_OI)
         if ctx.needs_input_grad[2]:
             db = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX, dW, db, None, None, None, None
+        return dX, dW, db, None, None, None, None, None, None, None
 
 
 def linear(
@@ -72,20 +78,26 @@ def linear(
     bias_O: Tensor | None,
     mask_OI: Tensor | None = None,
     *,
-    unbiased: tuple[int, int] | None = None,
+    scale: Tensor | None = None,
+    pattern: tuple[int, int] = (2, 4),
+    mvue: bool = False,
     straight_through: bool = True,
     counts: Tensor | None = None,
+    for_weight: Tensor | None = None,
 ) -> Tensor:
-    """Y = X · (W ⊙ mask)^T + bias with the gradients that this module's docstring states.
+    """Y = X · P^T + bias with the gradients that this module's docstring states.
 
     Args:
         X: (..., I); its dtype, under autocast that of autocast, is that of the three products.
         W_OI: (O, I).
         bias_O: (O,) or None.
         mask_OI: bool (O, I), or None for no mask.
-        unbiased: (n, m) to prune dY n:m along the tokens for the weight's gradient.
+        scale: beta, () float32, for P = beta · S(W), whatever the mask; or None.
+        pattern: (n, m), of S, and of `mvue`.
+        mvue: prune dY n:m along the tokens, without bias, for the weight's gradient.
         straight_through: whether pruned entries have a gradient, too.
         counts: int64 (2, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
+        for_weight: (B, I), what the weight's gradient is computed with in place of X; then without counts. Or None.
 
     Returns:
         (..., O).
@@ -94,8 +106,14 @@ def linear(
     if torch.is_autocast_enabled(device):
         X = X.to(torch.get_autocast_dtype(device))
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
-    Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, unbiased, straight_through, counts)
+    how = scale, pattern, mvue, straight_through, counts, for_weight
+    Y_BO: Tensor = _MaskedLinear.apply(X_BI, W_OI, bias_O, mask_OI, *how)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(W_OI))
+
+
+def _projected(W_OI: Tensor, mask_OI: Tensor | None, scale: Tensor | None, pattern: tuple[int, int]) -> Tensor:
+    """P, in W's dtype."""
+    return _masked(W_OI, mask_OI) if scale is None else masks.soft_threshold(W_OI, *pattern) * scale
 
 
 def _masked(W_OI: Tensor, mask_OI: Tensor | None) -> Tensor:
@@ -104,24 +122,28 @@ def _masked(W_OI: Tensor, mask_OI: Tensor | None) -> Tensor:
 
 
 class MaskedLinear(nn.Module):
-    """A linear layer whose dense, trained weight is multiplied by an N:M mask.
+    """A linear layer whose dense, trained weight is multiplied by an N:M mask, or made N:M by soft thresholding.
 
     Attributes:
         weight: parameter (out, in), with the pruned entries, which are trained too.
         bias: parameter (out,) or None.
-        mask: bool buffer (out, in); see `update_mask` and `remove_mask`.
+        mask: bool buffer (out, in); see `update_mask` and `remove_mask`. With a scale it multiplies nothing, and says
+            where P may be other than zero.
+        scale: float32 buffer () or None; see `masks.soft_scale`. It is fixed, and computed from the first weight.
         transposable: the mask is N:M along both sides.
         mvue: the weight's gradient is that of the output's gradient pruned N:M along the tokens, without bias.
         straight_through: pruned entries have a gradient, too; without one they stay as they are.
         unmasked: the mask was removed.
         fp8_counts: buffer int64 (2, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
+        prunes_input: in training the input is pruned; see `sparse_kernels.defer_activations`.
         conv1d: the layer came from transformers' Conv1D, and `to_dense` makes it one again.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     mask: Tensor
+    scale: Tensor | None
     fp8_counts: Tensor | None
 
     def __init__(
@@ -135,19 +157,21 @@ class MaskedLinear(nn.Module):
         transposable: bool = False,
         mvue: bool = False,
         straight_through: bool = True,
+        soft_threshold: bool = False,
         conv1d: bool = False,
     ) -> None:
         """Copy a dense weight (out, in) and bias (out,) or None.
 
         Args:
             score_OI: (out, in), the first mask keeps its largest; None for the weight's magnitudes.
+            soft_threshold: have a `scale`, from this weight.
 
         Raises:
             ValueError: a side is no multiple of m, not 0 < n < m, or m > 4 and transposable.
         """
         super().__init__()
         self.n, self.m, self.transposable, self.mvue, self.conv1d = n, m, transposable, mvue, conv1d
-        self.straight_through, self.unmasked = straight_through, False
+        self.straight_through, self.unmasked, self.prunes_input = straight_through, False, False
         self.out_features, self.in_features = weight_OI.shape
         if self.out_features % m or self.in_features % m:
             raise ValueError(f"sides {self.out_features} x {self.in_features} are not multiples of m={m}")
@@ -155,18 +179,26 @@ class MaskedLinear(nn.Module):
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone())
         self.register_buffer("fp8_counts", None, persistent=False)
         self.register_buffer("mask", self._choose(self.weight.detach().abs() if score_OI is None else score_OI))
+        self.register_buffer("scale", masks.soft_scale(self.weight.detach(), n, m) if soft_threshold else None)
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""
         counts = self.fp8_counts if self.training else None
-        how: dict[str, Any] = {"straight_through": self.straight_through, "counts": counts}
-        unbiased = (self.n, self.m) if self.mvue else None
-        return linear(X, self.weight, self.bias, self.mask, unbiased=unbiased, **how)
+        how: dict[str, Any] = {"scale": self.scale, "pattern": (self.n, self.m), "mvue": self.mvue}
+        how |= {"straight_through": self.straight_through, "counts": counts}
+        if self.prunes_input and self.training:
+            X, how["for_weight"] = masks.prune_features(X), masks.prune_tokens(X)
+        return linear(X, self.weight, self.bias, self.mask, **how)
 
     @property
     def masked_weight(self) -> Tensor:
-        """W ⊙ mask, the weight of both products: (out, in); a derived copy."""
-        return _masked(self.weight, self.mask)
+        """P, the weight of both products: (out, in); a derived copy."""
+        return _projected(self.weight, self.mask, self.scale, (self.n, self.m))
+
+    def local_masked_weight(self) -> Tensor:
+        """The rows of P that this process has."""
+        mask_RI = self.mask[local_rows(self.weight)]
+        return _projected(local(self.weight), mask_RI, self.scale, (self.n, self.m))
 
     @torch.no_grad()
     def update_mask(self) -> None:
@@ -184,7 +216,17 @@ class MaskedLinear(nn.Module):
         A checkpoint saves only the mask: call this again after reading one.
         """
         self.mask.fill_(True)
-        self.unmasked, self.mvue = True, False
+        self.unmasked, self.mvue, self.scale = True, False, None
+
+    @torch.no_grad()
+    def fix_mask(self) -> None:
+        """Keep the mask as it is for good: pruned entries have no gradient from now on, and the others an exact one.
+
+        A weight that soft thresholding made N:M becomes what it made, in place.
+        """
+        if self.scale is not None:
+            self.weight.copy_(self.masked_weight)
+        self.straight_through, self.mvue, self.scale = False, False, None
 
     def _choose(self, score_OI: Tensor) -> Tensor:
         choose = masks.transposable_mask if self.transposable else masks.nm_mask
@@ -192,7 +234,8 @@ class MaskedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sides = f"in_features={self.in_features}, out_features={self.out_features}"
-        also = "".join(f", {name}" for name in ("transposable", "mvue", "unmasked") if getattr(self, name))
+        names = [name for name in ("transposable", "mvue", "unmasked") if getattr(self, name)]
+        also = "".join(f", {name}" for name in (*names, *["soft_threshold"] * (self.scale is not None)))
         return f"{sides}, bias={self.bias is not None}, {self.n}:{self.m}{also}"
 
 

@@ -1,6 +1,7 @@
-"""N:M masks: choosing them, pruning twice, unbiased pruning, and the bits in which masks are stored.
+"""N:M masks: choosing them, pruning twice, soft thresholding, unbiased pruning, and the bits in which masks are stored.
 
-Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; T tiles, P patterns of a tile.
+Shape suffixes: O out features, I in features, K = I·N/M kept entries of a row; G groups; T tiles, P patterns of a tile;
+B tokens, F features of an activation; R, C rows and columns of any matrix.
 """
 
 import functools
@@ -39,9 +40,9 @@ def nm_mask(score: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     rank = [torch.full(entries[0].shape, place, dtype=narrow, device=score.device) for place in range(m)]
     for late in range(m):
         for early in range(late):
-            late_wins = (entries[late] > entries[early]).view(torch.int8)
+            late_wins = entries[late] > entries[early]
             rank[early] += late_wins
-            rank[late] -= late_wins
+            rank[late].add_(late_wins, alpha=-1)  # torch subtracts no bool otherwise
     return (torch.stack(rank, dim + 1) < n).flatten(dim, dim + 1)
 
 
@@ -101,6 +102,36 @@ def double_prune(
     return nm_mask(score_OI, n, m, dim=0) & row_mask_OI
 
 
+def drop_and_grow(
+    weight_OI: Tensor, mask_OI: Tensor, gradient_OI: Tensor, n: int, m: int, share: float = 1.0
+) -> Tensor:
+    """An N:M mask that follows the gradient, by one swap in a group at most.
+
+    As in RigL (Evci et al. 2020, arXiv 1911.11134), which does so in whole layers: a group's kept entry of the smallest
+    magnitude gives its place to the pruned entry of the largest gradient. Here it does so where that gradient is larger
+    than its own, in the groups of a row where it is so by most; of equal entries the first counts.
+
+    Args:
+        weight_OI: (out, in).
+        mask_OI: bool (out, in), N:M along the rows.
+        gradient_OI: (out, in), of the loss with respect to each entry, pruned ones included.
+        share: of the kept entries of a row, at most, that lose their place; but for ties.
+
+    Returns:
+        bool (out, in), with as many kept entries in each group as before.
+    """
+    size_OI = gradient_OI.abs()
+    drop_OI = nm_mask(torch.where(mask_OI, -weight_OI.abs(), -torch.inf), 1, m)
+    grow_OI = nm_mask(torch.where(mask_OI, -1, size_OI), 1, m)
+    lost_OG, gained_OG = ((size_OI * each_OI).unflatten(1, (-1, m)).sum(-1) for each_OI in (drop_OI, grow_OI))
+    gain_OG = gained_OG - lost_OG
+    count = min(int(share * n * gain_OG.shape[1]), gain_OG.shape[1])
+    if not count:
+        return mask_OI.clone()
+    swap_OG = (gain_OG > 0) & (gain_OG >= gain_OG.topk(count, dim=1).values[:, -1:])
+    return torch.where(swap_OG.repeat_interleave(m, dim=1), (mask_OI & ~drop_OI) | grow_OI, mask_OI)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transposable masks
 
@@ -149,6 +180,48 @@ def tile_patterns(n: int, m: int, device: torch.device) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Soft thresholding
+
+
+def soft_threshold(weight: Tensor, n: int, m: int) -> Tensor:
+    """S(W): sign(w) · max(|w| - t, 0), with t the (n + 1)-th largest magnitude of each `m` consecutive entries.
+
+    At most `n` of every `m` entries along the last side are left, and unlike a mask's product it is a continuous
+    function of W (S-STE, arXiv 2409.09099, which has it for 2:4).
+
+    Args:
+        weight: any shape, its last side a multiple of `m`.
+
+    Returns:
+        The same shape and dtype; zeros are +0.
+
+    Raises:
+        ValueError: not 0 < n < m.
+    """
+    check_pattern(n, m)
+    groups = weight.unflatten(-1, (-1, m))
+    left = list(groups.abs().unbind(-1))
+    for _ in range(n):
+        _take_largest(left)
+    t = _take_largest(left).unsqueeze(-1)
+    soft: Tensor = groups - groups.clamp(-t, t)
+    return soft.flatten(-2)
+
+
+def soft_scale(weight: Tensor, n: int, m: int) -> Tensor:
+    """The beta that minimises ||W - beta · S(W)||²: <W, S(W)> / <S(W), S(W)>; 1 where S(W) is 0.
+
+    S-STE (arXiv 2409.09099) computes it once for a weight, from its first values.
+
+    Returns:
+        () float32.
+    """
+    soft = soft_threshold(weight, n, m)
+    products = [(each.double() * soft.double()).sum() for each in (weight, soft)]
+    return torch.where(products[1] > 0, products[0] / products[1], 1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Unbiased pruning
 
 
@@ -191,11 +264,8 @@ def mvue(X: Tensor, n: int, m: int, dim: int, generator: torch.Generator | None 
 def _mvue_threshold(sizes: list[Tensor], n: int) -> Tensor:
     """The tau for which min(1, size / tau) adds up to `n`: the least of (all but the k largest) / (n - k), k < n."""
     left, largest = list(sizes), []
-    for _ in range(n - 1):  # bubble the largest to the end
-        for place in range(len(left) - 1):
-            low, high = torch.minimum(left[place], left[place + 1]), torch.maximum(left[place], left[place + 1])
-            left[place], left[place + 1] = low, high
-        largest.append(left.pop())
+    for _ in range(n - 1):
+        largest.append(_take_largest(left))
     # Added from below: the total less its largest would lose the small ones to rounding.
     rest = functools.reduce(torch.add, left)
     tau = rest
@@ -203,6 +273,14 @@ def _mvue_threshold(sizes: list[Tensor], n: int) -> Tensor:
         rest = rest + size
         tau = torch.minimum(tau, rest / count)
     return tau
+
+
+def _take_largest(left: list[Tensor]) -> Tensor:
+    """Remove the largest of some tensors, entry by entry, and return it; the others are left in any order."""
+    for place in range(len(left) - 1):  # it bubbles to the end
+        low, high = torch.minimum(left[place], left[place + 1]), torch.maximum(left[place], left[place + 1])
+        left[place], left[place + 1] = low, high
+    return left.pop()
 
 
 def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -220,6 +298,31 @@ def _systematic_sample(sizes: list[Tensor], tau: Tensor, u: Tensor) -> list[tupl
         taken.append((sure, passed == before))
         before = passed
     return taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations that are not negative
+
+
+def prune_features(A: Tensor) -> Tensor:
+    """The 2 largest of each 4 features, others 0: (..., F) -> (..., F); a rest that is no group is left as it is."""
+    whole = A.shape[-1] // 4 * 4
+    groups = A[..., :whole]
+    pruned = torch.where(nm_mask(groups.detach(), 2, 4), groups, 0)
+    return pruned if whole == A.shape[-1] else torch.cat([pruned, A[..., whole:]], -1)
+
+
+@torch.no_grad()
+def prune_tokens(A: Tensor) -> Tensor:
+    """The 2 largest of each 4 tokens of a feature, others 0: (..., F) -> (B, F), without a graph.
+
+    Of B tokens those of a group are B // 4 apart. A rest that is no group, the last tokens, is left as it is.
+    """
+    A_BF = A.reshape(-1, A.shape[-1])
+    whole = len(A_BF) // 4 * 4
+    groups_RC = A_BF[:whole].reshape(4, -1)  # a column is a group: of one feature, tokens whole / 4 apart
+    pruned_BF = torch.where(nm_mask(groups_RC, 2, 4, dim=0), groups_RC, 0).view(whole, A_BF.shape[1])
+    return pruned_BF if whole == len(A_BF) else torch.cat([pruned_BF, A_BF[whole:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,10 +54,12 @@ class _SparseLinear(torch.autograd.Function):
         index_OK: Tensor,
         survives_OK: Tensor,
         counts: Tensor | None,
+        for_weight_BI: Tensor | None,
     ) -> Tensor:
         fp8, of_X, _ = rows_of(counts)
         X, kept = operand(X_BI, fp8=fp8, counts=of_X), weight_operand(values_OK, X_BI.dtype, fp8=fp8)
-        ctx.save_for_backward(*X, values_OK, index_OK, survives_OK, counts)
+        saved = X if for_weight_BI is None else Operand(for_weight_BI)
+        ctx.save_for_backward(*saved, values_OK, index_OK, survives_OK, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         W_OI = Operand(scatter_kept(kept.data, index_OK, X_BI.shape[1]), kept.scale)
         return product(X, W_OI, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
@@ -82,7 +84,7 @@ class _SparseLinear(torch.autograd.Function):
             dV_OK = gather_kept(dW_OI, index_OK).to(values_OK.dtype)
         if ctx.needs_input_grad[2]:
             dbias_O = dY_BO.sum(0, dtype=ctx.bias_dtype)
-        return dX_BI, dV_OK, dbias_O, None, None, None
+        return dX_BI, dV_OK, dbias_O, None, None, None, None
 
 
 def sparse_linear(
@@ -92,6 +94,7 @@ def sparse_linear(
     index_OK: Tensor,
     survives_OK: Tensor,
     counts: Tensor | None = None,
+    for_weight_BI: Tensor | None = None,
 ) -> Tensor:
     """Y = X · W^R^T + bias, whose gradient with respect to X goes through W^{R,C} (equations 4.4-4.6).
 
@@ -104,10 +107,11 @@ def sparse_linear(
         index_OK: int64 (O, K), the column of each kept entry.
         survives_OK: bool (O, K), whether it is kept in W^{R,C} too.
         counts: int64 (2, 2), to round the operands of all three products to e4m3, and count; see operands.py. Or None.
+        for_weight_BI: (B, I), what the values' gradient is computed with in place of X; then without counts. Or None.
 
     Returns:
         (..., O), the dtype of X.
     """
     X_BI = X if X.dim() == 2 else X.reshape(-1, X.shape[-1])
-    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK, counts)
+    Y_BO: Tensor = _SparseLinear.apply(X_BI, values_OK, bias_O, index_OK, survives_OK, counts, for_weight_BI)
     return Y_BO if X.dim() == 2 else Y_BO.view(*X.shape[:-1], len(values_OK))

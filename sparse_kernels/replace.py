@@ -43,7 +43,9 @@ def obstacle(linear: nn.Module) -> str:
             return f"its {name} is made of other tensors (weight_norm, torch.nn.utils.prune or the like)"
         if parameter is not None and (reason := _obstacle_of(parameter)):
             return f"its {name} {reason}"
-    known = {"weight", "bias", "mask", "fp8_counts"} if isinstance(linear, MaskedLinear) else {"weight", "bias"}
+    known = (
+        {"weight", "bias", "mask", "scale", "fp8_counts"} if isinstance(linear, MaskedLinear) else {"weight", "bias"}
+    )
     own = (*linear._parameters, *linear._buffers, *linear._modules)
     if extra := [name for name in own if name not in known]:
         return f"has a {extra[0]!r}, which a linear layer does not have"

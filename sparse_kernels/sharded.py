@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,6 +23,14 @@ def of_whole(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(tensor, DTensor):
         return changed
     return distribute_tensor(changed, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def whole_of(rows_RC: Tensor, like: Tensor) -> Tensor:
+    """All rows of a matrix, of which each process has those that it has of `like`: (R, C) -> (O, C)."""
+    if not isinstance(like, DTensor):
+        return rows_RC
+    shape, stride = torch.Size((like.shape[0], rows_RC.shape[1])), (rows_RC.shape[1], 1)
+    return DTensor.from_local(rows_RC, like.device_mesh, like.placements, shape=shape, stride=stride).full_tensor()
 
 
 def local_rows(tensor: Tensor) -> slice:

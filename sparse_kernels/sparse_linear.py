@@ -37,7 +37,8 @@ class SparseLinear(nn.Module):
     Attributes:
         values: parameter (out, in·n/m), the kept entries of W^R row by row in column order.
         bias: parameter (out,) or None.
-        row_mask_bits: uint8 buffer (out, ceil(in/8)), W^R's mask; fixed once it is chosen.
+        row_mask_bits: uint8 buffer (out, ceil(in/8)), W^R's mask; fixed once it is chosen, but for
+            `sparse_kernels.update_row_masks`.
         backward_mask_bits: uint8 buffer (in, ceil(out/8)), W^{R,C}'s mask, transposed; see `update_backward_mask`.
         backward_scale: buffer () or None, a factor of the input gradient; see `backward_rescale`.
         adapter: a LowRankAdapter or None; its output is added.
@@ -45,6 +46,7 @@ class SparseLinear(nn.Module):
         fp8_counts: buffer int64 (2, 2), not saved, of a layer whose products in training have e4m3 operands, or None;
             see `sparse_kernels.set_fp8`.
         dense_weight: W^R as a dense matrix (out, in) or None; see `sparse_kernels.dense_weights`. Never saved.
+        prunes_input: in training the input is pruned; see `sparse_kernels.defer_activations`.
         conv1d: the layer was a transformers Conv1D, and `to_dense` makes it one again.
     """
 
@@ -84,6 +86,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("backward_scale", None)
         self.register_buffer("fp8_counts", None, persistent=False)
         self.adapter = None
+        self.prunes_input = False
         self.backend: Backend = "auto"
         self.dense_weight: Tensor | None = None
         self._index: Derived | None = None
@@ -94,24 +97,27 @@ class SparseLinear(nn.Module):
         device = X.device.type
         if torch.is_autocast_enabled(device):
             X = X.to(torch.get_autocast_dtype(device))
-        Y = self._product(X)
+        for_weight = None
+        if self.prunes_input and self.training:
+            X, for_weight = masks.prune_features(X), masks.prune_tokens(X)
+        Y = self._product(X, for_weight)
         return Y if self.adapter is None else Y + self.adapter(X)
 
-    def _product(self, X: Tensor) -> Tensor:
+    def _product(self, X: Tensor, for_weight_BI: Tensor | None) -> Tensor:
         if self.dense_weight is not None and self.dense_weight.dtype == X.dtype and not torch.is_grad_enabled():
             bias_O = None if self.bias is None else self.bias.to(X.dtype)
             return F.linear(X, self.dense_weight, bias_O)  # [B,I] · [O,I]^T -> [B,O]
         if self.backward_scale is not None and self.values.requires_grad:  # a frozen layer's gradient is exact
             X = _ScaleGradient.apply(X, self.backward_scale)
         counts = self.fp8_counts if self.training else None
-        compiling, two_of_four = torch.compiler.is_compiling(), (self.n, self.m) in ops.TWO_OF_FOUR
-        bits = self.row_mask_bits, self.backward_mask_bits
-        if counts is not None and two_of_four and X.dtype == torch.bfloat16:
-            if compiling or ops.fast_fp8(self.values, self.backend):
-                return ops.fp8_linear(X, self.values, self.bias, *bits, counts, self.backend)
-        elif counts is None and two_of_four and (compiling or ops.fast(X, self.values, self.backend)):
+        compiling, bits = torch.compiler.is_compiling(), (self.row_mask_bits, self.backward_mask_bits)
+        packable = for_weight_BI is None and (self.n, self.m) in ops.TWO_OF_FOUR
+        if packable and counts is None and (compiling or ops.fast(X, self.values, self.backend)):
             return ops.linear(X, self.values, self.bias, *bits, self.backend)
-        return reference.sparse_linear(X, self.values, self.bias, *self.layout(), counts)
+        half = X.dtype == torch.bfloat16
+        if packable and counts is not None and half and (compiling or ops.fast_fp8(self.values, self.backend)):
+            return ops.fp8_linear(X, self.values, self.bias, *bits, counts, self.backend)
+        return reference.sparse_linear(X, self.values, self.bias, *self.layout(), counts, for_weight_BI)
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """Where the values sit: their columns, int64 (out, in·n/m), and whether W^{R,C} keeps them, bool, same shape.

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -28,7 +29,9 @@ from sparse_kernels.packed_linear import DTYPES, PackedLinear
 from sparse_kernels.packing import packed_linears
 from sparse_kernels.replace import replace_module
 from sparse_kernels.selection import stored_weight
+from sparse_kernels.sparse_relu import NAME, SparseSquaredReLU
 
+ACT2FN[NAME] = SparseSquaredReLU  # a transformers without it refuses a config.json that names it
 METHOD = "slope"
 VERSION = 1
 """Of the format; an older reader refuses a newer one."""

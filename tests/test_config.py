@@ -389,6 +389,7 @@ OWN = {
     "slope": {"mask_update_interval": 7, "backward_mask": "random", "rescale": True},
     "sr_ste": {"mask_update_interval": 7, "decay": 1e-3},
     "fst": {"mask_update_interval": 7, "dense_finish": 0.3},
+    "s_ste": {"mvue": False},
     "linearize": {"window": 16, "keep_softmax": [1]},
 }
 """Of each method with a section, keys with other values than their defaults."""
@@ -455,6 +456,7 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
     assert load().sparsity.mask == load(*chosen("fst")).sparsity.mask == "magnitude"
     assert load(*chosen("wanda")).sparsity.mask == "wanda"
     assert (load().sparsity.target_modules, load("method=fst").sparsity.target_modules) == ([], ["mlp"])
+    assert load("method=s_ste").sparsity.target_modules == ["mlp"]
     assert load("method=fst", "sparsity.target_modules=[c_fc]").sparsity.target_modules == ["c_fc"]
     assert [load(f"method={method}").train.cuda_graph for method in ("slope", "linearize")] == ["auto", False]
 
@@ -469,6 +471,11 @@ def test_values_that_follow_from_others_are_filled_in() -> None:
         ),
         ("method=fst sparsity.m=8", "sparsity.m=8: fst searches transposable masks up to 4"),
         ("method=fst sparsity.pattern_overrides.0-1=[1,4]", "sparsity.m=4: fst searches transposable masks up to 4"),
+        (
+            "slope.row_mask_until=0.3 sparsity.start=0.3",
+            "slope.row_mask_until=0.3: must be above sparsity.start=0.3, or 0",
+        ),
+        ("method=s_ste sparsity.mask=random", "sparsity.mask=random: soft thresholding keeps the largest magnitudes"),
         ("method=linearize train.cuda_graph=true", "train.cuda_graph=True: method=linearize runs without CUDA graphs"),
         ("method=linearize linearize.window=128", "linearize.window=128: must be below train.seq_len=128"),
         (
@@ -498,9 +505,11 @@ OVERRIDES = {
     "sparsity.start": st.floats(0.01, 1),
     "sparsity.mask": st.sampled_from(["magnitude", "random", "wanda", "null"]),
     "slope.mask_update_interval": st.integers(0, 100),
+    "slope.row_mask_update_interval": st.integers(1, 100),
     "slope.before": st.sampled_from(["dense", "sr_ste"]),
     "sr_ste.decay": st.floats(0, 1),
     "fst.dense_finish": st.floats(0, 1),
+    "s_ste.mvue": st.booleans(),
     "linearize.keep_softmax": st.one_of(
         st.lists(st.integers(0, 3), unique=True), st.sampled_from(["auto:1", "auto:12"])
     ),
@@ -537,7 +546,7 @@ def test_a_dumped_config_loads_back_equal(
 ) -> None:
     others = OWN.keys() - {method}
     keys = [key for key in sorted(chosen_keys) if key.partition(".")[0] not in others]
-    if method == "wanda":
+    if method in ("wanda", "s_ste"):
         keys = [key for key in keys if key != "sparsity.mask"]
     if method == "fst":
         keys = [key for key in keys if not key.startswith("sparsity.pattern_overrides")]
@@ -598,6 +607,7 @@ def test_a_dump_leaves_out_what_has_no_effect() -> None:
     assert sections("method=dense") == always
     assert sections(*chosen("wanda")) == {*always, "sparsity"}
     assert sections("method=fst") == {*always, "sparsity", "fst"}
+    assert sections("method=s_ste") == {*always, "sparsity", "s_ste"}
     assert sections("method=linearize") == {*always, "linearize", "adapters"}
     assert sections("method=linearize", "linearize.transfer=1") == {*always, "linearize"}
 
@@ -663,6 +673,7 @@ def test_the_largest_seed_and_existing_devices_are_accepted(word: str) -> None:
         ("slope={decay: 1e-3}", "slope.decay=0.001", "sparsity.start=0"),
         ("sparsity.start=0.5 slope.decay=1e-3", "slope.decay=0.001", "slope.before=dense"),
         ("slope.before=sr_ste", "slope.before=sr_ste", "sparsity.start=0"),
+        ("slope.row_mask_update_interval=8", "slope.row_mask_update_interval=8", "slope.row_mask_until=0"),
         ("sparsity.calibration=8", "sparsity.calibration=8", "sparsity.mask=magnitude"),
         ("method=fst adapters.lr=1e-3", "adapters.lr=0.001", "method=fst"),
         ("adapters.rank=0 adapters.lr=1e-3", "adapters.lr=0.001", "adapters.rank=0"),

@@ -80,7 +80,7 @@ def test_defaults_are_those_of_the_schema_and_name_the_methods_with_others() -> 
         if " (" not in key.default and name != "sparsity.mask":
             assert yaml.safe_load(key.default) == _plain(configs.defaults().get(name, {}))
     assert {name: key.default for name, key in KEYS.items() if " (" in key.default} == {
-        "sparsity.target_modules": "[] (fst: [mlp])",
+        "sparsity.target_modules": "[] (fst: [mlp], s_ste: [mlp])",
         "sparsity.mask": "magnitude (wanda: wanda)",
         "train.cuda_graph": "auto (linearize: false)",
     }

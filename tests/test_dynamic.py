@@ -1,6 +1,7 @@
-"""MaskedLinear against the formulas of SR-STE, FST and Wanda with masks as matrices, in float64."""
+"""MaskedLinear against the formulas of SR-STE, FST, S-STE and Wanda with masks as matrices, in float64."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_kernels import MaskedLinear, decay_pruned, masked_layers, masks, remove_masks, update_masks
+from sparse_kernels import (
+    MaskedLinear,
+    decay_pruned,
+    mask_layers,
+    masked_layers,
+    masks,
+    remove_masks,
+    sparsify,
+    update_masks,
+)
 
 PATTERNS = [(2, 4), (1, 2), (2, 8)]
 # torch warns of itself: to trace an autograd.Function it makes an instance, and inductor still imports torch.jit.
@@ -59,6 +69,77 @@ def test_products_equal_the_formulas(
     torch.testing.assert_close(Y.detach().reshape(-1, go * m), expected)
     torch.testing.assert_close(X.grad.reshape(-1, gi * m), dy @ W)  # type: ignore[union-attr]
     torch.testing.assert_close(layer.weight.grad, dy.T @ x)  # straight through: pruned entries have a gradient too
+
+
+def softened(W: Tensor, n: int, m: int) -> Tensor:
+    """Every entry less the (n + 1)-th largest magnitude of its group, towards zero; written out."""
+    rows = W.view(-1, m).tolist()
+    thresholds = [sorted(map(abs, row), reverse=True)[n] for row in rows]
+    soft = [[math.copysign(max(abs(w) - t, 0.0), w) for w in row] for row, t in zip(rows, thresholds, strict=True)]
+    return torch.tensor(soft, dtype=W.dtype).view(W.shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2**31))
+def test_soft_thresholding_equals_its_formula_and_passes_the_gradient_straight_through(
+    pattern: tuple[int, int], go: int, gi: int, bias: bool, seed: int
+) -> None:
+    n, m = pattern
+    layer = make(go * m, gi * m, n, m, bias=bias, seed=seed, soft_threshold=True)
+    W = layer.weight.detach().clone()
+    soft = softened(W, n, m)
+    beta = (W * soft).sum() / (soft * soft).sum()
+    torch.testing.assert_close(layer.scale, beta.float())  # type: ignore[arg-type]
+    for nearby in (0.999, 1.001):  # the least squared error
+        assert (W - beta * soft).norm() <= (W - nearby * beta * soft).norm()
+    with torch.no_grad():  # later weights have the first one's scale
+        layer.weight.add_(normal(*W.shape, seed=seed + 1))
+    layer.update_mask()
+    P = float(layer.scale) * softened(layer.weight.detach(), n, m)  # type: ignore[arg-type]
+    assert not P[~layer.mask].any()
+    assert (P.unflatten(1, (-1, m)) != 0).sum(-1).max() <= n
+    X, dY = normal(5, gi * m, seed=2).requires_grad_(), normal(5, go * m, seed=3)
+    Y = layer(X)
+    Y.backward(dY)
+    expected = X.detach() @ P.T + (layer.bias.detach() if layer.bias is not None else 0)
+    torch.testing.assert_close(Y.detach(), expected)
+    torch.testing.assert_close(X.grad, dY @ P)
+    torch.testing.assert_close(layer.weight.grad, dY.T @ X.detach())  # neither the scale nor a mask is in it
+
+
+def test_soft_thresholding_is_continuous_and_a_mask_is_not() -> None:
+    """Where the second and the third of a group change places a mask's product jumps."""
+    jumps = {}
+    for soft in (True, False):
+        layer = make(4, 4, soft_threshold=soft)
+        ends = []
+        for w in (1 - 1e-9, 1 + 1e-9):
+            with torch.no_grad():
+                layer.weight.copy_(torch.tensor([2.0, w, 1.0, 0.1], dtype=torch.float64).expand(4, 4))
+            layer.update_mask()
+            ends.append(layer.masked_weight.detach())
+        jumps[soft] = float((ends[0] - ends[1]).abs().max())
+    assert jumps[True] < 1e-8
+    assert jumps[False] == pytest.approx(1)
+
+
+def test_a_fixed_mask_keeps_the_function_and_makes_the_gradient_exact() -> None:
+    layer, X = make(16, 32, soft_threshold=True, mvue=True), normal(8, 32, seed=3)
+    P, Y = layer.masked_weight.detach(), layer(X).detach()
+    layer.fix_mask()
+    assert torch.equal(layer.weight.detach(), P)
+    assert torch.equal(layer.weight.detach() * layer.mask, P)
+    torch.testing.assert_close(layer(X).detach(), Y)
+    layer(X).backward(Y)
+    torch.testing.assert_close(layer.weight.grad, layer.mask * (Y.T @ X))
+    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
+
+
+def test_a_sparse_layer_takes_over_what_soft_thresholding_made() -> None:
+    model = nn.Sequential(make(16, 16), make(16, 16, seed=1, soft_threshold=True), make(16, 16, seed=2))
+    P = model[1].masked_weight.detach()
+    sparsify(model, mask="present")
+    assert torch.equal(model[1].weight.detach(), P)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -173,11 +254,12 @@ def test_an_unmasked_layer_is_an_ordinary_one() -> None:
 
 
 def test_state_holds_the_mask_and_loads_in_place() -> None:
-    a, b = make(8, 8, seed=1), make(8, 8, seed=2)
-    assert set(a.state_dict()) == {"weight", "bias", "mask"}
-    assert a.mask.dtype == torch.bool
-    a.load_state_dict(b.state_dict())
-    assert torch.equal(a(normal(3, 8)), b(normal(3, 8)))
+    for soft, more in ((False, set()), (True, {"scale"})):
+        a, b = make(8, 8, seed=1, soft_threshold=soft), make(8, 8, seed=2, soft_threshold=soft)
+        assert set(a.state_dict()) == {"weight", "bias", "mask"} | more
+        assert a.mask.dtype == torch.bool
+        a.load_state_dict(b.state_dict())
+        assert torch.equal(a(normal(3, 8)), b(normal(3, 8)))
 
 
 def test_a_pruned_weight_that_is_not_finite_does_nothing() -> None:
@@ -204,9 +286,10 @@ def test_autocast_is_that_of_a_linear_layer() -> None:
 
 
 @TRACED
-def test_compiles_without_a_break_and_sees_new_masks() -> None:
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiles_without_a_break_and_sees_new_masks(soft: bool) -> None:
     torch._dynamo.reset()
-    layer = make(16, 8).float()
+    layer = make(16, 8, soft_threshold=soft).float()
     eager = copy.deepcopy(layer)
     layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
     dY = torch.randn(2, 8, 16)
@@ -252,3 +335,6 @@ def test_bad_construction() -> None:
         make(8, 8, 4, 4)
     with pytest.raises(ValueError, match="up to m=4"):
         make(8, 8, 2, 8, transposable=True)
+    for how in ({"mask": "random"}, {"transposable": True}):
+        with pytest.raises(ValueError, match="soft thresholding keeps the largest magnitudes"):
+            mask_layers(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), soft_threshold=True, **how)  # type: ignore[arg-type]

@@ -115,6 +115,11 @@ def test_patterns_without_packed_form_and_masked_layers_are_dense() -> None:
         assert products(*check(model, {"sparse": True})) == {DenseLinear}
 
 
+@pytest.mark.parametrize("name", ["gpt2-nano", "opt-125m"])
+def test_an_activation_that_is_sparse(name: str) -> None:
+    check(sparse(tiny_model(name, activation_function="sparse_relu2")), {"sparse": True}, {})
+
+
 def test_a_sliding_window_that_is_shorter_than_the_text() -> None:
     check(tiny_model("mistral-7b", sliding_window=7))
 

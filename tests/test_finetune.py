@@ -153,10 +153,13 @@ def test_masks_stay_and_values_and_adapters_are_trained(data: Path, tmp_path: Pa
         assert {f"{name}.values", f"{name}.adapter.lora_A", f"{name}.adapter.lora_B"} <= changed
 
 
-def test_fst_is_fine_tuned_with_fixed_masks_and_exact_gradients(data: Path, tmp_path: Path) -> None:
-    """In pretraining FST prunes gradients at random (mvue) and trains pruned weights, too."""
+@pytest.mark.parametrize("words", [("method=fst", "fst.dense_finish=0"), ("method=s_ste",)])
+def test_fst_and_s_ste_are_fine_tuned_with_fixed_masks_and_exact_gradients(
+    words: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    """In pretraining they prune gradients at random (mvue) and train pruned weights, too."""
     run, s, task = (
-        trained("bert-base", "method=fst", "fst.dense_finish=0"),
+        trained("bert-base", *words),
         Settings("RTE", 1, 1e-3, 16, 32, 1),
         TASKS["RTE"],
     )

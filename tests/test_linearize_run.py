@@ -50,6 +50,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "llama": ("llama3-8b", "method=dense", "train.steps=120"),
     "opt": ("opt-125m", "train.steps=20"),
     "masked": ("gpt2-nano", "method=sr_ste"),
+    "soft thresholded": ("gpt2-nano", "method=s_ste", "model.activation=sparse_relu2"),
     "bert": ("bert-base", "method=dense"),
 }
 
@@ -320,12 +321,16 @@ def test_layers_may_keep_softmax() -> None:
     assert "attention of 1 layer becomes linear attention; 0 linear layers are sparse and stay so" in done.err
 
 
-def test_a_masked_run_becomes_sparse_layers_that_stay() -> None:
-    done = linearized("masked", "train.steps=6")
-    model = load_model(done.run).model
+@pytest.mark.parametrize("kind", ["masked", "soft thresholded"])
+def test_a_masked_run_becomes_sparse_layers_that_stay(kind: str) -> None:
+    done = linearized(kind, "train.steps=6")
+    model, base = load_model(done.run).model, load_model(done.base).model
     found = list(sparse_layers(model))
     assert found
-    assert all((layer.n, layer.m) == (2, 4) for _, layer in found)
+    for name, layer in found:
+        assert (layer.n, layer.m) == (2, 4)
+        assert torch.equal(layer.weight.detach(), base.get_submodule(name).masked_weight.detach())
+    assert model.config.activation_function == base.config.activation_function
 
 
 # --------------------------------------------------------------------------------------------------- resumed

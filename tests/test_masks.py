@@ -52,6 +52,32 @@ def test_a_kept_zero_beats_a_pruned_entry() -> None:
     assert torch.equal(masks.double_prune(torch.zeros(4, 2), row, 2, 4), row)
 
 
+@given(PATTERNS, st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31), st.floats(0, 1))
+def test_drop_and_grow_swaps_once_a_group_where_the_gradient_is_larger_by_most(
+    pattern: tuple[int, int], rows: int, groups: int, seed: int, share: float
+) -> None:
+    n, m = pattern
+    generator = torch.Generator().manual_seed(seed)
+    # Few distinct numbers, so that ties are met all the time.
+    weight, gradient = torch.randint(-3, 4, (2, rows, groups * m), generator=generator).float()
+    mask = masks.row_mask(weight, n, m, kind="random", seed=seed)
+    expected = mask.clone()
+    for row in range(rows):
+        swaps = []
+        for first in range(0, groups * m, m):
+            group = range(first, first + m)
+            least = min((i for i in group if mask[row, i]), key=lambda i: abs(weight[row, i]))
+            steepest = max((i for i in group if not mask[row, i]), key=lambda i: abs(gradient[row, i]))
+            swaps.append((float(abs(gradient[row, steepest]) - abs(gradient[row, least])), least, steepest))
+        most = sorted((gain for gain, *_ in swaps), reverse=True)[: int(share * n * groups)]
+        for gain, least, steepest in swaps:
+            if most and gain > 0 and gain >= most[-1]:
+                expected[row, least], expected[row, steepest] = False, True
+    grown = masks.drop_and_grow(weight, mask, gradient, n, m, share)
+    assert torch.equal(grown, expected)
+    assert masks.is_nm(grown, n, m)
+
+
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
 def test_bits_round_trip(rows: int, columns: int, seed: int) -> None:
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -1,6 +1,7 @@
 """Every method in the same loop: its phases, its masks, and that a killed run resumes bit for bit."""
 
 import ast
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -31,10 +32,13 @@ ROOT = Path(__file__).parent.parent
 RUNS = {
     "sr_ste": ["method=sr_ste"],
     "fst": ["method=fst", "fst.dense_finish=0.4", "fst.mask_update_interval=3"],
+    "s_ste": ["method=s_ste", "sparsity.start=0.3"],
     "wanda": ["method=wanda", "sparsity.start=0.5"],
     "dense start": ["sparsity.start=0.4", "slope.rescale=true", "slope.backward_rescale=true"],
     "sr_ste start": ["sparsity.start=0.4", "slope.before=sr_ste"],
     "wanda mask": ["sparsity.mask=wanda", "slope.backward_mask=random"],
+    "row masks": ["slope.row_mask_until=0.7", "slope.row_mask_update_interval=2", "sparsity.start=0.2"],
+    "sparse_relu2": ["model.activation=sparse_relu2", "sparsity.start=0.3"],
     "mixed": ["sparsity.pattern_overrides.1-1=[2,8]"],
     "every step": ["slope.mask_update_interval=1", "sparsity.target_modules=[mlp]"],
     "fp8": ["train.precision=fp8", "train.bf16_finish=0.3"],
@@ -61,6 +65,7 @@ def test_the_phase_is_a_function_of_config_and_step() -> None:
     assert kinds("method=sr_ste", "sparsity.start=0.25") == ["dense", "masked", "masked", "masked"]
     assert kinds("method=fst", "fst.dense_finish=0.25") == ["masked", "masked", "masked", "unmasked"]
     assert kinds("method=fst", "fst.dense_finish=0") == ["masked"] * 4
+    assert kinds("method=s_ste", "sparsity.start=0.5") == ["dense", "dense", "masked", "masked"]
     assert kinds("method=wanda", "sparsity.start=1") == ["dense", "dense", "dense", "masked"]
     assert kinds("method=linearize") == ["transfer", "transfer", *["train, with adapters"] * 2]
     assert kinds("method=linearize", "distill.share=1")[2:] == ["distill, with adapters"] * 2
@@ -92,6 +97,21 @@ def test_phases_cover_the_run_in_order(method: str) -> None:
         assert all(phase.rates for phase in seen)
 
 
+def test_each_method_says_which_products_are_sparse() -> None:
+    def sparse(*words: str) -> list[str]:
+        return in_each_step(*words)[1].layers.sparse_products
+
+    assert sparse() == ["forward", "input gradient"]
+    assert sparse("method=sr_ste") == sparse("method=wanda", "sparsity.start=0.25") == ["forward"]
+    assert sparse("method=fst") == ["forward", "input gradient", "weight gradient"]
+    assert sparse("method=s_ste") == ["forward", "weight gradient"]
+    assert sparse("method=s_ste", "s_ste.mvue=false") == ["forward"]
+    assert sparse("method=dense") == sparse("method=fst", "fst.dense_finish=1") == []
+    lines = "\n".join(describe(configs.load("gpt2-nano", ["method=s_ste"]))[1])
+    assert re.search(r"# sparse products +forward, weight gradient; computed as dense ones, with zeros\n", lines)
+    assert "sparse products" not in "\n".join(describe(configs.load("gpt2-nano", ["method=dense"]))[1])
+
+
 def unique(phases: list[Phase]) -> list[Phase]:
     return [phase for number, phase in enumerate(phases) if phase not in phases[:number]]
 
@@ -112,8 +132,21 @@ def test_masks_are_updated_as_their_method_wants() -> None:
     assert due("method=sr_ste") == every(1)
     assert due("method=fst", "fst.mask_update_interval=3", "fst.dense_finish=0") == every(3)
     assert due("method=fst") == every(0)  # 40 steps are more than it has
+    assert due("method=s_ste") == every(1)
     assert due("method=wanda", "sparsity.start=0.5") == every(0)  # chosen once
     assert due("method=dense") == due("method=linearize", "linearize.window=8") == every(0)
+    rows = ("slope.row_mask_update_interval=2", "slope.row_mask_until=0.75")
+    assert due("slope.mask_update_interval=0", *rows) == [False, True, False, True, *[False] * 4]
+    assert due("slope.mask_update_interval=3", *rows) == [False, True, True, True, False, True, False, False]
+    assert due("slope.mask_update_interval=0", "sparsity.start=0.25", *rows) == [*[False] * 3, True, *[False] * 4]
+
+
+def test_row_masks_change_less_and_less_until_they_are_fixed() -> None:
+    words = ("slope.row_mask_until=0.75", "slope.row_mask_update_interval=1", "slope.row_mask_share=0.4")
+    phases = in_each_step(*words, "adapters.start=0.5")  # 4 steps
+    shares = [phase.row_mask_share(step) for step, phase in enumerate(phases)]
+    assert shares == pytest.approx([0.2 * (1 + math.cos(math.pi / 3)), 0.2 * (1 + math.cos(2 * math.pi / 3)), 0, 0])
+    assert [phase.row_mask_share(step) for step, phase in enumerate(in_each_step())] == [0] * 4
 
 
 def test_each_phase_says_what_is_trained_at_which_rate() -> None:
@@ -254,6 +287,25 @@ def test_fst_prunes_the_mlps_transposably_and_ends_dense(data: Path, tmp_path: P
         assert torch.equal(
             layer.mask.unflatten(1, (-1, 4)).sum(2), torch.full((layer.mask.shape[0], layer.mask.shape[1] // 4), 2)
         )
+
+
+def test_s_ste_ends_as_a_model_with_soft_thresholded_mlps(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, "method=s_ste")
+    pretrain(config, tmp_path / "run")
+    first = build(config, tmp_path / "run", "cpu", phases_of(config).at(0))
+    last = masked_of(tmp_path / "run")
+    assert last
+    assert all(".mlp." in name and layer.mvue for name, layer in last.items())
+    for name, layer in last.items():
+        began, W = first.get_submodule(name), layer.weight.detach()
+        assert torch.equal(layer.scale, began.scale)  # type: ignore[arg-type]
+        assert not torch.equal(W, began.weight)
+        assert torch.equal(layer.mask, masks.nm_mask(W.abs(), 2, 4))
+        torch.testing.assert_close(layer.masked_weight.detach(), masks.soft_threshold(W, 2, 4) * began.scale)
+    export(tmp_path / "run", tmp_path / "exported")
+    exported = dict(sparse_layers(model_of(tmp_path / "exported")))
+    assert set(exported) == set(last)
+    assert all(torch.equal(exported[name].weight.detach(), last[name].masked_weight.detach()) for name in last)
 
 
 @pytest.mark.slow

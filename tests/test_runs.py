@@ -320,6 +320,8 @@ PHASES = {
     "adapters": ("adapters.start=0.5",),
     "masked": ("sparsity.start=0.99", "slope.before=sr_ste"),
     "sr_ste": ("method=sr_ste", "sparsity.start=0.5"),
+    "s_ste": ("method=s_ste", "sparsity.start=0.5"),
+    "row masks": ("slope.row_mask_until=0.9", "slope.row_mask_update_interval=2"),
     "wanda": ("method=wanda", "sparsity.start=0.5"),
     "fst": ("method=fst", "fst.dense_finish=0.01"),
     "fst, dense again": ("method=fst", "fst.dense_finish=0.5"),

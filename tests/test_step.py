@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
+from support.inductor import QUIET
 from torch import Tensor
 
+from slope_cli.methods.optim import moments_of
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
-from slope_cli.train.step import Step, StepOutput, compile_blocks, step_seed
+from slope_cli.train.step import MaskUpdate, Step, StepOutput, compile_blocks, step_seed
+from sparse_kernels import sparse_layers, sparsify
+from sparse_kernels.masks import double_prune, drop_and_grow, scatter
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 48}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 48}
@@ -50,6 +54,12 @@ def masked_batch(*shares: float) -> dict[str, Tensor]:
         "token_type_ids": (torch.arange(24) > 12).long().expand_as(tokens),
         "next_sentence_label": torch.arange(len(shares)) % 2,
     }
+
+
+def text(count: int) -> dict[str, Tensor]:
+    """Sequences of 24 tokens, which are all predicted."""
+    tokens = torch.randint(0, 48, (count, 25), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
 def rows(batch: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
@@ -116,6 +126,73 @@ def test_a_single_batch_of_masked_words_is_its_own_mean_bit_for_bit() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
+@QUIET
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dense_gradients_are_those_of_the_step_at_pruned_entries_too(compiled: bool) -> None:
+    """At kept entries they are the gradient of the values, and in all the product of the layer's own two factors."""
+    model = gpt2()
+    sparsify(model)
+    layers, (name, last) = dict(sparse_layers(model)), list(sparse_layers(model))[-1]
+    batch = text(4)
+    halves = [rows(batch, 0, 2), rows(batch, 2, 4)]
+    step = Step(model, torch.optim.AdamW(model.parameters()), dtype=None, clip=0, compiled=compiled)
+    factors: list[tuple[Tensor, Tensor]] = []
+
+    def watch(layer: torch.nn.Module, given: tuple[Tensor, ...], dY: tuple[Tensor, ...]) -> None:
+        factors.append((X[0], dY[0]))
+
+    found = step.dense_gradients(halves)
+    assert set(found) == set(layers)
+    assert all(p.grad is None for p in model.parameters())
+    X: list[Tensor] = []
+    handles = [last.register_forward_pre_hook(lambda _, given: X.insert(0, given[0].detach()))]
+    handles.append(last.register_full_backward_hook(watch))
+    for half in halves:
+        step.backward(half, 2, None)
+    for handle in handles:
+        handle.remove()
+    for each, layer in layers.items():
+        torch.testing.assert_close(layer.kept(found[each]), layer.values.grad)
+    if not compiled:
+        whole = sum(torch.einsum("bto,bti->oi", dY, X_BTI) for X_BTI, dY in factors)
+        torch.testing.assert_close(found[name], whole)
+
+
+def test_a_row_mask_update_moves_values_and_moments_with_their_entries() -> None:
+    model = gpt2()
+    sparsify(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = text(4)
+    step = Step(model, optimizer, dtype=None, clip=0)
+    for _ in range(2):
+        step([batch], MaskUpdate())
+    layers = dict(sparse_layers(model))
+
+    def dense() -> dict[str, list[Tensor]]:
+        """Of each layer: its mask, and as dense matrices its values and moments."""
+        return {
+            name: [
+                x.row_mask(),
+                *(scatter(t.detach(), x.row_mask()) for t in (x.values, *moments_of(optimizer, x.values))),
+            ]
+            for name, x in layers.items()
+        }
+
+    before, gradients = dense(), step.dense_gradients([batch])
+    step.update_masks(MaskUpdate(row_share=0.25), gradients)
+    after = dense()
+    for name, layer in layers.items():
+        layer.validate()
+        (old, W, *_), (new, *kept) = before[name], after[name]
+        assert torch.equal(new, drop_and_grow(W, old, gradients[name], 2, 4, 0.25))
+        assert not torch.equal(new, old)
+        assert len(kept) == 3
+        for now, then in zip(kept, before[name][1:], strict=True):
+            assert torch.equal(now, then * new)  # what joined is 0, what stays is the same
+        assert torch.equal(layer.backward_mask(), double_prune(kept[0], new, 2, 4))
+
+
+@QUIET
 def test_every_block_is_compiled_though_each_has_another_constant() -> None:
     """GPT-2 scales the attention of each layer otherwise; torch compiles 8 variants of a function unless told more."""
     sizes = {"n_layer": 10, "n_embd": 16, "n_head": 1, "n_positions": 8}

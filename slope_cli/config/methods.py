@@ -25,8 +25,19 @@ class SlopeConfig(Section, section="slope"):
     mask_update_interval: int = setting(1, unit="steps", example="100")
     """How often the backward mask is chosen anew, in optimizer steps: 1 is after every step, 100 after every hundredth,
     as in the SLoPe paper, 0 never. It prunes the sparse weights a second time, W^R to W^{R,C}, for the product that
-    computes the gradient of a layer's input, and so must follow them while they train. The mask of the forward product
-    is chosen once, and no key updates it."""
+    computes the gradient of a layer's input, and so must follow them while they train. For the mask of the forward
+    product see slope.row_mask_until."""
+    row_mask_until: float = setting(0.0, unit="a share of the run", example="0.25")
+    """Until when the row mask, that of the forward product, follows the gradient, as a share of the run: 0 is never.
+    An update looks at each group, 4 weights for 2:4: the kept weight of the smallest magnitude gives its place to the
+    pruned one of the largest gradient, if this is larger than its own. What joins begins at 0."""
+    row_mask_share: float = setting(0.3, unit="a share of the kept weights", example="0.1")
+    """How many of a row's kept weights an update of the row mask replaces, at most: those where it gains most in
+    gradient. This share is that of the run's beginning, and falls to 0 by half a cosine until slope.row_mask_until."""
+    row_mask_update_interval: int = setting(100, unit="steps", example="500")
+    """How often the row mask is updated until slope.row_mask_until, in optimizer steps: 100 is after every hundredth.
+    Such a step takes its forward and backward pass twice, and memory for the gradient of all weights, pruned ones
+    included."""
     backward_mask: str = setting("magnitude", "magnitude", "random")
     """How the backward mask (see slope.mask_update_interval) is chosen: magnitude, the largest weights, or random,
     other ones at each update."""
@@ -39,11 +50,19 @@ class SlopeConfig(Section, section="slope"):
 
     def _check_values(self) -> None:
         self._not_negative("mask_update_interval", "decay")
+        self._positive("row_mask_update_interval")
+        self._share("row_mask_until", "row_mask_share")
+
+    def check(self, config: Config) -> None:
+        start, rule = config.sparsity.start, f"must be above sparsity.start={config.sparsity.start:g}, or 0"
+        self._need(self.row_mask_until == 0 or self.row_mask_until > start, "row_mask_until", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
+        rows = () if self.row_mask_until else ("row_mask_update_interval", "row_mask_share")
+        unused = dict.fromkeys(rows, "slope.row_mask_until=0")
         if not config.sparsity.start:
-            return dict.fromkeys(("before", "decay"), "sparsity.start=0")
-        return {} if self.before == "sr_ste" else {"decay": "slope.before=dense"}
+            return unused | dict.fromkeys(("before", "decay"), "sparsity.start=0")
+        return unused if self.before == "sr_ste" else unused | {"decay": "slope.before=dense"}
 
 
 @dataclass(kw_only=True)
@@ -80,6 +99,19 @@ class FstConfig(Section, section="fst"):
         s = config.sparsity
         rule = "fst searches transposable masks up to 4: sparsity.m=4, no sparsity.pattern_overrides"
         s._need(s.m <= 4 and not s.pattern_overrides, "m", rule)
+
+
+@dataclass(kw_only=True)
+class SSteConfig(Section, section="s_ste"):
+    """method=s_ste: dense weights that soft thresholding makes N:M in every product (S-STE, arXiv 2409.09099)."""
+
+    mvue: bool = switch(True)
+    """Prune the gradient of a layer's output N:M along the tokens, at random and without bias, for the gradient of its
+    weight, as the paper does to make this product sparse, too; false takes the exact gradient."""
+
+    def check(self, config: Config) -> None:
+        s = config.sparsity
+        s._need(s.mask == "magnitude", "mask", "soft thresholding keeps the largest magnitudes; choose magnitude")
 
 
 SINKS = 4

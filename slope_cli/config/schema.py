@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slope_cli.config.methods import FstConfig, LinearizeConfig, SlopeConfig, SrSteConfig
+from slope_cli.config.methods import FstConfig, LinearizeConfig, SlopeConfig, SrSteConfig, SSteConfig
 from slope_cli.config.section import Section, setting, switch
 from slope_cli.errors import UsageError
 
@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
     "dense": "the same model and loop with dense layers",
     "sr_ste": "dense weights under a mask that follows them; the gradient goes straight through the mask",
     "fst": "sr_ste with transposable masks, in the MLPs alone, and dense at the end",
+    "s_ste": "dense weights that soft thresholding makes N:M, in the MLPs alone; the gradient goes straight through it",
     "wanda": "a mask chosen once, by weights and inputs, for a trained model",
     "linearize": "the attention of a trained model becomes linear; its weights stay as they are",
 }
@@ -71,6 +72,10 @@ class ModelConfig(Section, section="model"):
     """Begin with the optimizer's moments of the run model.init, too, instead of none."""
     dropout: float | None = setting(None, unit="a probability", example="0.1")
     """The probability of every dropout in the model; null for those of the shape."""
+    activation: str | None = setting(None, "relu2", "sparse_relu2")
+    """The activation of the MLPs of a GPT-2 or an OPT; null for that of the shape. relu2: squared ReLU, relu(x)².
+    sparse_relu2: the same, of which each token keeps the 2 largest of every 4 features; for the gradient of the next
+    layer's weight each feature keeps the 2 largest of every 4 tokens instead. It is computed with dense products."""
     overrides: dict[str, Any] = setting({}, example="{n_layer: 6}")
     """Fields of the model's config.json of transformers to change, by their names there: {n_layer: 6} makes a GPT-2 of
     6 blocks."""
@@ -82,7 +87,7 @@ class ModelConfig(Section, section="model"):
         self._need(self.init is not None or not self.init_optimizer, "init_optimizer", rule)
 
     def unused(self, config: Config) -> dict[str, str]:
-        return {"init_optimizer": "method=linearize"} if config.method == "linearize" else {}
+        return dict.fromkeys(("init_optimizer", "activation"), "method=linearize") if config.linearizes else {}
 
 
 @dataclass(kw_only=True)
@@ -115,7 +120,7 @@ class SparsityConfig(Section, section="sparsity"):
     24 blocks 2:8."""
     target_modules: list[str] = setting([], example="[mlp]")
     """Which linear layers become sparse: regular expressions that are searched for in their names, or "mlp" for the
-    feed-forward layers; [] for every layer that can be sparse, or with method=fst for [mlp]."""
+    feed-forward layers; [] for every layer that can be sparse, or with method=fst and s_ste for [mlp]."""
     exclude_modules: list[str] = setting([], example="[c_proj]")
     """Which of the layers of sparsity.target_modules stay dense nevertheless: regular expressions that are searched for
     in their names."""
@@ -453,6 +458,7 @@ class Config:
     slope: SlopeConfig = field(default_factory=SlopeConfig)
     sr_ste: SrSteConfig = field(default_factory=SrSteConfig)
     fst: FstConfig = field(default_factory=FstConfig)
+    s_ste: SSteConfig = field(default_factory=SSteConfig)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -483,7 +489,7 @@ class Config:
             raise UsageError(f"model.name={INIT}: is only for method=linearize; name a shape")
         s, wanda = self.sparsity, self.method == "wanda"
         s.mask = s.mask or ("wanda" if wanda else "magnitude")
-        s.target_modules = s.target_modules or [MLP] * (self.method == "fst")
+        s.target_modules = s.target_modules or [MLP] * (self.method in ("fst", "s_ste"))
         self.adapters.lr = self.adapters.lr or self.optim.lr
         if self.optim.name == "muon":
             self.optim.muon_lr = self.optim.muon_lr or self.optim.lr
@@ -494,6 +500,8 @@ class Config:
             s._need(s.start > 0 or self.model.init is not None, "start", rule)
         if self.linearizes and self.train.precision == "fp8":
             raise UsageError("train.precision=fp8: is not for method=linearize; set bf16 or fp32")
+        if self.model.activation == "sparse_relu2" and self.train.precision == "fp8":
+            raise UsageError("model.activation=sparse_relu2: is not for train.precision=fp8")
         if self.learns_from_teacher:
             rule = "needs a teacher: set distill.teacher, or model.init for that model"
             self.distill._need(bool(self.teacher), "share", rule)

@@ -149,8 +149,8 @@ def train(model: nn.Module, count: int, s: Settings, step: Step, out: Path) -> l
     Raises:
         SlopeError: a loss or gradient is not finite; that step updates nothing.
     """
-    for _, layer in masked_layers(model):  # fixed masks: only kept weights have a gradient, and it is exact
-        layer.straight_through = layer.mvue = False
+    for _, layer in masked_layers(model):
+        layer.fix_mask()
     config = OptimConfig(lr=s.lr, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY, schedule="linear", min_lr=0.0)
     optimizer = optim.make_optimizer(model, config, adapter_decay=WEIGHT_DECAY)
     losses, steps = [], list(step_indices(count, s))

@@ -22,7 +22,7 @@ from slope_cli.models.loss import forward
 from slope_cli.report import metrics
 from slope_cli.report.tables import bytes_text, counted, plain_in_markdown
 from slope_cli.utils.files import atomic_folder
-from sparse_kernels import adapters_of, masked_layers, peft, sparse_layers, to_dense
+from sparse_kernels import adapters_of, masked_layers, peft, sparse_layers, sparse_relu, to_dense
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, relative to their largest magnitude, that reloading may make."""
@@ -172,7 +172,8 @@ def _architecture(run: Path, config: Config) -> str:
         family = settings["model_type"]
         sizes = {name: settings.get(name) for name in shapes.FAMILIES[family].sizes}
         return f"{family} with " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
-    changed = ", ".join(f"{name} {value}" for name, value in config.model.overrides.items())
+    activation = {} if config.model.activation is None else {"activation": config.model.activation}
+    changed = ", ".join(f"{name} {value}" for name, value in {**config.model.overrides, **activation}.items())
     return f"{config.model.name} with {changed}" if changed else config.model.name
 
 
@@ -183,6 +184,10 @@ def _facts(loaded: Loaded, config: Config) -> list[str]:
     done = "Linearized" if linear_windows(loaded.model) else "Trained"
     trained = f"{step * config.train.tokens_per_step:,} tokens ({step:,} steps), in sequences of {config.train.seq_len}"
     facts = [f"Architecture: {plain_in_markdown(_architecture(run, config))}", f"{done} on: {trained}"]
+    if config.model.activation == sparse_relu.NAME:
+        facts.append(
+            f"Loads in transformers after `import sparse_kernels.transformers`, which knows its activation; {SOURCE}"
+        )
     if val:
         facts.append(f"Validation loss: {val[-1]['loss']:.4f} nats per token at step {val[-1]['step']:,}")
     return facts

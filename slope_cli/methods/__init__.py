@@ -13,6 +13,7 @@ METHODS: Mapping[str, Callable[[Config], list[Phase]]] = {
     "dense": sparse.dense,
     "sr_ste": sparse.sr_ste,
     "fst": sparse.fst,
+    "s_ste": sparse.s_ste,
     "wanda": sparse.wanda,
     "linearize": linearize,
 }

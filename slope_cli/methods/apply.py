@@ -17,6 +17,7 @@ from sparse_kernels import (
     SparseLinear,
     add_adapters,
     check_adapters,
+    defer_activations,
     fp8_obstacle,
     mask_layers,
     masked_layers,
@@ -59,6 +60,7 @@ def apply(
         UsageError: a setting that does not fit the model.
     """
     set_fp8(model, ())  # so that layers are what they were, and can be swapped
+    defer_activations(model, on=False)
     if to.layers.kind != was.layers.kind:
         _convert(model, config, was.layers, to.layers, optimizer, calibrate)
     if to.linearized and not was.linearized:
@@ -121,6 +123,7 @@ def _convert(
     old = {name: model.get_submodule(name) for name in names}
     if to.kind == "masked":
         how |= {"transposable": to.transposable, "mvue": to.mvue, "straight_through": to.straight_through}
+        how |= {"soft_threshold": to.soft_threshold}
         mask_layers(model, **how)
     else:
         how |= {"rescale": to.rescale, "backward_rescale": to.backward_rescale, "backend": config.sparsity.backend}

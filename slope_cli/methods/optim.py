@@ -247,6 +247,12 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
                 optimizer.state[p]["step"] = torch.zeros((), device=device)
 
 
+def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """What the optimizer keeps of a parameter in its shape; nothing before its first step."""
+    state = optimizer.state.get(parameter, {})
+    return [state[key] for key in MOMENTS if key in state]
+
+
 def replace_parameter(
     optimizer: torch.optim.Optimizer,
     old: nn.Parameter,

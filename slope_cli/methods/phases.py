@@ -4,6 +4,7 @@ A method is a list of phases, a function of the configuration alone. So a checkp
 saved, and loop, resume, dry run, accounting and learning rates all look at the same list.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,26 +20,41 @@ class Layers:
 
     kind: dense; masked, dense weights under a mask; unmasked, such layers without it; sparse.
     mask_update_interval: steps between mask updates; 0: never.
+    row_mask_update_interval, row_mask_share: of sparse layers; see `Phase.row_mask_share`.
     backward_mask: how that of W^{R,C} is chosen, magnitude or random.
     rescale, backward_rescale: of sparse layers; see `sparse_kernels.sparsify`.
-    transposable, mvue, straight_through: of masked layers; see `sparse_kernels.mask_layers`.
+    transposable, mvue, straight_through, soft_threshold: of masked layers; see `sparse_kernels.mask_layers`.
     decay: of pruned weights; see `sparse_kernels.decay_pruned`.
     """
 
     kind: Literal["dense", "masked", "unmasked", "sparse"] = "dense"
     mask_update_interval: int = 0
+    row_mask_update_interval: int = 0
+    row_mask_share: float = 0.0
     backward_mask: str = "magnitude"
     rescale: bool = False
     backward_rescale: bool = False
     transposable: bool = False
     mvue: bool = False
     straight_through: bool = True
+    soft_threshold: bool = False
     decay: float = 0.0
 
     @property
     def backward_mask_is_derived(self) -> bool:
         """Whether W^{R,C}'s mask follows from values and row mask after each step, so that it need not be saved."""
         return self.kind == "sparse" and self.mask_update_interval == 1 and self.backward_mask == "magnitude"
+
+    @property
+    def sparse_products(self) -> list[str]:
+        """Which of the three products of a pruned layer have an operand that is N:M along what is summed over."""
+        sparse, pruned = self.kind == "sparse", self.kind in ("masked", "sparse")
+        products = {
+            "forward": pruned,
+            "input gradient": sparse or (pruned and self.transposable),
+            "weight gradient": pruned and self.mvue,
+        }
+        return [name for name, holds in products.items() if holds]
 
 
 DENSE = Layers()
@@ -66,6 +82,7 @@ class Phase:
 
     linearized: attention is window softmax plus linear attention.
     fp8: the products of linear layers have fp8 operands in training.
+    row_masks_end: the steps after which the row masks of sparse layers are fixed; 0: they always are.
     softmax_layers: so many of the linearized layers have softmax attention again; which ones is chosen when it begins.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
@@ -74,6 +91,7 @@ class Phase:
 
     first: int
     layers: Layers = DENSE
+    row_masks_end: int = 0
     linearized: bool = False
     softmax_layers: int = 0
     adapters: bool = False
@@ -91,9 +109,19 @@ class Phase:
         return ", ".join(what)
 
     def updates_masks(self, step: int) -> bool:
-        """Whether masks are chosen again at the end of a step, counted from 0."""
+        """Whether masks are chosen again at the end of a step, counted from 0; backward masks follow row masks."""
         interval = self.layers.mask_update_interval
-        return interval > 0 and (step + 1) % interval == 0
+        return (interval > 0 and (step + 1) % interval == 0) or self.row_mask_share(step) > 0
+
+    def row_mask_share(self, step: int) -> float:
+        """The share of each row's kept entries that row masks may replace at the end of a step, counted from 0.
+
+        RigL's (arXiv 1911.11134): it falls to 0 by half a cosine from the run's beginning to `row_masks_end`.
+        """
+        interval, done = self.layers.row_mask_update_interval, step + 1
+        if not interval or done % interval or done >= self.row_masks_end:
+            return 0.0
+        return self.layers.row_mask_share * 0.5 * (1 + math.cos(math.pi * done / self.row_masks_end))
 
 
 class Phases(tuple[Phase, ...]):

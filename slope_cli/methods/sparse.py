@@ -24,12 +24,15 @@ def slope(config: Config) -> list[Phase]:
     sparse = Layers(
         "sparse",
         mask_update_interval=own.mask_update_interval,
+        row_mask_update_interval=own.row_mask_update_interval,
+        row_mask_share=own.row_mask_share,
         backward_mask=own.backward_mask,
         rescale=own.rescale,
         backward_rescale=own.backward_rescale,
     )
     before = _phase(config, 0, masked if own.before == "sr_ste" else DENSE)
-    phases = [*([before] if start else []), _phase(config, start, sparse)]
+    row_masks_end = config.train.step_at(own.row_mask_until, rest=0)
+    phases = [*([before] if start else []), replace(_phase(config, start, sparse), row_masks_end=row_masks_end)]
     if config.adapters.rank:
         first = max(start, config.train.step_at(config.adapters.start))
         rates = {**phases[-1].rates, ADAPTERS: adapter_rate(config, first)}
@@ -51,6 +54,12 @@ def fst(config: Config) -> list[Phase]:
     end = max(start, config.train.step_at(1 - own.dense_finish, rest=0))
     dense_end = [_phase(config, end, Layers("unmasked"))] if end < config.train.steps else []
     return [_phase(config, 0, DENSE), _phase(config, start, layers), *dense_end]
+
+
+def s_ste(config: Config) -> list[Phase]:
+    """Weights made N:M by soft thresholding, and pruned output gradients. The masks follow what it keeps."""
+    layers = Layers("masked", mask_update_interval=1, mvue=config.s_ste.mvue, soft_threshold=True)
+    return [_phase(config, 0, DENSE), _phase(config, _sparse_step(config), layers)]
 
 
 def wanda(config: Config) -> list[Phase]:

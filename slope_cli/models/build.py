@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slope_cli.config.schema import Config
+import sparse_kernels.transformers  # noqa: F401  the import lets transformers make the activation sparse_relu2
+from slope_cli.config.schema import Config, ModelConfig
 from slope_cli.errors import UsageError, did_you_mean
 from slope_cli.models.shapes import FAMILIES, Family, family_of, shape_of
 
@@ -54,7 +55,19 @@ def model_config(
 def run_model_config(config: Config) -> PreTrainedConfig:
     """transformers' config of a run's model; UsageError for sizes that do not fit."""
     m = config.model
-    return model_config(m.name, overrides=m.overrides, seq_len=config.train.seq_len, dropout=m.dropout)
+    overrides = m.overrides if m.activation is None or config.linearizes else _with_activation(m)
+    return model_config(m.name, overrides=overrides, seq_len=config.train.seq_len, dropout=m.dropout)
+
+
+def _with_activation(m: ModelConfig) -> dict[str, Any]:
+    """The overrides of a model whose activation is set; UsageError for one that has another kind of MLP."""
+    family = shape_of(m.name).family
+    if family not in ("gpt2", "opt"):
+        raise UsageError(f"model.activation={m.activation}: is for GPT-2 and OPT, and {m.name} is neither")
+    field = FAMILIES[family].activation
+    if field in m.overrides:
+        raise UsageError(f"model.activation={m.activation}: model.overrides.{field} is set, too; keep one")
+    return {**m.overrides, field: m.activation}
 
 
 def build_model(config: PreTrainedConfig, *, device: str = "cpu", seed: int = 0) -> PreTrainedModel:

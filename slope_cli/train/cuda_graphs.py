@@ -1,7 +1,7 @@
 """A step replayed from CUDA graphs: the host launches a handful of graphs in place of thousands of kernels."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ class GraphedStep:
                 self._graphs = _Graphs(self.step, batches)
         losses, norm = self._graphs.gradients(batches)
         output = self.step.check(losses, norm, batches)
+        gradients = self.step.dense_gradients(batches) if mask_update and mask_update.row_share else {}
         with around:
-            self._graphs.update(mask_update)
+            self._graphs.update(mask_update, gradients)
         return output
 
     def autocast(self) -> Any:
@@ -112,14 +113,17 @@ class _Graphs:
         self._norm.replay()
         return losses, self._norm_value
 
-    def update(self, mask_update: MaskUpdate | None) -> None:
-        """Update by the gradient of `gradients`; then the masks, if `mask_update` is given, and the packed weights."""
+    def update(self, mask_update: MaskUpdate | None, dense_gradients: Mapping[str, Tensor]) -> None:
+        """Update by the gradient of `gradients`; then the masks, if `mask_update` is given, and the packed weights.
+
+        dense_gradients: as `Step.update_masks` takes them.
+        """
         self._update()
         if mask_update is None:
             if self._refresh is not None:
                 self._refresh.replay()
-        elif mask_update.backward == "random":  # another seed each time
-            self._step.update_masks(mask_update)
+        elif mask_update.row_share or mask_update.backward == "random":  # other metadata, or another seed each time
+            self._step.update_masks(mask_update, dense_gradients)
         elif self._mask_update is None:  # the first one runs eagerly: it allocates what a capture cannot
             self._step.update_masks(mask_update)
             self._mask_update, _ = self._capture(functools.partial(self._step.update_masks, mask_update))

@@ -51,7 +51,7 @@ def describe(config: Config, gpus: tuple[int, float] | None = None) -> tuple[dic
     begins = _begins_with(config, model) if not config.linearizes else []
     counts = account(model, config)
     memory = attention_memory(model) if config.linearizes else None
-    rows = [*begins, *_teacher(config), *_steps(config), *_phases(phases)]
+    rows = [*begins, *_teacher(config), *_steps(config), *_phases(phases), *_products(phases)]
     rows += _linearized(config, counts, memory) if memory else _trained(config, counts)
     rows += _by_ranges(config, ranges) if ranges else []
     comments = [*([] if memory else ["", *_layers(report)]), "", *(f"{name:28}{value}" for name, value in rows)]
@@ -206,6 +206,15 @@ def _phases(phases: Phases) -> list[Row]:
     """The phases of a run, if there are several."""
     names = [f"from step {phase.first + 1:,}: {phase.name}" for phase in phases.distinct]
     return [("phases", "; ".join(names))] if len(names) > 1 else []
+
+
+def _products(phases: Phases) -> list[Row]:
+    """Which products are sparse, in the last phase that has pruned layers."""
+    pruned = [phase.layers for phase in phases.distinct if phase.layers.sparse_products]
+    if not pruned:
+        return []
+    simulated = "; computed as dense ones, with zeros" * (pruned[-1].kind == "masked")
+    return [("sparse products", f"{', '.join(pruned[-1].sparse_products)}{simulated}")]
 
 
 def _trained(config: Config, a: Account) -> list[Row]:

@@ -288,7 +288,8 @@ class Trainer:
         step, seed = self.step, self.config.train.seed
         lr = optim.set_learning_rates(self.optimizer, self.phase, step, self.config.optim)
         due = self.phase.updates_masks(step)
-        update = MaskUpdate(self.phase.layers.backward_mask, step_seed(seed, step + 1)) if due else None
+        backward, share = self.phase.layers.backward_mask, self.phase.row_mask_share(step)
+        update = MaskUpdate(backward, step_seed(seed, step + 1), share) if due else None
         self.changes = self._to_measure()
         torch.manual_seed(step_seed(seed, step, self.group.ranks.rank))
         try:

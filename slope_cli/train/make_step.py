@@ -17,7 +17,7 @@ from slope_cli.train.activations import checkpoint_activations
 from slope_cli.train.cuda_graphs import GraphedStep
 from slope_cli.train.linearize_steps import DistillStep, TransferStep
 from slope_cli.train.step import Step
-from sparse_kernels import backends
+from sparse_kernels import backends, defer_activations
 
 
 def products_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -51,6 +51,7 @@ def make_step(
     train, dtype = config.train, products_dtype(config, device)
     if phase.linearized:
         set_matmul_precision(config, device)
+    defer_activations(model, on=not phase.linearized)
     checkpoint_activations(model, train.activation_checkpointing)
     compiled = _compiled(config, device, model)
     how: dict[str, Any] = {"dtype": dtype, "clip": config.optim.clip, "compiled": compiled}

@@ -7,7 +7,8 @@ raises before anything is updated.
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,11 @@ from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import SlopeError
+from slope_cli.methods.optim import moments_of
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, token_cross_entropy
-from sparse_kernels import update_masks
+from sparse_kernels import dense_gradients, update_masks, update_row_masks
 from sparse_kernels.sharded import local
 
 Around = contextlib.AbstractContextManager[Any]
@@ -73,10 +75,13 @@ class MaskUpdate(NamedTuple):
     """How masks are updated after a step.
 
     backward, seed: of sparse layers' W^{R,C}; see `sparse_kernels.update_masks`.
+    row_share: of the kept entries of each row, at most, that the step's gradient replaces before; see
+        `sparse_kernels.update_row_masks`. 0 leaves the row masks as they are.
     """
 
     backward: str = "magnitude"
     seed: int = 0
+    row_share: float = 0.0
 
 
 class Step:
@@ -142,11 +147,12 @@ class Step:
         self.average_gradients()
         norm = self.norm()
         output = self.check(losses, norm, batches)
+        gradients = self.dense_gradients(batches) if mask_update and mask_update.row_share else {}
         with around:
             self.update(norm)
             self.optimizer.zero_grad(set_to_none=True)
             if mask_update:
-                self.update_masks(mask_update)
+                self.update_masks(mask_update, gradients)
         return output
 
     def targets(self, batches: Sequence[Batch]) -> Tensor | None:
@@ -176,6 +182,12 @@ class Step:
         Args:
             targets: as `targets` returns it. A micro-batch counts by its share of them.
         """
+        share, total = self.shares(batch, count, targets)
+        torch.autograd.backward(total)
+        return torch.stack([share, total.detach()])
+
+    def shares(self, batch: Batch, count: int, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What one of `count` micro-batches adds to loss, detached, and total; as `backward`."""
         with self.autocast():
             loss, optimised = self.loss(batch)
             if targets is None:
@@ -186,8 +198,26 @@ class Step:
                 weight = (loss.targets / targets).float()
                 share, total = loss.token_loss.detach() * weight, optimised * weight
                 total = total if loss.sentence_loss is None else total + loss.sentence_loss / count
-        torch.autograd.backward(total)
-        return torch.stack([share, total.detach()])
+        return share, total
+
+    def dense_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The gradient of a step's total with respect to every sparse layer's dense weight, by the layer's name.
+
+        It takes another forward and backward pass: the products of a step gather what is kept where they compute it, in
+        operators that a CUDA graph or a compiled block cannot run differently in a few of its steps.
+        """
+        targets, sums = self.targets(batches), dict[str, Tensor]()
+        for batch in batches:
+            if self.sharding is not None:
+                self.sharding.begin_micro_batch(self.model, last=True)
+            total = functools.partial(self._total, batch, len(batches), targets)
+            for name, gradient in dense_gradients(self.model, total).items():
+                sums[name] = sums[name].add_(gradient) if name in sums else gradient
+        self.group.average_(sums.values())
+        return sums
+
+    def _total(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:
+        return self.shares(batch, count, targets)[1]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as in a step."""
@@ -214,8 +244,11 @@ class Step:
             torch._foreach_mul_([local(p.grad) for p in self._trained() if p.grad is not None], factor)
         self.optimizer.step()
 
-    def update_masks(self, mask_update: MaskUpdate) -> None:
-        """Choose the masks again."""
+    def update_masks(self, mask_update: MaskUpdate, gradients: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Choose the masks again; gradients: as `dense_gradients` returns them, if the row masks are updated."""
+        if mask_update.row_share:
+            moments = functools.partial(moments_of, self.optimizer)
+            update_row_masks(self.model, gradients, mask_update.row_share, moments)
         if self.sharding is not None:
             self.sharding.update_masks(self.model, mask_update.backward, mask_update.seed)
             return

@@ -308,6 +308,18 @@ def test_masks_are_updated_from_a_graph_as_eagerly(pattern: tuple[int, int]) -> 
     assert_alike(runs[1], runs[0])
 
 
+def test_row_masks_that_change_between_replays_are_seen_by_the_next_one() -> None:
+    run = setup(graphed=True)
+    for number in range(6):
+        share = 0.3 * (number % 2)
+        before = {name: layer.row_mask_bits.clone() for name, layer in layers.sparse_layers(run.model)}
+        run.take(batches("gpt2", 2, number), number, MaskUpdate(row_share=share))
+        assert_packed_weights_are_fresh(run.model)
+        for name, layer in layers.sparse_layers(run.model):
+            layer.validate()
+            assert torch.equal(layer.row_mask_bits, before[name]) == (not share)
+
+
 def test_changes_are_measured_around_an_update_from_graphs_as_eagerly() -> None:
     found: list[list[Changes]] = [[], []]
     runs = [setup(graphed=graphed) for graphed in (False, True)]
