@@ -213,11 +213,12 @@ def _linearized_decoding(result: Json) -> str:
 
 
 def _generating(result: Json) -> str:
-    """Tokens per second of the engine's variants by batch."""
+    """Tokens per second of the engine's variants by batch, and the time to a first token."""
     results = from_json(GenerateResults, result)
-    found = generate_report.by_batch(results)
-    rows = [row[:-1] for row in found.rows]
-    return _markdown(found.columns[:-1], rows, f"{found.note} {_where(results.machine)}.")
+    tables = generate_report.by_batch(results), generate_report.first_tokens(results)
+    notes = "", f" {_where(results.machine)}."
+    parts = zip(tables, notes, strict=True)
+    return "\n\n".join(_markdown(t.columns[:-1], [row[:-1] for row in t.rows], t.note + note) for t, note in parts)
 
 
 def _few_tokens(result: Json) -> str:

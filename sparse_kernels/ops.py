@@ -220,7 +220,8 @@ def _linear_fp8(
         Y_BO = packed.linear(_aligned(X_BI), LayerWeight(values, row_bits, backward_bits))
         return Y_BO, packed.scale
     kept = operand(values, fp8=True)
-    return _dense_fp8(X_BI, _scattered(kept.data, row_bits, X_BI.shape[1])), _scale(kept)
+    W_OI = _scattered(kept.data, row_bits, X_BI.shape[1])
+    return kernel_choice.dense(X_BI, W_OI), _scale(kept)  # [B,I] · [O,I]^T -> [B,O]
 
 
 def _input_grad_fp8(
@@ -234,11 +235,7 @@ def _input_grad_fp8(
     W_OI = _scattered(kept.data, row_bits, backward_bits.shape[0]).view(torch.uint8)
     if not exact:
         W_OI = W_OI * masks.unpack_bits(backward_bits, values.shape[0]).t()
-    return _dense_fp8(dY_BO, W_OI.view(kept.data.dtype).t()), _scale(kept)
-
-
-def _dense_fp8(X_BC: Tensor, A_RC: Tensor) -> Tensor:
-    return kernel_choice.dense(X_BC, A_RC)  # [B,C] · [R,C]^T -> [B,R]
+    return kernel_choice.dense(dY_BO, W_OI.view(kept.data.dtype).t()), _scale(kept)  # [B,O] · [O,I] -> [B,I]
 
 
 def _scale(one: Operand) -> Tensor:
@@ -314,9 +311,8 @@ class _Fp8Linear(torch.autograd.Function):
             product_BI, of_W = input_grad_fp8_op(dY.data, *how)
             dX = product_BI * (_scale(dY) * of_W)
         if needs_values:
-            dW_OI = product(
-                dY.t(), Operand(data_BI, scale).t(), dtype=E4M3.result, exact=True
-            )  # [O,B] · [B,I] -> [O,I]
+            # [O,B] · [B,I] -> [O,I]
+            dW_OI = product(dY.t(), Operand(data_BI, scale).t(), dtype=E4M3.result, exact=True)
             dV = gather_kept_op(dW_OI, values, row_bits, ctx.backend)
         if needs_bias:
             db = dY_BO.sum(0, dtype=ctx.bias_dtype)
