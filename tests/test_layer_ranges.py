@@ -83,7 +83,7 @@ def assert_equal_but_for_rounding(one: list[dict[str, Any]], other: list[dict[st
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gpt2", ()), ("llama", ("linearize.keep_softmax=auto:1", "distill.share=0.5")), slow("bert", ())],
+    [("gpt2", ()), slow("llama", ("linearize.keep_softmax=auto:1", "distill.share=0.5")), slow("bert", ())],
 )
 def test_ranges_learn_what_all_layers_at_once_do(kind: str, more: tuple[str, ...]) -> None:
     """Bit for bit where products are in float32: maps, optimizer state, adapters; the log but for sums' rounding."""
@@ -95,6 +95,7 @@ def test_ranges_learn_what_all_layers_at_once_do(kind: str, more: tuple[str, ...
     assert not (ranges / run_folder.TRANSFER).exists()
 
 
+@pytest.mark.slow
 def test_a_transfer_alone_ends_as_any_run(tmp_path: Path) -> None:
     words = ("linearize.transfer=1", "linearize.keep_softmax=[0,4]", "log.norms_every=5")
     run, whole = linearized("llama", *words, AT_ONCE), linearized("llama", *words)
@@ -111,6 +112,7 @@ def test_a_transfer_alone_ends_as_any_run(tmp_path: Path) -> None:
     assert torch.equal(*(next(iter(added_state(load_model(x).model).values())) for x in (run, tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_hidden_states_in_16_bits_change_what_is_learned_by_little() -> None:
     words = ("train.precision=bf16", "linearize.transfer=1")
     whole, ranges = (linearized("llama", *words, *more) for more in ((), (AT_ONCE,)))
@@ -165,6 +167,7 @@ def counting(found: list[int]) -> Iterator[None]:
         read_in_fact(self, into)
 
     gc.collect()
+    gc.freeze()  # what other tests have left is none of the objects, and looking through them takes no time
     hook, read_in_fact = register_module_forward_pre_hook(count), dcp.SavedTensor.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcp.SavedTensor, "read", read)
@@ -172,6 +175,7 @@ def counting(found: list[int]) -> Iterator[None]:
             yield
         finally:
             hook.remove()
+            gc.unfreeze()
 
 
 BLOCKS = ("GPT2Block", "LlamaDecoderLayer")
@@ -262,8 +266,11 @@ def test_a_base_is_written_with_one_tensor_in_memory(
     whole = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     largest = max(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     monkeypatch.setattr(weight_files.Weights, "_read", observed)
+    gc.collect()
+    gc.freeze()  # what was there before is none of the objects
     before = alive()
     result = slope("linearize", folder, *words, "--out", tmp_path / "run")
+    gc.unfreeze()
     assert result.code == 0, result.err
     assert len(held) > 20
     assert max(held) <= 2 * largest < 0.5 * whole

@@ -761,7 +761,7 @@ def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> 
     assert {(linear.pattern.cache, linear.gate) for linear in windows} == {(0, None)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "sparse"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "sparse"])
 def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: str, tmp_path: Path) -> None:
     """The transfer is that of an additive state: until it ends every gate is 1."""
     done, folder = linearized(kind, "linearize.state=gated", "linearize.kind=terrace"), tmp_path / "export"

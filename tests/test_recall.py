@@ -175,7 +175,8 @@ def test_beyond_its_window_a_linearized_model_does_not_copy() -> None:
 def decided(model: PreTrainedModel, item: Item) -> bool:
     """Whether no token of the answer is as likely as another one, as after a word that came twice."""
     with torch.no_grad():
-        logits = model(torch.cat([item.prompt, item.answer])[None]).logits[0, len(item.prompt) - 1 : -1]
+        ids = torch.from_numpy(np.concatenate([item.prompt, item.answer]).astype(np.int64))
+        logits = model(ids[None]).logits[0, len(item.prompt) - 1 : -1]
     first, second = logits.topk(2).values.unbind(-1)
     return bool((first - second > 1e-2).all())
 

@@ -193,6 +193,7 @@ def test_a_row_mask_update_moves_values_and_moments_with_their_entries() -> None
 
 
 @QUIET
+@pytest.mark.slow
 def test_every_block_is_compiled_though_each_has_another_constant() -> None:
     """GPT-2 scales the attention of each layer otherwise; torch compiles 8 variants of a function unless told more."""
     sizes = {"n_layer": 10, "n_embd": 16, "n_head": 1, "n_positions": 8}
