@@ -293,7 +293,8 @@ def ends_at_save(number: int, by: int) -> None:
     store.save = counted
 
 
-@pytest.mark.parametrize("scratch_folder", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scratch_folder", [False, True])
 def test_an_interrupted_range_goes_on_where_it_was(scratch_folder: bool, tmp_path: Path) -> None:
     """Killed in the second range after its first checkpoint, stopped in the third one, then killed before the join."""
     words = [AT_ONCE, "log.save_every=2", *([f"linearize.scratch={tmp_path / 'states'}"] * scratch_folder)]
