@@ -361,7 +361,14 @@ PLACES: dict[str, Callable[..., str]] = {
 FILES = {
     "cluster-assumed": ("cluster",),
     "cluster-fits": ("cluster",),
-    "kills": ("kills-pretrain", "kills-2-ranks", "kills-prepare", "kills-linearize", "kills-linearize-2"),
+    "kills": (
+        "kills-pretrain",
+        "kills-2-ranks",
+        "kills-4-ranks",
+        "kills-prepare",
+        "kills-linearize",
+        "kills-linearize-2",
+    ),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
         *("quality-gpt2-small", "linearize-gpt2-small", "linearize-decoding-h100"),
