@@ -9,6 +9,7 @@ are not alternated: compare what differs by more than 5 %.
 
 import argparse
 import json
+import math
 import os
 import pickle
 import statistics
@@ -107,11 +108,9 @@ def rank(row: ScalingRow, words: list[str], run: Path, out: Path) -> None:
     state = sum(_local_bytes(t) for t in store.state_tensors(trainer.model, trainer.optimizer).values())
     found = _largest(group, {"peak": peak, "state": state, "sent": sent})
     if ranks.first:
-        memory, choice = None, _choice(row, config)
-        if choice is not None:
+        if (choice := _choice(row, config)) is not None:
             memory = choice.memory
-            micro_batches = config.train.accumulation(ranks.world)
-            found["sent_said"] = choice.traffic.of_step(micro_batches)
+            found["sent_said"] = choice.traffic.of_step(config.train.accumulation(ranks.world))
             found["peak_said"] = memory.total if config.model.dropout == 0 else None
             found["state_said"] = memory.weights + memory.moments + memory.masks
         speed = config.train.tokens_per_step / statistics.median(seconds)
@@ -157,10 +156,9 @@ def _sent(collective: dict[str, Any], world: int) -> float:
 
 
 def _bytes(shape: Iterable[int], dtype: str) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count * {"Float": 4, "Half": 2, "BFloat16": 2, "Byte": 1, "Char": 1, "Int": 4, "Long": 8}.get(dtype, 4)
+    return math.prod(shape) * {"Float": 4, "Half": 2, "BFloat16": 2, "Byte": 1, "Char": 1, "Int": 4, "Long": 8}.get(
+        dtype, 4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- all of them

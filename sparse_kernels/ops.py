@@ -116,9 +116,15 @@ def _input_grad(
 def _weight_grad(dY_BO: Tensor, X_BI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
     if fast(X_BI, values, backend):
         return _weight_grad_fast(dY_BO, X_BI, values, row_bits, backend)
-    dW_OI = dY_BO.t() @ X_BI  # [O,B] · [B,I] -> [O,I]
-    index_OK = reference.kept_columns(masks.unpack_bits(row_bits, dW_OI.shape[1]), 2, 4)  # 1:2 too is 2 of 4
-    return reference.gather_kept(dW_OI, index_OK).to(values.dtype)
+    return _gathered(dY_BO.t() @ X_BI, values, row_bits)  # [O,B] · [B,I] -> [O,I] -> [O,K]
+
+
+def _gathered(dW_OI: Tensor, values: Tensor, row_bits: Tensor) -> Tensor:
+    return reference.gather_kept(dW_OI, _kept_columns(row_bits, dW_OI.shape[1])).to(values.dtype)
+
+
+def _kept_columns(row_bits: Tensor, columns: int) -> Tensor:
+    return reference.kept_columns(masks.unpack_bits(row_bits, columns), 2, 4)  # 1:2 too is 2 of 4
 
 
 linear_op = torch.library.custom_op("slope::linear", _linear, mutates_args=())
@@ -246,15 +252,11 @@ def _scale(one: Operand) -> Tensor:
 def _gather_kept(dW_OI: Tensor, values: Tensor, row_bits: Tensor, backend: str) -> Tensor:
     if fast_fp8(values, backend):
         return cuda.gather_kept(dW_OI, row_bits, values.dtype)
-    return reference.gather_kept(dW_OI, _kept_columns(row_bits, dW_OI.shape[1])).to(values.dtype)
+    return _gathered(dW_OI, values, row_bits)
 
 
 def _scattered(values_OK: Tensor, row_bits: Tensor, columns: int) -> Tensor:
     return reference.scatter_kept(values_OK, _kept_columns(row_bits, columns), columns)
-
-
-def _kept_columns(row_bits: Tensor, columns: int) -> Tensor:
-    return reference.kept_columns(masks.unpack_bits(row_bits, columns), 2, 4)  # 1:2 too is 2 of 4
 
 
 linear_fp8_op = torch.library.custom_op("slope::linear_fp8", _linear_fp8, mutates_args=())

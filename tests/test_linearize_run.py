@@ -18,6 +18,7 @@ from support.processes import die_in_save, die_in_save_base, finish, start
 from support.runs import LINEARIZED, assert_same_run, copied, slope, trained
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import base_model, run_folder, store, verify
 from slope_cli.checkpoint.load import load_model
@@ -736,19 +737,24 @@ def test_a_dry_run_counts_weights_that_are_trained_and_the_teacher() -> None:
     assert f"# teacher                     its own copy, {4 * weights:,} bytes\n" in lines
 
 
+def assert_export_is_the_run(run: Path, folder: Path, models: list[PreTrainedModel]) -> None:
+    """A run and its export, loaded as `models`, have the same logits and write the same text."""
+    ids_BT = tokens(40)
+    with torch.no_grad():
+        found, expected = (model(ids_BT).logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (run, folder)]
+    assert written[0].code == 0, written[0].err
+    assert written[0].out == written[1].out != ""
+
+
 def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     done, folder = linearized("llama", "linearize.cache=6", "train.steps=12"), tmp_path / "export"
     assert done.records("transfer")[-1]["mse"] < done.records("transfer")[0]["mse"]
     assert slope("export", done.run, folder).code == 0
     models = [load_model(place).model for place in (done.run, folder)]
     assert all(linear.pattern.cache == 6 for model in models for linear in linear_windows(model).values())
-    ids_BT = tokens(40)
-    with torch.no_grad():
-        found, expected = (model(ids_BT).logits for model in models)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (done.run, folder)]
-    assert written[0].code == 0, written[0].err
-    assert written[0].out == written[1].out != ""
+    assert_export_is_the_run(done.run, folder, models)
 
 
 def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> None:
@@ -778,13 +784,7 @@ def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: s
     gates_of_all = sum(p.numel() for gate in gates[0] if gate is not None for p in gate.parameters())
     adapters = done.records("phase")[0]["adapter_parameters"]
     assert done.records("phase")[0]["trained_parameters"] == adapters + gates_of_all
-    ids_BT = tokens(40)
-    with torch.no_grad():
-        found, expected = (model(ids_BT).logits for model in models)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    written = [slope("generate", place, "It is a truth ", "--tokens", "30") for place in (done.run, folder)]
-    assert written[0].code == 0, written[0].err
-    assert written[0].out == written[1].out != ""
+    assert_export_is_the_run(done.run, folder, models)
 
 
 @pytest.mark.parametrize(
