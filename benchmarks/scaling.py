@@ -74,6 +74,11 @@ class ScalingRow:
     seconds: float | None = None
     error: str = ""
 
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What it measures."""
+        return self.model, self.method, self.layout, self.gpus
+
 
 @dataclass(kw_only=True)
 class ScalingResults(Results):
@@ -203,7 +208,7 @@ class Measuring:
 
 def document(results: ScalingResults) -> Document:
     """The table: speed for each GPU, its share of one GPU's, its ratio to dense in the same layout, and bytes."""
-    speed = {(r.model, r.method, r.layout, r.gpus): r.tokens_per_s for r in results.rows}
+    speed = {r.key: r.tokens_per_s for r in results.rows}
     cells = []
     for r in results.rows:
         one, dense = speed.get((r.model, r.method, "ddp", 1)), speed.get((r.model, "dense", r.layout, r.gpus))
@@ -253,17 +258,30 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     (tokens,) = [int(word.partition("=")[2]) for word in given.words if word.startswith("train.tokens_per_step=")]
     sizes = [word for word in given.words if not word.startswith("train.tokens_per_step=")]
-    results = ScalingResults(words=given.words)
+    results = _begun(given)
     for number, batch in enumerate(_batches(given)):
         started = []
         for index, row in enumerate(batch):
             words = [f"data.path={given.data}", *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
             started.append(measure(row, words, given.work, 21000 + 16 * number + index, first_gpu=index))
         for each in started:
-            results.rows.append(each.finish())
-            print(results.rows[-1], flush=True)
+            row = each.finish()
+            results.rows = [other for other in results.rows if other.key != row.key] + [row]
+            print(row, flush=True)
         write_json(given.out, asdict(results))
     document(results).show()
+
+
+def _begun(given: argparse.Namespace) -> ScalingResults:
+    """What the file has of the same setting on the same machine, whose rows are kept; nothing, without one."""
+    new = ScalingResults(words=given.words)
+    if not given.out.is_file():
+        return new
+    old = from_json(ScalingResults, json.loads(given.out.read_text()))
+    same = all(old.machine[key] == new.machine[key] for key in ("gpu", "torch")) and old.words == new.words
+    if not same:
+        raise SystemExit(f"{given.out} is of another machine or setting; name another file")
+    return old
 
 
 def _batches(given: argparse.Namespace) -> Iterable[list[ScalingRow]]:

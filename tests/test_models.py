@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import GPTNeoXConfig
 from slope_cli.errors import UsageError
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import Loss, forward, kl_divergence, loss_fn, token_cross_entropy
-from slope_cli.models.shapes import SHAPES, objective
+from slope_cli.models.shapes import FAMILIES, SHAPES, objective, shape_of
 
 _TINY_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 _TINY = {
@@ -283,6 +284,41 @@ def test_seed_decides_the_weights_and_nothing_else_changes(name: str) -> None:
     second, other = tiny(name, seed=1).state_dict(), tiny(name, seed=2).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_any_number_of_threads_draws_the_same_weights(name: str) -> None:
+    threads = torch.get_num_threads()
+    many = tiny(name).state_dict()
+    try:
+        torch.set_num_threads(1)
+        one = tiny(name).state_dict()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(many[key], one[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_weights_are_drawn_as_transformers_draws_them(name: str) -> None:
+    """By the same rules: of each matrix the same standard deviation, and no two alike; the rest equal."""
+    overrides = {**TINY[name], "vocab_size": 640, ("n_embd" if "gpt2" in name else "hidden_size"): 128}
+    config = model_config(name, overrides=overrides)
+    ours = dict(build_model(config).named_parameters())
+    theirs = dict(getattr(transformers, FAMILIES[shape_of(name).family].model_class)(config).named_parameters())
+    assert ours.keys() == theirs.keys()
+    matrices = {key for key, tensor in theirs.items() if tensor.std() > 0 and tensor.dim() == 2}
+    for key, tensor in ours.items():
+        if key not in matrices:
+            torch.testing.assert_close(tensor, theirs[key])
+        elif tensor.numel() >= 4096:
+            torch.testing.assert_close(tensor.std(), theirs[key].std(), rtol=0.06, atol=0.0)
+    assert len({ours[key].flatten()[:8].sum().item() for key in matrices}) == len(matrices)
+
+
+def test_weights_that_will_be_read_are_not_drawn() -> None:
+    model = build_model(model_config("gpt2-small", overrides=TINY["gpt2-small"]), seed=None)
+    assert not any(p.any() for p in model.parameters() if p.dim() == 2)
+    assert all((p == 1).all() for name, p in model.named_parameters() if "ln_" in name and "weight" in name)
 
 
 def test_model_is_float32_and_training() -> None:

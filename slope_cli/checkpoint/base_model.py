@@ -142,7 +142,7 @@ def rebuild(description: dict[str, Any], device: torch.device | str) -> PreTrain
     # An implementation of attention could be one that is fetched from a hub and executed.
     settings = {key: value for key, value in description["config"].items() if not key.endswith("_implementation")}
     config_class = getattr(transformers, shapes.FAMILIES[settings["model_type"]].config_class)
-    model = build_model(config_class.from_dict(settings, attn_implementation="sdpa"), device=str(device))
+    model = build_model(config_class.from_dict(settings, attn_implementation="sdpa"), device=str(device), seed=None)
     if _tied(model) and not description.get("tied", True):
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

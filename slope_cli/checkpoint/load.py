@@ -135,7 +135,7 @@ def build(
     phase: Phase | None = None,
     kept: Collection[int] = (),
 ) -> PreTrainedModel:
-    """The model of a run in a phase, with new weights and masks, which are then read from a checkpoint.
+    """The model of a run in a phase, whose weights and masks are then read from a checkpoint.
 
     Args:
         run: its folder, which says what a run linearizes.
@@ -149,7 +149,7 @@ def build(
     if config.linearizes:
         model = base_model.build(run, device)
     else:
-        model = build_model(run_model_config(config), device=str(device), seed=config.train.seed)
+        model = build_model(run_model_config(config), device=str(device), seed=None)
     if phase is not None:
         apply(model, config, phase, kept=kept)
     return model

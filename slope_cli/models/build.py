@@ -3,11 +3,13 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -16,6 +18,7 @@ import sparse_kernels.transformers  # noqa: F401  the import lets transformers m
 from slope_cli.config.schema import Config, ModelConfig
 from slope_cli.errors import UsageError, did_you_mean
 from slope_cli.models.shapes import FAMILIES, Family, family_of, shape_of
+from sparse_kernels.layers import layer_seed
 
 
 def model_config(
@@ -70,20 +73,58 @@ def _with_activation(m: ModelConfig) -> dict[str, Any]:
     return {**m.overrides, field: m.activation}
 
 
-def build_model(config: PreTrainedConfig, *, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, *, device: str = "cpu", seed: int | None = 0) -> PreTrainedModel:
     """The float32 model of `config` in training mode, its weights a function of `config` and `seed` alone.
 
-    Weights are drawn on the CPU and then moved, so that every device and every rank starts from the same ones. On
-    "meta" nothing is drawn or allocated: under a second for any shape. The global random state stays as it was.
+    Weights are drawn on the CPU and then moved, so that every device and every rank starts from the same ones; a
+    generator for each block lets threads draw blocks at once. On "meta" nothing is drawn or allocated: under a second
+    for any shape. The global random state stays as it was.
+
+    seed: None for a model whose weights are then read: they are zeros, instead of drawn.
 
     Raises UsageError if the config is not of one of the families here.
     """
     model_class = getattr(transformers, family_of(config).model_class)
-    # torch.manual_seed would also reseed every GPU, which fork_rng(devices=[]) does not restore.
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
-        torch.default_generator.manual_seed(seed)
+    place = "meta" if device == "meta" else "cpu"
+    with torch.device(place), _Draws(None):
         model = model_class(config)
-    return model if device == "meta" else model.to(device)
+    if place == "meta":
+        return model
+    if seed is not None:
+        _draw(model, seed)
+    return model.to(device)
+
+
+class _Draws(TorchFunctionMode):
+    """Within it, torch.nn.init draws from a generator; without one, it sets zeros, which takes no time."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return func(*args, **kwargs)
+        if self._generator is None:
+            return nn.init.zeros_(kwargs["tensor"] if "tensor" in kwargs else args[0])
+        return func(*args, **{**kwargs, "generator": self._generator})
+
+
+def _draw(model: PreTrainedModel, seed: int) -> None:
+    """Draw all weights by the model's own rules; first each block's, and then the others'."""
+    blocks = list(transformer_blocks(model))
+    inner = {module for block in blocks for module in block.modules()}
+    parts = [list(block.modules()) for block in blocks] + [[m for m in model.modules() if m not in inner]]
+
+    def draw(part: int) -> None:
+        generator = torch.Generator().manual_seed(layer_seed(seed, str(part)))
+        with _Draws(generator):
+            for module in reversed(parts[part]):  # a module may draw its children's weights anew
+                model._init_weights(module)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(len(blocks))))
+    draw(len(blocks))
 
 
 def transformer_blocks(model: nn.Module) -> Iterable[nn.Module]:
