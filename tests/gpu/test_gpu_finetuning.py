@@ -57,9 +57,10 @@ def test_trainer(tmp_path: Path) -> None:
     ids = torch.randint(256, (256, 128), generator=torch.Generator().manual_seed(0)).unbind()
     usual: dict[str, Any] = {"max_steps": 10, "per_device_train_batch_size": 16, "bf16": True, "report_to": "none"}
     rows = [{"input_ids": x, "labels": x} for x in ids]
-    Trainer(
-        trained, TrainingArguments(str(tmp_path / "run"), **usual), train_dataset=rows, callbacks=[callback]
-    ).train()
+    args = TrainingArguments(str(tmp_path / "run"), **usual)
+    assert args.n_gpu > 0  # it is found when it is asked for
+    args._n_gpu = 1  # where a process sees several, the Trainer would use all of them
+    Trainer(trained, args, train_dataset=rows, callbacks=[callback]).train()
     callback.save_pretrained(tmp_path / "saved")
     before, after = zeros_of(tmp_path / "export"), zeros_of(tmp_path / "saved")
     assert all(torch.equal(zeros, after[name]) for name, zeros in before.items())
