@@ -76,6 +76,11 @@ __device__ inline void multiply_dense(float* c, const u32* a, const u32* b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Start to copy 16 bytes into shared memory, or zeros.
+__device__ inline void copy16(u32 to, const u8* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+}
+
 // A band's part of a chunk: of rows g and g + 8 the kept entries of tiles 0, 1 and of tiles 2, 3; two words of metadata.
 struct Part {
   uint4 upper[2], lower[2];
@@ -184,10 +189,6 @@ __device__ inline void multiply_chunk(float (*sum)[NT][4], const Part* parts, u3
 constexpr u32 ROW_BYTES = 144;  // of a staged row of a chunk: 128, and 16 more so that 8 rows lie in different banks
 constexpr u32 VALUE_BYTES = BLOCK_ROWS * ROW_BYTES, METADATA_BYTES = BLOCK_ROWS * 16;  // of a chunk
 constexpr u32 WEIGHT_BYTES = SLICE * (VALUE_BYTES + METADATA_BYTES);
-
-__device__ inline void copy16(u32 to, const u8* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
-}
 
 // Start to copy the block's rows of SLICE chunks, from chunk `begin` on: [chunk][row] values, then [chunk][64 rows][tile].
 __device__ inline void copy_weights(u32 target, const Matrix& matrix, u32 row0, u32 begin) {
@@ -342,33 +343,62 @@ __device__ inline void multiply_tile(float (*c)[4], u64 a, u64 b, u32 metadata, 
 }
 #endif
 
+// Adapters' operands go through shared memory, LORA_RANKS of them at a time: the block's rows of B, then of each segment that
+// these rows are of all tokens of Z. A row takes 16 bytes more, so that 8 rows lie in different banks.
+constexpr u32 LORA_RANKS = 64, LORA_STRIDE = LORA_RANKS * 2 + 16;
+
 struct Adapters {
   const u16* Z;
   const u16* B;
   i64 rank, segments, ends[2];
+
+  __device__ u32 segment_of(i64 row) const { return (row >= ends[0]) + (row >= ends[1]); }
 };
 
-// The warps along K share an adapter's ranks: of a band, B's entries that a lane multiplies, from column k on.
-__device__ inline void load_B(u32* b, const Adapters& lora, i64 row, i64 rows, u32 k) {
-  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const auto pair = [](const u16* at) { return *reinterpret_cast<const u32*>(at); };
-  const u16* upper = lora.B + min(row + g, rows - 1) * lora.rank + k + 2 * t;
-  const u16* lower = lora.B + min(row + g + 8, rows - 1) * lora.rank + k + 2 * t;
-  b[0] = pair(upper), b[1] = pair(lower), b[2] = pair(upper + 8), b[3] = pair(lower + 8);
+__device__ inline void prefetch_B(const Adapters& lora, i64 row0, i64 rows) {
+  const u8* from = reinterpret_cast<const u8*>(lora.B + row0 * lora.rank);
+  const u32 bytes = u32(min(i64(BLOCK_ROWS), rows - row0) * lora.rank) * 2;
+  for (u32 at = threadIdx.x * 128; at < bytes; at += THREADS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
-// Add Z · B^T of a band; b: what load_B read for k = 16·wk.
-__device__ inline void add_adapters(float (*sum)[4], u32* b, const Adapters& lora, i64 row, i64 rows, u32 tokens, u32 wk) {
-  const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, segment = (row >= lora.ends[0]) + (row >= lora.ends[1]);
+__device__ inline void copy_B(u32 target, const Adapters& lora, u32 first, i64 row0, i64 rows) {
+  for (u32 at = threadIdx.x; at < BLOCK_ROWS * LORA_RANKS / 8; at += THREADS) {
+    const u32 row = at / (LORA_RANKS / 8), piece = at % (LORA_RANKS / 8), k = first + 8 * piece;
+    const bool there = k < lora.rank;
+    const u16* from = lora.B + min(row0 + row, rows - 1) * lora.rank + (there ? k : 0);
+    copy16(target + row * LORA_STRIDE + piece * 16, reinterpret_cast<const u8*>(from), there);
+  }
+}
+
+__device__ inline void copy_Z(u32 target, const Adapters& lora, u32 first, i64 row0, i64 rows, u32 tokens) {
+  const u32 from_segment = lora.segment_of(row0), segments = lora.segment_of(min(row0 + BLOCK_ROWS, rows) - 1) - from_segment + 1;
   const u32 width = u32(lora.segments * lora.rank);
-  for (u32 k = 16 * wk; k < lora.rank; k += 16 * WK) {
-    if (k > 16 * wk) load_B(b, lora, row, rows, k);
+  for (u32 at = threadIdx.x; at < segments * TOKENS * LORA_RANKS / 8; at += THREADS) {
+    const u32 row = at / (LORA_RANKS / 8), piece = at % (LORA_RANKS / 8), k = first + 8 * piece;
+    const bool there = k < lora.rank;
+    const u16* from = lora.Z + min(row % TOKENS, tokens - 1) * width + (from_segment + row / TOKENS) * lora.rank + (there ? k : 0);
+    copy16(target + (BLOCK_ROWS + row) * LORA_STRIDE + piece * 16, reinterpret_cast<const u8*>(from), there);
+  }
+}
+
+// Add Z · B^T of the staged ranks to the sums of a band whose first row in the block is `row` and which is of the block's
+// segment `segment`. The warps along K share the ranks.
+__device__ inline void add_adapters(float (*sum)[4], u32 staged, u32 row, u32 segment, u32 ranks, u32 wk) {
+  const u32 lane = threadIdx.x % 32;
+  const u32 B = staged + (row + lane % 16) * LORA_STRIDE + lane / 16 * 16;
+  const u32 Z = staged + (BLOCK_ROWS + segment * TOKENS + lane % 8) * LORA_STRIDE + lane / 8 % 2 * 16;
+  for (u32 k = 16 * wk; k < ranks; k += 16 * WK) {
+    u32 b[4], z[NT][2];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(B + 2 * k));
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const u16* at = lora.Z + min(n * 8 + g, tokens - 1) * width + segment * lora.rank + k + 2 * t;
-      const u32 z[2] = {*reinterpret_cast<const u32*>(at), *reinterpret_cast<const u32*>(at + 8)};
-      multiply_dense(sum[n], b, z);
-    }
+    for (int n = 0; n < NT; ++n)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                   : "=r"(z[n][0]), "=r"(z[n][1])
+                   : "r"(Z + n * 8 * LORA_STRIDE + 2 * k));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) multiply_dense(sum[n], b, z[n]);
   }
 }
 
@@ -388,6 +418,15 @@ __device__ inline float of_block(u32 address, u32 block) {
 __device__ inline void cluster_barrier() {}
 __device__ inline float of_block(u32, u32) { return 0; }
 #endif
+// The sum of what stands there in the blocks of the cluster, at most 8, in their order; all loads are on their way at once.
+__device__ inline float of_cluster(u32 address, u32 blocks) {
+  float part[8], total = 0;
+#pragma unroll
+  for (u32 k = 0; k < 8; ++k) part[k] = k < blocks ? of_block(address, k) : 0;
+#pragma unroll
+  for (u32 k = 0; k < 8; ++k) total += part[k];
+  return total;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     few_tokens(const u8* values, const u8* metadata, const u8* X, const u16* bias, const u16* residual, u16* Y, i64 rows,
@@ -408,24 +447,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const u32 chunks = u32(columns + 127) / 128, share = (chunks + splits - 1) / splits;
   const u32 begin = min(blockIdx.y * share, chunks), end = min(begin + share, chunks);
   float sum[MT][NT][4] = {};
-  // Adapters come first, while the weights are on their way.
-  const bool adapted = lora_B && blockIdx.y == 0 && 16 * wk < rank;
-  u32 b[MT][4];
 #if KIND == 2
   const auto band_row = [&](int m) { return row0 + (wm / 4 * MT + m) * 64 + wm % 4 * 16; };
 #else
   const auto band_row = [&](int m) { return row0 + (wm * MT + m) * 16; };
 #endif
-  const auto load_adapters = [&] {
-    if (adapted)
-#pragma unroll
-      for (int m = 0; m < MT; ++m) load_B(b[m], lora, band_row(m), rows, 16 * wk);
-  };
-  const auto multiply_adapters = [&] {
-    if (adapted)
-#pragma unroll
-      for (int m = 0; m < MT; ++m) add_adapters(sum[m], b[m], lora, band_row(m), rows, tokens, wk);
-  };
+  // Adapters come last. Where shared memory has room beside X (KIND 0) their operands come with it, else from L2 in the end.
+  const bool adapted = lora_B && blockIdx.y == 0;
+  const u32 lora_at = base + (KIND == 0 ? u32(stages) * TOKENS * STRIDE : 0);
 
 #if KIND == 1
   const u32 turns = (end - begin + WK - 1) / WK, stage_bytes = WEIGHT_BYTES + TOKENS * STRIDE;
@@ -438,11 +467,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
 #pragma unroll
   for (u32 turn = 0; turn < DEPTH - 1; ++turn) weights_of(turn);
-  load_adapters();
+  if (adapted) prefetch_B(lora, row0, rows);
   await_others();
 #pragma unroll
   for (u32 turn = 0; turn < DEPTH - 1; ++turn) x_of(turn);
-  multiply_adapters();
   for (u32 turn = 0; turn < turns; ++turn) {
     asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2));
     __syncthreads();  // this stage is there for all, and all are through with the one before
@@ -474,12 +502,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     for (u32 turn = 0; turn < DEPTH; ++turn) weights_of(turn);
   }
-  load_adapters();
+  if (adapted) prefetch_B(lora, row0, rows);
   await_others();
   if (threadIdx.x == 0)
     for (u32 turn = 0; turn < DEPTH; ++turn) x_of(turn);
   __syncthreads();  // the barriers are there for all
-  multiply_adapters();
   for (u32 turn = 0; turn < turns; ++turn) {
     const u32 stage = stage_at(turn);
     wait_for(barrier_of(turn), turn / DEPTH % 2);
@@ -522,10 +549,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (u32 d = 0; d < DEPTH; ++d)
     if (d < turns) load(ring[d], d);
-  load_adapters();
+  if (adapted) copy_B(lora_at, lora, 0, row0, rows);
   await_others();
+  if (adapted) copy_Z(lora_at, lora, 0, row0, rows, u32(tokens));
   if (turns) copy_x(base, X, begin, columns, tokens);
-  multiply_adapters();
   for (u32 first = 0; first < turns; first += DEPTH) {
 #pragma unroll
     for (u32 d = 0; d < DEPTH; ++d) {
@@ -543,6 +570,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 #endif
+
+  for (u32 first = 0; adapted && first < rank; first += LORA_RANKS) {
+    if (KIND != 0 || first) {
+      __syncthreads();  // all are through with what lies there
+      copy_B(lora_at, lora, first, row0, rows);
+      copy_Z(lora_at, lora, first, row0, rows, u32(tokens));
+    }
+    asm volatile("cp.async.wait_all;");
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const i64 row = band_row(m);
+      const u32 segment = lora.segment_of(min(row, rows - 1)) - lora.segment_of(row0);
+      add_adapters(sum[m], lora_at, u32(row - row0), segment, min(LORA_RANKS, u32(rank) - first), wk);
+    }
+  }
 
   const auto write = [&](u32 token, i64 row, float y) {
     const i64 at = token * rows + row;
@@ -579,28 +622,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (u32 at = threadIdx.x; at < tokens * own; at += THREADS) {
     const u32 token = at / own, row = blockIdx.y * own + at % own;
     if (row >= BLOCK_ROWS) continue;
-    float total = 0;
-    for (u32 k = 0; k < splits; ++k) total += of_block(base + (token * BLOCK_ROWS + row) * 4, k);
-    if (row0 + row < rows) write(token, row0 + row, total);
+    if (row0 + row < rows) write(token, row0 + row, of_cluster(base + (token * BLOCK_ROWS + row) * 4, splits));
   }
   cluster_barrier();  // no block ends while another reads its sums
 }
 
-// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 16. A block: Z_COLUMNS of its columns, and of X's columns what the
-// blocks along y, a cluster, share. Lane 4g + t has 8 columns of rows g (and g + 8) of A and of token g at once.
-constexpr u32 Z_THREADS = NT == 1 || THREADS < 256 ? THREADS : 256, Z_COLUMNS = NT == 1 ? 8 : 16, UNROLL = NT > 2 ? 1 : 4 / NT;
+// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 16. A block: Z_COLUMNS of its columns of Z_TOKENS, and of X's
+// columns what the blocks along y, a cluster, share: many small blocks, because others wait for them. Lane 4g + t has 8 columns
+// of rows g (and g + 8) of A and of token g (and g + 8) at once.
+constexpr u32 Z_THREADS = NT == 1 || THREADS < 256 ? THREADS : 256, Z_EIGHTS = NT == 1 ? 1 : 2, UNROLL = 4;
+constexpr u32 Z_COLUMNS = 8 * Z_EIGHTS, Z_TOKENS = 8 * Z_EIGHTS;
 
 extern "C" __global__ void __launch_bounds__(Z_THREADS)
     few_tokens_dense(const u8* A, const u8* X, u16* Z, i64 width, i64 columns, i64 tokens) {
-  constexpr u32 WARPS = Z_THREADS / 32, ROWS = Z_COLUMNS / 8, SPAN = UNROLL * Z_THREADS;
-  __shared__ float sums[WARPS * TOKENS * Z_COLUMNS];  // [warp][token][row]
+  constexpr u32 WARPS = Z_THREADS / 32, ROWS = Z_EIGHTS, SPAN = UNROLL * Z_THREADS;
+  __shared__ float sums[WARPS * Z_TOKENS * Z_COLUMNS];  // [warp][token][row]
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 splits = gridDim.y, share = u32(columns / 16 + splits - 1) / splits * 16;
   const u32 begin = min(blockIdx.y * share, u32(columns)), end = min(begin + share, u32(columns));
+  const u32 token0 = blockIdx.z * Z_TOKENS, own = min(Z_TOKENS, u32(tokens) - token0) * Z_COLUMNS;
   const u8* row = A + (u64(blockIdx.x) * Z_COLUMNS + g) * columns * 2;
   const auto column = [&](u32 first, u32 u) { return first + (u * WARPS + warp) * 32 + 8 * t; };
   const auto part = [&](const u8* from, u32 at) {
-    return at < end ? *reinterpret_cast<const uint4*>(from + at * 2) : make_uint4(0, 0, 0, 0);
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (at < end)  // volatile, so that all are on their way before the first product
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from + at * 2));
+    return x;
   };
   uint4 a[UNROLL][ROWS];
   const auto load = [&](u32 first) {
@@ -615,19 +662,20 @@ extern "C" __global__ void __launch_bounds__(Z_THREADS)
   let_next_come();
   load(begin);
   await_others();
-  float sum[NT][4] = {};
+  float sum[Z_EIGHTS][4] = {};
   for (u32 first = begin; first < end; first += SPAN) {
-    uint4 x[UNROLL][NT];
+    uint4 x[UNROLL][Z_EIGHTS];
 #pragma unroll
     for (u32 u = 0; u < UNROLL; ++u)
 #pragma unroll
-      for (u32 n = 0; n < NT; ++n) x[u][n] = part(X + min(n * 8 + g, u32(tokens) - 1) * columns * 2, column(first, u));
+      for (u32 n = 0; n < Z_EIGHTS; ++n)
+        x[u][n] = part(X + u64(min(token0 + n * 8 + g, u32(tokens) - 1)) * columns * 2, column(first, u));
 #pragma unroll
     for (u32 u = 0; u < UNROLL; ++u) {
       const uint4 upper = a[u][0], lower = ROWS == 2 ? a[u][ROWS - 1] : make_uint4(0, 0, 0, 0);
       const u32 low[4] = {upper.x, lower.x, upper.y, lower.y}, high[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-      for (u32 n = 0; n < NT; ++n) {
+      for (u32 n = 0; n < Z_EIGHTS; ++n) {
         const u32 x_low[2] = {x[u][n].x, x[u][n].y}, x_high[2] = {x[u][n].z, x[u][n].w};
         multiply_dense(sum[n], low, x_low);
         multiply_dense(sum[n], high, x_high);
@@ -636,23 +684,24 @@ extern "C" __global__ void __launch_bounds__(Z_THREADS)
     if (first + SPAN < end) load(first + SPAN);
   }
 #pragma unroll
-  for (u32 n = 0; n < NT; ++n)
+  for (u32 n = 0; n < Z_EIGHTS; ++n)
 #pragma unroll
-    for (u32 k = 0; k < 2 * ROWS; ++k) sums[(warp * TOKENS + n * 8 + 2 * t + k % 2) * Z_COLUMNS + g + k / 2 * 8] = sum[n][k];
+    for (u32 k = 0; k < 2 * ROWS; ++k) sums[(warp * Z_TOKENS + n * 8 + 2 * t + k % 2) * Z_COLUMNS + g + k / 2 * 8] = sum[n][k];
   __syncthreads();
-  for (u32 at = threadIdx.x; at < tokens * Z_COLUMNS; at += Z_THREADS) {
+  for (u32 at = threadIdx.x; at < own; at += Z_THREADS) {
     float total = 0;
 #pragma unroll
-    for (u32 k = 0; k < WARPS; ++k) total += sums[k * TOKENS * Z_COLUMNS + at];
+    for (u32 k = 0; k < WARPS; ++k) total += sums[k * Z_TOKENS * Z_COLUMNS + at];
     sums[at] = total;
   }
+  __syncthreads();
   cluster_barrier();
-  const u32 base = u32(__cvta_generic_to_shared(sums));
-  if (blockIdx.y == 0)
-    for (u32 at = threadIdx.x; at < tokens * Z_COLUMNS; at += Z_THREADS) {  // what this thread wrote, and what the others did
-      float total = sums[at];
-      for (u32 k = 1; k < splits; ++k) total += of_block(base + at * 4, k);
-      Z[at / Z_COLUMNS * width + blockIdx.x * Z_COLUMNS + at % Z_COLUMNS] = from_float(total);
-    }
+  const u32 base = u32(__cvta_generic_to_shared(sums)), share_of_sums = (own + splits - 1) / splits;
+  for (u32 k = threadIdx.x; k < share_of_sums; k += Z_THREADS) {
+    const u32 at = blockIdx.y * share_of_sums + k;
+    if (at >= own) break;
+    const float total = splits == 1 ? sums[at] : of_cluster(base + at * 4, splits);
+    Z[(token0 + at / Z_COLUMNS) * width + blockIdx.x * Z_COLUMNS + at % Z_COLUMNS] = from_float(total);
+  }
   cluster_barrier();  // no block ends while another reads its sums
 }

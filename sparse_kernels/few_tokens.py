@@ -1,16 +1,19 @@
 """Products of a packed 2:4 matrix with at most 64 tokens, by few_tokens.cu, compiled for one shape of work at a time.
 
-The shapes of work are measured once for each matrix shape and eight of tokens, on a GPU model, and kept on disk beside
-the library's plans (kernel_choice).
+The shapes of work are measured once for each matrix shape, its adapters and a power of two of tokens, on a GPU model,
+and kept on disk beside the library's plans (kernel_choice). Adapters are added in the kernel or by cuBLAS after it,
+whichever was faster.
 
-Shape suffixes: B tokens, R rows and C columns of the matrix, K = C/2 kept entries of a row, L ranks of an adapter.
+Shape suffixes: B tokens, R rows and C columns of the matrix, K = C/2 kept entries of a row, L ranks of an adapter, S
+segments.
 """
 
 import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +33,8 @@ RANKS = 16
 """Adapters' ranks are padded to multiples of this, and layers that are fused have such numbers of rows."""
 MOST_SEGMENTS = 3
 _CHUNK = 128  # columns that a warp takes at once
+_LORA_BYTES = 144  # of a staged row of adapters' operands
+_FIRST_BYTES = 32768  # of shared memory that blocks of their first product take while the main kernel starts
 _ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
 # (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
 _REGISTERS = {
@@ -57,7 +62,7 @@ class Work(NamedTuple):
     kind: 0 where weights go to registers, 1 through shared memory, 2 the same for warpgroups. nt: eights of tokens. mt:
     bands of 16 rows that a warp holds. wm, wk: warps along the rows and along the columns. depth: chunks that a warp
     has on their way, or stages. slice: chunks of X in shared memory at once. splits: blocks, a cluster, that share a
-    row's columns.
+    row's columns. beside: 1 where cuBLAS adds the adapters' products after the kernel.
     """
 
     kind: int
@@ -68,6 +73,7 @@ class Work(NamedTuple):
     depth: int
     slice: int
     splits: int = 1
+    beside: int = 0
 
     @property
     def threads(self) -> int:
@@ -84,7 +90,7 @@ class Work(NamedTuple):
         """Of warpgroups: the values, metadata and X of `slice` chunks."""
         return self.slice * (self.rows * 144 + self.nt * 8 * 256)
 
-    def shared_bytes(self, columns: int) -> tuple[int, int]:
+    def shared_bytes(self, columns: int, *, adapted: bool = True) -> tuple[int, int]:
         """How many slices, or stages, are in shared memory, and the bytes of it that a block takes."""
         x = 8 * self.nt * (self.slice * 256 + 16)
         one_slice = math.ceil(math.ceil(columns / _CHUNK) / self.splits) <= self.slice
@@ -92,6 +98,8 @@ class Work(NamedTuple):
         if self.kind == 1:
             x += self.slice * self.rows * _ROW_BYTES
         size = self.depth * (self.stage_bytes + 8) + 1024 if self.kind == 2 else stages * x
+        lora = adapted * (self.rows + MOST_SEGMENTS * 8 * self.nt) * _LORA_BYTES
+        size = max(size, lora) if self.kind else size + lora
         return stages, max(size, self.wk * 8 * self.nt * self.rows * 4)
 
 
@@ -105,6 +113,18 @@ class Adapters(NamedTuple):
     B: Tensor
     rows: tuple[int, ...]
     Z: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """L, and the rows of each segment: what a choice of work depends on."""
+        return self.B.shape[1], *self.rows
+
+    def add_to(self, Y_BR: Tensor, X_BC: Tensor, beta: int = 1) -> None:
+        """Y becomes beta · Y + the sum of their products, in place, by cuBLAS; beta 0 does not read Y."""
+        Z_BL = F.linear(X_BC, self.A) if self.Z is None else self.Z  # [B,C] · [S·L,C]^T -> [B,S·L]
+        parts = Y_BR.split([*self.rows], 1), Z_BL.split(self.B.shape[1], 1), self.B.split([*self.rows])
+        for Y_Br, Z_Bl, B_rl in zip(*parts, strict=True):
+            torch.addmm(Y_Br, Z_Bl, B_rl.t(), beta=beta, out=Y_Br)  # [B,l] · [r,l]^T -> [B,r]
 
 
 def refusal(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> str:
@@ -137,11 +157,15 @@ def matmul(
         bias_R: (R,) or None. residual_BR: (B, R) or None.
 
     Returns:
-        (B, R); sums are float32, rounded once.
+        (B, R); sums are float32, rounded once, or twice where adapters are added beside the kernel.
     """
     (tokens, columns), rows, device = X_BC.shape, values_RK.shape[0], X_BC.device
+    if adapters is not None and work.beside:
+        Y_BR = matmul(work, values_RK, metadata, X_BC, bias_R, residual_BR)
+        adapters.add_to(Y_BR, X_BC)
+        return Y_BR
     Y_BR = X_BC.new_empty(tokens, rows)
-    stages, shared = work.shared_bytes(columns)
+    stages, shared = work.shared_bytes(columns, adapted=adapters is not None)
     operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
     parts: tuple[int, ...] = (rows,)
     Z = B = None
@@ -165,24 +189,30 @@ def _first(work: Work, X_BC: Tensor, A_LC: Tensor) -> Tensor:
     """Adapters' first product, X · A^T: (B, L), by the kernel that comes with a work."""
     (tokens, columns), width = X_BC.shape, A_LC.shape[0]
     Z_BL = X_BC.new_empty(tokens, width)  # [B,C] · [L,C]^T -> [B,L]
-    threads, block, unroll = (
-        (work.threads, 8, 4) if work.nt == 1 else (min(work.threads, 256), 16, max(1, 4 // work.nt))
-    )
-    splits = min(8, -(-columns // (unroll * threads))) if cuda.overlaps(X_BC.device.index) else 1
+    threads, block, span = (work.threads, 8, 4) if work.nt == 1 else (min(work.threads, 256), 16, 2)
+    splits = min(8, -(-columns // (span * threads))) if cuda.overlaps(X_BC.device.index) else 1
+    grid = width // block, splits, -(-tokens // block)
     arguments = (*map(cuda.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
     function = _function(work, X_BC, "few_tokens_dense")
-    cuda.launch_early(function, (width // block, splits), threads, X_BC.device, arguments, 0, splits)
+    cuda.launch_early(function, grid, threads, X_BC.device, arguments, 0, splits)
     return Z_BL
 
 
 def _function(work: Work, X: Tensor, name: str) -> Any:
-    return _compiled(work._replace(splits=1), X.dtype, X.device.index)[name]
+    return _compiled(work._replace(splits=1, beside=0), X.dtype, X.device.index)[name]
+
+
+def compile_all(works: Iterable[Work], dtype: torch.dtype, device_index: int) -> None:
+    """Compile the kernels of many shapes of work at once, for `matmul` to find."""
+    kernels = {work._replace(splits=1, beside=0) for work in works}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler runs outside of Python's lock
+        list(threads.map(lambda work: _compiled(work, dtype, device_index), kernels))
 
 
 @functools.cache
 def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, Any]:
     names = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
-    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the splits
+    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the others
     kernels = {"few_tokens": cuda.most_shared_bytes(device_index), "few_tokens_dense": 0}
     return cuda.compiled(SOURCE, kernels, definitions, device_index, architecture="sm_90a" if work.kind == 2 else "")
 
@@ -190,11 +220,17 @@ def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, An
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing
 
-_CHOSEN: dict[tuple[int, int, int, torch.dtype, int], Work] = {}
+_Shape = tuple[int, int, int, torch.dtype, tuple[int, ...]]
+"""R, C, tokens, dtype, and `Adapters.shape`; () without adapters."""
+_CHOSEN: dict[tuple[_Shape, int], Work] = {}
 
 
-def work_for(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
+def work_for(
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int, lora: tuple[int, ...] = ()
+) -> Work:
     """The fastest work for a matrix (R, C) that the kernel takes, and so many tokens, decided once.
+
+    lora: `Adapters.shape`; () without adapters.
 
     The first process on a GPU model compiles and measures some twenty of them for each shape; later ones read the file.
 
@@ -202,21 +238,23 @@ def work_for(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
         RuntimeError: a new shape is met while a CUDA graph is being captured.
     """
     bucket = min(b for b in (1, 2, 4, 8, 16, 32, 64) if b >= tokens)
-    key = rows, columns, bucket, dtype, device_index
+    key = (rows, columns, bucket, dtype, lora), device_index
     if key not in _CHOSEN:
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"run one step before capturing a CUDA graph: {key[:3]} has not been measured yet")
-        _CHOSEN[key] = _choose(rows, columns, bucket, dtype, device_index)
+            raise RuntimeError(f"run one step before capturing a CUDA graph: {key[0]} has not been measured yet")
+        _CHOSEN[key] = _choose(*key)
     return _CHOSEN[key]
 
 
-def candidates(rows: int, columns: int, tokens: int, device_index: int, *, warpgroups: bool) -> Iterator[Work]:
+def candidates(
+    rows: int, columns: int, tokens: int, device_index: int, *, warpgroups: bool, adapted: bool = False
+) -> Iterator[Work]:
     """The shapes of work that are worth measuring: of warpgroups, or those that every GPU can do."""
     nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
     room = cuda.most_shared_bytes(device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     if nt > 1 and warpgroups:
-        sides = _of_warpgroups(nt, room)
+        sides = _of_warpgroups(nt, [room, room // 2, *([room - _FIRST_BYTES] if adapted else [])])
     else:
         ring = [(0, *most, slice) for most in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
         sides = [*ring, *((1, *most, most[2]) for most in _STAGED[nt])]
@@ -231,62 +269,51 @@ def candidates(rows: int, columns: int, tokens: int, device_index: int, *, warpg
     yield Work(1, nt, 1, 4, 1, 3, 1)  # for matrices or GPUs that are too small for any of them
 
 
-def _of_warpgroups(nt: int, room: int) -> list[tuple[int, int, int, int, int, int]]:
+def _of_warpgroups(nt: int, rooms: list[int]) -> list[tuple[int, int, int, int, int, int]]:
+    """With as many stages as each of these numbers of bytes has room for."""
     sides = []
-    for (wm, wk), blocks, chunks in itertools.product(_WARPGROUPS, (1, 2), (1, 2)):
+    for (wm, wk), room, chunks in itertools.product(_WARPGROUPS, rooms, (1, 2)):
         stage = Work(2, nt, 1, wm, wk, 1, chunks * wk).stage_bytes
-        depth = min((room // blocks - 2048) // stage, 12 // chunks)  # a block takes 1 KB more
+        depth = min((room - 2048) // stage, 12 // chunks)  # a block takes 1 KB more
         if depth > 1:
             sides.append((2, 1, wm, wk, depth, chunks * wk))
-    return sides
+    return [*dict.fromkeys(sides)]
 
 
-def _choose(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> Work:
-    key = _key(rows, columns, tokens, dtype, device_index)
+def _choose(shape: _Shape, device_index: int) -> Work:
+    key = _key(shape, device_index)
     saved = kernel_choice.saved_choices().get(key)
     if saved is not None and saved.algorithm.keys() == set(Work._fields):
         return Work(**saved.algorithm)
     with torch.cuda.device(device_index), torch.no_grad():
-        work, milliseconds = outside_graphs(lambda: _measure(rows, columns, tokens, dtype, device_index))
+        work, milliseconds = outside_graphs(lambda: _measure(shape, device_index))
     choice = Choice(True, "the fastest kernel for few tokens", milliseconds, algorithm=work._asdict())
     kernel_choice.save_choice(key, choice)
     return work
 
 
-def _key(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> str:
-    gpu, source = (
-        torch.cuda.get_device_name(device_index),
-        hashlib.sha256(cuda.source_text(SOURCE).encode()).hexdigest()[:8],
-    )
-    return " | ".join((gpu, f"few_tokens {source}", str(dtype).removeprefix("torch."), f"{rows}x{columns}x{tokens}"))
+def _key(shape: _Shape, device_index: int) -> str:
+    rows, columns, tokens, dtype, lora = shape
+    source = hashlib.sha256(cuda.source_text(SOURCE).encode()).hexdigest()[:8]
+    sides = f"{rows}x{columns}x{tokens}" + (f" adapters {'x'.join(map(str, lora))}" if lora else "")
+    gpu = torch.cuda.get_device_name(device_index)
+    return " | ".join((gpu, f"few_tokens {source}", str(dtype).removeprefix("torch."), sides))
 
 
-def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_index: int) -> tuple[Work, float]:
+def _measure(shape: _Shape, device_index: int) -> tuple[Work, float]:
     """The fastest work that agrees with a dense product, and its milliseconds."""
+    rows, columns, tokens, dtype, lora = shape
     warpgroups = torch.cuda.get_device_capability(device_index) == (9, 0)
-    works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups))
-    kernels = {work._replace(splits=1) for work in works}
-    with ThreadPoolExecutor(8) as threads:  # the compiler runs outside of Python's lock
-        list(threads.map(lambda work: _compiled(work, dtype, device_index), kernels))
-    device = torch.device("cuda", device_index)
-    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
-    bits = random_mask(rows, columns, generator)
-    metadata = torch.empty(tile_metadata.metadata_bytes(rows, columns), dtype=torch.uint8, device=device)
-    # Whole tiles, as `cuda.metadata` takes them.
-    padded = F.pad(bits, (0, -bits.shape[1] % 4, 0, -rows % 64), value=0x33)
-    cuda.launch(cuda.metadata(padded, metadata))
-    values = torch.randn(rows, columns // 2, dtype=dtype, device=device, generator=generator)
-    X_BC = torch.randn(tokens, columns, dtype=dtype, device=device, generator=generator)
-    dense_RC = torch.empty(rows, columns, dtype=dtype, device=device)
-    cuda.launch(cuda.refresh(values, bits, bits.view(columns // 8, rows), w=dense_RC))
-    expected = F.linear(X_BC, dense_RC).float()  # [B,C] · [R,C]^T -> [B,R]
-    copies = [
-        (values.clone(), metadata.clone()) for _ in range(max(2, math.ceil(_L2_BYTES / (rows * columns * 1.125))))
-    ]
+    works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups, adapted=bool(lora)))
+    compile_all(works, dtype, device_index)
+    if lora:
+        works.append(work_for(rows, columns, tokens, dtype, device_index)._replace(beside=1))
+    operands, X_BC, expected = _operands(shape, device_index)
+    copies = [operands, *map(_copy, [operands] * max(1, math.ceil(_L2_BYTES / (rows * columns * 1.125)) - 1))]
     torch.cuda.synchronize()  # products read weights before the kernel in front of them has ended
     timed = []
     for work in works:
-        error = (matmul(work, values, metadata, X_BC).float() - expected).abs().max()
+        error = (operands.matmul(work, X_BC).float() - expected).abs().max()
         if error < 0.1 * expected.std():
             timed.append((_milliseconds(functools.partial(_in_turn, work, copies, X_BC)) / len(copies), work))
     if not timed:
@@ -297,9 +324,54 @@ def _measure(rows: int, columns: int, tokens: int, dtype: torch.dtype, device_in
     return work, milliseconds
 
 
-def _in_turn(work: Work, copies: list[tuple[Tensor, Tensor]], X_BC: Tensor) -> None:
-    for values, metadata in copies:
-        matmul(work, values, metadata, X_BC)
+class _Operands(NamedTuple):
+    """What a work is measured with, beside X."""
+
+    values_RK: Tensor
+    metadata: Tensor
+    adapters: Adapters | None
+
+    def matmul(self, work: Work, X_BC: Tensor) -> Tensor:
+        return matmul(work, self.values_RK, self.metadata, X_BC, adapters=self.adapters)
+
+
+def _operands(shape: _Shape, device_index: int) -> tuple[_Operands, Tensor, Tensor]:
+    """Random ones, X (B, C), and what dense products make of them, (B, R) in float32."""
+    rows, columns, tokens, dtype, lora = shape
+    device = torch.device("cuda", device_index)
+    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run
+
+    def normal(*sides: int) -> Tensor:
+        return torch.randn(sides, dtype=dtype, device=device, generator=generator)
+
+    bits = random_mask(rows, columns, generator)
+    metadata = torch.empty(tile_metadata.metadata_bytes(rows, columns), dtype=torch.uint8, device=device)
+    # Whole tiles, as `cuda.metadata` takes them.
+    padded = F.pad(bits, (0, -bits.shape[1] % 4, 0, -rows % 64), value=0x33)
+    cuda.launch(cuda.metadata(padded, metadata))
+    values_RK, X_BC = normal(rows, columns // 2), normal(tokens, columns)
+    dense_RC = torch.empty(rows, columns, dtype=dtype, device=device)
+    cuda.launch(cuda.refresh(values_RK, bits, bits.view(columns // 8, rows), w=dense_RC))
+    expected_BR = F.linear(X_BC, dense_RC)  # [B,C] · [R,C]^T -> [B,R]
+    if not lora:
+        return _Operands(values_RK, metadata, None), X_BC, expected_BR.float()
+    ranks, *parts = lora  # the adapters' sum is as large as the matrix's
+    A_LC, B_RL = normal(len(parts) * ranks, columns) / columns**0.5, normal(rows, ranks) * (columns / 2 / ranks) ** 0.5
+    adapters = Adapters(A_LC, B_RL, tuple(parts))
+    adapters.add_to(expected_BR, X_BC)
+    return _Operands(values_RK, metadata, adapters), X_BC, expected_BR.float()
+
+
+def _copy(operands: _Operands) -> _Operands:
+    values_RK, metadata, adapters = operands
+    if adapters is not None:
+        adapters = adapters._replace(A=adapters.A.clone(), B=adapters.B.clone())
+    return _Operands(values_RK.clone(), metadata.clone(), adapters)
+
+
+def _in_turn(work: Work, copies: list[_Operands], X_BC: Tensor) -> None:
+    for operands in copies:
+        operands.matmul(work, X_BC)
 
 
 def _milliseconds(products: Callable[[], None]) -> float:

@@ -207,7 +207,7 @@ def trial() -> None:
 def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tuple[Choice, MatmulPlan | None]:
     """Search, check and time on random operands; of a shape whose times are known, search and check."""
     with torch.cuda.device(device_index):
-        packed, dense_RC, X_BC, bias_R = _operands(shape, device_index)
+        packed, dense_RC, X_BC, bias_R = random_operands(shape, device_index)
         try:
             plan = MatmulPlan(shape, device_index)
             algorithm = plan.search(packed, X_BC, bias_R)
@@ -225,7 +225,7 @@ def _measure(shape: MatmulShape, device_index: int, known: Choice | None) -> tup
         return Choice(wins, reason, sparse_ms, dense_ms, algorithm), plan
 
 
-def _operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def random_operands(shape: MatmulShape, device_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """A random 2:4 matrix, packed as a layer's (slot markers, then values in place) and dense; random X and bias."""
     device = torch.device("cuda", device_index)
     generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state belongs to the run

@@ -1,13 +1,16 @@
 """Products and attention of few tokens on a GPU, against plain torch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels import SparseLinear, few_tokens, masks, tile_metadata
+from sparse_kernels import SparseLinear, few_tokens, kernel_choice, masks, packed_product, tile_metadata
 from sparse_kernels.attention import attend_new_tokens, attention_space
 from sparse_kernels.cuda import expand, norm, silu_mul
 from sparse_kernels.lora import LowRankAdapter
+from sparse_kernels.matmul_plan import MatmulShape
 from sparse_kernels.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.gpu
@@ -50,8 +53,9 @@ def test_every_token_count(tokens: int) -> None:
     residual = torch.randn(tokens, 512, device=CUDA).bfloat16()
     weight, adapter = sparse.weight, sparse.adapter
     assert adapter is not None
-    expected = F.linear(X.float(), weight, sparse.bias) + residual.float() + adapter(X.float())
-    close(made(X, residual), expected)
+    expected = F.linear(X.float(), weight, sparse.bias) + adapter(X.float())
+    close(made(X), expected)
+    close(made(X, residual), expected + residual.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,7 +81,7 @@ def test_odd_sides(dtype: torch.dtype, out: int, inputs: int, tokens: int) -> No
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 40, 70])
-@pytest.mark.parametrize("ranks", [(64, 64, 64), (4, 0, 20), (0, 0, 0), (7, 7, 7)])
+@pytest.mark.parametrize("ranks", [(64, 64, 64), (4, 0, 20), (0, 0, 0), (7, 7, 7), (80, 144, 65)])
 def test_fused_layers_with_adapters_of_any_rank(tokens: int, ranks: tuple[int, ...]) -> None:
     layers = [layer(rows, 256, rank=rank, seed=rank + rows) for rows, rank in zip((512, 128, 128), ranks, strict=True)]
     made = packed(layers)
@@ -89,33 +93,68 @@ def test_fused_layers_with_adapters_of_any_rank(tokens: int, ranks: tuple[int, .
     close(made(X), torch.cat(expected, 1))
 
 
-def test_every_candidate_is_right() -> None:
-    """Also those that another GPU would choose."""
-    sparse = layer(320, 1536, rank=32)
-    made = packed([sparse])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 31, 64])
+@pytest.mark.parametrize(("parts", "rank"), [((320,), 32), ((208, 48, 64), 144)])  # blocks with rows of three segments
+def test_every_candidate_is_right(tokens: int, parts: tuple[int, ...], rank: int) -> None:
+    """Also those that another GPU would choose; adapters in the kernel and beside it, and without any."""
+    layers = [layer(rows, 1536, rank=rank, seed=rows) for rows in parts]
+    made = packed(layers)
     operands = made.prepare()
     assert operands is not None
     assert operands.lora_A is not None
     assert operands.lora_B is not None
-    assert sparse.adapter is not None
-    for tokens in (1, 8, 16, 31, 64):
-        X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
-        expected = F.linear(X.float(), sparse.weight, sparse.bias) + sparse.adapter(X.float())
-        kinds = {False, torch.cuda.get_device_capability() == (9, 0)}
-        works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind)}
-        assert len(works) >= 5
-        for work in works:
-            adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, (320,))
-            close(few_tokens.matmul(work, made.values, made.metadata, X, made.bias, None, adapters), expected)
+    adapters = few_tokens.Adapters(operands.lora_A, operands.lora_B, parts)
+    X, residual = (torch.randn(tokens, width, device=CUDA).bfloat16() for width in (1536, sum(parts)))
+    alone = torch.cat([F.linear(X.float(), each.weight, each.bias) for each in layers], 1) + residual.float()
+    added = torch.cat([each.adapter(X.float()) for each in layers if each.adapter is not None], 1)
+    kinds = {False, torch.cuda.get_device_capability() == (9, 0)}
+    works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind, adapted=True)}
+    assert len(works) >= 5
+    few_tokens.compile_all(works, torch.bfloat16, 0)
+    for work in works:
+        operand = work, made.values, made.metadata, X, made.bias, residual
+        close(few_tokens.matmul(*operand), alone)
+        close(few_tokens.matmul(*operand, adapters), alone + added)
+        close(few_tokens.matmul(work._replace(beside=1), *operand[1:], adapters), alone + added)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("tokens", [300, 512])
+def test_many_tokens_and_adapters_in_either_order(tokens: int, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever was measured to be faster here."""
+    monkeypatch.setattr(packed_product, "_adapters_first", lambda *shape: first)
+    layers = [layer(rows, 1024, rank=rank, seed=rank) for rows, rank in ((512, 64), (128, 0), (128, 20))]
+    made, X = packed(layers), torch.randn(tokens, 1024, device=CUDA).bfloat16()
+    expected = [
+        F.linear(X.float(), each.weight, each.bias) + (0 if each.adapter is None else each.adapter(X.float()))
+        for each in layers
+    ]
+    close(made(X), torch.cat(expected, 1))
+
+
+def test_the_order_of_a_product_and_its_adapters_is_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
+    shape = MatmulShape(512, 1024, 256, torch.bfloat16, False)
+    packed_product._adapters_first.cache_clear()
+    chosen = packed_product._adapters_first(shape, 0, (16, 256, 256))
+    (choice,) = (choice for key, choice in kernel_choice.saved_choices().items() if "adapters 16x256x256" in key)
+    assert choice.algorithm == {"adapters_first": int(chosen)}
+    packed_product._adapters_first.cache_clear()
+    monkeypatch.setattr(kernel_choice, "graph_ms", None)  # a second measurement would call it
+    assert packed_product._adapters_first(shape, 0, (16, 256, 256)) == chosen
 
 
 def test_the_choice_is_kept_on_disk_and_needs_no_capture(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
     few_tokens.forget()
-    work = few_tokens.work_for(256, 512, 5, torch.bfloat16, 0)
+    shapes: tuple[tuple[int, ...], ...] = (), (16, 256), (48, 128, 64, 64)
+    works = [few_tokens.work_for(256, 512, 5, torch.bfloat16, 0, lora) for lora in shapes]
+    assert not works[0].beside
     few_tokens.forget()
     monkeypatch.setattr(few_tokens, "_measure", None)  # a second measurement would call it
-    assert few_tokens.work_for(256, 512, 6, torch.bfloat16, 0) == work
+    assert [few_tokens.work_for(256, 512, 6, torch.bfloat16, 0, lora) for lora in shapes] == works
 
 
 def test_a_graph_and_a_compiler_see_one_node() -> None:
