@@ -1,15 +1,14 @@
 """The other methods' steps on a GPU, and the transition from one phase of a run to the next, graphed as eagerly."""
 
-from pathlib import Path
 
 import pytest
 import torch
 from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_step
 
-from slope_cli.checkpoint import load
 from slope_cli.config import configs
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import apply
+from slope_cli.models.build import build_model, run_model_config
 from slope_cli.train.step import MaskUpdate, Step, StepOutput
 from sparse_kernels import defer_activations, masked_layers
 
@@ -22,7 +21,8 @@ SIZES = ("model.overrides.n_embd=256", "model.overrides.n_layer=2", "train.steps
 
 def setup(*words: str, graphed: bool, compiled: bool = False) -> Setup:
     config = configs.load("gpt2-nano", [*SIZES, *words])
-    model = load.build(config, Path(), "cuda", phases_of(config).at(0))
+    model = build_model(run_model_config(config), device="cuda")
+    apply(model, config, phases_of(config).at(0))
     defer_activations(model, on=True)
     optimizer = optim.build_optimizer(model, config, phases_of(config))
     return Setup(model, optimizer, new_step(model, optimizer, torch.bfloat16, graphed, compiled), config)
