@@ -288,14 +288,16 @@ class PackedLayer:
             self._refresh_if_stale(weight, which)
 
     def refresh(self, weight: LayerWeight, products: Sequence[Product] = PRODUCTS) -> list[cuda.KernelLaunch]:
-        """The launches, for the caller to do, that write what these products read from the present tensors."""
+        """The launches, for the caller to do, that write what these products read from the present tensors.
+
+        In fp8 by the scales that `rescale` has computed from them.
+        """
         launches: list[cuda.KernelLaunch] = []
         if "linear" in products and self.forward is not None:
             launches += self.forward.update_metadata(weight.row_mask_bits)
         if "input_grad" in products and self.backward is not None:
             launches += self.backward.update_metadata(weight.backward_mask_bits)
         self._stamps |= {product: weight.stamps(product) for product in products}
-        self._rescale(weight)
         targets = self._targets(weight, products)
         written = targets.keys() - {"factor"}
         return [*launches, cuda.refresh(*weight[:3], **targets)] if written else launches
@@ -310,6 +312,7 @@ class PackedLayer:
             raise RuntimeError("layers that share their packed weights cannot be captured in a CUDA graph")
         if self._stamps.get(product) == weight.stamps(product):
             return []
+        rescale([(self, weight)])
         return self.refresh(weight, (product,) if self.shared else PRODUCTS)
 
     def update_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
@@ -321,7 +324,6 @@ class PackedLayer:
             return self.refresh(weight)
         launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
         metadata = None if backward is None else backward.metadata
-        self._rescale(weight)
         targets = self._targets(weight, PRODUCTS)
         launches.append(cuda.refresh(*weight[:3], update_mask=True, **targets, metadata=metadata))
         if backward is not None:
@@ -333,20 +335,17 @@ class PackedLayer:
         for launch in self.refresh_if_stale(weight, product):
             cuda.launch(launch)
 
-    def _rescale(self, weight: LayerWeight) -> None:
-        """Compute the scale of fp8 from the present values."""
-        if not self.format.scaled:
-            return
+    @property
+    def scales(self) -> Tensor:
+        """That of the weights in fp8 and its reciprocal, float32 (2,), which `rescale` writes."""
         if self._scales is None:
-            self._scales = outside_graphs(lambda: torch.empty(2, device=weight.values.device))
-        scale = scale_of(torch.linalg.vector_norm(weight.values.detach(), float("inf")))
-        self._scales.copy_(torch.stack([scale, scale.reciprocal()]))
+            self._scales = outside_graphs(lambda: torch.empty(2, device="cuda"))
+        return self._scales
 
     @property
     def scale(self) -> Tensor:
         """That of the weights in fp8, a copy of float32 ()."""
-        assert self._scales is not None
-        return self._scales[0].clone()
+        return self.scales[0].clone()
 
     @property
     def _factor(self) -> Tensor | None:
@@ -385,6 +384,20 @@ class PackedLayer:
         return outside_graphs(
             lambda: PackedWeight(mask_bits, shape.columns, self.format, _choice(shape, device_index, self.backend))
         )
+
+
+def rescale(layers: Iterable[tuple[PackedLayer, LayerWeight]]) -> None:
+    """Compute the scales of fp8 from the present values: of all layers at once, in a few launches."""
+    by_device: dict[torch.device, list[tuple[PackedLayer, LayerWeight]]] = {}
+    for packed, weight in layers:
+        if packed.format.scaled:
+            by_device.setdefault(weight.values.device, []).append((packed, weight))
+    for device, same in by_device.items():
+        with torch.cuda.device(device):
+            largest = torch._foreach_norm([weight.values.detach() for _, weight in same], float("inf"))
+            scales = scale_of(torch.stack(largest))
+            pairs = torch.stack([scales, scales.reciprocal()], dim=1)
+            torch._foreach_copy_([packed.scales for packed, _ in same], list(pairs.unbind()))
 
 
 def _choice(shape: MatmulShape, device_index: int, backend: Backend) -> Choice:

@@ -52,13 +52,49 @@ def test_products_are_those_of_a_cpu(tokens: int, kind: str, compiled: bool) -> 
         torch.testing.assert_close(theirs.cpu().float(), ours.float(), rtol=1e-2, atol=1e-2 * float(ours.abs().max()))
 
 
-def test_rounding_is_that_of_a_cpu() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(300, 70), (16, 16), (1, 32), (37, 144), (128, 128), (272, 400), (1000, 2064)]
+)
+def test_rounding_is_that_of_a_cpu(rows: int, columns: int, dtype: torch.dtype) -> None:
     for scale in (1e-20, 1.0, 1e20):
-        X = torch.randn(300, 70) * scale
-        for ours, theirs in zip(operand(X, fp8=True), operand(X.cuda(), fp8=True), strict=True):
-            assert ours is not None
-            assert theirs is not None
-            torch.testing.assert_close(theirs.cpu().float(), ours.float(), rtol=0, atol=0)
+        X = (torch.randn(rows, columns) * scale).to(dtype)
+        X[0, :7] = torch.tensor([0.0, scale * 1e-6, -scale * 1e-6, scale * 1e-9, -0.0, 3 * scale, -4 * scale])
+        assert_rounded_alike(X, X.cuda())
+        assert_rounded_alike(X.t().contiguous().t(), X.cuda().t().contiguous().t())  # as the weight of a Conv1D lies
+    assert_rounded_alike(
+        torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, columns, dtype=dtype, device="cuda")
+    )
+
+
+def assert_rounded_alike(X: torch.Tensor, on_gpu: torch.Tensor) -> None:
+    for rows, columns, sums in ((True, False, False), (False, True, False), (True, True, True)):
+        asked = {"rows": rows, "columns": columns, "sums": sums}
+        counts = [torch.full((2,), 3, device=device) for device in ("cpu", "cuda")]
+        ours = operand(X, fp8=True, **asked, counts=counts[0])
+        theirs = operand(on_gpu, fp8=True, **asked, counts=counts[1])
+        assert counts[1].tolist() == counts[0].tolist()
+        assert theirs.scale is not None
+        assert theirs.scale.item() == ours.scale.item()
+        for one, other in ((ours.data, theirs.data), (ours.transposed, theirs.transposed)):
+            if one is not None:
+                assert other is not None
+                assert torch.equal(other.cpu().view(torch.uint8), one.view(torch.uint8))
+        if ours.sums is not None:
+            assert theirs.sums is not None
+            limit = 1e-4 * float(X.float().abs().sum(0).max())
+            torch.testing.assert_close(theirs.sums.sum(0).cpu(), ours.sums.sum(0), rtol=1e-4, atol=limit)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    X = torch.ones(64, 32, device="cuda")
+    X[3, 5] = bad
+    rounded = operand(X, fp8=True, columns=True)
+    assert rounded.scale is not None
+    assert rounded.transposed is not None
+    for data in (rounded.data, rounded.transposed):
+        assert not bool((data.float() * rounded.scale).isfinite().any())
 
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(512, 1024, 256), (1536, 768, 512), (544, 1056, 272)])
