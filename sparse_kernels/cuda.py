@@ -410,17 +410,21 @@ def refresh(
     return KernelLaunch(kernel, values_OK.device, blocks, _REFRESH_THREADS, args)
 
 
-def metadata(bits: Tensor, target: Tensor) -> KernelLaunch:
-    """Write a mask as the metadata of a packed 16-bit matrix, in the order that kernels.cu says.
+def metadata(bits: Tensor, target: Tensor, order: Tensor | None = None) -> KernelLaunch:
+    """Write a mask as the metadata of a packed matrix.
 
     Args:
-        bits: uint8 (R, C/8), R a multiple of 64, C of 32, at most two bits in every nibble.
+        bits: uint8 (R, C/8), at most two bits in every nibble; whole tiles of the order.
         target: uint8 (R·C/8,), 8-byte aligned.
+        order: int32, on the device, `MetadataOrder.table`; None for that of 16 bits that kernels.cu says: R a multiple
+            of 64, C of 32.
     """
     _check(bits=bits, target=target)
-    args = bits.data_ptr(), target.data_ptr(), bits.shape[0], bits.shape[1] * 8
-    blocks = -(-bits.numel() // (8 * _METADATA_THREADS))
-    return KernelLaunch("metadata", bits.device, blocks, _METADATA_THREADS, args)
+    sides = bits.shape[0], bits.shape[1] * 8
+    blocks = -(-bits.numel() // ((8 if order is None else 4) * _METADATA_THREADS))
+    pointers = (bits, target) if order is None else (bits, target, order)
+    args = (*map(address, pointers), *sides)
+    return KernelLaunch("metadata" if order is None else "metadata_in", bits.device, blocks, _METADATA_THREADS, args)
 
 
 def slot_markers(bits: Tensor, dtype: torch.dtype) -> Tensor:

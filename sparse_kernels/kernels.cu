@@ -480,6 +480,39 @@ __device__ inline void metadata(const Marks& layer) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// metadata_in: the same in any order that metadata_order.py finds, as its `table` has it. A thread: 4 bytes, 16 slots.
+
+struct OrderedMarks {
+  const u8* bits;
+  u32* metadata;
+  const int* order;
+  i64 rows, columns;
+};
+
+__device__ inline void metadata_in(const OrderedMarks& layer) {
+  const auto [bits, out, order, rows, columns] = layer;
+  const i64 word = i64(blockIdx.x) * METADATA_THREADS + threadIdx.x;
+  if (word >= rows * columns / 32) return;
+  const int row_bits = order[0], group_bits = order[1], size = 1 + row_bits + group_bits;
+  const int *groups = order + 4, *lines = groups + 16, *differ = lines + 16;
+  const u32 place = u32(word * 16) & ((1u << size) - 1), slot = __popc(place & order[3]) & 1;
+  const i64 tile = word * 16 >> size, across = order[2] ? columns / 4 >> group_bits : rows >> row_bits;
+  const i64 outer = tile / across, inner = tile % across;
+  u32 row = 0, group = 0, bytes = 0;
+  for (int k = 0; k < group_bits; ++k) group |= u32(__popc(place & groups[k]) & 1) << k;
+  for (int k = 0; k < row_bits; ++k) row |= u32(__popc(place & lines[k]) & 1) << k;
+  const i64 first_row = (order[2] ? outer : inner) << row_bits, first_group = (order[2] ? inner : outer) << group_bits;
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    const u32 other = differ[k];
+    const i64 r = first_row + (row ^ (other & 0xFFF)), g = first_group + (group ^ (other >> 12 & 0xFFF));
+    const u32 slots = slots_of(bits[(r * columns + 4 * g) / 8] >> (g % 2 * 4) & 15);
+    bytes |= (slot ^ other >> 24 ? slots >> 2 : slots & 3) << (2 * k);
+  }
+  out[word] = bytes;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // expand: a packed matrix, (R, C/2) values and metadata in the order above with R rounded up to 64 and C to 32, to a dense one.
 // A thread: 8 columns.
 
@@ -610,7 +643,7 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 // ---------------------------------------------------------------------------------------------------------------------
 // Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed>,
 // round_<X>, expand_<packed>, silu_mul_<packed>, norm_<packed> and
-// metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// metadata, metadata_in; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -635,7 +668,7 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
     slot_markers(bits, marked, bytes);                                                                                      \
   }
 #define ROUND(T)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(ROUND_THREADS)                                                               \
+  extern "C" __global__ void __launch_bounds__(ROUND_THREADS, sizeof(T) == 2 ? 3 : 2)                                       \
       round_##T(const T* X, const float* largest, e4m3* Y, e4m3* Y_t, float* scale, float* sums, u64* counts, i64 rows,     \
                 i64 columns) {                                                                                              \
     round(X, largest, Y, Y_t, scale, sums, counts, rows, columns);                                                          \
@@ -685,4 +718,11 @@ extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
 }
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS) metadata_all(const Marks* layers) {
   metadata(layers[blockIdx.y]);
+}
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
+    metadata_in(const u8* bits, u32* out, const int* order, i64 rows, i64 columns) {
+  metadata_in(OrderedMarks{bits, out, order, rows, columns});
+}
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS) metadata_in_all(const OrderedMarks* layers) {
+  metadata_in(layers[blockIdx.y]);
 }

@@ -56,12 +56,14 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
     # What is shared follows at its next product.
     own = {name: [one for one in _packed_layers(layer) if not one.shared] for name, layer in sparse_layers(model)}
     rescale((one, _weight(layer, one)) for name, layer in sparse_layers(model) for one in own[name])
+    follow: list[tuple[PackedLayer, LayerWeight]] = []
     for name, layer in sparse_layers(model):
         packed = own[name]
         if layer.kernel_chooses(kind):
             chosen.append(layer)
             if packed:
-                launches += packed[0].update_mask(_weight(layer, packed[0]))
+                follow.append((packed[0], _weight(layer, packed[0])))
+                launches += packed[0].update_mask(follow[-1][1])
             else:
                 bits = layer.row_mask_bits, layer.backward_mask_bits
                 launches.append(cuda.refresh(layer.values, *bits, update_mask=True))
@@ -70,6 +72,7 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
             layer.update_backward_mask(kind, layer_seed(seed, name))
         stale += [(layer, other) for other in packed]
     cuda.launch_all(launches)
+    cuda.launch_all(launch for one, weight in follow for launch in one.follow_mask(weight))
     cuda.launch_all(launch for layer, packed in stale for launch in packed.refresh(_weight(layer, packed)))
     for layer in chosen:
         layer.update_backward_scale()

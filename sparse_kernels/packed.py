@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_kernels import cuda, kernel_choice
 from sparse_kernels.formats import FORMATS, PackedFormat
 from sparse_kernels.kernel_choice import Choice
-from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
+from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, order_table, writes_metadata
 from sparse_kernels.operands import scale_of
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
@@ -100,6 +100,7 @@ class PackedWeight:
     def __init__(self, mask_bits: Tensor, columns: int, form: PackedFormat, choice: Choice) -> None:
         self.rows, self.columns, self.format, self.choice = mask_bits.shape[0], columns, form, choice
         self.metadata: Tensor | None = None
+        self._order: Tensor | None = None
         self._packed: Tensor | None = None
         self._plans: dict[tuple[int, bool], MatmulPlan | None] = {}
         self._mask = stamp(mask_bits)
@@ -107,6 +108,7 @@ class PackedWeight:
             self._packed = compress(cuda.slot_markers(mask_bits, form.dtype))
             if writes_metadata(self.rows, columns, form.dtype, mask_bits.get_device()):
                 self.metadata = form.metadata(self._packed, self.rows, columns)
+                self._order = order_table(form.dtype, mask_bits.get_device())
             self.target = form.values(self._packed, self.rows, columns)
         else:
             self.target = torch.empty(self.rows, columns, dtype=form.dtype, device=mask_bits.device)
@@ -137,9 +139,14 @@ class PackedWeight:
             return []
         self.mask_is(mask_bits)
         if self.metadata is not None:
-            return [cuda.metadata(mask_bits, self.metadata)]
+            return [cuda.metadata(mask_bits, self.metadata, self._order)]
         compress(cuda.slot_markers(mask_bits, self.format.dtype), self._packed)
         return []
+
+    @property
+    def metadata_of_update(self) -> Tensor | None:
+        """The metadata where the kernel that updates a mask can write it at once: in the order of 16 bits."""
+        return None if self._order is not None else self.metadata
 
     def mask_is(self, mask_bits: Tensor) -> None:
         """Note that the metadata is, or is about to be, that of this mask as it is now."""
@@ -316,20 +323,27 @@ class PackedLayer:
         return self.refresh(weight, (product,) if self.shared else PRODUCTS)
 
     def update_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
-        """As `refresh` with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`."""
+        """As `refresh` with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`.
+
+        After these launches `follow_mask` is to be called.
+        """
         backward = self.backward
         if backward is not None and backward.packed and backward.metadata is None:
             # The library makes the metadata of the mask, so the mask must be there.
             cuda.launch(cuda.refresh(*weight[:3], update_mask=True))
             return self.refresh(weight)
         launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
-        metadata = None if backward is None else backward.metadata
+        metadata = None if backward is None else backward.metadata_of_update
         targets = self._targets(weight, PRODUCTS)
         launches.append(cuda.refresh(*weight[:3], update_mask=True, **targets, metadata=metadata))
-        if backward is not None:
+        if backward is not None and metadata is not None:
             backward.mask_is(weight.backward_mask_bits)
         self._stamps = {product: weight.stamps(product) for product in PRODUCTS}
         return launches
+
+    def follow_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
+        """The launches that write the metadata of W^{R,C}'s new mask where those of `update_mask` have not."""
+        return [] if self.backward is None else self.backward.update_metadata(weight.backward_mask_bits)
 
     def _refresh_if_stale(self, weight: LayerWeight, product: Product) -> None:
         for launch in self.refresh_if_stale(weight, product):

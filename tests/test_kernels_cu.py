@@ -22,6 +22,8 @@ ENTRIES = {
     ),
     "metadata",
     "metadata_all",
+    "metadata_in",
+    "metadata_in_all",
     "slot_markers_e4m3",
     "round_bf16",
     "round_float",

@@ -13,6 +13,7 @@ from torch import nn
 from slope_cli.train.loop import pretrain
 from sparse_kernels import (
     SparseLinear,
+    cuda,
     fp8_obstacle,
     kernel_choice,
     masks,
@@ -20,7 +21,15 @@ from sparse_kernels import (
     set_fp8,
     update_backward_masks,
 )
-from sparse_kernels.matmul_plan import MatmulShape
+from sparse_kernels.formats import E4M3
+from sparse_kernels.matmul_plan import (
+    MatmulShape,
+    compress,
+    metadata_order,
+    order_table,
+    random_mask,
+    writes_metadata,
+)
 from sparse_kernels.operands import FP8, operand
 from sparse_kernels.packed import Backend
 
@@ -102,6 +111,59 @@ def test_the_library_multiplies_packed_e4m3(rows: int, columns: int, tokens: int
     """A plan is given out only if its product agrees with the dense one."""
     shape = MatmulShape(rows, columns, tokens, FP8, bias=False)
     assert kernel_choice.plan_for(shape, 0) is not None, kernel_choice.choose(shape, 0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 1024), (1536, 768), (2560, 10240)])
+def test_metadata_are_those_of_the_library(rows: int, columns: int) -> None:
+    order = metadata_order(FP8, 0)
+    if order is None:
+        pytest.skip("this library's order of fp8's metadata is of another kind: new masks are packed by the library")
+    assert writes_metadata(rows, columns, FP8, 0)
+    assert not writes_metadata(rows + 32, columns, FP8, 0) or order.tile[0] <= 32
+    bits = [random_mask(rows, columns, torch.Generator("cuda").manual_seed(seed)) for seed in range(2)]
+    written = [torch.empty(rows * columns // 8, dtype=torch.uint8, device="cuda") for _ in bits]
+    table = order_table(FP8, 0)
+    cuda.launch_all(cuda.metadata(one, target, table) for one, target in zip(bits, written, strict=True))
+    for one, target in zip(bits, written, strict=True):
+        theirs = E4M3.metadata(compress(cuda.slot_markers(one, FP8)), rows, columns)
+        assert torch.equal(target, theirs)
+        assert torch.equal(order.encode(one), theirs)
+
+
+def test_a_mask_update_leaves_what_packing_anew_would() -> None:
+    """With fillers, of layers together, at once and from a graph."""
+    torch.manual_seed(0)
+    weights = [torch.randn(1024, 512), torch.randn(512, 1024)]
+    model = nn.Sequential(*(SparseLinear(W, None, masks.row_mask(W, 2, 4), 2, 4) for W in weights)).cuda()
+    set_fp8(model, ["0", "1"])
+    set_backend(model, "cusparselt")
+    X = torch.randn(512, 512, device="cuda", requires_grad=True)
+
+    def products() -> torch.Tensor:
+        X.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            model(X).float().square().mean().backward()
+        assert X.grad is not None
+        return X.grad
+
+    products()
+    graph = None
+    for change in range(3):
+        with torch.no_grad():
+            for layer in model:
+                layer.values.mul_(torch.randn_like(layer.values))
+        if graph is None:
+            update_backward_masks(model)
+            if change:
+                graph = cuda.captured(lambda: update_backward_masks(model))
+        else:
+            graph.replay()
+            torch.autograd.graph.increment_version([layer.backward_mask_bits for layer in model])
+        ours = products()
+        set_backend(model, "reference")
+        theirs = products()
+        set_backend(model, "cusparselt")
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("biased", [False, True])
