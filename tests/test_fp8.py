@@ -153,6 +153,34 @@ def test_entries_that_become_zero_are_counted(kind: str) -> None:
     assert not any("counts" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["linear", "masked", "sparse"])
+def test_no_tokens_give_no_gradient(kind: str) -> None:
+    model, X = nn.Sequential(layers(32, 16, 0)[kind]()), torch.zeros(0, 16, requires_grad=True)
+    set_fp8(model, ["0"])
+    Y = model(X)
+    assert Y.shape == (0, 32)
+    Y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31))
+def test_a_transpose_and_sums_are_those_of_the_matrix(rows: int, columns: int, seed: int) -> None:
+    X = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    plain, whole = operand(X, fp8=True), operand(X, fp8=True, columns=True, sums=True)
+    alone = operand(X, fp8=True, rows=False, columns=True)
+    assert whole.transposed is not None
+    assert alone.transposed is not None
+    assert whole.sums is not None
+    assert torch.equal(whole.data.float(), plain.data.float())
+    assert whole.transposed.shape == (columns, -(-rows // 16) * 16)
+    assert torch.equal(whole.transposed[:, :rows].float(), plain.data.float().t())
+    assert not whole.transposed[:, rows:].float().any()
+    assert torch.equal(alone.transposed.float(), whole.transposed.float())
+    assert not alone.data.numel()
+    torch.testing.assert_close(whole.sums.sum(0), X.sum(0), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_are_none_are_refused_before_any_changes() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
     for name in ("1", "2"):
