@@ -20,6 +20,7 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16",
 _GATHER_BYTES, _GATHER_THREADS = 1024, 256
 _REFRESH_TILE, _REFRESH_THREADS = (64, 128), 256
 _MARKER_THREADS = 256
+ROUND_SIDE, _ROUND_THREADS = 128, 256
 _METADATA_THREADS = 256
 _EXPAND_THREADS = 256
 _SILU_THREADS = 256
@@ -409,17 +410,21 @@ def refresh(
     return KernelLaunch(kernel, values_OK.device, blocks, _REFRESH_THREADS, args)
 
 
-def metadata(bits: Tensor, target: Tensor) -> KernelLaunch:
-    """Write a mask as the metadata of a packed 16-bit matrix, in the order that kernels.cu says.
+def metadata(bits: Tensor, target: Tensor, order: Tensor | None = None) -> KernelLaunch:
+    """Write a mask as the metadata of a packed matrix.
 
     Args:
-        bits: uint8 (R, C/8), R a multiple of 64, C of 32, at most two bits in every nibble.
+        bits: uint8 (R, C/8), at most two bits in every nibble; whole tiles of the order.
         target: uint8 (R·C/8,), 8-byte aligned.
+        order: int32, on the device, `MetadataOrder.table`; None for that of 16 bits that kernels.cu says: R a multiple
+            of 64, C of 32.
     """
     _check(bits=bits, target=target)
-    args = bits.data_ptr(), target.data_ptr(), bits.shape[0], bits.shape[1] * 8
-    blocks = -(-bits.numel() // (8 * _METADATA_THREADS))
-    return KernelLaunch("metadata", bits.device, blocks, _METADATA_THREADS, args)
+    sides = bits.shape[0], bits.shape[1] * 8
+    blocks = -(-bits.numel() // ((8 if order is None else 4) * _METADATA_THREADS))
+    pointers = (bits, target) if order is None else (bits, target, order)
+    args = (*map(address, pointers), *sides)
+    return KernelLaunch("metadata" if order is None else "metadata_in", bits.device, blocks, _METADATA_THREADS, args)
 
 
 def slot_markers(bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -438,6 +443,60 @@ def slot_markers(bits: Tensor, dtype: torch.dtype) -> Tensor:
     args = bits.data_ptr(), marked_RC.data_ptr(), bits.numel()
     _launch(f"slot_markers_{_NAMES[dtype]}", grid, _MARKER_THREADS, bits.device, args)
     return marked_RC
+
+
+class Rounded(NamedTuple):
+    """A matrix (R, C) in e4m3, and what was found on the way; see `round_e4m3`.
+
+    Attributes:
+        data: (R, C), or empty.
+        transposed: (C, R up to a multiple of 16), with zeros behind the rows, or empty.
+        scale: float32 ().
+        sums: float32 (R/128 up, C), the sums of each column over each 128 rows, or empty.
+        counted: int64 (2,), how many entries are not zero, and how many of them become zero.
+    """
+
+    data: Tensor
+    transposed: Tensor
+    scale: Tensor
+    sums: Tensor
+    counted: Tensor
+
+
+def rounds(X: Tensor) -> bool:
+    """Whether `round_e4m3` takes a tensor: a matrix of 32 bits or bfloat16 that the device's kernels can round."""
+    if not X.is_cuda or X.dim() != 2 or X.dtype not in (torch.float32, torch.bfloat16) or X.shape[1] % 16:
+        return False
+    return torch.cuda.get_device_capability(X.get_device()) >= (8, 9) and not missing(X.get_device())
+
+
+def round_e4m3(X_RC: Tensor, largest: Tensor, *, rows: bool, columns: bool, sums: bool) -> Rounded:
+    """A matrix divided by its scale, a power of two, and rounded to e4m3, in one pass over it.
+
+    Args:
+        X_RC: float32 or bfloat16; C a multiple of 16.
+        largest: float32 (), its largest magnitude.
+        rows, columns, sums: whether `data`, `transposed` and `sums` are written.
+    """
+    R, C = X_RC.shape
+    if not X_RC.is_contiguous() and X_RC.t().is_contiguous() and R % 16 == 0 and not sums:
+        other = round_e4m3(X_RC.t(), largest, rows=columns, columns=rows, sums=False)
+        return other._replace(data=other.transposed, transposed=other.data)
+    X_RC = X_RC.contiguous()
+    if X_RC.data_ptr() % 16:
+        X_RC = X_RC.clone()
+
+    def made(on: bool, *sides: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+        return X_RC.new_empty(sides if on else (0,), dtype=dtype)
+
+    scale, counted = X_RC.new_empty((), dtype=torch.float32), X_RC.new_zeros(2, dtype=torch.int64)
+    data, transposed = made(rows, R, C), made(columns, C, -(-R // 16) * 16)
+    summed = made(sums, -(-R // ROUND_SIDE), C, dtype=torch.float32)
+    written = (address(one) if one.numel() else 0 for one in (data, transposed, scale, summed, counted))
+    args = (X_RC.data_ptr(), largest.data_ptr(), *written, R, C)
+    blocks = -(-R // ROUND_SIDE) * -(-C // ROUND_SIDE)
+    _launch(f"round_{_NAMES[X_RC.dtype]}", (blocks,), _ROUND_THREADS, X_RC.device, args)
+    return Rounded(data, transposed, scale, summed, counted)
 
 
 def expand(values_RK: Tensor, metadata: Tensor, columns: int) -> Tensor:

@@ -316,6 +316,130 @@ template <bool UPDATE, class V, class T> __device__ inline void refresh(const La
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// round: a matrix (rows, columns), columns a multiple of 16, over its scale, in e4m3: as it lies, and transposed as (columns,
+// rows up to a multiple of 16, zeros there). Also the sums of its columns, for each 128 rows as (rows / 128 up, columns), and
+// counts, to which are added how many entries are not zero, and how many of them become zero. A null pointer leaves that out.
+// A block takes 128 rows and as many columns; a thread reads 4 times 16 columns of a row.
+
+constexpr int ROUND_SIDE = 128, ROUND_THREADS = 256;
+
+// As operands.scale_of computes it from a matrix's largest magnitude.
+__device__ inline float scale_of(float largest) {
+  const float exact = largest * float(1.0 / 448);
+  if (!(exact <= 3.402823466e38f)) return exact;
+  return __uint_as_float((__float_as_uint(fmaxf(exact, 1.175494351e-38f)) + 0x7FFFFF) & 0x7F800000);
+}
+
+// Four neighbours in e4m3, the first in the lowest byte.
+__device__ inline u32 four_e4m3(const float* x) {
+#if __CUDA_ARCH__ >= 890
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x[1]), "f"(x[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(x[3]), "f"(x[2]));
+  return u32(low) | u32(high) << 16;
+#else
+  return 0;  // operands.py does not launch it there
+#endif
+}
+
+template <class T>
+__device__ inline void round(const T* X, const float* largest, e4m3* Y, e4m3* Y_t, float* scale, float* sums, u64* counts,
+                             i64 rows, i64 columns) {
+  // Chunks of 16 columns (16 bytes) are swizzled by the row's block of 16, so that neither phase meets a bank conflict.
+  __shared__ uint4 tile[ROUND_SIDE][ROUND_SIDE / 16];
+  __shared__ float partial[ROUND_THREADS / 32][ROUND_SIDE];
+  __shared__ u32 counted[ROUND_THREADS / 32][2];
+  const i64 across = (columns + ROUND_SIDE - 1) / ROUND_SIDE, stride_t = (rows + 15) / 16 * 16;
+  const i64 r0 = blockIdx.x / across * ROUND_SIDE, c0 = blockIdx.x % across * ROUND_SIDE;
+  const float own = scale_of(*largest), factor = __frcp_rn(own);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *scale = own;
+  const u32 chunk = threadIdx.x % 8, first = threadIdx.x / 8, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const i64 column = c0 + 16 * chunk;
+  Pack<T, 8> read[4][2];
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    const i64 row = r0 + 32 * u + first;
+    const bool inside = row < rows && column < columns;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      read[u][half] = inside ? load<Pack<T, 8>>(X + row * columns + column + 8 * half) : Pack<T, 8>{};
+  }
+  float sum[16] = {};
+  u32 entries = 0, zeroed = 0;
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    const u32 row = 32 * u + first;
+    u32 words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x[j] = to_float(read[u][k / 2].at[k % 2 * 4 + j]);
+        sum[4 * k + j] += x[j];
+        x[j] *= factor;
+        entries += x[j] != 0.0f;
+        zeroed += x[j] != 0.0f && fabsf(x[j]) <= 0.0009765625f;
+      }
+      words[k] = four_e4m3(x);
+    }
+    const uint4 out = make_uint4(words[0], words[1], words[2], words[3]);
+    if (Y && r0 + row < rows && column < columns) *reinterpret_cast<uint4*>(Y + (r0 + row) * columns + column) = out;
+    tile[row][chunk ^ (row / 16)] = out;
+  }
+  if (sums) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      sum[j] += __shfl_xor_sync(0xffffffff, sum[j], 8);
+      sum[j] += __shfl_xor_sync(0xffffffff, sum[j], 16);
+      if (lane < 8) partial[warp][16 * chunk + j] = sum[j];
+    }
+  }
+  if (counts) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      entries += __shfl_xor_sync(0xffffffff, entries, step);
+      zeroed += __shfl_xor_sync(0xffffffff, zeroed, step);
+    }
+    if (lane == 0) counted[warp][0] = entries, counted[warp][1] = zeroed;
+  }
+  __syncthreads();
+  if (sums && threadIdx.x < ROUND_SIDE && c0 + threadIdx.x < columns) {
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < ROUND_THREADS / 32; ++k) total += partial[k][threadIdx.x];
+    sums[r0 / ROUND_SIDE * columns + c0 + threadIdx.x] = total;
+  }
+  if (counts && threadIdx.x < 2) {
+    u32 total = 0;
+    for (int k = 0; k < ROUND_THREADS / 32; ++k) total += counted[k][threadIdx.x];
+    if (total) atomicAdd(counts + threadIdx.x, u64(total));
+  }
+  if (!Y_t) return;
+  // A thread: 16 rows of 4 columns. Eight neighbouring threads write 128 neighbouring bytes.
+  const u32 block = threadIdx.x % 8, four = threadIdx.x / 8;
+  if (r0 + 16 * block >= stride_t || c0 + 4 * four >= columns) return;
+  u32 out[4][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    u32 word[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      word[j] = reinterpret_cast<const u32*>(&tile[16 * block + 4 * k + j][four / 4 ^ block])[four % 4];
+    const u32 low = __byte_perm(word[0], word[1], 0x5140), low_2 = __byte_perm(word[2], word[3], 0x5140);
+    const u32 high = __byte_perm(word[0], word[1], 0x7362), high_2 = __byte_perm(word[2], word[3], 0x7362);
+    out[0][k] = __byte_perm(low, low_2, 0x5410);
+    out[1][k] = __byte_perm(low, low_2, 0x7632);
+    out[2][k] = __byte_perm(high, high_2, 0x5410);
+    out[3][k] = __byte_perm(high, high_2, 0x7632);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    *reinterpret_cast<uint4*>(Y_t + (c0 + 4 * four + j) * stride_t + r0 + 16 * block) =
+        make_uint4(out[j][0], out[j][1], out[j][2], out[j][3]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // slot_markers: bits of a mask to a dense matrix, ones in the two slots of every group and zeros elsewhere. A thread: 8 places.
 
 constexpr int MARKER_THREADS = 256;
@@ -353,6 +477,39 @@ __device__ inline void metadata(const Marks& layer) {
   const u32 high = *reinterpret_cast<const u32*>(bits + ((r + 8) * columns + c) / 8);
   const auto nibble_of = [&](u32 group, u32 lower) { return (lower ? high : low) >> (4 * group) & 15; };
   *reinterpret_cast<uint2*>(out + at * 8) = make_uint2(metadata_word(0, nibble_of), metadata_word(1, nibble_of));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// metadata_in: the same in any order that metadata_order.py finds, as its `table` has it. A thread: 4 bytes, 16 slots.
+
+struct OrderedMarks {
+  const u8* bits;
+  u32* metadata;
+  const int* order;
+  i64 rows, columns;
+};
+
+__device__ inline void metadata_in(const OrderedMarks& layer) {
+  const auto [bits, out, order, rows, columns] = layer;
+  const i64 word = i64(blockIdx.x) * METADATA_THREADS + threadIdx.x;
+  if (word >= rows * columns / 32) return;
+  const int row_bits = order[0], group_bits = order[1], size = 1 + row_bits + group_bits;
+  const int *groups = order + 4, *lines = groups + 16, *differ = lines + 16;
+  const u32 place = u32(word * 16) & ((1u << size) - 1), slot = __popc(place & order[3]) & 1;
+  const i64 tile = word * 16 >> size, across = order[2] ? columns / 4 >> group_bits : rows >> row_bits;
+  const i64 outer = tile / across, inner = tile % across;
+  u32 row = 0, group = 0, bytes = 0;
+  for (int k = 0; k < group_bits; ++k) group |= u32(__popc(place & groups[k]) & 1) << k;
+  for (int k = 0; k < row_bits; ++k) row |= u32(__popc(place & lines[k]) & 1) << k;
+  const i64 first_row = (order[2] ? outer : inner) << row_bits, first_group = (order[2] ? inner : outer) << group_bits;
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    const u32 other = differ[k];
+    const i64 r = first_row + (row ^ (other & 0xFFF)), g = first_group + (group ^ (other >> 12 & 0xFFF));
+    const u32 slots = slots_of(bits[(r * columns + 4 * g) / 8] >> (g % 2 * 4) & 15);
+    bytes |= (slot ^ other >> 24 ? slots >> 2 : slots & 3) << (2 * k);
+  }
+  out[word] = bytes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -485,8 +642,8 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed>,
-// expand_<packed>, silu_mul_<packed>, norm_<packed> and
-// metadata; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// round_<X>, expand_<packed>, silu_mul_<packed>, norm_<packed> and
+// metadata, metadata_in; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -509,6 +666,12 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 #define MARKERS(T)                                                                                                          \
   extern "C" __global__ void __launch_bounds__(MARKER_THREADS) slot_markers_##T(const u8* bits, T* marked, i64 bytes) {     \
     slot_markers(bits, marked, bytes);                                                                                      \
+  }
+#define ROUND(T)                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(ROUND_THREADS, sizeof(T) == 2 ? 3 : 2)                                       \
+      round_##T(const T* X, const float* largest, e4m3* Y, e4m3* Y_t, float* scale, float* sums, u64* counts, i64 rows,     \
+                i64 columns) {                                                                                              \
+    round(X, largest, Y, Y_t, scale, sums, counts, rows, columns);                                                          \
   }
 #define EXPAND(T)                                                                                                           \
   extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)                                                              \
@@ -540,6 +703,8 @@ BOTH(float, e4m3)
 MARKERS(bf16)
 MARKERS(fp16)
 MARKERS(e4m3)
+ROUND(bf16)
+ROUND(float)
 EXPAND(bf16)
 EXPAND(fp16)
 SILU_MUL(bf16)
@@ -553,4 +718,11 @@ extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
 }
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS) metadata_all(const Marks* layers) {
   metadata(layers[blockIdx.y]);
+}
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
+    metadata_in(const u8* bits, u32* out, const int* order, i64 rows, i64 columns) {
+  metadata_in(OrderedMarks{bits, out, order, rows, columns});
+}
+extern "C" __global__ void __launch_bounds__(METADATA_THREADS) metadata_in_all(const OrderedMarks* layers) {
+  metadata_in(layers[blockIdx.y]);
 }

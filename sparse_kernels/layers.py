@@ -14,7 +14,16 @@ from sparse_kernels.deprecated import renamed_arguments
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.masked_linear import masked_layers
 from sparse_kernels.matmul_plan import MatmulShape
-from sparse_kernels.packed import BACKENDS, Backend, LayerWeight, PackedLayer, packed_layer, packed_layers, share
+from sparse_kernels.packed import (
+    BACKENDS,
+    Backend,
+    LayerWeight,
+    PackedLayer,
+    packed_layer,
+    packed_layers,
+    rescale,
+    share,
+)
 from sparse_kernels.sharded import local, local_rows, whole_of
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -44,12 +53,17 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
     chosen: list[SparseLinear] = []
     launches: list[cuda.KernelLaunch] = []
     stale: list[tuple[SparseLinear, PackedLayer]] = []
+    # What is shared follows at its next product.
+    own = {name: [one for one in _packed_layers(layer) if not one.shared] for name, layer in sparse_layers(model)}
+    rescale((one, _weight(layer, one)) for name, layer in sparse_layers(model) for one in own[name])
+    follow: list[tuple[PackedLayer, LayerWeight]] = []
     for name, layer in sparse_layers(model):
-        packed = [own for own in _packed_layers(layer) if not own.shared]  # what is shared follows at its next product
+        packed = own[name]
         if layer.kernel_chooses(kind):
             chosen.append(layer)
             if packed:
-                launches += packed[0].update_mask(_weight(layer, packed[0]))
+                follow.append((packed[0], _weight(layer, packed[0])))
+                launches += packed[0].update_mask(follow[-1][1])
             else:
                 bits = layer.row_mask_bits, layer.backward_mask_bits
                 launches.append(cuda.refresh(layer.values, *bits, update_mask=True))
@@ -58,6 +72,7 @@ def update_backward_masks(model: nn.Module, kind: str = "magnitude", seed: int =
             layer.update_backward_mask(kind, layer_seed(seed, name))
         stale += [(layer, other) for other in packed]
     cuda.launch_all(launches)
+    cuda.launch_all(launch for one, weight in follow for launch in one.follow_mask(weight))
     cuda.launch_all(launch for layer, packed in stale for launch in packed.refresh(_weight(layer, packed)))
     for layer in chosen:
         layer.update_backward_scale()
@@ -270,8 +285,9 @@ def refresh(model: nn.Module) -> None:
     after the step, if the packed weights are fresh then or the graph is replayed before the next eager product.
     Elsewhere the layers do this on their own; those that share packed weights always do.
     """
-    own = ((layer, packed) for _, layer, packed in _all_packed(model) if not packed.shared)
-    cuda.launch_all(launch for layer, packed in own for launch in packed.refresh(_weight(layer, packed)))
+    own = [(packed, _weight(layer, packed)) for _, layer, packed in _all_packed(model) if not packed.shared]
+    rescale(own)
+    cuda.launch_all(launch for packed, weight in own for launch in packed.refresh(weight))
 
 
 def alike(model: nn.Module) -> list[list[SparseLinear]]:

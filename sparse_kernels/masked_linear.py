@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
-from sparse_kernels.operands import Operand, operand, product, rows_of, weight_operand
+from sparse_kernels.operands import Operand, column_sums, operand, product, rows_of, weight_operand
 from sparse_kernels.sharded import local, local_rows
 
 
@@ -41,34 +41,36 @@ class _MaskedLinear(torch.autograd.Function):
         for_weight_BI: Tensor | None,
     ) -> Tensor:
         fp8, of_X, _ = rows_of(counts)
-        X = operand(X_BI, fp8=fp8, counts=of_X)
+        X = operand(X_BI, fp8=fp8, columns=ctx.needs_input_grad[1], counts=of_X)
         P = weight_operand(_projected(W_OI, mask_OI, scale, pattern), X_BI.dtype, fp8=fp8)
-        saved = X if for_weight_BI is None else Operand(for_weight_BI)
-        ctx.save_for_backward(*saved, W_OI, mask_OI, scale, counts)
+        X_IB = (X if for_weight_BI is None else Operand(for_weight_BI)).t()
+        ctx.save_for_backward(X_IB.data, X_IB.scale, W_OI, mask_OI, scale, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.pattern, ctx.mvue, ctx.straight_through = pattern, mvue, straight_through
         return product(X, P, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, fp8_scale, W_OI, mask_OI, scale, counts = ctx.saved_tensors
-        X, dtype = Operand(data_BI, fp8_scale), dY_BO.dtype
+        data_IB, fp8_scale, W_OI, mask_OI, scale, counts = ctx.saved_tensors
+        dtype, (needs_X, needs_W, needs_bias) = dY_BO.dtype, ctx.needs_input_grad[:3]
         fp8, _, of_dY = rows_of(counts)
-        dY = operand(dY_BO, fp8=fp8, counts=of_dY)
+        columns = needs_W and not ctx.mvue
+        dY = operand(dY_BO, fp8=fp8, rows=needs_X, columns=columns, sums=needs_bias, counts=of_dY)
         dX = dW = db = None
-        if ctx.needs_input_grad[0]:
-            P = weight_operand(_projected(W_OI, mask_OI, scale, ctx.pattern), dtype, fp8=fp8)
-            dX = product(dY, P.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
-        if ctx.needs_input_grad[1]:
+        if needs_X:
+            P_OI = _projected(W_OI, mask_OI, scale, ctx.pattern)
+            dX = product(dY, weight_operand(P_OI, dtype, fp8=fp8, transposed=True).t(), dtype=dtype)  # [B,O] · [O,I]
+        if needs_W:
             S = dY
             if ctx.mvue:
                 n, m = ctx.pattern
-                S = operand(masks.mvue(dY_BO, n, m, dim=0), fp8=fp8)
-            dW = product(S.t(), X.t(), dtype=dtype, exact=True).to(W_OI.dtype)  # [O,B] · [B,I] -> [O,I]
+                S = operand(masks.mvue(dY_BO, n, m, dim=0), fp8=fp8, rows=False, columns=True)
+            dW = product(S.t(), Operand(data_IB, fp8_scale), dtype=dtype, exact=True)  # [O,B] · [B,I] -> [O,I]
+            dW = dW.to(W_OI.dtype)
             if not ctx.straight_through:
                 dW = _masked(dW, mask_OI)
-        if ctx.needs_input_grad[2]:
-            db = dY_BO.sum(0, dtype=ctx.bias_dtype)
+        if needs_bias:
+            db = column_sums(dY, dY_BO, ctx.bias_dtype)
         return dX, dW, db, None, None, None, None, None, None, None
 
 

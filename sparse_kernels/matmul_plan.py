@@ -7,8 +7,8 @@ transposed and the bias of an output feature is the bias of a row. The forward p
 the input gradient A = W^{R,C} transposed (R = in features, X = dY).
 
 The metadata of a packed matrix (see formats.py) is made once for a mask, by compressing the matrix of
-`cuda.slot_markers`; the values are then rewritten in place by `cuda.refresh`. `kernel_choice.choose` does not trust
-this layout: it accepts a plan only if its product agrees with the dense one.
+`cuda.slot_markers`, or by `cuda.metadata`; the values are then rewritten in place by `cuda.refresh`.
+`kernel_choice.choose` does not trust this layout: it accepts a plan only if its product agrees with the dense one.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from torch import Tensor
 from sparse_kernels import cuda, cusparselt
 from sparse_kernels.cusparselt import AlgorithmAttribute, Structure
 from sparse_kernels.formats import FORMATS
+from sparse_kernels.metadata_order import SIDES, MetadataOrder, find_order
 
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 _ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
@@ -194,19 +195,47 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
+def metadata_order(dtype: torch.dtype, device_index: int) -> MetadataOrder | None:
+    """The order of fp8's metadata, which is another one than that of 16 bits; None for these, or if none is found.
+
+    The library does not document it: it is found by packing.
+    """
+    form, device = FORMATS[dtype], torch.device("cuda", device_index)
+    if not form.scaled:
+        return None
+
+    def write(bits: Tensor) -> Tensor:
+        packed = compress(cuda.slot_markers(bits.to(device).contiguous(), dtype))
+        return form.metadata(packed, *SIDES)
+
+    return find_order(write)
+
+
+@functools.cache
+def order_table(dtype: torch.dtype, device_index: int) -> Tensor | None:
+    """The same as `cuda.metadata` takes it."""
+    order = metadata_order(dtype, device_index)
+    return None if order is None else torch.tensor(order.table(), dtype=torch.int32, device=f"cuda:{device_index}")
+
+
+@functools.cache
 def writes_metadata(rows: int, columns: int, dtype: torch.dtype, device_index: int) -> bool:
     """Whether `cuda.metadata` writes a matrix's metadata as the library does: tried on a random mask.
 
     The library does not document that order, and it may differ for odd sides, another GPU or another version. Then a
     new mask is packed by the library.
     """
-    if rows % 64 or columns % 32 or FORMATS[dtype].scaled:  # that of fp8 differs, and the kernels do not write it
+    order = metadata_order(dtype, device_index)
+    if FORMATS[dtype].scaled and order is None:
+        return False
+    high, wide = (64, 32) if order is None else order.tile
+    if rows % high or columns % wide:
         return False
     device = torch.device("cuda", device_index)
     bits = random_mask(rows, columns, torch.Generator(device).manual_seed(0))
     theirs = FORMATS[dtype].metadata(compress(cuda.slot_markers(bits, dtype)), rows, columns)
     ours = torch.empty_like(theirs)
-    cuda.launch(cuda.metadata(bits, ours))
+    cuda.launch(cuda.metadata(bits, ours, order_table(dtype, device_index)))
     return torch.equal(ours, theirs)
 
 

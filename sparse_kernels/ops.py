@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sparse_kernels import cuda, kernel_choice, masks, reference
 from sparse_kernels.formats import E4M3, FORMATS, HALVES, SIDE_MULTIPLE
-from sparse_kernels.operands import Operand, operand, product, rows_of
+from sparse_kernels.operands import Operand, column_sums, operand, product, rows_of
 from sparse_kernels.packed import Backend, LayerWeight, PackedLayer, packed_layer
 
 # Of two entries at most one, of four at most two: to the kernels 1:2 is a case of 2:4.
@@ -294,8 +294,8 @@ class _Fp8Linear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         _, of_X, _ = rows_of(counts)
-        X = operand(X_BI, fp8=True, counts=of_X)
-        ctx.save_for_backward(*X, values, row_bits, backward_bits, counts)
+        X = operand(X_BI, fp8=True, columns=ctx.needs_input_grad[1], counts=of_X)
+        ctx.save_for_backward(X.transposed, X.scale, values, row_bits, backward_bits, counts)
         ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
         product_BO, scale = linear_fp8_op(X.data, values, row_bits, backward_bits, backend)
         Y_BO: Tensor = product_BO * (_scale(X) * scale)
@@ -303,10 +303,10 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, scale, values, row_bits, backward_bits, counts = ctx.saved_tensors
+        data_IB, scale, values, row_bits, backward_bits, counts = ctx.saved_tensors
         needs_X, needs_values, needs_bias = ctx.needs_input_grad[:3]
         _, _, of_dY = rows_of(counts)
-        dY = operand(dY_BO, fp8=True, counts=of_dY)
+        dY = operand(dY_BO, fp8=True, rows=needs_X, columns=needs_values, sums=needs_bias, counts=of_dY)
         dX = dV = db = None
         if needs_X:
             how = values, row_bits, backward_bits, ctx.backend, not needs_values
@@ -314,10 +314,10 @@ class _Fp8Linear(torch.autograd.Function):
             dX = product_BI * (_scale(dY) * of_W)
         if needs_values:
             # [O,B] · [B,I] -> [O,I]
-            dW_OI = product(dY.t(), Operand(data_BI, scale).t(), dtype=E4M3.result, exact=True)
+            dW_OI = product(dY.t(), Operand(data_IB, scale), dtype=E4M3.result, exact=True)
             dV = gather_kept_op(dW_OI, values, row_bits, ctx.backend)
         if needs_bias:
-            db = dY_BO.sum(0, dtype=ctx.bias_dtype)
+            db = column_sums(dY, dY_BO, ctx.bias_dtype)
         return dX, dV, db, None, None, None, None
 
 

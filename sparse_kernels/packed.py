@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_kernels import cuda, kernel_choice
 from sparse_kernels.formats import FORMATS, PackedFormat
 from sparse_kernels.kernel_choice import Choice
-from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, writes_metadata
+from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, order_table, writes_metadata
 from sparse_kernels.operands import scale_of
 
 Backend = Literal["auto", "cusparselt", "dense", "reference"]
@@ -100,6 +100,7 @@ class PackedWeight:
     def __init__(self, mask_bits: Tensor, columns: int, form: PackedFormat, choice: Choice) -> None:
         self.rows, self.columns, self.format, self.choice = mask_bits.shape[0], columns, form, choice
         self.metadata: Tensor | None = None
+        self._order: Tensor | None = None
         self._packed: Tensor | None = None
         self._plans: dict[tuple[int, bool], MatmulPlan | None] = {}
         self._mask = stamp(mask_bits)
@@ -107,6 +108,7 @@ class PackedWeight:
             self._packed = compress(cuda.slot_markers(mask_bits, form.dtype))
             if writes_metadata(self.rows, columns, form.dtype, mask_bits.get_device()):
                 self.metadata = form.metadata(self._packed, self.rows, columns)
+                self._order = order_table(form.dtype, mask_bits.get_device())
             self.target = form.values(self._packed, self.rows, columns)
         else:
             self.target = torch.empty(self.rows, columns, dtype=form.dtype, device=mask_bits.device)
@@ -137,9 +139,14 @@ class PackedWeight:
             return []
         self.mask_is(mask_bits)
         if self.metadata is not None:
-            return [cuda.metadata(mask_bits, self.metadata)]
+            return [cuda.metadata(mask_bits, self.metadata, self._order)]
         compress(cuda.slot_markers(mask_bits, self.format.dtype), self._packed)
         return []
+
+    @property
+    def metadata_of_update(self) -> Tensor | None:
+        """The metadata where the kernel that updates a mask can write it at once: in the order of 16 bits."""
+        return None if self._order is not None else self.metadata
 
     def mask_is(self, mask_bits: Tensor) -> None:
         """Note that the metadata is, or is about to be, that of this mask as it is now."""
@@ -288,14 +295,16 @@ class PackedLayer:
             self._refresh_if_stale(weight, which)
 
     def refresh(self, weight: LayerWeight, products: Sequence[Product] = PRODUCTS) -> list[cuda.KernelLaunch]:
-        """The launches, for the caller to do, that write what these products read from the present tensors."""
+        """The launches, for the caller to do, that write what these products read from the present tensors.
+
+        In fp8 by the scales that `rescale` has computed from them.
+        """
         launches: list[cuda.KernelLaunch] = []
         if "linear" in products and self.forward is not None:
             launches += self.forward.update_metadata(weight.row_mask_bits)
         if "input_grad" in products and self.backward is not None:
             launches += self.backward.update_metadata(weight.backward_mask_bits)
         self._stamps |= {product: weight.stamps(product) for product in products}
-        self._rescale(weight)
         targets = self._targets(weight, products)
         written = targets.keys() - {"factor"}
         return [*launches, cuda.refresh(*weight[:3], **targets)] if written else launches
@@ -310,43 +319,47 @@ class PackedLayer:
             raise RuntimeError("layers that share their packed weights cannot be captured in a CUDA graph")
         if self._stamps.get(product) == weight.stamps(product):
             return []
+        rescale([(self, weight)])
         return self.refresh(weight, (product,) if self.shared else PRODUCTS)
 
     def update_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
-        """As `refresh` with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`."""
+        """As `refresh` with W^{R,C} chosen again by magnitude first, into `weight.backward_mask_bits`.
+
+        After these launches `follow_mask` is to be called.
+        """
         backward = self.backward
         if backward is not None and backward.packed and backward.metadata is None:
             # The library makes the metadata of the mask, so the mask must be there.
             cuda.launch(cuda.refresh(*weight[:3], update_mask=True))
             return self.refresh(weight)
         launches = [] if self.forward is None else self.forward.update_metadata(weight.row_mask_bits)
-        metadata = None if backward is None else backward.metadata
-        self._rescale(weight)
+        metadata = None if backward is None else backward.metadata_of_update
         targets = self._targets(weight, PRODUCTS)
         launches.append(cuda.refresh(*weight[:3], update_mask=True, **targets, metadata=metadata))
-        if backward is not None:
+        if backward is not None and metadata is not None:
             backward.mask_is(weight.backward_mask_bits)
         self._stamps = {product: weight.stamps(product) for product in PRODUCTS}
         return launches
+
+    def follow_mask(self, weight: LayerWeight) -> list[cuda.KernelLaunch]:
+        """The launches that write the metadata of W^{R,C}'s new mask where those of `update_mask` have not."""
+        return [] if self.backward is None else self.backward.update_metadata(weight.backward_mask_bits)
 
     def _refresh_if_stale(self, weight: LayerWeight, product: Product) -> None:
         for launch in self.refresh_if_stale(weight, product):
             cuda.launch(launch)
 
-    def _rescale(self, weight: LayerWeight) -> None:
-        """Compute the scale of fp8 from the present values."""
-        if not self.format.scaled:
-            return
+    @property
+    def scales(self) -> Tensor:
+        """That of the weights in fp8 and its reciprocal, float32 (2,), which `rescale` writes."""
         if self._scales is None:
-            self._scales = outside_graphs(lambda: torch.empty(2, device=weight.values.device))
-        scale = scale_of(torch.linalg.vector_norm(weight.values.detach(), float("inf")))
-        self._scales.copy_(torch.stack([scale, scale.reciprocal()]))
+            self._scales = outside_graphs(lambda: torch.empty(2, device="cuda"))
+        return self._scales
 
     @property
     def scale(self) -> Tensor:
         """That of the weights in fp8, a copy of float32 ()."""
-        assert self._scales is not None
-        return self._scales[0].clone()
+        return self.scales[0].clone()
 
     @property
     def _factor(self) -> Tensor | None:
@@ -385,6 +398,20 @@ class PackedLayer:
         return outside_graphs(
             lambda: PackedWeight(mask_bits, shape.columns, self.format, _choice(shape, device_index, self.backend))
         )
+
+
+def rescale(layers: Iterable[tuple[PackedLayer, LayerWeight]]) -> None:
+    """Compute the scales of fp8 from the present values: of all layers at once, in a few launches."""
+    by_device: dict[torch.device, list[tuple[PackedLayer, LayerWeight]]] = {}
+    for packed, weight in layers:
+        if packed.format.scaled:
+            by_device.setdefault(weight.values.device, []).append((packed, weight))
+    for device, same in by_device.items():
+        with torch.cuda.device(device):
+            largest = torch._foreach_norm([weight.values.detach() for _, weight in same], float("inf"))
+            scales = scale_of(torch.stack(largest))
+            pairs = torch.stack([scales, scales.reciprocal()], dim=1)
+            torch._foreach_copy_([packed.scales for packed, _ in same], list(pairs.unbind()))
 
 
 def _choice(shape: MatmulShape, device_index: int, backend: Backend) -> Choice:

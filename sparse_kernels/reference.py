@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_kernels.operands import Operand, operand, product, rows_of, weight_operand
+from sparse_kernels.operands import Operand, column_sums, operand, product, rows_of, weight_operand
 
 
 def scatter_kept(values_OK: Tensor, index_OK: Tensor, in_features: int) -> Tensor:
@@ -57,9 +57,10 @@ class _SparseLinear(torch.autograd.Function):
         for_weight_BI: Tensor | None,
     ) -> Tensor:
         fp8, of_X, _ = rows_of(counts)
-        X, kept = operand(X_BI, fp8=fp8, counts=of_X), weight_operand(values_OK, X_BI.dtype, fp8=fp8)
-        saved = X if for_weight_BI is None else Operand(for_weight_BI)
-        ctx.save_for_backward(*saved, values_OK, index_OK, survives_OK, counts)
+        X = operand(X_BI, fp8=fp8, columns=ctx.needs_input_grad[1], counts=of_X)
+        kept = weight_operand(values_OK, X_BI.dtype, fp8=fp8)
+        X_IB = (X if for_weight_BI is None else Operand(for_weight_BI)).t()
+        ctx.save_for_backward(X_IB.data, X_IB.scale, values_OK, index_OK, survives_OK, counts)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         W_OI = Operand(scatter_kept(kept.data, index_OK, X_BI.shape[1]), kept.scale)
         return product(X, W_OI, None if bias_O is None else bias_O.to(X_BI.dtype), dtype=X_BI.dtype)  # -> [B,O]
@@ -67,23 +68,23 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY_BO: Tensor) -> tuple[Tensor | None, ...]:
-        data_BI, scale, values_OK, index_OK, survives_OK, counts = ctx.saved_tensors
-        X, dtype = Operand(data_BI, scale), dY_BO.dtype
+        data_IB, scale, values_OK, index_OK, survives_OK, counts = ctx.saved_tensors
+        dtype, (needs_X, needs_values, needs_bias) = dY_BO.dtype, ctx.needs_input_grad[:3]
         fp8, _, of_dY = rows_of(counts)
-        dY = operand(dY_BO, fp8=fp8, counts=of_dY)
+        dY = operand(dY_BO, fp8=fp8, rows=needs_X, columns=needs_values, sums=needs_bias, counts=of_dY)
         dX_BI = dV_OK = dbias_O = None
-        if ctx.needs_input_grad[0]:
+        if needs_X:
             kept = weight_operand(values_OK, dtype, fp8=fp8)  # what survives has the scale of all
             passed_OK = kept.data
-            if ctx.needs_input_grad[1]:
+            if needs_values:
                 passed_OK = (_as_bits(passed_OK) * survives_OK).view(passed_OK.dtype)
-            W_OI = Operand(scatter_kept(passed_OK, index_OK, data_BI.shape[1]), kept.scale)
+            W_OI = Operand(scatter_kept(passed_OK, index_OK, len(data_IB)), kept.scale)
             dX_BI = product(dY, W_OI.t(), dtype=dtype)  # [B,O] · [O,I] -> [B,I]
-        if ctx.needs_input_grad[1]:
-            dW_OI = product(dY.t(), X.t(), dtype=dtype, exact=True)  # [O,B] · [B,I] -> [O,I]
+        if needs_values:
+            dW_OI = product(dY.t(), Operand(data_IB, scale), dtype=dtype, exact=True)  # [O,B] · [B,I] -> [O,I]
             dV_OK = gather_kept(dW_OI, index_OK).to(values_OK.dtype)
-        if ctx.needs_input_grad[2]:
-            dbias_O = dY_BO.sum(0, dtype=ctx.bias_dtype)
+        if needs_bias:
+            dbias_O = column_sums(dY, dY_BO, ctx.bias_dtype)
         return dX_BI, dV_OK, dbias_O, None, None, None, None
 
 

@@ -42,7 +42,7 @@ def test_rounding_keeps_the_largest_and_three_bits_of_the_others(
     sides: list[int], exponent: float, dtype: torch.dtype, seed: int
 ) -> None:
     X = (torch.randn(sides, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent).to(dtype)
-    data, scale = operand(X, fp8=True)
+    data, scale, *_ = operand(X, fp8=True)
     assert data.dtype == FP8
     assert data.shape == X.shape
     assert scale is not None
@@ -56,12 +56,12 @@ def test_rounding_keeps_the_largest_and_three_bits_of_the_others(
 
 def test_zeros_and_nothing_have_a_scale_and_what_is_not_finite_shows() -> None:
     for X in (torch.zeros(3, 4), torch.zeros(0, 4), torch.full((2,), 1e-45)):
-        data, scale = operand(X, fp8=True)
+        data, scale, *_ = operand(X, fp8=True)
         assert scale is not None
         assert math.isfinite(scale.item())
         assert bool(data.float().isfinite().all())
     for bad in (math.nan, math.inf, -math.inf):
-        data, scale = operand(torch.tensor([1.0, bad, 2.0]), fp8=True)
+        data, scale, *_ = operand(torch.tensor([1.0, bad, 2.0]), fp8=True)
         assert scale is not None
         assert not bool((data.float() * scale).isfinite().any())
 
@@ -151,6 +151,34 @@ def test_entries_that_become_zero_are_counted(kind: str) -> None:
     model.eval()(X)
     assert fp8_underflow(model) == {}
     assert not any("counts" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["linear", "masked", "sparse"])
+def test_no_tokens_give_no_gradient(kind: str) -> None:
+    model, X = nn.Sequential(layers(32, 16, 0)[kind]()), torch.zeros(0, 16, requires_grad=True)
+    set_fp8(model, ["0"])
+    Y = model(X)
+    assert Y.shape == (0, 32)
+    Y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31))
+def test_a_transpose_and_sums_are_those_of_the_matrix(rows: int, columns: int, seed: int) -> None:
+    X = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    plain, whole = operand(X, fp8=True), operand(X, fp8=True, columns=True, sums=True)
+    alone = operand(X, fp8=True, rows=False, columns=True)
+    assert whole.transposed is not None
+    assert alone.transposed is not None
+    assert whole.sums is not None
+    assert torch.equal(whole.data.float(), plain.data.float())
+    assert whole.transposed.shape == (columns, -(-rows // 16) * 16)
+    assert torch.equal(whole.transposed[:, :rows].float(), plain.data.float().t())
+    assert not whole.transposed[:, rows:].float().any()
+    assert torch.equal(alone.transposed.float(), whole.transposed.float())
+    assert not alone.data.numel()
+    torch.testing.assert_close(whole.sums.sum(0), X.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_are_none_are_refused_before_any_changes() -> None:

@@ -17,8 +17,17 @@ from torch.nn import functional as F
 from transformers import GPTNeoXConfig
 
 from slope_cli.errors import UsageError
+from slope_cli.models import loss as loss_module
 from slope_cli.models.build import build_model, model_config
-from slope_cli.models.loss import Loss, forward, kl_divergence, loss_fn, token_cross_entropy
+from slope_cli.models.loss import (
+    Loss,
+    forward,
+    kl_divergence,
+    loss_and_gradient_,
+    loss_fn,
+    token_cross_entropy,
+    training_loss,
+)
 from slope_cli.models.shapes import FAMILIES, SHAPES, objective, shape_of
 
 _TINY_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
@@ -485,3 +494,82 @@ def test_divergence_is_the_mean_over_the_labelled(B: int, T: int, kept: float, s
     expected = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) if chosen.any() else torch.zeros(())
     torch.testing.assert_close(found, expected)
     assert kl_divergence(teacher, teacher, labels).item() == pytest.approx(0, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------- the loss without all of the logits
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.integers(1, 400),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_the_training_loss_and_its_gradient_are_those_of_plain_cross_entropy(
+    B: int, T: int, kept: float, at_once: int, tied: bool, seed: int
+) -> None:
+    """In float64, in parts of any size, with any labels left out, for one micro-batch of several."""
+    sizes = {"vocab_size": 37, "n_embd": 8, "n_layer": 1, "n_head": 2, "tie_word_embeddings": tied}
+    model = build_model(model_config("gpt2-nano", overrides=sizes, dropout=0.0)).double()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(37, (B, T), generator=generator)
+    labels = torch.where(torch.rand(B, T, generator=generator) < kept, tokens, -100)
+    batch = {"input_ids": tokens, "labels": labels}
+    summed = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    expected = summed / (labels != -100).sum().clamp(min=1)
+    (expected / 3).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        patch.setattr(loss_module, "ROWS_AT_ONCE", 2)
+        found = training_loss(model, batch)
+    (found.token_loss / 3).backward()
+    torch.testing.assert_close(found.token_loss.detach(), expected.detach(), rtol=1e-6, atol=1e-7)
+    assert found.targets.item() == (labels != -100).sum().item()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_training_loss_is_that_of_the_logits(name: str) -> None:
+    model, batch = tiny(name).eval(), batch_for(name)
+    expected = loss_fn(forward(model, batch), batch)
+    for found in (training_loss(model, batch), training_loss(model, batch, token_cross_entropy, loss_and_gradient_)):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    head = model.get_output_embeddings()
+    assert "forward" not in vars(head)
+    with torch.no_grad():
+        torch.testing.assert_close(training_loss(model, batch).token_loss, expected.token_loss.detach())
+
+
+def test_a_training_loss_in_16_bits_is_that_of_plain_cross_entropy() -> None:
+    gradients, losses = [], []
+    for run in (lambda m, b: loss_fn(forward(m, b), b), training_loss):
+        model, batch = tiny("opt-125m"), causal_batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(model, batch).token_loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.parameters()])
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+def test_a_compiled_loss_and_its_gradient_match() -> None:
+    labels, share = torch.tensor([3, -100, 0, 36]), torch.tensor(0.25)
+    for dtype in (torch.float32, torch.bfloat16):
+        eager, compiled = (torch.randn(4, 37, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
+        losses = [
+            f(x, labels, share) for f, x in ((loss_and_gradient_, eager), (torch.compile(loss_and_gradient_), compiled))
+        ]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(compiled, eager)

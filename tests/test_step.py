@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slope_cli.methods.optim import moments_of
 from slope_cli.models.build import build_model, model_config
-from slope_cli.models.loss import forward, loss_fn
+from slope_cli.models.loss import forward, loss_fn, training_loss
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, compile_blocks, step_seed
 from sparse_kernels import sparse_layers, sparsify
 from sparse_kernels.masks import double_prune, drop_and_grow, scatter
@@ -103,7 +103,7 @@ def test_causal_micro_batches_are_divided_by_their_number_bit_for_bit(count: int
     output, weights = updated(model, *batches)
     losses = torch.zeros(())
     for batch in batches:
-        loss = loss_fn(forward(model, batch), batch).token_loss
+        loss = training_loss(model, batch).token_loss
         (loss / count).backward()
         losses = losses + loss.detach() / count
     for p, after in zip(model.parameters(), weights, strict=True):

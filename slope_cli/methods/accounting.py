@@ -24,6 +24,7 @@ from slope_cli.methods.muon import Matrix, hidden_matrices
 from slope_cli.methods.phases import MAPS, WEIGHTS
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
+from slope_cli.models.loss import LOGITS_AT_ONCE
 from sparse_kernels import (
     AdaptedLinear,
     MaskedLinear,
@@ -232,7 +233,8 @@ def activation_bytes(model: PreTrainedModel, config: Config) -> dict[str, int]:
     In 16 bits with fused attention a block keeps its input, two norms' outputs, the sum between them, what attention
     gives, what its other products but the two that are added to the sum give, the activation function's result (a ReLU
     keeps it alone), and the masks of dropout in 8 bits: 34 bytes a token and feature in GPT-2 (Korthikanti et al. 2022,
-    section 4.1). Beside the blocks: the logits with their gradient in float32.
+    section 4.1). Beside the blocks: the logits with their gradient in float32, or where `loss.training_loss` does
+    without, those of some tokens in 16 bits.
     """
     if linear_windows(model):
         return {}
@@ -250,7 +252,9 @@ def activation_bytes(model: PreTrainedModel, config: Config) -> dict[str, int]:
         inputs, whole, largest = inputs + 2 * width, whole + each, max(largest, each)
         selective += 2 * (products + 2 * width)
     sizes = {"none": whole, "block": inputs + largest, "selective": min(selective + largest, whole)}
-    return {mode: tokens * (size + 8 * vocab) for mode, size in sizes.items()}
+    in_parts = shapes.objective(model.config) == "causal" and not config.distill.share
+    logits = 2 * min(tokens * vocab, LOGITS_AT_ONCE) if in_parts else 8 * tokens * vocab
+    return {mode: tokens * size + logits for mode, size in sizes.items()}
 
 
 def _out_features(layer: Any) -> int:

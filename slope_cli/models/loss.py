@@ -1,14 +1,15 @@
 """A model's predictions for a batch, and the pretraining losses: of the next token, or of masked ones as in BERT.
 
-Shape suffixes: B sequences, T positions, V vocabulary.
+Shape suffixes: B sequences, T positions, V vocabulary, N = B·T, W width of the model.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,7 +21,12 @@ CrossEntropy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Batch = Mapping[str, Tensor]
 """input_ids (B, T) int64, and what goes with them; see `forward` and `loss_fn`."""
 
+LossAndGradient = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`loss_and_gradient_`, or a compiled one."""
+
 ROWS_AT_ONCE = 4096
+LOGITS_AT_ONCE = 2**29
+"""Of the logits of a training step, at most: 1 GiB in 16 bits."""
 UNPADDED = "sdpa_unpadded"
 """Scaled dot product attention for batches without padding. transformers builds a mask tensor wherever it sees a
 compiler or a CUDA graph, which rules out the fused kernels; it builds none for an attention function that has no mask
@@ -111,6 +117,115 @@ def token_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, 
     ]
     summed = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     return summed / targets.clamp(min=1), targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss of a training step without all its logits
+
+
+def training_loss(
+    model: PreTrainedModel,
+    batch: Batch,
+    cross_entropy: CrossEntropy | None = None,
+    loss_and_gradient: LossAndGradient | None = None,
+) -> Loss:
+    """As `loss_fn` of `forward`, to be optimised: where nothing else needs the logits, they are never all there.
+
+    Then the head computes the logits of some tokens in the products' dtype, and their loss; their gradient takes their
+    place, and its products with the head's weight and input are made at once, as in Liger (arXiv 2410.10989). So in
+    models that predict the next token by a linear head without a bias.
+
+    Args:
+        cross_entropy: of other models, `token_cross_entropy` or a compiled one.
+        loss_and_gradient: `loss_and_gradient_` or a compiled one.
+    """
+    head: Any = model.get_output_embeddings()
+    causal = model.config.model_type in FAMILIES and objective(model.config) == "causal"
+    plain = type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"]
+    if not (causal and plain and torch.is_grad_enabled()):
+        return loss_fn(forward(model, batch), batch, cross_entropy)
+    labels_N = batch["labels"].flatten()
+    targets = (labels_N != IGNORED_LABEL).sum()
+
+    def loss_of(X_BTW: Tensor) -> Tensor:
+        device, step = X_BTW.device.type, loss_and_gradient or loss_and_gradient_
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X_BTW.dtype
+        loss: Tensor = _HeadLoss.apply(X_BTW.flatten(0, 1), head.weight, labels_N, targets, dtype, step)
+        return loss
+
+    # Within the model's forward pass, for whose time alone a split weight is whole.
+    head.forward = loss_of
+    try:
+        token_loss = forward(model, batch).logits
+    finally:
+        del head.forward
+    return Loss(token_loss, targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of X · W^T, whose gradient is computed in the forward pass, some rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        X_NW: Tensor,
+        W_VW: Tensor,
+        labels_N: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        loss_and_gradient: LossAndGradient,
+    ) -> Tensor:
+        needs_X, needs_W = ctx.needs_input_grad[:2]
+        X, W, share = X_NW.to(dtype), W_VW.to(dtype), targets.clamp(min=1).float().reciprocal()
+        # Equal parts, of one compiled shape but for the last.
+        parts = -(-len(X) * len(W) // LOGITS_AT_ONCE)
+        rows = -(-len(X) // parts)
+        several = rows < len(X)
+        dX_NW = torch.empty_like(X) if needs_X else None
+        dW_VW: Tensor | None = None
+        losses = []
+        with torch.autocast(X.device.type, enabled=False):
+            for start in range(0, len(X), rows):
+                part = slice(start, start + rows)
+                logits_nV = F.linear(X[part], W)  # [n,W] · [V,W]^T -> [n,V]
+                losses.append(loss_and_gradient(logits_nV, labels_N[part], share))
+                if dX_NW is not None:
+                    torch.mm(logits_nV, W, out=dX_NW[part])  # [n,V] · [V,W] -> [n,W]
+                if needs_W:
+                    product_VW = logits_nV.t() @ X[part]  # [V,n] · [n,W] -> [V,W]
+                    if several and dW_VW is None:
+                        dW_VW = product_VW.to(torch.promote_types(dtype, torch.float32))
+                    else:
+                        dW_VW = product_VW if dW_VW is None else dW_VW.add_(product_VW)
+                del logits_nV
+        ctx.save_for_backward(dX_NW, dW_VW)
+        ctx.dtypes = X_NW.dtype, W_VW.dtype
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((None if g is None else (g * dloss).to(dtype)) for g, dtype in gradients), None, None, None, None
+
+
+def loss_and_gradient_(logits_nV: Tensor, labels_n: Tensor, share: Tensor) -> Tensor:
+    """The cross-entropies in nats of rows of logits with a label other than -100, summed and times `share`.
+
+    In float32 or more of rows of any dtype; their gradient with respect to the logits takes the logits' place.
+    """
+    size = len(labels_n) if torch.compiler.is_compiling() else ROWS_AT_ONCE
+    losses = []
+    for start in range(0, len(labels_n), size):
+        logits_rV, labels_r = logits_nV[start : start + size], labels_n[start : start + size, None]
+        counted = labels_r != IGNORED_LABEL
+        logs_rV = logits_rV.to(torch.promote_types(logits_rV.dtype, torch.float32)).log_softmax(-1)
+        picked = logs_rV.gather(1, labels_r.clamp(min=0))
+        losses.append(torch.where(counted, -picked, 0).sum() * share)
+        places_V = torch.arange(logits_rV.shape[1], device=logits_rV.device)
+        shares_rV = torch.where(places_V == labels_r, logs_rV.exp() - 1, logs_rV.exp())
+        logits_rV.copy_(shares_rV * torch.where(counted, share, 0))
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def kl_divergence(logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:

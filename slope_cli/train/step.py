@@ -24,7 +24,17 @@ from slope_cli.errors import SlopeError
 from slope_cli.methods.optim import moments_of
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
-from slope_cli.models.loss import Batch, CrossEntropy, Loss, forward, loss_fn, token_cross_entropy
+from slope_cli.models.loss import (
+    Batch,
+    CrossEntropy,
+    Loss,
+    LossAndGradient,
+    forward,
+    loss_and_gradient_,
+    loss_fn,
+    token_cross_entropy,
+    training_loss,
+)
 from sparse_kernels import dense_gradients, update_masks, update_row_masks
 from sparse_kernels.sharded import local
 
@@ -117,9 +127,11 @@ class Step:
         self.cache_casts = True
         """Whether autocast may use a weight's cast again in the same forward pass."""
         self.cross_entropy: CrossEntropy = token_cross_entropy
+        self.loss_and_gradient: LossAndGradient = loss_and_gradient_
         if compiled:
             require_compiler(model.device.type)
             self.cross_entropy = torch.compile(token_cross_entropy, dynamic=False)
+            self.loss_and_gradient = torch.compile(loss_and_gradient_, dynamic=False)
             compile_blocks(model)
 
     def __call__(
@@ -173,7 +185,7 @@ class Step:
 
     def loss(self, batch: Batch) -> tuple[Loss, Tensor]:
         """The pretraining loss of one micro-batch, and the token loss to optimise."""
-        loss = loss_fn(forward(self.model, batch), batch, self.cross_entropy)
+        loss = training_loss(self.model, batch, self.cross_entropy, self.loss_and_gradient)
         return loss, loss.token_loss
 
     def backward(self, batch: Batch, count: int, targets: Tensor | None) -> Tensor:

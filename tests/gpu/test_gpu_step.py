@@ -21,6 +21,7 @@ from slope_cli.data.batches import IGNORED_LABEL
 from slope_cli.errors import SlopeError
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import flops
+from slope_cli.models import loss
 from slope_cli.models.build import build_model, model_config
 from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
@@ -145,6 +146,43 @@ def assert_same_steps(ours: Sequence[StepOutput], theirs: Sequence[StepOutput], 
 @pytest.fixture(autouse=True)
 def new_compiler() -> None:
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_training_loss_is_that_of_all_logits(compiled: bool, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens left out, in 16 bits; and it takes less memory than the logits in float32."""
+    tokens, vocabulary = 4 * 256, 8192
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", tokens * vocabulary // parts)
+    sizes = {"n_embd": 128, "n_layer": 1, "n_head": 2, "vocab_size": vocabulary}
+    model = build_model(model_config("gpt2-nano", overrides=sizes, dropout=0.0), device="cuda")
+    ids, labels = (torch.randint(vocabulary, (4, 256), device="cuda") for _ in range(2))
+    labels[:, ::7] = IGNORED_LABEL
+    batch = {"input_ids": ids, "labels": labels}
+    step = torch.compile(loss.loss_and_gradient_, dynamic=False) if compiled else loss.loss_and_gradient_
+    found, gradients, peaks = [], [], []
+    for compute in (
+        lambda: loss.loss_fn(loss.forward(model, batch), batch),
+        lambda: loss.training_loss(model, batch, loss_and_gradient=step),
+    ):
+        for _ in range(2):  # libraries allocate, and code is compiled, at the first
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                value = compute()
+            value.token_loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append(value.token_loss.detach())
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+    if compiled:
+        assert peaks[1] < peaks[0] - 4 * tokens * vocabulary
 
 
 # ---------------------------------------------------------------------------------------------- graphed is eager

@@ -41,7 +41,7 @@ NOT_RUN = {
     r"slope .*(openwebtext|--tasks (?!own/|recall|mqar|.*--task-data))": "needs the Hugging Face Hub",
     r"slope .*log\.wandb=true": "needs an account at wandb",
     r"slope export .*--push": "needs an account at the Hugging Face Hub; tests of pushing have one on this machine",
-    r"slope bench( generate|$)": "needs a GPU",
+    r"slope bench( generate| step|$)": "needs a GPU",
     r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
     r"python -m slope_cli\.benchmarks\.corpus ": "downloads packages from Debian's mirrors",
     r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
