@@ -11,15 +11,17 @@ import pytest
 import torch
 from support.processes import die_in_save, finish, start
 from support.runs import assert_same_run, records, tiny
+from transformers import PreTrainedModel
 
 from slope_cli.checkpoint import run_folder
-from slope_cli.checkpoint.load import build, load_model
+from slope_cli.checkpoint.load import load_model
 from slope_cli.checkpoint.verify import check
 from slope_cli.config import configs
 from slope_cli.config.schema import METHODS, Config
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.export import export
 from slope_cli.methods import phases_of
+from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models.build import build_model, run_model_config
@@ -255,13 +257,20 @@ def layers_of(config: Config) -> ModelReport:
     return report
 
 
+def first_model(config: Config) -> PreTrainedModel:
+    """That of a run before its first step."""
+    model = build_model(run_model_config(config), seed=config.train.seed)
+    apply(model, config, phases_of(config).at(0))
+    return model
+
+
 def test_sr_ste_has_the_mask_of_its_weights_in_all_layers_and_trains_the_pruned_ones(
     data: Path, tmp_path: Path
 ) -> None:
     config = tiny(data, "method=sr_ste")
     pretrain(config, tmp_path / "run")
     report = layers_of(config)
-    first, last = build(config, tmp_path / "run", "cpu", phases_of(config).at(0)), masked_of(tmp_path / "run")
+    first, last = first_model(config), masked_of(tmp_path / "run")
     assert set(last) == {layer.name for layer in report.swapped}
     moved = 0
     for name, layer in last.items():
@@ -292,7 +301,7 @@ def test_fst_prunes_the_mlps_transposably_and_ends_dense(data: Path, tmp_path: P
 def test_s_ste_ends_as_a_model_with_soft_thresholded_mlps(data: Path, tmp_path: Path) -> None:
     config = tiny(data, "method=s_ste")
     pretrain(config, tmp_path / "run")
-    first = build(config, tmp_path / "run", "cpu", phases_of(config).at(0))
+    first = first_model(config)
     last = masked_of(tmp_path / "run")
     assert last
     assert all(".mlp." in name and layer.mvue for name, layer in last.items())

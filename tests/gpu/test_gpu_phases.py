@@ -1,6 +1,5 @@
 """The other methods' steps on a GPU, and the transition from one phase of a run to the next, graphed as eagerly."""
 
-
 import pytest
 import torch
 from test_gpu_step import Setup, assert_alike, assert_same_steps, batches, new_step
