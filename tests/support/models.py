@@ -154,7 +154,8 @@ def attend_as_defined(
                     scores = scale * k_BGTD[b, g, near] @ q_BHTD[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(near),), mix_H[h] * (scores - scores.max()).exp())
                 if far:
-                    left = torch.stack([gates_BGT[b, g, far[place + 1 :]].prod() for place in range(len(far))])
+                    after = torch.cat([gates_BGT[b, g, far[1:]], gates_BGT.new_ones(1)])
+                    left = after.flip(0).cumprod(0).flip(0)  # of each far key, the gates of those after it
                     product = phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(far),), left * product)
                 rows.append(weights_T @ v_BGTD[b, g] / weights_T.sum() if seen else torch.zeros_like(q_BHTD[b, h, n]))
