@@ -240,7 +240,6 @@ def _merge(tree: DictConfig, *parts: Flat) -> None:
             for key, value in keys.items():  # omegaconf does not always name the wrong one
                 with _named(key, value):
                     _set(tree, {key: value})
-        raise
 
 
 @contextlib.contextmanager
