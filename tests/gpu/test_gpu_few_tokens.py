@@ -81,7 +81,7 @@ def test_odd_sides(dtype: torch.dtype, out: int, inputs: int, tokens: int) -> No
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 40, 70])
-@pytest.mark.parametrize("ranks", [(64, 64, 64), (4, 0, 20), (0, 0, 0), (7, 7, 7), (80, 144, 65)])
+@pytest.mark.parametrize("ranks", [(64, 64, 64), (4, 0, 20), (0, 0, 0), (7, 7, 7), (80, 100, 65)])
 def test_fused_layers_with_adapters_of_any_rank(tokens: int, ranks: tuple[int, ...]) -> None:
     layers = [layer(rows, 256, rank=rank, seed=rank + rows) for rows, rank in zip((512, 128, 128), ranks, strict=True)]
     made = packed(layers)
@@ -94,7 +94,7 @@ def test_fused_layers_with_adapters_of_any_rank(tokens: int, ranks: tuple[int, .
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 31, 64])
-@pytest.mark.parametrize(("parts", "rank"), [((320,), 32), ((208, 48, 64), 144)])  # blocks with rows of three segments
+@pytest.mark.parametrize(("parts", "rank"), [((320,), 144), ((208, 48, 64), 48)])  # blocks with rows of three segments
 def test_every_candidate_is_right(tokens: int, parts: tuple[int, ...], rank: int) -> None:
     """Also those that another GPU would choose; adapters in the kernel and beside it, and without any."""
     layers = [layer(rows, 1536, rank=rank, seed=rows) for rows in parts]
