@@ -14,6 +14,7 @@ from support.models import (
     SHAPES,
     left_padded,
     linearized,
+    of_every_name,
     positions_of,
     randomize,
     tiny_model,
@@ -83,8 +84,7 @@ def test_padding_is_not_seen_and_a_window_over_everything_is_the_original(name: 
     close(logits(model, other_BT, **more)[mask_BT > 0], logits(model, ids_BT, **more)[mask_BT > 0], 1e-6)
 
 
-@EVERY_CAUSAL
-@EVERY_FORM
+@pytest.mark.parametrize(("name", "form"), of_every_name(*FORMS.values()))
 def test_any_split_of_the_prompt_gives_the_same_logits(name: str, form: dict[str, Any]) -> None:
     model, ids_BT = linearized(name, **form), tokens(100)
     expected = logits(model, ids_BT, use_cache=False)
@@ -113,8 +113,7 @@ def test_later_tokens_and_the_length_change_nothing(name: str, form: dict[str, A
         close(logits(model, ids_BT[:, :length]), whole[:, :length], 1e-5)
 
 
-@EVERY_CAUSAL
-@EVERY_FORM
+@pytest.mark.parametrize(("name", "form"), of_every_name(*FORMS.values()))
 def test_generation_with_a_cache_padding_and_beams(name: str, form: dict[str, Any]) -> None:
     model, padding = linearized(name, **form), [0, 9]
     ids_BT, mask_BT = left_padded(tokens(20), padding)

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, H query heads, G KV heads, T positions, D head dime
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,23 @@ FORMS = {
     "gated": {"window": 5, "state": "gated"},
     "gated terrace": {"window": 4, "kind": "terrace", "state": "gated"},
 }
+
+
+def of_every_name(*forms: dict[str, Any]) -> list[Any]:
+    """Parameters (name, form): each form of Llama's attention, and of the other causal models' the first and the last.
+
+    The others are of a slow test: how a model projects and how its state is kept do not depend on each other.
+    """
+    fast = {(name, at) for name in CAUSAL for at in (0, len(forms) - 1)} | {
+        ("llama3-8b", at) for at in range(len(forms))
+    }
+    marks = {False: pytest.mark.slow, True: ()}
+    pairs = [(name, at) for name in CAUSAL for at in range(len(forms))]
+    ids = ["-".join(map(str, (name, *form.values()))) for name in CAUSAL for form in forms]
+    return [
+        pytest.param(name, forms[at], marks=marks[(name, at) in fast], id=own)
+        for (name, at), own in zip(pairs, ids, strict=True)
+    ]
 
 
 def tiny_model(name: str, **overrides: Any) -> Any:
