@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["highest", "high"], autouse=True)
+@pytest.fixture(params=["highest", "high"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     """With TF32 and without."""
     before = torch.get_float32_matmul_precision()
@@ -56,6 +56,9 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
     yield request.param
     torch.set_float32_matmul_precision(before)
+
+
+BOTH_PRECISIONS = pytest.mark.usefixtures("precision")
 
 
 def linearized(name: str) -> Any:
@@ -82,6 +85,7 @@ def batch() -> dict[str, Tensor]:
 PATTERNS = [Pattern(64), Pattern(96), Pattern(128), Pattern(64, terrace=True), Pattern(64, causal=False)]
 
 
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
     """A compiled maximum's gradient once raced, by the width of a band; a compiled terrace once had other blocks."""
@@ -124,6 +128,7 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
     return {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
 
 
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("name", SHAPES)
 def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
     model = linearized(name)
@@ -141,6 +146,7 @@ def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
         assert distance < 2 * eager[parameter] + 0.02, parameter
 
 
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("name", SHAPES)
 def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str) -> None:
     model, ids = linearized(name), {"input_ids": batch()["input_ids"]}
