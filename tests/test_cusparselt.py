@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import finish, forkserver
 
 from sparse_kernels import cusparselt, kernel_choice
 from sparse_kernels.cusparselt import CuSparseLtError
@@ -239,17 +239,18 @@ def test_a_trial_process_that_fails_without_a_gpu_says_why_and_nothing_lasting(
     assert not (tmp_path / "imported").exists()
 
 
+def remember(name: str, folder: Path) -> None:
+    """In a process of its own: keep twenty choices."""
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    for number in range(20):
+        kernel_choice.save_choice(f"{name} | {number}", kernel_choice.Choice(False, ""))
+
+
 def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
-    code = """
-import sys
-import warnings
-from sparse_kernels import kernel_choice
-for number in range(20):
-    kernel_choice.save_choice(f"{sys.argv[1]} | {number}", kernel_choice.Choice(False, ""))
-"""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    each = [subprocess.Popen([sys.executable, "-P", "-c", code, name], env=environment) for name in "ab"]
-    assert [process.wait(120) for process in each] == [0, 0]
+    each = [forkserver.Process(target=remember, args=(name, tmp_path)) for name in "ab"]
+    for process in each:
+        process.start()
+    assert [finish(process) for process in each] == [0, 0]
     plans = json.loads((tmp_path / "slope" / "plans.json").read_text())["plans"]
     assert plans.keys() == {f"{name} | {number}" for name in "ab" for number in range(20)}
 
