@@ -327,6 +327,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> None:
     words = ["pretrain", str(RECIPE), *small("gpt2-nano"), f"data.path={prepared()}", "--out", str(trained())]
+    words.append("log.plot=true")
     result = slope(*words)
     assert result.code == 0
     assert result.out.startswith(f"step {STEPS}: validation loss ")
@@ -340,7 +341,7 @@ def test_a_run_prints_its_results_and_the_same_command_prints_them_again() -> No
 
 def test_a_bert_is_not_recommended_for_text() -> None:
     words = ["pretrain", str(RECIPE), *small("bert-base"), f"data.path={prepared('wordpiece')}"]
-    result = slope(*words, "--out", trained("bert-base"))
+    result = slope(*words, "log.plot=true", "--out", trained("bert-base"))
     assert result.code == 0
     assert result.out.splitlines()[-1] == f"plot: {trained('bert-base')}/loss.png"
     assert (

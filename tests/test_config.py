@@ -125,23 +125,25 @@ WORDS = [
 @pytest.mark.parametrize(
     "text", [*WORDS, "/scratch/run #3", "a: b", "{a}", "%x", "&a", "*a", "!x", "é", "\x1b[31m", "'a' or 'b'"]
 )
-@pytest.mark.parametrize("key", ["data.path", "model.init", "log.sample_prompt"])
-def test_a_key_of_type_text_takes_any_word_as_written(key: str, text: str, tmp_path: Path) -> None:
-    def value(config: Config) -> object:
-        return configs.flat(configs.container(config))[key]
+def test_keys_of_type_text_take_any_word_as_written(text: str, tmp_path: Path) -> None:
+    keys = {"data": "path", "model": "init", "log": "sample_prompt"}
 
-    config = configs.load("gpt2-nano", [f"{key}={text}"])
-    assert value(config) == text
-    assert value(dumped(config, tmp_path / "dumped.yaml")) == text
-    section, _, name = key.partition(".")
+    def values(config: Config) -> set[object]:
+        return {getattr(getattr(config, section), name) for section, name in keys.items()}
+
+    config = configs.load("gpt2-nano", [f"{section}.{name}={text}" for section, name in keys.items()])
+    assert values(config) == {text}
+    assert values(dumped(config, tmp_path / "dumped.yaml")) == {text}
     if text in WORDS[:-2]:
-        for recipe in (
-            f"{section}: {{{name}: {text}}}\n",
-            f"{section}:\n  {name}: {text}  # why\n",
-            f"{key}: {text}\n",
+        for form in (
+            "{section}: {{{name}: {text}}}\n",
+            "{section}:\n  {name}: {text}  # why\n",
+            "{section}.{name}: {text}\n",
         ):
-            assert value(configs.load(written(tmp_path, recipe))) == text
-        assert value(configs.load("gpt2-nano", [f"{section}={{{name}: {text}}}"])) == text
+            recipe = "".join(form.format(section=section, name=name, text=text) for section, name in keys.items())
+            assert values(configs.load(written(tmp_path, recipe))) == {text}
+        words = [f"{section}={{{name}: {text}}}" for section, name in keys.items()]
+        assert values(configs.load("gpt2-nano", words)) == {text}
 
 
 def test_texts_of_a_list_are_taken_as_written(tmp_path: Path) -> None:

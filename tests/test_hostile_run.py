@@ -197,7 +197,8 @@ def test_a_link_in_a_run_leads_no_write_out_of_it(name: str, tmp_path: Path) -> 
             path.unlink(missing_ok=True)
         path.symlink_to(goal)
         before = outside(other)
-        result = slope("pretrain", run / "config.yaml", "train.steps=6", "log.sample_every=1", "--out", run)
+        words = ("train.steps=6", "log.sample_every=1", "log.plot=true")
+        result = slope("pretrain", run / "config.yaml", *words, "--out", run)
         assert (result.code, result.err.count("Traceback")) == (2, 0)
         assert f"{path}: is a link" in result.err.splitlines()[-1]
         assert outside(other) == before

@@ -316,20 +316,20 @@ def test_an_interrupted_range_goes_on_where_it_was(scratch_folder: bool, tmp_pat
 
 
 def test_a_range_goes_on_before_its_damaged_checkpoint(tmp_path: Path) -> None:
-    config, run = config_of("llama", AT_ONCE, "log.save_every=2"), tmp_path / "run"
+    config, run = config_of("gpt2", AT_ONCE, "log.save_every=2"), tmp_path / "run"
     assert finish(start(config, run, ends_at_save, 3, signal.SIGKILL)) == -signal.SIGKILL
     path = run / "transfer" / "0-1" / "checkpoints" / "step-00000004" / store.MANIFEST
     path.write_bytes(path.read_bytes()[:-9])
     assert finish(start(config, run)) == 0
     assert "; resuming from step-00000002\nlayers 0-1 of 5: attention transfer from step 3\n" in printed(run)
-    ours, theirs = final_state(config, run), final_state(config_of("llama"), linearized("llama"))
+    ours, theirs = final_state(config, run), final_state(config_of("gpt2"), linearized("gpt2"))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_another_config_or_length_does_not_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert finish(start(config_of("llama", AT_ONCE), run, ends_at_save, 2, signal.SIGKILL)) == -signal.SIGKILL
-    base = trained(*BASES["llama"])
+    assert finish(start(config_of("gpt2", AT_ONCE), run, ends_at_save, 2, signal.SIGKILL)) == -signal.SIGKILL
+    base = trained(*BASES["gpt2"])
     for more, line in (
         (("linearize.window=3",), "holds a run of another config (linearize.window: 2 -> 3)"),
         (("train.precision=bf16",), "precision=bf16: the hidden states on the disk are in torch.float32; change it af"),
@@ -383,7 +383,7 @@ def test_a_disk_without_room_is_refused_first(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SlopeError, match=r"absent: \S+ GB free, 1000000000\.00 GB needed for hidden states; set lin"):
         require_room(tmp_path / "absent", 10**18)
     monkeypatch.setattr(layer_ranges, "states_on_disk", lambda *_: 10**18)
-    result = slope("linearize", trained(*BASES["llama"]), *WORDS, AT_ONCE, "--out", tmp_path / "run")
+    result = slope("linearize", trained(*BASES["gpt2"]), *WORDS, AT_ONCE, "--out", tmp_path / "run")
     assert (result.code, "needed for hidden states" in result.err.splitlines()[-1]) == (1, True), result.err
     assert not (tmp_path / "run").exists()
 
@@ -392,7 +392,7 @@ def test_a_disk_without_room_is_refused_first(tmp_path: Path, monkeypatch: pytes
 
 
 def refused(*words: str, out: Path) -> str:
-    result: Result = slope("linearize", trained(*BASES["llama"]), *WORDS, *words, "--out", out)
+    result: Result = slope("linearize", trained(*BASES["gpt2"]), *WORDS, *words, "--out", out)
     assert result.code == 2, result
     return result.err.splitlines()[-1]
 
@@ -402,7 +402,7 @@ def test_bad_settings_are_one_line(tmp_path: Path) -> None:
     assert refused("linearize.layers_at_once=-1", out=out).endswith("linearize.layers_at_once=-1: must be 0 or more")
     line = refused("linearize.layers_at_once=1", "linearize.keep_softmax=[1]", out=out)
     assert line.endswith("linearize.layers_at_once=1: layers 1-1 all keep softmax attention; choose more at once")
-    unused = slope("linearize", trained(*BASES["llama"]), *WORDS, f"linearize.scratch={tmp_path}", "--dry-run")
+    unused = slope("linearize", trained(*BASES["gpt2"]), *WORDS, f"linearize.scratch={tmp_path}", "--dry-run")
     assert "has no effect with linearize.layers_at_once=0" in unused.err
 
 
@@ -426,7 +426,7 @@ def test_several_ranks_go_on_once_the_transfer_is_done(tmp_path: Path) -> None:
 
 
 def test_a_whole_model_that_does_not_fit_is_one_line() -> None:
-    run, config = linearized("llama", AT_ONCE), config_of("llama", AT_ONCE)
+    run, config = linearized("gpt2", AT_ONCE), config_of("gpt2", AT_ONCE)
     require_whole(config, run, 1 << 30)
     with pytest.raises(SlopeError, match="the transfer is done and saved; the adapters train the whole model, which"):
         require_whole(config, run, 1 << 16)

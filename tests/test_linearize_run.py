@@ -109,7 +109,7 @@ def test_transfer_and_adapters_bring_the_model_back(kind: str) -> None:
 
 def test_each_phase_logs_its_own_loss() -> None:
     """A squared error and a cross-entropy are two curves, and the picture has a panel for each."""
-    done = linearized("llama", "log.every=6")
+    done = linearized("llama", "log.every=6", "log.plot=true")
     transfer, train = done.records("transfer"), done.records("train")
     assert [record["step"] for record in (*transfer, *train)] == list(range(1, 61))
     assert not any("loss" in record for record in transfer)

@@ -212,7 +212,7 @@ def test_what_others_write_while_a_start_fails_stays(
 
 
 def test_the_names_of_what_a_run_writes_are_known(data: Path, tmp_path: Path) -> None:
-    words = ("data.path=embedded", "train.steps=2", "adapters.start=0.5", "log.tensorboard=true")
+    words = ("data.path=embedded", "train.steps=2", "adapters.start=0.5", "log.plot=true", "log.tensorboard=true")
     pretrain(tiny(data, *words), tmp_path / "run")
     again = ("distill.share=0.5", f"distill.teacher={tmp_path / 'run'}")
     pretrain(tiny(data, *words, *again), tmp_path / "taught")

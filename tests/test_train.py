@@ -322,7 +322,7 @@ def test_adapters_join_at_the_configured_step_of_a_run(data: Path, finished: Pat
 
 
 def test_sparse_layers_and_adapters_that_begin_in_one_step_are_one_record(data: Path, tmp_path: Path) -> None:
-    pretrain(tiny(data, "sparsity.start=0.5", "adapters.start=0.5"), tmp_path / "run")
+    pretrain(tiny(data, "sparsity.start=0.5", "adapters.start=0.5", "log.plot=true"), tmp_path / "run")
     (record,) = [record for record in records(tmp_path / "run") if record["kind"] == "phase"]
     assert (record["step"], record["layers"], record["adapters"]) == (7, "sparse", True)
     assert record["adapter_parameters"] > 0
@@ -499,7 +499,7 @@ def test_data_without_validation_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_on_the_text_in_the_package(tmp_path: Path) -> None:
-    summary = pretrain(tiny("embedded", "train.steps=2", "data.verify=false"), tmp_path / "run")
+    summary = pretrain(tiny("embedded", "train.steps=2", "data.verify=false", "log.plot=true"), tmp_path / "run")
     assert summary["by_source"].keys() == {"austen"}
     assert 2 < summary["bigram_loss"] < 3
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000

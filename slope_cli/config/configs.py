@@ -99,9 +99,8 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     tree = _default_tree()
     with _one_line(f"{recipe}: "):
         _merge(tree, _current(written, method, f"{recipe}: ", own_method))
-    for keys in parsed:
-        with _one_line(""):
-            _merge(tree, _current(keys, method, ""))
+    with _one_line(""):
+        _merge(tree, *(_current(keys, method, "") for keys in parsed))
     return _config(tree)
 
 
@@ -112,9 +111,13 @@ def load_with_usual_rates(recipe: str, overrides: Sequence[str]) -> Config:
 
 def load_saved(path: Path) -> Config:
     """The configuration that `dump` wrote, in this version or an older one; raises as `load`."""
-    text = recipe_text(str(path))
-    with _one_line(f"{path}: "):
-        return _saved(from_recipe(text), f"{path}: ")
+    return copy.deepcopy(_saved_text(recipe_text(str(path)), f"{path}: "))
+
+
+@functools.lru_cache(maxsize=64)  # a command asks for the configuration of one run many times
+def _saved_text(text: str, where: str) -> Config:
+    with _one_line(where):
+        return _saved(from_recipe(text), where)
 
 
 def from_fixed(keys: Mapping[str, str], where: str) -> Config:
@@ -138,7 +141,7 @@ def _literal(key: str, text: str) -> Any:
         return text
 
 
-def _saved(keys: Flat, where: str) -> Config:
+def _saved(keys: Mapping[str, Any], where: str) -> Config:
     """A configuration that `dump` wrote; older versions wrote the sections of all methods."""
     method = str(keys.get("method"))
     current, renamed = migrate(keys, method)
@@ -159,7 +162,7 @@ def _config(tree: DictConfig) -> Config:
     return config
 
 
-def parse_override(override: str) -> Flat:
+def parse_override(override: str) -> Mapping[str, Any]:
     """The keys that KEY=VALUE sets, and their values. VALUE is YAML, or for a key of type text as written or quoted.
 
     Raises:
@@ -172,7 +175,7 @@ def parse_override(override: str) -> Flat:
         return from_word(key, value)
 
 
-def _current(keys: Flat, method: str, where: str, own_method: str = "") -> Flat:
+def _current(keys: Mapping[str, Any], method: str, where: str, own_method: str = "") -> Flat:
     """Keys under their current names, without those of other methods' sections, which must have their default values.
 
     Args:
@@ -228,15 +231,15 @@ def _defaults_made_once() -> DictConfig:
     return tree
 
 
-def _merge(tree: DictConfig, keys: Flat) -> None:
-    """Set these keys in the tree; UsageError for an unknown key or a value of a wrong type."""
+def _merge(tree: DictConfig, *parts: Flat) -> None:
+    """Set these keys in the tree, in this order; UsageError for an unknown key or a value of a wrong type."""
     try:
-        _set(tree, keys)
+        _set(tree, *parts)
     except (OmegaConfBaseException, TypeError, ValueError):
-        for key, value in keys.items():  # omegaconf does not always name the wrong one
-            with _named(key, value):
-                _set(tree, {key: value})
-        raise
+        for keys in parts:
+            for key, value in keys.items():  # omegaconf does not always name the wrong one
+                with _named(key, value):
+                    _set(tree, {key: value})
 
 
 @contextlib.contextmanager
@@ -249,13 +252,17 @@ def _named(key: str, value: Any) -> Iterator[None]:
         raise UsageError(type_rule(key, value) if known else unknown_key(key)) from None
 
 
-def _set(tree: DictConfig, keys: Flat) -> None:
-    written: dict[str, Any] = {}
-    for key, value in keys.items():
+def _set(tree: DictConfig, *parts: Flat) -> None:
+    written: dict[str, Any] = {}  # merged once: each merging takes as long as a hundred keys
+    for key, value in (entry for keys in parts for entry in keys.items()):
         if known := _keys(key):
             raise UsageError(f"{key}={value}: is a section; set its keys, such as {key}.{known[0]}")
         *parents, last = key.split(".")
-        node = functools.reduce(lambda below, name: below.setdefault(name, {}), parents, written)
+        node = written
+        for name in parents:
+            if not isinstance(node.get(name), dict):  # also where an earlier part has a value
+                node[name] = {}
+            node = node[name]
         node[last] = value
     tree.merge_with(OmegaConf.create(written))
 

@@ -429,6 +429,8 @@ class LogConfig(Section, section="log"):
     keep: int = setting(2, unit="checkpoints", example="5")
     """How many of the newest checkpoints are kept, at least 2. One that was saved with a larger number
     stays while it is among so many; to free the disk remove its folder."""
+    plot: bool = switch(True)
+    """Draw the losses at the end, as loss.png and loss.svg in the run's folder; `slope plot RUN` draws them, too."""
     tensorboard: bool = switch(True)
     """Write the metrics to TensorBoard files in the run's folder, too."""
     wandb: bool = switch(False)

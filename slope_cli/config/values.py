@@ -37,7 +37,8 @@ TYPES: Mapping[Any, str] = {
 _TEXT, _MAP, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "null"))
 
 
-def from_recipe(text: str) -> Flat:
+@functools.lru_cache(maxsize=64)
+def from_recipe(text: str) -> Mapping[str, Any]:
     """The keys of a recipe or config file, in YAML.
 
     Raises:
@@ -47,7 +48,8 @@ def from_recipe(text: str) -> Flat:
     return _flat_values(root)
 
 
-def from_word(key: str, value: str) -> Flat:
+@functools.lru_cache(maxsize=256)  # a command asks several times what its words set
+def from_word(key: str, value: str) -> Mapping[str, Any]:
     """The keys that KEY=VALUE sets: VALUE is YAML, or for a key of type text as written, or quoted.
 
     Raises:

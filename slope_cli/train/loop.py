@@ -114,7 +114,7 @@ def pretrain(
             dataset = open_run_data(config, run, group, stop)
             if ranks.first and not taken:
                 print(finished_line(config), file=sys.stderr)
-            summary = group.first(lambda: summarize(run, dataset))
+            summary = group.first(lambda: summarize(run, config, dataset))
             return summary if ranks.first else {}
         if layer_ranges.by_ranges(config) and device.type == "cuda" and not group.several:
             require_whole(config, run, torch.cuda.get_device_properties(device).total_memory)
@@ -123,7 +123,7 @@ def pretrain(
             if not taken:
                 group.first(lambda: advice.warn(config, trainer.dataset, usual))
             trainer.fit(stop, start)
-        summary = group.first(lambda: summarize(run, trainer.dataset, trainer.times))
+        summary = group.first(lambda: summarize(run, config, trainer.dataset, trainer.times))
         return summary if ranks.first else {}
 
 

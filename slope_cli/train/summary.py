@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from slope_cli.config.schema import Config
 from slope_cli.data.batches import bigram_loss
 from slope_cli.data.dataset import Dataset
 from slope_cli.errors import SlopeError
@@ -19,10 +20,11 @@ BIGRAM_LIMIT = 4096
 """Vocabularies up to this size are compared with a bigram model."""
 
 
-def summarize(run: Path, dataset: Dataset, times: Times | None = None) -> dict[str, Any]:
+def summarize(run: Path, config: Config, dataset: Dataset, times: Times | None = None) -> dict[str, Any]:
     """Plot a finished run and collect its results; SlopeError if the records of its steps are lost.
 
     Args:
+        config: says whether to plot.
         times: of the present start, what is in no record yet: the last checkpoint follows the log.
     """
     records = metrics.read(run)
@@ -30,7 +32,8 @@ def summarize(run: Path, dataset: Dataset, times: Times | None = None) -> dict[s
     if not val or not any(record["kind"] in metrics.STEPS for record in records):
         advice = f"the checkpoint is sound, and `slope eval {run}` judges it"
         raise SlopeError(f"{run / metrics.JSONL}: the records of its steps are lost; {advice}")
-    plots.draw_loss([run], run / "loss")
+    if config.log.plot:
+        plots.draw_loss([run], run / "loss")
     summary = dict(val[-1])
     if dataset.vocab_size <= BIGRAM_LIMIT:
         summary["bigram_loss"] = bigram_loss(dataset.train, list(dataset.val.values()), dataset.vocab_size)
@@ -71,7 +74,8 @@ def report_lines(summary: dict[str, Any], run: Path) -> list[str]:
         lines.append(f"peak memory of a GPU, the largest of all: {bytes_text(summary['peak_memory'])}")
     if "sample" in summary:
         lines += ["sample:", *("  " + line for line in summary["sample"].splitlines())]
-    lines.append(f"plot: {run / 'loss.png'}")
+    if (picture := run / "loss.png").exists():
+        lines.append(f"plot: {picture}")
     if "sample" in summary:
         lines.append(f'more text: {program()} generate {shlex.quote(str(run))} "Once upon a time"')
     return lines

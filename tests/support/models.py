@@ -143,22 +143,23 @@ def attend_as_defined(
     for b in range(B):
         real = keep_BT[b].nonzero().flatten().tolist()
         first = real[0] if real else 0
-        for h in range(H):
-            g = h * G // H
-            for n in range(T):
-                seen = [j for j in real if j <= n or not pattern.causal]
-                near = [j for j in seen if _near(n - first, j - first, pattern)]
-                far = [j for j in seen if j not in near]
+        for n in range(T):
+            seen = [j for j in real if j <= n or not pattern.causal]
+            near = [j for j in seen if _near(n - first, j - first, pattern)]
+            far = sorted(set(seen) - set(near))
+            for h in range(H):
+                g = h * G // H
                 weights_T = q_BHTD.new_zeros(T)
                 if near:
                     scores = scale * k_BGTD[b, g, near] @ q_BHTD[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(near),), mix_H[h] * (scores - scores.max()).exp())
                 if far:
-                    left = torch.stack([gates_BGT[b, g, far[place + 1 :]].prod() for place in range(len(far))])
+                    after = torch.cat([gates_BGT[b, g, far[1:]], gates_BGT.new_ones(1)])
+                    left = after.flip(0).cumprod(0).flip(0)  # of each far key, the gates of those after it
                     product = phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(far),), left * product)
                 rows.append(weights_T @ v_BGTD[b, g] / weights_T.sum() if seen else torch.zeros_like(q_BHTD[b, h, n]))
-    return torch.stack(rows).view(B, H, T, D)
+    return torch.stack(rows).view(B, T, H, D).transpose(1, 2)
 
 
 def _near(n: int, j: int, pattern: Pattern) -> bool:

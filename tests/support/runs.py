@@ -49,6 +49,7 @@ LINEARIZED = (
     "linearize.transfer_lr=0.03",
     "adapters.rank=4",
     "optim.lr=0.01",
+    "log.plot=false",
     "log.tensorboard=false",
     "log.sample_tokens=4",
     "log.sample_prompt='The '",
