@@ -400,6 +400,43 @@ class KillResults(Results):
     rows: list[KillRow] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecallRow:
+    """A model of `python -m slope_cli.benchmarks.recall`: the teacher, or what it became.
+
+    words: the settings that are this model's own. tokens, seconds: of its training. kept: layers that were chosen to
+    keep softmax attention. sources: perplexity of each one's validation text. cells: the rows of `measure_recall`.
+    remembered: bytes of one sequence by its tokens, from shapes. decode: steps of the engine by tokens and batch, whose
+    dense_ms is of a softmax model with random weights in the same rounds.
+    """
+
+    variant: str
+    words: list[str]
+    tokens: int
+    seconds: float
+    kept: list[int] = field(default_factory=list)
+    perplexity: float
+    sources: dict[str, float]
+    cells: list[dict[str, Any]]
+    remembered: dict[int, int]
+    decode: list[GenerateRow] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class RecallResults(Results):
+    """The file of `python -m slope_cli.benchmarks.recall`; window: of the linearized layers, of `layers` in all."""
+
+    model: str
+    scale: str
+    parameters: int
+    layers: int
+    length: int
+    window: int
+    share: float
+    words: list[str]
+    rows: list[RecallRow] = field(default_factory=list)
+
+
 @dataclass(kw_only=True)
 class BenchResults:
     """The parts of one `slope bench` and the folder of their files; None for a part that was not asked for."""

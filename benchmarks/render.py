@@ -18,8 +18,16 @@ from slope_cli.compare.summary import Comparison
 from slope_cli.report.tables import NONE, Table, bytes_text, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
-from . import RESULTS, generate_report, linearize_cpu, report, scaling
-from .records import GemmRow, GenerateResults, LinearizeResults, MemoryResults, ProductResults, StepResults
+from . import RESULTS, generate_report, linearize_cpu, recall, report, scaling
+from .records import (
+    GemmRow,
+    GenerateResults,
+    LinearizeResults,
+    MemoryResults,
+    ProductResults,
+    RecallResults,
+    StepResults,
+)
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -263,6 +271,15 @@ def _scaling(result: Json) -> str:
     return _markdown(found.columns, found.rows, where)
 
 
+def _recall(result: Json) -> str:
+    """What a teacher and its linearized variants recall, and what they cost."""
+    results = from_json(RecallResults, result)
+    tables = recall.costs(results), recall.by_task(results), recall.distances(results)
+    parts = [_markdown(found.columns, found.rows, found.note) for found in tables]
+    picture = f"[Picture](../benchmarks/results/recall-{results.model}.png); {_where(results.machine)}."
+    return "\n\n".join([*parts, picture])
+
+
 def _kills(*results: Json) -> str:
     """Random kills and how the commands ended."""
     rows = [row for result in results for row in result["rows"]]
@@ -335,6 +352,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "cluster-fits": _cluster_fits,
     "cpu": _cpu,
     "kills": _kills,
+    "recall-gpt2": _recall,
+    "recall-llama": _recall,
     "scaling-2xh200": _scaling,
     "demo": _demo,
     "headline": _headline,
@@ -377,11 +396,14 @@ FILES = {
 
 
 def render(text: str) -> str:
-    """A document's text with every marked place filled from its result files."""
+    """A document's text with every marked place filled from its result files; without these it stays as it is."""
 
     def fill(place: re.Match[str]) -> str:
         name = place.group(1)
-        results = [json.loads((RESULTS / f"{file}.json").read_text()) for file in FILES.get(name, (name,))]
+        files = [RESULTS / f"{file}.json" for file in FILES.get(name, (name,))]
+        if not all(file.exists() for file in files):
+            return place.group(0)
+        results = [json.loads(file.read_text()) for file in files]
         return f"<!-- result: {name} -->\n{PLACES[name](*results)}\n<!-- end -->"
 
     return re.sub(r"<!-- result: ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)

@@ -104,6 +104,19 @@ def test_questions_before_the_last_one_are_answered() -> None:
             assert occurrences(item.prompt, pair) == 2
 
 
+@pytest.mark.parametrize("kind", MATERIALS)
+@pytest.mark.parametrize("name", TASKS)
+def test_the_rest_tells_once_more_what_the_prompt_tells(kind: str, name: str) -> None:
+    for items in items_of(MATERIALS[kind](), name, 512):
+        for item in items:
+            place, told = len(item.prompt) - item.distance + len(item.answer), np.concatenate([item.answer, item.rest])
+            if name == "copying":
+                assert len(item.rest) > 0
+                assert np.array_equal(item.prompt[place:][: len(item.rest)], item.rest)
+            elif item.pairs > 1:
+                assert all(occurrences(told, choice) >= 1 for choice in item.choices)
+
+
 def test_a_seed_draws_the_same_items_and_another_one_others() -> None:
     task, material = TASKS["phonebook"], bytes_material()
     cell = [cell for cell in task.cells(512) if cell.pairs == 16][5]
@@ -202,7 +215,7 @@ def test_likelihoods_are_those_of_whole_sequences(name: str) -> None:
     model = tiny_linearized("llama3-8b", window=5, keep_softmax=[1]) if name == "linearized" else tiny_model(name)
     rng = np.random.default_rng(0)
     prompts, choices = rng.integers(3, VOCABULARY, (6, 40)), rng.integers(3, VOCABULARY, (6, 5, 3))
-    items = [Item(p, p[-1:], c, n % 5, 1, 1) for n, (p, c) in enumerate(zip(prompts, choices, strict=True))]
+    items = [Item(p, p[-1:], c, n % 5, 1, 1, p[:0]) for n, (p, c) in enumerate(zip(prompts, choices, strict=True))]
     got = score(model, items)
     for n, item in enumerate(items):
         rows = torch.from_numpy(np.stack([np.concatenate([item.prompt, choice]) for choice in item.choices]))
@@ -211,7 +224,7 @@ def test_likelihoods_are_those_of_whole_sequences(name: str) -> None:
         likelihoods = logits.gather(2, rows[:, 40:, None]).sum((1, 2))
         assert bool(got.chosen_B[n]) == (int(likelihoods.argmax()) == item.right)
         assert bool(got.exact_B[n]) == bool((logits[item.right].argmax(-1) == rows[item.right, 40:]).all())
-    best = [Item(i.prompt, i.cue, i.choices, int(r), 1, 1) for i, r in zip(items, _best(model, items), strict=True)]
+    best = [i._replace(right=int(r)) for i, r in zip(items, _best(model, items), strict=True)]
     assert score(model, best).chosen_B.all()
 
 

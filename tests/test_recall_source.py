@@ -73,6 +73,14 @@ def test_the_evaluation_draws_none_of_the_items() -> None:
                 assert np.concatenate([item.prompt, item.answer]).tobytes() not in trained
 
 
+def test_short_items_have_as_many_tokens_as_long_ones() -> None:
+    material = material_of(load_tokenizer("bytes"), open_dataset(prepared()).train, TEXT)
+    sizes = np.array([len(item) for item in islice(recall_items(material, [TASKS["copying"]], 512, 0), 2000)])
+    shares = [sizes[(sizes > low) & (sizes <= 2 * low)].sum() / sizes.sum() for low in (64, 128, 256)]
+    assert max(shares) < 2 * min(shares)
+    assert sum(shares) > 0.8
+
+
 def test_tasks_without_an_item_that_fits_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     material = material_of(load_tokenizer("bytes"), open_dataset(prepared()).train, TEXT)
     for item in islice(recall_items(material, [TASKS["mqar"], TASKS["needle"]], 40, 0), 20):
@@ -92,7 +100,7 @@ def test_a_tokenizer_that_begins_texts(tmp_path: Path) -> None:
     text.write_text("".join(json.dumps({"text": " ".join(f"w{n}" for n in row)}) + "\n" for row in words))
     data = tmp_path / "data"
     prepare([str(text)], data, tokenizer=str(tmp_path / "tokenizer"), workers=1, progress=False)
-    ids = ids_of(add_recall(data, tmp_path / "out", share=0.5, length=80, names=["mqar", "copying"]))
+    ids = ids_of(add_recall(data, tmp_path / "out", share=0.5, length=80, names=["mqar"]))
     assert (np.flatnonzero(ids == 1) - np.flatnonzero(ids == 0) == 1).all()
     assert (ids == 1).sum() == (ids == 0).sum() > 20
     assert ids[-2:].tolist() == [0, 1]
@@ -116,7 +124,7 @@ def test_the_command_prints_the_sources(tmp_path: Path) -> None:
         (("--share", "0"), "--share 0: is a share of the training tokens, which must lie between 0 and 1"),
         (("--share", "1"), "--share 1: is a share of the training tokens, which must lie between 0 and 1"),
         (("--tasks", "mqar,piqa"), "--tasks piqa: choose some of mqar, passkey, needle, phonebook, copying"),
-        (("--seq-len", "4"), "--seq-len 4: no item fits so few tokens; give more"),
+        (("--seq-len", "3"), "--seq-len 3: no item fits so few tokens; give more"),
         (("--out", "full"), "full: is not empty; choose another folder"),
     ],
 )

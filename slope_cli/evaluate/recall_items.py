@@ -46,6 +46,8 @@ class Item(NamedTuple):
         right: the row of the answer.
         distance: tokens from the first of the answer in the prompt to the place where it is to be repeated.
         pairs: of keys and values in the prompt.
+        rest: int64, how a text to learn from goes on after the answer: all else that the prompt tells, asked and
+            answered.
     """
 
     prompt: Ids
@@ -54,6 +56,7 @@ class Item(NamedTuple):
     right: int
     distance: int
     pairs: int
+    rest: Ids
 
     @property
     def answer(self) -> Ids:
@@ -262,7 +265,10 @@ def pairs_item(form: Pairs, material: Material, cell: Cell, length: int, rng: np
         ]
     )
     order = rng.permutation(len(values))
-    return Item(prompt, questions[asked], values[order], int(np.flatnonzero(order == asked)[0]), distance, n)
+    right = int(np.flatnonzero(order == asked)[0])
+    # In the choices' order, so that items are drawn by the same random numbers with a rest as without.
+    rest = np.concatenate([after, *(pairs[other] for other in order if other < n and other != asked)])
+    return Item(prompt, questions[asked], values[order], right, distance, n, rest)
 
 
 def _mixed(
@@ -300,7 +306,8 @@ def copying_item(material: Material, cell: Cell, length: int, rng: np.random.Gen
     starts = rng.permutation([repeated, *rng.choice(others, CHOICES - 1, replace=False)])
     choices = np.stack([words[start : start + width] for start in starts])
     right = int(np.flatnonzero(starts == repeated)[0])
-    return Item(prompt, words[repeated - width : repeated], choices, right, distance, 1)
+    cue, rest = words[repeated - width : repeated], words[repeated + width :]
+    return Item(prompt, cue, choices, right, distance, 1, rest)
 
 
 _MADE = {

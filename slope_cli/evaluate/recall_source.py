@@ -1,16 +1,19 @@
 """`slope data recall`: a data set with one more source, items of recall tasks to be learned from.
 
-The items are those of `recall_items`, of all numbers of pairs and ranges of distances that fit, each with its answer
-and a separator behind it. They are made of the training text, where the evaluation has validation text, and drawn by
-random numbers that no seed of the evaluation gives: training sees none of its items, but by chance.
+The items are those of `recall_items`, of all numbers of pairs and ranges of distances that fit, and of fewer pairs,
+each with its answer, the answers to its other questions, and a separator behind it. They are made of the training text,
+where the evaluation has validation text, and drawn by random numbers that no seed of the evaluation gives: training
+sees none of its items, but by chance.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slope_cli.data.dataset import Dataset, open_dataset, write_manifest
 from slope_cli.data.token_file import TokenFile, Tokens, write_token_file
@@ -23,6 +26,8 @@ from slope_cli.utils.files import atomic_folder
 
 TEXT = 1 << 22
 """Tokens of each source's training text that are read for words and filling."""
+FEW = (1, 2)
+"""Numbers of pairs that are trained on beside those of the evaluation: recall is learned from the easiest items on."""
 TRAINING = 1
 """Which of a seed's sequences of random numbers; the evaluation's have no such key."""
 
@@ -68,27 +73,32 @@ def add_recall(
 
 
 def recall_items(material: Material, tasks: Sequence[Task], length: int, seed: int) -> Iterator[Tokens]:
-    """Items without end, each a prompt and its answer without what begins a text, (tokens,), int64.
+    """Items without end, without what begins a text, (tokens,), int64: a prompt, its answer, and the item's rest.
 
-    Tasks of which an item fits take turns. Of those of a task all cells that fit are as likely.
+    So all pairs of a prompt are asked, as far as `length` reaches: a model learns from answers, and other tokens of an
+    item are random words or known text. Tasks of which an item fits take turns. Of those of a task a cell is the more
+    likely the shorter its distances are, so that all have about as many tokens: what is near is learned first, and
+    what is far with it.
 
     Raises:
         UsageError: no item fits, or the words are too few.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(TRAINING,)))
-    fitting: list[tuple[Task, list[Cell]]] = []
-    for task in tasks:
+    fitting: list[tuple[Task, list[Cell], NDArray[np.float64]]] = []
+    for named in tasks:
+        task = named if 1 in named.pairs else replace(named, pairs=(*FEW, *named.pairs))
         if cells := [cell for cell in task.cells(length) if task.item(material, cell, length, rng)]:
-            fitting.append((task, cells))
+            weights = 1 / np.array([cell.last for cell in cells])
+            fitting.append((task, cells, weights / weights.sum()))
         else:
             print(f"{task.name}: none fits {length} tokens", file=sys.stderr)
     if not fitting:
         raise UsageError(f"--seq-len {length}: no item fits so few tokens; give more")
     while True:
-        for task, cells in fitting:
-            item = task.item(material, cells[rng.integers(len(cells))], length, rng)
+        for task, cells, shares in fitting:
+            item = task.item(material, cells[rng.choice(len(cells), p=shares)], length, rng)
             assert item is not None
-            yield np.concatenate([item.prompt[len(material.begin) :], item.answer])
+            yield np.concatenate([item.prompt, item.answer, item.rest])[len(material.begin) : length]
 
 
 def _written(dataset: Dataset, material: Material, items: Iterator[Tokens], wanted: int, out: Path) -> TokenFile:
