@@ -15,6 +15,7 @@ from support.data import prepared
 from support.runs import copied, tiny, trained
 from torch import Tensor
 
+from slope_cli.checkpoint import run_folder
 from slope_cli.data.dataset import open_dataset
 from slope_cli.report import metrics
 from slope_cli.report.timing import PARTS, Cores, Speed, Times, crowded, time_shares
@@ -130,8 +131,8 @@ def test_progress_records_and_summary_of_a_run_agree(
 
 def test_a_summary_of_a_run_of_an_earlier_version_lacks_what_it_did_not_note(tmp_path: Path) -> None:
     run = copied(trained(), tmp_path)
-    dataset = open_dataset(prepared())
-    assert any(line.startswith("time: start ") for line in report_lines(summarize(run, dataset), run))
+    config, dataset = run_folder.open_config(run), open_dataset(prepared())
+    assert any(line.startswith("time: start ") for line in report_lines(summarize(run, config, dataset), run))
     lines = (run / metrics.JSONL).read_bytes().splitlines(keepends=True)
     (run / metrics.JSONL).write_bytes(b"".join(line for line in lines if b'"kind": "time"' not in line))
-    assert not any(line.startswith("time: ") for line in report_lines(summarize(run, dataset), run))
+    assert not any(line.startswith("time: ") for line in report_lines(summarize(run, config, dataset), run))
