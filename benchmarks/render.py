@@ -396,13 +396,14 @@ FILES = {
 
 
 def render(text: str) -> str:
-    """A document's text with every marked place filled from its result files; without these it stays as it is."""
+    """A document's text with every marked place filled from its result files; an empty one may still lack these."""
 
     def fill(place: re.Match[str]) -> str:
         name = place.group(1)
         files = [RESULTS / f"{file}.json" for file in FILES.get(name, (name,))]
-        if not all(file.exists() for file in files):
-            return place.group(0)
+        empty = f"<!-- result: {name} -->\n<!-- end -->"
+        if place.group(0) == empty and not any(file.exists() for file in files):
+            return empty
         results = [json.loads(file.read_text()) for file in files]
         return f"<!-- result: {name} -->\n{PLACES[name](*results)}\n<!-- end -->"
 
