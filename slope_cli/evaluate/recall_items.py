@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -111,6 +111,7 @@ class Material:
             raise UsageError(f"{rule}; prepare more text")
         begin = begin_id(tokenizer)
 
+        @cache  # an item has the same few strings as the one before
         def encode(string: str) -> Ids:
             return np.array(tokenizer(string, add_special_tokens=False).input_ids, dtype=np.int64)
 
