@@ -9,16 +9,17 @@ copy of the new tokens to the host. Weights are random; every text has the same 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from slope_cli.errors import UsageError
 from slope_cli.inference.cache import AttentionCache, SoftmaxCache
-from slope_cli.inference.decoder import Decoder, Spec
+from slope_cli.inference.decoder import Block, Decoder, Spec
 from slope_cli.inference.sampling import Sampling, mode_of
 from slope_cli.inference.slots import Slots
+from slope_cli.linearize.linear_window import LinearWindow
 
 from . import variants
 from .records import GenerateRow, GeneratingModel, Plan
@@ -30,6 +31,8 @@ DEFAULT = ("gpt2-small", "opt-1.3b", "opt-6.7b", "llama3-8b", "mistral-7b")
 TIMING = Timing(warm_up=2, rounds=5, round_seconds=0.1, most_calls=100, heat_seconds=1.0)
 GREEDY = Sampling(temperature=0)
 MODE = mode_of([GREEDY], 0)
+Attention = tuple[LinearWindow | None, ...]
+"""Of each block its linearized attention, None where it has softmax."""
 
 
 def model_entry(name: str, plan: Plan) -> GeneratingModel:
@@ -98,7 +101,7 @@ def _compared(
     decoders: dict[str, Decoder], part: str, batch: int, tokens: int, timing: Timing, bandwidth: float
 ) -> Iterator[GenerateRow]:
     """The rows of all variants, timed in alternating rounds; those that fail come first."""
-    memories: dict[tuple[bool, bool], list[AttentionCache]] = {}  # alike variants share them
+    memories: dict[Attention, list[AttentionCache]] = {}  # variants of the same attention share them
     ready: list[_Measured] = []
     for name, decoder in [*decoders.items()]:
         row = GenerateRow(part=part, variant=name, tokens=tokens, batch=batch, weight_bytes=weight_bytes(decoder))
@@ -125,11 +128,10 @@ def _compared(
 
 
 def _prepared(
-    decoder: Decoder, row: GenerateRow, memories: dict[tuple[bool, bool], list[AttentionCache]], timing: Timing
+    decoder: Decoder, row: GenerateRow, memories: dict[Attention, list[AttentionCache]], timing: Timing
 ) -> _Measured:
     """The work of a row, done a few times, so that graphs are captured and kernels chosen."""
-    first: Any = decoder.blocks[0]
-    kind = (first.linear is not None, first.linear is not None and first.linear.compiled)
+    kind = tuple(cast(Block, block).linear for block in decoder.blocks)
     caches = memories.get(kind) or decoder.caches(row.batch, row.tokens)
     remembered = sum(tensor.nbytes for cache in caches for tensor in _remembered(cache))
     slots = Slots(decoder, row.batch, row.tokens, caches)
@@ -148,7 +150,7 @@ def _prepared(
         work()
     above = peak.above_start()
     total = None if above is None or row.weight_bytes is None else row.weight_bytes + remembered + above
-    return _Measured(replace(row, peak_bytes=total), work)
+    return _Measured(replace(row, remembered_bytes=remembered, peak_bytes=total), work)
 
 
 def first_token(slots: Slots, ids: list[int]) -> int:

@@ -67,15 +67,19 @@ def _steps(results: GenerateResults) -> Table:
             share = row.bound_ms / row.step_ms if row.bound_ms and row.step_ms else None
             cells = [_name(model), row.variant, str(row.batch), number(row.step_ms, ".3f")]
             cells += [number(row.tokens_per_s, ",.0f"), number(row.ratio, ".3f"), number(bound, ".3f")]
-            cells += [bytes_text(row.read_bytes), number(share, ".0%"), bytes_text(row.peak_bytes)]
+            of_text = None if row.remembered_bytes is None else row.remembered_bytes // row.batch
+            cells += [bytes_text(row.read_bytes), number(share, ".0%"), bytes_text(of_text), bytes_text(row.peak_bytes)]
             rows.append([*cells, row.error or ("" if row.alternated else "timed alone")])
     speed = next((row.read_bytes / row.bound_ms * 1e3 for m in results.models for row in _bounded(m)), None)
     note = (
         "Bytes read: weights, keys, values and states of one step. Its bound: dense bytes over these. Of the bound: "
         f"the share of the time in which they could be read at {number(speed and speed / 1e12)} TB/s, at which a copy "
-        "reads and writes. Peak: weights, what is remembered of the texts, and the allocator's peak above these."
+        f"reads and writes. A text: what is remembered of one of {results.plan.context:,} tokens. Peak: weights, what "
+        "is remembered of the texts, and the allocator's peak above these."
     )
-    return Table("Steps of decoding", (*columns, "peak memory", REMARKS), rows, note, left=["variant", REMARKS])
+    return Table(
+        "Steps of decoding", (*columns, "a text", "peak memory", REMARKS), rows, note, left=["variant", REMARKS]
+    )
 
 
 def first_tokens(results: GenerateResults) -> Table:

@@ -304,8 +304,9 @@ class GenerateRow:
     part: "prefill", from a prompt of `tokens` to its first new token on the host; "decode", a step that adds a token to
     each of `batch` texts of `tokens`. dense_ms: of the dense model in the same engine, in the same rounds if
     `alternated`; ratio: dense_ms over step_ms. read_bytes: weights, keys, values and states that a step reads;
-    bound_ms: reading them at the bandwidth with which the device copies. weight_bytes: on the device. peak_bytes:
-    weights, what is remembered of the texts, and the allocator's peak above these; None on a CPU.
+    bound_ms: reading them at the bandwidth with which the device copies. weight_bytes: on the device. remembered_bytes:
+    of all texts, keys, values and states. peak_bytes: weights, what is remembered, and the allocator's peak above
+    these; None on a CPU.
     """
 
     part: str
@@ -321,6 +322,7 @@ class GenerateRow:
     read_bytes: int | None = None
     bound_ms: float | None = None
     weight_bytes: int | None = None
+    remembered_bytes: int | None = None
     peak_bytes: int | None = None
 
 

@@ -38,26 +38,36 @@ class Variant:
     """A decoder.
 
     layers: "dense", "sparse", or what PyTorch itself has: "semi_structured", "int8". adapters: rank over the hidden
-    size. linear: attention is linearized, and its decoding step compiled.
+    size. linear: the name of the kind of linearized attention in KINDS; "" for softmax. compiled: its decoding step is.
     """
 
     layers: str = "dense"
     adapters: float = 0.0
-    linear: bool = False
+    linear: str = ""
     compiled: bool = False
 
 
+QUARTER = "quarter-softmax"
+KINDS: dict[str, LinearizeConfig] = {
+    "linearized": LinearizeConfig(),
+    "linearized-gated": LinearizeConfig(state="gated"),
+    "linearized-cache-64": LinearizeConfig(cache=64),
+    "linearized-cache-256": LinearizeConfig(cache=256),
+    f"linearized-{QUARTER}": LinearizeConfig(),
+}
+"""Kinds of linearized attention, by default settings but for what their name says; with "quarter-softmax" the last
+layer of every four keeps softmax."""
 VARIANTS = {
     "dense": Variant(),
     "sparse": Variant("sparse"),
     "sparse-r1.56": Variant("sparse", adapters=1 / 64),
     "sparse-r6.25": Variant("sparse", adapters=1 / 16),
-    "linearized": Variant(linear=True),
-    "sparse-linearized": Variant("sparse", linear=True),
-    "linearized-compiled": Variant(linear=True, compiled=True),
-    "sparse-linearized-compiled": Variant("sparse", linear=True, compiled=True),
+    **{name: Variant(linear=name) for name in KINDS},
+    **{f"sparse-{name}": Variant("sparse", linear=name) for name in KINDS},
+    "linearized-compiled": Variant(linear="linearized", compiled=True),
+    "sparse-linearized-compiled": Variant("sparse", linear="linearized", compiled=True),
 }
-USUAL = tuple(name for name, variant in VARIANTS.items() if not variant.compiled)
+USUAL = ("dense", "sparse", "sparse-r1.56", "sparse-r6.25", *KINDS, "sparse-linearized")
 TRAINED, TRANSFORMERS = "trained", "transformers"
 AGAINST = {"semi_structured": Variant("semi_structured"), "int8": Variant("int8")}
 
@@ -113,6 +123,7 @@ class Variants:
         model = random_model(config, device, dtype).eval().requires_grad_(False)
         self.dense = Decoder(model, dtype, device, sparse=False, max_length=max_length)
         self._packed: dict[tuple[int, str], PackedLinear] = {}  # by block and part
+        self._windows: dict[tuple[int, str, bool], LinearWindow] = {}  # by block, kind, and whether it is compiled
 
     def make(self, name: str) -> Decoder:
         """The decoder of a variant."""
@@ -124,9 +135,17 @@ class Variants:
         for index, block in enumerate(cast(Any, own.blocks)):
             for part in PRODUCTS:
                 setattr(block, part, self._product(index, part, variant.layers, rank))
-            if variant.linear:
-                block.linear = linear_window(block, own.tokens.device, compiled=variant.compiled)
+            if variant.linear and not (variant.linear.endswith(QUARTER) and index % 4 == 3):
+                block.linear = self._window(index, variant)
         return own
+
+    def _window(self, block: int, variant: Variant) -> LinearWindow:
+        """The linearized attention of a block, of which there is one for each kind."""
+        key = (block, variant.linear, variant.compiled)
+        if key not in self._windows:
+            own, device = cast(Block, self.dense.blocks[block]), self.dense.tokens.device
+            self._windows[key] = linear_window(own, KINDS[variant.linear], device, compiled=variant.compiled)
+        return self._windows[key]
 
     def _product(self, block: int, part: str, layers: str, rank: int) -> nn.Module:
         dense = cast(DenseLinear, self.dense.get_submodule(f"blocks.{block}.{part}"))
@@ -148,11 +167,11 @@ def sharing(decoder: Decoder) -> Decoder:
     return copy.deepcopy(decoder, {id(tensor): tensor for tensor in (*decoder.buffers(), *decoder.parameters())})
 
 
-def linear_window(block: Block, device: torch.device, *, compiled: bool) -> LinearWindow:
-    """Linearized attention for a block, by default settings."""
+def linear_window(block: Block, config: LinearizeConfig, device: torch.device, *, compiled: bool) -> LinearWindow:
+    """Linearized attention for a block, untrained."""
     spec = block.spec
     sides = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
-    linear = LinearWindow(LinearizeConfig(), **sides, causal=True, generator=torch.Generator().manual_seed(0))
+    linear = LinearWindow(config, **sides, causal=True, generator=torch.Generator().manual_seed(0))
     linear.compiled = compiled
     return linear.to(device).eval().requires_grad_(False)
 

@@ -93,8 +93,8 @@ def test_variants_share_what_they_do_not_change() -> None:
 
     for name, decoder in decoders.items():
         assert decoder.tokens is made.dense.tokens
-        linear, softmax = decoder.caches(1, 8), not variants.VARIANTS[name].linear
-        assert all(isinstance(cache, SoftmaxCache if softmax else LinearCache) for cache in linear)
+        softmax = not variants.VARIANTS[name].linear
+        assert all(isinstance(cache, SoftmaxCache if softmax else LinearCache) for cache in decoder.caches(1, 8))
     assert part("linearized").weight is made.dense.blocks[0].qkv.weight  # type: ignore[union-attr]
     assert made.dense.blocks[0].linear is None
     for name in ("sparse", "sparse-r1.56", "sparse-r6.25", "sparse-linearized"):
@@ -106,6 +106,32 @@ def test_variants_share_what_they_do_not_change() -> None:
     assert part("sparse").lora_A is None
     dense_OI = made.dense.blocks[0].qkv.weight  # type: ignore[union-attr]
     torch.testing.assert_close(part("sparse").dense(), dense_OI * masks.nm_mask(dense_OI.abs(), 2, 4))
+
+
+def test_each_kind_of_attention_remembers_what_it_needs_of_a_text() -> None:
+    shape = {**SHAPES["llama3-8b"], "num_hidden_layers": 4, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    made = Variants(model_config("llama3-8b", overrides=shape, dropout=0.0), None, CPU, torch.bfloat16, 256)
+    pair = 2 * 2 * 8 * 2  # key and value of 2 KV heads of 8, in 16 bits
+    state = 2 * 32 * (8 + 1) * 4 + 8  # of 32 features in float32, and the number of tokens
+    additive = 63 * (pair + 1) + state  # with a mark of each token that it is no padding
+
+    def cached(entries: int) -> int:
+        return 126 * (pair + 1) + state + entries * (pair + 2 * 8)  # up to two blocks; entries have positions
+
+    ring = 4 * 8  # the place of the oldest key, in each layer
+    expected = {
+        "dense": 3 * 4 * 200 * pair,
+        "linearized": 3 * 4 * additive + ring,
+        "linearized-gated": 3 * 4 * additive + ring,
+        "linearized-cache-64": 3 * 4 * cached(64) + ring,
+        "linearized-cache-256": 3 * 4 * cached(256) + ring,
+        "linearized-quarter-softmax": 3 * (3 * additive + 200 * pair) + ring * 3 // 4,
+    }
+    plan = Plan(batches=(3,), context=200, prompt=8)
+    rows = [row for row in generate.engine_rows(list(expected), plan, made, QUICK) if row.part == "decode"]
+    assert {row.variant: row.remembered_bytes for row in rows} == expected
+    assert all(row.tokens_per_s for row in rows)
 
 
 def test_int8_is_close_to_dense() -> None:
