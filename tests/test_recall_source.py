@@ -55,6 +55,15 @@ def test_the_source_is_items_with_their_answers_and_a_share_of_the_mix(tmp_path:
     }
 
 
+def test_so_many_tokens_of_items_stand_alone(tmp_path: Path) -> None:
+    dataset = with_recall(tmp_path / "data", tokens=5000)
+    assert 5000 <= dataset.train_tokens == len(ids_of(dataset)) <= 5000 + LENGTH
+    begins = ids_of(with_recall(tmp_path / "share"))
+    assert np.array_equal(ids_of(dataset)[: len(begins)], begins)
+    assert dataset.val.keys() == open_dataset(prepared()).val.keys()
+    assert dataset.made_from["recall"]["tokens"] == 5000
+
+
 def test_the_same_arguments_give_the_same_tokens_and_another_seed_others(tmp_path: Path) -> None:
     one, again, other = (with_recall(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert one.fingerprint == again.fingerprint != other.fingerprint
@@ -123,6 +132,8 @@ def test_the_command_prints_the_sources(tmp_path: Path) -> None:
     [
         (("--share", "0"), "--share 0: is a share of the training tokens, which must lie between 0 and 1"),
         (("--share", "1"), "--share 1: is a share of the training tokens, which must lie between 0 and 1"),
+        (("--tokens", "0"), "--tokens 0: must be positive"),
+        (("--tokens", "99", "--share", "0.1"), "--share and --tokens exclude each other"),
         (("--tasks", "mqar,piqa"), "--tasks piqa: choose some of mqar, passkey, needle, phonebook, copying"),
         (("--seq-len", "3"), "--seq-len 3: no item fits so few tokens; give more"),
         (("--out", "full"), "full: is not empty; choose another folder"),

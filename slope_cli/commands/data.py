@@ -7,6 +7,7 @@ import typer
 
 from slope_cli.commands.options import AsJson
 from slope_cli.distributed import launch
+from slope_cli.errors import UsageError
 
 
 def prepare(
@@ -66,7 +67,12 @@ def info(
 def recall(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    share: Annotated[float, typer.Option(help="Of the training tokens, those of recall items.")] = 0.05,
+    share: Annotated[
+        float | None, typer.Option(help="Of the training tokens, those of recall items.", show_default="0.05")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="In place of a share: so many tokens of items, and no training text.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of an item, at most: no more than a run's sequences.")] = 1024,
     tasks: Annotated[str, typer.Option(help="Recall tasks with commas between them.")] = "recall",
     seed: Annotated[int, typer.Option(min=0, help="Of the items.")] = 0,
@@ -79,7 +85,10 @@ def recall(
     launch.require_one_process()
     from slope_cli.data.dataset import show
     from slope_cli.evaluate.recall import split_names
-    from slope_cli.evaluate.recall_source import add_recall
+    from slope_cli.evaluate.recall_source import SHARE, add_recall
 
+    if share is not None and tokens is not None:
+        raise UsageError("--share and --tokens exclude each other")
     names, others = split_names(tasks.split(","))
-    show(add_recall(folder, out, share=share, length=seq_len, names=[*names, *others], seed=seed), as_json=as_json)
+    names, share = [*names, *others], SHARE if share is None else share
+    show(add_recall(folder, out, length=seq_len, share=share, tokens=tokens, names=names, seed=seed), as_json=as_json)

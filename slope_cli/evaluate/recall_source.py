@@ -24,6 +24,8 @@ from slope_cli.evaluate.recall_items import GROUP, TASKS, Cell, Material, Task
 from slope_cli.report.progress import Progress
 from slope_cli.utils.files import atomic_folder
 
+SHARE = 0.05
+"""Of the training tokens, those of the source, where nothing else is asked for."""
 TEXT = 1 << 22
 """Tokens of each source's training text that are read for words and filling."""
 FEW = (1, 2)
@@ -33,13 +35,21 @@ TRAINING = 1
 
 
 def add_recall(
-    folder: Path, out: Path, *, share: float, length: int, names: Sequence[str] = tuple(TASKS), seed: int = 0
+    folder: Path,
+    out: Path,
+    *,
+    length: int,
+    share: float = SHARE,
+    tokens: int | None = None,
+    names: Sequence[str] = tuple(TASKS),
+    seed: int = 0,
 ) -> Dataset:
     """Write a copy of a data set with the training source "recall", the same one for the same arguments.
 
     Args:
         folder: the data set, which stays as it is.
         share: of the new training tokens, those of the source.
+        tokens: so many of the source, at least, and no other training text, whatever the share; None for the share.
         length: tokens of an item with its answer, at most.
         names: of TASKS; the items of each are about as many.
         seed: of the items.
@@ -52,6 +62,8 @@ def add_recall(
     out = Path(out).expanduser()
     if unknown := [name for name in names if name not in TASKS]:
         raise UsageError(f"--tasks {unknown[0]}: choose some of {', '.join(TASKS)}")
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens {tokens}: must be positive")
     if not 0 < share < 1:
         raise UsageError(f"--share {share:g}: is a share of the training tokens, which must lie between 0 and 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -62,11 +74,13 @@ def add_recall(
     tokenizer = load_tokenizer(str(dataset.folder / "tokenizer"))
     material = material_of(tokenizer, dataset.train, TEXT)
     items = recall_items(material, [TASKS[name] for name in names], length, seed)
-    made_from = {"share": share, "seq_len": length, "tasks": list(names), "seed": seed}
+    amount = {"share": share} if tokens is None else {"tokens": tokens}
+    made_from = {**amount, "seq_len": length, "tasks": list(names), "seed": seed}
     with atomic_folder(out) as new:
-        files = [_copied(file, new) for file in (*dataset.train, *dataset.val.values())]
+        text = dataset.train if tokens is None else []
+        files = [_copied(file, new) for file in (*text, *dataset.val.values())]
         save_tokenizer(tokenizer, new / "tokenizer")
-        wanted = round(dataset.train_tokens * share / (1 - share))
+        wanted = round(dataset.train_tokens * share / (1 - share)) if tokens is None else tokens
         files.append(_written(dataset, material, items, wanted, new))
         write_manifest(new, sorted(files, key=lambda file: file.path), dataset.made_from | {GROUP: made_from})
     return open_dataset(out, verify=False)
@@ -114,8 +128,10 @@ def _written(dataset: Dataset, material: Material, items: Iterator[Tokens], want
                 tokens += len(document)
                 display.update(tokens, f"{tokens:,} tokens of recall items")
 
+    path = out / "train" / f"{GROUP}.tok"
+    path.parent.mkdir(exist_ok=True)
     return write_token_file(
-        out / "train" / f"{GROUP}.tok",
+        path,
         documents(),
         source=GROUP,
         split="train",
