@@ -3,8 +3,9 @@
     python -m slope_cli.benchmarks.recall --data DIR --work DIR --out FILE [--model gpt2] [--only STAGE,...] [--gpu N]
 
 --data is a folder of `slope data prepare`. The stages, each of a few commands of `slope`: `data` adds recall items to
-the text; `teacher` trains a model with softmax attention on it, the first steps on short sequences; each variant
-linearizes the teacher on the same text, all for the same number of tokens. Models are evaluated by recall and
+the text; `teacher` trains a model with softmax attention on it, after first steps on nothing but short sequences to be
+copied, without which small models take long to recall anything; each variant linearizes the teacher on the same text,
+all for the same number of tokens. Models are evaluated by recall and
 perplexity, and their decoding is timed.
 
 What a command prints is kept in the folder of --work, and a command that is there is not run again; one that was
@@ -42,13 +43,12 @@ from .records import GenerateRow, RecallResults, RecallRow
 
 GOOD = 0.9
 """The share of right answers about 4 pairs, over all distances, that a teacher needs."""
-SHARE = 0.2
-"""Of the training tokens, those of recall items."""
 TRAINED = ("mqar", "needle", "copying")
 """The tasks that are trained on; the others are evaluated alone."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "additive": (),
     "gated": ("linearize.state=gated",),
+    "cache-16": ("linearize.cache=16",),
     "cache-64": ("linearize.cache=64",),
     "cache-256": ("linearize.cache=256",),
     "auto": ("linearize.keep_softmax=auto:{quarter}",),
@@ -65,10 +65,10 @@ MODELS = ("llama", "gpt2")
 class Scale:
     """Sizes of a model and of its training.
 
-    length, short: tokens of a sequence, and of one of the teacher's first steps. step: tokens of a step. teacher,
-    first, linear: steps of the teacher, of those before them, and of a variant. lr: of the teacher, and twice that of
-    its matrices, which Muon trains: 2 layers of width 64 on nothing but 1 to 4 pairs answered 98 % after 4.3 million
-    tokens, and with AdamW 20 % after 6 million. items: of a cell. text: validation
+    length, short: tokens of a sequence, and of one of the teacher's first steps, whose items have half as many. share:
+    of the training tokens, those of recall items. step: tokens of a step. teacher, first, linear: steps of the teacher,
+    of those before them, and of a variant. lr: of the teacher, and twice that of its matrices, which Muon trains.
+    items: of a cell. text: validation
     tokens of each source. micro: sequences at a time. batches: of texts that are decoded. words: of all runs.
     """
 
@@ -78,6 +78,7 @@ class Scale:
     kv_heads: int
     length: int
     short: int
+    share: float
     step: int
     teacher: int
     first: int
@@ -88,17 +89,19 @@ class Scale:
     text: int
     micro: int
     batches: str
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = ("additive", "gated", "cache-64", "cache-256", "auto")
     words: tuple[str, ...] = ()
 
 
 _SMALL: dict[str, Any] = {"layers": 8, "width": 512, "heads": 8, "kv_heads": 4, "window": 64, "lr": 2e-3}
+_CPU: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "window": 16, "lr": 3e-3}
 _TINY: dict[str, Any] = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "window": 4, "lr": 5e-3}
 SCALES = {
     "small": Scale(
         **_SMALL,
         length=2048,
         short=256,
+        share=0.2,
         step=32_768,
         teacher=4000,
         first=600,
@@ -108,10 +111,27 @@ SCALES = {
         micro=16,
         batches="1,64",
     ),
+    "cpu": Scale(
+        **_CPU,
+        length=256,
+        short=128,
+        share=0.5,
+        step=4096,
+        teacher=1600,
+        first=600,
+        linear=300,
+        items=200,
+        text=1 << 16,
+        micro=16,
+        batches="1,16",
+        variants=("additive", "gated", "cache-16", "cache-64", "auto"),
+        words=("train.device=cpu",),
+    ),
     "tiny": Scale(
         **_TINY,
         length=128,
-        short=32,
+        short=128,
+        share=0.2,
         step=512,
         teacher=20,
         first=10,
@@ -141,6 +161,11 @@ class Bench:
         """The text with recall items."""
         return self.work / "data"
 
+    @property
+    def copying(self) -> Path:
+        """What the teacher's first steps learn."""
+        return self.work / "copying"
+
     def run(self, name: str) -> Path:
         """The folder of a run."""
         return self.work / self.model / name
@@ -152,8 +177,11 @@ class Bench:
     def stage(self, name: str) -> None:
         """Run the commands of a stage that were not run."""
         if name == "data":
-            how = ["--share", f"{SHARE:g}", "--seq-len", str(self.scale.length), "--tasks", ",".join(TRAINED)]
-            self._printed(self.work / "data.json", ["data", "recall", str(self.data), *how, "--out", str(self.mix)])
+            s, words = self.scale, ["data", "recall", str(self.data)]
+            first = ["--tokens", str(s.first * s.step), "--seq-len", str(s.short // 2), "--tasks", "copying"]
+            mixed = ["--share", f"{s.share:g}", "--seq-len", str(s.length), "--tasks", ",".join(TRAINED)]
+            self._printed(self.work / "copying.json", [*words, *first, "--out", str(self.copying)])
+            self._printed(self.work / "data.json", [*words, *mixed, "--out", str(self.mix)])
         elif name == TEACHER:
             self._teach()
         else:
@@ -169,11 +197,21 @@ class Bench:
         s = self.scale
         model = ["pretrain", "gpt2-nano", f"model.name={'gpt2-small' if self.model == 'gpt2' else 'llama3-8b'}"]
         model += [f"model.overrides={json.dumps(self._sizes())}", "model.dropout=0", "method=dense", *_logged()]
-        model += [f"data.path={self.mix}", "optim.name=muon", f"optim.lr={s.lr:g}", f"optim.muon_lr={2 * s.lr:g}"]
+        model += ["optim.name=muon", f"optim.lr={s.lr:g}", f"optim.muon_lr={2 * s.lr:g}"]
         model += ["optim.schedule=cosine", f"train.tokens_per_step={s.step}"]
-        first = [f"train.seq_len={s.short}", f"train.micro_batch={s.step // s.short}", f"train.steps={s.first}"]
+        first = [
+            f"data.path={self.copying}",
+            f"train.seq_len={s.short}",
+            f"train.micro_batch={s.step // s.short}",
+            f"train.steps={s.first}",
+        ]
         first += ["optim.warmup=0.2", "optim.min_lr=1", *s.words]
-        whole = [f"train.seq_len={s.length}", f"train.micro_batch={s.micro}", f"train.steps={s.teacher}"]
+        whole = [
+            f"data.path={self.mix}",
+            f"train.seq_len={s.length}",
+            f"train.micro_batch={s.micro}",
+            f"train.steps={s.teacher}",
+        ]
         whole += ["optim.warmup=0.02", "optim.min_lr=0.1", f"model.init={self.run('first')}", *s.words, *self.words]
         self._printed(self.kept("first", "train"), [*model, *self.words, *first, "--out", str(self.run("first"))])
         self._printed(self.kept(TEACHER, "train"), [*model, *whole, "--out", str(self.run(TEACHER))])
@@ -395,7 +433,7 @@ def collect(bench: Bench, scale: str, out: Path) -> RecallResults:
         layers=model.config.num_hidden_layers,
         length=bench.scale.length,
         window=bench.scale.window,
-        share=SHARE,
+        share=bench.scale.share,
         words=linear_words(bench.scale),
         rows=list(bench.rows()),
     )

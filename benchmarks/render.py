@@ -276,7 +276,7 @@ def _recall(result: Json) -> str:
     results = from_json(RecallResults, result)
     tables = recall.costs(results), recall.by_task(results), recall.distances(results)
     parts = [_markdown(found.columns, found.rows, found.note) for found in tables]
-    picture = f"[Picture](../benchmarks/results/recall-{results.model}.png); {_where(results.machine)}."
+    picture = f"[Picture](../benchmarks/results/recall-{results.scale}-{results.model}.png); {_where(results.machine)}."
     return "\n\n".join([*parts, picture])
 
 
@@ -352,8 +352,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "cluster-fits": _cluster_fits,
     "cpu": _cpu,
     "kills": _kills,
-    "recall-gpt2": _recall,
-    "recall-llama": _recall,
+    "recall-cpu-llama": _recall,
+    "recall-small-gpt2": _recall,
+    "recall-small-llama": _recall,
     "scaling-2xh200": _scaling,
     "demo": _demo,
     "headline": _headline,

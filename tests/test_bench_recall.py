@@ -87,10 +87,10 @@ def test_recall_is_that_beyond_the_window() -> None:
 
 def test_a_place_without_a_result_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    empty = "<!-- result: recall-llama -->\n<!-- end -->"
+    empty = "<!-- result: recall-small-llama -->\n<!-- end -->"
     assert render.render(empty) == empty
     found = recall.asdict(results()) | {"machine": {"gpu": "a GPU", "torch": "2", "date": "2026-01-01"}}
-    (tmp_path / "recall-llama.json").write_text(json.dumps(found))
+    (tmp_path / "recall-small-llama.json").write_text(json.dumps(found))
     text = render.render(empty)
     assert "| additive | 3.00 | 0 | 1.0 MiB |" in text
     assert "a GPU, torch 2" in text

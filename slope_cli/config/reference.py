@@ -34,6 +34,7 @@ class Key(NamedTuple):
         return shlex.quote(f"{self.name}={self.facts.example}")
 
 
+@functools.cache
 def sections() -> Mapping[str, tuple[str, list[Key]]]:
     """The docstring and the keys of each section, in order; "" stands for keys outside of sections."""
     documented: dict[str, tuple[str, list[Key]]] = {"": ("", list(_keys(Config, "")))}
