@@ -76,7 +76,10 @@ def test_the_state_of_opt_13b_against_a_count_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "at_8", "at_64"),
-    [("opt-30b", (63, 105, 41), (10.7, 78, 14)), ("opt-66b", (137, 230, 87), (21, 172, 29))],
+    [
+        ("opt-30b", (63, 105, 41), (10.7, 78, 14)),
+        pytest.param("opt-66b", (137, 230, 87), (21, 172, 29), marks=pytest.mark.slow),
+    ],
 )
 def test_the_state_of_larger_models_against_a_count_by_hand(
     recipe: str, at_8: tuple[float, ...], at_64: tuple[float, ...]

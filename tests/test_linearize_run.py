@@ -81,7 +81,7 @@ def linearized(kind: str, *more: str) -> Linearized:
 # ---------------------------------------------------------------------------------------------------- quality
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "sparse", "llama"])
 def test_transfer_and_adapters_bring_the_model_back(kind: str) -> None:
     done = linearized(kind)
     transfer = done.records("transfer")
