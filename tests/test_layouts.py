@@ -115,6 +115,23 @@ def test_groups_that_do_the_same_work_add_their_gradients_once_a_step() -> None:
     assert (slow, found.seconds(Cluster(32, nvlink=1.0), 3)) == (found.step_network, found.of_step(3))
 
 
+def test_muon_sends_rows_to_a_matrix_s_gpu_and_back_or_the_updates_to_all() -> None:
+    adamw = Sizes((Unit(100, 100, 100),) * 2, Unit(50, 50, 50))
+    by_muon = replace(adamw, blocks=(Unit(100, 100, 100, by_muon=80),) * 2)
+
+    def added(layout: Layout, world: int) -> tuple[float, float]:
+        with_muon, without = (traffic_of(sizes, layout, Cluster(world)) for sizes in (by_muon, adamw))
+        assert with_muon.micro_batch == without.micro_batch
+        return with_muon.step - without.step, with_muon.step_network - without.step_network
+
+    assert added(Layout("fsdp", 8, "block"), 8) == (2 * 2 * 160 / 8 * 7 / 8, 0)
+    assert added(Layout("hsdp", 8, "step"), 16) == added(Layout("fsdp", 8, "step"), 8)
+    # Of 16 GPUs half are in the other node, and what 8 GPUs send to these leaves theirs.
+    assert added(Layout("fsdp", 16, "step"), 16) == (2 * 2 * 160 / 16 * 15 / 16, 8 * 2 * 2 * 160 / 16 / 2)
+    assert added(Layout("ddp"), 8) == (2 * 160 * 7 / 8, 0)
+    assert added(Layout("ddp"), 16) == (2 * 160 * 15 / 16,) * 2
+
+
 def test_the_shard_degree_keeps_groups_of_rows_whole() -> None:
     opt, llama = (5120, 15360, 20480), (1024, 4096, 14336)
     assert [shard_degree(opt, world, 8) for world in (1, 2, 8, 64, 512)] == [1, 2, 8, 64, 64]

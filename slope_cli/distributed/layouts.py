@@ -51,7 +51,7 @@ class Unit:
     dense: those of them that products take from a 16-bit copy in DDP, under autocast.
     packed_bytes: of both packed copies of its sparse weights.
     mask_bytes, updated_mask_bytes: of its masks, and of those that change in a step.
-    one_moment: those of the trained of which the optimizer keeps one moment, as Muon does, and not two.
+    by_muon: those of the trained that Muon updates: it keeps one moment, not two, and GPUs divide its work.
     """
 
     parameters: int
@@ -60,7 +60,7 @@ class Unit:
     packed_bytes: int = 0
     mask_bytes: int = 0
     updated_mask_bytes: int = 0
-    one_moment: int = 0
+    by_muon: int = 0
 
     def __add__(self, other: "Unit") -> "Unit":
         return Unit(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -209,7 +209,7 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
     return Memory(
         weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
-        moments=_split(8 * whole.trained - 4 * whole.one_moment, shard),
+        moments=_split(8 * whole.trained - 4 * whole.by_muon, shard),
         masks=masks,
         packed=packed,
         gathered=gathered,
@@ -223,25 +223,30 @@ def _split(count: int, shard: int) -> int:
 
 
 def traffic_of(sizes: Sizes, layout: Layout, cluster: Cluster) -> Traffic:
-    """What a GPU sends, by rings: the (n-1)/n-th part of what n GPUs gather or reduce, twice that for an all-reduce."""
-    whole, world, shard = sizes.whole, cluster.world, layout.shard
-    weights, gradient = 2.0 * whole.parameters, 4.0 * whole.trained
+    """What a GPU sends, by rings: the (n-1)/n-th part of what n GPUs gather or reduce, twice that for an all-reduce.
+
+    Muon's updates go from the GPU that computes them to the others as `methods.muon_ranks` says.
+    """
+    whole, world, shard, node = sizes.whole, cluster.world, layout.shard, cluster.gpus_per_node
+    weights, gradient, updates = 2.0 * whole.parameters, 4.0 * whole.trained, 2.0 * whole.by_muon
 
     def ring(payload: float, ranks: int) -> float:
         return payload * (ranks - 1) / ranks
 
     if not layout.gather:
-        step = 2 * ring(gradient, world)
-        return Traffic(step=step, step_network=step if world > cluster.gpus_per_node else 0.0)
+        step = 2 * ring(gradient, world) + ring(updates, world)
+        return Traffic(step=step, step_network=step if world > node else 0.0)
     reduced, masks = ring(gradient, shard), ring(whole.updated_mask_bytes, shard)
     times = 2 if layout.gather == "block" else 0
     micro_batch = (times + sizes.teacher) * ring(weights, shard) + reduced
     step = masks + (0 if times else ring(weights, shard))
-    across = shard > cluster.gpus_per_node
-    found = Traffic(micro_batch, step, micro_batch if across else 0.0, step if across else 0.0)
+    across, share = shard > node, 2 * updates / shard  # rows to the matrix's GPU, and back
+    others = node * share * (shard - node) / shard  # what the GPUs of a node send to those of others
+    network = (micro_batch, step + others) if across else (0.0, 0.0)
+    found = Traffic(micro_batch, step + ring(share, shard), *network)
     if (replicas := world // shard) > 1:  # each shard of the gradient is summed over the groups once a step
         summed = 2 * ring(gradient / shard, replicas)
-        together = min(shard, cluster.gpus_per_node) if world > cluster.gpus_per_node else 0
+        together = min(shard, node) if world > node else 0
         found = replace(found, step=found.step + summed, step_network=found.step_network + together * summed)
     return found
 

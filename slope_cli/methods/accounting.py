@@ -300,7 +300,7 @@ def _unit(module: nn.Module, by_muon: dict[nn.Parameter, Matrix]) -> Unit:
         packed_bytes=_packed_bytes(now.sparse),
         mask_bytes=now.mask_bytes,
         updated_mask_bytes=sum(mask.nbytes for mask in updated),
-        one_moment=sum(p.numel() for p in module.parameters() if p in by_muon),
+        by_muon=sum(p.numel() for p in module.parameters() if p in by_muon),
     )
 
 
