@@ -213,7 +213,7 @@ def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: 
     found = sum(2 * BF16.packed_bytes(1, entries) for entries in sizes_of_packed.values())
     expected = memory_of(counted, layout).packed
     if frozen:  # as a teacher beside the model
-        expected = memory_of(replace(counted, teacher=True), layout).packed - expected
+        expected = 2 * (memory_of(replace(counted, teacher=counted), layout).packed - expected)
     assert expected == found
 
 
@@ -222,14 +222,17 @@ def test_a_split_teacher_has_rows_of_its_own() -> None:
         str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "distill.share=1"]
     )
     transfer, distill = phase_sizes(build_model(run_model_config(config), device="meta"), config)
-    assert (transfer.teacher, distill.teacher) == (False, True)
-    alone, block, place = replace(distill, teacher=False), Layout("fsdp", 2, "block"), Cluster(2)
+    assert transfer.teacher is None
+    assert distill.teacher is not None
+    assert distill.shares_teacher
+    alone, block, place = replace(distill, teacher=None), Layout("fsdp", 2, "block"), Cluster(2)
     assert memory_of(distill, Layout("ddp")) == memory_of(alone, Layout("ddp"))
-    weights = distill.whole.parameters
+    weights = distill.teacher.whole.parameters
     added = memory_of(distill, block).total - memory_of(alone, block).total
     assert added == 4 * weights // 2 + 2 * weights  # its rows in float32, and both blocks in 16 bits
-    masked = replace(distill, rest=replace(distill.rest, mask_bytes=8))
-    assert memory_of(masked, block).masks == 16  # of the model and of its teacher
+    masked = replace(distill.teacher, rest=replace(distill.teacher.rest, mask_bytes=8))
+    assert memory_of(replace(distill, teacher=masked), block).masks == 8
+    assert memory_of(replace(distill, teacher=masked, shares_teacher=False), Layout("ddp")).masks == 8
     sent = traffic_of(distill, block, place).micro_batch - traffic_of(alone, block, place).micro_batch
     assert sent == 2 * weights / 2
 

@@ -72,9 +72,9 @@ class Sizes:
 
     rest: all outside the blocks. rows: output features of every sparse or masked layer. shared_packed_bytes: of both
     packed copies of one sparse layer of each kind. activation_bytes: of one micro-batch, by
-    train.activation_checkpointing; empty where there is no estimate. teacher: whether a frozen model of the same size
-    runs before it; split, it is gathered block by block. teacher_parameters: that it has for itself; 0 where it is the
-    model that is linearized, and shares its whole weights.
+    train.activation_checkpointing; empty where there is no estimate. teacher: a frozen model that runs before it, the
+    one that the run begins with or one of its size; split, it is gathered block by block. shares_teacher: whether it
+    has the model's own frozen weights, unless it is split.
     """
 
     blocks: tuple[Unit, ...]
@@ -82,13 +82,19 @@ class Sizes:
     rows: tuple[int, ...] = ()
     shared_packed_bytes: int = 0
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
-    teacher: bool = False
-    teacher_parameters: int = 0
+    teacher: "Sizes | None" = None
+    shares_teacher: bool = False
 
     @property
     def whole(self) -> Unit:
         """All units together."""
         return sum(self.blocks, self.rest)
+
+    @property
+    def gathered_by_block(self) -> int:
+        """Numbers that a GPU has at once where weights are gathered block by block."""
+        two_blocks = len(self.blocks[:2])  # the one at work, and the next one on its way
+        return self.rest.parameters + two_blocks * self.largest.parameters
 
     @property
     def largest(self) -> Unit:
@@ -191,21 +197,19 @@ def layouts(rows: Sequence[int], cluster: Cluster, *, group: int = ROWS) -> list
 
 def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "none") -> Memory:
     """The memory of a GPU."""
-    whole, rest, block, shard = sizes.whole, sizes.rest, sizes.largest, layout.shard
-    two_blocks = len(sizes.blocks[:2])  # the one at work, and the next one on its way
-    gathered, packed = 2 * whole.dense, whole.packed_bytes
-    teacher = 4 * sizes.teacher_parameters
-    weights, masks, in_flight = 4 * whole.parameters + teacher, whole.mask_bytes, 0
+    whole, shard, teacher, by_block = sizes.whole, layout.shard, sizes.teacher, layout.gather == "block"
+    weights, masks, gathered, in_flight = 4 * whole.parameters, whole.mask_bytes, 2 * whole.dense, 0
+    packed = sizes.shared_packed_bytes if by_block else whole.packed_bytes
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
-        by_block = rest.parameters + two_blocks * block.parameters
-        gathered = 2 * (whole.parameters if kept else by_block)
-        packed = sizes.shared_packed_bytes if layout.gather == "block" else packed
-        if sizes.teacher:
-            gathered += 2 * by_block
-        if sizes.teacher and not teacher:
-            weights, masks, packed = 2 * weights, 2 * masks, packed + sizes.shared_packed_bytes
-        in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
+        gathered = 2 * (whole.parameters if kept else sizes.gathered_by_block)
+        in_flight = 6 * sizes.largest.trained  # in 16 bits from the backward pass, in float32 for the reduction
+    if teacher and (layout.gather or not sizes.shares_teacher):
+        weights, masks = weights + 4 * teacher.whole.parameters, masks + teacher.whole.mask_bytes
+        packed += (
+            teacher.shared_packed_bytes if layout.gather else teacher.whole.packed_bytes
+        ) // 2  # no backward pass
+        gathered += 2 * teacher.gathered_by_block if layout.gather else 0
     return Memory(
         weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
@@ -238,7 +242,8 @@ def traffic_of(sizes: Sizes, layout: Layout, cluster: Cluster) -> Traffic:
         return Traffic(step=step, step_network=step if world > node else 0.0)
     reduced, masks = ring(gradient, shard), ring(whole.updated_mask_bytes, shard)
     times = 2 if layout.gather == "block" else 0
-    micro_batch = (times + sizes.teacher) * ring(weights, shard) + reduced
+    of_teacher = 2.0 * sizes.teacher.whole.parameters if sizes.teacher else 0.0
+    micro_batch = times * ring(weights, shard) + ring(of_teacher, shard) + reduced
     step = masks + (0 if times else ring(weights, shard))
     across, share = shard > node, 2 * updates / shard  # rows to the matrix's GPU, and back
     others = node * share * (shard - node) / shard  # what the GPUs of a node send to those of others
