@@ -34,12 +34,16 @@ def whole_of(rows_RC: Tensor, like: Tensor) -> Tensor:
 
 
 def local_rows(tensor: Tensor) -> slice:
-    """Which rows these are: torch splits rows so that each process has as many, and the last ones fewer."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, tensor.shape[0])
-    mesh = tensor.device_mesh
-    dim = next((number for number, placement in enumerate(tensor.placements) if placement.is_shard(0)), None)
-    if dim is None:
-        return slice(0, tensor.shape[0])
-    first = min(mesh.get_local_rank(dim) * -(-tensor.shape[0] // mesh.size(dim)), tensor.shape[0])
-    return slice(first, first + tensor.to_local().shape[0])
+    """Which rows of a tensor this process has; of a plain tensor all."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for number, placement in enumerate(tensor.placements):
+            if placement.is_shard(0):
+                return rows_of(tensor.shape[0], mesh.get_local_rank(number), mesh.size(number))
+    return slice(0, tensor.shape[0])
+
+
+def rows_of(count: int, rank: int, ranks: int) -> slice:
+    """Which of `count` rows a process has: torch splits them so that each has as many, and the last ones fewer."""
+    each = -(-count // ranks)
+    return slice(min(rank * each, count), min((rank + 1) * each, count))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slope_cli.compare.variants import variants
 from slope_cli.config import configs, schema
 from slope_cli.config.schema import METHODS, Config, TrainConfig
+from slope_cli.config.values import known_keys, type_in_words
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
 
@@ -288,6 +289,25 @@ def test_a_wrong_value_is_answered_in_plain_words(word: str, sentence: str) -> N
 )
 def test_an_unknown_key_is_answered_with_the_nearest_whole_key(word: str, key: str) -> None:
     assert refused(word) == f"{word.partition('=')[0]}: unknown key; did you mean {key}?"
+
+
+NUMBERS = [key for key in known_keys() if type_in_words(key).startswith(("number", "two numbers"))]
+
+
+@pytest.mark.parametrize("bad", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_is_not_finite_is_called_that(key: str, bad: str) -> None:
+    value = f"[{bad}, 0.5]" if type_in_words(key) == "two numbers" else bad
+    of_method = [f"method={key.partition('.')[0]}"] if key.partition(".")[0] in METHODS else []
+    words = (*of_method, "linearize.window=8") if of_method == ["method=linearize"] else of_method
+    message = refused(*words, f"{key}={value}")
+    assert message.startswith(f"{key}=")
+    assert message.endswith(": must be finite")
+
+
+def test_a_number_of_a_model_s_config_is_finite_too() -> None:
+    assert len(NUMBERS) > 20
+    assert refused("model.overrides.layer_norm_epsilon=.inf").endswith(": must be finite")
 
 
 @pytest.mark.parametrize("word", ["train.steps", "=3", ""])

@@ -394,7 +394,8 @@ def test_faults_of_squad_files(fault: str, data: Path, tmp_path: Path) -> None:
         ({"epochs": 0}, r"--epochs 0"),
         ({"batch": 0}, r"--batch 0"),
         ({"lr": 0.0}, r"--lr 0.0: must be positive"),
-        ({"lr": float("nan")}, r"--lr nan: must be positive"),
+        ({"lr": float("nan")}, r"--lr nan: must be finite"),
+        ({"lr": float("inf")}, r"--lr inf: must be finite"),
         ({"seed": -1}, r"--seed -1"),
         (
             {"data": Path("no-such-folder")},

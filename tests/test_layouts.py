@@ -118,6 +118,23 @@ def test_groups_that_do_the_same_work_add_their_gradients_once_a_step() -> None:
     assert (slow, found.seconds(Cluster(32, nvlink=1.0), 3)) == (found.step_network, found.of_step(3))
 
 
+def test_muon_sends_rows_to_a_matrix_s_gpu_and_back_or_the_updates_to_all() -> None:
+    adamw = Sizes((Unit(100, 100, 100),) * 2, Unit(50, 50, 50))
+    by_muon = replace(adamw, blocks=(Unit(100, 100, 100, by_muon=80),) * 2)
+
+    def added(layout: Layout, world: int) -> tuple[float, float]:
+        with_muon, without = (traffic_of(sizes, layout, Cluster(world)) for sizes in (by_muon, adamw))
+        assert with_muon.micro_batch == without.micro_batch
+        return with_muon.step - without.step, with_muon.step_network - without.step_network
+
+    assert added(Layout("fsdp", 8, "block"), 8) == (2 * 2 * 160 / 8 * 7 / 8, 0)
+    assert added(Layout("hsdp", 8, "step"), 16) == added(Layout("fsdp", 8, "step"), 8)
+    # Of 16 GPUs half are in the other node, and what 8 GPUs send to these leaves theirs.
+    assert added(Layout("fsdp", 16, "step"), 16) == (2 * 2 * 160 / 16 * 15 / 16, 8 * 2 * 2 * 160 / 16 / 2)
+    assert added(Layout("ddp"), 8) == (2 * 160 * 7 / 8, 0)
+    assert added(Layout("ddp"), 16) == (2 * 160 * 15 / 16,) * 2
+
+
 def test_the_shard_degree_keeps_groups_of_rows_whole() -> None:
     opt, llama = (5120, 15360, 20480), (1024, 4096, 14336)
     assert [shard_degree(opt, world, 8) for world in (1, 2, 8, 64, 512)] == [1, 2, 8, 64, 64]
@@ -199,7 +216,7 @@ def test_the_packed_weights_of_a_split_model_are_those_that_are_counted(gather: 
     found = sum(2 * BF16.packed_bytes(1, entries) for entries in sizes_of_packed.values())
     expected = memory_of(counted, layout).packed
     if frozen:  # as a teacher beside the model
-        expected = memory_of(replace(counted, teacher=True), layout).packed - expected
+        expected = 2 * (memory_of(replace(counted, teacher=counted), layout).packed - expected)
     assert expected == found
 
 
@@ -208,14 +225,17 @@ def test_a_split_teacher_has_rows_of_its_own() -> None:
         str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8", "distill.share=1"]
     )
     transfer, distill = phase_sizes(build_model(run_model_config(config), device="meta"), config)
-    assert (transfer.teacher, distill.teacher) == (False, True)
-    alone, block, place = replace(distill, teacher=False), Layout("fsdp", 2, "block"), Cluster(2)
+    assert transfer.teacher is None
+    assert distill.teacher is not None
+    assert distill.shares_teacher
+    alone, block, place = replace(distill, teacher=None), Layout("fsdp", 2, "block"), Cluster(2)
     assert memory_of(distill, Layout("ddp")) == memory_of(alone, Layout("ddp"))
-    weights = distill.whole.parameters
+    weights = distill.teacher.whole.parameters
     added = memory_of(distill, block).total - memory_of(alone, block).total
     assert added == 4 * weights // 2 + 2 * weights  # its rows in float32, and both blocks in 16 bits
-    masked = replace(distill, rest=replace(distill.rest, mask_bytes=8))
-    assert memory_of(masked, block).masks == 16  # of the model and of its teacher
+    masked = replace(distill.teacher, rest=replace(distill.teacher.rest, mask_bytes=8))
+    assert memory_of(replace(distill, teacher=masked), block).masks == 8
+    assert memory_of(replace(distill, teacher=masked, shares_teacher=False), Layout("ddp")).masks == 8
     sent = traffic_of(distill, block, place).micro_batch - traffic_of(alone, block, place).micro_batch
     assert sent == 2 * weights / 2
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,19 +26,23 @@ from slope_cli.checkpoint.load import load_model
 from slope_cli.compare import results
 from slope_cli.config import configs
 from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.distributed.layouts import Layout, memory_of
 from slope_cli.inference.export import SOURCE
 from slope_cli.linearize.swap import added_state, linear_windows, projections, using
 from slope_cli.methods import phases_of
-from slope_cli.methods.accounting import attention_memory
+from slope_cli.methods.accounting import attention_memory, phase_sizes
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import kl_divergence
 from slope_cli.report import metrics
+from slope_cli.train.dry_run import describe, untrained_model
 from slope_cli.train.init import linearize_overrides
 from slope_cli.train.init import teacher as teacher_of
 from slope_cli.train.linearize_steps import DistillStep
 from slope_cli.train.loop import Trainer, pretrain
 from slope_cli.utils.files import file_sha256
 from sparse_kernels import AdaptedLinear, adapters_of, add_adapters, sparse_layers
+from sparse_kernels.formats import BF16
+from sparse_kernels.layers import alike
 
 WORDS = (
     *LINEARIZED,
@@ -731,10 +736,34 @@ def test_a_dry_run_counts_weights_that_are_trained_and_the_teacher() -> None:
     beside = state["adapters with their state"] + state["maps with their state"]
     assert state["AdamW moments"] == 8 * weights
     assert moments == state["AdamW moments"] + beside // 2
-    assert state["teacher (float32)"] == 4 * weights
+    assert state["teacher"] == 4 * weights
     lines = slope("linearize", done.base, *WORDS, *ALL, "--dry-run").out
     assert f"# weights                     {weights:,} parameters, trained after step 36\n" in lines
     assert f"# teacher                     its own copy, {4 * weights:,} bytes\n" in lines
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_dry_run_counts_the_masks_and_the_packed_weights_of_a_sparse_teacher(split: bool) -> None:
+    done = linearized("sparse", *ALL)
+    teacher = teacher_of(done.run, load_model(done.run).model, "cpu", shares=False)
+    config = run_folder.open_config(done.run)
+    config = replace(config, train=replace(config.train, tokens_per_step=2 * config.train.tokens_per_step))
+    record, _ = describe(config, (2, 80))
+    name, shard = ("fsdp, gather=block", 2) if split else ("ddp", 1)
+    found = record["cluster"]["layouts"][name]["memory"]
+    last = phase_sizes(untrained_model(config), config)[-1]
+    alone = memory_of(replace(last, teacher=None), Layout(name.partition(",")[0], shard, "block" if split else ""))
+    weights = sum(p.numel() for p in teacher.parameters())
+    masks = [bits for _, x in sparse_layers(teacher) for bits in (x.row_mask_bits, x.backward_mask_bits)]
+    entries = [x.out_features * x.in_features for _, x in sparse_layers(teacher)]
+    if split:  # layers of the same sides share theirs
+        entries = [x.out_features * x.in_features for x, *_ in alike(teacher)]
+    mask_bytes, packed = sum(bits.nbytes for bits in masks), BF16.packed_bytes(1, sum(entries))  # of one product
+    assert mask_bytes > 0
+    assert found["weights"] - alone.weights == 4 * weights // shard
+    assert found["masks"] - alone.masks == mask_bytes
+    assert found["packed"] - alone.packed == packed
+    assert record["account"]["state_bytes"]["teacher"] == 4 * weights + mask_bytes
 
 
 def assert_export_is_the_run(run: Path, folder: Path, models: list[PreTrainedModel]) -> None:

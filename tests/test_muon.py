@@ -9,17 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ranks import together
 from support.runs import final_state, records, slope, tiny
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.config.schema import OptimConfig
-from slope_cli.distributed.collectives import Group
-from slope_cli.distributed.layouts import Layout
-from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import UsageError
 from slope_cli.methods import muon, optim, phases_of
 from slope_cli.methods.apply import apply
@@ -27,7 +22,6 @@ from slope_cli.methods.phases import ADAPTERS, MATRICES, WEIGHTS
 from slope_cli.models.build import build_model, run_model_config
 from slope_cli.train.loop import pretrain
 from sparse_kernels import MaskedLinear, SparseLinear, masks, sparse_layers
-from sparse_kernels.sharded import whole
 
 LR, DECAY, MOMENTUM = 0.05, 0.3, 0.9
 
@@ -329,36 +323,3 @@ def test_a_branch_decays_from_the_stable_part_of_a_run(data: Path, tmp_path: Pat
 def test_muon_is_refused_where_adamw_trains_all() -> None:
     with pytest.raises(UsageError, match=r"^optim.name=muon: is not for method=linearize; choose adamw"):
         tiny("unused", "method=linearize", "linearize.window=8", "optim.name=muon")
-
-
-def _updates_as_one(group: Group, methods: Sequence[str]) -> None:
-    cpu, seeds = torch.device("cpu"), range(3)
-    for method in methods:
-        config = tiny("unused", "optim.name=muon", f"method={method}", "adapters.start=0")
-        models = [build_model(run_model_config(config)) for _ in range(2)]
-        for model in models:
-            apply(model, config, phases_of(config).end)
-        Sharding(Layout("fsdp", group.ranks.world, "block"), group.ranks.world, cpu, None).split(models[1])
-        optimizers = [optim.build_optimizer(model, config, phases_of(config)) for model in models]
-        for seed in seeds:
-            torch.manual_seed(seed)
-            for alone, split in zip(*(model.parameters() for model in models), strict=True):
-                alone.grad = torch.randn_like(alone)
-                first = 0
-                if isinstance(split, DTensor):
-                    rows = split.to_local().shape[0]
-                    first = group.ranks.rank * -(-len(alone) // group.ranks.world)
-                    own = alone.grad[first : first + rows].clone()
-                    split.grad = DTensor.from_local(
-                        own, split.device_mesh, split.placements, shape=split.shape, stride=split.stride()
-                    )
-                else:
-                    split.grad = alone.grad.clone()
-            for optimizer in optimizers:
-                optimizer.step()
-        for (name, alone), split in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-            assert torch.allclose(whole(split), alone, rtol=1e-5, atol=1e-7), name
-
-
-def test_split_matrices_are_updated_as_whole_ones() -> None:
-    together(2, _updates_as_one, ["slope", "dense"])

@@ -216,8 +216,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_other_numbers_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [(), ("optim.name=muon",), ("optim.name=muon", "distributed.layout=fsdp")])
+def test_a_run_resumes_with_other_numbers_of_processes(settings: tuple[str, ...], tmp_path: Path) -> None:
     run, more = tmp_path / "run", ("train.steps=40", "log.every=1", "train.micro_batch=1", "log.save_every=0")
+    more = (*more, *settings)
     assert Ranks(1, words(*more, out=tmp_path / "whole"), tmp_path / "logs").finish() == [0]
     for world, text in ((4, "step 5/"), (2, "step 12/"), (1, "step 20/")):
         ranks = Ranks(world, words(*more, out=run), tmp_path / f"logs-{world}")

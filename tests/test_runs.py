@@ -168,6 +168,29 @@ def test_a_replaced_run_stays_until_the_new_one_has_a_checkpoint(
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
+def test_a_start_that_fails_leaves_a_run_that_has_achieved_nothing_and_what_that_has_replaced(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = records(run)
+    stopped_at_once("optim.lr=0.1", data=data, run=run)
+    stopped_at_once("optim.lr=0.2", data=data, run=run)
+
+    def present() -> dict[str, bytes]:
+        return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = present()
+    capsys.readouterr()
+    with pytest.raises(UsageError, match="sample_prompt: must have"):
+        pretrain(tiny(data, "optim.lr=0.3", f"log.sample_prompt={'long ' * 60}"), run, existing="replace")
+    assert f"{run}: holds the run again that was there before" in capsys.readouterr().err
+    assert present() == before
+    assert run_folder.open_config(run).optim.lr == 0.2
+    assert records(run / "replaced") == finished
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    pretrain(tiny(data, "optim.lr=0.2"), run)
+    assert store.newest_step(run) == 12
+
+
 def test_where_there_is_no_run_none_is_replaced(data: Path, tmp_path: Path) -> None:
     assert pretrain(tiny(data, "train.steps=1"), tmp_path / "run", existing="replace")["step"] == 1
     (tmp_path / "letters").mkdir()

@@ -35,22 +35,31 @@ def move_away(run: Path) -> None:
 
 
 def finish(run: Path) -> None:
-    """In a new folder, which this process holds: take in the run that it replaces, and the logs of batch systems.
-
-    Of a run without a checkpoint nothing is kept if it has itself replaced one: that one stays.
-    """
+    """In a new folder, which this process holds: take in the run that it replaces, and the logs of batch systems."""
     own = run.resolve()
     moved, target = _moved(own), own / store.REPLACED
     if not moved.is_dir():
         return
     for log in (path for path in moved.iterdir() if path.suffix in LOG_ENDINGS):
         os.rename(log, own / log.name)
-    inner = moved / store.REPLACED
-    if store.folders(moved):
-        files.remove(inner)
-    if not target.exists():
-        os.rename(inner if inner.exists() else moved, target)
+    if not store.folders(target):  # absent, or what a kill has left of it in `settle`
+        files.remove(target)
+        os.rename(moved, target)
     files.remove(moved)
+
+
+def settle(run: Path) -> None:
+    """Once a run will not be undone: of those that it has replaced, one after another, keep the last with a checkpoint.
+
+    So what achieved nothing does not take the place of what did. If none has a checkpoint, the first one stays.
+    """
+    own = run.resolve()
+    while (inner := own / store.REPLACED / store.REPLACED).is_dir():
+        if store.folders(inner.parent):
+            files.remove(inner)
+        else:
+            os.rename(inner, _moved(own))
+            finish(run)
 
 
 def put_back(run: Path, written: re.Pattern[str]) -> None:

@@ -88,19 +88,19 @@ def claimed(run: Path, config: Config, existing: Existing, begun: Callable[[], b
         before = _Before(run, had_lock=had_lock)
         try:
             yield _write_or_check_config(run, config, existing)
-        except Stopped:
+        except Exception as error:
+            with contextlib.suppress(OSError):  # why the start failed matters more
+                if begun() or isinstance(error, Stopped):
+                    replaced.settle(run)
+                elif replaces:
+                    replaced.put_back(run, OWN)
+                    print(f"{run}: holds the run again that was there before", file=sys.stderr)
+                else:
+                    before.restore()
+                    for folder in made:
+                        folder.rmdir()
             raise
-        except Exception:
-            if not begun():
-                with contextlib.suppress(OSError):  # why the start failed matters more
-                    if replaces:
-                        replaced.put_back(run, OWN)
-                        print(f"{run}: holds the run again that was there before", file=sys.stderr)
-                    else:
-                        before.restore()
-                        for folder in made:
-                            folder.rmdir()
-            raise
+        replaced.settle(run)
 
 
 class _Before:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +45,15 @@ def facts_of(section: Any) -> Mapping[str, Facts]:
     return {each.name: each.metadata["facts"] for each in fields(section) if "facts" in each.metadata}
 
 
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers in a value, but for whole ones, which are finite and may be too large for a float."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(each)
+
+
 class Section:
     """A part of the configuration, a dataclass. Its name is given with the class."""
 
@@ -56,6 +65,7 @@ class Section:
     def __post_init__(self) -> None:
         for name, facts in facts_of(self).items():
             value = getattr(self, name)
+            self._need(all(map(math.isfinite, _floats(value))), name, "must be finite")
             if facts.choices and value is not None:
                 self._need(value in facts.choices, name, f"choose one of {', '.join(facts.choices)}")
         self._check_values()
@@ -79,11 +89,11 @@ class Section:
 
     def _positive(self, *keys: str) -> None:
         for key in keys:
-            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) > 0, key, "must be positive")
+            self._need(getattr(self, key) > 0, key, "must be positive")
 
     def _not_negative(self, *keys: str) -> None:
         for key in keys:
-            self._need(math.isfinite(getattr(self, key)) and getattr(self, key) >= 0, key, "must be 0 or more")
+            self._need(getattr(self, key) >= 0, key, "must be 0 or more")
 
     def _share(self, *keys: str) -> None:
         for key in keys:

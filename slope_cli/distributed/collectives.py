@@ -3,6 +3,7 @@
 Each method of Group is called by every rank, in the same order. In a run of one process they do nothing.
 """
 
+import math
 import os
 import pickle
 import socket
@@ -185,6 +186,51 @@ def gather_equal(own: Tensor, among: dist.ProcessGroup) -> Tensor:
     gathered = own.new_empty(dist.get_world_size(among), len(own))
     dist.all_gather(list(gathered), own, group=among)
     return gathered
+
+
+def place_in(among: dist.ProcessGroup) -> tuple[int, int]:
+    """Which of some processes this is, and how many they are."""
+    return dist.get_rank(among), dist.get_world_size(among)
+
+
+def exchange(
+    to_each: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    like: Tensor,
+    among: dist.ProcessGroup,
+) -> list[list[Tensor]]:
+    """Send each of some processes tensors of its own; what each of them sends to this one.
+
+    Args:
+        to_each, shapes: by process, this one too: the tensors for it, and the shapes of those from it.
+        like: has the dtype and device of all of them.
+    """
+    sent = [_flat(tensors, like) for tensors in to_each]
+    sizes = [sum(map(math.prod, each)) for each in shapes]
+    received = like.new_empty(sum(sizes))
+    dist.all_to_all_single(received, torch.cat(sent), sizes, [len(flat) for flat in sent], group=among)
+    return [_shaped(flat, each) for flat, each in zip(received.split(sizes), shapes, strict=True)]
+
+
+def hand_out(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], like: Tensor, sender: int) -> list[Tensor]:
+    """The tensors of one rank, on every rank.
+
+    Args:
+        tensors: of the sender; the others may have none.
+        shapes, like: of them, as in `exchange`.
+    """
+    flat = _flat(tensors, like) if tensors else like.new_empty(sum(map(math.prod, shapes)))
+    dist.broadcast(flat, src=sender)
+    return _shaped(flat, shapes)
+
+
+def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like.new_empty(0), *(tensor.flatten() for tensor in tensors)])
+
+
+def _shaped(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The inverse of `_flat`."""
+    return [part.view(shape) for part, shape in zip(flat.split(list(map(math.prod, shapes))), shapes, strict=True)]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -51,7 +51,7 @@ class Unit:
     dense: those of them that products take from a 16-bit copy in DDP, under autocast.
     packed_bytes: of both packed copies of its sparse weights.
     mask_bytes, updated_mask_bytes: of its masks, and of those that change in a step.
-    one_moment: those of the trained of which the optimizer keeps one moment, as Muon does, and not two.
+    by_muon: those of the trained that Muon updates: it keeps one moment, not two, and GPUs divide its work.
     """
 
     parameters: int
@@ -60,7 +60,7 @@ class Unit:
     packed_bytes: int = 0
     mask_bytes: int = 0
     updated_mask_bytes: int = 0
-    one_moment: int = 0
+    by_muon: int = 0
 
     def __add__(self, other: "Unit") -> "Unit":
         return Unit(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -72,9 +72,9 @@ class Sizes:
 
     rest: all outside the blocks. rows: output features of every sparse or masked layer. shared_packed_bytes: of both
     packed copies of one sparse layer of each kind. activation_bytes: of one micro-batch, by
-    train.activation_checkpointing; empty where there is no estimate. teacher: whether a frozen model of the same size
-    runs before it; split, it is gathered block by block. teacher_parameters: that it has for itself; 0 where it is the
-    model that is linearized, and shares its whole weights.
+    train.activation_checkpointing; empty where there is no estimate. teacher: a frozen model that runs before it, the
+    one that the run begins with or one of its size; split, it is gathered block by block. shares_teacher: whether it
+    has the model's own frozen weights, unless it is split.
     """
 
     blocks: tuple[Unit, ...]
@@ -82,13 +82,19 @@ class Sizes:
     rows: tuple[int, ...] = ()
     shared_packed_bytes: int = 0
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
-    teacher: bool = False
-    teacher_parameters: int = 0
+    teacher: "Sizes | None" = None
+    shares_teacher: bool = False
 
     @property
     def whole(self) -> Unit:
         """All units together."""
         return sum(self.blocks, self.rest)
+
+    @property
+    def gathered_by_block(self) -> int:
+        """Numbers that a GPU has at once where weights are gathered block by block."""
+        two_blocks = len(self.blocks[:2])  # the one at work, and the next one on its way
+        return self.rest.parameters + two_blocks * self.largest.parameters
 
     @property
     def largest(self) -> Unit:
@@ -191,25 +197,23 @@ def layouts(rows: Sequence[int], cluster: Cluster, *, group: int = ROWS) -> list
 
 def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "none") -> Memory:
     """The memory of a GPU."""
-    whole, rest, block, shard = sizes.whole, sizes.rest, sizes.largest, layout.shard
-    two_blocks = len(sizes.blocks[:2])  # the one at work, and the next one on its way
-    gathered, packed = 2 * whole.dense, whole.packed_bytes
-    teacher = 4 * sizes.teacher_parameters
-    weights, masks, in_flight = 4 * whole.parameters + teacher, whole.mask_bytes, 0
+    whole, shard, teacher, by_block = sizes.whole, layout.shard, sizes.teacher, layout.gather == "block"
+    weights, masks, gathered, in_flight = 4 * whole.parameters, whole.mask_bytes, 2 * whole.dense, 0
+    packed = sizes.shared_packed_bytes if by_block else whole.packed_bytes
     if layout.gather:
         kept = layout.gather == "step" and layout.keeps_weights
-        by_block = rest.parameters + two_blocks * block.parameters
-        gathered = 2 * (whole.parameters if kept else by_block)
-        packed = sizes.shared_packed_bytes if layout.gather == "block" else packed
-        if sizes.teacher:
-            gathered += 2 * by_block
-        if sizes.teacher and not teacher:
-            weights, masks, packed = 2 * weights, 2 * masks, packed + sizes.shared_packed_bytes
-        in_flight = 6 * block.trained  # in 16 bits from the backward pass, in float32 for the reduction
+        gathered = 2 * (whole.parameters if kept else sizes.gathered_by_block)
+        in_flight = 6 * sizes.largest.trained  # in 16 bits from the backward pass, in float32 for the reduction
+    if teacher and (layout.gather or not sizes.shares_teacher):
+        weights, masks = weights + 4 * teacher.whole.parameters, masks + teacher.whole.mask_bytes
+        packed += (
+            teacher.shared_packed_bytes if layout.gather else teacher.whole.packed_bytes
+        ) // 2  # no backward pass
+        gathered += 2 * teacher.gathered_by_block if layout.gather else 0
     return Memory(
         weights=_split(weights, shard),
         gradients=_split(4 * whole.trained, shard),
-        moments=_split(8 * whole.trained - 4 * whole.one_moment, shard),
+        moments=_split(8 * whole.trained - 4 * whole.by_muon, shard),
         masks=masks,
         packed=packed,
         gathered=gathered,
@@ -223,25 +227,31 @@ def _split(count: int, shard: int) -> int:
 
 
 def traffic_of(sizes: Sizes, layout: Layout, cluster: Cluster) -> Traffic:
-    """What a GPU sends, by rings: the (n-1)/n-th part of what n GPUs gather or reduce, twice that for an all-reduce."""
-    whole, world, shard = sizes.whole, cluster.world, layout.shard
-    weights, gradient = 2.0 * whole.parameters, 4.0 * whole.trained
+    """What a GPU sends, by rings: the (n-1)/n-th part of what n GPUs gather or reduce, twice that for an all-reduce.
+
+    Muon's updates go from the GPU that computes them to the others as `methods.muon_ranks` says.
+    """
+    whole, world, shard, node = sizes.whole, cluster.world, layout.shard, cluster.gpus_per_node
+    weights, gradient, updates = 2.0 * whole.parameters, 4.0 * whole.trained, 2.0 * whole.by_muon
 
     def ring(payload: float, ranks: int) -> float:
         return payload * (ranks - 1) / ranks
 
     if not layout.gather:
-        step = 2 * ring(gradient, world)
-        return Traffic(step=step, step_network=step if world > cluster.gpus_per_node else 0.0)
+        step = 2 * ring(gradient, world) + ring(updates, world)
+        return Traffic(step=step, step_network=step if world > node else 0.0)
     reduced, masks = ring(gradient, shard), ring(whole.updated_mask_bytes, shard)
     times = 2 if layout.gather == "block" else 0
-    micro_batch = (times + sizes.teacher) * ring(weights, shard) + reduced
+    of_teacher = 2.0 * sizes.teacher.whole.parameters if sizes.teacher else 0.0
+    micro_batch = times * ring(weights, shard) + ring(of_teacher, shard) + reduced
     step = masks + (0 if times else ring(weights, shard))
-    across = shard > cluster.gpus_per_node
-    found = Traffic(micro_batch, step, micro_batch if across else 0.0, step if across else 0.0)
+    across, share = shard > node, 2 * updates / shard  # rows to the matrix's GPU, and back
+    others = node * share * (shard - node) / shard  # what the GPUs of a node send to those of others
+    network = (micro_batch, step + others) if across else (0.0, 0.0)
+    found = Traffic(micro_batch, step + ring(share, shard), *network)
     if (replicas := world // shard) > 1:  # each shard of the gradient is summed over the groups once a step
         summed = 2 * ring(gradient / shard, replicas)
-        together = min(shard, cluster.gpus_per_node) if world > cluster.gpus_per_node else 0
+        together = min(shard, node) if world > node else 0
         found = replace(found, step=found.step + summed, step_network=found.step_network + together * summed)
     return found
 

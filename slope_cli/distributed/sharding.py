@@ -28,7 +28,7 @@ from slope_cli.linearize.swap import linear_windows
 from slope_cli.models.build import transformer_blocks
 from sparse_kernels import MaskedLinear, SparseLinear, masked_layers, share_packed, sparse_layers
 from sparse_kernels.layers import layer_seed
-from sparse_kernels.sharded import local, local_rows
+from sparse_kernels.sharded import local, local_rows, rows_of
 
 
 class Sharding:
@@ -142,9 +142,9 @@ class Sharding:
         self._update_backward_scales([layer for _, layer in sparse])
 
     def _shape(self, layer: SparseLinear | MaskedLinear, rank: int) -> tuple[int, int]:
-        """Of the part of a layer's mask that a process chooses; each has as many rows, and the last ones fewer."""
-        size = -(-layer.out_features // self.degree)
-        count = max(0, min(size, layer.out_features - rank * size))
+        """Of the part of a layer's mask that a process chooses."""
+        rows = rows_of(layer.out_features, rank, self.degree)
+        count = rows.stop - rows.start
         return (layer.in_features, -(-count // 8)) if isinstance(layer, SparseLinear) else (count, layer.in_features)
 
     def _gather(self, layers: Sequence[SparseLinear | MaskedLinear], own: Sequence[Tensor]) -> list[list[Tensor]]:

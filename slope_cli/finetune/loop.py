@@ -60,7 +60,7 @@ class Settings:
             if (value := getattr(self, name)) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr {self.lr}: must be positive")
+            raise UsageError(f"--lr {self.lr}: must be {'positive' if math.isfinite(self.lr) else 'finite'}")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
 

@@ -21,7 +21,7 @@ from slope_cli.linearize.swap import linear_windows
 from slope_cli.methods import phases_of
 from slope_cli.methods.apply import UNTOUCHED, apply
 from slope_cli.methods.muon import Matrix, hidden_matrices
-from slope_cli.methods.phases import MAPS, WEIGHTS
+from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
 from slope_cli.models.build import transformer_blocks
 from slope_cli.models.loss import LOGITS_AT_ONCE
@@ -37,8 +37,8 @@ from sparse_kernels import (
 from sparse_kernels.formats import BF16
 from sparse_kernels.layers import alike
 
-TEACHER = "teacher (float32)"
-"""Of the state of a run that linearizes and trains all weights: those that the teacher has for itself."""
+TEACHER = "teacher"
+"""Of the state of a run: the weights in float32, and masks, that a teacher has for itself."""
 DENSE = nn.Linear | Conv1D | MaskedLinear | AdaptedLinear
 LINEAR = DENSE | SparseLinear
 
@@ -189,7 +189,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     Args:
         model: as it is before it enters the run's first phase; it is brought into the last one. It may be on "meta".
     """
-    before, begun = adapters_of(model), _parameters(model)
+    before, begun = adapters_of(model), count(model)
     old, end = {name: _parameters(adapter) for name, adapter in before.items()}, phases_of(config).end
     apply(model, config, end)
     now = count(model)
@@ -198,6 +198,7 @@ def account(model: PreTrainedModel, config: Config) -> Account:
     frozen = now.weights - now.trained + now.adapters - now.trained_adapters
     operations, in_adapters = flops(model, config), 6 * now.adapters
     by_muon = _by_muon(model, config)
+    teacher = begun if end.step == "distill" and not end.shares_teacher else None
     return Account(
         dense_parameters=dense,
         trained_parameters=now.trained,
@@ -212,14 +213,14 @@ def account(model: PreTrainedModel, config: Config) -> Account:
         pruned_layer_weights=now.pruned_layers,
         state_bytes={
             **({"frozen (float32)": 4 * frozen} if frozen else {}),
-            **({TEACHER: 4 * begun} if end.linearized and end.step == "distill" and WEIGHTS in end.rates else {}),
+            **({TEACHER: 4 * (teacher.weights + teacher.adapters) + teacher.mask_bytes} if teacher else {}),
             **_state_bytes(now.trained, sum(p.numel() for p in by_muon)),
             "masks": now.mask_bytes,
             "adapters with their state": 16 * now.trained_adapters,
             "maps with their state": 16 * now.maps,
         },
         dense_state_bytes=_state_bytes(dense, sum(matrix.entries for matrix in by_muon.values())),
-        derived_bytes=_derived_bytes(now) if now.sparse else {},
+        derived_bytes=_derived_bytes(now, teacher) if now.sparse else {},
         activation_bytes=activation_bytes(model, config).get(config.train.activation_checkpointing),
         dense_flops_per_token=operations and operations.dense_equivalent,
         real_flops_per_token=operations and operations.real - in_adapters,
@@ -274,13 +275,11 @@ def sizes_of(model: PreTrainedModel, config: Config) -> Sizes:
 
 def phase_sizes(model: PreTrainedModel, config: Config) -> list[Sizes]:
     """A model in each phase of a run, into whose last one it is brought; it may be on "meta"."""
-    found, was, dense = [], UNTOUCHED, sum(p.numel() for p in model.parameters())
+    found, was, begun = [], UNTOUCHED, sizes_of(model, config)
     for phase in phases_of(config).distinct:
         apply(model, config, phase, was=was)
-        taught = phase.step == "distill"
-        shared = phase.linearized and WEIGHTS not in phase.rates  # a linearized model shares its frozen weights
-        own = dense if taught and not shared else 0
-        found.append(replace(sizes_of(model, config), teacher=taught, teacher_parameters=own))
+        teacher = begun if phase.step == "distill" else None
+        found.append(replace(sizes_of(model, config), teacher=teacher, shares_teacher=phase.shares_teacher))
         was = phase
     return found
 
@@ -300,13 +299,19 @@ def _unit(module: nn.Module, by_muon: dict[nn.Parameter, Matrix]) -> Unit:
         packed_bytes=_packed_bytes(now.sparse),
         mask_bytes=now.mask_bytes,
         updated_mask_bytes=sum(mask.nbytes for mask in updated),
-        one_moment=sum(p.numel() for p in module.parameters() if p in by_muon),
+        by_muon=sum(p.numel() for p in module.parameters() if p in by_muon),
     )
 
 
-def _derived_bytes(counts: Counts) -> dict[str, int]:
-    """Packed for forward and input gradient; in plain torch each kept entry has an int64 index and a flag."""
-    return {"on a GPU, packed": _packed_bytes(counts.sparse), "on a CPU, index": 9 * counts.stored_sparse}
+def _derived_bytes(counts: Counts, teacher: Counts | None) -> dict[str, int]:
+    """Packed for forward and input gradient; in plain torch each kept entry has an int64 index and a flag.
+
+    teacher: one with layers of its own, which has forward products alone.
+    """
+    packed, stored = _packed_bytes(counts.sparse), counts.stored_sparse
+    if teacher is not None:
+        packed, stored = packed + _packed_bytes(teacher.sparse) // 2, stored + teacher.stored_sparse
+    return {"on a GPU, packed": packed, "on a CPU, index": 9 * stored}
 
 
 def _packed_bytes(entries: int) -> int:

@@ -71,6 +71,13 @@ class Matrix:
         pruned = isinstance(layer, SparseLinear) or (isinstance(layer, MaskedLinear) and not layer.straight_through)
         return layer.n / layer.m if pruned and not getattr(layer, "unmasked", False) else 1.0
 
+    @property
+    def cost(self) -> int:
+        """The multiplications of its update."""
+        rows, columns = sorted(self.shape)
+        passes = PASSES if self.kept < 1 else 1
+        return passes * ITERATIONS * self.parts * rows * rows * (2 * columns + rows)
+
     def dense(self, stored: Tensor) -> Tensor:
         """What lies as the weight is stored, (out, in), (in, out) or (out, in·n/m), as (P, out / P, in)."""
         layer = self.layer

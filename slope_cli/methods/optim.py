@@ -10,38 +10,46 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from slope_cli.config.schema import Config, OptimConfig
-from slope_cli.distributed.collectives import sum_among
+from slope_cli.distributed.collectives import Group, sum_among
 from slope_cli.linearize.swap import linear_windows
-from slope_cli.methods.muon import batches, hidden_matrices, updates
+from slope_cli.methods.muon import hidden_matrices
+from slope_cli.methods.muon_ranks import divided_updates
 from slope_cli.methods.phases import ADAPTERS, MAPS, MATRICES, WEIGHTS, Phase, Phases, Rate
 from sparse_kernels import decay_pruned
-from sparse_kernels.sharded import local, local_rows, of_whole, whole
+from sparse_kernels.sharded import local, of_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state that optimizers keep for each parameter, in its shape; of what Muon updates the first alone."""
 
 
-def build_optimizer(model: nn.Module, config: Config, phases: Phases) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: Config, phases: Phases, processes: Group | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of all parameters that are trained in the model's present phase, in groups with their rates.
 
     Weight decay is on the model's own matrices alone: not on biases and norms, nor on feature maps, which start as the
     identity and are not to shrink towards zero. The kept values of a sparse layer are a matrix like any other.
+
+    processes: that take the steps together; None for this one alone.
     """
-    optimizer = make_optimizer(model, config.optim, adapter_decay=config.adapters.weight_decay)
+    decay = config.adapters.weight_decay
+    optimizer = make_optimizer(model, config.optim, adapter_decay=decay, processes=processes)
     if phases.decay:
         # After clipping, and within what a CUDA graph captures; without masked layers there is nothing to decay.
         optimizer.register_step_pre_hook(lambda *_: decay_pruned(model, phases.decay))
     return optimizer
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of a model that require a gradient: AdamW, LAMB or Muon."""
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, *, adapter_decay: float = 0.0, processes: Group | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of a model that require a gradient: AdamW, LAMB or Muon; as `build_optimizer`."""
     groups = _groups(model, optim, adapter_decay)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
     if optim.name == "muon":
-        return Muon(model, groups, momentum=optim.momentum, **settings)
+        return Muon(model, groups, momentum=optim.momentum, processes=processes, **settings)
     return Lamb(groups, **settings)
 
 
@@ -97,8 +105,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for the hidden matrices of a model, AdamW in groups with "adam"; see `slope_cli.methods.muon`.
 
     The momentum is a decaying mean of gradients, of which the update looks one step ahead (Nesterov); weight decay is
-    decoupled. Where a process has only some rows of the matrices, it gathers their momentum, since an orthogonal matrix
-    follows from all rows, and updates its own.
+    decoupled. Several processes divide the matrices among them; see `slope_cli.methods.muon_ranks`.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         betas: tuple[float, float],
         eps: float,
+        processes: Group | None = None,
     ) -> None:
         """
         Args:
@@ -118,10 +126,11 @@ class Muon(torch.optim.Optimizer):
             lr: of groups that have none of their own.
             momentum: the decay rate of the mean.
             betas, eps: of AdamW.
+            processes: that take the steps together; None for this one alone.
         """
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0, "adam": False}
         super().__init__(groups, defaults | {"fused": True})
-        self._model = model
+        self._model, self.processes = model, processes or Group()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -143,17 +152,19 @@ class Muon(torch.optim.Optimizer):
         adamw(weights, grads, means, squares, [], steps, **how)
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        matrices, lr, momentum = hidden_matrices(self._model), group["lr"], group["momentum"]
-        for batch in batches({p: matrices[p] for p in params}):
-            grads = [cast(Tensor, p.grad) for p in batch]
-            means = [self.state[p]["exp_avg"] for p in batch]
-            torch._foreach_lerp_(means, grads, 1 - momentum)
-            dtype = torch.bfloat16 if batch[0].is_cuda else batch[0].dtype  # fast there, and half as much to gather
-            ahead = [whole(each.to(dtype)) for each in torch._foreach_lerp(grads, means, momentum)]
-            weights = [local(p) for p in batch]
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            for p, weight, update in zip(batch, weights, updates([matrices[p] for p in batch], ahead), strict=True):
-                weight.sub_(update[local_rows(p)].to(weight.dtype) * lr)
+        found, lr, momentum = hidden_matrices(self._model), group["lr"], group["momentum"]
+        grads = {p: local(cast(Tensor, p.grad)) for p in params}
+        means = {p: local(self.state[p]["exp_avg"]) for p in params}
+        torch._foreach_lerp_(list(means.values()), list(grads.values()), 1 - momentum)
+        torch._foreach_mul_([local(p) for p in params], 1 - lr * group["weight_decay"])
+
+        def ahead(weights: list[nn.Parameter]) -> list[Tensor]:
+            own = [grads[p] for p in weights], [means[p] for p in weights]
+            return list(torch._foreach_lerp(*own, momentum)) if weights else []
+
+        for p, update in divided_updates({p: found[p] for p in params}, ahead, self.processes):
+            weight = local(p)
+            weight.sub_(update.to(weight.dtype) * lr)
 
 
 def join(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config) -> None:
@@ -285,9 +296,9 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> bool:
     """Prepare the optimizer's step for capture in a CUDA graph: state allocated, learning rates in device memory.
 
     Returns:
-        Whether it can be captured: LAMB's cannot.
+        Whether it can be captured: LAMB's cannot, nor Muon's with its collectives.
     """
-    if isinstance(optimizer, Lamb):
+    if isinstance(optimizer, Lamb) or (isinstance(optimizer, Muon) and optimizer.processes.several):
         return False
     for group in optimizer.param_groups:
         init_state(optimizer, group["params"])

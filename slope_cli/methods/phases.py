@@ -108,6 +108,11 @@ class Phase:
         what += ["from a teacher"] * (self.step == "distill" and not self.linearized)
         return ", ".join(what)
 
+    @property
+    def shares_teacher(self) -> bool:
+        """Whether a teacher has the tensors that the model has frozen, as that of one whose adapters are trained."""
+        return self.linearized and WEIGHTS not in self.rates
+
     def updates_masks(self, step: int) -> bool:
         """Whether masks are chosen again at the end of a step, counted from 0; backward masks follow row masks."""
         interval = self.layers.mask_update_interval

@@ -200,7 +200,7 @@ class Trainer:
         if self.sharding is not None:
             self.sharding.split(self.model)
         self.validation = Validation(self.dataset, self.batches, group, self.sharding)
-        self.optimizer = optim.build_optimizer(self.model, config, self.phases)
+        self.optimizer = optim.build_optimizer(self.model, config, self.phases, group)
         if checkpoint is None:
             if config.model.init_optimizer and not self.phase.linearized:
                 init.restore_optimizer(config, self.model, self.optimizer, group)

@@ -10,7 +10,7 @@ from slope_cli.config.schema import Config
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.sharding import Sharding
 from slope_cli.errors import UsageError
-from slope_cli.methods.phases import WEIGHTS, Phase
+from slope_cli.methods.phases import Phase
 from slope_cli.models.shapes import drops
 from slope_cli.train import init
 from slope_cli.train.activations import checkpoint_activations
@@ -61,8 +61,7 @@ def make_step(
         how |= {"mse_weight": own.mse_weight, "entropy_weight": own.entropy_weight}
         return TransferStep(model, optimizer, **how)
     if phase.step == "distill":
-        shares = phase.linearized and WEIGHTS not in phase.rates
-        teacher = init.teacher(run, model, device, shares=shares, group=group, sharding=sharding)
+        teacher = init.teacher(run, model, device, shares=phase.shares_teacher, group=group, sharding=sharding)
         return DistillStep(model, optimizer, teacher=teacher, share=config.distill.share, **how)
     step = Step(model, optimizer, **how)
     return GraphedStep(step) if _graphed(config, device, sharding, compiled) else step

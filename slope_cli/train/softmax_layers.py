@@ -146,6 +146,17 @@ def _evenly(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return values if len(values) <= count else values[np.arange(count) * len(values) // count]
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of each row of log-probabilities, (..., V) -> (...), float64.
+
+    Of p near q it is quadratic in their difference, so that it drowns in float32's rounding, and in the sum of
+    p · (log p - log q), whose terms are linear in it. With q - p, which sums to 0, no term is negative.
+    """
+    log_p, log_q = log_p.double(), log_q.double()
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) + (q - p)).sum(-1)
+
+
 class Divergence:
     """Trials of a linearized model on a probe; calling it takes one evaluation."""
 
@@ -165,7 +176,7 @@ class Divergence:
         """The trial of some layers, numbered as the linearized ones."""
         with using(self._model, mode="softmax", names=[self._names[layer] for layer in layers]):
             pairs = zip(self._teacher, self._log_p(), strict=True)
-            kl_P = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).double().cpu()
+            kl_P = torch.cat([divergence(p, q) for p, q in pairs]).cpu()
         text, items = (
             float(kl_P[of_kind].mean()) if of_kind.any() else None
             for of_kind in (~self._probe.items_P, self._probe.items_P)
@@ -186,12 +197,20 @@ class Divergence:
 
 
 def trial_lines(setting: str, chosen: Sequence[int], trials: Sequence[Trial]) -> Iterator[str]:
-    """The table that layers were chosen by, for the terminal."""
+    """The table that layers were chosen by, for the terminal; last, whether fewer layers were as good."""
     yield f"keep_softmax={setting}: divergence from the softmax model where it must recall, by the layers with softmax"
     for trial in trials:
         parts = [
-            f"{name} {mean:.4f}" for name, mean in (("text", trial.text), ("items", trial.items)) if mean is not None
+            f"{name} {mean:.4g}" for name, mean in (("text", trial.text), ("items", trial.items)) if mean is not None
         ]
-        layers = ", ".join(map(str, trial.layers)) or "none"
         kept = "  kept" if list(trial.layers) == list(chosen) else ""
-        yield f"  {layers:12} {trial.divergence:.4f}  ({', '.join(parts)}){kept}"
+        yield f"  {_names(trial):12} {trial.divergence:<9.4g}  ({', '.join(parts)}){kept}"
+    (own,) = (trial for trial in trials if list(trial.layers) == list(chosen))
+    best = min(trials, key=lambda trial: (trial.divergence, len(trial.layers)))
+    if len(best.layers) < len(chosen):
+        fewer = f"with softmax in fewer layers ({_names(best)})"
+        yield f"warning: {fewer} the divergence is no larger than with {_names(own)}"
+
+
+def _names(trial: Trial) -> str:
+    return ", ".join(map(str, trial.layers)) or "none"
