@@ -49,6 +49,7 @@ TRAINED = ("mqar", "needle", "copying")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "additive": (),
     "gated": ("linearize.state=gated",),
+    "delta": ("linearize.state=delta",),
     "cache-64": ("linearize.cache=64",),
     "cache-256": ("linearize.cache=256",),
     "auto": ("linearize.keep_softmax=auto:{quarter}",),
