@@ -16,8 +16,8 @@ Attention is then the softmax over the window, y_n, and beside it what the far k
 
 phi is a learned matrix of each head and a length of 1, as in these papers, whose q and k are projections that are
 trained for it; those of a model that learned softmax attention are not. lambda_n and beta_j are sigmoids of linear
-functions of q_n and k_j. One of the scores of the window would do for lambda_n, too, if far keys were as good as the
-sum of their exponentials; it learned slower.
+functions of q_n and k_j. A lambda_n that also depends on the window's scores, as the far keys' share does in `attend`,
+learned slower.
 
 Shape suffixes: B sequences, H query heads, G KV heads, P query heads for each KV head, T tokens, S keys (as in
 `linear_attention`), F features, D head dimension, N chunks, C tokens in a chunk, M = N + 1 states, R = C + 1 (before
@@ -167,11 +167,11 @@ def _chunked(x_BHTI: Tensor, chunk: int) -> Tensor:
 @torch.library.custom_op("slope::delta_states", mutates_args=())
 def _states(kept_BGNFF: Tensor, added_BGNFD: Tensor, first_BGFD: Tensor) -> Tensor:
     """s_0 = first, s_n+1 = kept_n · s_n + added_n: (B, G, M, F, D)."""
-    states = [first_BGFD]
+    states = [first_BGFD.flatten(0, 1)]
     with torch.autocast(first_BGFD.device.type, enabled=False):
-        for kept_BGFF, added_BGFD in zip(kept_BGNFF.unbind(2), added_BGNFD.unbind(2), strict=True):
-            states.append(added_BGFD + kept_BGFF @ states[-1])
-    return torch.stack(states, dim=2)
+        for kept, added in zip(kept_BGNFF.flatten(0, 1).unbind(1), added_BGNFD.flatten(0, 1).unbind(1), strict=True):
+            states.append(torch.baddbmm(added, kept, states[-1]))
+    return torch.stack(states, dim=1).unflatten(0, first_BGFD.shape[:2])
 
 
 @_states.register_fake
