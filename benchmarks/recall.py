@@ -48,6 +48,7 @@ TRAINED = ("mqar", "needle", "copying")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "additive": (),
     "gated": ("linearize.state=gated",),
+    "delta": ("linearize.state=delta",),
     "cache-16": ("linearize.cache=16",),
     "cache-64": ("linearize.cache=64",),
     "cache-256": ("linearize.cache=256",),
@@ -89,7 +90,7 @@ class Scale:
     text: int
     micro: int
     batches: str
-    variants: tuple[str, ...] = ("additive", "gated", "cache-64", "cache-256", "auto")
+    variants: tuple[str, ...] = ("additive", "gated", "delta", "cache-64", "cache-256", "auto")
     words: tuple[str, ...] = ()
 
 
@@ -124,7 +125,7 @@ SCALES = {
         text=1 << 16,
         micro=16,
         batches="1,16",
-        variants=("additive", "gated", "cache-16", "cache-64", "auto"),
+        variants=("additive", "gated", "delta", "cache-16", "cache-64", "auto"),
         words=("train.device=cpu",),
     ),
     "tiny": Scale(

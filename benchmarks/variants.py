@@ -51,6 +51,7 @@ QUARTER = "quarter-softmax"
 KINDS: dict[str, LinearizeConfig] = {
     "linearized": LinearizeConfig(),
     "linearized-gated": LinearizeConfig(state="gated"),
+    "linearized-delta": LinearizeConfig(state="delta"),
     "linearized-cache-64": LinearizeConfig(cache=64),
     "linearized-cache-256": LinearizeConfig(cache=256),
     f"linearized-{QUARTER}": LinearizeConfig(),

@@ -124,6 +124,7 @@ def test_each_kind_of_attention_remembers_what_it_needs_of_a_text() -> None:
         "dense": 3 * 4 * 200 * pair,
         "linearized": 3 * 4 * additive + ring,
         "linearized-gated": 3 * 4 * additive + ring,
+        "linearized-delta": 3 * 4 * (63 * (pair + 1) + 2 * 8 * 8 * 4 + 8) + ring,
         "linearized-cache-64": 3 * 4 * cached(64) + ring,
         "linearized-cache-256": 3 * 4 * cached(256) + ring,
         "linearized-quarter-softmax": 3 * (3 * additive + 200 * pair) + ring * 3 // 4,

@@ -712,6 +712,7 @@ def test_the_largest_seed_and_existing_devices_are_accepted(word: str) -> None:
             "linearize.transfer=0",
         ),
         ("method=linearize adapters.rank=0 linearize.targets=[q]", "linearize.targets=['q']", "adapters.rank=0"),
+        ("method=linearize linearize.state=delta linearize.mix=0.5", "linearize.mix=0.5", "linearize.state=delta"),
     ],
 )
 def test_a_word_without_effect_is_named_with_its_cause(words: str, idle: str, why: str) -> None:

@@ -142,6 +142,7 @@ def test_scaled_rotary_positions(rope_type: str) -> None:
         {"window": 4, "kind": "terrace"},
         {"window": 4, "cache": 6},
         {"window": 5, "state": "gated"},
+        {"window": 5, "state": "delta"},
         {"window": 1},
         {"window": 8, "keep_softmax": [1]},
         {"window": 4, "kind": "terrace", "state": "gated"},

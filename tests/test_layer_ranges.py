@@ -83,7 +83,12 @@ def assert_equal_but_for_rounding(one: list[dict[str, Any]], other: list[dict[st
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gpt2", ()), slow("llama", ("linearize.keep_softmax=auto:1", "distill.share=0.5")), slow("bert", ())],
+    [
+        ("gpt2", ()),
+        slow("llama", ("linearize.keep_softmax=auto:1", "distill.share=0.5")),
+        slow("llama", ("linearize.state=delta",)),
+        slow("bert", ()),
+    ],
 )
 def test_ranges_learn_what_all_layers_at_once_do(kind: str, more: tuple[str, ...]) -> None:
     """Bit for bit where products are in float32: maps, optimizer state, adapters; the log but for sums' rounding."""

@@ -209,12 +209,20 @@ def test_dropped_windows_leave_the_linear_branch() -> None:
     torch.testing.assert_close(y, torch.where(dropped[:, :, None, None], linear, both), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [{"window": 5}, {"window": 1}, {"window": 4, "kind": "terrace"}], ids=str)
-@pytest.mark.parametrize("state", ["additive", "gated"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        form | {"state": state}
+        for form in ({"window": 5}, {"window": 1}, {"window": 4, "kind": "terrace"})
+        for state in ("additive", "gated", "delta")
+        if "kind" not in form or state != "delta"
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], state: str, padded: bool, in_place: bool) -> None:
-    length, linear = 150, window_linear(**form, state=state)
+def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], padded: bool, in_place: bool) -> None:
+    length, linear = 150, window_linear(**form)
     q, k, v = qkv(length)
     keep = padding(length) if padded else None
     with torch.set_grad_enabled(not in_place):  # with gradients single tokens are chunks of one
@@ -236,7 +244,7 @@ def _compare_splits(linear: LinearWindow, q: Tensor, k: Tensor, v: Tensor, keep:
         assert memory.get_seq_length() == length
 
 
-@pytest.mark.parametrize("state", ["additive", "gated"])
+@pytest.mark.parametrize("state", ["additive", "gated", "delta"])
 def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt(state: str) -> None:
     linear = window_linear(window=5, state=state)
     memory, sizes = linear.new_cache(), []
@@ -251,7 +259,14 @@ def test_the_state_is_of_one_size_and_the_window_no_view_of_the_prompt(state: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form", [{"window": 16}, {"window": 16, "kind": "terrace"}, {"window": 16, "state": "gated"}], ids=str
+    "form",
+    [
+        {"window": 16},
+        {"window": 16, "kind": "terrace"},
+        {"window": 16, "state": "gated"},
+        {"window": 16, "state": "delta"},
+    ],
+    ids=str,
 )
 @torch.no_grad()
 def test_bfloat16_inputs_with_a_float32_state_stay_accurate(form: dict[str, Any]) -> None:
@@ -280,7 +295,7 @@ def test_autocast_does_not_reach_it() -> None:
     torch.testing.assert_close(inside, linear(q, k, v, SCALE), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("state", ["additive", "gated"])
+@pytest.mark.parametrize("state", ["additive", "gated", "delta"])
 def test_time_and_memory_are_linear_in_length(state: str) -> None:
     """No tensor that autograd keeps grows faster than the sequence."""
 

@@ -21,7 +21,7 @@ from sparse_kernels import add_adapters
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:The .grad")]
 
 
-@pytest.fixture(params=["additive", "gated"])
+@pytest.fixture(params=["additive", "gated", "delta"])
 def model(request: pytest.FixtureRequest) -> Any:
     """Grouped heads, two layers."""
     torch._dynamo.reset()
@@ -105,7 +105,7 @@ def test_compiled_steps_of_transfer(without_kernels: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["additive", "gated"])
+@pytest.mark.parametrize("state", ["additive", "gated", "delta"])
 def test_compiled_steps_of_adapters(without_kernels: None, state: str) -> None:
     batch, found = {"input_ids": tokens(80), "labels": tokens(80).roll(-1, 1)}, []
     for compiled in (False, True):

@@ -57,9 +57,11 @@ def close(actual: Tensor, expected: Tensor, atol: float = TOLERANCE) -> None:
 def test_a_window_over_everything_is_the_original_model(name: str) -> None:
     model, ids_BT = tiny_model(name), tokens(60)
     original, far = logits(model, ids_BT), 0.0
-    forms = [{"window": 60}] if name == "bert-base" else [{"window": 60}, {"window": 30, "kind": "terrace"}]
+    forms: list[dict[str, Any]] = [{"window": 60}]
+    if name != "bert-base":
+        forms += [{"window": 30, "kind": "terrace"}, {"window": 60, "state": "delta"}]
     for form in forms:
-        linearize_attention(model, LinearizeConfig(**form))  # type: ignore[arg-type]
+        linearize_attention(model, LinearizeConfig(**form))
         randomize(model)
         close(logits(model, ids_BT), original, 1e-4)
         restore_attention(model)
@@ -304,6 +306,7 @@ def test_what_was_saved_of_another_model_is_refused() -> None:
         ("llama3-8b", {"feature_map": "t2r"}, "is only in the saved maps"),
         ("llama3-8b", {"keep_softmax": [0]}, "is only in the model"),
         ("llama3-8b", {"state": "gated"}, "is only in the saved maps"),
+        ("llama3-8b", {"state": "delta"}, "is only in the saved maps"),
         ("gpt2-nano", {}, "is only in"),
     ]:
         state = added_state(linearized(name, **settings))
@@ -359,8 +362,9 @@ def test_models_that_cannot_be_linearized() -> None:
         linearize_attention(model, LinearizeConfig())
     with pytest.raises(UsageError, match="two-sided"):
         linearize_attention(tiny_model("bert-base"), LinearizeConfig(kind="terrace"))
-    with pytest.raises(UsageError, match="state=gated: has no meaning in a two-sided model"):
-        linearize_attention(tiny_model("bert-base"), LinearizeConfig(state="gated"))
+    for state in ("gated", "delta"):
+        with pytest.raises(UsageError, match=f"state={state}: has no meaning in a two-sided model"):
+            linearize_attention(tiny_model("bert-base"), LinearizeConfig(state=state))
     config = GPTNeoXConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UsageError, match="'gpt_neox' is not supported"):
         linearize_attention(GPTNeoXForCausalLM(config), LinearizeConfig())

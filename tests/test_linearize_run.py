@@ -348,6 +348,7 @@ ADJUSTED = [
     ("linearize.adjust_maps=true",),
     ("distill.share=0.5",),
     ("linearize.state=gated",),
+    ("linearize.state=delta",),
     ALL,
     (*ALL, "linearize.state=gated", "adapters.rank=0"),
 ]
@@ -786,6 +787,26 @@ def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     assert_export_is_the_run(done.run, folder, models)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "sparse"])
+def test_a_state_of_the_delta_rule_is_trained_exported_and_decoded(kind: str, tmp_path: Path) -> None:
+    done, folder = linearized(kind, "linearize.state=delta"), tmp_path / "export"
+    transfer = done.records("transfer")
+    assert transfer[-1]["mse"] < transfer[0]["mse"]
+    (swapped,), (transferred, adjusted) = map(done.records, ("swapped", "val"))
+    assert adjusted["loss"] < transferred["loss"] < swapped["loss"]
+    assert slope("export", done.run, folder).code == 0
+    models = [load_model(place).model for place in (done.run, folder)]
+    for linear in linear_windows(models[0]).values():
+        assert linear.gate is not None
+        assert linear.beta is not None
+        assert linear.share is not None
+        assert all((part.weight != 0).all() for part in (linear.gate, linear.beta, linear.share))
+    assert_export_is_the_run(done.run, folder, models)
+    branches = {name: slope("eval", done.run, "--branch", name, "--json") for name in ("both", "window", "linear")}
+    found = {name: json.loads(said.out)["perplexity"]["perplexity"] for name, said in branches.items()}
+    assert found["both"] < min(found["window"], found["linear"])
+
+
 def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     assert slope("export", linearized("dense").run, folder).code == 0
@@ -827,6 +848,21 @@ def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: s
 def test_a_gated_state_that_cannot_be_is_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     line = fault("linearize.state=gated", *words, "--out", tmp_path / "run")
     assert line.startswith(f"linearize.state=gated: {message}")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("linearize.cache=6", "linearize.state=delta: the exact cache ranks tokens by an additive state"),
+        ("linearize.kind=terrace", "linearize.state=delta: by the delta rule tokens join the state one at a time"),
+        (
+            "linearize.entropy_weight=1",
+            "linearize.entropy_weight=1.0: a state of the delta rule gives tokens no weights",
+        ),
+    ],
+)
+def test_a_state_of_the_delta_rule_that_cannot_be_is_one_line(word: str, message: str, tmp_path: Path) -> None:
+    assert fault("linearize.state=delta", word, "--out", tmp_path / "run").startswith(message)
 
 
 @pytest.mark.parametrize(

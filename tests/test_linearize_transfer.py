@@ -70,7 +70,11 @@ def test_the_loss_is_of_both_attentions_of_the_same_q_k_v(name: str) -> None:
         torch.testing.assert_close(losses[key].total, 1000 * losses[key].mse)
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), {"window": 5, "causal": False}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [form for form in [*FORMS.values(), {"window": 5, "causal": False}] if form.get("state") != "delta"],
+    ids=str,
+)
 def test_the_entropy_is_that_of_the_whole_weights(form: dict[str, Any]) -> None:
     form = dict(form)
     name = "gpt2-nano" if form.pop("causal", True) else "bert-base"

@@ -107,8 +107,9 @@ def test_feature_maps_do_not_decay_towards_zero() -> None:
     assert {decay for name, decay in groups if name == MAPS} == {0.0}
 
 
-def test_gates_are_in_the_group_of_adapters() -> None:
-    model = linearized("gpt2-nano", window=5, state="gated")
+@pytest.mark.parametrize("state", ["gated", "delta"])
+def test_gates_are_in_the_group_of_adapters(state: str) -> None:
+    model = linearized("gpt2-nano", window=5, state=state)
     optimizer = optimizer_of(model, tiny("unused", "adapters.weight_decay=0.2"))
     gates = [p for window in linear_windows(model).values() if window.gate for p in window.gate.parameters()]
     (group,) = [group for group in optimizer.param_groups if group["group"] == ADAPTERS]

@@ -162,6 +162,8 @@ def test_each_phase_says_what_is_trained_at_which_rate() -> None:
     assert groups(*every)[2:] == [[WEIGHTS, ADAPTERS, MAPS]] * 2
     assert groups(*every, "adapters.rank=0")[2:] == [[WEIGHTS, MAPS]] * 2
     assert groups(*every, "adapters.rank=0", "linearize.state=gated")[2:] == [[WEIGHTS, ADAPTERS, MAPS]] * 2
+    alone = ("method=linearize", "linearize.state=delta", "linearize.transfer=1")
+    assert groups(*alone) == [[MAPS]] * 4  # its gates stay 1
     rates = in_each_step(*every, "optim.lr=0.5", "adapters.lr=0.25")[3].rates
     assert [rates[group].peak for group in (WEIGHTS, ADAPTERS, MAPS)] == [0.5, 0.25, 0.25]
     assert {(rate.first, rate.last) for rate in rates.values()} == {(2, 4)}

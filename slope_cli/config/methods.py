@@ -130,9 +130,10 @@ class LinearizeConfig(Section, section="linearize"):
     cache: int = setting(0, unit="entries of a KV head", example="64")
     """How many far tokens keep exact keys and values beside the window: the first ones, and those whose values the
     linear branch predicts worst. Tokens then leave the window by blocks of linearize.window. 0 for none."""
-    state: str = setting("additive", "additive", "gated")
+    state: str = setting("additive", "additive", "gated", "delta")
     """What a far token does to the state of the linear branch: additive, it adds to it; gated, it first decays what is
-    there, by a factor of its key and its KV head that is 1 at first and is trained with the adapters."""
+    there, by a factor of its key and its KV head that is 1 at first and is trained with the adapters; delta, it also
+    replaces a share of what the state says of its key by its value (the gated delta rule)."""
     feature_map: str = setting("hedgehog", *FEATURE_MAPS)
     """The feature map of the linear branch: hedgehog, phi(x) = [softmax(xW), softmax(-xW)], or t2r,
     phi(x) = relu(xW + b)."""
@@ -182,6 +183,11 @@ class LinearizeConfig(Section, section="linearize"):
         return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.removeprefix("auto:"))
 
     @property
+    def gated(self) -> bool:
+        """Whether the state decays by gates, which are trained with the adapters."""
+        return self.state != "additive"
+
+    @property
     def every(self) -> bool:
         """Whether all weights are trained after the transfer."""
         return self.train == "all" and self.transfer < 1
@@ -196,7 +202,12 @@ class LinearizeConfig(Section, section="linearize"):
         self._positive("window", "transfer_lr", "mse_weight")
         self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
         rule = "the exact cache ranks tokens by an additive state; set linearize.cache=0"
-        self._need(not (self.cache and self.state == "gated"), "state", rule)
+        self._need(not (self.cache and self.gated), "state", rule)
+        if self.state == "delta":
+            rule = "by the delta rule tokens join the state one at a time; set linearize.kind=standard"
+            self._need(self.kind == "standard", "state", rule)
+            rule = "a state of the delta rule gives tokens no weights to compare; set it to 0"
+            self._need(self.entropy_weight == 0, "entropy_weight", rule)
         if self.features is not None:
             self._positive("features")
         self._need(0 < self.mix < 1, "mix", "must be above 0 and below 1")
@@ -215,7 +226,7 @@ class LinearizeConfig(Section, section="linearize"):
         self._need(self.cache == 0 or self.cache < far, "cache", f"{rule}, or the linear branch has nothing to learn")
         after = self.transfer < 1 and (self.every or config.adapters.rank > 0)
         rule = "its gates are trained with the adapters; set linearize.transfer below 1, and adapters.rank"
-        self._need(after or self.state == "additive", "state", rule)
+        self._need(after or self.state != "gated", "state", rule)
         between = config.train.step_at(self.transfer) > 0 and after
         rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
         self._need(between or not self.chosen, "keep_softmax", rule)
@@ -224,10 +235,12 @@ class LinearizeConfig(Section, section="linearize"):
         config.train.cuda_graph = False
 
     def unused(self, config: Config) -> dict[str, str]:
+        delta = ("feature_map", "features", "mix") if self.state == "delta" else ()
+        found = dict.fromkeys(delta, "linearize.state=delta")
         if self.transfer == 0:
             idle = ("transfer_lr", "mse_weight", "entropy_weight", "layers_at_once", "scratch")
-            return dict.fromkeys(idle, "linearize.transfer=0")
-        found = {} if self.layers_at_once else {"scratch": "linearize.layers_at_once=0"}
+            return found | dict.fromkeys(idle, "linearize.transfer=0")
+        found |= {} if self.layers_at_once else {"scratch": "linearize.layers_at_once=0"}
         if self.transfer == 1:
             return found | dict.fromkeys(("train", "targets", "adjust_maps"), "linearize.transfer=1")
         found |= {"adjust_maps": "linearize.train=all"} if self.every else {}

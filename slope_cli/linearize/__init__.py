@@ -4,6 +4,7 @@ A transformation of models, independent of runs:
 
 maps.py              the learned feature maps, Hedgehog and T2R
 gate.py              the gate of a gated state
+delta.py             the delta rule, and attention with its state
 linear_attention.py  the mathematics of a layer, in chunks: no modules, no transformers
 exact_cache.py       the same with an exact cache
 decode.py            the same for one token at a time, in place

@@ -18,7 +18,8 @@ from slope_cli.linearize.linear_attention import Attended, Entries, Maps, Patter
 class Remembered(NamedTuple):
     """What a LinearWindow reads of a sequence, the new tokens included.
 
-    keys, values: (B, G, S, D). keep: (B, S), bool, which of them are real. state: (B, G, F, E), of the tokens before.
+    keys, values: (B, G, S, D). keep: (B, S), bool, which of them are real. state: (B, G, F, E), of the tokens before;
+    with the delta rule, here and below, (B, G, F, D).
     first: (B,), the position of the first new token, counted from the first real one. entries: of the exact cache, if
     the layer has one.
     """
@@ -50,14 +51,15 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     Beside the state there are the entries of the exact cache, if the pattern has one.
 
     The W are a ring buffer: the next token replaces the oldest. Left padding is kept as tokens that are not real. Beams
-    are reordered as in every cache; tokens cannot be removed (`crop`), because the state is a sum.
+    are reordered as in every cache; tokens cannot be removed (`crop`), because the state forgets which they were.
     """
 
     is_sliding = False
 
-    def __init__(self, pattern: Pattern, features: int) -> None:
+    def __init__(self, pattern: Pattern, features: int, *, summed: bool = True) -> None:
+        """summed: the state is a sum, with a column for its denominator, and not the delta rule's."""
         super().__init__()
-        self.pattern, self.features, self.seen = pattern, features, 0
+        self.pattern, self.features, self.summed, self.seen = pattern, features, summed, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty memory, for keys and values like these (B, G, any, D)."""
@@ -66,7 +68,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.keys, self.values = key_states.new_zeros(B, G, W, D), value_states.new_zeros(B, G, W, D)
         self.keep_BW = torch.zeros(B, W, dtype=torch.bool, device=self.device)
-        self.state_BGFE = key_states.new_zeros(B, G, self.features, D + 1, dtype=precise)
+        self.state_BGFE = key_states.new_zeros(B, G, self.features, D + self.summed, dtype=precise)
         self.oldest_1 = torch.zeros(1, dtype=torch.long, device=self.device)
         self.tokens_B = torch.zeros(
             B, dtype=torch.long, device=self.device
@@ -132,7 +134,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.pattern, self.features)  # type: ignore[misc]
+        self.__init__(self.pattern, self.features, summed=self.summed)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each sequence the memory of the beam that it continues."""
@@ -168,7 +170,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
 
     def first(self, rows: int) -> "LinearWindowCache":
         """The memory of the first sequences: what is changed in place is changed in this one, too."""
-        view = LinearWindowCache(self.pattern, self.features)
+        view = LinearWindowCache(self.pattern, self.features, summed=self.summed)
         view.dtype, view.device, view.oldest_1, view.is_initialized = self.dtype, self.device, self.oldest_1, True
         for name, tensor in self.tensors().items():
             setattr(view, name, tensor[:rows])
@@ -201,18 +203,22 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
 
 
 def absorb_oldest(ring: Ring, maps: Maps) -> None:
-    """In place: the oldest key and value join the state, by their gate if it is gated; `replace_oldest` comes after it.
+    """In place: the oldest key and value join the state, by their gate and beta if they have; then `replace_oldest`.
 
     In both, no shape depends on the data and the host reads nothing of the device: a CUDA graph can hold them.
     """
     dtype = ring.state.dtype
     old_k_BG1D, old_v_BG1D = (remembered.index_select(2, ring.oldest) for remembered in (ring.keys, ring.values))
-    old_keep_B1 = ring.keep.index_select(1, ring.oldest)
-    old_v_BG1E = with_ones(old_v_BG1D.to(dtype)) * old_keep_B1[:, None, :, None]
-    old_k_BG1D = old_k_BG1D.to(dtype)
+    old_keep_B11 = ring.keep.index_select(1, ring.oldest)[:, None]
+    old_k_BG1D, old_v_BG1D = old_k_BG1D.to(dtype), old_v_BG1D.to(dtype)
+    phi_BG1F = maps.k(old_k_BG1D)
     if maps.gate is not None:
-        ring.state.mul_((maps.gate(old_k_BG1D) * old_v_BG1E[..., -1]).exp()[..., None])
-    ring.state.addcmul_(maps.k(old_k_BG1D).mT, old_v_BG1E)
+        ring.state.mul_((maps.gate(old_k_BG1D) * old_keep_B11).exp()[..., None])
+    if maps.beta is None:
+        added_BG1E = with_ones(old_v_BG1D) * old_keep_B11[..., None]
+    else:
+        added_BG1E = (maps.beta(old_k_BG1D) * old_keep_B11)[..., None] * (old_v_BG1D - phi_BG1F @ ring.state)
+    ring.state.addcmul_(phi_BG1F.mT, added_BG1E)
 
 
 def replace_oldest(ring: Ring, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slope_cli.linearize.cache import LinearWindowCache, Ring, absorb_oldest, replace_oldest
+from slope_cli.linearize.delta import mixed
 from slope_cli.linearize.linear_attention import Branch, Maps, exp_below_max, normalised
 
 
@@ -22,7 +23,7 @@ def decode(
     k_BG1D: Tensor,
     v_BG1D: Tensor,
     keep_B1: Tensor | None,
-    mix_H: Tensor,
+    mix_H: Tensor | None,
     maps: Maps,
     scale: float,
     memory: LinearWindowCache,
@@ -32,7 +33,8 @@ def decode(
 ) -> Tensor:
     """y (B, H, 1, D) of one new token, float32 (float64 if k is); `memory` then remembers the token.
 
-    keep_B1: bool, False where the token is padding; None if it is none. The others as in `attend`.
+    keep_B1: bool, False where the token is padding; None if it is none. mix_H: None for the delta rule. The others as
+    in `attend`.
     """
     step, ring = _compiled_step() if compiled else _step, memory.ring()
     keep_B1 = memory.keep_BW.new_ones(len(q_BH1D), 1) if keep_B1 is None else keep_B1
@@ -51,7 +53,7 @@ def _step(
     k_BG1D: Tensor,
     v_BG1D: Tensor,
     keep_B1: Tensor,
-    mix_H: Tensor,
+    mix_H: Tensor | None,
     maps: Maps,
     scale: float,
     ring: Ring,
@@ -62,14 +64,20 @@ def _step(
     q_BGPD = q_BH1D.reshape(B, G, -1, D)
     keep_BK = torch.cat([ring.keep, keep_B1], dim=1)
     scores_BGPK = torch.cat([_product(q_BGPD, ring.keys.mT), _product(q_BGPD, k_BG1D.mT)], dim=-1)
-    gamma_GP1 = mix_H.to(dtype).view(G, -1, 1)
-    near_BGPK = gamma_GP1 * exp_below_max(scale * scores_BGPK, keep_BK[:, None, None])
+    near_BGPK = exp_below_max(scale * scores_BGPK, keep_BK[:, None, None])
+    if mix_H is not None:
+        near_BGPK = near_BGPK * mix_H.to(dtype).view(G, -1, 1)
     y_BGPD = _product(near_BGPK[..., :-1], ring.values) + near_BGPK[..., -1:] * v_BG1D.to(dtype)
     near_BGPE = torch.cat([y_BGPD, near_BGPK.sum(-1, keepdim=True)], dim=-1)
-    phi_q_BGPF = maps.q(q_BH1D * (scale * D**0.5)).reshape(B, G, H // G, -1)
-    y_BGPD = normalised(near_BGPE, _product(phi_q_BGPF, ring.state), branch)
+    scaled_BH1D = q_BH1D * (scale * D**0.5)
+    far_BGPE = _product(maps.q(scaled_BH1D).reshape(B, G, H // G, -1), ring.state)
+    if maps.share is None:
+        y_BH1D = normalised(near_BGPE, far_BGPE, branch).reshape(B, H, 1, D)
+    else:
+        y_BH1D = normalised(near_BGPE, None, branch).reshape(B, H, 1, D)
+        y_BH1D = mixed(y_BH1D, far_BGPE.reshape(B, H, 1, D), maps.share(scaled_BH1D), branch)
     absorb_oldest(ring, maps)
-    return y_BGPD.reshape(B, H, 1, D)
+    return y_BH1D
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -85,12 +85,15 @@ class Pattern:
 class Maps(NamedTuple):
     """The feature maps of queries, (B, H, T, D) -> (B, H, T, F), and of keys, (B, G, S, D) -> (B, G, S, F).
 
-    gate: of a gated state the logarithms of the gates of keys, (B, G, S, D) -> (B, G, S).
+    gate: of a gated state, and of the delta rule's, the logarithms of the gates of keys, (B, G, S, D) -> (B, G, S).
+    beta, share: of the delta rule (see `delta`), of keys as the gate, and of queries, (B, H, T, D) -> (B, H, T).
     """
 
     q: Callable[[Tensor], Tensor]
     k: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor] | None = None
+    beta: Callable[[Tensor], Tensor] | None = None
+    share: Callable[[Tensor], Tensor] | None = None
 
 
 class Entries(NamedTuple):
@@ -165,14 +168,12 @@ def attend(
         q_BHTD, k_BGSD, v_BGSD = q_BHTD.to(dtype), k_BGSD.to(dtype), v_BGSD.to(dtype)
         T, D, S = q_BHTD.shape[2], q_BHTD.shape[3], k_BGSD.shape[2]
         cut = _layout(T, S, pattern)
-        keep_BS = q_BHTD.new_ones(len(q_BHTD), S, dtype=torch.bool) if keep_BS is None else keep_BS
-        keep_BS = F.pad(keep_BS, (cut.left, cut.right))
-        k_BGSD = F.pad(k_BGSD, (0, 0, cut.left, cut.right))
-        v_BGSE = F.pad(with_ones(v_BGSD), (0, 0, cut.left, cut.right)) * keep_BS[:, None, :, None]
+        k_BGSD, v_BGSE, keep_BS = _padded(k_BGSD, v_BGSD, keep_BS, cut)
         near, far = _masks(cut, pattern, first_B, q_BHTD.device)
 
         q_BGNPCD = _chunked(q_BHTD, k_BGSD.shape[1], cut)
-        near_BGNPCK = _near_weights(q_BGNPCD, k_BGSD, keep_BS, mix_H, near, scale, cut)
+        near_BGNPCK = _near_weights(q_BGNPCD, k_BGSD, keep_BS, near, scale, cut)
+        near_BGNPCK = near_BGNPCK * mix_H.to(dtype).view(k_BGSD.shape[1], 1, -1, 1, 1)
         scaled_BHTD = q_BHTD * (scale * D**0.5)
         far_BGNPCJ, far_BGNPCE, new_state_BGFE = _far(
             scaled_BHTD, k_BGSD, v_BGSE, state_BGFE, maps, far[..., : cut.far], cut, pattern
@@ -185,8 +186,19 @@ def attend(
             far_BGNPCE = banded_BGNPCE if far_BGNPCE is None else far_BGNPCE + banded_BGNPCE
         dropped_BGNPCE = None if dropped_BH is None else dropped_BH.view(len(q_BHTD), k_BGSD.shape[1], 1, -1, 1, 1)
         y_BGNPCD = normalised(near_BGNPCK @ v_BGN1KE, far_BGNPCE, branch, dropped_BGNPCE)
-        y_BHTD = y_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
-        return Attended(y_BHTD, new_state_BGFE)
+        return Attended(_joined(y_BGNPCD, T), new_state_BGFE)
+
+
+def window_softmax(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, keep_BS: Tensor | None, pattern: Pattern, scale: float
+) -> Tensor:
+    """Softmax attention to the near keys alone, y (B, H, T, D), in the precision of q; no terrace. Others as above."""
+    T, S = q_BHTD.shape[2], k_BGSD.shape[2]
+    cut = _layout(T, S, pattern)
+    k_BGSD, v_BGSE, keep_BS = _padded(k_BGSD, v_BGSD, keep_BS, cut)
+    near, _ = _masks(cut, pattern, None, q_BHTD.device)
+    near_BGNPCK = _near_weights(_chunked(q_BHTD, k_BGSD.shape[1], cut), k_BGSD, keep_BS, near, scale, cut)
+    return _joined(normalised(near_BGNPCK @ _bands(v_BGSE, cut, cut.band)[:, :, :, None], None, "window"), T)
 
 
 def with_ones(v_BGSD: Tensor) -> Tensor:
@@ -260,11 +272,24 @@ def _masks(cut: _Layout, pattern: Pattern, first_B: Tensor | None, device: torch
     return pattern.masks(queries, keys)
 
 
+def _padded(k_BGSD: Tensor, v_BGSD: Tensor, keep_BS: Tensor | None, cut: _Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values with a column of ones, which are 0 for padding, and keep, all with zeros before and after them."""
+    keep_BS = k_BGSD.new_ones(len(k_BGSD), k_BGSD.shape[2], dtype=torch.bool) if keep_BS is None else keep_BS
+    keep_BS = F.pad(keep_BS, (cut.left, cut.right))
+    around = (0, 0, cut.left, cut.right)
+    return F.pad(k_BGSD, around), F.pad(with_ones(v_BGSD), around) * keep_BS[:, None, :, None], keep_BS
+
+
 def _chunked(x_BHTD: Tensor, groups: int, cut: _Layout) -> Tensor:
     """(B, H, T, D) -> (B, G, N, P, C, D), zeros where the last chunk is not full."""
     B, _, T, D = x_BHTD.shape
     x_BHTD = F.pad(x_BHTD, (0, 0, 0, cut.chunks * cut.chunk - T))
     return x_BHTD.reshape(B, groups, -1, cut.chunks, cut.chunk, D).transpose(2, 3)
+
+
+def _joined(x_BGNPCD: Tensor, queries: int) -> Tensor:
+    """The inverse of `_chunked`: (B, H, T, D)."""
+    return x_BGNPCD.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :queries]
 
 
 def _bands(x_BGSD: Tensor, cut: _Layout, width: int) -> Tensor:
@@ -281,13 +306,12 @@ def _bands(x_BGSD: Tensor, cut: _Layout, width: int) -> Tensor:
 
 
 def _near_weights(
-    q_BGNPCD: Tensor, k_BGSD: Tensor, keep_BS: Tensor, mix_H: Tensor, near: Tensor, scale: float, cut: _Layout
+    q_BGNPCD: Tensor, k_BGSD: Tensor, keep_BS: Tensor, near: Tensor, scale: float, cut: _Layout
 ) -> Tensor:
-    """gamma · exp(s - c) of the near keys of each band, 0 for the others: (B, G, N, P, C, K)."""
+    """exp(s - c) of the near keys of each band, 0 for the others: (B, G, N, P, C, K)."""
     scores_BGNPCK = scale * (q_BGNPCD @ _bands(k_BGSD, cut, cut.band).mT[:, :, :, None])
     keep_BGNPCK = _bands(keep_BS[:, None, :, None], cut, cut.band).mT[:, :, :, None]
-    gamma = mix_H.to(q_BGNPCD.dtype).view(k_BGSD.shape[1], 1, -1, 1, 1)
-    return gamma * exp_below_max(scores_BGNPCK, near & keep_BGNPCK)
+    return exp_below_max(scores_BGNPCK, near & keep_BGNPCK)
 
 
 def exp_below_max(scores: Tensor, mask: Tensor) -> Tensor:

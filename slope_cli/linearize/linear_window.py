@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.linearize.cache import LinearWindowCache, leading_padding
 from slope_cli.linearize.decode import decode
+from slope_cli.linearize.delta import FIRST_BETA, FIRST_SHARE, Share, attend_delta
 from slope_cli.linearize.exact_cache import attend_cached
 from slope_cli.linearize.gate import Gate
-from slope_cli.linearize.linear_attention import Attended, Branch, Maps, Pattern, attend
+from slope_cli.linearize.linear_attention import Attended, Branch, Entries, Maps, Pattern, attend
 from slope_cli.linearize.maps import make_map
 
 Mode = Literal["linear", "softmax", "transfer"]
@@ -28,7 +29,8 @@ class LinearWindow(nn.Module):
     """Everything that linearizing adds to one attention layer; its name there is `linear`.
 
     Trainable: the feature map of queries (one W for each query head), that of keys (one for each KV head), and `mix`,
-    (H,), whose sigmoid is gamma; with a gated state also the gate of keys (one for each KV head).
+    (H,), whose sigmoid is gamma; with a gated state also the gate of keys (one for each KV head); with the delta rule
+    gate and `beta` of keys, and in the place of `mix` the `share` of queries (one for each query head).
 
     mode: what the layer computes: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
@@ -48,11 +50,14 @@ class LinearWindow(nn.Module):
         generator: Generator,
     ) -> None:
         super().__init__()
-        name, columns = config.feature_map, config.features
+        delta = config.state == "delta"
+        name, columns = ("unit", None) if delta else (config.feature_map, config.features)
         self.map_q = make_map(name, heads, head_dim, columns, generator)
         self.map_k = make_map(name, kv_heads, head_dim, columns, generator)
-        self.gate = Gate(kv_heads, head_dim) if config.state == "gated" else None
-        self.mix = nn.Parameter(torch.full((heads,), math.log(config.mix / (1 - config.mix))))
+        self.gate = Gate(kv_heads, head_dim) if config.gated else None
+        self.beta = Share(kv_heads, head_dim, FIRST_BETA) if delta else None
+        self.share = Share(heads, head_dim, FIRST_SHARE) if delta else None
+        self.mix = None if delta else nn.Parameter(torch.full((heads,), math.log(config.mix / (1 - config.mix))))
         self.pattern = Pattern(config.window, config.kind == "terrace", causal, config.cache)
         self.window_dropout = config.window_dropout
         self.mode: Mode = "linear"
@@ -68,17 +73,22 @@ class LinearWindow(nn.Module):
         """For print(model)."""
         form = "terrace" if self.pattern.terrace else "window"
         cache = f", cache={self.pattern.cache}" if self.pattern.cache else ""
-        cache += "" if self.gate is None else ", gated"
+        cache += ", delta rule" if self.beta is not None else ", gated" if self.gate is not None else ""
         return f"{form}={self.pattern.window}{cache}, mode={self.mode}, branch={self.branch}"
 
     @property
     def maps(self) -> Maps:
-        """The feature maps, and the gate, as functions."""
-        return Maps(self.map_q, self.map_k, self.gate)
+        """The feature maps, and what there is beside them, as functions."""
+        return Maps(self.map_q, self.map_k, self.gate, self.beta, self.share)
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The mix factor of each head, (H,); None with the delta rule."""
+        return None if self.mix is None else self.mix.sigmoid()
 
     def new_cache(self) -> LinearWindowCache:
         """An empty memory of this layer."""
-        return LinearWindowCache(self.pattern, self.map_k.features)
+        return LinearWindowCache(self.pattern, self.map_k.features, summed=self.beta is None)
 
     def forward(
         self,
@@ -102,13 +112,12 @@ class LinearWindow(nn.Module):
             and not self.pattern.blockwise
             and not torch.is_grad_enabled()
         ):
-            gamma_H, maps = self.mix.sigmoid(), self.maps
-            remembered = (memory, self.branch)
-            y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, gamma_H, maps, scale, *remembered, compiled=self.compiled)
+            own = (self.gamma, self.maps, scale, memory, self.branch)
+            y_BH1D = decode(q_BHTD, k_BGTD, v_BGTD, keep_BT, *own, compiled=self.compiled)
             return y_BH1D.to(q_BHTD.dtype)
         read = memory.recall(k_BGTD, v_BGTD, keep_BT)
-        carried = {"state_BGFE": read.state} | ({} if read.entries is None else {"entries": read.entries})
-        attended = self._attend(q_BHTD, read.keys, read.values, scale, read.keep, first_B=read.first, **carried)
+        carried: dict[str, Any] = {"state": read.state, "entries": read.entries, "first_B": read.first}
+        attended = self._attend(q_BHTD, read.keys, read.values, scale, read.keep, **carried)
         memory.remember(read, attended)
         return attended.y.to(q_BHTD.dtype)
 
@@ -121,8 +130,23 @@ class LinearWindow(nn.Module):
         return self._attend(q_BHTD, k_BGTD, v_BGTD, scale, keep_BT, first_B=first_B, dropped_BH=dropped_BH).y
 
     def _attend(
-        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, keep_BS: Tensor | None, **more: Any
+        self,
+        q_BHTD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        scale: float,
+        keep_BS: Tensor | None,
+        *,
+        first_B: Tensor | None,
+        state: Tensor | None = None,
+        entries: Entries | None = None,
+        dropped_BH: Tensor | None = None,
     ) -> Attended:
-        form: Callable[..., Attended] = attend_cached if self.pattern.cache else attend
-        own = (self.mix.sigmoid(), self.maps, self.pattern, scale)
-        return form(q_BHTD, k_BGSD, v_BGSD, keep_BS, *own, branch=self.branch, **more)
+        given, maps, pattern = (q_BHTD, k_BGSD, v_BGSD, keep_BS), self.maps, self.pattern
+        how: dict[str, Any] = {"branch": self.branch, "dropped_BH": dropped_BH}
+        if self.mix is None:
+            return attend_delta(*given, maps, pattern, scale, state_BGFD=state, **how)
+        how |= {"state_BGFE": state, "first_B": first_B}
+        if pattern.cache:
+            return attend_cached(*given, self.mix.sigmoid(), maps, pattern, scale, entries=entries, **how)
+        return attend(*given, self.mix.sigmoid(), maps, pattern, scale, **how)

@@ -6,6 +6,7 @@ F features.
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 FEWEST = 16
 """Minimum columns of a Hedgehog by default: with as few features as small heads have dimensions it learns little."""
@@ -51,12 +52,26 @@ class T2R(FeatureMap):
         return z_BHSM.relu().clamp(min=SMALLEST)
 
 
+class UnitLinear(FeatureMap):
+    """phi(x) = xW / |xW|, the map of the delta rule; F = M."""
+
+    def __init__(self, heads: int, head_dim: int, columns: int, generator: Generator) -> None:
+        super().__init__(heads, head_dim, columns, generator)
+        self.features = columns
+
+    def forward(self, x_BHSD: Tensor) -> Tensor:
+        """The features of each position."""
+        return F.normalize(x_BHSD @ self.weight.to(x_BHSD.dtype), dim=-1)
+
+
 def make_map(name: str, heads: int, head_dim: int, columns: int | None, generator: Generator) -> FeatureMap:
     """The map `name` of `heads` heads; columns None for F = head_dim, in a Hedgehog even and no fewer than 32."""
     if name == "hedgehog":
         return Hedgehog(heads, head_dim, columns or max(FEWEST, (head_dim + 1) // 2), generator)
     if name == "t2r":
         return T2R(heads, head_dim, columns or head_dim, generator)
+    if name == "unit":
+        return UnitLinear(heads, head_dim, columns or head_dim, generator)
     raise ValueError(f"no feature map {name!r}")
 
 

@@ -203,8 +203,8 @@ def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
     if config.cache and not causal:
         raise UsageError(f"cache={config.cache}: has no meaning in a two-sided model; set it to 0")
-    if config.state == "gated" and not causal:
-        raise UsageError("state=gated: has no meaning in a two-sided model; choose additive")
+    if config.gated and not causal:
+        raise UsageError(f"state={config.state}: has no meaning in a two-sided model; choose additive")
 
 
 def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:

@@ -147,6 +147,7 @@ def _entropy(
     linear: LinearWindow, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, keep_BT: Tensor | None
 ) -> Tensor:
     """The mean cross-entropy of weights, held for one chunk of queries at a time, in the backward pass too."""
+    assert linear.mix is not None  # the delta rule has no weights
     (B, _, T, D) = q_BHTD.shape
     if keep_BT is None:
         keep_BT = torch.ones(B, T, dtype=torch.bool, device=q_BHTD.device)

@@ -27,7 +27,7 @@ def linearize(config: Config) -> list[Phase]:
         weights = Rate(first, steps, config.optim.lr, config.optim.warmup)
         late = adapter_rate(config, first) if adapters else weights
         rates = {WEIGHTS: weights} if every else {}
-        rates |= {ADAPTERS: late} if adapters or own.state == "gated" else {}
+        rates |= {ADAPTERS: late} if adapters or own.gated else {}
         rates |= {MAPS: late} if every or own.adjust_maps else {}
         step: StepKind = "distill" if config.distill.share else "train"
         how: dict[str, Any] = {"softmax_layers": own.chosen, "adapters": adapters, "step": step, "rates": rates}

@@ -33,6 +33,8 @@ from slope_cli.train import init
 from sparse_kernels import LayerReport, ModelReport
 
 Row = tuple[str, str]
+ADDED = {"additive": "maps and mix factors", "gated": "maps, mix factors, gates", "delta": "maps, shares, gates"}
+"""What linearizing adds to a layer, by linearize.state."""
 PARTS = [part.name.replace("_", " ") for part in fields(Memory)]
 
 
@@ -256,10 +258,7 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
         ("linear attention", f"in {memory.linear_layers} of {counted(memory.layers, 'layer')}"),
         (weights[0] if _base_run(config) else f"{weights[0]}, as if dense", weights[1]),
         *([("teacher", f"its own copy, {teacher:,} bytes")] if teacher else []),
-        (
-            "maps, mix factors, gates" if config.linearize.state == "gated" else "maps and mix factors",
-            f"{a.map_parameters:,} parameters",
-        ),
+        (ADDED[config.linearize.state], f"{a.map_parameters:,} parameters"),
         ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
         ("training state", f"{state:,} bytes, {state - frozen_bytes - teacher:,} of them of what is trained"),
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),

@@ -48,7 +48,13 @@ def test_a_sliding_window() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [{"window": 5}, {"window": 4, "kind": "terrace"}, {"window": 4, "cache": 6}, {"window": 8, "keep_softmax": [1]}],
+    [
+        {"window": 5},
+        {"window": 4, "kind": "terrace"},
+        {"window": 4, "cache": 6},
+        {"window": 5, "state": "delta"},
+        {"window": 8, "keep_softmax": [1]},
+    ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_linearized_model(form: dict[str, Any], compiled: bool) -> None:

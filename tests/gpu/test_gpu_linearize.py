@@ -61,11 +61,11 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 BOTH_PRECISIONS = pytest.mark.usefixtures("precision")
 
 
-def linearized(name: str) -> Any:
+def linearized(name: str, state: str) -> Any:
     """A model whose attention looks at few keys, and whose maps are no longer what they started as."""
     torch.manual_seed(1)
     model = build_model(model_config(name, overrides=SHAPES[name], dropout=0.0), device="cuda")
-    linearize_attention(model, LinearizeConfig(window=64, features=64))
+    linearize_attention(model, LinearizeConfig(window=64, features=64, state=state))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "c_attn.weight" in name or "q_proj" in name or "k_proj" in name:
@@ -83,11 +83,13 @@ def batch() -> dict[str, Tensor]:
 
 
 PATTERNS = [Pattern(64), Pattern(96), Pattern(128), Pattern(64, terrace=True), Pattern(64, causal=False)]
+CASES = [*((pattern, "additive") for pattern in PATTERNS), (Pattern(64), "delta"), (Pattern(96), "delta")]
+STATES = pytest.mark.parametrize("state", ["additive", "delta"])
 
 
 @BOTH_PRECISIONS
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
+@pytest.mark.parametrize(("pattern", "state"), CASES, ids=str)
+def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern, state: str) -> None:
     """A compiled maximum's gradient once raced, by the width of a band; a compiled terrace once had other blocks."""
     generator = torch.Generator("cuda").manual_seed(3)
 
@@ -97,7 +99,7 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern) -> None:
     qkv = [size * draw(16, 12, 1024, 64).bfloat16() for size in (2, 2, 1)]
     dy = draw(16, 12, 1024, 64).bfloat16()
     kind = "terrace" if pattern.terrace else "standard"
-    settings = LinearizeConfig(window=pattern.window, features=64, kind=kind)
+    settings = LinearizeConfig(window=pattern.window, features=64, kind=kind, state=state)
     sides: dict[str, Any] = {"heads": 12, "kv_heads": 12, "head_dim": 64, "causal": pattern.causal}
     linear = LinearWindow(settings, **sides, generator=torch.Generator().manual_seed(0)).cuda()
 
@@ -129,9 +131,10 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 
 
 @BOTH_PRECISIONS
+@STATES
 @pytest.mark.parametrize("name", SHAPES)
-def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
-    model = linearized(name)
+def test_adapters_have_the_gradients_of_the_eager_form(name: str, state: str) -> None:
+    model = linearized(name, state)
     adapters = add_adapters(model, 8, projections(model, ["q", "k", "v", "o"]), alpha=16)
     with torch.no_grad():
         for adapter in adapters.values():
@@ -147,9 +150,10 @@ def test_adapters_have_the_gradients_of_the_eager_form(name: str) -> None:
 
 
 @BOTH_PRECISIONS
+@STATES
 @pytest.mark.parametrize("name", SHAPES)
-def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str) -> None:
-    model, ids = linearized(name), {"input_ids": batch()["input_ids"]}
+def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str, state: str) -> None:
+    model, ids = linearized(name, state), {"input_ids": batch()["input_ids"]}
     found: list[tuple[Any, dict[str, Tensor]]] = []
     for compiled in (False, True):
         one = copy.deepcopy(model)

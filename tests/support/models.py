@@ -34,6 +34,7 @@ FORMS = {
     "cache": {"window": 4, "cache": 6},
     "gated": {"window": 5, "state": "gated"},
     "gated terrace": {"window": 4, "kind": "terrace", "state": "gated"},
+    "delta": {"window": 5, "state": "delta"},
 }
 
 
@@ -177,6 +178,45 @@ def attend_as_defined(
                     product = phi_k_BGTF[b, g, far] @ phi_q_BHTF[b, h, n]
                     weights_T = weights_T.index_put((torch.tensor(far),), left * product)
                 rows.append(weights_T @ v_BGTD[b, g] / weights_T.sum() if seen else torch.zeros_like(q_BHTD[b, h, n]))
+    return torch.stack(rows).view(B, T, H, D).transpose(1, 2)
+
+
+def delta_as_defined(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    keep_BT: Tensor,
+    maps: Maps,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Softmax over the window mixed with a read of the delta rule's state, query by query: (B, H, T, D)."""
+    assert maps.gate is not None
+    assert maps.beta is not None
+    assert maps.share is not None
+    (B, H, T, D), G = q_BHTD.shape, k_BGTD.shape[1]
+    scaled_BHTD = q_BHTD * scale * D**0.5
+    phi_q_BHTF, phi_k_BGTF, share_BHT = maps.q(scaled_BHTD), maps.k(k_BGTD), maps.share(scaled_BHTD)
+    beta_BGT, gate_BGT, eye_FF = maps.beta(k_BGTD), maps.gate(k_BGTD).exp(), torch.eye(phi_k_BGTF.shape[-1]).to(q_BHTD)
+    rows = []
+    for b in range(B):
+        real = keep_BT[b].nonzero().flatten().tolist()
+        states = [[eye_FF[:, :1] * v_BGTD[b, g, :1] * 0] for g in range(G)]
+        for g in range(G):
+            for j in real:
+                k_F1, v_1D, beta = phi_k_BGTF[b, g, j, :, None], v_BGTD[b, g, j, None], beta_BGT[b, g, j]
+                erased_FD = (eye_FF - beta * k_F1 @ k_F1.T) @ states[g][-1]
+                states[g].append(gate_BGT[b, g, j] * erased_FD + beta * k_F1 @ v_1D)
+        for n in range(T):
+            near = [j for j in real if n - window < j <= n]
+            far = sum(j <= n - window for j in real)
+            for h in range(H):
+                g, y_D = h * G // H, torch.zeros_like(q_BHTD[b, h, n])
+                if near:
+                    y_D = (scale * k_BGTD[b, g, near] @ q_BHTD[b, h, n]).softmax(0) @ v_BGTD[b, g, near]
+                if far:
+                    y_D = torch.lerp(y_D, phi_q_BHTF[b, h, n] @ states[g][far], share_BHT[b, h, n])
+                rows.append(y_D)
     return torch.stack(rows).view(B, T, H, D).transpose(1, 2)
 
 
