@@ -3,7 +3,6 @@
 Evaluation and generation stay in the dtype that they have without it: they run the model as it will be served.
 """
 
-import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from sparse_kernels.masked_linear import MaskedLinear, linear
 from sparse_kernels.operands import COUNTED, operand
+from sparse_kernels.replace import lend_forward
 from sparse_kernels.selection import is_conv1d, stored_weight
 from sparse_kernels.sharded import local
 from sparse_kernels.sparse_linear import SparseLinear
 
 
 class _Float8:
-    """The forward pass of a dense layer whose class `set_fp8` has changed; everything else is the layer's own."""
+    """The forward pass that `set_fp8` lends to a dense layer."""
 
     training: bool
     bias: nn.Parameter | None
@@ -38,16 +38,11 @@ def fp8_obstacle(device: torch.device) -> str:
     return ""
 
 
-@functools.cache
-def _float8(kind: Any) -> type[nn.Module]:
-    return type(f"Float8{kind.__name__}", (_Float8, kind), {})
-
-
 def set_fp8(model: nn.Module, names: Collection[str]) -> None:
     """Let exactly these linear layers multiply in fp8 when they train, from now on; parameters and names stay.
 
-    An nn.Linear or Conv1D becomes an instance of a subclass of its class meanwhile, as with
-    torch.nn.utils.parametrize: call this with () before layers are swapped for others.
+    An nn.Linear or Conv1D becomes an instance of a subclass of its class meanwhile: call this with () before layers are
+    swapped for others.
 
     Raises:
         ValueError: a name that the model does not have, or one of another kind of module.
@@ -68,11 +63,10 @@ def set_fp8(model: nn.Module, names: Collection[str]) -> None:
         if isinstance(module, SparseLinear | MaskedLinear):
             module.fp8_counts = counts
         elif on:
-            kind: Any = type(module)
-            module.__class__ = _float8(kind)
+            lend_forward(module, _Float8, on=True)
             module.register_buffer("fp8_counts", counts, persistent=False)
         else:
-            module.__class__ = type(module).__bases__[1]
+            lend_forward(module, _Float8, on=False)
             del module.fp8_counts
 
 

@@ -1,4 +1,7 @@
-"""Putting one module in another's place without losing what the model had there."""
+"""Putting one module in another's place without losing what the model had there, and lending one a forward pass."""
+
+import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,3 +87,23 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(new, hooks, getattr(old, hooks))
     for parent, name in places:
         parent._modules[name] = new
+
+
+def lend_forward(layer: nn.Module, forward: Any, *, on: bool) -> None:
+    """Let a layer have the forward pass of a class, from now on or no more; all else stays the layer's own.
+
+    Meanwhile it is an instance of a subclass of both, as with torch.nn.utils.parametrize. Of several that are lent, the
+    last one runs; they end in any order.
+    """
+    kind: Any = type(layer)
+    layer.__class__ = _borrowing(forward, kind) if on else _without(forward, kind)
+
+
+@functools.cache
+def _borrowing(forward: Any, kind: Any) -> Any:
+    return type(f"{forward.__name__.removeprefix('_')}{kind.__name__}", (forward, kind), {})
+
+
+def _without(forward: Any, kind: Any) -> Any:
+    lent, own = kind.__bases__
+    return own if lent is forward else _borrowing(lent, _without(forward, own))

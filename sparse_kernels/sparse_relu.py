@@ -14,15 +14,14 @@ paper leaves the densest ones out. Everything is computed by dense products with
 Shape suffixes: B tokens, F features of the MLP, O out features.
 """
 
-import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_kernels import masks
 from sparse_kernels.masked_linear import MaskedLinear, linear
+from sparse_kernels.replace import lend_forward
 from sparse_kernels.selection import is_conv1d, stored_weight
 from sparse_kernels.sparse_linear import SparseLinear
 
@@ -46,7 +45,7 @@ class SparseSquaredReLU(nn.Module):
 
 
 class _PrunesInput:
-    """The forward pass of a dense layer whose class `defer_activations` has changed; all else is the layer's own."""
+    """The forward pass that `defer_activations` lends to a dense layer."""
 
     training: bool
     bias: nn.Parameter | None
@@ -56,11 +55,6 @@ class _PrunesInput:
         if not self.training:
             return super().forward(A)  # type: ignore[misc, no-any-return]
         return linear(masks.prune_features(A), stored_weight(self), self.bias, for_weight=masks.prune_tokens(A))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _prunes_input(kind: Any) -> type[nn.Module]:
-    return type(f"PrunesInput{kind.__name__}", (_PrunesInput, kind), {})
 
 
 def defer_activations(model: nn.Module, *, on: bool) -> None:
@@ -77,8 +71,7 @@ def defer_activations(model: nn.Module, *, on: bool) -> None:
         if isinstance(down, SparseLinear | MaskedLinear):
             down.prunes_input = on
         else:
-            kind: Any = type(down)
-            down.__class__ = _prunes_input(kind) if on else kind.__bases__[1]
+            lend_forward(down, _PrunesInput, on=on)
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[SparseSquaredReLU, nn.Module]]:

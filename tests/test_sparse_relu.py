@@ -1,5 +1,6 @@
 """Squared ReLU with a 2:4 result: against loops, in every kind of layer, and in runs, exports and decoding."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from slope_cli.inference.export import export
 from slope_cli.inference.export_packed import export_packed
 from slope_cli.models.build import run_model_config
 from slope_cli.train.loop import Trainer, pretrain
-from sparse_kernels import MaskedLinear, SparseLinear, SparseSquaredReLU, defer_activations, masks, to_dense
+from sparse_kernels import MaskedLinear, SparseLinear, SparseSquaredReLU, defer_activations, masks, set_fp8, to_dense
 from sparse_kernels.selection import stored_weight
 
 WORDS = ("model.activation=sparse_relu2",)
@@ -191,3 +192,21 @@ def test_a_run_an_export_and_decoding_have_the_same_activation(model: str, data:
     short = trained.model(ids[:, :3], use_cache=True)
     step = trained.model(ids[:, 3:4], past_key_values=short.past_key_values).logits[0, 0]
     torch.testing.assert_close(step, whole[3])
+
+
+@pytest.mark.parametrize("first_on", ["fp8", "activations"])
+@pytest.mark.parametrize("first_off", ["fp8", "activations"])
+def test_a_layer_is_what_it_was_when_both_of_its_forwards_end_in_any_order(first_on: str, first_off: str) -> None:
+    model = MLP(nn.Linear(32, 16))
+    layer = model.c_proj
+    kind, keys = type(layer), list(layer.state_dict())
+    turn: dict[str, Callable[[bool], None]] = {
+        "fp8": lambda on: set_fp8(model, ["c_proj"] if on else []),
+        "activations": lambda on: defer_activations(model, on=on),
+    }
+    for order, on in ((first_on, True), (first_off, False)):
+        for what in sorted(turn, key=lambda each: each != order):
+            turn[what](on)
+            assert isinstance(layer, kind)
+        assert (type(layer) is kind) != on
+    assert list(layer.state_dict()) == keys
