@@ -221,15 +221,18 @@ def test_a_run_that_linearizes_counts_the_adapters_that_it_begins_with() -> None
     assert counts.dense_flops_per_token is counts.real_flops_per_token is counts.activation_bytes is None
 
 
-def test_attention_memory_against_a_count_by_hand() -> None:
-    config = configs.load(str(RECIPE), [*small("llama3-8b"), "method=linearize", "linearize.window=8"])
+@pytest.mark.parametrize(("state", "numbers"), [("additive", 32 * 17), ("delta", 16 * 16)])
+def test_attention_memory_against_a_count_by_hand(state: str, numbers: int) -> None:
+    words = [*small("llama3-8b"), "method=linearize", "linearize.window=8", f"linearize.state={state}"]
+    config = configs.load(str(RECIPE), words)
     model = build_model(run_model_config(config), device="meta")
     apply(model, config, phases_of(config).end)
     memory = attention_memory(model)
     assert (memory.layers, memory.linear_layers) == (2, 2)
     # A group of keys and values of 16 dimensions in each of two layers, in 16 bits.
     assert memory.cache_bytes_per_token == 2 * 2 * 2 * 16
-    assert memory.state_bytes > 8 * memory.cache_bytes_per_token  # the window alone
+    window = 7 * (2 * 16 * 2 + 1) + 8 + 8  # keys, values and whether they are real; two places
+    assert memory.state_bytes == 2 * (window + 4 * numbers)
     first = memory.break_even
     assert (first - 1) * memory.cache_bytes_per_token < memory.state_bytes <= first * memory.cache_bytes_per_token
 
