@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.runs import slope
 
-from slope_cli.errors import ADVICE, SlopeError, os_reason
+from slope_cli.errors import ADVICE, SlopeError, UsageError, os_reason
 from slope_cli.utils import files, jsonl
 
 IN_THE_WAY = "Not a directory; a part of the path is a file: choose another path"
@@ -44,6 +44,36 @@ def test_the_command_line_says_it_too(tmp_path: Path) -> None:
     done = slope("pretrain", "gpt2-nano", "--out", tmp_path / "file/run")
     assert done.code == 2
     assert done.err == f"error: {tmp_path / 'file/run'}: cannot be made or read: {IN_THE_WAY}\n"
+
+
+def test_two_processes_that_write_one_folder_do_not_mix(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    with files.atomic_folder(out) as first:
+        (first / "a").write_text("first")
+        refused = pytest.raises(UsageError, match="export: another process is writing it; wait until it ends")
+        with refused, files.atomic_folder(out):
+            pass
+        assert (first / "a").read_text() == "first"
+    assert [path.name for path in out.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(tmp_path / "other"):
+        raise ZeroDivisionError
+    with files.atomic_folder(tmp_path / "other"):
+        pass
+
+
+def test_what_a_killed_process_left_is_removed_and_no_link_is_followed(tmp_path: Path) -> None:
+    left, elsewhere = tmp_path / ".tmp-export", tmp_path / "elsewhere"
+    (left / "part").mkdir(parents=True)
+    (left / "file").touch()
+    with files.atomic_folder(tmp_path / "export") as folder:
+        assert [*folder.iterdir()] == []
+    elsewhere.mkdir()
+    left.symlink_to(elsewhere)
+    with files.atomic_folder(tmp_path / "export") as folder:
+        (folder / "a").touch()
+    assert [*elsewhere.iterdir()] == []
+    assert not left.is_symlink()
 
 
 def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:

@@ -90,26 +90,62 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         SlopeError: the disk is full.
-        UsageError: the parent folder cannot be written.
+        UsageError: the parent folder cannot be written, or another process writes this one.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        temporary.mkdir()
-        yield temporary
-        rights = temporary.stat().st_mode & 0o666
-        for file in temporary.rglob("*"):
-            if file.is_file() and file.stat().st_mode & 0o666 != rights:  # safetensors' are their owner's alone
-                file.chmod(rights)
-            _sync(file)
-        _sync(temporary)
-        os.rename(temporary, path)
+        with contextlib.closing(_Locked.of(temporary)) as lock:
+            if lock.taken:
+                raise UsageError(f"{path}: another process is writing it; wait until it ends, or end it")
+            try:
+                for left in temporary.iterdir():
+                    remove(left)
+                yield temporary
+                rights = temporary.stat().st_mode & 0o666
+                for file in temporary.rglob("*"):
+                    if file.is_file() and file.stat().st_mode & 0o666 != rights:  # safetensors' are their owner's alone
+                        file.chmod(rights)
+                    _sync(file)
+                _sync(temporary)
+                os.rename(temporary, path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
         _sync(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Locked:
+    """A folder that is locked by itself, with no file in it; where a file system has no such locks it is not."""
+
+    def __init__(self, folder: Path) -> None:
+        self._handle, self.taken = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), False
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.taken = True
+        except OSError:
+            pass
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Locked":
+        """The folder at a path, which is made unless it is there; not one that its process has just renamed."""
+        while True:
+            if folder.is_symlink() or not folder.is_dir():
+                remove(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = cls(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if lock.taken or os.path.samestat(os.fstat(lock._handle), folder.stat()):
+                    return lock
+            lock.close()
+
+    def close(self) -> None:
+        """Unlock it, in processes that were forked meanwhile, too."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+        os.close(self._handle)
 
 
 def write_error(path: Path, error: OSError) -> Exception:
