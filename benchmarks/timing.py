@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from slope_cli.models import shapes
-from sparse_kernels.cuda import captured
+from sparse_kernels.driver import captured
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels import cuda
+from sparse_kernels import cuda, driver
 
 SOURCE = Path(__file__).with_name("decode_attention.cu")
 _THREADS = 128
@@ -94,9 +94,9 @@ def attend_new_tokens(
     splits, space = _splits(B, G, T, qkv_BSD.device), attention_space(keys_BGTD, H) if space is None else space
     out_BHD = qkv_BSD.new_empty(B, H, D)
     operands = (qkv_BSD.contiguous(), rotary, keys_BGTD, values_BGTD, places_B, out_BHD, space)
-    arguments = (*map(cuda.address, operands), B, G, T, window, float(scale))
+    arguments = (*map(driver.address, operands), B, G, T, window, float(scale))
     function = _function(qkv_BSD.dtype == torch.float16, D, H // G, splits, qkv_BSD.device.index)
-    cuda.launch_early(function, (B, G, splits), _THREADS, qkv_BSD.device, arguments)
+    driver.launch_early(function, (B, G, splits), _THREADS, qkv_BSD.device, arguments)
     return out_BHD
 
 
@@ -126,4 +126,4 @@ def _splits(rows: int, kv_heads: int, places: int, device: torch.device) -> int:
 @functools.cache
 def _function(half: bool, dim: int, shared: int, splits: int, device_index: int) -> Any:
     definitions = {"HALF": int(half), "D": dim, "P": shared, "KV_SPLITS": splits}
-    return cuda.compiled(SOURCE, {"decode_attention": 0}, definitions, device_index)["decode_attention"]
+    return driver.compiled(SOURCE, {"decode_attention": 0}, definitions, device_index)["decode_attention"]

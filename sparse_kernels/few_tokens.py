@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_kernels import cuda, kernel_choice, tile_metadata
+from sparse_kernels import cuda, driver, kernel_choice, tile_metadata
 from sparse_kernels.kernel_choice import Choice
 from sparse_kernels.matmul_plan import random_mask
 from sparse_kernels.packed import outside_graphs
@@ -173,15 +173,15 @@ def matmul(
         A, B, parts, Z = adapters
         Z = _first(work, X_BC, A) if Z is None else Z
     ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
-    lora = (cuda.address(Z), cuda.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
-    arguments: tuple[Any, ...] = (*map(cuda.address, operands), rows, columns, tokens, stages, *lora)
+    lora = (driver.address(Z), driver.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
+    arguments: tuple[Any, ...] = (*map(driver.address, operands), rows, columns, tokens, stages, *lora)
     if work.kind == 2:
         arguments += (
-            cuda.tensor_map(values_RK.data_ptr(), rows, columns // 2, work.rows),
-            cuda.tensor_map(X_BC.data_ptr(), tokens, columns, 8 * work.nt),
+            driver.tensor_map(values_RK.data_ptr(), rows, columns // 2, work.rows),
+            driver.tensor_map(X_BC.data_ptr(), tokens, columns, 8 * work.nt),
         )
     grid = (-(-rows // work.rows), work.splits)
-    cuda.launch_early(_function(work, X_BC, "few_tokens"), grid, work.threads, device, arguments, shared, work.splits)
+    driver.launch_early(_function(work, X_BC, "few_tokens"), grid, work.threads, device, arguments, shared, work.splits)
     return Y_BR
 
 
@@ -190,11 +190,11 @@ def _first(work: Work, X_BC: Tensor, A_LC: Tensor) -> Tensor:
     (tokens, columns), width = X_BC.shape, A_LC.shape[0]
     Z_BL = X_BC.new_empty(tokens, width)  # [B,C] · [L,C]^T -> [B,L]
     threads, block, span = (work.threads, 8, 4) if work.nt == 1 else (min(work.threads, 256), 16, 2)
-    splits = min(8, -(-columns // (span * threads))) if cuda.overlaps(X_BC.device.index) else 1
+    splits = min(8, -(-columns // (span * threads))) if driver.overlaps(X_BC.device.index) else 1
     grid = width // block, splits, -(-tokens // block)
-    arguments = (*map(cuda.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
+    arguments = (*map(driver.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
     function = _function(work, X_BC, "few_tokens_dense")
-    cuda.launch_early(function, grid, threads, X_BC.device, arguments, 0, splits)
+    driver.launch_early(function, grid, threads, X_BC.device, arguments, 0, splits)
     return Z_BL
 
 
@@ -213,8 +213,8 @@ def compile_all(works: Iterable[Work], dtype: torch.dtype, device_index: int) ->
 def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, Any]:
     names = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
     definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the others
-    kernels = {"few_tokens": cuda.most_shared_bytes(device_index), "few_tokens_dense": 0}
-    return cuda.compiled(SOURCE, kernels, definitions, device_index, architecture="sm_90a" if work.kind == 2 else "")
+    kernels = {"few_tokens": driver.most_shared_bytes(device_index), "few_tokens_dense": 0}
+    return driver.compiled(SOURCE, kernels, definitions, device_index, architecture="sm_90a" if work.kind == 2 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def candidates(
 ) -> Iterator[Work]:
     """The shapes of work that are worth measuring: of warpgroups, or those that every GPU can do."""
     nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
-    room = cuda.most_shared_bytes(device_index)
+    room = driver.most_shared_bytes(device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     if nt > 1 and warpgroups:
         sides = _of_warpgroups(nt, [room, room // 2, *([room - _FIRST_BYTES] if adapted else [])])
@@ -259,7 +259,7 @@ def candidates(
         ring = [(0, *most, slice) for most in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
         sides = [*ring, *((1, *most, most[2]) for most in _STAGED[nt])]
     for kind, mt, wm, wk, depth, size in sides:
-        for splits in _SPLITS if cuda.overlaps(device_index) else (1,):
+        for splits in _SPLITS if driver.overlaps(device_index) else (1,):
             work = Work(kind, nt, mt, wm, wk, depth, max(size, wk), splits)
             share, blocks = -(-chunks // splits), -(-rows // work.rows) * splits
             idle = (splits - 1) * share >= chunks or share < wk or (size > 32 and size >= 2 * share)
@@ -294,7 +294,7 @@ def _choose(shape: _Shape, device_index: int) -> Work:
 
 def _key(shape: _Shape, device_index: int) -> str:
     rows, columns, tokens, dtype, lora = shape
-    source = hashlib.sha256(cuda.source_text(SOURCE).encode()).hexdigest()[:8]
+    source = hashlib.sha256(driver.source_text(SOURCE).encode()).hexdigest()[:8]
     sides = f"{rows}x{columns}x{tokens}" + (f" adapters {'x'.join(map(str, lora))}" if lora else "")
     gpu = torch.cuda.get_device_name(device_index)
     return " | ".join((gpu, f"few_tokens {source}", str(dtype).removeprefix("torch."), sides))

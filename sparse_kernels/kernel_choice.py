@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels import children, cuda, cusparselt
+from sparse_kernels import children, cuda, cusparselt, driver
 from sparse_kernels.cusparselt import CuSparseLtError
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.matmul_plan import MatmulPlan, MatmulShape, compress, random_mask
@@ -289,7 +289,7 @@ def graph_ms(*products: Callable[[], Any], calls: int = 10, rounds: int = 9) -> 
 
 
 def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
-    graph, stream = torch.cuda.CUDAGraph(), cuda.capture_stream(torch.cuda.current_device())
+    graph, stream = torch.cuda.CUDAGraph(), driver.capture_stream(torch.cuda.current_device())
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         product()
@@ -306,8 +306,8 @@ def _capture(product: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
 
 
 def cache_file() -> Path:
-    """Where choices are kept: plans.json in `cuda.cache_folder()`."""
-    return cuda.cache_folder() / "plans.json"
+    """Where choices are kept: plans.json in `driver.cache_folder()`."""
+    return driver.cache_folder() / "plans.json"
 
 
 def _key(shape: MatmulShape, device_index: int) -> str:

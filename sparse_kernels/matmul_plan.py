@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels import cuda, cusparselt
+from sparse_kernels import cuda, cusparselt, driver
 from sparse_kernels.cusparselt import AlgorithmAttribute, Structure
 from sparse_kernels.formats import FORMATS
 from sparse_kernels.metadata_order import SIDES, MetadataOrder, find_order
@@ -137,7 +137,7 @@ class MatmulPlan:
         with self._lock:
             if bias_R is not None and bias_R.data_ptr() != self._bias_at:
                 self._point_at_bias(bias_R)
-            self._streams[0] = cuda.raw_stream(self._index)
+            self._streams[0] = driver.raw_stream(self._index)
             status = self._library.functions[name](at, plan, *operands)
         if status:
             self._library.fail(name, status)
@@ -186,7 +186,7 @@ def compress(dense_RC: Tensor, packed: Tensor | None = None) -> Tensor:
         buffer = torch.empty(buffer_size, dtype=torch.uint8, device=dense_RC.device)
         pointers = (dense_RC.data_ptr(), packed.data_ptr(), buffer.data_ptr())
         with torch.cuda.device(dense_RC.device):
-            stream = cuda.raw_stream(dense_RC.device.index)
+            stream = driver.raw_stream(dense_RC.device.index)
             arguments = (1, cusparselt.NON_TRANSPOSE, *pointers, stream)
             handle.library.call("SpMMACompress2", handle.address, matrix.address, *arguments)
     finally:

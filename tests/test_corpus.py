@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slope_cli.benchmarks import corpus, corpus_text
-from slope_cli.benchmarks.corpus import Package, Part, Seen, build, fetch, is_held_out, licences, members, most_tokens
+from slope_cli.benchmarks.corpus import Part, Seen, build, is_held_out, most_tokens
+from slope_cli.benchmarks.corpus_packages import Package, fetch, licences, members
 from slope_cli.benchmarks.corpus_text import Rejected, document, html_text, kind_of, manual_text, pieces
 from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError, UsageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_kernels.cuda import source_text
+from sparse_kernels.driver import source_text
 
 SOURCES = Path(__file__).parents[1] / "sparse_kernels"
 ENTRIES = {

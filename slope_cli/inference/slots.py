@@ -14,7 +14,7 @@ from torch import Tensor
 from slope_cli.inference.cache import AttentionCache, Prompts
 from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
-from sparse_kernels.cuda import captured
+from sparse_kernels.driver import captured
 
 
 class Slots:

@@ -11,7 +11,7 @@ from slope_cli.methods import optim
 from slope_cli.models.loss import Batch
 from slope_cli.train.step import NOTHING, Around, MaskUpdate, Step, StepOutput
 from sparse_kernels import backends, mask_buffers, prepare, refresh
-from sparse_kernels.cuda import capture_stream
+from sparse_kernels.driver import capture_stream
 
 WARM_UP = 3
 """Forward and backward passes before a capture: libraries create handles and choose algorithms in them."""

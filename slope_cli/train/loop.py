@@ -27,7 +27,7 @@ from slope_cli.distributed.sharding import Sharding
 from slope_cli.distributed.signals import StopFlag, Stopped
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.inference.sampling import Sampling
-from slope_cli.linearize.swap import linear_windows, using
+from slope_cli.linearize.swap import using
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import Flops, flops
 from slope_cli.methods.phases import ADAPTERS, Phase
@@ -37,7 +37,6 @@ from slope_cli.models.build import build_model
 from slope_cli.report import metrics
 from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
-from slope_cli.report.tables import counted
 from slope_cli.report.timing import Cores, Speed, Times
 from slope_cli.train import advice, init, layer_ranges, starts
 from slope_cli.train.batches import Batches
@@ -49,14 +48,15 @@ from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_o
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.sample import sample_text
-from slope_cli.train.softmax_layers import Divergence, choose, probe_of, trial_lines
+from slope_cli.train.softmax_layers import choose_layers, trial_lines
+from slope_cli.train.start_lines import start_lines
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
 from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, check_evaluation, validation_line
 from slope_cli.utils.environment import note_environment
 from slope_cli.utils.gpus import dense_peak
-from sparse_kernels import adapters_of, fp8_layers, fp8_obstacle, fp8_underflow, kernel_choices, sparse_layers
+from sparse_kernels import adapters_of, fp8_underflow, kernel_choices
 
 
 def pretrain(
@@ -214,12 +214,8 @@ class Trainer:
         self.peak = self._peak()
         group.first(lambda: run_folder.write_config(run, config))  # only after all checks
         if not finished:
-            self._say(str(report or self._unswapped_line()))
-            if self.phase.fp8:
-                self._say(self._fp8_line())
-            if share := config.distill.share:
-                self._say(f"{share:.0%} of the loss is the divergence from the predictions of {config.teacher}")
-            self._say(self._start_line())
+            for line in start_lines(config, run, report, self.phase, self.model, dtype, group, layout):
+                self._say(line)
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
@@ -301,13 +297,10 @@ class Trainer:
 
     def _choose_softmax_layers(self, count: int, log: metrics.Log, progress: Progress) -> None:
         """Choose the layers that keep softmax attention, the same on every rank: a function of weights, data, seed."""
-        train, windows = self.config.train, linear_windows(self.model)
-        how = {"seq_len": train.seq_len, "seed": train.seed}
-        probe = probe_of(self.dataset, self.tokenizer, next(iter(windows.values())).pattern, **how)
         self.model.eval()
         with self.take_step.autocast(), eager():
-            divergence = Divergence(self.model, probe, train.micro_batch)
-            chosen, trials = self.group.broadcast(choose(range(len(windows)), count, divergence))
+            how = self.config.train, self.dataset, self.tokenizer, self.model
+            chosen, trials = self.group.broadcast(choose_layers(count, *how))
         self.model.train()
         if self.sharding is not None:
             self.sharding.reshard(self.model)
@@ -489,22 +482,6 @@ class Trainer:
         self.group.first(lambda: run_folder.require_same_config(self.config, self.run, checkpoint.manifest))
         return checkpoint
 
-    def _unswapped_line(self) -> str:
-        """The line about the layers of a run that makes none sparse."""
-        if windows := linear_windows(self.model):
-            sparse = sum(1 for _ in sparse_layers(self.model))
-            becomes = f"attention of {counted(len(windows), 'layer')} becomes linear attention"
-            stay = "is sparse and stays so" if sparse == 1 else "are sparse and stay so"
-            return f"{becomes}; {counted(sparse, 'linear layer')} {stay}"
-        return "dense run: no layer is sparse"
-
-    def _fp8_line(self) -> str:
-        """The line about the products that are in fp8."""
-        if obstacle := fp8_obstacle(self.device):
-            return f"train.precision=fp8: {obstacle}; products are in bf16"
-        simulated = ", which a CPU simulates" if self.device.type == "cpu" else ""
-        return f"{counted(len(fp8_layers(self.model)), 'linear layer')} multiply in fp8 in training{simulated}"
-
     def _restore(self, checkpoint: store.Checkpoint) -> None:
         whole = self.sharding is None
         self.group.agreed(lambda: store.restore(checkpoint.folder, self.model, self.optimizer, derive=whole))
@@ -524,22 +501,6 @@ class Trainer:
         """Show a line; the other ranks are silent."""
         if self.speaks:
             print(line, file=sys.stderr)
-
-    def _start_line(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        dtype = "fp32" if self.take_step.dtype is None else "bf16 and fp8" if fp8_layers(self.model) else "bf16"
-        trained = _numel(p for p in self.model.parameters() if p.requires_grad)
-        tokens = self.config.train.steps * self.config.train.tokens_per_step
-        batch = ""
-        if self.group.several:
-            train, world = self.config.train, self.group.ranks.world
-            name = f"{world} x {name} ({'ddp' if self.sharding is None else self.sharding.layout})"
-            parts = (
-                f"{counted(train.micro_batch, 'sequence')} x {counted(train.accumulation(world), 'micro-batch', 'es')}"
-            )
-            parts += f" x {world} ranks"
-            batch = f"; a step: {parts} = {train.tokens_per_step:,} tokens"
-        return f"{self.run}: on {name} in {dtype}, {trained:,} trained parameters, {tokens:,} tokens in all{batch}"
 
 
 def _due(step: int, every: int) -> bool:

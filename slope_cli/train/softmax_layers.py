@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from slope_cli.config.schema import TrainConfig
 from slope_cli.data.batches import val_batches
 from slope_cli.data.dataset import Dataset
 from slope_cli.evaluate.recall import validation_material
@@ -60,6 +61,16 @@ class Probe(NamedTuple):
     ids_NT: Tensor
     places_P: tuple[Tensor, Tensor]
     items_P: Tensor
+
+
+def choose_layers(
+    count: int, train: TrainConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> tuple[list[int], list[Trial]]:
+    """As `choose`, of a model with all layers linearized, in evaluation mode: a function of weights, data and seed."""
+    windows = linear_windows(model)
+    pattern = next(iter(windows.values())).pattern
+    probe = probe_of(dataset, tokenizer, pattern, seq_len=train.seq_len, seed=train.seed)
+    return choose(range(len(windows)), count, Divergence(model, probe, train.micro_batch))
 
 
 def choose(

@@ -14,6 +14,7 @@ from slope_cli.train.loop import pretrain
 from sparse_kernels import (
     SparseLinear,
     cuda,
+    driver,
     fp8_obstacle,
     kernel_choice,
     masks,
@@ -156,7 +157,7 @@ def test_a_mask_update_leaves_what_packing_anew_would() -> None:
         if graph is None:
             update_backward_masks(model)
             if change:
-                graph = cuda.captured(lambda: update_backward_masks(model))
+                graph = driver.captured(lambda: update_backward_masks(model))
         else:
             graph.replay()
             torch.autograd.graph.increment_version([layer.backward_mask_bits for layer in model])
