@@ -171,8 +171,8 @@ def _states(kept_BGNFF: Tensor, added_BGNFD: Tensor, first_BGFD: Tensor) -> Tens
     with torch.autocast(first_BGFD.device.type, enabled=False):
         for kept, added in zip(kept_BGNFF.flatten(0, 1).unbind(1), added_BGNFD.flatten(0, 1).unbind(1), strict=True):
             states.append(torch.baddbmm(added, kept, states[-1]))
-    states_BGMFD: Tensor = torch.stack(states, dim=1).unflatten(0, first_BGFD.shape[:2])
-    return states_BGMFD
+    stacked: Tensor = torch.stack(states, dim=1).unflatten(0, first_BGFD.shape[:2])
+    return stacked
 
 
 @_states.register_fake
