@@ -50,8 +50,9 @@ def _columns(whole: Table, *names: str) -> str:
 
 
 def _where(machine: Json, libraries: Json | None = None) -> str:
-    """GPU, versions and date of a result."""
-    parts = [str(machine["gpu"]), f"torch {machine['torch']}"]
+    """GPU, or else the processor, versions and date of a result."""
+    device = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    parts = [str(device), f"torch {machine['torch']}"]
     parts += [f"cuSPARSELt {libraries['cusparselt']}"] if libraries else []
     return ", ".join([*parts, machine["date"]] if "date" in machine else parts)
 
@@ -64,9 +65,7 @@ def _cpu(result: Json) -> str:
     for r in result["checkpoints"]:
         sizes = (f"{r[side] / 1e6:,.1f} MB" for side in ("dense_bytes", "sparse_bytes"))
         checkpoints.append([r["model"], *sizes, number(r["ratio"], ".3f")])
-    m = result["machine"]
-    where = f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, {m['date']}."
-    below = _markdown(("checkpoint of", "dense", "sparse", "ratio"), checkpoints, where)
+    below = _markdown(("checkpoint of", "dense", "sparse", "ratio"), checkpoints, f"{_where(result['machine'])}.")
     return _markdown(("model", "tokens a step", "dense step", "sparse step", "ratio"), steps, below)
 
 
