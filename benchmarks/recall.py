@@ -5,8 +5,7 @@
 --data is a folder of `slope data prepare`. The stages, each of a few commands of `slope`: `data` adds recall items to
 the text; `teacher` trains a model with softmax attention on it, after first steps on nothing but short sequences to be
 copied, without which small models take long to recall anything; each variant linearizes the teacher on the same text,
-all for the same number of tokens. Models are evaluated by recall and
-perplexity, and their decoding is timed.
+all for the same number of tokens. Models are evaluated by recall and perplexity, and their decoding is timed.
 
 What a command prints is kept in the folder of --work, and a command that is there is not run again; one that was
 stopped resumes. So stages can be run one by one, `data` and `teacher` first, and variants side by side on several GPUs.
@@ -69,8 +68,8 @@ class Scale:
     length, short: tokens of a sequence, and of one of the teacher's first steps, whose items have half as many. share:
     of the training tokens, those of recall items. step: tokens of a step. teacher, first, linear: steps of the teacher,
     of those before them, and of a variant. lr: of the teacher, and twice that of its matrices, which Muon trains.
-    items: of a cell. text: validation
-    tokens of each source. micro: sequences at a time. batches: of texts that are decoded. words: of all runs.
+    items: of a cell. text: validation tokens of each source. micro: sequences at a time. batches: of texts that are
+    decoded. words: of all runs.
     """
 
     layers: int
@@ -200,19 +199,9 @@ class Bench:
         model += [f"model.overrides={json.dumps(self._sizes())}", "model.dropout=0", "method=dense", *_logged()]
         model += ["optim.name=muon", f"optim.lr={s.lr:g}", f"optim.muon_lr={2 * s.lr:g}"]
         model += ["optim.schedule=cosine", f"train.tokens_per_step={s.step}"]
-        first = [
-            f"data.path={self.copying}",
-            f"train.seq_len={s.short}",
-            f"train.micro_batch={s.step // s.short}",
-            f"train.steps={s.first}",
-        ]
+        first = [f"data.path={self.copying}", *_sequences(s.first, s.short, s.step // s.short)]
         first += ["optim.warmup=0.2", "optim.min_lr=1", *s.words]
-        whole = [
-            f"data.path={self.mix}",
-            f"train.seq_len={s.length}",
-            f"train.micro_batch={s.micro}",
-            f"train.steps={s.teacher}",
-        ]
+        whole = [f"data.path={self.mix}", *_sequences(s.teacher, s.length, s.micro)]
         whole += ["optim.warmup=0.02", "optim.min_lr=0.1", f"model.init={self.run('first')}", *s.words, *self.words]
         self._printed(self.kept("first", "train"), [*model, *self.words, *first, "--out", str(self.run("first"))])
         self._printed(self.kept(TEACHER, "train"), [*model, *whole, "--out", str(self.run(TEACHER))])
@@ -328,13 +317,13 @@ def lengths(model: str, scale: Scale) -> list[int]:
 def linear_words(scale: Scale) -> list[str]:
     """The settings of all variants."""
     own = [f"linearize.window={scale.window}", "linearize.transfer=0.3", "linearize.adjust_maps=true"]
-    own += [
-        "adapters.rank=0.0625",
-        "optim.lr=2e-3",
-        f"train.steps={scale.linear}",
-        f"train.tokens_per_step={scale.step}",
-    ]
-    return [*own, f"train.seq_len={scale.length}", f"train.micro_batch={scale.micro}", *scale.words]
+    own += ["adapters.rank=0.0625", "optim.lr=2e-3", f"train.tokens_per_step={scale.step}"]
+    return [*own, *_sequences(scale.linear, scale.length, scale.micro), *scale.words]
+
+
+def _sequences(steps: int, length: int, micro: int) -> list[str]:
+    """So many steps on sequences of so many tokens, some at a time."""
+    return [f"train.steps={steps}", f"train.seq_len={length}", f"train.micro_batch={micro}"]
 
 
 def _logged() -> list[str]:

@@ -47,8 +47,15 @@ LAYOUTS = {
     "fsdp, gather=step": ["distributed.layout=fsdp", "distributed.gather=step"],
     "fsdp, gather=block": ["distributed.layout=fsdp", "distributed.gather=block"],
 }
-SHARES = {"all_reduce": 2, "allreduce": 2, "all_gather": 1, "allgather": 1, "reduce_scatter": 1}
-SHARES |= {"all_to_all": 1, "broadcast": 1}
+SHARES = {
+    "all_reduce": 2,
+    "allreduce": 2,
+    "all_gather": 1,
+    "allgather": 1,
+    "reduce_scatter": 1,
+    "all_to_all": 1,
+    "broadcast": 1,
+}
 """By a ring, a GPU of n sends this many (n-1)/n-th parts of what is reduced, gathered or exchanged."""
 
 

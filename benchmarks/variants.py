@@ -47,17 +47,15 @@ class Variant:
     compiled: bool = False
 
 
-QUARTER = "quarter-softmax"
 KINDS: dict[str, LinearizeConfig] = {
     "linearized": LinearizeConfig(),
     "linearized-gated": LinearizeConfig(state="gated"),
     "linearized-delta": LinearizeConfig(state="delta"),
     "linearized-cache-64": LinearizeConfig(cache=64),
     "linearized-cache-256": LinearizeConfig(cache=256),
-    f"linearized-{QUARTER}": LinearizeConfig(),
+    "linearized-quarter-softmax": LinearizeConfig(keep_softmax=[*range(3, 1000, 4)]),  # of as many as there are
 }
-"""Kinds of linearized attention, by default settings but for what their name says; with "quarter-softmax" the last
-layer of every four keeps softmax."""
+"""Kinds of linearized attention, by default settings but for what their name says."""
 VARIANTS = {
     "dense": Variant(),
     "sparse": Variant("sparse"),
@@ -136,7 +134,7 @@ class Variants:
         for index, block in enumerate(cast(Any, own.blocks)):
             for part in PRODUCTS:
                 setattr(block, part, self._product(index, part, variant.layers, rank))
-            if variant.linear and not (variant.linear.endswith(QUARTER) and index % 4 == 3):
+            if variant.linear and index not in KINDS[variant.linear].kept:
                 block.linear = self._window(index, variant)
         return own
 

@@ -206,9 +206,8 @@ def memory_of(sizes: Sizes, layout: Layout, activation_checkpointing: str = "non
         in_flight = 6 * sizes.largest.trained  # in 16 bits from the backward pass, in float32 for the reduction
     if teacher and (layout.gather or not sizes.shares_teacher):
         weights, masks = weights + 4 * teacher.whole.parameters, masks + teacher.whole.mask_bytes
-        packed += (
-            teacher.shared_packed_bytes if layout.gather else teacher.whole.packed_bytes
-        ) // 2  # no backward pass
+        both_packed = teacher.shared_packed_bytes if layout.gather else teacher.whole.packed_bytes
+        packed += both_packed // 2  # it has no backward pass
         gathered += 2 * teacher.gathered_by_block if layout.gather else 0
     return Memory(
         weights=_split(weights, shard),

@@ -94,9 +94,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        with contextlib.closing(_Locked.of(temporary)) as lock:
-            if lock.taken:
-                raise UsageError(f"{path}: another process is writing it; wait until it ends, or end it")
+        with contextlib.ExitStack() as held:
+            there = False
+            while not there:
+                if temporary.is_symlink() or not temporary.is_dir():
+                    remove(temporary)
+                temporary.mkdir(parents=True, exist_ok=True)
+                there = held.enter_context(_locked(temporary, f"{path}: another process is writing it"))
             try:
                 for left in temporary.iterdir():
                     remove(left)
@@ -116,36 +120,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
 
 
-class _Locked:
-    """A folder that is locked by itself, with no file in it; where a file system has no such locks it is not."""
+@contextlib.contextmanager
+def _locked(folder: Path, taken: str) -> Iterator[bool]:
+    """Lock a folder with no file in it, as `held_folder` does with one; UsageError at once if it is taken.
 
-    def __init__(self, folder: Path) -> None:
-        self._handle, self.taken = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), False
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.taken = True
-        except OSError:
-            pass
-
-    @classmethod
-    def of(cls, folder: Path) -> "_Locked":
-        """The folder at a path, which is made unless it is there; not one that its process has just renamed."""
-        while True:
-            if folder.is_symlink() or not folder.is_dir():
-                remove(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = cls(folder)
-            with contextlib.suppress(FileNotFoundError):
-                if lock.taken or os.path.samestat(os.fstat(lock._handle), folder.stat()):
-                    return lock
-            lock.close()
-
-    def close(self) -> None:
-        """Unlock it, in processes that were forked meanwhile, too."""
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
-        os.close(self._handle)
+    Where a file system has no such locks it is not locked.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(f"{taken}; wait until it ends, or end it") from None
+    except OSError:
+        pass
+    try:
+        yield _is_at(handle, folder)
+    finally:
+        os.close(handle)
 
 
 def write_error(path: Path, error: OSError) -> Exception:
@@ -251,13 +243,13 @@ def held_folder(
         except OSError as error:
             risk = "start no second process in it"
             print(f"warning: {folder}: its file system has no locks ({error.strerror}); {risk}", file=sys.stderr)
-        yield _is_file(lock, folder / name)
+        yield _is_at(lock.fileno(), folder / name)
 
 
-def _is_file(opened: io.RawIOBase, path: Path) -> bool:
-    """Whether an open file is the one at a path."""
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file or folder is the one at a path."""
     try:
-        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+        return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 
