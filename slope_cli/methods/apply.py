@@ -78,14 +78,19 @@ def apply(
         add_adapters(model, a.rank, names, beside=to.linearized, **how)
     if to.linearized and WEIGHTS in to.rates:
         model.requires_grad_(True)
-    for window in linear_windows(model).values():
-        window.requires_grad_(MAPS in to.rates)
-        if window.gate is not None:
-            window.gate.requires_grad_(ADAPTERS in to.rates)
+    train_maps(model, to)
     if optimizer is not None:
         optim.join(optimizer, model, config)
     if to.fp8 and not fp8_obstacle(model.device):
         set_fp8(model, _fp8_layers(model, config))
+
+
+def train_maps(model: PreTrainedModel, phase: Phase) -> None:
+    """Let the feature maps and gates of linearized layers get gradients, or not, as a phase says."""
+    for window in linear_windows(model).values():
+        window.requires_grad_(MAPS in phase.rates)
+        if window.gate is not None:
+            window.gate.requires_grad_(ADAPTERS in phase.rates)
 
 
 def _fp8_layers(model: PreTrainedModel, config: Config) -> list[str]:

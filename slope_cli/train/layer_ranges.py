@@ -37,6 +37,7 @@ from slope_cli.linearize.linear_window import Mode
 from slope_cli.linearize.swap import linear_windows, linearize_attention, using
 from slope_cli.linearize.transfer import headless
 from slope_cli.methods import optim, phases_of
+from slope_cli.methods.apply import train_maps
 from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
 from slope_cli.report import metrics
@@ -279,6 +280,7 @@ class LayerRanges:
     def _linearize(self, model: PreTrainedModel) -> None:
         model.requires_grad_(False)
         linearize_attention(model, self.config.linearize, seed=self.config.train.seed, device="cpu")
+        train_maps(model, self.phase)
 
     def _folder(self, layers: range) -> Path:
         return self.run / run_folder.TRANSFER / name_of(layers)
