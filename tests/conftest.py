@@ -12,8 +12,20 @@ from slope_cli.train.loop import pretrain
 
 LONGEST = (
     *("ranks", "linearize_run", "resume", "evaluate", "compare", "sharded_checkpoint", "docs", "kills", "runs"),
-    *("train", "bench_linearize", "bench_generate", "bench", "sources", "engine", "prepare", "plots", "phases"),
-    *("config", "softmax_layers", "equal_time", "packed_folder", "cli", "install", "sft", "wandb"),
+    *(
+        "layer_ranges",
+        "trainer",
+        "train",
+        "bench_linearize",
+        "bench_generate",
+        "bench",
+        "sources",
+        "engine",
+        "prepare",
+        "plots",
+        "phases",
+    ),
+    *("config", "softmax_layers", "equal_time", "packed_folder", "cli", "install", "sft", "wandb", "serve"),
 )
 """The files that take longest, with their slow tests."""
 

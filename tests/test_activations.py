@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.data import prepared
+from support.marks import slow
 from support.models import SHAPES, linearized
 from support.runs import RECIPE, assert_same_run, slope, small, trained
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ def test_what_is_held_for_the_backward_pass_is_what_is_counted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad")
-@pytest.mark.parametrize("name", ["gpt2-nano", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+@pytest.mark.parametrize("name", ["gpt2-nano", *(slow(name) for name in FAMILIES[1:])])
 def test_a_compiled_block_is_one_graph_with_the_same_gradients(name: str) -> None:
     model, batches, found = sparse(name), [batch(name)], {}
     for mode in ("none", *MODES):

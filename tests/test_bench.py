@@ -136,6 +136,7 @@ def test_estimated_memory_of_a_whole_model() -> None:
     assert row.state_ratio < row.state_ratio_with_adapters < 1
 
 
+@pytest.mark.slow
 def test_opt_13b_is_within_the_memory_aimed_at() -> None:
     row = bench.memory_row(records.cases()["opt-13b"])
     assert row.state_ratio <= 0.60

@@ -131,14 +131,8 @@ def test_masks_are_measured_at_the_first_update_in_every_so_many_steps(data: Pat
     assert [e.step for e in events.Scalars("train/masks_changed")] == [6, 10]
 
 
-LAYOUTS = [
-    (2, "fsdp"),
-    pytest.param(2, "ddp", marks=pytest.mark.slow),
-    pytest.param(4, "hsdp", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "layout"), [(2, "fsdp"), (2, "ddp"), (4, "hsdp")])
 def test_split_weights_have_the_norms_and_the_masks_of_whole_ones(world: int, layout: str, tmp_path: Path) -> None:
     own = ("train.tokens_per_step=256", "model.dropout=0", "train.steps=4", "train.micro_batch=1", "log.every=1")
     own += ("log.norms_every=1", "log.val_every=0", "log.save_every=0", "adapters.start=0.5", "optim.lr=0.01")

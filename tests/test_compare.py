@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.data import prepared, scratch
+from support.marks import slow
 from support.processes import has_content, stopped, wait_until
 from support.runs import OVERRIDES, RECIPE, copied, small
 
@@ -185,7 +186,7 @@ def test_parameters_and_bytes_are_those_of_the_checkpoint() -> None:
     assert counted["slope"].active < counted["dense"].active
 
 
-@pytest.mark.parametrize(("method", "pruned"), [("sr_ste", True), ("fst", False), ("wanda", True)])
+@pytest.mark.parametrize(("method", "pruned"), [("sr_ste", True), slow("fst", False), slow("wanda", True)])
 def test_sizes_of_the_methods_are_those_of_their_models_at_the_end(method: str, pruned: bool, tmp_path: Path) -> None:
     """All of them train dense weights; fst's are dense again at the end."""
     more = [f"method={method}", "adapters.rank=0", *(["sparsity.start=0.5"] if method == "wanda" else [])]
@@ -679,9 +680,7 @@ def test_same_active_has_the_sparse_models_linear_weights(model: str) -> None:
     assert found.config.method == "dense"
 
 
-@pytest.mark.parametrize(
-    "model", ["gpt2-nano", *(pytest.param(m, marks=pytest.mark.slow) for m in ("opt-350m", "llama3-8b"))]
-)
+@pytest.mark.parametrize("model", ["gpt2-nano", *(slow(m) for m in ("opt-350m", "llama3-8b"))])
 @pytest.mark.parametrize("share", [0.5, 0.87])
 def test_a_share_of_the_dense_models_linear_weights(share: float, model: str) -> None:
     base = [f"model.name={model}"]
@@ -696,9 +695,7 @@ def test_a_share_of_the_dense_models_linear_weights(share: float, model: str) ->
     assert (found.name, found.config.method) == (f"dense-{share}", "dense")
 
 
-@pytest.mark.parametrize(
-    "model", ["gpt2-nano", *(pytest.param(m, marks=pytest.mark.slow) for m in ("opt-350m", "llama3-8b"))]
-)
+@pytest.mark.parametrize("model", ["gpt2-nano", *(slow(m) for m in ("opt-350m", "llama3-8b"))])
 def test_same_bytes_takes_what_the_packed_model_takes(model: str) -> None:
     """Of the sparse model counted here, adapters included, after it has been packed; sides are multiples of 64."""
     base = [f"model.name={model}", *(["model.overrides.vocab_size=512"] if model == "gpt2-nano" else [])]

@@ -16,7 +16,7 @@ from slope_cli.errors import UsageError
 
 README = ROOT / "README.md"
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(*blocks(page))))
-QUICK = ("README.md", "data.md", "library.md", "runs.md")
+QUICK = ("README.md", "data.md", "library.md")
 """The pages that the fast tests run."""
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.marks import slow
 from torch import Tensor, nn
 
 from sparse_kernels import (
@@ -311,7 +312,7 @@ def test_compiles_without_a_break_and_sees_new_masks(soft: bool) -> None:
 
 
 @TRACED
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_compiled_mvue_is_drawn_again_in_each_backward_pass(backend: str) -> None:
     torch._dynamo.reset()
     layer = make(8, 8, mvue=True)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support.data import SENTENCES, prepared, scratch, texts
+from support.marks import slow
 from support.ranks import Ranks
 from support.runs import RECIPE, copied, slope, small, trained
 from torch import nn
@@ -293,7 +294,7 @@ def test_a_uniform_model_costs_the_bits_of_its_vocabulary(tmp_path: Path) -> Non
 
 
 @NEEDS_LM_EVAL
-@pytest.mark.parametrize("family", ["gpt2-nano", "llama3-8b", "bert-base"])
+@pytest.mark.parametrize("family", ["gpt2-nano", *map(slow, ("llama3-8b", "bert-base"))])
 def test_an_export_is_worth_what_its_run_is(family: str, tmp_path: Path) -> None:
     run, out = trained(family, "adapters.lr=0.05"), tmp_path / "out"
     assert slope("export", run, out).code == 0

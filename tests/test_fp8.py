@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.marks import slow
 from support.models import linear_layers as layers
 from support.runs import records, tiny
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def test_the_same_layers_of_every_method_are_in_fp8(method: str) -> None:
     assert fp8_layers(model) == []
 
 
-@pytest.mark.parametrize("method", ["slope", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["slope", slow("dense")])
 def test_a_run_learns_in_fp8_nearly_as_in_bf16(method: str, data: Path, tmp_path: Path) -> None:
     losses = {}
     for precision in ("bf16", "fp8"):

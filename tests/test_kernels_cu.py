@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.marks import slow
 
 from sparse_kernels.driver import source_text
 
@@ -85,7 +86,7 @@ def with_nvrtc(source: Path, definitions: list[str], architecture: str, tmp_path
 
 
 @pytest.mark.parametrize("compiler", [with_nvcc, with_nvrtc])
-@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("architecture", [slow("80"), "90"])
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[1].values()))}")
 def test_compiles(compiler, architecture: str, case: tuple[str, dict[str, int], set[str]], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     name, values, entries = case

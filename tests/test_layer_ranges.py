@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.data import prepared, scratch
+from support.marks import slow
 from support.models import SHAPES, tiny_model, tokens
 from support.processes import finish, printed, start
 from support.ranks import Ranks
@@ -47,11 +48,6 @@ BASES: dict[str, tuple[str, ...]] = {
 }
 LAYERS = 5
 AT_ONCE = "linearize.layers_at_once=2"
-
-
-def slow(*values: object) -> Any:
-    """Parameters of a slow test."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @cache

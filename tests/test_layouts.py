@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.runs import RECIPE, slope, small
 
 from slope_cli.benchmarks import RESULTS
@@ -78,7 +79,7 @@ def test_the_state_of_opt_13b_against_a_count_by_hand() -> None:
     ("recipe", "at_8", "at_64"),
     [
         ("opt-30b", (63, 105, 41), (10.7, 78, 14)),
-        pytest.param("opt-66b", (137, 230, 87), (21, 172, 29), marks=pytest.mark.slow),
+        slow("opt-66b", (137, 230, 87), (21, 172, 29)),
     ],
 )
 def test_the_state_of_larger_models_against_a_count_by_hand(

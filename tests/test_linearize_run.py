@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.data import prepared, scratch, texts
+from support.marks import slow
 from support.models import linearized as tiny_linearized
 from support.models import tiny_model, tokens
 from support.processes import die_in_save, die_in_save_base, finish, start
@@ -86,7 +87,7 @@ def linearized(kind: str, *more: str) -> Linearized:
 # ---------------------------------------------------------------------------------------------------- quality
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "sparse", "llama"])
+@pytest.mark.parametrize("kind", ["llama", *map(slow, ("dense", "sparse"))])
 def test_transfer_and_adapters_bring_the_model_back(kind: str) -> None:
     done = linearized(kind)
     transfer = done.records("transfer")
@@ -182,7 +183,7 @@ def test_weights_and_masks_are_bit_identical(kind: str) -> None:
         assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("kind", ["sparse", "bert"])
+@pytest.mark.parametrize("kind", ["sparse", slow("bert")])
 def test_a_loaded_model_can_be_trained_further(kind: str) -> None:
     """What the run froze, it froze for itself: fine-tuning, say, trains a model whole."""
     assert all(p.requires_grad for p in load_model(linearized(kind).run).model.parameters())
@@ -787,7 +788,7 @@ def test_an_exact_cache_is_trained_exported_and_decoded(tmp_path: Path) -> None:
     assert_export_is_the_run(done.run, folder, models)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "sparse"])
+@pytest.mark.parametrize("kind", [slow("llama"), "sparse"])
 def test_a_state_of_the_delta_rule_is_trained_exported_and_decoded(kind: str, tmp_path: Path) -> None:
     done, folder = linearized(kind, "linearize.state=delta"), tmp_path / "export"
     transfer = done.records("transfer")
@@ -817,7 +818,7 @@ def test_an_export_of_before_the_cache_and_the_gate_has_none(tmp_path: Path) -> 
     assert {(linear.pattern.cache, linear.gate) for linear in windows} == {(0, None)}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "sparse"])
+@pytest.mark.parametrize("kind", [slow("llama"), "sparse"])
 def test_a_gated_state_is_trained_with_the_adapters_exported_and_decoded(kind: str, tmp_path: Path) -> None:
     """The transfer is that of an additive state: until it ends every gate is 1."""
     done, folder = linearized(kind, "linearize.state=gated", "linearize.kind=terrace"), tmp_path / "export"

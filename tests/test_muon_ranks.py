@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.marks import slow
 from support.ranks import together
 from support.runs import tiny
 from torch import Tensor, nn
@@ -143,15 +144,15 @@ def _updates_as_one(group: Group, family: str, layout: Layout) -> list[tuple[int
     ("world", "layout"),
     [
         (2, Layout("ddp")),
-        (2, Layout("fsdp", 2, "block")),
+        slow(2, Layout("fsdp", 2, "block")),
         (4, Layout("hsdp", 2, "step")),
-        pytest.param(4, Layout("ddp"), marks=pytest.mark.slow),
-        pytest.param(4, Layout("fsdp", 4, "block"), marks=pytest.mark.slow),
-        pytest.param(3, Layout("fsdp", 3, "block"), marks=pytest.mark.slow),
+        slow(4, Layout("ddp")),
+        slow(4, Layout("fsdp", 4, "block")),
+        slow(3, Layout("fsdp", 3, "block")),
     ],
     ids=lambda value: str(value),
 )
-@pytest.mark.parametrize("family", ["gpt2-nano", pytest.param("llama3-8b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt2-nano", slow("llama3-8b")])
 def test_several_processes_divide_the_work_and_update_as_one(world: int, layout: Layout, family: str) -> None:
     sharers = layout.shard if layout.gather else world
     for counts in zip(*together(world, _updates_as_one, family, layout), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.data import prepared, scratch
+from support.marks import slow
 from support.ranks import Ranks, together
 from support.runs import RECIPE, final_state, records, sized, slope, tiny, trained
 from torch import Tensor, nn
@@ -453,8 +454,8 @@ def test_split_weights_make_the_run_of_one_process(method: str, gather: str, tmp
     "settings",
     [
         ("sparsity.start=0.3",),
-        ("method=wanda", "sparsity.start=0.3"),
-        pytest.param(("train.precision=fp8", "train.bf16_finish=0.3"), marks=pytest.mark.slow),
+        slow(("method=wanda", "sparsity.start=0.3")),
+        slow(("train.precision=fp8", "train.bf16_finish=0.3")),
     ],
 )
 def test_weights_gathered_in_16_bits_change_as_whole_ones(settings: tuple[str, ...], tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_masks_that_follow_from_the_values_are_left_out_and_computed_again(data:
     assert_same_run(config, run, reference)
 
 
+@pytest.mark.slow
 def test_a_bert_resumes_bit_for_bit_too(bert_data: Path, tmp_path: Path) -> None:
     config = tiny(bert_data, model="bert-base")
     reference, run = tmp_path / "reference", tmp_path / "run"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.data import prepared
+from support.marks import slow
 from support.ranks import Ranks
 from support.runs import RECIPE, assert_same_run, final_state, records, sized, slope, tiny
 
@@ -271,6 +272,7 @@ def test_the_words_new_overwrite_and_fresh(run: Path) -> None:
     assert "--fresh" not in help_text
 
 
+@pytest.mark.slow
 def test_two_processes_replace_a_run_once_in_a_job(run: Path, tmp_path: Path) -> None:
     for restarts in range(2):
         variables = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts)}
@@ -351,7 +353,7 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [x if x in ("adapters", "sr_ste", "fst") else slow(x) for x in PHASES])
 def test_a_branch_has_weights_masks_and_adapters_in_every_phase(phase: str, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     pretrain(tiny(data, *PHASES[phase], "train.steps=4", "log.save_every=3"), run)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.data import SENTENCES, scratch
+from support.marks import slow
 from support.models import tiny_model
 from support.runs import slope, trained
 from support.servers import TEMPLATE as WITHOUT_ENDS
@@ -221,7 +222,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32)
 
 
-@pytest.mark.parametrize("model", ["gpt2-nano", pytest.param("llama3-8b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["gpt2-nano", slow("llama3-8b")])
 def test_answers_are_learned_and_the_masks_are_those_of_the_run(model: str) -> None:
     out = tuned(model)
     result = json.loads((out / "result.json").read_text())
@@ -276,8 +277,8 @@ def test_the_server_answers_chats(tmp_path: Path) -> None:
     "more",
     [
         (),
-        pytest.param(("method=dense",), marks=pytest.mark.slow),
-        pytest.param(("method=sr_ste",), marks=pytest.mark.slow),
+        slow(("method=dense",)),
+        slow(("method=sr_ste",)),
     ],
     ids=["slope", "dense", "sr_ste"],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.data import prepared
+from support.marks import slow
 from support.processes import die_in_save
 from support.ranks import Ranks, together
 from support.runs import RECIPE, assert_same_run, sized, tiny
@@ -226,7 +227,7 @@ def _save_two(group: Group, run: Path) -> None:
         store.save(run, step, filled("fsdp"), METADATA, keep=2, group=group)
 
 
-@pytest.mark.parametrize("name", ["", "__0_0.distcp", "__1_0.distcp", ".metadata", store.MANIFEST])
+@pytest.mark.parametrize("name", ["", "__1_0.distcp", *map(slow, ("__0_0.distcp", ".metadata", store.MANIFEST))])
 def test_the_ranks_share_the_files_to_verify_and_agree(name: str, tmp_path: Path) -> None:
     together(2, _save_two, tmp_path)
     newest = tmp_path / "checkpoints/step-00000002"

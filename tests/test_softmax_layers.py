@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.data import prepared, scratch
+from support.marks import slow
 from support.models import copying_model, tiny_model
 from support.models import linearized as tiny_linearized
 from support.runs import LINEARIZED, assert_same_run, copied, slope, trained
@@ -208,8 +209,8 @@ def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
     "more",
     [
         (),
-        pytest.param(("linearize.adjust_maps=true",), marks=pytest.mark.slow),
-        pytest.param(("distill.share=0.5",), marks=pytest.mark.slow),
+        slow(("linearize.adjust_maps=true",)),
+        slow(("distill.share=0.5",)),
     ],
 )
 @pytest.mark.parametrize("step", [8, 12])

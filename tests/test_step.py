@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.inductor import QUIET
+from support.marks import slow
 from torch import Tensor
 
 from slope_cli.methods.optim import moments_of
@@ -127,7 +128,7 @@ def test_a_single_batch_of_masked_words_is_its_own_mean_bit_for_bit() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
 @QUIET
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, slow(True)])
 def test_dense_gradients_are_those_of_the_step_at_pruned_entries_too(compiled: bool) -> None:
     """At kept entries they are the gradient of the values, and in all the product of the layer's own two factors."""
     model = gpt2()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.marks import slow
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -120,7 +121,7 @@ def test_gpt2_folder_without_end_of_text(tmp_path: Path) -> None:
         load_tokenizer(str(gpt2_folder(tmp_path, end="</s>")))
 
 
-@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+@pytest.mark.parametrize("network", [slow({"HF_HUB_OFFLINE": "1"}), {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_hub_name_offline_is_one_clear_error_at_once(network: dict[str, str], tmp_path: Path) -> None:
     code = "from slope_cli.data.tokenizer import load_tokenizer; load_tokenizer('nobody/nothing')"
     env = os.environ | network | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(slope_cli.__file__).parents[1])}
@@ -131,6 +132,7 @@ def test_hub_name_offline_is_one_clear_error_at_once(network: dict[str, str], tm
     assert "give `bytes` or a local folder" in last
 
 
+@pytest.mark.slow
 def test_no_code_of_a_tokenizer_is_run_and_nobody_is_asked(tmp_path: Path) -> None:
     """A question at a terminal would hang a job; a folder of somebody else's may name a class of its own."""
     save_tokenizer(load_tokenizer("bytes"), tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.data import SENTENCES
+from support.marks import slow
 from support.models import tiny_model
 from support.runs import slope, trained
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -39,7 +40,7 @@ def trainer(model: PreTrainedModel, folder: Path, callback: TrainerCallback, **m
     return Trainer(model, arguments(folder, **more), train_dataset=ROWS, callbacks=[callback])
 
 
-@pytest.mark.parametrize("family", ["gpt2-nano", "llama3-8b"])
+@pytest.mark.parametrize("family", ["gpt2-nano", slow("llama3-8b")])
 def test_a_dense_model_becomes_sparse_and_is_saved_with_its_zeros(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -135,7 +136,7 @@ def test_adapters_join_and_peft_reads_them(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stop", [2, 5], ids=["before adapters", "after them"])
+@pytest.mark.parametrize("stop", [slow(2), 5], ids=["before adapters", "after them"])
 def test_a_checkpoint_resumes_bit_for_bit(stop: int, tmp_path: Path) -> None:
     def run(folder: str, resume: bool = False, **more: Any) -> dict[str, torch.Tensor]:
         model = tiny_model("gpt2-nano")

@@ -39,13 +39,11 @@ FORMS = {
 
 
 def of_every_name(*forms: dict[str, Any]) -> list[Any]:
-    """Parameters (name, form): each form of Llama's attention, and of the other causal models' the first and the last.
+    """Parameters (name, form): each form of Llama's attention, and of the other causal models' the first.
 
     The others are of a slow test: how a model projects and how its state is kept do not depend on each other.
     """
-    fast = {(name, at) for name in CAUSAL for at in (0, len(forms) - 1)} | {
-        ("llama3-8b", at) for at in range(len(forms))
-    }
+    fast = {("gpt2-nano", 0), ("opt-125m", 0), *(("llama3-8b", at) for at in range(len(forms))), ("mistral-7b", 0)}
     marks = {False: pytest.mark.slow, True: ()}
     pairs = [(name, at) for name in CAUSAL for at in range(len(forms))]
     ids = ["-".join(map(str, (name, *form.values()))) for name in CAUSAL for form in forms]
