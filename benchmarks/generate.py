@@ -133,7 +133,7 @@ def _prepared(
     """The work of a row, done a few times, so that graphs are captured and kernels chosen."""
     kind = tuple(cast(Block, block).linear for block in decoder.blocks)
     caches = memories.get(kind) or decoder.caches(row.batch, row.tokens)
-    remembered = sum(tensor.nbytes for cache in caches for tensor in _remembered(cache))
+    remembered = sum(tensor.nbytes for cache in caches for tensor in cache.tensors())
     slots = Slots(decoder, row.batch, row.tokens, caches)
     ids = torch.randint(decoder.spec.vocabulary, (row.tokens,)).tolist()
     if row.part == "prefill":
@@ -185,13 +185,9 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def _remembered(cache: AttentionCache) -> list[Tensor]:
-    return [cache.keys, cache.values] if isinstance(cache, SoftmaxCache) else cache.changing()
-
-
 def _read(cache: AttentionCache) -> int:
     """Bytes of it that a step of all its slots reads."""
-    size = sum(tensor.nbytes for tensor in _remembered(cache))
+    size = sum(tensor.nbytes for tensor in cache.tensors())
     if isinstance(cache, SoftmaxCache) and cache.window:
         places = cache.keys.shape[2]
         return size * min(cache.window, places) // places

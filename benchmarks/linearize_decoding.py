@@ -112,9 +112,12 @@ def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeConfig, str]:
         base = base_model.description(folder)
         adapted, sparse = adapted or bool(base["adapters"]), bool(base["sparse"])
     settings = config.linearize
-    if settings.chosen:  # which layers keep softmax makes no difference in bytes and time
-        settings = replace(settings, keep_softmax=list(range(settings.chosen)))
-    return load.shape_of(folder), settings, _left_out(sparse, adapted)
+    shape = load.shape_of(folder)
+    if settings.chosen:  # which layers, or heads, keep softmax makes no difference in bytes, and little in time
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        kept = [f"{n // heads}/{n % heads}" if settings.by_heads else n for n in range(settings.chosen)]
+        settings = replace(settings, keep_softmax=kept)
+    return shape, settings, _left_out(sparse, adapted)
 
 
 def _left_out(sparse: bool, adapted: bool) -> str:
@@ -191,6 +194,9 @@ def filled_cache(model: Any, side: str, batch: int, length: int) -> Cache:
         cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
         for tensor in (cache.keys, cache.values):
             tensor.normal_()
+        for name in ("softmax_keys", "softmax_values") if cache.softmax_heads else ():
+            kept = torch.randn(batch, len(cache.softmax_heads), length, dim, dtype=dtype, device=device)
+            setattr(cache, name, kept)
         cache.state_BGFE.uniform_()
         cache.keep_BW.fill_(True)
         cache.tokens_B.fill_(length)
@@ -203,8 +209,8 @@ class Decoder:
     """Greedy decoding of `batch` sequences of `length` tokens, a step at a time.
 
     Attributes:
-        graphed: whether a step is replayed from a CUDA graph; a terrace's and an exact
-            cache's is not, since their memory makes new tensors.
+        graphed: whether a step is replayed from a CUDA graph; that of a terrace, an exact cache and heads with softmax
+            is not, since their memory makes new tensors.
         remembered: bytes of the cache.
     """
 
@@ -220,7 +226,7 @@ class Decoder:
         self.graphed = False
         for _ in range(timing.warm_up):
             self.run()
-        if graphed and not any(window.pattern.blockwise for window in linear_windows(model).values()):
+        if graphed and not any(x.pattern.blockwise or x.softmax_heads for x in linear_windows(model).values()):
             self._capture()
 
     def run(self) -> None:

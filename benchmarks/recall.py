@@ -51,9 +51,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cache-16": ("linearize.cache=16",),
     "cache-64": ("linearize.cache=64",),
     "cache-256": ("linearize.cache=256",),
-    "auto": ("linearize.keep_softmax=auto:{quarter}",),
+    "auto": ("linearize.keep_softmax=auto:{layers}",),
+    "heads": ("linearize.keep_softmax=heads:{heads}",),
 }
-"""Their own settings by name; {quarter} is a quarter of the layers."""
+"""Their own settings by name; {layers} and {heads} are a quarter of each."""
 ALONE = "window"
 """The additive variant with its window alone, which is evaluated beside it."""
 TEACHER = "teacher"
@@ -89,7 +90,7 @@ class Scale:
     text: int
     micro: int
     batches: str
-    variants: tuple[str, ...] = ("additive", "gated", "delta", "cache-64", "cache-256", "auto")
+    variants: tuple[str, ...] = ("additive", "gated", "delta", "cache-64", "cache-256", "auto", "heads")
     words: tuple[str, ...] = ()
 
 
@@ -124,7 +125,7 @@ SCALES = {
         text=1 << 16,
         micro=16,
         batches="1,16",
-        variants=("additive", "cache-64", "auto", "delta", "gated", "cache-16"),
+        variants=("additive", "cache-64", "auto", "heads", "delta", "gated", "cache-16"),
         words=("train.device=cpu",),
     ),
     "tiny": Scale(
@@ -185,8 +186,7 @@ class Bench:
         elif name == TEACHER:
             self._teach()
         else:
-            own = [word.format(quarter=self.scale.layers // 4) for word in VARIANTS[name]]
-            words = ["linearize", str(self.run(TEACHER)), *linear_words(self.scale), *own, *_logged()]
+            words = ["linearize", str(self.run(TEACHER)), *linear_words(self.scale), *self._own(name), *_logged()]
             self._printed(self.kept(name, "train"), [*words, "--out", str(self.run(name))])
             self._evaluate(name, [])
             if name == "additive":
@@ -284,16 +284,21 @@ class Bench:
         sources = {source: found["perplexity"] for source, found in perplexity["sources"].items()}
         return RecallRow(
             variant=name,
-            words=[word.format(quarter=self.scale.layers // 4) for word in VARIANTS.get(run, self.words)],
+            words=list(self.words) if run == TEACHER else self._own(run),
             tokens=sum(_step_tokens(record) for record in steps),
             seconds=sum(_step_tokens(record) / record["tokens_per_s"] for record in steps),
-            kept=next((record["layers"] for record in records if record["kind"] == "keep_softmax"), []),
+            kept=next((record["kept"] for record in records if record["kind"] == "keep_softmax"), []),
             perplexity=perplexity["perplexity"],
             sources=sources,
             cells=self._read(name, "recall")["recall"]["rows"],
             remembered=sizes,
             decode=decode,
         )
+
+    def _own(self, name: str) -> list[str]:
+        s = self.scale
+        heads = s.layers * (s.heads if self.model == "gpt2" else s.kv_heads)
+        return [word.format(layers=s.layers // 4, heads=heads // 4) for word in VARIANTS[name]]
 
     def _decoding(self, name: str, length: int) -> list[GenerateRow]:
         (entry,) = self._read(name, f"decode-{length}")["generate"]["models"]
@@ -343,13 +348,13 @@ def costs(results: RecallResults) -> Table:
     """Perplexity, memory and speed."""
     places = list(dict.fromkeys(length for row in results.rows for length in row.remembered))
     points = list(dict.fromkeys((step.tokens, step.batch) for row in results.rows for step in row.decode))
-    columns = ["attention", "perplexity", "softmax layers", *(f"memory at {length:,}" for length in places)]
+    columns = ["attention", "perplexity", "softmax in", *(f"memory at {length:,}" for length in places)]
     columns += [f"tokens/s at {length:,}, batch {batch}" for length, batch in points]
     cells = []
     for row in results.rows:
-        layers = results.layers if row.variant == TEACHER else len(row.kept)
+        kept = f"{results.layers} layers" if row.variant == TEACHER else ", ".join(map(str, row.kept)) or NONE
         speeds = {(step.tokens, step.batch): step.tokens_per_s for step in row.decode}
-        own = [row.variant, number(row.perplexity), str(layers), *(bytes_text(row.remembered[at]) for at in places)]
+        own = [row.variant, number(row.perplexity), kept, *(bytes_text(row.remembered[at]) for at in places)]
         cells.append([*own, *(number(speeds.get(point), ",.0f") for point in points)])
     trained = {row.variant == TEACHER: row.tokens for row in results.rows}
     tokens = [f"the teacher had {trained[True] / 1e6:,.1f} million tokens"] if True in trained else []

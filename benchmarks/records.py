@@ -406,17 +406,17 @@ class KillResults(Results):
 class RecallRow:
     """A model of `python -m slope_cli.benchmarks.recall`: the teacher, or what it became.
 
-    words: the settings that are this model's own. tokens, seconds: of its training. kept: layers that were chosen to
-    keep softmax attention. sources: perplexity of each one's validation text. cells: the rows of `measure_recall`.
-    remembered: bytes of one sequence by its tokens, from shapes. decode: steps of the engine by tokens and batch, whose
-    dense_ms is of a softmax model with random weights in the same rounds.
+    words: the settings that are this model's own. tokens, seconds: of its training. kept: layers or KV heads that were
+    chosen to keep softmax attention. sources: perplexity of each one's validation text. cells: the rows of
+    `measure_recall`. remembered: bytes of one sequence by its tokens, from shapes. decode: steps of the engine by
+    tokens and batch, whose dense_ms is of a softmax model with random weights in the same rounds.
     """
 
     variant: str
     words: list[str]
     tokens: int
     seconds: float
-    kept: list[int] = field(default_factory=list)
+    kept: list[int | str] = field(default_factory=list)
     perplexity: float
     sources: dict[str, float]
     cells: list[dict[str, Any]]

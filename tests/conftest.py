@@ -25,7 +25,7 @@ LONGEST = (
         "plots",
         "phases",
     ),
-    *("config", "softmax_layers", "equal_time", "packed_folder", "cli", "install", "sft", "wandb", "serve"),
+    *("config", "keep_softmax", "equal_time", "packed_folder", "cli", "install", "sft", "wandb", "serve"),
 )
 """The files that take longest, with their slow tests."""
 

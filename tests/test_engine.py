@@ -145,6 +145,8 @@ def test_scaled_rotary_positions(rope_type: str) -> None:
         {"window": 5, "state": "delta"},
         {"window": 1},
         {"window": 8, "keep_softmax": [1]},
+        {"window": 4, "cache": 6, "keep_softmax": ["1/0"]},
+        {"window": 5, "state": "delta", "keep_softmax": ["0/1", "1/1"]},
         {"window": 4, "kind": "terrace", "state": "gated"},
     ),
 )

@@ -133,7 +133,7 @@ def build(
     run: Path,
     device: torch.device | str,
     phase: Phase | None = None,
-    kept: Collection[int] = (),
+    kept: Collection[int | str] = (),
 ) -> PreTrainedModel:
     """The model of a run in a phase, whose weights and masks are then read from a checkpoint.
 

@@ -114,6 +114,7 @@ class SSteConfig(Section, section="s_ste"):
         s._need(s.mask == "magnitude", "mask", "soft thresholding keeps the largest magnitudes; choose magnitude")
 
 
+_KV_HEAD = r"(0|[1-9]\d*)/(0|[1-9]\d*)"
 SINKS = 4
 """The entries of an exact cache that a sequence's first tokens have for good."""
 
@@ -142,9 +143,10 @@ class LinearizeConfig(Section, section="linearize"):
     least."""
     mix: float = setting(0.1, unit="a share, above 0 and below 1", example="0.5")
     """The weight of the window against the linear branch at the start; training changes it."""
-    keep_softmax: Any = setting([], unit="numbers of layers", example="auto:2")
-    """Which layers keep softmax attention, by their numbers from 0; or auto:K for K layers that are chosen after the
-    transfer, those that bring the predictions nearest to the softmax model's where these need recall."""
+    keep_softmax: Any = setting([], unit="layers, or LAYER/HEAD", example="auto:2")
+    """What keeps softmax attention: layers by their numbers from 0, and KV heads of layers as 3/1, head 1 of layer 3;
+    or auto:K for K layers, heads:K for K KV heads of any layers, that are chosen after the transfer: those that bring
+    the predictions nearest to the softmax model's where these need recall."""
     transfer: float = setting(0.5, unit="a share of the run", example="0.6")
     """How long the run is attention transfer, in which each layer learns the output of its own softmax attention, as a
     share of the run; the rest trains the adapters. 1 is transfer alone."""
@@ -173,14 +175,24 @@ class LinearizeConfig(Section, section="linearize"):
     """Which projections of attention get adapters: some of q, k, v, o."""
 
     @property
-    def kept(self) -> list[int]:
-        """The layers that keep softmax attention from the first step on."""
+    def listed(self) -> list[int | str]:
+        """What keeps softmax attention from the first step on, as in keep_softmax."""
         return self.keep_softmax if isinstance(self.keep_softmax, list) else []
 
     @property
+    def kept(self) -> list[int]:
+        """The layers among these."""
+        return [entry for entry in self.listed if isinstance(entry, int)]
+
+    @property
     def chosen(self) -> int:
-        """The number of layers that are chosen, after the transfer, to have softmax attention again."""
-        return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.removeprefix("auto:"))
+        """The number of layers, or of KV heads, that are chosen after the transfer to have softmax attention again."""
+        return 0 if isinstance(self.keep_softmax, list) else int(self.keep_softmax.partition(":")[2])
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether KV heads are chosen, and not layers."""
+        return not isinstance(self.keep_softmax, list) and self.keep_softmax.startswith("heads:")
 
     @property
     def gated(self) -> bool:
@@ -195,10 +207,14 @@ class LinearizeConfig(Section, section="linearize"):
     def _check_values(self) -> None:
         kept = self.keep_softmax
         if isinstance(kept, list):
-            known = all(type(layer) is int and layer >= 0 for layer in kept) and len(set(kept)) == len(kept)
+            whole = [str(entry) for entry in kept if type(entry) is int and entry >= 0]
+            heads = [entry for entry in kept if isinstance(entry, str) and re.fullmatch(_KV_HEAD, entry, re.ASCII)]
+            known = len({*whole, *heads}) == len(kept) == len(whole) + len(heads)
+            known &= not {entry.partition("/")[0] for entry in heads} & {*whole}
         else:
-            known = re.fullmatch(r"auto:[1-9]\d*", str(kept), re.ASCII) is not None
-        self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
+            known = re.fullmatch(r"(auto|heads):[1-9]\d*", str(kept), re.ASCII) is not None
+        rule = "list different layers, from 0, as [0, 3], and KV heads of others, as 1/2; or write auto:K or heads:K"
+        self._need(known, "keep_softmax", rule)
         self._positive("window", "transfer_lr", "mse_weight")
         self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
         rule = "the exact cache ranks tokens by an additive state; set linearize.cache=0"

@@ -20,7 +20,7 @@ from slope_cli.errors import UsageError, is_utf8, nearest
 Flat = dict[str, Any]
 """Full keys and their values."""
 TYPES: Mapping[Any, str] = {
-    Any: "list of whole numbers, or text",
+    Any: "list, or text",
     str: "text",
     int: "whole number",
     float: "number",

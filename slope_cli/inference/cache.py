@@ -43,6 +43,9 @@ class AttentionCache(Protocol):
     def move(self, source: int, target: int, length: int) -> None:
         """Let slot `target` remember what `source` does, a text of so many tokens."""
 
+    def tensors(self) -> list[Tensor]:
+        """All that is remembered."""
+
     def changing(self) -> list[Tensor]:
         """What a repeated step would change once more."""
 
@@ -85,6 +88,10 @@ class SoftmaxCache:
         """See AttentionCache."""
         for kept in (self.keys, self.values):
             kept[target, :, :length] = kept[source, :, :length]
+
+    def tensors(self) -> list[Tensor]:
+        """See AttentionCache."""
+        return [self.keys, self.values]
 
     def changing(self) -> list[Tensor]:
         """None: a repeated step writes the same keys and values to the same places."""
@@ -129,6 +136,58 @@ class LinearCache:
         for tensor in self.memory.tensors().values():
             tensor[target] = tensor[source]
 
-    def changing(self) -> list[Tensor]:
-        """All that is remembered."""
+    def tensors(self) -> list[Tensor]:
+        """See AttentionCache."""
         return [self.memory.oldest_1, *self.memory.tensors().values()]
+
+    def changing(self) -> list[Tensor]:
+        """All of it."""
+        return self.tensors()
+
+
+class HeadsCache:
+    """A layer some of whose KV heads have softmax attention: their cache, and that of the others, side by side."""
+
+    def __init__(self, linear: LinearWindow, shape: Shape, heads: int, scale: float, window: int, like: Tensor) -> None:
+        """heads: of queries. The others as in SoftmaxCache."""
+        slots, kv_heads, length, dim = shape
+        kept = [*linear.softmax_heads]
+        others = [head for head in range(kv_heads) if head not in kept]
+        self.heads = heads
+        softmax = SoftmaxCache((slots, len(kept), length, dim), len(linear.query_heads(kept)), scale, window, like)
+        linearized = LinearCache(linear.of_heads(others), (slots, len(others), length, dim), scale, like)
+        # Each with the places of its q, k and v, and of q alone.
+        self._parts: list[tuple[AttentionCache, Tensor, Tensor]] = []
+        parts: tuple[tuple[AttentionCache, list[int]], ...] = (softmax, kept), (linearized, others)
+        for cache, own in parts:
+            of_queries = linear.query_heads(own)
+            given = [*of_queries, *(heads + head for head in own), *(heads + kv_heads + head for head in own)]
+            given_S, of_queries_H = (torch.tensor(each, device=like.device) for each in (given, of_queries))
+            self._parts.append((cache, given_S, of_queries_H))
+
+    def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
+        """See AttentionCache."""
+        y_PTHD = qkv_PTSD[:, :, : self.heads].clone()
+        for cache, given, of_queries in self._parts:
+            y_PTHD.index_copy_(2, of_queries, cache.prefill(prompts, qkv_PTSD.index_select(2, given), rotary))
+        return y_PTHD
+
+    def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
+        """See AttentionCache."""
+        y_BHD = qkv_BSD[:, : self.heads].clone()
+        for cache, given, of_queries in self._parts:
+            y_BHD.index_copy_(1, of_queries, cache.decode(places_B, qkv_BSD.index_select(1, given), rotary))
+        return y_BHD
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See AttentionCache."""
+        for cache, *_ in self._parts:
+            cache.move(source, target, length)
+
+    def tensors(self) -> list[Tensor]:
+        """See AttentionCache."""
+        return [tensor for cache, *_ in self._parts for tensor in cache.tensors()]
+
+    def changing(self) -> list[Tensor]:
+        """See AttentionCache."""
+        return [tensor for cache, *_ in self._parts for tensor in cache.changing()]

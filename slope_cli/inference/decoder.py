@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slope_cli.errors import UsageError
-from slope_cli.inference.cache import AttentionCache, LinearCache, Prompts, SoftmaxCache
+from slope_cli.inference.cache import AttentionCache, HeadsCache, LinearCache, Prompts, SoftmaxCache
 from slope_cli.inference.products import product
 from slope_cli.linearize.linear_window import LinearWindow
 from sparse_kernels import cuda, few_tokens
@@ -252,7 +252,9 @@ class Decoder(nn.Module):
         caches: list[AttentionCache] = []
         space: Tensor | None = None
         for block in cast(Iterable[Block], self.blocks):
-            if block.linear is not None:
+            if block.linear is not None and block.linear.softmax_heads:
+                caches.append(HeadsCache(block.linear, shape, spec.heads, block.scale, spec.window, like))
+            elif block.linear is not None:
                 caches.append(LinearCache(block.linear, shape, block.scale, like))
             else:
                 cache = SoftmaxCache(shape, spec.heads, block.scale, spec.window, like, space)

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, G KV heads, W remembered keys, D head dimension, E 
 column of ones), F features, T new tokens (1: one new token), S = W + T.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class Ring(NamedTuple):
 class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     """The last W keys and values of a sequence, and the float32 state of all before: of one size at any length.
 
-    Beside the state there are the entries of the exact cache, if the pattern has one.
+    Beside the state there are the entries of the exact cache, if the pattern has one, and all keys and values of heads
+    that have softmax attention, if there are any: these grow with the text.
 
     The W are a ring buffer: the next token replaces the oldest. Left padding is kept as tokens that are not real. Beams
     are reordered as in every cache; tokens cannot be removed (`crop`), because the state forgets which they were.
@@ -56,10 +57,17 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, pattern: Pattern, features: int, *, summed: bool = True) -> None:
-        """summed: the state is a sum, with a column for its denominator, and not the delta rule's."""
+    def __init__(
+        self, pattern: Pattern, features: int, softmax_heads: Sequence[int] = (), *, summed: bool = True
+    ) -> None:
+        """
+        Args:
+            softmax_heads: KV heads whose keys and values are all kept, as softmax_keys and softmax_values.
+            summed: the state is a sum, with a column for its denominator, and not the delta rule's.
+        """
         super().__init__()
         self.pattern, self.features, self.summed, self.seen = pattern, features, summed, 0
+        self.softmax_heads = [*softmax_heads]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty memory, for keys and values like these (B, G, any, D)."""
@@ -75,14 +83,22 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         )  # where keys become far by blocks, since the first real one
         if self.pattern.cache:
             self._hold(no_entries(self.keys, self.values, self.pattern.cache))
+        if self.softmax_heads:
+            self.softmax_keys, self.softmax_values = (key_states.new_zeros(B, len(self.softmax_heads), 0, D),) * 2
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are: `recall` joins the remembered ones to them."""
+        """The new keys and values as they are: `recall` joins the remembered ones to them.
+
+        Those of softmax heads join the earlier ones at once.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.softmax_heads:
+            self.softmax_keys = torch.cat([self.softmax_keys, key_states[:, self.softmax_heads]], dim=2)
+            self.softmax_values = torch.cat([self.softmax_values, value_states[:, self.softmax_heads]], dim=2)
         return key_states, value_states
 
     def recall(self, k_BGTD: Tensor, v_BGTD: Tensor, keep_BT: Tensor | None) -> Remembered:
@@ -134,7 +150,7 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.pattern, self.features, summed=self.summed)  # type: ignore[misc]
+        self.__init__(self.pattern, self.features, self.softmax_heads, summed=self.summed)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each sequence the memory of the beam that it continues."""
@@ -190,7 +206,8 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
     def tensors(self) -> dict[str, Tensor]:
         """What is remembered of each sequence, by name; the first dimension is that of the sequences."""
         entries = ("entry_keys", "entry_values", "entry_positions") if self.pattern.cache else ()
-        names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B", *entries)
+        whole = ("softmax_keys", "softmax_values") if self.softmax_heads else ()
+        names = ("keys", "values", "keep_BW", "state_BGFE", "tokens_B", *entries, *whole)
         return {name: getattr(self, name) for name in names}
 
     def _hold(self, entries: Entries) -> None:

@@ -3,8 +3,9 @@
 Shape suffixes: B sequences, H query heads, G KV heads, T queries, D head dimension.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,8 @@ class LinearWindow(nn.Module):
     mode: what the layer computes: "linear", the linearized attention; "softmax", the original one; "transfer", the
     original one, after the observer has compared the two.
     branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
+    softmax_heads: the KV heads that have softmax attention instead, with the query heads that share them; whoever calls
+    attention computes that, and what `forward` returns for them does not count.
     compiled: whether torch.compile makes the kernels of single tokens, and of the loss in transfer; worth it on a GPU,
     for many tokens or steps.
     """
@@ -62,6 +65,7 @@ class LinearWindow(nn.Module):
         self.window_dropout = config.window_dropout
         self.mode: Mode = "linear"
         self.branch: Branch = "both"
+        self.softmax_heads: tuple[int, ...] = ()
         self.compiled = False
         self.memory: LinearWindowCache | None = None
         self.observer: Observer | None = None
@@ -74,6 +78,7 @@ class LinearWindow(nn.Module):
         form = "terrace" if self.pattern.terrace else "window"
         cache = f", cache={self.pattern.cache}" if self.pattern.cache else ""
         cache += ", delta rule" if self.beta is not None else ", gated" if self.gate is not None else ""
+        cache += f", softmax heads {self.softmax_heads}" if self.softmax_heads else ""
         return f"{form}={self.pattern.window}{cache}, mode={self.mode}, branch={self.branch}"
 
     @property
@@ -88,7 +93,28 @@ class LinearWindow(nn.Module):
 
     def new_cache(self) -> LinearWindowCache:
         """An empty memory of this layer."""
-        return LinearWindowCache(self.pattern, self.map_k.features, summed=self.beta is None)
+        return LinearWindowCache(self.pattern, self.map_k.features, self.softmax_heads, summed=self.beta is None)
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return len(self.map_k.weight)
+
+    def query_heads(self, kv_heads: Sequence[int]) -> list[int]:
+        """The query heads that share these KV heads, in the order of these."""
+        shared = len(self.map_q.weight) // self.kv_heads
+        return [head * shared + place for head in kv_heads for place in range(shared)]
+
+    def of_heads(self, kv_heads: Sequence[int]) -> "LinearWindow":
+        """A copy that has these KV heads alone, all of them linearized."""
+        own = copy.deepcopy(self, {id(self.hook): None})  # which is the model's
+        of_queries = self.query_heads(kv_heads)
+        own.softmax_heads = ()
+        for name, parameter in self.named_parameters():
+            heads = of_queries if name.partition(".")[0] in ("map_q", "mix", "share") else [*kv_heads]
+            part = nn.Parameter(parameter.detach()[heads], requires_grad=parameter.requires_grad)
+            setattr(own.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], part)
+        return own
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize.swap import added_state, linearize_attention, load_added_state, softmax_layers
+from slope_cli.linearize.swap import added_state, kept_softmax, linearize_attention, load_added_state
 
 FOLDER = "linearize"
 KEYS = ("feature_map", "features", "window", "cache", "state", "mix", "window_dropout", "keep_softmax")
@@ -19,7 +19,7 @@ def write(folder: Path, model: PreTrainedModel, config: LinearizeConfig, *, seed
     """Write the maps and mix factors of a linearized model, and the settings that it was linearized with."""
     folder.mkdir()
     settings = {key: getattr(config, key) for key in KEYS} | {"terrace": config.kind == "terrace", "seed": seed}
-    settings["keep_softmax"] = softmax_layers(model)  # where they were chosen, the configuration has their number alone
+    settings["keep_softmax"] = kept_softmax(model)  # where they were chosen, the configuration has their number alone
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in added_state(model).items()}
     save_file(tensors, folder / "maps.safetensors", metadata={"format": "pt"})

@@ -12,12 +12,12 @@ import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
@@ -44,7 +44,7 @@ PROJECTIONS = {
 def linearize_attention(
     model: PreTrainedModel, config: LinearizeConfig, *, seed: int = 0, device: torch.device | str | None = None
 ) -> list[str]:
-    """Linearize each attention layer but those of config.kept, in place.
+    """Linearize each attention layer but those of config.kept, in place, and in each all KV heads but those listed.
 
     What is added is trainable and in float32: a `linear` in each attention module. Nothing of the model is frozen,
     changed or moved, so `restore_attention` gives back the model as it was. Attention dropout does not reach
@@ -66,7 +66,7 @@ def linearize_attention(
         raise UsageError("the model is linearized already")
     if causal != all(module.is_causal for _, module in modules):
         raise UsageError(f"{type(model).__name__}: attention both causal and two-sided is not supported")
-    _check(config, len(modules), causal=causal)
+    _check(config, len(modules), _kv_heads(model.config), causal=causal)
     _check_reach(config, model)
     generator = torch.Generator().manual_seed(seed)
     before = model.config._attn_implementation
@@ -78,6 +78,7 @@ def linearize_attention(
         swapped.append(name)
     # The model's own setting decides which mask is made: the plain one of padding.
     model.config._attn_implementation = NAME
+    keep_softmax(model, [entry for entry in config.listed if entry not in config.kept])
     return swapped
 
 
@@ -104,10 +105,68 @@ def restore_attention(model: PreTrainedModel, layers: Collection[int] | None = N
     return names
 
 
-def softmax_layers(model: PreTrainedModel) -> list[int]:
-    """The layers, from 0, that have softmax attention beside the linearized ones."""
-    modules = _attention_modules(model)
-    return [n for n, (_, module) in enumerate(modules) if not isinstance(getattr(module, "linear", None), LinearWindow)]
+def keep_softmax(model: PreTrainedModel, kept: Iterable[int | str]) -> None:
+    """Give layers of a linearized model softmax attention again, or KV heads of them alone, in place.
+
+    A layer all of whose heads are kept is as before it was linearized.
+
+    Args:
+        kept: layers from 0, and KV heads as "3/1", head 1 of layer 3.
+
+    Raises:
+        UsageError: a head that the model does not have.
+    """
+    whole = []
+    for layer, (linear, heads) in _kept_windows(model, kept).items():
+        if unknown := [head for head in heads if head >= linear.kv_heads]:
+            rule = f"layer {layer} has no KV head {unknown[0]}; the model's are 0 to {linear.kv_heads - 1}"
+            raise UsageError(f"keep_softmax: {rule}")
+        linear.softmax_heads = tuple(sorted(heads))
+        whole += [layer] if len(heads) in (0, linear.kv_heads) else []
+    restore_attention(model, whole)
+
+
+def _kept_windows(model: PreTrainedModel, kept: Iterable[int | str]) -> dict[int, tuple[LinearWindow, list[int]]]:
+    """What `keep_softmax` is given: each linearized layer, and its heads; none for all of it."""
+    windows = {layer: getattr(module, "linear", None) for layer, (_, module) in enumerate(_attention_modules(model))}
+    found: dict[int, tuple[LinearWindow, list[int]]] = {}
+    for entry in kept:
+        layer, _, head = str(entry).partition("/")
+        if isinstance(linear := windows.get(int(layer)), LinearWindow):
+            found.setdefault(int(layer), (linear, []))[1].extend([int(head)] if head else [])
+    return found
+
+
+@contextlib.contextmanager
+def softmax_in(model: PreTrainedModel, kept: Iterable[int | str]) -> Iterator[None]:
+    """Within it, these layers or heads of a linearized model have softmax attention."""
+    windows = _kept_windows(model, kept).values()
+    before = [(linear, linear.mode, linear.softmax_heads) for linear, _ in windows]
+    try:
+        for linear, heads in windows:
+            linear.mode, linear.softmax_heads = (linear.mode, tuple(sorted(heads))) if heads else ("softmax", ())
+        yield
+    finally:
+        for linear, mode, heads_before in before:
+            linear.mode, linear.softmax_heads = mode, heads_before
+
+
+def softmax_units(model: PreTrainedModel, *, heads: bool) -> list[int | str]:
+    """The linearized layers of a model, or the KV heads of each, as `keep_softmax` takes them."""
+    units: list[int | str] = []
+    for layer, (_, module) in enumerate(_attention_modules(model)):
+        if isinstance(linear := getattr(module, "linear", None), LinearWindow):
+            units += [f"{layer}/{head}" for head in range(linear.kv_heads)] if heads else [layer]
+    return units
+
+
+def kept_softmax(model: PreTrainedModel) -> list[int | str]:
+    """The layers, and KV heads of linearized ones, that have softmax attention, as `keep_softmax` takes them."""
+    kept: list[int | str] = []
+    for layer, (_, module) in enumerate(_attention_modules(model)):
+        linear = getattr(module, "linear", None)
+        kept += [f"{layer}/{n}" for n in linear.softmax_heads] if isinstance(linear, LinearWindow) else [layer]
+    return kept
 
 
 def linear_windows(model: nn.Module) -> dict[str, LinearWindow]:
@@ -189,16 +248,18 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return modules
 
 
-def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
+def _check(config: LinearizeConfig, layers: int, kv_heads: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    if unknown := [index for index in config.kept if not 0 <= index < layers]:
+    named = [int(str(entry).partition("/")[0]) for entry in config.listed]
+    if unknown := [index for index in named if index >= layers]:
         raise UsageError(f"keep_softmax: there is no layer {unknown[0]}; the model's are 0 to {layers - 1}")
     if len(config.kept) == layers:
         raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
-    if config.chosen >= layers:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: the model has {layers} layers; choose fewer of them")
+    units, what = (layers * kv_heads, "KV heads") if config.by_heads else (layers, "layers")
+    if config.chosen >= units:
+        raise UsageError(f"keep_softmax={config.keep_softmax}: the model has {units} {what}; choose fewer of them")
     if config.chosen and not causal:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the layers")
+        raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the {what}")
     if config.kind == "terrace" and not causal:
         raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
     if config.cache and not causal:
@@ -231,7 +292,7 @@ def _add_linear_window(
     linear = LinearWindow(
         config,
         heads=heads,
-        kv_heads=getattr(shape, "num_key_value_heads", None) or heads,
+        kv_heads=_kv_heads(shape),
         head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
         causal=causal,
         generator=generator,
@@ -244,6 +305,10 @@ def _add_linear_window(
     # A config of its own: changing the model's attention kernel must not switch linearized layers off.
     module.config = copy.copy(shape)
     module.config._attn_implementation = NAME
+
+
+def _kv_heads(shape: PreTrainedConfig) -> int:
+    return int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
 
 
 def _adopt_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -287,7 +352,17 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if linear.mode == "linear":
         memory, linear.memory = linear.memory, None
-        return linear(query, key, value, scale, keep_BS, memory).transpose(1, 2).contiguous(), None
+        y_BHTD = linear(query, key, value, scale, keep_BS, memory)
+        if linear.softmax_heads:  # of these what `linear` has computed goes unused
+            heads = [*linear.softmax_heads]
+            of_queries = torch.tensor(linear.query_heads(heads), device=query.device)
+            key, value = key[:, heads], value[:, heads]
+            if memory is not None:
+                key, value = memory.softmax_keys, memory.softmax_values
+            keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
+            own_BTHD, _ = _softmax(module, query[:, of_queries], key, value, keep_BS, dropout, scale, **kwargs)
+            y_BHTD = y_BHTD.index_copy(1, of_queries, own_BTHD.transpose(1, 2).to(y_BHTD.dtype))
+        return y_BHTD.transpose(1, 2).contiguous(), None
     if linear.mode == "softmax":
         return _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)
     with torch.no_grad():

@@ -342,8 +342,8 @@ class AttentionMemory:
 
     layers, linear_layers: attention layers, and those that are linearized.
     state_bytes: of all linearized layers, windows and float32 states, at any length.
-    cache_bytes_per_token: of the same layers' cache with softmax attention, for each token.
-    kept_bytes_per_token: of the cache of the layers that keep softmax attention, for each token.
+    cache_bytes_per_token: of the same heads' cache with softmax attention, for each token.
+    kept_bytes_per_token: of the cache of the layers, and heads of others, that keep softmax attention, for each token.
     """
 
     layers: int
@@ -363,15 +363,16 @@ def attention_memory(model: PreTrainedModel) -> AttentionMemory:
     windows = linear_windows(model).values()
     linear = softmax = 0
     for window in windows:
-        groups, dim = window.map_k.weight.shape[:2]
-        cache = window.new_cache()
-        nothing_BGTD = torch.empty(1, groups, 0, dim, dtype=torch.bfloat16, device="meta")
+        groups, dim = window.kv_heads, window.map_k.weight.shape[1]
+        linearized = [head for head in range(groups) if head not in window.softmax_heads]
+        cache = window.of_heads(linearized).new_cache()
+        nothing_BGTD = torch.empty(1, len(linearized), 0, dim, dtype=torch.bfloat16, device="meta")
         cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
         linear += cache.nbytes()
-        softmax += 2 * 2 * groups * dim
+        softmax += 2 * 2 * len(linearized) * dim
     layers = model.config.num_hidden_layers
-    kept = softmax // len(windows) * (layers - len(windows))  # all layers have the same heads
-    return AttentionMemory(layers, len(windows), linear, softmax, kept)
+    every = 2 * 2 * dim * groups * layers  # all layers have the same heads
+    return AttentionMemory(layers, len(windows), linear, softmax, every - softmax)
 
 
 @dataclass(frozen=True)

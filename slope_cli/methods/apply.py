@@ -9,7 +9,13 @@ from transformers import PreTrainedModel
 
 from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
-from slope_cli.linearize.swap import linear_windows, linearize_attention, projections, restore_attention
+from slope_cli.linearize.swap import (
+    keep_softmax,
+    linear_windows,
+    linearize_attention,
+    projections,
+    softmax_units,
+)
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.phases import ADAPTERS, DENSE, MAPS, WEIGHTS, Layers, Phase
 from slope_cli.methods.sparse import report_layers, which_layers
@@ -44,7 +50,7 @@ def apply(
     was: Phase = UNTOUCHED,
     optimizer: torch.optim.Optimizer | None = None,
     calibrate: Calibrate | None = None,
-    kept: Collection[int] = (),
+    kept: Collection[int | str] = (),
 ) -> None:
     """Bring a model, and its optimizer if there is one, from one phase into a later one, in place.
 
@@ -53,8 +59,8 @@ def apply(
     Args:
         calibrate: for sparsity.mask=wanda; without it masks are chosen by magnitude, for a model whose masks are then
             read from a checkpoint.
-        kept: the layers that were chosen to keep softmax attention; without them the first ones, for a model whose
-            shapes alone matter.
+        kept: the layers, or KV heads, that were chosen to keep softmax attention, as `keep_softmax` takes them; without
+            them the first ones, for a model whose shapes alone matter.
 
     Raises:
         UsageError: a setting that does not fit the model.
@@ -65,9 +71,9 @@ def apply(
         _convert(model, config, was.layers, to.layers, optimizer, calibrate)
     if to.linearized and not was.linearized:
         _linearize(model, config)
-    if to.softmax_layers and not was.softmax_layers:
+    if to.softmax_units and not was.softmax_units:
         before = [p for window in linear_windows(model).values() for p in window.parameters()]
-        restore_attention(model, kept or range(to.softmax_layers))
+        keep_softmax(model, kept or softmax_units(model, heads=config.linearize.by_heads)[: to.softmax_units])
         left = {id(p) for window in linear_windows(model).values() for p in window.parameters()}
         if optimizer is not None:
             optim.drop_parameters(optimizer, [p for p in before if id(p) not in left])

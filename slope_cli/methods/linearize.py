@@ -30,6 +30,6 @@ def linearize(config: Config) -> list[Phase]:
         rates |= {ADAPTERS: late} if adapters or own.gated else {}
         rates |= {MAPS: late} if every or own.adjust_maps else {}
         step: StepKind = "distill" if config.distill.share else "train"
-        how: dict[str, Any] = {"softmax_layers": own.chosen, "adapters": adapters, "step": step, "rates": rates}
+        how: dict[str, Any] = {"softmax_units": own.chosen, "adapters": adapters, "step": step, "rates": rates}
         phases.append(Phase(first, linearized=True, **how))
     return phases

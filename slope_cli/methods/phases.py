@@ -83,7 +83,8 @@ class Phase:
     linearized: attention is window softmax plus linear attention.
     fp8: the products of linear layers have fp8 operands in training.
     row_masks_end: the steps after which the row masks of sparse layers are fixed; 0: they always are.
-    softmax_layers: so many of the linearized layers have softmax attention again; which ones is chosen when it begins.
+    softmax_units: so many of the linearized layers, or of their KV heads, have softmax attention again; which ones is
+        chosen when it begins.
     adapters: low-rank adapters were added; to a linearized model beside those that it had.
     step: train, by the loss; distill, by a teacher's predictions too; transfer, each layer by its own loss.
     rates: the trained groups and their learning rates; that of the first is logged.
@@ -93,7 +94,7 @@ class Phase:
     layers: Layers = DENSE
     row_masks_end: int = 0
     linearized: bool = False
-    softmax_layers: int = 0
+    softmax_units: int = 0
     adapters: bool = False
     fp8: bool = False
     step: StepKind = "train"

@@ -248,7 +248,7 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
     phases = phases_of(config)
     begins = "never" if phases.adapter_step is None else f"after step {phases.adapter_step:,}"
     old = f", {a.pretrained_adapter_parameters:,} of them pretrained" * bool(a.pretrained_adapter_parameters)
-    state, stay = sum(a.state_bytes.values()), memory.layers - memory.linear_layers
+    state = sum(a.state_bytes.values())
     teacher = a.state_bytes.get(TEACHER, 0)
     frozen_bytes = a.state_bytes.get("frozen (float32)", 0) + a.state_bytes["masks"]
     weights = ("frozen", f"{a.frozen_parameters:,} parameters, {frozen_bytes:,} bytes")
@@ -262,7 +262,7 @@ def _linearized(config: Config, a: Account, memory: AttentionMemory) -> list[Row
         ("adapters", f"{a.adapter_parameters:,} parameters, joining {begins}{old}"),
         ("training state", f"{state:,} bytes, {state - frozen_bytes - teacher:,} of them of what is trained"),
         ("memory of a sequence", f"{memory.state_bytes:,} bytes; softmax's {memory.cache_bytes_per_token:,} a token"),
-        *([("  layers with softmax", f"{memory.kept_bytes_per_token:,} bytes a token")] if stay else []),
+        *([("  where softmax stays", f"{kept:,} bytes a token")] if (kept := memory.kept_bytes_per_token) else []),
         ("break-even", f"{memory.break_even:,} tokens"),
     ]
 

@@ -42,13 +42,13 @@ from slope_cli.train import advice, init, layer_ranges, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
+from slope_cli.train.keep_softmax import choose_kept, trial_lines
 from slope_cli.train.length import extension_lines, finished_line
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, require_whole, set_up_torch
 from slope_cli.train.run_data import open_run_data
 from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.sample import sample_text
-from slope_cli.train.softmax_layers import choose_layers, trial_lines
 from slope_cli.train.start_lines import start_lines
 from slope_cli.train.starts import Start
 from slope_cli.train.step import MaskUpdate, Step, StepOutput, eager, step_seed
@@ -178,7 +178,7 @@ class Trainer:
         self.saved_kernels = checkpoint and checkpoint.manifest.get("kernels")
         self.saved_log = checkpoint and store.log_mark(checkpoint.manifest, metrics.JSONL)
         self.phase = self.phases.at(max(0, self.step - 1))  # the one that a checkpoint was saved in
-        self.kept: list[int] = [] if checkpoint is None else checkpoint.manifest.get(load.KEPT, [])
+        self.kept: list[int | str] = [] if checkpoint is None else checkpoint.manifest.get(load.KEPT, [])
         report = report_layers(config, self.phases, build_model(shape, device="meta"))
         layout = layout_of(config, run, group.ranks.world, group.ranks.local_world, device)
         dtype = products_dtype(config, device)
@@ -237,8 +237,8 @@ class Trainer:
             stopped_by = self._evaluate(log, progress, stop, present=self.group.broadcast(log.kinds))
             while self.step < steps and not stopped_by:
                 if (to := self.phases.at(self.step)) != self.phase:
-                    if to.softmax_layers and not self.phase.softmax_layers:
-                        self._choose_softmax_layers(to.softmax_layers, log, progress)
+                    if to.softmax_units and not self.phase.softmax_units:
+                        self._choose_kept(to.softmax_units, log, progress)
                     self._log_phase(self.enter(to), log, progress)
                     phase_begins = True
                 self._log_step(log, progress, start, first=phase_begins)
@@ -295,17 +295,17 @@ class Trainer:
         self.step += 1
         return output, lr
 
-    def _choose_softmax_layers(self, count: int, log: metrics.Log, progress: Progress) -> None:
-        """Choose the layers that keep softmax attention, the same on every rank: a function of weights, data, seed."""
+    def _choose_kept(self, count: int, log: metrics.Log, progress: Progress) -> None:
+        """Choose what keeps softmax attention, the same on every rank: a function of weights, data and seed."""
         self.model.eval()
         with self.take_step.autocast(), eager():
-            how = self.config.train, self.dataset, self.tokenizer, self.model
-            chosen, trials = self.group.broadcast(choose_layers(count, *how))
+            how = self.config, self.dataset, self.tokenizer, self.model
+            chosen, trials = self.group.broadcast(choose_kept(count, *how))
         self.model.train()
         if self.sharding is not None:
             self.sharding.reshard(self.model)
         self.kept = chosen
-        log.write(load.KEPT, self.step + 1, layers=chosen, trials=[trial._asdict() for trial in trials])
+        log.write(load.KEPT, self.step + 1, kept=chosen, trials=[trial._asdict() for trial in trials])
         for line in trial_lines(self.config.linearize.keep_softmax, chosen, trials):
             progress.say(line)
         self.times.credit("validation")

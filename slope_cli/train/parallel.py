@@ -109,7 +109,7 @@ def enter(
     optimizer: torch.optim.Optimizer,
     sharding: Sharding | None,
     calibrate: Calibrate,
-    kept: Collection[int] = (),
+    kept: Collection[int | str] = (),
 ) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
     """Bring a model and its optimizer into a later phase; returns what they are from then on.
 

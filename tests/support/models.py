@@ -35,6 +35,7 @@ FORMS = {
     "gated": {"window": 5, "state": "gated"},
     "gated terrace": {"window": 4, "kind": "terrace", "state": "gated"},
     "delta": {"window": 5, "state": "delta"},
+    "heads": {"window": 5, "keep_softmax": ["0/1"]},
 }
 
 

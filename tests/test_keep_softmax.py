@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data import prepared, scratch
 from support.marks import slow
-from support.models import copying_model, tiny_model
+from support.models import SHAPES, copying_model, left_padded, tiny_model, tokens
 from support.models import linearized as tiny_linearized
 from support.runs import LINEARIZED, assert_same_run, copied, slope, trained
 
@@ -23,9 +23,18 @@ from slope_cli.config.methods import LinearizeConfig
 from slope_cli.data.dataset import open_dataset
 from slope_cli.data.tokenizer import load_tokenizer
 from slope_cli.linearize.linear_attention import Pattern
-from slope_cli.linearize.swap import linear_windows, linearize_attention, restore_attention, softmax_layers, using
+from slope_cli.linearize.swap import (
+    keep_softmax,
+    kept_softmax,
+    linear_windows,
+    linearize_attention,
+    projections,
+    restore_attention,
+    softmax_units,
+    using,
+)
 from slope_cli.report import metrics
-from slope_cli.train.softmax_layers import (
+from slope_cli.train.keep_softmax import (
     Divergence,
     Probe,
     Trial,
@@ -41,7 +50,6 @@ WORDS = (
     *LINEARIZED,
     "train.steps=16",
     "linearize.window=4",
-    "linearize.keep_softmax=auto:2",
     "log.save_every=4",
     "log.keep=9",
 )
@@ -51,11 +59,15 @@ def base() -> Path:
     return trained("gpt2-nano", "method=dense", f"model.overrides.n_layer={LAYERS}", "train.steps=60")
 
 
+def words(chosen: str = "auto:2", *more: str) -> tuple[str, ...]:
+    return (*WORDS, f"linearize.keep_softmax={chosen}", *more)
+
+
 def chosen_run(*more: str) -> Path:
-    """A finished run in which two of four layers keep softmax."""
+    """A finished run in which two of four layers keep softmax, or what `more` begins with."""
     run = scratch() / "-".join(["kept", *more]).replace("/", "_")
     if not run.exists():
-        done = slope("linearize", base(), *WORDS, *more, "--out", run)
+        done = slope("linearize", base(), *words(*more), "--out", run)
         assert done.code == 0, done.err
         (run.parent / f"{run.name}.err").write_text(done.err)
     return run
@@ -82,7 +94,7 @@ def test_the_search_is_greedy_and_tries_few() -> None:
     chosen, trials = choose(range(12), 3, trial_of)
     assert chosen == [1, 5, 7]
     assert seen == [*((layer,) for layer in range(12)), (), (1, 5), (2, 5), (5, 7), (1, 2, 5), (1, 5, 7), (1, 3, 5)]
-    assert sorted(trial.layers for trial in trials) == sorted(seen)
+    assert sorted(trial.kept for trial in trials) == sorted(seen)
     assert trials[0] == trial_of([])
     assert choose(range(3), 1, lambda layers: Trial(tuple(layers), 1.0, 1.0, None))[0] == [0]
     assert choose(range(3), 2, lambda layers: Trial(tuple(layers), 1.0, 1.0, None))[0] == [0, 1]
@@ -112,7 +124,7 @@ def test_a_choice_that_fewer_layers_beat_is_said_to_be_one(table: dict[int, floa
 
     chosen, trials = choose(range(5), count, trial_of)
     *_, last = trial_lines(f"auto:{count}", chosen, trials)
-    beaten = min(t.divergence for t in trials if len(t.layers) < count) <= trial_of(chosen).divergence
+    beaten = min(t.divergence for t in trials if len(t.kept) < count) <= trial_of(chosen).divergence
     assert last.startswith("warning: with softmax in fewer layers (") == beaten
     assert [line for line in trial_lines("", chosen, trials) if line.endswith("kept")]
 
@@ -142,23 +154,61 @@ def test_a_probe_has_text_and_items_beyond_the_window() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2-nano", "llama3-8b"])
-def test_a_divergence_is_that_of_the_mixed_model(kind: str) -> None:
-    """The modes of layers give what a model gives that never had these layers linearized."""
+@pytest.mark.parametrize("kept", [[1], ["0/1"], ["0/0", "1/1"]], ids=str)
+def test_a_divergence_is_that_of_the_mixed_model(kind: str, kept: list[int | str]) -> None:
+    """What trials switch gives what a model gives that never had these layers, or heads, linearized."""
     model, teacher = tiny_linearized(kind, window=5), tiny_model(kind)
     ids_NT = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
     places, items_P = (torch.tensor([0, 0, 2]), torch.tensor([9, 20, 15])), torch.tensor([False, False, True])
     found = Divergence(model, Probe(ids_NT, places, items_P), 2)
-    restored = tiny_linearized(kind, window=5)
-    assert restore_attention(restored, [1]) == list(linear_windows(model))[1:]
+    mixed = tiny_linearized(kind, window=5)
+    keep_softmax(mixed, kept)
     with torch.no_grad():
-        p, q = (each(input_ids=ids_NT).logits[places].double().log_softmax(-1) for each in (teacher, restored))
+        p, q = (each(input_ids=ids_NT).logits[places].double().log_softmax(-1) for each in (teacher, mixed))
     kl_P = (p.exp() * (p - q)).sum(-1)
-    trial = found([1])
+    trial = found(kept)
     assert trial.text == pytest.approx(float(kl_P[:2].mean()), rel=1e-4)
     assert trial.items == pytest.approx(float(kl_P[2]), rel=1e-4)
     assert trial.divergence == pytest.approx((trial.text + trial.items) / 2)
-    assert found([0, 1]).divergence == pytest.approx(0, abs=1e-6)
-    assert {window.mode for window in linear_windows(model).values()} == {"linear"}
+    assert trial.divergence > 1e-3
+    for all_ in (softmax_units(model, heads=False), softmax_units(model, heads=True)):
+        assert found(all_).divergence == pytest.approx(0, abs=1e-6)
+    assert {(window.mode, window.softmax_heads) for window in linear_windows(model).values()} == {("linear", ())}
+
+
+@pytest.mark.parametrize("kind", list(SHAPES))
+def test_heads_with_softmax_stand_beside_linearized_ones(kind: str) -> None:
+    """In the first layer, which sees what the original one sees, a head gives what it gives in a model of its kind."""
+    ids_BT, mask_BT = left_padded(tokens(40), [0, 7])
+    head, outputs = 1, list[torch.Tensor]()
+    for settings in (None, {"window": 5}, {"window": 5, "keep_softmax": [f"0/{head}"]}):
+        model = tiny_model(kind) if settings is None else tiny_linearized(kind, **settings)
+        hook = model.get_submodule(projections(model, ["o"])[0]).register_forward_pre_hook(
+            lambda _, inputs: outputs.append(inputs[0])
+        )
+        with torch.no_grad():
+            model(input_ids=ids_BT, attention_mask=mask_BT)
+        hook.remove()
+    window = next(iter(linear_windows(model).values()))
+    heads, dim = len(window.map_q.weight), window.map_q.weight.shape[1]
+    softmax, linear, mixed = (y.unflatten(-1, (heads, dim))[mask_BT > 0] for y in outputs)
+    for n in range(heads):
+        kept = n // (heads // window.kv_heads) == head
+        torch.testing.assert_close(mixed[:, n], (softmax if kept else linear)[:, n], rtol=1e-4, atol=1e-5)
+        assert (softmax[:, n] - linear[:, n]).abs().max() > 0.01
+
+
+def test_a_layer_that_keeps_all_its_heads_is_as_before() -> None:
+    model = tiny_linearized("llama3-8b", keep_softmax=["1/1", "0/1", "1/0"])
+    assert kept_softmax(model) == ["0/1", 1]
+    assert softmax_units(model, heads=True) == ["0/0", "0/1"]
+    (window,) = linear_windows(model).values()
+    assert window.softmax_heads == (1,)
+    assert [len(x) for x in window.of_heads([0]).parameters()] == [
+        2,
+        2,
+        1,
+    ]  # mix and W of two query heads, W of a KV head
 
 
 def test_the_layer_that_looks_back_is_chosen() -> None:
@@ -186,21 +236,21 @@ def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
     record = record_of(run)
     assert record["step"] == 11
     trials = record["trials"]
-    assert [trial["layers"] for trial in trials[:5]] == [[], [0], [1], [2], [3]]
+    assert [trial["kept"] for trial in trials[:5]] == [[], [0], [1], [2], [3]]
     assert len(trials) == 1 + LAYERS + 3
     least = min(trials, key=lambda trial: trial["divergence"])
-    (found,) = [trial for trial in trials if trial["layers"] == record["layers"]]
+    (found,) = [trial for trial in trials if trial["kept"] == record["kept"]]
     assert 0 <= least["divergence"] <= found["divergence"] <= least["divergence"] + 1e-12  # of predictions in float32
     assert found["divergence"] < 1e-3 * trials[0]["divergence"]
-    assert min(trials[1:5], key=lambda trial: trial["divergence"])["layers"][0] in record["layers"]
+    assert min(trials[1:5], key=lambda trial: trial["divergence"])["kept"][0] in record["kept"]
     printed = (run.parent / f"{run.name}.err").read_text()
     assert "keep_softmax=auto:2: divergence from the softmax model where it must recall" in printed
     assert [line for line in printed.splitlines() if line.endswith("  kept")]
     transfer, last = (store.at(run, step).manifest for step in (8, 16))
     assert KEPT not in transfer
-    assert last[KEPT] == record["layers"]
+    assert last[KEPT] == record["kept"]
     assert len(linear_windows(load_model(run).model)) == 2
-    assert softmax_layers(load_model(run).model) == record["layers"]
+    assert kept_softmax(load_model(run).model) == record["kept"]
     assert len(linear_windows(load_model(run, checkpoint=store.at(run, 8)).model)) == LAYERS
     assert slope("check", run).code == 0
 
@@ -208,9 +258,10 @@ def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        (),
-        slow(("linearize.adjust_maps=true",)),
-        slow(("distill.share=0.5",)),
+        ("auto:2",),
+        slow(("auto:2", "linearize.adjust_maps=true")),
+        slow(("auto:2", "distill.share=0.5")),
+        slow(("heads:6", "linearize.adjust_maps=true")),
     ],
 )
 @pytest.mark.parametrize("step", [8, 12])
@@ -220,18 +271,33 @@ def test_a_run_resumes_bit_for_bit_across_the_choice(more: tuple[str, ...], step
     for folder in store.folders(run):
         if store.step_of(folder) > step:
             shutil.rmtree(folder)
-    resumed = slope("linearize", base(), *WORDS, *more, "--out", run)
+    resumed = slope("linearize", base(), *words(*more), "--out", run)
     assert resumed.code == 0, resumed.err
     assert ("where it must recall" in resumed.err) == (step == 8)
     assert_same_run(run_folder.open_config(run), run, whole)
 
 
-def test_export_generate_and_eval_have_the_chosen_layers(tmp_path: Path) -> None:
-    run = chosen_run()
-    kept, folder = record_of(run)["layers"], tmp_path / "export"
+def test_a_run_chooses_heads() -> None:
+    run = chosen_run("heads:3")
+    record, every = record_of(run), [f"{layer}/{head}" for layer in range(LAYERS) for head in range(2)]
+    assert [trial["kept"] for trial in record["trials"][:9]] == [[], *([head] for head in every)]
+    assert len(record["trials"]) == 1 + len(every) + 3 + 3
+    assert len(record["kept"]) == 3
+    assert record["kept"] == [head for head in every if head in record["kept"]]
+    assert "by the KV heads with softmax" in (run.parent / f"{run.name}.err").read_text()
+    model = load_model(run).model
+    whole = {layer for layer in range(LAYERS) if {f"{layer}/0", f"{layer}/1"} <= {*record["kept"]}}
+    assert {entry for entry in kept_softmax(model) if isinstance(entry, int)} == whole
+    assert slope("check", run).code == 0
+
+
+@pytest.mark.parametrize("chosen", ["auto:2", "heads:3"])
+def test_export_generate_and_eval_have_what_was_chosen(chosen: str, tmp_path: Path) -> None:
+    run = chosen_run(chosen)
+    kept, folder = kept_softmax(load_model(run).model), tmp_path / "export"
     assert slope("export", run, folder).code == 0
     assert json.loads((folder / "linearize" / "settings.json").read_text())["keep_softmax"] == kept
-    assert softmax_layers(load_model(folder).model) == kept
+    assert kept_softmax(load_model(folder).model) == kept
     one, other = (slope("generate", place, "The ", "--temperature", "0", "--tokens", "8") for place in (run, folder))
     assert one.code == other.code == 0
     assert one.out == other.out
@@ -256,8 +322,11 @@ def test_export_generate_and_eval_have_the_chosen_layers(tmp_path: Path) -> None
     assert rows[0] == rows[1]
 
 
-def test_a_dry_run_counts_the_layers_that_stay() -> None:
-    done = slope("linearize", base(), *WORDS, "--dry-run")
+def test_a_dry_run_counts_what_stays() -> None:
+    rows = [slope("linearize", base(), *words(x), "--dry-run").out for x in ("heads:2", "auto:1")]  # a layer has 2
+    stay = [next(line for line in out.splitlines() if "where softmax stays" in line) for out in rows]
+    assert stay[0] == stay[1]
+    done = slope("linearize", base(), *words(), "--dry-run")
     assert done.code == 0, done.err
     assert f"in 2 of {LAYERS} layers" in done.out
     assert "keep_softmax: auto:2" in done.out
@@ -267,10 +336,18 @@ def test_a_dry_run_counts_the_layers_that_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("given", "message"),
     [
-        (["auto:0"], "linearize.keep_softmax=auto:0: list different layers, from 0, as [0, 3], or write auto:K"),
-        (["auto:"], "linearize.keep_softmax={'auto': None}: list different layers"),
+        (["auto:0"], "linearize.keep_softmax=auto:0: list different layers, from 0, as [0, 3], and KV heads of others"),
+        (["heads:0"], "linearize.keep_softmax=heads:0: list different layers"),
+        (["heads:"], "linearize.keep_softmax.heads=null: must be a list, or text"),
+        (["[0/1,0/1]"], "linearize.keep_softmax=['0/1', '0/1']: list different layers"),
+        (["[0/1,0]"], "linearize.keep_softmax=['0/1', 0]: list different layers"),
+        (["[0/01]"], "linearize.keep_softmax=['0/01']: list different layers"),
+        (["heads:8"], "keep_softmax=heads:8: the model has 8 KV heads; choose fewer of them"),
+        (["[4/0]"], "keep_softmax: there is no layer 4; the model's are 0 to 3"),
+        (["[1/2]"], "keep_softmax: layer 1 has no KV head 2; the model's are 0 to 1"),
+        (["auto:"], "linearize.keep_softmax.auto=null: must be a list, or text"),
         (["auto"], "linearize.keep_softmax=auto: list different layers"),
         (["2"], "linearize.keep_softmax=2: list different layers"),
         (["null"], "linearize.keep_softmax=None: list different layers"),
@@ -284,9 +361,9 @@ def test_a_dry_run_counts_the_layers_that_stay() -> None:
         (["auto:1", "adapters.rank=0"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
     ],
 )
-def test_wrong_choices_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    value, *more = words
-    done = slope("linearize", base(), *WORDS, f"linearize.keep_softmax={value}", *more, "--out", tmp_path / "run")
+def test_wrong_choices_are_one_line(given: list[str], message: str, tmp_path: Path) -> None:
+    value, *more = given
+    done = slope("linearize", base(), *words(value, *more), "--out", tmp_path / "run")
     assert done.code == 2, done.err
     line = done.err.strip().splitlines()[-1]
     assert line.startswith(f"error: {message}"), line
@@ -295,7 +372,7 @@ def test_wrong_choices_are_one_line(words: list[str], message: str, tmp_path: Pa
 
 def test_a_two_sided_model_has_no_choice(tmp_path: Path) -> None:
     bert = trained("bert-base", "method=dense")
-    done = slope("linearize", bert, *WORDS, "linearize.keep_softmax=auto:1", "--out", tmp_path / "run")
+    done = slope("linearize", bert, *words("auto:1"), "--out", tmp_path / "run")
     assert (done.code, "is chosen for causal models alone; list the layers" in done.err) == (2, True)
 
 

@@ -1,19 +1,19 @@
-"""The choice of the layers that keep softmax attention in a run that linearizes, by what the others forget.
+"""The choice of the layers, or KV heads, that keep softmax attention in a run that linearizes, by what others forget.
 
-Each candidate set of layers is judged by the divergence KL(teacher || student) of the predictions at places that need
+Each candidate set of them is judged by the divergence KL(teacher || student) of the predictions at places that need
 recall: in validation text, where a token follows another one as it did before, and all that lies beyond the window; and
 in items of recall tasks at such distances, where the answer is asked for. The teacher is the model with softmax
-attention in all layers, the student has it in the set alone: only the modes of layers change.
+attention everywhere, the student has it in the set alone: no weight changes.
 
 The search is greedy. First each layer alone; then, K - 1 times, those of the rest that came nearest before are tried
-beside the chosen ones. A model of L layers takes 1 + L + 3 (K - 1) evaluations and one of the teacher, where the whole
-greedy search takes about K L: what a layer gains changes little by its company, so the best are among the first.
+beside the chosen ones. Of L layers, or heads, it takes 1 + L + 3 (K - 1) evaluations and one of the teacher, where the
+whole greedy search takes about K L: what one gains changes little by its company, so the best are among the first.
 
 Shape suffixes: N sequences, T positions, P places, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from slope_cli.config.schema import TrainConfig
+from slope_cli.config.schema import Config
 from slope_cli.data.batches import val_batches
 from slope_cli.data.dataset import Dataset
 from slope_cli.evaluate.recall import validation_material
 from slope_cli.evaluate.recall_items import TASKS, Item
 from slope_cli.linearize.linear_attention import Pattern
-from slope_cli.linearize.swap import linear_windows, using
+from slope_cli.linearize.swap import linear_windows, softmax_in, softmax_units, using
 
 SEQUENCES = 16
 """Sequences of text, and as many of items."""
@@ -38,12 +38,12 @@ TRIED_AGAIN = 3
 
 
 class Trial(NamedTuple):
-    """Layers that have softmax attention, and the model's divergence from the teacher with them, in nats.
+    """What has softmax attention, as in linearize.keep_softmax, and the divergence from the teacher with it, in nats.
 
     text, items: the mean over places of each; None without any. divergence: the mean of these two.
     """
 
-    layers: tuple[int, ...]
+    kept: tuple[int | str, ...]
     divergence: float
     text: float | None
     items: float | None
@@ -63,34 +63,36 @@ class Probe(NamedTuple):
     items_P: Tensor
 
 
-def choose_layers(
-    count: int, train: TrainConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-) -> tuple[list[int], list[Trial]]:
+def choose_kept(
+    count: int, config: Config, dataset: Dataset, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> tuple[list[int | str], list[Trial]]:
     """As `choose`, of a model with all layers linearized, in evaluation mode: a function of weights, data and seed."""
-    windows = linear_windows(model)
-    pattern = next(iter(windows.values())).pattern
+    train, pattern = config.train, next(iter(linear_windows(model).values())).pattern
     probe = probe_of(dataset, tokenizer, pattern, seq_len=train.seq_len, seed=train.seed)
-    return choose(range(len(windows)), count, Divergence(model, probe, train.micro_batch))
+    units = softmax_units(model, heads=config.linearize.by_heads)
+    return choose(units, count, Divergence(model, probe, train.micro_batch))
 
 
 def choose(
-    layers: Collection[int], count: int, trial_of: Callable[[Sequence[int]], Trial]
-) -> tuple[list[int], list[Trial]]:
-    """The `count` of some layers that are chosen, in order of their numbers, and all trials in their order.
+    units: Sequence[int | str], count: int, trial_of: Callable[[Sequence[int | str]], Trial]
+) -> tuple[list[int | str], list[Trial]]:
+    """The `count` of some layers or heads that are chosen, in the order given, and all trials in theirs.
 
-    The first trial is of no layer. Of equal divergences the lower layer is chosen.
+    The first trial is of none. Of equal divergences the one that comes first is chosen.
     """
-    alone = {layer: trial_of([layer]) for layer in sorted(layers)}
+    place = {unit: number for number, unit in enumerate(units)}
+    alone = {unit: trial_of([unit]) for unit in units}
     trials = [trial_of([]), *alone.values()]
-    ranking = sorted(alone, key=lambda layer: alone[layer].divergence)
+    ranking = sorted(alone, key=lambda unit: alone[unit].divergence)
     chosen = [ranking.pop(0)]
     while len(chosen) < count:
-        found = {layer: trial_of(sorted([*chosen, layer])) for layer in ranking[:TRIED_AGAIN]}
+        tried = ranking[:TRIED_AGAIN]
+        found = {unit: trial_of(sorted([*chosen, unit], key=place.__getitem__)) for unit in tried}
         trials += found.values()
-        best = min(found, key=lambda layer: (found[layer].divergence, layer))
+        best = min(found, key=lambda unit: (found[unit].divergence, place[unit]))
         chosen.append(best)
         ranking.remove(best)
-    return sorted(chosen), trials
+    return sorted(chosen, key=place.__getitem__), trials
 
 
 def probe_of(
@@ -179,13 +181,12 @@ class Divergence:
             micro_batch: sequences at a time.
         """
         self._model, self._probe, self._size = model, probe, micro_batch
-        self._names = list(linear_windows(model))
         with using(model, mode="softmax"):
             self._teacher = list(self._log_p())
 
-    def __call__(self, layers: Sequence[int]) -> Trial:
-        """The trial of some layers, numbered as the linearized ones."""
-        with using(self._model, mode="softmax", names=[self._names[layer] for layer in layers]):
+    def __call__(self, kept: Sequence[int | str]) -> Trial:
+        """The trial of some layers or heads."""
+        with softmax_in(self._model, kept):
             pairs = zip(self._teacher, self._log_p(), strict=True)
             kl_P = torch.cat([divergence(p, q) for p, q in pairs]).cpu()
         text, items = (
@@ -193,7 +194,7 @@ class Divergence:
             for of_kind in (~self._probe.items_P, self._probe.items_P)
         )
         means = [mean for mean in (text, items) if mean is not None]
-        return Trial(tuple(layers), sum(means) / len(means), text, items)
+        return Trial(tuple(kept), sum(means) / len(means), text, items)
 
     @torch.no_grad()
     def _log_p(self) -> Iterator[Tensor]:
@@ -207,21 +208,22 @@ class Divergence:
             yield logits_PV.float().log_softmax(-1)
 
 
-def trial_lines(setting: str, chosen: Sequence[int], trials: Sequence[Trial]) -> Iterator[str]:
-    """The table that layers were chosen by, for the terminal; last, whether fewer layers were as good."""
-    yield f"keep_softmax={setting}: divergence from the softmax model where it must recall, by the layers with softmax"
+def trial_lines(setting: str, chosen: Sequence[int | str], trials: Sequence[Trial]) -> Iterator[str]:
+    """The table that they were chosen by, for the terminal; last, whether fewer were as good."""
+    what = "KV heads" if setting.startswith("heads:") else "layers"
+    yield f"keep_softmax={setting}: divergence from the softmax model where it must recall, by the {what} with softmax"
     for trial in trials:
         parts = [
             f"{name} {mean:.4g}" for name, mean in (("text", trial.text), ("items", trial.items)) if mean is not None
         ]
-        kept = "  kept" if list(trial.layers) == list(chosen) else ""
+        kept = "  kept" if list(trial.kept) == list(chosen) else ""
         yield f"  {_names(trial):12} {trial.divergence:<9.4g}  ({', '.join(parts)}){kept}"
-    (own,) = (trial for trial in trials if list(trial.layers) == list(chosen))
-    best = min(trials, key=lambda trial: (trial.divergence, len(trial.layers)))
-    if len(best.layers) < len(chosen):
-        fewer = f"with softmax in fewer layers ({_names(best)})"
+    (own,) = (trial for trial in trials if list(trial.kept) == list(chosen))
+    best = min(trials, key=lambda trial: (trial.divergence, len(trial.kept)))
+    if len(best.kept) < len(chosen):
+        fewer = f"with softmax in fewer {what} ({_names(best)})"
         yield f"warning: {fewer} the divergence is no larger than with {_names(own)}"
 
 
 def _names(trial: Trial) -> str:
-    return ", ".join(map(str, trial.layers)) or "none"
+    return ", ".join(map(str, trial.kept)) or "none"
