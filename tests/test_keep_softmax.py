@@ -234,7 +234,7 @@ def test_the_layer_that_looks_back_is_chosen() -> None:
 def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
     run = chosen_run()
     record = record_of(run)
-    assert record["step"] == 11
+    assert record["step"] == 12
     trials = record["trials"]
     assert [trial["kept"] for trial in trials[:5]] == [[], [0], [1], [2], [3]]
     assert len(trials) == 1 + LAYERS + 3
@@ -356,9 +356,18 @@ def test_a_dry_run_counts_what_stays() -> None:
         (["[a]"], "linearize.keep_softmax=['a']: list different layers"),
         (["auto:4"], "keep_softmax=auto:4: the model has 4 layers; choose fewer of them"),
         (["[4]"], "keep_softmax: there is no layer 4; the model's are 0 to 3"),
-        (["auto:1", "linearize.transfer=1"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
-        (["auto:1", "linearize.transfer=0"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
-        (["auto:1", "adapters.rank=0"], "linearize.keep_softmax=auto:1: chooses between transfer and adapters"),
+        (
+            ["auto:1", "linearize.transfer=1"],
+            "linearize.keep_softmax=auto:1: chooses after the transfer and some steps of the adapters",
+        ),
+        (
+            ["auto:1", "linearize.transfer=0"],
+            "linearize.keep_softmax=auto:1: chooses after the transfer and some steps of the adapters",
+        ),
+        (
+            ["auto:1", "adapters.rank=0"],
+            "linearize.keep_softmax=auto:1: chooses after the transfer and some steps of the adapters",
+        ),
     ],
 )
 def test_wrong_choices_are_one_line(given: list[str], message: str, tmp_path: Path) -> None:

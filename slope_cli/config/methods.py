@@ -145,8 +145,8 @@ class LinearizeConfig(Section, section="linearize"):
     """The weight of the window against the linear branch at the start; training changes it."""
     keep_softmax: Any = setting([], unit="layers, or LAYER/HEAD", example="auto:2")
     """What keeps softmax attention: layers by their numbers from 0, and KV heads of layers as 3/1, head 1 of layer 3;
-    or auto:K for K layers, heads:K for K KV heads of any layers, that are chosen after the transfer: those that bring
-    the predictions nearest to the softmax model's where these need recall."""
+    or auto:K for K layers, heads:K for K KV heads of any layers, that are chosen after the transfer and a fifth of the
+    steps after it: those that bring the predictions nearest to the softmax model's where these need recall."""
     transfer: float = setting(0.5, unit="a share of the run", example="0.6")
     """How long the run is attention transfer, in which each layer learns the output of its own softmax attention, as a
     share of the run; the rest trains the adapters. 1 is transfer alone."""
@@ -243,8 +243,9 @@ class LinearizeConfig(Section, section="linearize"):
         after = self.transfer < 1 and (self.every or config.adapters.rank > 0)
         rule = "its gates are trained with the adapters; set linearize.transfer below 1, and adapters.rank"
         self._need(after or self.state != "gated", "state", rule)
-        between = config.train.step_at(self.transfer) > 0 and after
-        rule = "chooses between transfer and adapters; set linearize.transfer above 0 and below 1, and adapters.rank"
+        between = 0 < config.train.step_at(self.transfer) < config.train.steps - 1 and after
+        rule = "chooses after the transfer and some steps of the adapters; set linearize.transfer above 0 and below 1"
+        rule += ", and adapters.rank"
         self._need(between or not self.chosen, "keep_softmax", rule)
         rule = "method=linearize runs without CUDA graphs"
         config.train._need(config.train.cuda_graph is not True, "cuda_graph", rule)

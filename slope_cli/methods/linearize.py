@@ -6,6 +6,13 @@ from slope_cli.config.schema import Config
 from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Phase, Rate, StepKind
 from slope_cli.methods.sparse import adapter_rate
 
+MENDING = 0.2
+"""The share of the steps after the transfer that come before the choice of what keeps softmax attention.
+
+Of a Llama with 4 layers, of which one looks things up, a tenth was enough to tell it from the layer whose transfer had
+gone worst.
+"""
+
 
 def linearize(config: Config) -> list[Phase]:
     """Feature maps and mix factors learn each layer's own softmax attention, then adapters learn from text.
@@ -14,9 +21,10 @@ def linearize(config: Config) -> list[Phase]:
     any; the masks of sparse ones stay even then. Unlike in LoLCATs, a sparse layer's adapter from pretraining is
     trained too, side by side with the new one: it is the part of such a layer that is meant to be trained late.
 
-    Where the layers that keep softmax attention are chosen, that is after the transfer and before the adapters: before,
-    untrained maps would say which layers are hard to start with, and not which ones linear attention cannot learn;
-    after, the adapters would have learned to do without softmax in layers that get it back, and be trained in vain.
+    Where the layers or heads that keep softmax attention are chosen, that is after the transfer and some steps of the
+    adapters: a layer's maps learn from the softmax model's hidden states, so that the errors of all layers add up, and
+    right after the transfer the layer is chosen with which least is broken. The first steps mend that, and what is
+    left is what linear attention cannot learn.
     """
     own, steps, adapters, every = config.linearize, config.train.steps, config.adapters.rank > 0, config.linearize.every
     alone = own.transfer == 1 or not (adapters or every)
@@ -30,6 +38,9 @@ def linearize(config: Config) -> list[Phase]:
         rates |= {ADAPTERS: late} if adapters or own.gated else {}
         rates |= {MAPS: late} if every or own.adjust_maps else {}
         step: StepKind = "distill" if config.distill.share else "train"
-        how: dict[str, Any] = {"softmax_units": own.chosen, "adapters": adapters, "step": step, "rates": rates}
-        phases.append(Phase(first, linearized=True, **how))
+        how: dict[str, Any] = {"linearized": True, "adapters": adapters, "step": step, "rates": rates}
+        phases.append(Phase(first, **how))
+        if own.chosen:
+            mended = max(1, round(MENDING * (steps - first)))
+            phases.append(Phase(first + mended, softmax_units=own.chosen, **how))
     return phases
