@@ -141,7 +141,7 @@ SCALES = {
         text=1024,
         micro=4,
         batches="2",
-        variants=("additive", "cache-64", "auto"),
+        variants=("additive", "cache-64", "heads"),
         words=("train.device=cpu",),
     ),
 }

@@ -38,10 +38,10 @@ def test_all_stages_run_one_by_one_and_none_twice(tmp_path: Path) -> None:
     assert "slope pretrain" not in done.stderr
     result = json.loads((tmp_path / "recall.json").read_text())
     rows = {row["variant"]: row for row in result["rows"]}
-    assert list(rows) == ["teacher", "additive", "cache-64", "auto", "window"]
+    assert list(rows) == ["teacher", "additive", "cache-64", "heads", "window"]
     assert len({row["tokens"] for name, row in rows.items() if name != "teacher"}) == 1
     assert rows["teacher"]["tokens"] == 30 * 512
-    assert len(rows["auto"]["kept"]) == 1
+    assert len(rows["heads"]["kept"]) == 2
     assert all(row["cells"] and row["perplexity"] > 1 for row in rows.values())
     assert {name for name, row in rows.items() if not row["decode"]} == {"window"}
     # A state does not grow, softmax's memory does.
@@ -92,6 +92,6 @@ def test_a_place_without_a_result_file_stays_as_it_is(tmp_path: Path, monkeypatc
     found = recall.asdict(results()) | {"machine": {"gpu": "a GPU", "torch": "2", "date": "2026-01-01"}}
     (tmp_path / "recall-small-llama.json").write_text(json.dumps(found))
     text = render.render(empty)
-    assert "| additive | 3.00 | 0 | 1.0 MiB |" in text
+    assert "| additive | 3.00 | – | 1.0 MiB |" in text
     assert "a GPU, torch 2" in text
     assert render.render(text) == text

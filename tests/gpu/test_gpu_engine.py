@@ -54,6 +54,7 @@ def test_a_sliding_window() -> None:
         {"window": 4, "cache": 6},
         {"window": 5, "state": "delta"},
         {"window": 8, "keep_softmax": [1]},
+        {"window": 5, "keep_softmax": ["0/1", "1/0"]},
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
