@@ -22,6 +22,7 @@ from slope_cli.config import configs
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.data.dataset import open_dataset
 from slope_cli.data.tokenizer import load_tokenizer
+from slope_cli.inference.engine import Engine
 from slope_cli.linearize.linear_attention import Pattern
 from slope_cli.linearize.swap import (
     keep_softmax,
@@ -33,6 +34,7 @@ from slope_cli.linearize.swap import (
     softmax_units,
     using,
 )
+from slope_cli.methods.accounting import attention_memory
 from slope_cli.report import metrics
 from slope_cli.train.keep_softmax import (
     Divergence,
@@ -320,6 +322,15 @@ def test_export_generate_and_eval_have_what_was_chosen(chosen: str, tmp_path: Pa
     ]
     rows = [json.loads(each.out)["recall"]["rows"] for each in found]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("kept", [[1], ["1/0"], ["0/1", "1/0", "1/1"]], ids=str)
+def test_the_engine_has_the_memory_that_is_counted(kept: list[int | str]) -> None:
+    model = tiny_linearized("llama3-8b", window=5, keep_softmax=kept)
+    memory = attention_memory(model)
+    caches = Engine(model, dtype=torch.bfloat16).decoder.caches(1, 60)
+    found = sum(tensor.nbytes for cache in caches for tensor in cache.tensors())
+    assert found == memory.state_bytes + 60 * memory.kept_bytes_per_token
 
 
 def test_a_dry_run_counts_what_stays() -> None:

@@ -121,6 +121,7 @@ def linearizing(*more: str, out: Path) -> list[str]:
         ("linearize.adjust_maps=true", "distill.share=0.5"),
         ("linearize.train=all", "linearize.state=gated", "distill.share=0.5"),
         ("linearize.train=all", "linearize.state=delta"),
+        ("linearize.keep_softmax=heads:3",),
     ],
     ids=" ".join,
 )

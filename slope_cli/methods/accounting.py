@@ -338,7 +338,7 @@ def _attention_flops(config: Config, model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """The memory for decoding one sequence in 16 bits.
+    """The memory for decoding one sequence in 16 bits, as `inference.engine` has it.
 
     layers, linear_layers: attention layers, and those that are linearized.
     state_bytes: of all linearized layers, windows and float32 states, at any length.
