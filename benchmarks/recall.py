@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "auto": ("linearize.keep_softmax=auto:{layers}",),
     "heads": ("linearize.keep_softmax=heads:{heads}",),
 }
-"""Their own settings by name; {layers} and {heads} are a quarter of each."""
+"""Their own settings by name; {layers} is a quarter of the layers, and {heads} an eighth of all KV heads."""
 ALONE = "window"
 """The additive variant with its window alone, which is evaluated beside it."""
 TEACHER = "teacher"
@@ -298,7 +298,7 @@ class Bench:
     def _own(self, name: str) -> list[str]:
         s = self.scale
         heads = s.layers * (s.heads if self.model == "gpt2" else s.kv_heads)
-        return [word.format(layers=s.layers // 4, heads=heads // 4) for word in VARIANTS[name]]
+        return [word.format(layers=s.layers // 4, heads=heads // 8) for word in VARIANTS[name]]
 
     def _decoding(self, name: str, length: int) -> list[GenerateRow]:
         (entry,) = self._read(name, f"decode-{length}")["generate"]["models"]
