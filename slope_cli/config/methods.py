@@ -197,7 +197,7 @@ class LinearizeConfig(Section, section="linearize"):
         if isinstance(kept, list):
             known = all(type(layer) is int and layer >= 0 for layer in kept) and len(set(kept)) == len(kept)
         else:
-            known = re.fullmatch(r"auto:[1-9]\d*", str(kept), re.ASCII) is not None
+            known = re.fullmatch(r"auto:[1-9]\d{0,8}", str(kept), re.ASCII) is not None
         self._need(known, "keep_softmax", "list different layers, from 0, as [0, 3], or write auto:K, with K from 1")
         self._positive("window", "transfer_lr", "mse_weight")
         self._need(self.cache == 0 or self.cache >= SINKS, "cache", f"must be 0, or {SINKS} or more: the first tokens")
