@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slope_cli.commands.options import AsJson, Model, print_result
-from slope_cli.config import schema
 from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed import launch
 from slope_cli.errors import UsageError, missing

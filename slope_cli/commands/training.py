@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slope_cli.commands.options import AsJson, Model, one_of_several, print_result, recipes_with
-from slope_cli.config import configs, schema
+from slope_cli.config import configs
 from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
