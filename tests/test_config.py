@@ -310,6 +310,33 @@ def test_a_number_of_a_model_s_config_is_finite_too() -> None:
     assert refused("model.overrides.layer_norm_epsilon=.inf").endswith(": must be finite")
 
 
+@pytest.mark.parametrize("key", [key for key in known_keys() if "number" in type_in_words(key)])
+def test_a_number_of_too_many_digits_is_refused(key: str) -> None:
+    own, kind = key.partition(".")[0], type_in_words(key)
+    lists = {"two": "[0.5, {}]", "list of whole": "[{}]", "list of lists": "[[0, {}]]"}
+    form = next((form for start, form in lists.items() if kind.startswith(start)), "{}")
+    of_method = [f"method={own}"] * (own in METHODS)
+    assert refused(*of_method, f"{key}={form.format('9' * 400)}").startswith(f"{key}=")
+    if kind.startswith("whole"):
+        assert refused(*of_method, f"{key}={2**63}") == f"{key}={2**63}: must be below 2^63"
+    refused(*of_method, f"{key}={form.format('9' * 5000)}")
+
+
+def test_numbers_inside_of_mappings_and_words_are_refused_by_their_size_too() -> None:
+    assert refused(f"model.overrides.n_layer={2**63}").endswith(": must be below 2^63")
+    assert refused(f"sparsity.pattern_overrides={{a: [{2**63}, {2**64}]}}").endswith(": must be below 2^63")
+    assert "auto:K" in refused("method=linearize", f"linearize.keep_softmax=auto:{'9' * 5000}")
+
+
+@pytest.mark.parametrize("key", ["train.steps", "optim.betas", "linearize.keep_softmax", "data.path", "data.verify"])
+def test_an_empty_mapping_sets_nothing_and_is_refused(tmp_path: Path, key: str) -> None:
+    section, _, name = key.partition(".")
+    recipe = written(tmp_path, f"method: linearize\n{section}: {{{name}: {{}}}}\n")
+    assert f"{key}={{}}: must be" in refused(recipe=recipe)
+    if key != "data.path":  # the text {}
+        assert f"{key}={{}}: must be" in refused(f"{key}={{}}")
+
+
 @pytest.mark.parametrize("word", ["train.steps", "=3", ""])
 def test_a_word_without_key_and_value_is_refused(word: str) -> None:
     assert "is not KEY=VALUE" in refused(word)

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import slope
@@ -60,6 +61,27 @@ def test_two_processes_that_write_one_folder_do_not_mix(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with files.atomic_folder(tmp_path / "other"):
         pass
+
+
+def test_who_comes_second_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the other one's end falls between the steps of this one."""
+    out, make = tmp_path / "export", Path.mkdir
+    refused = pytest.raises(UsageError, match="export: another process has written it meanwhile")
+    with refused, files.atomic_folder(out) as folder:
+        (folder / "own").touch()
+        out.mkdir()
+        (out / "a").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["export", "export/a"]
+
+    def made_and_taken(path: Path, **how: Any) -> None:
+        make(path, **how)
+        monkeypatch.undo()
+        path.rename(tmp_path / "other")
+
+    monkeypatch.setattr(Path, "mkdir", made_and_taken)
+    with files.atomic_folder(tmp_path / "again") as folder:
+        (folder / "own").touch()
+    assert (tmp_path / "again/own").is_file()
 
 
 def test_what_a_killed_process_left_is_removed_and_no_link_is_followed(tmp_path: Path) -> None:

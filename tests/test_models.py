@@ -245,6 +245,8 @@ ERRORS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("gpt2-nano", {"n_embd": 64, "hidden_size": 64}, {}, "hidden_size is another name of n_embd"),
     ("gpt2-nano", {"n_embd": "64"}, {}, "n_embd must be a whole number of at least 1, not '64'"),
     ("gpt2-nano", {"n_layer": 0}, {}, "n_layer must be a whole number of at least 1, not 0"),
+    ("gpt2-nano", {"n_embd": 1 << 40}, {}, "n_embd must be at most 268435456, not 1099511627776"),
+    ("gpt2-nano", {}, {"seq_len": 1 << 62}, "n_positions must be at most 268435456, not 4611686018427387904"),
     ("gpt2-nano", {"n_head": True}, {}, "n_head must be a whole number"),
     ("gpt2-nano", {"n_head": None}, {}, "'n_head' expected int, got NoneType"),
     ("gpt2-nano", {"layer_norm_epsilon": "x"}, {}, "'layer_norm_epsilon' expected float, got str"),

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import linearized
+from support.models import linearized, tiny_model
 from support.runs import tiny
 from torch import nn
 
 from slope_cli.checkpoint import load
+from slope_cli.config.methods import LinearizeConfig
 from slope_cli.config.schema import Config, OptimConfig
-from slope_cli.linearize.swap import linear_windows
+from slope_cli.linearize.swap import linear_windows, linearize_attention
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.phases import ADAPTERS, MAPS, WEIGHTS, Rate
 
@@ -96,6 +97,18 @@ def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group() 
         "2.weight": 0.0,
         "2.bias": 0.0,
     }
+
+
+@pytest.mark.parametrize("form", [{"state": "delta"}, {"feature_map": "t2r"}, {"state": "gated"}], ids=str)
+def test_lamb_has_no_trust_ratio_for_what_starts_at_zero(form: dict[str, str]) -> None:
+    """The ratio, |W| / |update|, would keep it there."""
+    model = tiny_model("llama3-8b")
+    linearize_attention(model, LinearizeConfig(window=5, **form))  # type: ignore[arg-type]
+    groups = optim.make_optimizer(model, OptimConfig(name="lamb")).param_groups
+    with_ratio = {id(p) for group in groups if not group["adam"] for p in group["params"]}
+    added = [(name, p) for name, p in model.named_parameters() if ".linear." in name]
+    assert {bool(p.any()) for _, p in added if id(p) in with_ratio} == {True}
+    assert [name for name, p in added if p.dim() < 2 and id(p) in with_ratio] == []
 
 
 def test_feature_maps_do_not_decay_towards_zero() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slope_cli.commands.options import AsJson, Model, print_result
-from slope_cli.config import schema
+from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed import launch
 from slope_cli.errors import UsageError, missing
 
@@ -25,7 +25,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Only the likeliest that reach this probability.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED, help="Another one gives another text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_WHOLE, help="Another one gives another text.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Texts of each prompt, with the seeds from --seed on.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template; prompts are the user's.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: what the system says first.")] = None,

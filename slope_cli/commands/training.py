@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slope_cli.commands.options import AsJson, Model, one_of_several, print_result, recipes_with
-from slope_cli.config import configs, schema
+from slope_cli.config import configs
+from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
 
@@ -170,7 +171,7 @@ def finetune(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row; default: 128 (SQuAD 384; SFT as the run).")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=schema.MAX_SEED, help="Of order, dropout, new weights.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_WHOLE, help="Of order, dropout, new weights.")] = 1,
     val: Annotated[str | None, typer.Option(help="SFT: JSONL, or the share of rows held out; default: 0.05.")] = None,
     lora: Annotated[
         int | None, typer.Option(min=1, metavar="RANK", help="SFT: train LoRA adapters of this rank alone.")

@@ -235,7 +235,7 @@ def _merge(tree: DictConfig, *parts: Flat) -> None:
     """Set these keys in the tree, in this order; UsageError for an unknown key or a value of a wrong type."""
     try:
         _set(tree, *parts)
-    except (OmegaConfBaseException, TypeError, ValueError):
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError):
         for keys in parts:
             for key, value in keys.items():  # omegaconf does not always name the wrong one
                 with _named(key, value):
@@ -247,7 +247,7 @@ def _named(key: str, value: Any) -> Iterator[None]:
     """Turn omegaconf's refusal of a key into a plain sentence."""
     try:
         yield
-    except (OmegaConfBaseException, TypeError, ValueError):
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError):
         known = any(f"{key}.".startswith(f"{own}.") for own in known_keys())
         raise UsageError(type_rule(key, value) if known else unknown_key(key)) from None
 

@@ -114,7 +114,7 @@ class SSteConfig(Section, section="s_ste"):
         s._need(s.mask == "magnitude", "mask", "soft thresholding keeps the largest magnitudes; choose magnitude")
 
 
-_KV_HEAD = r"(0|[1-9]\d*)/(0|[1-9]\d*)"
+_KV_HEAD = r"(0|[1-9]\d{0,8})/(0|[1-9]\d{0,8})"
 SINKS = 4
 """The entries of an exact cache that a sequence's first tokens have for good."""
 
@@ -212,7 +212,7 @@ class LinearizeConfig(Section, section="linearize"):
             known = len({*whole, *heads}) == len(kept) == len(whole) + len(heads)
             known &= not {entry.partition("/")[0] for entry in heads} & {*whole}
         else:
-            known = re.fullmatch(r"(auto|heads):[1-9]\d*", str(kept), re.ASCII) is not None
+            known = re.fullmatch(r"(auto|heads):[1-9]\d{0,8}", str(kept), re.ASCII) is not None
         rule = "list different layers, from 0, as [0, 3], and KV heads of others, as 1/2; or write auto:K or heads:K"
         self._need(known, "keep_softmax", rule)
         self._positive("window", "transfer_lr", "mse_weight")

@@ -54,8 +54,6 @@ INIT = "init"
 EMBEDDED = "embedded"
 MLP = "mlp"
 """The entry of sparsity.target_modules that stands for the feed-forward layers of any family."""
-MAX_SEED = 2**63 - 1
-"""The largest seed that torch's generators take."""
 
 
 @dataclass(kw_only=True)
@@ -343,11 +341,11 @@ class TrainConfig(Section, section="train"):
 
     def _check_values(self) -> None:
         self._positive("steps", "tokens_per_step", "micro_batch", "seq_len")
+        self._not_negative("seed")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         self._need(known, "device", "choose auto, cpu, cuda or cuda:N")
         for key in ("compile", "cuda_graph"):
             self._need(getattr(self, key) in (True, False, "auto"), key, "choose true, false or auto")
-        self._need(0 <= self.seed <= MAX_SEED, "seed", "must be 0 or more and below 2^63")
         lengths = [pair[-1] for pair in self.extended] + [self.steps]
         rule = "needs [step, steps] for each extension, with fewer steps than later"
         ordered = all(a < b for a, b in itertools.pairwise(lengths))

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from slope_cli.config.schema import Config
 
 
+MAX_WHOLE = 2**63 - 1
+"""The largest whole number: of 64 bits, so that what counts with it stays finite."""
+
+
 class Facts(NamedTuple):
     """What `slope config KEY` says beside a key's type, default and meaning.
 
@@ -45,13 +49,13 @@ def facts_of(section: Any) -> Mapping[str, Facts]:
     return {each.name: each.metadata["facts"] for each in fields(section) if "facts" in each.metadata}
 
 
-def _floats(value: Any) -> Iterator[float]:
-    """The numbers in a value, but for whole ones, which are finite and may be too large for a float."""
-    if isinstance(value, float):
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a value."""
+    if isinstance(value, int | float):
         yield value
     elif isinstance(value, list | tuple | Mapping):
         for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _floats(each)
+            yield from _numbers(each)
 
 
 class Section:
@@ -65,7 +69,9 @@ class Section:
     def __post_init__(self) -> None:
         for name, facts in facts_of(self).items():
             value = getattr(self, name)
-            self._need(all(map(math.isfinite, _floats(value))), name, "must be finite")
+            floats, whole = (filter(kind.__instancecheck__, _numbers(value)) for kind in (float, int))
+            self._need(all(map(math.isfinite, floats)), name, "must be finite")
+            self._need(all(abs(number) <= MAX_WHOLE for number in whole), name, "must be below 2^63")
             if facts.choices and value is not None:
                 self._need(value in facts.choices, name, f"choose one of {', '.join(facts.choices)}")
         self._check_values()

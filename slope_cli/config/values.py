@@ -182,6 +182,8 @@ def _settle(node: yaml.Node, key: str, seen: set[int]) -> None:
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
+        if not node.value and key in known_keys() and type_in_words(key) != "mapping":
+            raise UsageError(type_rule(key, {}))  # it would set nothing, silently
         names = set()
         for name, value in node.value:
             if name.value in names:

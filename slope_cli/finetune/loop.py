@@ -20,7 +20,8 @@ from torch import nn
 from slope_cli.checkpoint import run_folder
 from slope_cli.checkpoint.hf_folder import RESULT
 from slope_cli.checkpoint.load import Loaded
-from slope_cli.config.schema import MAX_SEED, OptimConfig
+from slope_cli.config.schema import OptimConfig
+from slope_cli.config.section import MAX_WHOLE
 from slope_cli.config.values import flat
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods import optim
@@ -61,7 +62,7 @@ class Settings:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr {self.lr}: must be {'positive' if math.isfinite(self.lr) else 'finite'}")
-        if not 0 <= self.seed <= MAX_SEED:
+        if not 0 <= self.seed <= MAX_WHOLE:
             raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
 
 

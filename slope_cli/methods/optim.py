@@ -183,18 +183,19 @@ def _groups(model: nn.Module, optim: OptimConfig, adapter_decay: float) -> list[
     adapters = [p for name, p in trained.items() if ".adapter." in name]
     gate_ids = set(map(id, gates))
     maps = [p for window in windows for p in window.parameters() if p.requires_grad and id(p) not in gate_ids]
+    features = {id(feature_map.weight) for window in windows for feature_map in (window.map_q, window.map_k)}
     hidden = [p for p in hidden_matrices(model) if p.requires_grad] if optim.name == "muon" else []
     beside = {id(p) for p in (*adapters, *gates, *maps, *hidden)}
     groups: list[dict[str, Any]] = [{"params": hidden, "weight_decay": optim.weight_decay, "group": MATRICES}]
-    for group, decay, own in (
-        (WEIGHTS, optim.weight_decay, [p for p in trained.values() if id(p) not in beside]),
-        (MAPS, 0.0, maps),
-    ):
-        matrices = [p for p in own if p.dim() >= 2]
-        groups.append({"params": matrices, "weight_decay": decay, "group": group, "adam": optim.name == "muon"})
-        # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with.
-        vectors = [p for p in own if p.dim() < 2]
-        groups.append({"params": vectors, "weight_decay": 0.0, "group": group, "adam": True})
+    weights = [p for p in trained.values() if id(p) not in beside]
+    matrices = {id(p) for p in weights if p.dim() >= 2} | features
+    for group, decay, own in ((WEIGHTS, optim.weight_decay, weights), (MAPS, 0.0, maps)):
+        params = [p for p in own if id(p) in matrices]
+        groups.append({"params": params, "weight_decay": decay, "group": group, "adam": optim.name == "muon"})
+        # In LAMB without a trust ratio for biases and norms, as in NVIDIA's FusedLAMB, which BERT was trained with; nor
+        # for what starts at zero beside feature maps: its own norm would keep it there.
+        params = [p for p in own if id(p) not in matrices]
+        groups.append({"params": params, "weight_decay": 0.0, "group": group, "adam": True})
     # adam: neither LAMB's trust ratio nor Muon works for a matrix that starts at zero, one of two that are multiplied.
     for late in (adapters, gates):  # adapters may be split over processes, and gates are not
         groups.append({"params": late, "weight_decay": adapter_decay, "group": ADAPTERS, "adam": True})

@@ -20,6 +20,9 @@ from slope_cli.errors import UsageError, did_you_mean
 from slope_cli.models.shapes import FAMILIES, Family, family_of, shape_of
 from sparse_kernels.layers import layer_seed
 
+LARGEST = 1 << 28
+"""Of any size of a model: the bytes of a weight of such sides can still be counted in 64 bits."""
+
 
 def model_config(
     name: str,
@@ -170,6 +173,8 @@ def _check_values(name: str, family: Family, settings: Mapping[str, Any]) -> Non
         size = settings.get(field)
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise UsageError(f"model {name}: {field} must be a whole number of at least 1, not {size!r}")
+        if size is not None and size > LARGEST:
+            raise UsageError(f"model {name}: {field} must be at most {LARGEST}, not {size}")
     for field in family.dropouts:
         rate = settings.get(field, 0.0)
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:

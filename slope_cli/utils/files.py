@@ -90,7 +90,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         SlopeError: the disk is full.
-        UsageError: the parent folder cannot be written, or another process writes this one.
+        UsageError: the parent folder cannot be written, or another process writes this one, or has written it.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -126,7 +126,11 @@ def _locked(folder: Path, taken: str) -> Iterator[bool]:
 
     Where a file system has no such locks it is not locked.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # another process has just renamed it
+        yield False
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -146,6 +150,8 @@ def write_error(path: Path, error: OSError) -> Exception:
         return SlopeError(f"{path}: cannot be written, the disk (or quota) is full: {error.strerror}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UsageError(f"{path}: cannot be written: {os_reason(error)}")
+    if error.errno == errno.ENOTEMPTY:  # of a rename
+        return UsageError(f"{path}: another process has written it meanwhile; choose another folder")
     return error
 
 
