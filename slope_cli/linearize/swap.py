@@ -191,30 +191,28 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def _check(config: LinearizeConfig, layers: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    if unknown := [index for index in config.kept if not 0 <= index < layers]:
-        raise UsageError(f"keep_softmax: there is no layer {unknown[0]}; the model's are 0 to {layers - 1}")
-    if len(config.kept) == layers:
-        raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
-    if config.chosen >= layers:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: the model has {layers} layers; choose fewer of them")
-    if config.chosen and not causal:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the layers")
-    if config.kind == "terrace" and not causal:
-        raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
-    if config.cache and not causal:
-        raise UsageError(f"cache={config.cache}: has no meaning in a two-sided model; set it to 0")
-    if config.gated and not causal:
-        raise UsageError(f"state={config.state}: has no meaning in a two-sided model; choose additive")
+    unknown = next((index for index in config.kept if not 0 <= index < layers), None)
+    config._need(unknown is None, "keep_softmax", f"there is no layer {unknown}; the model's are 0 to {layers - 1}")
+    rule = f"names all {layers} layers, so that none would be linearized"
+    config._need(len(config.kept) < layers, "keep_softmax", rule)
+    config._need(config.chosen < layers, "keep_softmax", f"the model has {layers} layers; choose fewer of them")
+    config._need(causal or not config.chosen, "keep_softmax", "is chosen for causal models alone; list the layers")
+    rule = "has no meaning in a two-sided model;"
+    config._need(causal or config.kind != "terrace", "kind", f"{rule} choose standard")
+    config._need(causal or not config.cache, "cache", f"{rule} set it to 0")
+    config._need(causal or not config.gated, "state", f"{rule} choose additive")
 
 
 def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:
     """UsageError if near keys would be some that the model itself never looks at."""
     own = getattr(model.config, "sliding_window", None) if hasattr(type(model.config), "sliding_window") else None
-    if config.cache and own is not None:
-        raise UsageError(f"cache={config.cache}: the model itself never looks beyond its sliding_window; set it to 0")
-    largest = own if own is None or config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
-    if largest is not None and config.window > largest:
-        raise UsageError(f"window={config.window}: the model's own sliding_window is {own}; choose at most {largest}")
+    if own is None:
+        return
+    config._need(not config.cache, "cache", "the model itself never looks beyond its sliding_window; set it to 0")
+    largest = own if config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
+    config._need(
+        config.window <= largest, "window", f"the model's own sliding_window is {own}; choose at most {largest}"
+    )
 
 
 def _add_linear_window(
