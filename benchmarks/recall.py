@@ -412,6 +412,9 @@ def draw(results: RecallResults, out: Path) -> None:
             if shares:
                 right.scatter([row.remembered[results.length] / 2**20], [fmean(shares)], **how)
         left.set(xlabel="distance in tokens, at most", ylabel="exact answers", xscale="log", ylim=(-0.03, 1.03))
+        lasts = sorted({last for own in found.values() for _, last in own})
+        left.set_xticks(lasts, [f"{last:,}" for last in lasts], minor=False)
+        left.set_xticks([], minor=True)
         right.set(xlabel=f"MiB of a sequence of {results.length:,} tokens", ylabel="exact answers", ylim=(-0.03, 1.03))
         for axes in (left, right):
             axes.grid(alpha=0.3)

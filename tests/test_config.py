@@ -601,9 +601,7 @@ def test_a_dumped_config_loads_back_equal(
         keys = [key for key in keys if not key.startswith("sparsity.pattern_overrides")]
     words = [f"method={method}", *(["sparsity.start=0.5"] if method == "wanda" else [])]
     words += [f"{key}={draws.draw(OVERRIDES[key])}" for key in keys]
-    if any(
-        word.startswith("linearize.keep_softmax=") and ":" in word for word in words
-    ):  # among adapters' steps
+    if any(word.startswith("linearize.keep_softmax=") and ":" in word for word in words):  # among adapters' steps
         words = [word for word in words if not word.startswith(("linearize.transfer=", "adapters.rank="))]
     config = configs.load("gpt2-nano", words)
     loaded = dumped(config, tmp_path_factory.getbasetemp() / "dumped.yaml")

@@ -280,7 +280,7 @@ def test_time_and_memory_are_linear_in_length() -> None:
     [
         ("gpt2-nano", {"cache": -1}, "linearize.cache=-1: must be 0, or 4 or more: the first tokens"),
         ("gpt2-nano", {"cache": 3}, "linearize.cache=3: must be 0, or 4 or more: the first tokens"),
-        ("bert-base", {"cache": 8}, "cache=8: has no meaning in a two-sided model; set it to 0"),
+        ("bert-base", {"cache": 8}, "linearize.cache=8: has no meaning in a two-sided model; set it to 0"),
     ],
 )
 def test_values_that_do_not_fit(name: str, config: dict[str, Any], said: str) -> None:
@@ -290,7 +290,7 @@ def test_values_that_do_not_fit(name: str, config: dict[str, Any], said: str) ->
 
 
 def test_a_model_that_never_looks_so_far_has_no_cache() -> None:
-    with pytest.raises(UsageError, match=r"^cache=8: the model itself never looks beyond its sliding_window"):
+    with pytest.raises(UsageError, match=r"^linearize.cache=8: the model itself never looks beyond its sliding_window"):
         linearize_attention(tiny_model("mistral-7b", sliding_window=9), LinearizeConfig(window=4, cache=8))
 
 

@@ -345,7 +345,9 @@ def test_a_model_s_own_window_is_never_smaller_than_the_new_one(form: dict[str, 
     model, ids_BT = tiny_model("mistral-7b", sliding_window=9), tokens(9)
     original = logits(model, ids_BT)
     for window in (form["window"] + 1, 60):
-        with pytest.raises(UsageError, match=f"^window={window}: the model's own sliding_window is 9; [^\n]*at most"):
+        with pytest.raises(
+            UsageError, match=f"^linearize.window={window}: the model's own sliding_window is 9; [^\n]*at most"
+        ):
             linearize_attention(model, LinearizeConfig(**{**form, "window": window}))
     assert not linear_windows(model)
     linearize_attention(model, LinearizeConfig(**form))
@@ -363,7 +365,7 @@ def test_models_that_cannot_be_linearized() -> None:
     with pytest.raises(UsageError, match="two-sided"):
         linearize_attention(tiny_model("bert-base"), LinearizeConfig(kind="terrace"))
     for state in ("gated", "delta"):
-        with pytest.raises(UsageError, match=f"state={state}: has no meaning in a two-sided model"):
+        with pytest.raises(UsageError, match=f"linearize.state={state}: has no meaning in a two-sided model"):
             linearize_attention(tiny_model("bert-base"), LinearizeConfig(state=state))
     config = GPTNeoXConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UsageError, match="'gpt_neox' is not supported"):

@@ -649,7 +649,7 @@ def test_bad_settings(tmp_path: Path) -> None:
     assert fault("linearize.targets=[x]", *out) == (
         "linearize.targets=['x']: choose some of q, k, v, o; for no adapters set adapters.rank=0"
     )
-    assert fault("linearize.keep_softmax=[7]", *out).startswith("keep_softmax: there is no layer 7")
+    assert fault("linearize.keep_softmax=[7]", *out).startswith("linearize.keep_softmax=[7]: there is no layer 7")
     assert fault("adapters.rank=64", "train.steps=2", "linearize.transfer=0", *out).startswith("adapters.rank=64: ")
     assert fault("linearize.window=32", *out).startswith("linearize.window=32: must be below train.seq_len=32")
     terrace = ("linearize.window=16", "linearize.kind=terrace")

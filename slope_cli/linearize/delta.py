@@ -85,15 +85,16 @@ def attend_delta(
         q_BHTD, k_BGSD, v_BGSD = q_BHTD.to(dtype), k_BGSD.to(dtype), v_BGSD.to(dtype)
         T, D, S = q_BHTD.shape[2], q_BHTD.shape[3], k_BGSD.shape[2]
         keep_BS = k_BGSD.new_ones(len(k_BGSD), S, dtype=torch.bool) if keep_BS is None else keep_BS
-        y_BHTD, state = window_softmax(q_BHTD, k_BGSD, v_BGSD, keep_BS, pattern, scale), state_BGFD
-        if state_BGFD is not None or pattern.window < T:
-            late = pattern.lookback - (S - T)
-            k_BGTD, v_BGTD = (F.pad(x_BGSD, (0, 0, late, 0))[:, :, :T] for x_BGSD in (k_BGSD, v_BGSD))
-            left_B1T, scaled_BHTD = F.pad(keep_BS, (late, 0))[:, None, :T], q_BHTD * (scale * D**0.5)
-            written = (maps.beta(k_BGTD) * left_B1T, maps.gate(k_BGTD) * left_B1T)
-            read_BHTD, state = delta_rule(maps.q(scaled_BHTD), maps.k(k_BGTD), v_BGTD, *written, state_BGFD)
-            dropped_BHT = None if dropped_BH is None else dropped_BH[..., None]
-            y_BHTD = mixed(y_BHTD, read_BHTD, maps.share(scaled_BHTD), branch, dropped_BHT)
+        window_BHTD = window_softmax(q_BHTD, k_BGSD, v_BGSD, keep_BS, pattern, scale)
+        if state_BGFD is None and pattern.window >= T:  # no key is far
+            return Attended(window_BHTD, None)
+        late = pattern.lookback - (S - T)
+        k_BGTD, v_BGTD = (F.pad(x_BGSD, (0, 0, late, 0))[:, :, :T] for x_BGSD in (k_BGSD, v_BGSD))
+        left_B1T, scaled_BHTD = F.pad(keep_BS, (late, 0))[:, None, :T], q_BHTD * (scale * D**0.5)
+        beta_BGT, log_gates_BGT = maps.beta(k_BGTD) * left_B1T, maps.gate(k_BGTD) * left_B1T
+        read_BHTD, state = delta_rule(maps.q(scaled_BHTD), maps.k(k_BGTD), v_BGTD, beta_BGT, log_gates_BGT, state_BGFD)
+        dropped_BHT = None if dropped_BH is None else dropped_BH[..., None]
+        y_BHTD = mixed(window_BHTD, read_BHTD, maps.share(scaled_BHTD), branch, dropped_BHT)
         return Attended(y_BHTD, None if state_BGFD is None else state)
 
 

@@ -112,15 +112,9 @@ def keep_softmax(model: PreTrainedModel, kept: Iterable[int | str]) -> None:
 
     Args:
         kept: layers from 0, and KV heads as "3/1", head 1 of layer 3.
-
-    Raises:
-        UsageError: a head that the model does not have.
     """
     whole = []
     for layer, (linear, heads) in _kept_windows(model, kept).items():
-        if unknown := [head for head in heads if head >= linear.kv_heads]:
-            rule = f"layer {layer} has no KV head {unknown[0]}; the model's are 0 to {linear.kv_heads - 1}"
-            raise UsageError(f"keep_softmax: {rule}")
         linear.softmax_heads = tuple(sorted(heads))
         whole += [layer] if len(heads) in (0, linear.kv_heads) else []
     restore_attention(model, whole)
@@ -250,32 +244,33 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def _check(config: LinearizeConfig, layers: int, kv_heads: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    named = [int(str(entry).partition("/")[0]) for entry in config.listed]
-    if unknown := [index for index in named if index >= layers]:
-        raise UsageError(f"keep_softmax: there is no layer {unknown[0]}; the model's are 0 to {layers - 1}")
-    if len(config.kept) == layers:
-        raise UsageError(f"keep_softmax: names all {layers} layers, so that none would be linearized")
+    pairs = [str(entry).partition("/")[::2] for entry in config.listed]
+    unknown = next((layer for layer, _ in pairs if int(layer) >= layers), None)
+    config._need(unknown is None, "keep_softmax", f"there is no layer {unknown}; the model's are 0 to {layers - 1}")
+    unknown = next((head for _, head in pairs if head and int(head) >= kv_heads), None)
+    config._need(unknown is None, "keep_softmax", f"there is no KV head {unknown}; a layer's are 0 to {kv_heads - 1}")
+    rule = f"names all {layers} layers, so that none would be linearized"
+    whole = len(config.kept) * kv_heads + len(pairs) - len(config.kept)
+    config._need(whole < layers * kv_heads, "keep_softmax", rule)
     units, what = (layers * kv_heads, "KV heads") if config.by_heads else (layers, "layers")
-    if config.chosen >= units:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: the model has {units} {what}; choose fewer of them")
-    if config.chosen and not causal:
-        raise UsageError(f"keep_softmax={config.keep_softmax}: is chosen for causal models alone; list the {what}")
-    if config.kind == "terrace" and not causal:
-        raise UsageError("kind=terrace: has no meaning in a two-sided model; choose standard")
-    if config.cache and not causal:
-        raise UsageError(f"cache={config.cache}: has no meaning in a two-sided model; set it to 0")
-    if config.gated and not causal:
-        raise UsageError(f"state={config.state}: has no meaning in a two-sided model; choose additive")
+    config._need(config.chosen < units, "keep_softmax", f"the model has {units} {what}; choose fewer of them")
+    config._need(causal or not config.chosen, "keep_softmax", f"is chosen for causal models alone; list the {what}")
+    rule = "has no meaning in a two-sided model;"
+    config._need(causal or config.kind != "terrace", "kind", f"{rule} choose standard")
+    config._need(causal or not config.cache, "cache", f"{rule} set it to 0")
+    config._need(causal or not config.gated, "state", f"{rule} choose additive")
 
 
 def _check_reach(config: LinearizeConfig, model: PreTrainedModel) -> None:
     """UsageError if near keys would be some that the model itself never looks at."""
     own = getattr(model.config, "sliding_window", None) if hasattr(type(model.config), "sliding_window") else None
-    if config.cache and own is not None:
-        raise UsageError(f"cache={config.cache}: the model itself never looks beyond its sliding_window; set it to 0")
-    largest = own if own is None or config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
-    if largest is not None and config.window > largest:
-        raise UsageError(f"window={config.window}: the model's own sliding_window is {own}; choose at most {largest}")
+    if own is None:
+        return
+    config._need(not config.cache, "cache", "the model itself never looks beyond its sliding_window; set it to 0")
+    largest = own if config.kind != "terrace" else own // 2  # a terrace's queries see up to two windows
+    config._need(
+        config.window <= largest, "window", f"the model's own sliding_window is {own}; choose at most {largest}"
+    )
 
 
 def _add_linear_window(
