@@ -97,8 +97,9 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.softmax_heads:
-            self.softmax_keys = torch.cat([self.softmax_keys, key_states[:, self.softmax_heads]], dim=2)
-            self.softmax_values = torch.cat([self.softmax_values, value_states[:, self.softmax_heads]], dim=2)
+            heads = key_states.shape[1], self.softmax_heads
+            self.softmax_keys = torch.cat([self.softmax_keys, of_kv_heads(key_states, *heads)], dim=2)
+            self.softmax_values = torch.cat([self.softmax_values, of_kv_heads(value_states, *heads)], dim=2)
         return key_states, value_states
 
     def recall(self, k_BGTD: Tensor, v_BGTD: Tensor, keep_BT: Tensor | None) -> Remembered:
@@ -244,6 +245,12 @@ def replace_oldest(ring: Ring, k_BG1D: Tensor, v_BG1D: Tensor, keep_B1: Tensor) 
     ring.values.index_copy_(2, ring.oldest, v_BG1D.to(ring.values.dtype))
     ring.keep.index_copy_(1, ring.oldest, keep_B1)
     ring.oldest.add_(1).remainder_(ring.keys.shape[2])
+
+
+def of_kv_heads(x_BHTI: Tensor, kv_heads: int, chosen: Sequence[int]) -> Tensor:
+    """Of G KV heads, or the H query heads that share them, those of the chosen ones; no index has to reach a GPU."""
+    parts = x_BHTI.chunk(kv_heads, dim=1)
+    return torch.cat([parts[head] for head in chosen], dim=1)
 
 
 def leading_padding(keep_BT: Tensor) -> Tensor:

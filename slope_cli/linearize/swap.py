@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_tracing
 
 from slope_cli.config.methods import LinearizeConfig
 from slope_cli.errors import UsageError
-from slope_cli.linearize.cache import LinearWindowCache
+from slope_cli.linearize.cache import LinearWindowCache, of_kv_heads
 from slope_cli.linearize.linear_attention import BRANCHES, Branch
 from slope_cli.linearize.linear_window import LinearWindow, Mode
 from slope_cli.models import shapes
@@ -176,16 +176,14 @@ def using(
     mode: Mode | None = None,
     branch: Branch | None = None,
     compiled: bool | None = None,
-    names: Collection[str] | None = None,
 ) -> Iterator[None]:
     """Within it, linearized layers are in this mode, count this branch, and are compiled or not.
 
     mode "softmax" is the original model, the teacher. A cache that one mode has filled cannot be used by the other.
-    names: of the attention modules of these layers; None for all.
     """
     if branch is not None and branch not in BRANCHES:
         raise UsageError(f"branch must be one of {', '.join(BRANCHES)}, not {branch!r}")
-    windows = [linear for name, linear in linear_windows(model).items() if names is None or name in names]
+    windows = linear_windows(model).values()
     before = [(linear.mode, linear.branch, linear.compiled) for linear in windows]
     try:
         for linear in windows:
@@ -348,15 +346,16 @@ def attention(
     if linear.mode == "linear":
         memory, linear.memory = linear.memory, None
         y_BHTD = linear(query, key, value, scale, keep_BS, memory)
-        if linear.softmax_heads:  # of these what `linear` has computed goes unused
-            heads = [*linear.softmax_heads]
-            of_queries = torch.tensor(linear.query_heads(heads), device=query.device)
-            key, value = key[:, heads], value[:, heads]
+        if heads := linear.softmax_heads:  # what `linear` has computed of these goes unused
+            query, key, value = (of_kv_heads(x, linear.kv_heads, heads) for x in (query, key, value))
             if memory is not None:
                 key, value = memory.softmax_keys, memory.softmax_values
             keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
-            own_BTHD, _ = _softmax(module, query[:, of_queries], key, value, keep_BS, dropout, scale, **kwargs)
-            y_BHTD = y_BHTD.index_copy(1, of_queries, own_BTHD.transpose(1, 2).to(y_BHTD.dtype))
+            own_BTHD, _ = _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)
+            parts = [*y_BHTD.chunk(linear.kv_heads, dim=1)]
+            for head, part in zip(heads, own_BTHD.transpose(1, 2).chunk(len(heads), dim=1), strict=True):
+                parts[head] = part.to(y_BHTD.dtype)
+            y_BHTD = torch.cat(parts, dim=1)
         return y_BHTD.transpose(1, 2).contiguous(), None
     if linear.mode == "softmax":
         return _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)
