@@ -190,6 +190,7 @@ def held(model: Any, mode: str) -> int:
     return alive
 
 
+@pytest.mark.slow
 def test_what_is_held_for_the_backward_pass_is_what_is_counted() -> None:
     words = ["train.micro_batch=3", f"train.seq_len={LENGTH}", f"train.tokens_per_step={3 * LENGTH}"]
     bytes_of: dict[str, list[int]] = {mode: [] for mode in ("none", *MODES)}

@@ -108,6 +108,7 @@ def test_variants_share_what_they_do_not_change() -> None:
     torch.testing.assert_close(part("sparse").dense(), dense_OI * masks.nm_mask(dense_OI.abs(), 2, 4))
 
 
+@pytest.mark.slow
 def test_each_kind_of_attention_remembers_what_it_needs_of_a_text() -> None:
     shape = {**SHAPES["llama3-8b"], "num_hidden_layers": 4, "max_position_embeddings": 256}
     torch.manual_seed(0)

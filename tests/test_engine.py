@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.models import CAUSAL, VOCABULARY, linearized, of_every_name, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,7 +269,7 @@ class _HostReads(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["gpt2-nano", "opt-125m", "llama3-8b", "window", "terrace", "sparse"])
+@pytest.mark.parametrize("kind", ["gpt2-nano", "window", *map(slow, ("opt-125m", "llama3-8b", "terrace", "sparse"))])
 def test_a_step_is_fit_for_a_cuda_graph(kind: str) -> None:
     """Nothing of it reaches the host, and all that it leaves is in the same places."""
     forms = {"window": {"window": 5}, "terrace": {"window": 4, "kind": "terrace"}}

@@ -266,7 +266,7 @@ def test_a_run_chooses_after_the_transfer_and_keeps_the_table() -> None:
         slow(("heads:6", "linearize.adjust_maps=true")),
     ],
 )
-@pytest.mark.parametrize("step", [8, 12])
+@pytest.mark.parametrize("step", [8, slow(12)])
 def test_a_run_resumes_bit_for_bit_across_the_choice(more: tuple[str, ...], step: int, tmp_path: Path) -> None:
     whole = chosen_run(*more)
     run = copied(whole, tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.marks import slow
 from support.models import attend_as_defined, bytes_for_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -219,8 +220,9 @@ def test_dropped_windows_leave_the_linear_branch() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("padded", "in_place"), [(True, True), slow(False, False), slow(False, True), slow(True, False)]
+)
 def test_any_split_of_a_sequence_gives_the_same(form: dict[str, Any], padded: bool, in_place: bool) -> None:
     length, linear = 150, window_linear(**form)
     q, k, v = qkv(length)

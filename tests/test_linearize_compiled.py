@@ -82,6 +82,7 @@ def optimizer_of(model: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_transfer(without_kernels: None) -> None:
     """All layers share what is compiled, before the loss, of it and after it; a second step adds nothing to that."""
     batches, found = [{"input_ids": tokens(80)}, {"input_ids": tokens(80).flip(1)}], []

@@ -38,7 +38,6 @@ from slope_cli.models.loss import forward, loss_fn
 from sparse_kernels import sparsify
 
 TOLERANCE = 2e-4
-EVERY_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 EVERY_CAUSAL = pytest.mark.parametrize("name", CAUSAL)
 
 
@@ -94,8 +93,7 @@ def test_any_split_of_the_prompt_gives_the_same_logits(name: str, form: dict[str
         close(_in_pieces(model, ids_BT, split), expected)
 
 
-@EVERY_CAUSAL
-@EVERY_FORM
+@pytest.mark.parametrize(("name", "form"), of_every_name(*FORMS.values()))
 def test_left_padded_pieces_equal_the_unpadded_sequence(name: str, form: dict[str, Any]) -> None:
     model, padding = linearized(name, **form), [0, 13, 6]
     ids_BT, mask_BT = left_padded(tokens(40, rows=3), padding)
@@ -106,8 +104,7 @@ def test_left_padded_pieces_equal_the_unpadded_sequence(name: str, form: dict[st
             close(padded[row : row + 1, begin:], alone)
 
 
-@EVERY_CAUSAL
-@EVERY_FORM
+@pytest.mark.parametrize(("name", "form"), of_every_name(*FORMS.values()))
 def test_later_tokens_and_the_length_change_nothing(name: str, form: dict[str, Any]) -> None:
     model, ids_BT = linearized(name, **form), tokens(140)
     whole = logits(model, ids_BT)

@@ -545,7 +545,7 @@ def test_generating_goes_through_the_cache() -> None:
     assert torch.equal(cached, uncached)
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["sparse", "llama", *map(slow, ("dense", "bert"))])
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_export_loads_back(kind: str, merge: bool, tmp_path: Path) -> None:
     done = linearized(kind)

@@ -276,6 +276,7 @@ def test_a_rate_in_device_memory_gives_the_same_update() -> None:
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_keeps_one_moment_of_each_matrix(data: Path, tmp_path: Path) -> None:
     more = ("optim.name=muon", "sparsity.start=0.3", "log.save_every=3", "log.keep=9", "log.val_every=0")
     config, runs = tiny(data, *more), [tmp_path / "whole", tmp_path / "cut"]

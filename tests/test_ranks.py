@@ -343,10 +343,10 @@ def test_without_rank_0_the_others_end_in_time_with_a_line(tmp_path: Path) -> No
     [
         ["compare", "gpt2-nano"],
         ["generate", "RUN", "text"],
-        ["export", "RUN", "OUT"],
-        ["finetune", "RUN", "RTE"],
-        ["bench", "memory"],
-        ["data", "prepare", "a.txt", "--out", "OUT"],
+        slow(["export", "RUN", "OUT"]),
+        slow(["finetune", "RUN", "RTE"]),
+        slow(["bench", "memory"]),
+        slow(["data", "prepare", "a.txt", "--out", "OUT"]),
     ],
 )
 def test_commands_of_one_process_refuse_to_start_as_several(
@@ -423,7 +423,7 @@ def _split_from_rank_0(group: Group, config: Config, layout: Layout) -> None:
     assert not any(value.is_meta for value in others)
 
 
-@pytest.mark.parametrize("model", ["gpt2-nano", "llama3-8b", "bert-base", "model.init"])
+@pytest.mark.parametrize("model", ["gpt2-nano", *map(slow, ("llama3-8b", "bert-base", "model.init"))])
 def test_a_model_that_rank_0_alone_has_is_split_bit_for_bit(model: str, finished: Path) -> None:
     more, world = ["slope.backward_rescale=true", "adapters.start=0"], 2
     if model == "model.init":
