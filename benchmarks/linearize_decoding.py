@@ -114,7 +114,7 @@ def _of_run(folder: Path) -> tuple[PreTrainedConfig, LinearizeConfig, str]:
     settings = config.linearize
     shape = load.shape_of(folder)
     if settings.chosen:  # which layers, or heads, keep softmax makes no difference in bytes, and little in time
-        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        heads = shapes.kv_heads(shape)
         kept = [f"{n // heads}/{n % heads}" if settings.by_heads else n for n in range(settings.chosen)]
         settings = replace(settings, keep_softmax=kept)
     return shape, settings, _left_out(sparse, adapted)
@@ -181,7 +181,7 @@ def filled_cache(model: Any, side: str, batch: int, length: int) -> Cache:
     dtype, device = model.get_input_embeddings().weight.dtype, model.device
     windows = {model.get_submodule(name).layer_idx: window for name, window in linear_windows(model).items()}
     config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = shapes.kv_heads(config)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers: list[Any] = []
     for index in range(config.num_hidden_layers):

@@ -12,19 +12,8 @@ from slope_cli.train.loop import pretrain
 
 LONGEST = (
     *("ranks", "linearize_run", "resume", "evaluate", "compare", "sharded_checkpoint", "docs", "kills", "runs"),
-    *(
-        "layer_ranges",
-        "trainer",
-        "train",
-        "bench_linearize",
-        "bench_generate",
-        "bench",
-        "sources",
-        "engine",
-        "prepare",
-        "plots",
-        "phases",
-    ),
+    *("layer_ranges", "trainer", "train", "bench_linearize", "bench_generate", "bench", "sources", "engine"),
+    *("prepare", "plots", "phases"),
     *("config", "keep_softmax", "equal_time", "packed_folder", "cli", "install", "sft", "wandb", "serve"),
 )
 """The files that take longest, with their slow tests."""

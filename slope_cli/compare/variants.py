@@ -20,6 +20,7 @@ from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
 from slope_cli.methods.accounting import account
 from slope_cli.methods.sparse import report_layers
+from slope_cli.models import shapes
 from slope_cli.models.build import build_model, run_model_config
 from slope_cli.train.dry_run import untrained_model
 
@@ -219,7 +220,7 @@ def _narrower(
     settings = run_model_config(dense.config)
     heads: int = settings.num_attention_heads
     hidden: int = settings.hidden_size
-    group = heads // (getattr(settings, "num_key_value_heads", None) or heads)  # query heads per key-value head
+    group = heads // shapes.kv_heads(settings)  # query heads per key-value head
     each = hidden // heads * group
     step = math.lcm(64, each)
     if step * 8 > hidden:  # too coarse

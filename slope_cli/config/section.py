@@ -69,9 +69,9 @@ class Section:
     def __post_init__(self) -> None:
         for name, facts in facts_of(self).items():
             value = getattr(self, name)
-            floats, whole = (filter(kind.__instancecheck__, _numbers(value)) for kind in (float, int))
-            self._need(all(map(math.isfinite, floats)), name, "must be finite")
-            self._need(all(abs(number) <= MAX_WHOLE for number in whole), name, "must be below 2^63")
+            numbers = [*_numbers(value)]
+            self._need(all(isinstance(x, int) or math.isfinite(x) for x in numbers), name, "must be finite")
+            self._need(all(isinstance(x, float) or abs(x) <= MAX_WHOLE for x in numbers), name, "must be below 2^63")
             if facts.choices and value is not None:
                 self._need(value in facts.choices, name, f"choose one of {', '.join(facts.choices)}")
         self._check_values()

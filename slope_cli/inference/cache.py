@@ -167,14 +167,14 @@ class HeadsCache:
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
-        y_PTHD = qkv_PTSD[:, :, : self.heads].clone()
+        y_PTHD = torch.empty_like(qkv_PTSD[:, :, : self.heads])
         for cache, given, of_queries in self._parts:
             y_PTHD.index_copy_(2, of_queries, cache.prefill(prompts, qkv_PTSD.index_select(2, given), rotary))
         return y_PTHD
 
     def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
-        y_BHD = qkv_BSD[:, : self.heads].clone()
+        y_BHD = torch.empty_like(qkv_BSD[:, : self.heads])
         for cache, given, of_queries in self._parts:
             y_BHD.index_copy_(1, of_queries, cache.decode(places_B, qkv_BSD.index_select(1, given), rotary))
         return y_BHD

@@ -21,6 +21,7 @@ from slope_cli.errors import UsageError
 from slope_cli.inference.cache import AttentionCache, HeadsCache, LinearCache, Prompts, SoftmaxCache
 from slope_cli.inference.products import product
 from slope_cli.linearize.linear_window import LinearWindow
+from slope_cli.models import shapes
 from sparse_kernels import cuda, few_tokens
 from sparse_kernels.packed_linear import PackedLinear
 
@@ -131,7 +132,7 @@ class Spec:
             names=names,
             layers=config.num_hidden_layers,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=shapes.kv_heads(config),
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocabulary=config.vocab_size,
             positions=config.max_position_embeddings,

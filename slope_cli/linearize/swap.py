@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
@@ -66,7 +66,7 @@ def linearize_attention(
         raise UsageError("the model is linearized already")
     if causal != all(module.is_causal for _, module in modules):
         raise UsageError(f"{type(model).__name__}: attention both causal and two-sided is not supported")
-    _check(config, len(modules), _kv_heads(model.config), causal=causal)
+    _check(config, len(modules), shapes.kv_heads(model.config), causal=causal)
     _check_reach(config, model)
     generator = torch.Generator().manual_seed(seed)
     before = model.config._attn_implementation
@@ -78,7 +78,7 @@ def linearize_attention(
         swapped.append(name)
     # The model's own setting decides which mask is made: the plain one of padding.
     model.config._attn_implementation = NAME
-    keep_softmax(model, [entry for entry in config.listed if entry not in config.kept])
+    keep_softmax(model, config.listed)
     return swapped
 
 
@@ -285,7 +285,7 @@ def _add_linear_window(
     linear = LinearWindow(
         config,
         heads=heads,
-        kv_heads=_kv_heads(shape),
+        kv_heads=shapes.kv_heads(shape),
         head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
         causal=causal,
         generator=generator,
@@ -298,10 +298,6 @@ def _add_linear_window(
     # A config of its own: changing the model's attention kernel must not switch linearized layers off.
     module.config = copy.copy(shape)
     module.config._attn_implementation = NAME
-
-
-def _kv_heads(shape: PreTrainedConfig) -> int:
-    return int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
 
 
 def _adopt_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -347,8 +343,10 @@ def attention(
         memory, linear.memory = linear.memory, None
         y_BHTD = linear(query, key, value, scale, keep_BS, memory)
         if heads := linear.softmax_heads:  # what `linear` has computed of these goes unused
-            query, key, value = (of_kv_heads(x, linear.kv_heads, heads) for x in (query, key, value))
-            if memory is not None:
+            query = of_kv_heads(query, linear.kv_heads, heads)
+            if memory is None:
+                key, value = (of_kv_heads(x, linear.kv_heads, heads) for x in (key, value))
+            else:
                 key, value = memory.softmax_keys, memory.softmax_values
             keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
             own_BTHD, _ = _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)

@@ -365,7 +365,7 @@ def attention_memory(model: PreTrainedModel) -> AttentionMemory:
     for window in windows:
         groups, dim = window.kv_heads, window.map_k.weight.shape[1]
         linearized = [head for head in range(groups) if head not in window.softmax_heads]
-        cache = window.of_heads(linearized).new_cache()
+        cache = window.new_cache()  # of the others nothing is counted: their keys have no length yet
         nothing_BGTD = torch.empty(1, len(linearized), 0, dim, dtype=torch.bfloat16, device="meta")
         cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
         linear += cache.nbytes()

@@ -9,13 +9,7 @@ from transformers import PreTrainedModel
 
 from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
-from slope_cli.linearize.swap import (
-    keep_softmax,
-    linear_windows,
-    linearize_attention,
-    projections,
-    softmax_units,
-)
+from slope_cli.linearize.swap import keep_softmax, linear_windows, linearize_attention, projections, softmax_units
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.phases import ADAPTERS, DENSE, MAPS, WEIGHTS, Layers, Phase
 from slope_cli.methods.sparse import report_layers, which_layers

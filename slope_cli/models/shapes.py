@@ -189,6 +189,11 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def kv_heads(shape: PreTrainedConfig) -> int:
+    """The heads of keys and values, which may be fewer than those of queries."""
+    return int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
+
+
 def objective(config: PreTrainedConfig) -> Objective:
     """The pretraining objective of models of this config: causal unless its family here says otherwise."""
     family = FAMILIES.get(config.model_type)

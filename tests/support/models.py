@@ -44,13 +44,14 @@ def of_every_name(*forms: dict[str, Any]) -> list[Any]:
 
     The others are of a slow test: how a model projects and how its state is kept do not depend on each other.
     """
-    fast = {("gpt2-nano", 0), ("opt-125m", 0), *(("llama3-8b", at) for at in range(len(forms))), ("mistral-7b", 0)}
-    marks = {False: pytest.mark.slow, True: ()}
-    pairs = [(name, at) for name in CAUSAL for at in range(len(forms))]
-    ids = ["-".join(map(str, (name, *form.values()))) for name in CAUSAL for form in forms]
     return [
-        pytest.param(name, forms[at], marks=marks[(name, at) in fast], id=own)
-        for (name, at), own in zip(pairs, ids, strict=True)
+        pytest.param(
+            *(name, form),
+            marks=() if name == "llama3-8b" or form is forms[0] else pytest.mark.slow,
+            id="-".join(map(str, (name, *form.values()))),
+        )
+        for name in CAUSAL
+        for form in forms
     ]
 
 
