@@ -136,12 +136,17 @@ def test_a_mask_update_leaves_what_packing_anew_would() -> None:
     """With fillers, of layers together, at once and from a graph."""
     torch.manual_seed(0)
     weights = [torch.randn(1024, 512), torch.randn(512, 1024)]
-    model = nn.Sequential(*(SparseLinear(W, None, masks.row_mask(W, 2, 4), 2, 4) for W in weights)).cuda()
-    set_fp8(model, ["0", "1"])
-    set_backend(model, "cusparselt")
+
+    def made() -> nn.Sequential:
+        model = nn.Sequential(*(SparseLinear(W, None, masks.row_mask(W, 2, 4), 2, 4) for W in weights)).cuda()
+        set_fp8(model, ["0", "1"])
+        set_backend(model, "cusparselt")
+        return model
+
+    model = made()
     X = torch.randn(512, 512, device="cuda", requires_grad=True)
 
-    def products() -> torch.Tensor:
+    def products(model: nn.Module = model) -> torch.Tensor:
         X.grad = None
         with torch.autocast("cuda", torch.bfloat16):
             model(X).float().square().mean().backward()
@@ -161,11 +166,14 @@ def test_a_mask_update_leaves_what_packing_anew_would() -> None:
         else:
             graph.replay()
             torch.autograd.graph.increment_version([layer.backward_mask_bits for layer in model])
-        ours = products()
+        ours, anew = products(), made()
+        anew.load_state_dict(model.state_dict())
+        assert torch.equal(products(anew), ours)
         set_backend(model, "reference")
         theirs = products()
         set_backend(model, "cusparselt")
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+        # An entry may be rounded to e4m3's other neighbour, after a product whose sums had another order.
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -118,6 +118,15 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern, state: s
             assert ((found[:2] - exact).norm() / exact.norm()).item() < 0.02
 
 
+def compared_dtype(state: str) -> torch.dtype | None:
+    """In what the two forms are compared; None for float32.
+
+    The gradients of the delta rule's gates are small differences of large sums. In bf16 they are as far from each other
+    as from exact ones, up to a half, so an error of the compiled form would not be seen.
+    """
+    return None if state == "delta" else torch.bfloat16
+
+
 def adapter_gradients(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
         loss = loss_fn(forward(model, batch()), batch()).token_loss
@@ -141,10 +150,11 @@ def test_adapters_have_the_gradients_of_the_eager_form(name: str, state: str) ->
             adapter.lora_B.normal_(0, 0.02)
     for linear in linear_windows(model).values():
         linear.requires_grad_(True)  # as with adjust_maps
+    dtype = compared_dtype(state)
     expected = adapter_gradients(copy.deepcopy(model).double(), None)
-    eager = distances(adapter_gradients(copy.deepcopy(model), torch.bfloat16), expected)
+    eager = distances(adapter_gradients(copy.deepcopy(model), dtype), expected)
     compile_blocks(model)
-    compiled = distances(adapter_gradients(model, torch.bfloat16), expected)
+    compiled = distances(adapter_gradients(model, dtype), expected)
     for parameter, distance in compiled.items():
         assert distance < 2 * eager[parameter] + 0.02, parameter
 
@@ -155,13 +165,14 @@ def test_adapters_have_the_gradients_of_the_eager_form(name: str, state: str) ->
 def test_transfer_has_the_losses_and_gradients_of_the_eager_form(name: str, state: str) -> None:
     model, ids = linearized(name, state), {"input_ids": batch()["input_ids"]}
     found: list[tuple[Any, dict[str, Tensor]]] = []
+    dtype = compared_dtype(state)
     for compiled in (False, True):
         one = copy.deepcopy(model)
         for linear in linear_windows(one).values():
             linear.requires_grad_(True)
         if compiled:
             compile_blocks(one)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
             losses = transfer_losses(one, ids, compiled=compiled)
         found.append((losses, {name: p.grad.double() for name, p in one.named_parameters() if p.grad is not None}))
     (losses, gradients), (compiled_losses, compiled_gradients) = found

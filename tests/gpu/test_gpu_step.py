@@ -487,10 +487,10 @@ def logs(folder: Path) -> str:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock, and without "products", which each start writes anew."""
+    """The log without what depends on the clock, and without "products" and "time", which each start writes anew."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = ("kind", "step", "loss", "grad_norm")
-    return [{key: row[key] for key in kept if key in row} for row in rows if row["kind"] != "products"]
+    kept, anew = ("kind", "step", "loss", "grad_norm"), ("products", "time")
+    return [{key: row[key] for key in kept if key in row} for row in rows if row["kind"] not in anew]
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
