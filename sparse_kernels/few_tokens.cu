@@ -1,6 +1,6 @@
 // The product of a packed 2:4 matrix with few tokens, Y = X · A^T + bias, which memory binds: a weight's 1.125 bytes are read
 // once, and the sparse tensor cores multiply them as they come. Compiled at run time for one shape of work, which the
-// definitions below give: HALF, KIND, NT, MT, WM, WK, DEPTH, SLICE.
+// definitions below give: HALF, KIND, NT, MT, WM, WK, DEPTH, SLICE; ADAPTERS where it adds adapters' products.
 //
 //   values    (R, C/2)  kept entries, row by row in column order; C a multiple of 16
 //   metadata  in the order of kernels.cu's `metadata_word`, which is the library's: R rounded up to 64 and C to 32
@@ -14,7 +14,9 @@
 // So its k runs over group a and 4 + a of tile 0, the same of tile 1, 2 and 3: the order in which the metadata's bytes lie. X
 // is in shared memory in that order; of tokens that are not there, garbage, which stays in their own sums.
 //
-// Adapters' first product Z = X · A^T is a kernel before it, few_tokens_dense.
+// Adapters' first product Z = X · A^T, with A (S·L, C), is that of `first_blocks` blocks, those with the lowest numbers, which
+// the GPU starts first. The others await it in the end: ready[0] counts the blocks that have written Z, ready[1] those that
+// have seen it, and the last of these makes both 0 again, which they must be at first. Without such blocks Z is there already.
 //
 // Two ways to keep memory busy. Up to 8 tokens a warp loads its weights into registers, DEPTH chunks ahead, and X comes in
 // slices of SLICE chunks (KIND 0). With more, where X is as much traffic as the weights, both go through shared memory, in
@@ -428,10 +430,104 @@ __device__ inline float of_cluster(u32 address, u32 blocks) {
   return total;
 }
 
+// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 16. A block: Z_COLUMNS of its columns of Z_TOKENS, and of X's
+// columns what the blocks along y, a cluster, share. Lane 4g + t has 8 columns of rows g (and g + 8) of A and of token g (and
+// g + 8) at once. sums: shared memory, [warp][token][row].
+constexpr u32 Z_EIGHTS = NT == 1 ? 1 : 2, UNROLL = 4, Z_COLUMNS = 8 * Z_EIGHTS, Z_TOKENS = 8 * Z_EIGHTS;
+
+__device__ inline void first_product(float* sums, const u8* A, const u8* X, u16* Z, u32 width, i64 columns, i64 tokens, u32 block) {
+  constexpr u32 WARPS = THREADS / 32, ROWS = Z_EIGHTS, SPAN = UNROLL * THREADS;
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const u32 splits = gridDim.y, share = u32(columns / 16 + splits - 1) / splits * 16;
+  const u32 begin = min(blockIdx.y * share, u32(columns)), end = min(begin + share, u32(columns));
+  const u32 across = width / Z_COLUMNS, row0 = block % across * Z_COLUMNS, token0 = block / across * Z_TOKENS;
+  const u32 own = min(Z_TOKENS, u32(tokens) - token0) * Z_COLUMNS;
+  const u8* row = A + (u64(row0) + g) * columns * 2;
+  const auto column = [&](u32 first, u32 u) { return first + (u * WARPS + warp) * 32 + 8 * t; };
+  const auto part = [&](const u8* from, u32 at) {
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (at < end)  // volatile, so that all are on their way before the first product
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from + at * 2));
+    return x;
+  };
+  uint4 a[UNROLL][ROWS];
+  const auto load = [&](u32 first) {
+#pragma unroll
+    for (u32 u = 0; u < UNROLL; ++u)
+#pragma unroll
+      for (u32 r = 0; r < ROWS; ++r) {
+        const u32 at = column(first, u);
+        a[u][r] = at < end ? stream16(row + (u64(r) * 8 * columns + at) * 2) : make_uint4(0, 0, 0, 0);
+      }
+  };
+  load(begin);
+  await_others();
+  float sum[Z_EIGHTS][4] = {};
+  for (u32 first = begin; first < end; first += SPAN) {
+    uint4 x[UNROLL][Z_EIGHTS];
+#pragma unroll
+    for (u32 u = 0; u < UNROLL; ++u)
+#pragma unroll
+      for (u32 n = 0; n < Z_EIGHTS; ++n)
+        x[u][n] = part(X + u64(min(token0 + n * 8 + g, u32(tokens) - 1)) * columns * 2, column(first, u));
+#pragma unroll
+    for (u32 u = 0; u < UNROLL; ++u) {
+      const uint4 upper = a[u][0], lower = ROWS == 2 ? a[u][ROWS - 1] : make_uint4(0, 0, 0, 0);
+      const u32 low[4] = {upper.x, lower.x, upper.y, lower.y}, high[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+      for (u32 n = 0; n < Z_EIGHTS; ++n) {
+        const u32 x_low[2] = {x[u][n].x, x[u][n].y}, x_high[2] = {x[u][n].z, x[u][n].w};
+        multiply_dense(sum[n], low, x_low);
+        multiply_dense(sum[n], high, x_high);
+      }
+    }
+    if (first + SPAN < end) load(first + SPAN);
+  }
+#pragma unroll
+  for (u32 n = 0; n < Z_EIGHTS; ++n)
+#pragma unroll
+    for (u32 k = 0; k < 2 * ROWS; ++k) sums[(warp * Z_TOKENS + n * 8 + 2 * t + k % 2) * Z_COLUMNS + g + k / 2 * 8] = sum[n][k];
+  __syncthreads();
+  for (u32 at = threadIdx.x; at < own; at += THREADS) {
+    float total = 0;
+#pragma unroll
+    for (u32 k = 0; k < WARPS; ++k) total += sums[k * Z_TOKENS * Z_COLUMNS + at];
+    sums[at] = total;
+  }
+  __syncthreads();
+  cluster_barrier();
+  const u32 base = u32(__cvta_generic_to_shared(sums)), share_of_sums = (own + splits - 1) / splits;
+  for (u32 k = threadIdx.x; k < share_of_sums; k += THREADS) {
+    const u32 at = blockIdx.y * share_of_sums + k;
+    if (at >= own) break;
+    const float total = splits == 1 ? sums[at] : of_cluster(base + at * 4, splits);
+    Z[(token0 + at / Z_COLUMNS) * width + row0 + at % Z_COLUMNS] = from_float(total);
+  }
+  cluster_barrier();  // no block ends while another reads its sums
+}
+
+// Of the blocks that write Z: all of this one's threads have written.
+__device__ inline void tell_written(u32* ready) {
+  __syncthreads();
+  if (threadIdx.x) return;
+  __threadfence();
+  atomicAdd(ready, 1u);
+}
+// Of the `readers` blocks that read it: they are resident only after the `writers`, which do not wait for them.
+__device__ inline void await_written(u32* ready, u32 writers, u32 readers) {
+  if (threadIdx.x == 0) {
+    u32 written;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(written) : "l"(ready) : "memory");
+    while (written < writers);
+    if (atomicAdd(ready + 1, 1u) == readers - 1) ready[0] = ready[1] = 0;
+  }
+  __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     few_tokens(const u8* values, const u8* metadata, const u8* X, const u16* bias, const u16* residual, u16* Y, i64 rows,
-               i64 columns, i64 tokens, i64 stages, const u16* Z, const u16* lora_B, i64 rank, i64 segments, i64 end0,
-               i64 end1
+               i64 columns, i64 tokens, i64 stages, const u8* lora_A, const u16* lora_B, u16* Z, i64 rank, i64 segments, i64 end0,
+               i64 end1, i64 first_blocks, u32* ready
 #if KIND == 2
                , const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap X_map
 #endif
@@ -442,7 +538,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Matrix matrix{values, metadata, rows, columns};
   const Adapters lora{Z, lora_B, rank, segments, {end0, end1}};
   let_next_come();
-  const i64 row0 = i64(blockIdx.x) * BLOCK_ROWS;
+#if ADAPTERS
+  if (blockIdx.x < first_blocks) {
+    first_product(reinterpret_cast<float*>(shared), lora_A, X, Z, u32(segments * rank), columns, tokens, blockIdx.x);
+    tell_written(ready);
+    return;
+  }
+#endif
+  const i64 row0 = (i64(blockIdx.x) - first_blocks) * BLOCK_ROWS;
   const u32 splits = gridDim.y;
   const u32 chunks = u32(columns + 127) / 128, share = (chunks + splits - 1) / splits;
   const u32 begin = min(blockIdx.y * share, chunks), end = min(begin + share, chunks);
@@ -453,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const auto band_row = [&](int m) { return row0 + (wm * MT + m) * 16; };
 #endif
   // Adapters come last. Where shared memory has room beside X (KIND 0) their operands come with it, else from L2 in the end.
-  const bool adapted = lora_B && blockIdx.y == 0;
+  const bool adapted = ADAPTERS && blockIdx.y == 0;
   const u32 lora_at = base + (KIND == 0 ? u32(stages) * TOKENS * STRIDE : 0);
 
 #if KIND == 1
@@ -551,7 +654,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (d < turns) load(ring[d], d);
   if (adapted) copy_B(lora_at, lora, 0, row0, rows);
   await_others();
-  if (adapted) copy_Z(lora_at, lora, 0, row0, rows, u32(tokens));
+  if (adapted && !first_blocks) copy_Z(lora_at, lora, 0, row0, rows, u32(tokens));
   if (turns) copy_x(base, X, begin, columns, tokens);
   for (u32 first = 0; first < turns; first += DEPTH) {
 #pragma unroll
@@ -571,12 +674,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 #endif
 
+  if (adapted && first_blocks) await_written(ready, u32(first_blocks) * splits, gridDim.x - u32(first_blocks));
   for (u32 first = 0; adapted && first < rank; first += LORA_RANKS) {
-    if (KIND != 0 || first) {
+    const bool there = KIND == 0 && !first;
+    if (!there) {
       __syncthreads();  // all are through with what lies there
       copy_B(lora_at, lora, first, row0, rows);
-      copy_Z(lora_at, lora, first, row0, rows, u32(tokens));
     }
+    if (!there || first_blocks) copy_Z(lora_at, lora, first, row0, rows, u32(tokens));
     asm volatile("cp.async.wait_all;");
     __syncthreads();
 #pragma unroll
@@ -623,85 +728,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const u32 token = at / own, row = blockIdx.y * own + at % own;
     if (row >= BLOCK_ROWS) continue;
     if (row0 + row < rows) write(token, row0 + row, of_cluster(base + (token * BLOCK_ROWS + row) * 4, splits));
-  }
-  cluster_barrier();  // no block ends while another reads its sums
-}
-
-// Z = X · A^T with a dense A (L, C), (B, L); L a multiple of 16. A block: Z_COLUMNS of its columns of Z_TOKENS, and of X's
-// columns what the blocks along y, a cluster, share: many small blocks, because others wait for them. Lane 4g + t has 8 columns
-// of rows g (and g + 8) of A and of token g (and g + 8) at once.
-constexpr u32 Z_THREADS = NT == 1 || THREADS < 256 ? THREADS : 256, Z_EIGHTS = NT == 1 ? 1 : 2, UNROLL = 4;
-constexpr u32 Z_COLUMNS = 8 * Z_EIGHTS, Z_TOKENS = 8 * Z_EIGHTS;
-
-extern "C" __global__ void __launch_bounds__(Z_THREADS)
-    few_tokens_dense(const u8* A, const u8* X, u16* Z, i64 width, i64 columns, i64 tokens) {
-  constexpr u32 WARPS = Z_THREADS / 32, ROWS = Z_EIGHTS, SPAN = UNROLL * Z_THREADS;
-  __shared__ float sums[WARPS * Z_TOKENS * Z_COLUMNS];  // [warp][token][row]
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const u32 splits = gridDim.y, share = u32(columns / 16 + splits - 1) / splits * 16;
-  const u32 begin = min(blockIdx.y * share, u32(columns)), end = min(begin + share, u32(columns));
-  const u32 token0 = blockIdx.z * Z_TOKENS, own = min(Z_TOKENS, u32(tokens) - token0) * Z_COLUMNS;
-  const u8* row = A + (u64(blockIdx.x) * Z_COLUMNS + g) * columns * 2;
-  const auto column = [&](u32 first, u32 u) { return first + (u * WARPS + warp) * 32 + 8 * t; };
-  const auto part = [&](const u8* from, u32 at) {
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (at < end)  // volatile, so that all are on their way before the first product
-      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from + at * 2));
-    return x;
-  };
-  uint4 a[UNROLL][ROWS];
-  const auto load = [&](u32 first) {
-#pragma unroll
-    for (u32 u = 0; u < UNROLL; ++u)
-#pragma unroll
-      for (u32 r = 0; r < ROWS; ++r) {
-        const u32 at = column(first, u);
-        a[u][r] = at < end ? stream16(row + (u64(r) * 8 * columns + at) * 2) : make_uint4(0, 0, 0, 0);
-      }
-  };
-  let_next_come();
-  load(begin);
-  await_others();
-  float sum[Z_EIGHTS][4] = {};
-  for (u32 first = begin; first < end; first += SPAN) {
-    uint4 x[UNROLL][Z_EIGHTS];
-#pragma unroll
-    for (u32 u = 0; u < UNROLL; ++u)
-#pragma unroll
-      for (u32 n = 0; n < Z_EIGHTS; ++n)
-        x[u][n] = part(X + u64(min(token0 + n * 8 + g, u32(tokens) - 1)) * columns * 2, column(first, u));
-#pragma unroll
-    for (u32 u = 0; u < UNROLL; ++u) {
-      const uint4 upper = a[u][0], lower = ROWS == 2 ? a[u][ROWS - 1] : make_uint4(0, 0, 0, 0);
-      const u32 low[4] = {upper.x, lower.x, upper.y, lower.y}, high[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-      for (u32 n = 0; n < Z_EIGHTS; ++n) {
-        const u32 x_low[2] = {x[u][n].x, x[u][n].y}, x_high[2] = {x[u][n].z, x[u][n].w};
-        multiply_dense(sum[n], low, x_low);
-        multiply_dense(sum[n], high, x_high);
-      }
-    }
-    if (first + SPAN < end) load(first + SPAN);
-  }
-#pragma unroll
-  for (u32 n = 0; n < Z_EIGHTS; ++n)
-#pragma unroll
-    for (u32 k = 0; k < 2 * ROWS; ++k) sums[(warp * Z_TOKENS + n * 8 + 2 * t + k % 2) * Z_COLUMNS + g + k / 2 * 8] = sum[n][k];
-  __syncthreads();
-  for (u32 at = threadIdx.x; at < own; at += Z_THREADS) {
-    float total = 0;
-#pragma unroll
-    for (u32 k = 0; k < WARPS; ++k) total += sums[k * Z_TOKENS * Z_COLUMNS + at];
-    sums[at] = total;
-  }
-  __syncthreads();
-  cluster_barrier();
-  const u32 base = u32(__cvta_generic_to_shared(sums)), share_of_sums = (own + splits - 1) / splits;
-  for (u32 k = threadIdx.x; k < share_of_sums; k += Z_THREADS) {
-    const u32 at = blockIdx.y * share_of_sums + k;
-    if (at >= own) break;
-    const float total = splits == 1 ? sums[at] : of_cluster(base + at * 4, splits);
-    Z[(token0 + at / Z_COLUMNS) * width + blockIdx.x * Z_COLUMNS + at % Z_COLUMNS] = from_float(total);
   }
   cluster_barrier();  // no block ends while another reads its sums
 }

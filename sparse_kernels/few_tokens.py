@@ -28,6 +28,7 @@ from sparse_kernels.matmul_plan import random_mask
 from sparse_kernels.packed import outside_graphs
 
 SOURCE = Path(__file__).with_name("few_tokens.cu")
+KERNEL = "few_tokens"
 MOST_TOKENS = 64
 RANKS = 16
 """Adapters' ranks are padded to multiples of this, and layers that are fused have such numbers of rows."""
@@ -86,6 +87,11 @@ class Work(NamedTuple):
         return 16 * self.mt * self.wm
 
     @property
+    def first_side(self) -> int:
+        """Tokens, and ranks, of a block that computes adapters' first product."""
+        return 8 if self.nt == 1 else 16
+
+    @property
     def stage_bytes(self) -> int:
         """Of warpgroups: the values, metadata and X of `slice` chunks."""
         return self.slice * (self.rows * 144 + self.nt * 8 * 256)
@@ -100,7 +106,8 @@ class Work(NamedTuple):
         size = self.depth * (self.stage_bytes + 8) + 1024 if self.kind == 2 else stages * x
         lora = adapted * (self.rows + MOST_SEGMENTS * 8 * self.nt) * _LORA_BYTES
         size = max(size, lora) if self.kind else size + lora
-        return stages, max(size, self.wk * 8 * self.nt * self.rows * 4)
+        first = adapted * self.threads // 32 * self.first_side**2 * 4
+        return stages, max(size, first, self.wk * 8 * self.nt * self.rows * 4)
 
 
 class Adapters(NamedTuple):
@@ -166,55 +173,66 @@ def matmul(
         return Y_BR
     Y_BR = X_BC.new_empty(tokens, rows)
     stages, shared = work.shared_bytes(columns, adapted=adapters is not None)
-    operands = (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR)
+    A = B = Z = ready = None
     parts: tuple[int, ...] = (rows,)
-    Z = B = None
+    first_blocks = rank = 0
     if adapters is not None:
-        A, B, parts, Z = adapters
-        Z = _first(work, X_BC, A) if Z is None else Z
+        (A, B, parts, Z), rank = adapters, adapters.B.shape[1]
+        if Z is None:
+            Z, ready = X_BC.new_empty(tokens, len(A)), _counters(device.index)
+            first_blocks = len(A) // work.first_side * -(-tokens // work.first_side)
     ends = [*itertools.accumulate(parts[:-1]), rows, rows][:2]
-    lora = (driver.address(Z), driver.address(B), 0 if B is None else B.shape[1], len(parts), *ends)
-    arguments: tuple[Any, ...] = (*map(driver.address, operands), rows, columns, tokens, stages, *lora)
+    operands = map(driver.address, (values_RK, metadata, X_BC, bias_R, residual_BR, Y_BR))
+    lora = (*map(driver.address, (A, B, Z)), rank, len(parts), *ends, first_blocks, driver.address(ready))
+    arguments: tuple[Any, ...] = (*operands, rows, columns, tokens, stages, *lora)
     if work.kind == 2:
         arguments += (
             driver.tensor_map(values_RK.data_ptr(), rows, columns // 2, work.rows),
             driver.tensor_map(X_BC.data_ptr(), tokens, columns, 8 * work.nt),
         )
-    grid = (-(-rows // work.rows), work.splits)
-    driver.launch_early(_function(work, X_BC, "few_tokens"), grid, work.threads, device, arguments, shared, work.splits)
+    grid = (first_blocks - rows // -work.rows, work.splits)
+    function = _compiled(_bare(work), adapters is not None, X_BC.dtype, device.index)
+    driver.launch_early(function, grid, work.threads, device, arguments, shared, work.splits)
     return Y_BR
 
 
-def _first(work: Work, X_BC: Tensor, A_LC: Tensor) -> Tensor:
-    """Adapters' first product, X · A^T: (B, L), by the kernel that comes with a work."""
-    (tokens, columns), width = X_BC.shape, A_LC.shape[0]
-    Z_BL = X_BC.new_empty(tokens, width)  # [B,C] · [L,C]^T -> [B,L]
-    threads, block, span = (work.threads, 8, 4) if work.nt == 1 else (min(work.threads, 256), 16, 2)
-    splits = min(8, -(-columns // (span * threads))) if driver.overlaps(X_BC.device.index) else 1
-    grid = width // block, splits, -(-tokens // block)
-    arguments = (*map(driver.address, (A_LC, X_BC, Z_BL)), width, columns, tokens)
-    function = _function(work, X_BC, "few_tokens_dense")
-    driver.launch_early(function, grid, threads, X_BC.device, arguments, 0, splits)
-    return Z_BL
-
-
-def _function(work: Work, X: Tensor, name: str) -> Any:
-    return _compiled(work._replace(splits=1, beside=0), X.dtype, X.device.index)[name]
-
-
-def compile_all(works: Iterable[Work], dtype: torch.dtype, device_index: int) -> None:
-    """Compile the kernels of many shapes of work at once, for `matmul` to find."""
-    kernels = {work._replace(splits=1, beside=0) for work in works}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler runs outside of Python's lock
-        list(threads.map(lambda work: _compiled(work, dtype, device_index), kernels))
+_COUNTERS = 4096  # of launches that may be on their way at once, in all graphs
 
 
 @functools.cache
-def _compiled(work: Work, dtype: torch.dtype, device_index: int) -> dict[str, Any]:
+def _all_counters(device_index: int) -> Iterator[Tensor]:
+    zeros = torch.zeros(_COUNTERS, 2, dtype=torch.int32, device=torch.device("cuda", device_index))
+    return itertools.cycle(zeros.unbind())
+
+
+def _counters(device_index: int) -> Tensor:
+    """Two zeros, (2,) int32, by which blocks of a launch wait for each other, and which it leaves as zeros.
+
+    Launches on several streams, and those that graphs hold, have others each, as long as they are fewer than _COUNTERS.
+    """
+    return next(_all_counters(device_index))
+
+
+def _bare(work: Work) -> Work:
+    """Without what its kernel does not depend on."""
+    return work._replace(splits=1, beside=0)
+
+
+def compile_all(works: Iterable[Work], adapted: bool, dtype: torch.dtype, device_index: int) -> None:
+    """Compile the kernels of many shapes of work at once, for `matmul` to find."""
+    kernels = {_bare(work) for work in works}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler runs outside of Python's lock
+        list(threads.map(lambda work: _compiled(work, adapted, dtype, device_index), kernels))
+
+
+@functools.cache
+def _compiled(work: Work, adapted: bool, dtype: torch.dtype, device_index: int) -> Any:
     names = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE")
-    definitions = {"HALF": int(dtype == torch.float16), **dict(zip(names, work, strict=False))}  # not the others
-    kernels = {"few_tokens": driver.most_shared_bytes(device_index), "few_tokens_dense": 0}
-    return driver.compiled(SOURCE, kernels, definitions, device_index, architecture="sm_90a" if work.kind == 2 else "")
+    definitions = {"HALF": int(dtype == torch.float16), "ADAPTERS": int(adapted)}
+    definitions |= zip(names, work, strict=False)  # not the others
+    room, architecture = driver.most_shared_bytes(device_index), "sm_90a" if work.kind == 2 else ""
+    made = driver.compiled(SOURCE, {KERNEL: room}, definitions, device_index, architecture=architecture)
+    return made[KERNEL]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +323,7 @@ def _measure(shape: _Shape, device_index: int) -> tuple[Work, float]:
     rows, columns, tokens, dtype, lora = shape
     warpgroups = torch.cuda.get_device_capability(device_index) == (9, 0)
     works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups, adapted=bool(lora)))
-    compile_all(works, dtype, device_index)
+    compile_all(works, bool(lora), dtype, device_index)
     if lora:
         works.append(work_for(rows, columns, tokens, dtype, device_index)._replace(beside=1))
     operands, X_BC, expected = _operands(shape, device_index)

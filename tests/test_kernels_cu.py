@@ -31,19 +31,19 @@ ENTRIES = {
     *(f"{name}_{x}" for name in ("slot_markers", "expand", "silu_mul", "norm") for x in ("bf16", "fp16")),
 }
 # By source: definitions, entry points. Of kernels that are compiled for a shape, one of each kind.
-WORK = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "HALF")
+WORK = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "HALF", "ADAPTERS")
 COMPILED: list[tuple[str, dict[str, int], set[str]]] = [
     ("kernels.cu", {}, ENTRIES),
     *(
-        ("few_tokens.cu", dict(zip(WORK, work, strict=True)), {"few_tokens", "few_tokens_dense"})
+        ("few_tokens.cu", dict(zip(WORK, work, strict=True)), {"few_tokens"})
         for work in (
-            (0, 1, 1, 1, 16, 1, 32, 0),
-            (0, 2, 2, 2, 4, 2, 16, 1),
-            (1, 1, 1, 4, 2, 3, 2, 1),
-            (1, 8, 2, 4, 2, 2, 2, 0),
-            (2, 2, 1, 4, 2, 3, 2, 1),
-            (2, 8, 2, 8, 1, 3, 1, 0),
-            (2, 4, 1, 16, 1, 5, 1, 0),
+            (0, 1, 1, 1, 16, 1, 32, 0, 1),
+            (0, 2, 2, 2, 4, 2, 16, 1, 0),
+            (1, 1, 1, 4, 2, 3, 2, 1, 1),
+            (1, 8, 2, 4, 2, 2, 2, 0, 1),
+            (2, 2, 1, 4, 2, 3, 2, 1, 0),
+            (2, 8, 2, 8, 1, 3, 1, 0, 1),
+            (2, 4, 1, 16, 1, 5, 1, 0, 1),
         )
     ),
     *(

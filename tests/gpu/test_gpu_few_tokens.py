@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels import SparseLinear, few_tokens, kernel_choice, masks, packed_product, tile_metadata
+from sparse_kernels import SparseLinear, driver, few_tokens, kernel_choice, masks, packed_product, tile_metadata
 from sparse_kernels.attention import attend_new_tokens, attention_space
 from sparse_kernels.cuda import expand, norm, silu_mul
 from sparse_kernels.lora import LowRankAdapter
@@ -110,12 +110,40 @@ def test_every_candidate_is_right(tokens: int, parts: tuple[int, ...], rank: int
     kinds = {False, torch.cuda.get_device_capability() == (9, 0)}
     works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind, adapted=True)}
     assert len(works) >= 5
-    few_tokens.compile_all(works, torch.bfloat16, 0)
+    few_tokens.compile_all(works, True, torch.bfloat16, 0)
+    few_tokens.compile_all(works, False, torch.bfloat16, 0)
     for work in works:
         operand = work, made.values, made.metadata, X, made.bias, residual
         close(few_tokens.matmul(*operand), alone)
         close(few_tokens.matmul(*operand, adapters), alone + added)
         close(few_tokens.matmul(work._replace(beside=1), *operand[1:], adapters), alone + added)
+
+
+@pytest.mark.parametrize("tokens", [3, 24, 64])
+def test_blocks_that_await_each_other_leave_no_trace(tokens: int) -> None:
+    """Products that follow each other at once, in a graph and on two streams, are equal bit for bit, and counters 0."""
+    layers = [packed([layer(rows, 1536, rank=48, seed=rows)]) for rows in (64, 320, 1024)]
+    X = torch.randn(tokens, 1536, device=CUDA).bfloat16()
+    expected = [each(X) for each in layers]
+    found = list[torch.Tensor]()
+    graph = driver.captured(lambda: found.extend(each(X) for each in layers * 12))
+    del found[: -12 * len(layers)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(30):
+        graph.replay()
+        torch.cuda.synchronize()
+        for k, Y in enumerate(found):
+            assert torch.equal(Y, expected[k % len(layers)])
+            Y.zero_()
+        torch.cuda.synchronize()
+        side_by_side = list[torch.Tensor]()
+        for stream in streams * 4:
+            with torch.cuda.stream(stream):
+                side_by_side += [each(X) for each in layers]
+        torch.cuda.synchronize()
+        assert all(torch.equal(Y, expected[k % len(layers)]) for k, Y in enumerate(side_by_side))
+    counters = [few_tokens._counters(0) for _ in range(few_tokens._COUNTERS)]
+    assert not torch.stack(counters).any()
 
 
 @pytest.mark.parametrize("first", [False, True])
