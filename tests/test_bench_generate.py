@@ -138,7 +138,7 @@ def test_each_kind_of_attention_remembers_what_it_needs_of_a_text() -> None:
 
 def test_int8_is_close_to_dense() -> None:
     made = source("gpt2-nano")
-    ids_1T, prompts = torch.arange(9)[None], Prompts(0, [9])
+    ids_1T, prompts = torch.arange(9)[None], Prompts.of(0, [9], torch.device("cpu"))
     logits = [made.make(name).prefill(made.dense.caches(1, 9), prompts, ids_1T) for name in ("dense", "int8")]
     torch.testing.assert_close(logits[1], logits[0], rtol=0.1, atol=0.05)
     weights = [generate.weight_bytes(made.make(name)) for name in ("dense", "int8")]

@@ -7,7 +7,7 @@ Shape suffixes: B slots of a step, P prompts, T tokens of a prompt or places of 
 D head dimension.
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,21 @@ Shape = tuple[int, int, int, int]
 
 
 class Prompts(NamedTuple):
-    """Prompts that are read together, padded at their ends: the slot of the first one, and the tokens of each."""
+    """Prompts that are read together, padded at their ends.
+
+    slot: of the first one. lengths: the tokens of each. slots_P, lengths_P: the same on the device, int64.
+    """
 
     slot: int
     lengths: list[int]
+    slots_P: Tensor
+    lengths_P: Tensor
+
+    @classmethod
+    def of(cls, slot: int, lengths: list[int], device: torch.device) -> "Prompts":
+        """Those of so many tokens, in slots from this one on."""
+        on_host = torch.tensor([[slot + row for row in range(len(lengths))], lengths])
+        return cls(slot, lengths, *on_host.to(device).unbind())
 
 
 class AttentionCache(Protocol):
@@ -33,6 +44,9 @@ class AttentionCache(Protocol):
     It is given queries, keys and values in one tensor, in this order of heads, and what `turn` takes (2, …, D) where
     queries and keys are to be turned by their positions.
     """
+
+    reads_any_lengths: ClassVar[bool]
+    """Whether the device's work of `prefill` depends on the padded sides alone, so that a CUDA graph can hold it."""
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """Whole prompts, which their slots then remember and nothing else: (P, T, H, D), anything for padding."""
@@ -53,6 +67,8 @@ class AttentionCache(Protocol):
 class SoftmaxCache:
     """All keys and values of every slot: (slots, G, T, D)."""
 
+    reads_any_lengths: ClassVar[bool] = True
+
     def __init__(
         self, shape: Shape, heads: int, scale: float, window: int, like: Tensor, space: Tensor | None = None
     ) -> None:
@@ -67,9 +83,9 @@ class SoftmaxCache:
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Padding comes after all that a token sees, and later tokens overwrite it."""
         q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in turned_heads(qkv_PTSD, rotary, self.keys.shape[1]))
-        (P, H, T, _), mask_TT = q_PHTD.shape, None
+        (_, H, T, _), mask_TT = q_PHTD.shape, None
         for kept, new in ((self.keys, k_PGTD), (self.values, v_PGTD)):
-            kept[prompts.slot : prompts.slot + P, :, :T] = new
+            kept[:, :, :T].index_copy_(0, prompts.slots_P, new)
         if 0 < self.window < T:
             mask_TT = torch.ones(T, T, dtype=torch.bool, device=q_PHTD.device).tril().triu(1 - self.window)
             # The fused kernels take a mask or shared KV heads, not both.
@@ -100,6 +116,8 @@ class SoftmaxCache:
 
 class LinearCache:
     """The window and the state of a linearized layer for every slot; each step moves all rings by one place."""
+
+    reads_any_lengths: ClassVar[bool] = False
 
     def __init__(self, linear: LinearWindow, shape: Shape, scale: float, like: Tensor) -> None:
         slots, self.kv_heads, _, dim = shape
@@ -147,6 +165,8 @@ class LinearCache:
 
 class HeadsCache:
     """A layer some of whose KV heads have softmax attention: their cache, and that of the others, side by side."""
+
+    reads_any_lengths: ClassVar[bool] = False
 
     def __init__(self, linear: LinearWindow, shape: Shape, heads: int, scale: float, window: int, like: Tensor) -> None:
         """heads: of queries. The others as in SoftmaxCache."""

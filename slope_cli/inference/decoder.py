@@ -267,7 +267,7 @@ class Decoder(nn.Module):
     def prefill(self, caches: list[AttentionCache], prompts: Prompts, ids_PT: Tensor) -> Tensor:
         """Read prompts of a token or more each: the logits of the tokens after them, (P, V), float32.
 
-        ids_PT: padded at the end with any ids.
+        ids_PT: padded at the end with any ids. Fit for a CUDA graph if the caches are: see `reads_any_lengths`.
         """
         P, T = ids_PT.shape
 
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
 
         places_N = torch.arange(T, device=ids_PT.device).repeat(P)
         X_NW = self._blocks(ids_PT.flatten(), places_N, caches, attend)
-        last_P = [row * T + length - 1 for row, length in enumerate(prompts.lengths)]
+        last_P = torch.arange(-1, P * T - 1, T, device=ids_PT.device) + prompts.lengths_P
         return self._logits(X_NW[last_P])
 
     @torch.no_grad()

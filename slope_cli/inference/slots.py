@@ -1,12 +1,15 @@
 """The texts that are being continued, on the device: what each remembers, and the step that adds a token to all.
 
 Texts in use are in the first slots. A step runs over the next power of two of them, so that a few CUDA graphs serve all
-numbers of texts; the slots behind those in use stay at place 0.
+numbers of texts; the slots behind those in use stay at place 0. Prompts are padded to one of a few widths, of which a
+graph is captured when they come again: reading one is some ten launches a layer, which a host can be slower at than a
+GPU is with the products.
 
-Shape suffixes: B slots, P prompts, V vocabulary.
+Shape suffixes: B slots, P prompts, T their tokens, V vocabulary.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from slope_cli.inference.cache import AttentionCache, Prompts
 from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 from sparse_kernels.driver import captured
+
+MOST_PREFILLS = 64
+"""Graphs of prompts that are held at most; what comes again beyond them is read without one."""
 
 
 class Slots:
@@ -38,20 +44,43 @@ class Slots:
         self._settings = Settings.of([Sampling()] * count, device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._padded = self._pool is not None and all(cache.reads_any_lengths for cache in self.caches)
+        self._prefills: dict[tuple[int, int], _Prefill] = {}  # by sides of the padded prompts
+        self._seen: set[tuple[int, int]] = set()
 
     @torch.no_grad()
     def fill(self, slot: int, prompts: list[list[int]], samplings: list[Sampling], mode: Mode) -> "Tokens":
         """Begin texts in slots from this one on, which are not in use: the first token after each prompt."""
         device, lengths = self.ids.device, [len(prompt) for prompt in prompts]
-        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-        logits_PV = self.decoder.prefill(self.caches, Prompts(slot, lengths), torch.tensor(padded, device=device))
-        settings = Settings.of(samplings, device)
-        lengths_P = torch.tensor(lengths, dtype=torch.int32, device=device)
+        width = min(padded_width(max(lengths)), self.max_length) if self._padded else max(lengths)
+        ids_PT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+        where, settings = Prompts.of(slot, lengths, device), Settings.of(samplings, device)
+        logits_PV, lengths_P = self._prefilled(where, ids_PT), where.lengths_P.int()
         new = slice(slot, slot + len(prompts))
         self.ids[new], self.lengths[new], self._used[new] = choose(logits_PV, settings, lengths_P, mode), lengths_P, 1
         for own, setting in zip(self._settings, settings, strict=True):
             own[new] = setting
         return Tokens(self.ids[new])
+
+    def _prefilled(self, prompts: Prompts, ids_PT: Tensor) -> Tensor:
+        """`Decoder.prefill`, from the second time on by a graph where there can be one."""
+        sides = len(ids_PT), ids_PT.shape[1]
+        prefill = self._prefills.get(sides)
+        if prefill is None and (not self._padded or sides not in self._seen or len(self._prefills) == MOST_PREFILLS):
+            self._seen.add(sides)
+            return self.decoder.prefill(self.caches, prompts, ids_PT)
+        if prefill is None:
+            logits_PV = torch.empty(len(ids_PT), self.decoder.spec.vocabulary, device=ids_PT.device)
+
+            def work() -> None:
+                logits_PV.copy_(self.decoder.prefill(self.caches, prompts, ids_PT))
+
+            prefill = self._prefills[sides] = _Prefill(captured(work, self._pool), prompts, ids_PT, logits_PV)
+        for own, new in ((prefill.prompts.slots_P, prompts.slots_P), (prefill.prompts.lengths_P, prompts.lengths_P)):
+            own.copy_(new)
+        prefill.ids_PT.copy_(ids_PT)
+        prefill.graph.replay()
+        return prefill.logits_PV
 
     def release(self, slot: int, last: int, length: int) -> None:
         """End the text of a slot in use; the one in the last such slot, of so many tokens, takes its place."""
@@ -89,6 +118,21 @@ class Slots:
         for tensor, old in zip(changing, before, strict=True):
             tensor.copy_(old)
         return graph
+
+
+class _Prefill(NamedTuple):
+    """A graph that reads prompts of some sides: what it reads, and where it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    prompts: Prompts
+    ids_PT: Tensor
+    logits_PV: Tensor
+
+
+def padded_width(length: int) -> int:
+    """To how many tokens a prompt is padded: the next multiple of 32, and from 512 on of an eighth of its octave."""
+    unit = max(32, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // unit) * unit
 
 
 class Tokens:

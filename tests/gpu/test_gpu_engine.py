@@ -7,6 +7,7 @@ import torch
 from support import inductor
 from support.models import CAUSAL, VOCABULARY, linearized, tiny_model
 
+from slope_cli.inference import slots
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from sparse_kernels import adapters_of, add_adapters, sparse_layers, sparsify
@@ -78,3 +79,22 @@ def test_bf16_is_the_default_and_texts_repeat() -> None:
     sampling = Sampling(tokens=40, top_k=30, seed=3)
     first, second = (engine.generate([[5, 6, 7]] * 4, sampling) for _ in range(2))
     assert len({tuple(text.ids) for text in (*first, *second)}) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "mistral-7b"])
+def test_prompts_that_come_again_are_read_by_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other lengths, in other slots, and once there are as many graphs as there may be."""
+    monkeypatch.setattr(slots, "MOST_PREFILLS", 3)
+    model = tiny_model(name, **({"sliding_window": 7} if name == "mistral-7b" else {}))
+    generator = torch.Generator().manual_seed(2)
+    lengths = (*(20, 31, 7, 32) * 2, *(33, 64, 40) * 2, *(70, 90) * 3, 1, 2)
+    prompts = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    found: dict[str, list[list[int]]] = {}
+    for device in ("cpu", "cuda"):
+        engine = Engine(model, device=device, dtype=torch.float32, max_batch=2)
+        texts = [engine.submit(prompt, Sampling(tokens=2 + i % 5, temperature=0)) for i, prompt in enumerate(prompts)]
+        for _ in engine.stream():
+            pass
+        found[device] = [text.ids for text in texts]
+        assert len(engine._slots._prefills) == (3 if device == "cuda" else 0)
+    assert found["cuda"] == found["cpu"]
