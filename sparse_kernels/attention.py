@@ -1,7 +1,7 @@
-"""Attention of single new tokens, one for each row of a batch, over preallocated keys and values.
+"""Preallocated keys and values: prompts are stored there, and single new tokens, one for each row, attend over them.
 
-Shape suffixes: B rows, H query heads, G KV heads, P query heads for each KV head (H = G·P), S = H + 2 G, T places, D
-head dimension.
+Shape suffixes: B rows, P prompts (of T tokens), H query heads, G KV heads, P query heads for each KV head (H = G·P) in
+decode_attention, S = H + 2 G, T places, D head dimension.
 """
 
 import functools
@@ -36,6 +36,28 @@ def turned_heads(qkv: Tensor, rotary: Tensor | None, kv_heads: int) -> tuple[Ten
         turned = turn(turned, rotary)
     q, k = turned.split([heads, kv_heads], dim=-2)
     return q, k, v
+
+
+def remember_prompts(
+    qkv_PTSD: Tensor, rotary: Tensor | None, keys_BGTD: Tensor, values_BGTD: Tensor, slots_P: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The turned queries, keys and values of whole prompts, (P, T, H or G, D), stored in their slots from place 0 on.
+
+    One launch on a GPU with 16-bit types, in place.
+
+    Args:
+        qkv_PTSD: the queries of H heads, then the keys and values of G heads; may be changed.
+        rotary: (2, P, T, D), as `turn` takes it; None for none.
+        slots_P: int64, the row of keys and values that each prompt has.
+    """
+    T, S, G = *qkv_PTSD.shape[1:3], keys_BGTD.shape[1]
+    if cuda.takes(qkv_PTSD):
+        cuda.remember(qkv_PTSD, rotary, keys_BGTD, values_BGTD, slots_P, S - 2 * G)
+        return turned_heads(qkv_PTSD, None, G)
+    q_PTHD, k_PTGD, v_PTGD = turned_heads(qkv_PTSD, rotary, G)
+    for kept_BGTD, new_PTGD in ((keys_BGTD, k_PTGD), (values_BGTD, v_PTGD)):
+        kept_BGTD[:, :, :T].index_copy_(0, slots_P, new_PTGD.transpose(1, 2))
+    return q_PTHD, k_PTGD, v_PTGD
 
 
 def decode_attention(

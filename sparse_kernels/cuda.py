@@ -21,7 +21,7 @@ _MARKER_THREADS = 256
 ROUND_SIDE, _ROUND_THREADS = 128, 256
 _METADATA_THREADS = 256
 _EXPAND_THREADS = 256
-_SILU_THREADS = 256
+_SILU_THREADS = _REMEMBER_THREADS = 256
 _NORM_PACKS, _NORM_ROWS = 4, 4
 SOURCE = Path(__file__).with_name("kernels.cu")
 
@@ -328,3 +328,24 @@ def norm(
     function, grid = _function(f"norm_{_NAMES[X_BW.dtype]}", X_BW.device.index), (rows, 1 + width // _NORM_ROWS)
     launch_early(function, grid, threads, X_BW.device, args)
     return Y_BW, Z_BL  # [B,W] · [L,W]^T -> [B,L]
+
+
+def remember(
+    qkv_PTSD: Tensor, rotary: Tensor | None, keys_BGTD: Tensor, values_BGTD: Tensor, slots_P: Tensor, heads: int
+) -> None:
+    """Turn prompts' queries and keys in place by their positions, and copy keys and values to their slots' places.
+
+    Args:
+        qkv_PTSD: (P, T, H + 2 G, D), D a multiple of 16; see `takes`. heads: H.
+        rotary: (2, P, T, D) cosines, and sines of which the first half is negated; None to turn nothing.
+        keys_BGTD, values_BGTD: contiguous, of T places or more.
+        slots_P: int64.
+    """
+    (P, T, S, D), places = qkv_PTSD.shape, keys_BGTD.shape[2]
+    _check(qkv_PTSD=qkv_PTSD, keys_BGTD=keys_BGTD, values_BGTD=values_BGTD, slots_P=slots_P)
+    rotary = None if rotary is None else rotary.contiguous()
+    operands = map(address, (qkv_PTSD, rotary, keys_BGTD, values_BGTD, slots_P))
+    grid = (-(-(P * T * S * D // 16) // _REMEMBER_THREADS),)
+    args = (*operands, P * T, T, heads, (S - heads) // 2, D, places)
+    function = _function(f"remember_{_NAMES[qkv_PTSD.dtype]}", qkv_PTSD.device.index)
+    launch_early(function, grid, _REMEMBER_THREADS, qkv_PTSD.device, args)

@@ -641,9 +641,59 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// remember: of prompts' queries, keys and values, (prompts · tokens, heads + 2 kv_heads, dim), the first two are turned in place
+// by their positions, and keys and values are copied to the places of each prompt's slot, (slots, kv_heads, places, dim).
+//
+//   rotary  (2, prompts · tokens, dim): cosines, and sines of which the first half is negated; null for none
+//
+// A thread: 8 columns of a head's first half, and those of its second with which they turn.
+
+constexpr int REMEMBER_THREADS = 256;
+
+template <class T> struct Remembered {
+  T* qkv;
+  const T* rotary;
+  T *keys, *values;
+  const i64* slots;
+  i64 rows, tokens, heads, kv_heads, dim, places;
+};
+
+template <class T> __device__ inline void remember(const Remembered<T>& r) {
+  using Eight = Pack<T, 8>;
+  let_next_come();
+  await_others();
+  const i64 half = r.dim / 2, parts = half / 8, all_heads = r.heads + 2 * r.kv_heads;
+  const i64 at = i64(blockIdx.x) * REMEMBER_THREADS + threadIdx.x;
+  if (at >= r.rows * all_heads * parts) return;
+  const i64 row = at / (all_heads * parts), head = at / parts % all_heads, column = at % parts * 8;
+  T* own = r.qkv + (row * all_heads + head) * r.dim + column;
+  Eight low = load<Eight>(own), high = load<Eight>(own + half);
+  if (r.rotary && head < r.heads + r.kv_heads) {
+    const T* turns = r.rotary + row * r.dim + column;
+    const T* sines = turns + r.rows * r.dim;
+    const Eight cos_low = load<Eight>(turns), cos_high = load<Eight>(turns + half);
+    const Eight sin_low = load<Eight>(sines), sin_high = load<Eight>(sines + half);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float x = to_float(low.at[k]), y = to_float(high.at[k]);
+      low.at[k] = from_float<T>(x * to_float(cos_low.at[k]) + y * to_float(sin_low.at[k]));
+      high.at[k] = from_float<T>(y * to_float(cos_high.at[k]) + x * to_float(sin_high.at[k]));
+    }
+    store(own, low);
+    store(own + half, high);
+  }
+  if (head < r.heads) return;
+  const i64 kv_head = (head - r.heads) % r.kv_heads, slot = r.slots[row / r.tokens];
+  T* kept = (head < r.heads + r.kv_heads ? r.keys : r.values) +
+            ((slot * r.kv_heads + kv_head) * r.places + row % r.tokens) * r.dim + column;
+  store(kept, low);
+  store(kept + half, high);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Entry points: gather_kept_<dense>_<values>, refresh_<values>_<packed>, update_<values>_<packed>, slot_markers_<packed>,
-// round_<X>, expand_<packed>, silu_mul_<packed>, norm_<packed> and
-// metadata, metadata_in; with _all, a layer for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
+// round_<X>, expand_<packed>, silu_mul_<packed>, norm_<packed>, remember_<packed>, and metadata, metadata_in; with _all, a layer
+// for each blockIdx.y. Numbers come as 64 bits, the width in which CuPy passes a Python integer.
 
 #define GATHER(D, V)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                              \
@@ -689,6 +739,12 @@ __device__ inline void norm(const T* X, const T* weight, const T* bias, T* Y, i6
                i64 width) {                                                                                                 \
     norm(X, weight, bias, Y, columns, float(eps), layer, A, Z, width);                                                      \
   }
+#define REMEMBER(T)                                                                                                         \
+  extern "C" __global__ void __launch_bounds__(REMEMBER_THREADS)                                                            \
+      remember_##T(T* qkv, const T* rotary, T* keys, T* values, const i64* slots, i64 rows, i64 tokens, i64 heads,          \
+                   i64 kv_heads, i64 dim, i64 places) {                                                                     \
+    remember(Remembered<T>{qkv, rotary, keys, values, slots, rows, tokens, heads, kv_heads, dim, places});                  \
+  }
 
 GATHER(bf16, float)
 GATHER(bf16, bf16)
@@ -711,6 +767,8 @@ SILU_MUL(bf16)
 SILU_MUL(fp16)
 NORM(bf16)
 NORM(fp16)
+REMEMBER(bf16)
+REMEMBER(fp16)
 
 extern "C" __global__ void __launch_bounds__(METADATA_THREADS)
     metadata(const u8* bits, u8* out, i64 rows, i64 columns) {

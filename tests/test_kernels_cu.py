@@ -28,7 +28,7 @@ ENTRIES = {
     "slot_markers_e4m3",
     "round_bf16",
     "round_float",
-    *(f"{name}_{x}" for name in ("slot_markers", "expand", "silu_mul", "norm") for x in ("bf16", "fp16")),
+    *(f"{name}_{x}" for name in ("slot_markers", "expand", "silu_mul", "norm", "remember") for x in ("bf16", "fp16")),
 }
 # By source: definitions, entry points. Of kernels that are compiled for a shape, one of each kind.
 WORK = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "HALF", "ADAPTERS")

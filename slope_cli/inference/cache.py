@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_cli.linearize.linear_window import LinearWindow
-from sparse_kernels.attention import attend_new_tokens, attention_space, turned_heads
+from sparse_kernels.attention import attend_new_tokens, attention_space, remember_prompts, turned_heads
 
 Shape = tuple[int, int, int, int]
 """(slots, G, T, D)."""
@@ -82,10 +82,9 @@ class SoftmaxCache:
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Padding comes after all that a token sees, and later tokens overwrite it."""
-        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in turned_heads(qkv_PTSD, rotary, self.keys.shape[1]))
+        new = remember_prompts(qkv_PTSD, rotary, self.keys, self.values, prompts.slots_P)
+        q_PHTD, k_PGTD, v_PGTD = (X.transpose(1, 2) for X in new)
         (_, H, T, _), mask_TT = q_PHTD.shape, None
-        for kept, new in ((self.keys, k_PGTD), (self.values, v_PGTD)):
-            kept[:, :, :T].index_copy_(0, prompts.slots_P, new)
         if 0 < self.window < T:
             mask_TT = torch.ones(T, T, dtype=torch.bool, device=q_PHTD.device).tril().triu(1 - self.window)
             # The fused kernels take a mask or shared KV heads, not both.

@@ -81,7 +81,7 @@ def test_bf16_is_the_default_and_texts_repeat() -> None:
     assert len({tuple(text.ids) for text in (*first, *second)}) == 1
 
 
-@pytest.mark.parametrize("name", ["gpt2-small", "mistral-7b"])
+@pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b"])
 def test_prompts_that_come_again_are_read_by_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other lengths, in other slots, and once there are as many graphs as there may be."""
     monkeypatch.setattr(slots, "MOST_PREFILLS", 3)

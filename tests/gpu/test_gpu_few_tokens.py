@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_kernels import SparseLinear, driver, few_tokens, kernel_choice, masks, packed_product, tile_metadata
-from sparse_kernels.attention import attend_new_tokens, attention_space
+from sparse_kernels.attention import attend_new_tokens, attention_space, remember_prompts
 from sparse_kernels.cuda import expand, norm, silu_mul
 from sparse_kernels.lora import LowRankAdapter
 from sparse_kernels.matmul_plan import MatmulShape
@@ -238,6 +238,22 @@ def test_attention_of_new_tokens(
         assert (found.float().cpu() - expected).abs().max() < 0.02
         for cache, other in zip((keys, values), reference, strict=True):
             assert (cache.float().cpu() - other).abs().max() < 0.03  # the new ones are stored, the others stay
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 80), (3, 1, 16)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_prompts_are_remembered(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, turned: bool) -> None:
+    torch.manual_seed(dim)
+    qkv = torch.randn(3, 37, heads + 2 * kv_heads, dim, device=CUDA).to(dtype)
+    caches = torch.randn(2, 7, kv_heads, 50, dim, device=CUDA).to(dtype)
+    rotary = torch.randn(2, 3, 37, dim, device=CUDA).to(dtype) if turned else None
+    slots = torch.tensor([5, 0, 6], device=CUDA)
+    exact = caches.double()
+    expected = remember_prompts(qkv.double(), None if rotary is None else rotary.double(), *exact, slots)
+    found = remember_prompts(qkv, rotary, *caches, slots)
+    for ours, theirs in zip((*found, caches), (*expected, exact), strict=True):
+        assert torch.allclose(ours.double(), theirs, atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
