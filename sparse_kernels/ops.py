@@ -5,7 +5,8 @@
     weight_grad(dY, X, values, bits..., backend) -> dV         dense product, then gather_kept
 
 In fp8 the first two multiply rounded data, and also return the weights' scale (operands.py); `fp8_linear` rounds and
-scales outside of them, where torch's compiler fuses it.
+scales outside of them, where torch's compiler fuses it: cuSPARSELt 0.8.0 takes pointers to scales of A and B in fp8 and
+ignores them, and refuses a vector for alpha.
 
 The packed weights are those of packed.py. The ops are functions of their arguments alone: on a CPU or in another dtype
 they give the same by plain torch. Shape suffixes: B tokens, O out features, I in features, K = I/2 kept entries of a

@@ -537,6 +537,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("resumed")  # one process makes the runs
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_stopped_run_resumes_bit_for_bit(kind: str, resumed: Path) -> None:
     assert differences(resumed, f"{kind}-stopped", f"{kind}-whole") == []
