@@ -201,14 +201,16 @@ _COUNTERS = 4096  # of launches that may be on their way at once, in all graphs
 
 @functools.cache
 def _all_counters(device_index: int) -> Iterator[Tensor]:
-    zeros = torch.zeros(_COUNTERS, 2, dtype=torch.int32, device=torch.device("cuda", device_index))
+    device = torch.device("cuda", device_index)
+    zeros = outside_graphs(lambda: torch.zeros(_COUNTERS, 2, dtype=torch.int32, device=device))
     return itertools.cycle(zeros.unbind())
 
 
 def _counters(device_index: int) -> Tensor:
     """Two zeros, (2,) int32, by which blocks of a launch wait for each other, and which it leaves as zeros.
 
-    Launches on several streams, and those that graphs hold, have others each, as long as they are fewer than _COUNTERS.
+    Launches on several streams must not have the same ones at once: _COUNTERS is more than are on their way. Those of
+    one stream may, as graphs of a large model do: a launch reads and writes them after the one in front has ended.
     """
     return next(_all_counters(device_index))
 

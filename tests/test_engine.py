@@ -3,6 +3,7 @@
 Shape suffixes: T positions.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slope_cli.errors import UsageError
+from slope_cli.inference import slots
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.products import DenseLinear
 from slope_cli.inference.sampling import Sampling, mode_of
@@ -155,12 +157,12 @@ def test_a_linearized_model_continues_as_in_transformers(name: str, form: dict[s
     check(linearized(name, **form), {"max_batch": 3})
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4, 7])
-def test_more_texts_than_slots_are_the_same_texts(slots: int) -> None:
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_more_texts_than_slots_are_the_same_texts(count: int) -> None:
     model = tiny_model("llama3-8b")
     one = Engine(model, max_batch=1)
     alone = [one.generate([prompt], GREEDY)[0].ids for prompt in prompts()]
-    assert [text.ids for text in Engine(model, max_batch=slots).generate(prompts(), GREEDY)] == alone
+    assert [text.ids for text in Engine(model, max_batch=count).generate(prompts(), GREEDY)] == alone
 
 
 @pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b"])
@@ -172,6 +174,29 @@ def test_prompts_are_read_together_up_to_a_number_of_tokens(name: str, monkeypat
     for prompt in prompts():
         engine.submit(prompt)
     assert [len(engine._admitted()) for _ in range(6)] == [5, 2, 1, 1, 1, 0]  # 5 x 8, 2 x 21, 34, 55 and 89 tokens
+
+
+@pytest.mark.parametrize(("most", "tokens", "graphs"), [(64, 4096, 5), (2, 4096, 2), (64, 64, 2)])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_prompts_that_come_again_are_read_as_by_themselves(
+    name: str, most: int, tokens: int, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded, and from the second time on by what a graph does: the same work on the same tensors."""
+    monkeypatch.setattr(slots, "captured", lambda work, _: [work(), work(), SimpleNamespace(replay=work)][-1])
+    monkeypatch.setattr(slots, "MOST_PREFILLS", most)
+    monkeypatch.setattr(slots, "PREFILL", tokens)
+    model = tiny_model(name, **({"sliding_window": 7} if name == "mistral-7b" else {}))
+    lengths = (*(20, 31, 7, 32) * 2, *(33, 64, 40) * 2, *(70, 90) * 4, 1, 2, *(200, 250) * 3, 99)
+    alone = Engine(model, max_batch=1)
+    own = [Sampling(tokens=2 + n % 5, temperature=0) for n in range(len(lengths))]
+    expected = [alone.generate([prompt], how)[0].ids for prompt, how in zip(prompts(lengths), own, strict=True)]
+    engine = Engine(model, max_batch=3)
+    engine._slots._padded, engine._slots._logits = True, torch.empty(3, VOCABULARY)
+    texts = [engine.submit(prompt, how) for prompt, how in zip(prompts(lengths), own, strict=True)]
+    for _ in engine.stream():
+        pass
+    assert [text.ids for text in texts] == expected
+    assert len(engine._slots._prefills) == graphs
 
 
 @pytest.mark.parametrize("model", ["llama3-8b", "linear"])

@@ -166,7 +166,7 @@ class Norm(nn.Module):
     def then(self, product: nn.Module, X_NW: Tensor) -> Tensor:
         """A product of the normed tokens: (N, W) -> (N, O).
 
-        Of few tokens its adapters' first product is the norm's work too: a kernel less that the others wait for.
+        Of few tokens its adapters' first product is the norm's work too, which no block of the product then awaits.
         """
         few = len(X_NW) <= few_tokens.MOST_TOKENS_WITH_X and self.weight is not None and cuda.takes(X_NW)
         operands = product.prepare() if few and isinstance(product, PackedLinear) else None

@@ -10,12 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from slope_cli.errors import UsageError
 from slope_cli.inference.decoder import Decoder, Spec
 from slope_cli.inference.sampling import Sampling, mode_of
-from slope_cli.inference.slots import Slots, Tokens
+from slope_cli.inference.slots import PREFILL, Slots, Tokens
 from slope_cli.inference.text import TextStream, prompt_ids
 from slope_cli.models import shapes
-
-PREFILL = 4096
-"""Tokens, padding among them, up to which prompts are read together."""
 
 
 class Generation:
@@ -190,12 +187,16 @@ class Engine:
             pass
         return generations
 
+    def together(self, length: int) -> int:
+        """How many prompts of so many tokens are read together at most."""
+        return min(max(1, PREFILL // self._slots.width(length)), self.max_batch)
+
     def _admitted(self) -> list[Generation]:
         """Those of the waiting texts, in their order, whose prompts are read next, together."""
         new: list[Generation] = []
         longest = 0
         while self._waiting and len(self._active) + len(new) < self.max_batch:
-            longest = max(longest, len(self._waiting[0].prompt_ids))
+            longest = max(longest, self._slots.width(len(self._waiting[0].prompt_ids)))
             if new and longest * (len(new) + 1) > PREFILL:
                 break
             new.append(self._waiting.popleft())

@@ -1,9 +1,9 @@
 """The texts that are being continued, on the device: what each remembers, and the step that adds a token to all.
 
 Texts in use are in the first slots. A step runs over the next power of two of them, so that a few CUDA graphs serve all
-numbers of texts; the slots behind those in use stay at place 0. Prompts are padded to one of a few widths, of which a
-graph is captured when they come again: reading one is some ten launches a layer, which a host can be slower at than a
-GPU is with the products.
+numbers of texts; the slots behind those in use stay at place 0. Prompts are padded to one of a few widths, and a graph
+is captured for sides that come again: reading a prompt is some ten launches a layer, which a host can be slower at than
+a GPU is with the products.
 
 Shape suffixes: B slots, P prompts, T their tokens, V vocabulary.
 """
@@ -19,6 +19,8 @@ from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 from sparse_kernels.driver import captured
 
+PREFILL = 4096
+"""Tokens, padding among them, up to which prompts are read together, and from a graph."""
 MOST_PREFILLS = 64
 """Graphs of prompts that are held at most; what comes again beyond them is read without one."""
 
@@ -47,12 +49,18 @@ class Slots:
         self._padded = self._pool is not None and all(cache.reads_any_lengths for cache in self.caches)
         self._prefills: dict[tuple[int, int], _Prefill] = {}  # by sides of the padded prompts
         self._seen: set[tuple[int, int]] = set()
+        # What all graphs of prompts write.
+        self._logits = torch.empty(count if self._padded else 0, decoder.spec.vocabulary, device=device)
+
+    def width(self, length: int) -> int:
+        """To how many tokens a prompt is padded."""
+        return min(padded_width(length), self.max_length) if self._padded else length
 
     @torch.no_grad()
     def fill(self, slot: int, prompts: list[list[int]], samplings: list[Sampling], mode: Mode) -> "Tokens":
         """Begin texts in slots from this one on, which are not in use: the first token after each prompt."""
         device, lengths = self.ids.device, [len(prompt) for prompt in prompts]
-        width = min(padded_width(max(lengths)), self.max_length) if self._padded else max(lengths)
+        width = self.width(max(lengths))
         ids_PT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
         where, settings = Prompts.of(slot, lengths, device), Settings.of(samplings, device)
         logits_PV, lengths_P = self._prefilled(where, ids_PT), where.lengths_P.int()
@@ -64,23 +72,23 @@ class Slots:
 
     def _prefilled(self, prompts: Prompts, ids_PT: Tensor) -> Tensor:
         """`Decoder.prefill`, from the second time on by a graph where there can be one."""
-        sides = len(ids_PT), ids_PT.shape[1]
-        prefill = self._prefills.get(sides)
-        if prefill is None and (not self._padded or sides not in self._seen or len(self._prefills) == MOST_PREFILLS):
-            self._seen.add(sides)
-            return self.decoder.prefill(self.caches, prompts, ids_PT)
-        if prefill is None:
-            logits_PV = torch.empty(len(ids_PT), self.decoder.spec.vocabulary, device=ids_PT.device)
+        sides, inputs = (len(ids_PT), ids_PT.shape[1]), (ids_PT, prompts.slots_P, prompts.lengths_P)
+        if sides not in self._prefills:
+            fits = ids_PT.numel() <= PREFILL and len(self._prefills) < MOST_PREFILLS
+            if not self._padded or not fits or sides not in self._seen:
+                self._seen |= {sides} if self._padded else set()
+                return self.decoder.prefill(self.caches, prompts, ids_PT)
+            self._seen.remove(sides)  # if there is no room for a graph, the next one is read without
 
             def work() -> None:
-                logits_PV.copy_(self.decoder.prefill(self.caches, prompts, ids_PT))
+                self._logits[: len(ids_PT)] = self.decoder.prefill(self.caches, prompts, ids_PT)
 
-            prefill = self._prefills[sides] = _Prefill(captured(work, self._pool), prompts, ids_PT, logits_PV)
-        for own, new in ((prefill.prompts.slots_P, prompts.slots_P), (prefill.prompts.lengths_P, prompts.lengths_P)):
-            own.copy_(new)
-        prefill.ids_PT.copy_(ids_PT)
-        prefill.graph.replay()
-        return prefill.logits_PV
+            self._prefills[sides] = _Prefill(captured(work, self._pool), inputs)
+        graph, own = self._prefills[sides]
+        for kept, new in zip(own, inputs, strict=True):
+            kept.copy_(new)
+        graph.replay()
+        return self._logits[: len(ids_PT)]
 
     def release(self, slot: int, last: int, length: int) -> None:
         """End the text of a slot in use; the one in the last such slot, of so many tokens, takes its place."""
@@ -121,12 +129,10 @@ class Slots:
 
 
 class _Prefill(NamedTuple):
-    """A graph that reads prompts of some sides: what it reads, and where it writes."""
+    """A graph that reads prompts of some sides, and what it reads: their ids, slots and lengths."""
 
     graph: torch.cuda.CUDAGraph
-    prompts: Prompts
-    ids_PT: Tensor
-    logits_PV: Tensor
+    inputs: tuple[Tensor, ...]
 
 
 def padded_width(length: int) -> int:

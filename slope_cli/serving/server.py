@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slope_cli.checkpoint.load import load_model
 from slope_cli.errors import SlopeError, UsageError, did_you_mean, one_line
-from slope_cli.inference.engine import PREFILL, Engine
+from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from slope_cli.serving.app import make_app
 from slope_cli.serving.engine_thread import EngineThread
@@ -157,11 +157,14 @@ def _loaded(
         engine = Engine(
             loaded.model, loaded.tokenizer, dtype=dtype, max_batch=limits.max_batch, max_length=limits.max_length
         )
-        if device.type == "cuda":  # the most tokens of prompts; a graph for each number of texts, greedy and sampled
-            longest = [0] * (engine.max_length - 1)
-            together = min(max(1, PREFILL // len(longest)), engine.max_batch)
-            for _ in range(2):  # the second time records a graph, whose memory those of shorter prompts use, too
-                engine.generate([longest] * together, Sampling(tokens=1))
+        if device.type == "cuda":
+            most = engine.max_length - 1
+            # The most tokens of prompts, thrice: the second time is recorded, and the third must fit beside its memory.
+            for length in (most, most, max(1, most - 32)):
+                engine.generate([[0] * length] * engine.together(length), Sampling(tokens=1))
+            for length in (1, min(most, 33)):  # few tokens, for which kernels are chosen
+                engine.generate([[0] * length], Sampling(tokens=1))
+            # A graph for each number of texts, greedy and sampled.
             for temperature in (0.0, 1.0):
                 for tokens in range(min(engine.max_batch, engine.max_length - 1)):
                     engine.submit([0], Sampling(tokens + 1, temperature))
