@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from sparse_kernels import children
 from sparse_kernels.formats import BF16
 
 from . import generate, linearize_decoding, products, records, report
-from .measure import case_config, fastest
+from .measure import case_config
 from .records import (
     AllocatorRow,
     Bytes,
@@ -42,9 +42,7 @@ from .records import (
     GenerateRow,
     Plan,
     ProductRow,
-    Speedup,
     StepRow,
-    StepSummary,
 )
 
 KINDS = ("all", "step", "gemm", "memory", "generate", "products", "linearize")
@@ -172,12 +170,14 @@ class Bench:
         """Measure whole training steps of every case."""
         self.results.step = records.StepResults()
         for case in self._chosen:
-            blocks = run_model_config(case_config(case, "dense")).num_hidden_layers
-            entry = CaseResult(**vars(case), blocks=blocks)
+            config = case_config(case, "dense")
+            model = build_model(run_model_config(config), device="meta")
+            operations = account(model, config).dense_flops_per_token
+            entry = CaseResult(**vars(case), blocks=model.config.num_hidden_layers, flops_per_token=operations)
             self.results.step.cases.append(entry)
             for row in self._rows(StepRow, ["step", case.name], "step", entry):
                 entry.rows.append(row)
-                entry.summary = summary(entry)
+                entry.summary = entry.compared(dense=False, precision="bf16")
                 ratio = "" if row.ratio is None else f", {row.ratio:.3f} times the best dense speed"
                 text = row.error or f"{row.step_ms:.2f} ms{ratio}"
                 self.say(f"{row.case}, {row.depth} blocks, {row.variant}: {text}")
@@ -291,27 +291,6 @@ def measured(arguments: Sequence[str], seconds: float) -> Iterator[dict[str, Any
 def _kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def summary(entry: CaseResult) -> StepSummary | None:
-    """Compare the fastest variants of a case in the same rounds; None if one is missing.
-
-    A block is not compared if one depth was timed in alternating rounds and the other was not: their difference would
-    not be a block's time.
-    """
-    by_depth = [[row for row in entry.rows if row.depth == depth] for depth in sorted(entry.depths)]
-    first, last = fastest(by_depth[0], dense=False), fastest(by_depth[-1], dense=False)
-    if not last or not last.step_ms or not last.dense_ms:
-        return None
-    dense = fastest(by_depth[-1], dense=True)
-    timed = Speedup.of(last.dense_ms, last.step_ms)
-    result = StepSummary(last.depth, dense.variant if dense else None, last.variant, timed)
-    if not first or first is last or first.alternated != last.alternated or not first.step_ms or not first.dense_ms:
-        return result
-    blocks, more = last.depth - first.depth, entry.blocks - last.depth
-    block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
-    whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
-    return replace(result, block=block, whole=whole)
 
 
 def memory_row(case: Case) -> records.MemoryRow:

@@ -52,6 +52,7 @@ from .records import (
     ProductRow,
     StepRow,
     cases,
+    fastest,
 )
 from .timing import Peak, Timing, free, one_line, random_model
 
@@ -160,13 +161,6 @@ def step(
     best = {one.variant for one in found if one is not None}
     for depth in smaller:
         yield from depth_rows(case, depth, [variant for variant in variants if variant.name in best], device, timing)
-
-
-def fastest(rows: Sequence[StepRow], *, dense: bool, precision: str = "bf16") -> StepRow | None:
-    """The row of the fastest dense variant, or of the fastest sparse one; None if none ran."""
-    same = [row for row in rows if (row.dense, row.precision) == (dense, precision)]
-    ran = [(row.step_ms, row) for row in same if row.step_ms is not None]
-    return min(ran, key=lambda pair: pair[0])[1] if ran else None
 
 
 def depth_rows(

@@ -3,7 +3,8 @@
 Times are in milliseconds, sizes in bytes. None: not measured, also in a row with an error.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class StepSummary:
-    """The fastest sparse variant of a case against the fastest dense one.
+    """The fastest variant of one kind, sparse in 16 bits if nothing else is said, against the fastest dense one there.
 
     timed: of the model of `depth` blocks. block: of one block, the difference of two depths. whole: of the whole
     model, extrapolated by the time of a block.
@@ -115,11 +116,42 @@ class StepSummary:
 
 @dataclass(kw_only=True)
 class CaseResult(Case, Incomplete):
-    """The rows of a case; blocks: of the whole model."""
+    """The rows of a case.
+
+    blocks: of the whole model. flops_per_token: of the dense model, forward and backward, attention's counted.
+    """
 
     blocks: int
+    flops_per_token: int | None = None
     rows: list[StepRow] = field(default_factory=list)
     summary: StepSummary | None = None
+
+    def compared(self, *, dense: bool, precision: str) -> StepSummary | None:
+        """The fastest variants of a kind with the fastest dense ones in 16 bits; None if one is missing.
+
+        A block is not compared if one depth was timed in alternating rounds and the other was not: their difference
+        would not be a block's time.
+        """
+        by_depth = [[row for row in self.rows if row.depth == depth] for depth in sorted(self.depths)]
+        first, last = (fastest(by_depth[at], dense=dense, precision=precision) for at in (0, -1))
+        if not last or not last.step_ms or not last.dense_ms:
+            return None
+        best = fastest(by_depth[-1], dense=True)
+        timed = Speedup.of(last.dense_ms, last.step_ms)
+        result = StepSummary(last.depth, best.variant if best else None, last.variant, timed)
+        if not first or first is last or first.alternated != last.alternated or not first.step_ms or not first.dense_ms:
+            return result
+        blocks, more = last.depth - first.depth, self.blocks - last.depth
+        block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
+        whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
+        return replace(result, block=block, whole=whole)
+
+
+def fastest(rows: Sequence[StepRow], *, dense: bool, precision: str = "bf16") -> StepRow | None:
+    """The row of the fastest dense variant, or of the fastest sparse one; None if none ran."""
+    same = [row for row in rows if (row.dense, row.precision) == (dense, precision)]
+    ran = [(row.step_ms, row) for row in same if row.step_ms is not None]
+    return min(ran, key=lambda pair: pair[0])[1] if ran else None
 
 
 @dataclass(kw_only=True)

@@ -8,9 +8,21 @@ from typing import Any
 from slope_cli.report.plots import picture
 from slope_cli.report.tables import NONE, Document, Table, bytes_text, number
 from slope_cli.utils.files import atomic_file
+from slope_cli.utils.gpus import dense_peak
 
 from . import generate_report, records
-from .records import BenchResults, CaseResult, DecodeRow, GemmResults, GemmRow, MemoryResults, MemoryRow, ModelResult
+from .records import (
+    BenchResults,
+    CaseResult,
+    DecodeRow,
+    GemmResults,
+    GemmRow,
+    MemoryResults,
+    MemoryRow,
+    ModelResult,
+    Speedup,
+    StepResults,
+)
 
 TITLE = "slope bench"
 REMARKS = "remarks"
@@ -20,6 +32,8 @@ softmax's."""
 SHOWN_LENGTHS = (4096, 16384)
 SPEED_COLUMNS = ("softmax tokens/s", "linear tokens/s", "compiled tokens/s", "speed-up")
 _ENVIRONMENT = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
+_KINDS = ((False, "bf16"), (True, "fp8"), (False, "fp8"))
+"""The steps that are compared with a dense one in bf16: whether dense, and in what precision."""
 _TORCH_NOTE = (
     "torch.sparse.to_sparse_semi_structured cannot be used for training: its product has no gradient for the packed "
     "weight, and no optimizer can update it. Only its forward product is among the single products."
@@ -30,7 +44,7 @@ def tables(results: BenchResults) -> list[Table]:
     """The tables of the measured parts, those of whole models first."""
     every = []
     if step := results.step:
-        every += [steps(step.cases), _variants(step.cases)]
+        every += [steps(step.cases), precisions(step), _variants(step.cases)]
     if gemm := results.gemm:
         every += [_break_even(gemm.rows), _products(gemm)]
     if memory := results.memory:
@@ -62,6 +76,38 @@ def steps(cases: Sequence[CaseResult]) -> Table:
         f"timed in the same rounds. {_TORCH_NOTE}"
     )
     return Table("Training steps", columns, rows, note, left=[REMARKS])
+
+
+def precisions(step: StepResults) -> Table:
+    """The steps of whole models, dense and sparse, in bf16 and fp8, of the cases with steps in fp8."""
+    kinds = {f"{('sparse', 'dense')[dense]} {precision}": (dense, precision) for dense, precision in _KINDS}
+    columns = ["model", "tokens/s: dense bf16", "MFU", *kinds, "sparse fp8 over dense fp8"]
+    peak, rows = dense_peak(str(step.machine.get("gpu")), "bf16"), []
+    for case in step.cases:
+        found = {name: _whole(case, dense=dense, precision=precision) for name, (dense, precision) in kinds.items()}
+        if not found["dense fp8"] and not found["sparse fp8"]:
+            continue
+        known = next(side for side in found.values() if side)
+        speed = 1e3 * case.tokens / known.dense_ms
+        share = speed * case.flops_per_token / peak if case.flops_per_token and peak else None
+        cells = [case.name, number(speed, ",.0f"), NONE if share is None else f"{share:.1%}"]
+        cells += [number(side.ratio, ".3f") if side else NONE for side in found.values()]
+        dense, sparse = found["dense fp8"], found["sparse fp8"]
+        rows.append([*cells, number(sparse.ratio / dense.ratio, ".3f") if sparse and dense else NONE])
+    note = (
+        "Of whole models, extrapolated where they were cut. Speed-ups are over the fastest dense variant in bf16, in the "
+        "same rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate in "
+        "bf16, attention's operations counted."
+    )
+    return Table("Precisions", columns, rows, note)
+
+
+def _whole(case: CaseResult, *, dense: bool, precision: str) -> Speedup | None:
+    """The times of the whole model, measured or extrapolated."""
+    s = case.compared(dense=dense, precision=precision)
+    if s is None:
+        return None
+    return s.whole or (s.timed if s.depth == case.blocks else None)
 
 
 def whole_model(case: CaseResult) -> str:

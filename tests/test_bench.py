@@ -143,10 +143,18 @@ def test_opt_13b_is_within_the_memory_aimed_at() -> None:
     assert row.inference_ratio <= 0.58
 
 
-def step_row(depth: int, method: str, ms: float | None, dense_ms: float | None = None, error: str = "") -> StepRow:
+def step_row(
+    depth: int,
+    method: str,
+    ms: float | None,
+    dense_ms: float | None = None,
+    error: str = "",
+    precision: str = "bf16",
+) -> StepRow:
     return StepRow(
         case="opt",
         depth=depth,
+        precision=precision,
         variant=f"{method} eager",
         method=method,
         alternated=True,
@@ -162,7 +170,7 @@ def entry(*rows: StepRow, depths: tuple[int, ...] = (2, 4)) -> CaseResult:
     case = CaseResult(
         name="opt", seq_len=8, tokens=64, depths=depths, paper=1.2, target=1.3, blocks=10, rows=list(rows)
     )
-    case.summary = bench.summary(case)
+    case.summary = case.compared(dense=False, precision="bf16")
     return case
 
 
@@ -195,6 +203,23 @@ def test_without_a_second_depth_or_a_dense_step_nothing_is_extrapolated() -> Non
     assert report.whole_model(part) == "–"
     assert entry(step_row(4, "slope", 40)).summary is None
     assert entry().summary is None
+
+
+def test_precisions_are_compared_by_whole_models() -> None:
+    """Of 10 blocks, from 4 and 2: in fp8 dense takes 30 ms at 4 and 22 at 2, sparse 25 and 18; dense bf16 50 and 30."""
+    fp8 = {"dense": ((4, 30, 50), (2, 22, 30)), "slope": ((4, 25, 50), (2, 18, 30))}
+    rows = [
+        step_row(depth, method, ms, dense_ms, precision="fp8")
+        for method, times in fp8.items()
+        for depth, ms, dense_ms in times
+    ]
+    case = entry(*FULL.rows, *rows)
+    case.flops_per_token = 10**9
+    step = records.StepResults(machine={"gpu": "NVIDIA H200"}, cases=[case, FULL])
+    (row,) = report.precisions(step).rows
+    speed, share = 64 / 0.110, 64 / 0.110 * 1e9 / 989.5e12  # 50 ms and 6 blocks of 10 more
+    ratios = [110 / 82, 110 / 54, 110 / 46]
+    assert row == ["opt", f"{speed:,.0f}", f"{share:.1%}", *(f"{x:.3f}" for x in ratios), f"{54 / 46:.3f}"]
 
 
 @no_gpu
