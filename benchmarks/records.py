@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from slope_cli.compare.summary import Gap, Spread
 from slope_cli.config.schema import Config
 from slope_cli.methods import phases_of
 from slope_cli.utils.environment import environment, gpu_libraries
@@ -486,3 +487,30 @@ class BenchResults:
     def to_json(self) -> dict[str, Any]:
         """The folder and the existing parts, by name."""
         return {name: part for name, part in asdict(self).items() if part is not None}
+
+
+@dataclass(frozen=True)
+class ProjectedRow:
+    """A variant of `slope compare` at the speed of a big model.
+
+    time: of its run, in parts of the dense one's in bf16; times, until: likewise. loss, gap: after the last step.
+    losses: at `times`. until: when the dense run's last loss is reached; None if it is not.
+    """
+
+    variant: str
+    time: float
+    loss: Spread
+    gap: Gap | None
+    times: list[float]
+    losses: list[float]
+    until: float | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The file of `python -m slope_cli.benchmarks.projection`: losses of `trained`, times of `model` on a GPU."""
+
+    model: str
+    trained: str
+    gpu: str
+    rows: list[ProjectedRow]

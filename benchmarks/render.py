@@ -18,13 +18,14 @@ from slope_cli.compare.summary import Comparison
 from slope_cli.report.tables import NONE, Table, bytes_text, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
-from . import RESULTS, generate_report, linearize_cpu, recall, report, scaling
+from . import RESULTS, generate_report, linearize_cpu, projection, recall, report, scaling
 from .records import (
     GemmRow,
     GenerateResults,
     LinearizeResults,
     MemoryResults,
     ProductResults,
+    Projection,
     RecallResults,
     StepResults,
 )
@@ -137,6 +138,12 @@ def _quality(result: Json) -> str:
     where = f"{_where(environment)}, slope {environment['slope']}; {tokens / 1e6:.0f} million tokens"
     below = f"{where}; mean ± standard error (seeds); gap to {comparison.baseline}."
     return _markdown(("variant", "settings", "learning rate", "validation loss", "gap"), rows, below)
+
+
+def _projection(result: Json) -> str:
+    """A small comparison's losses by a larger model's times."""
+    found = projection.table(from_json(Projection, result))
+    return f"{_columns(found, *found.columns)}\n\n{found.note}"
 
 
 def _zeroshot(result: Json) -> str:
@@ -372,6 +379,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "glue-bert-short": _glue,
     "quality-gpt2-small": _quality,
     "quality-mini": _quality,
+    "projection-opt-2.7b": _projection,
     "zeroshot-gpt2-small": _zeroshot,
 }
 

@@ -84,7 +84,9 @@ def precisions(step: StepResults) -> Table:
     columns = ["model", "tokens/s: dense bf16", "MFU", *kinds, "sparse fp8 over dense fp8"]
     peak, rows = dense_peak(str(step.machine.get("gpu")), "bf16"), []
     for case in step.cases:
-        found = {name: _whole(case, dense=dense, precision=precision) for name, (dense, precision) in kinds.items()}
+        found = {
+            name: whole_times(case, dense=dense, precision=precision) for name, (dense, precision) in kinds.items()
+        }
         if not found["dense fp8"] and not found["sparse fp8"]:
             continue
         known = next(side for side in found.values() if side)
@@ -95,14 +97,14 @@ def precisions(step: StepResults) -> Table:
         dense, sparse = found["dense fp8"], found["sparse fp8"]
         rows.append([*cells, number(sparse.ratio / dense.ratio, ".3f") if sparse and dense else NONE])
     note = (
-        "Of whole models, extrapolated where they were cut. Speed-ups are over the fastest dense variant in bf16, in the "
-        "same rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate in "
-        "bf16, attention's operations counted."
+        "Of whole models, extrapolated where they were cut. Speed-ups are over the fastest dense variant in bf16, in "
+        "its rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate "
+        "in bf16, attention's operations counted."
     )
     return Table("Precisions", columns, rows, note)
 
 
-def _whole(case: CaseResult, *, dense: bool, precision: str) -> Speedup | None:
+def whole_times(case: CaseResult, *, dense: bool, precision: str) -> Speedup | None:
     """The times of the whole model, measured or extrapolated."""
     s = case.compared(dense=dense, precision=precision)
     if s is None:
