@@ -15,7 +15,7 @@ from typing import Any
 
 from slope_cli.compare import table
 from slope_cli.compare.summary import Comparison
-from slope_cli.report.tables import NONE, Table, bytes_text, number, rows_in_markdown
+from slope_cli.report.tables import NONE, Table, bytes_text, counted, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
 from . import RESULTS, generate_report, linearize_cpu, projection, recall, report, scaling
@@ -320,7 +320,9 @@ def _cluster_assumed(result: Json) -> str:
     return _markdown(("assumed", "value"), rows, below)
 
 
-def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json) -> str:
+def _headline(
+    step: Json, medium: Json, memory: Json, quality: Json, linearized: Json, generation: Json, serving: Json
+) -> str:
     """Gains and costs of sparse and linearized models against dense and softmax ones."""
     rows: list[list[str]] = []
     for result in (step, medium):
@@ -331,7 +333,7 @@ def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized:
                 times = (f"{x:.1f} ms" for x in (speedup.dense_ms, speedup.sparse_ms))
                 rows.append([name, *times, number(speedup.ratio)])
     for row in from_json(MemoryResults, memory).cases:
-        if row.case in ("gpt2-small", "opt-13b"):
+        if row.case == "opt-13b":
             sizes = map(bytes_text, (row.dense.state, row.sparse.state))
             rows.append([f"weights, gradients, moments: {row.case}", *sizes, number(row.state_ratio)])
     comparison = from_json(Comparison, quality)
@@ -345,11 +347,16 @@ def _headline(step: Json, medium: Json, memory: Json, quality: Json, linearized:
         rows.append([name, *map(number, perplexities)])
     names = ("model", "tokens", "softmax tokens/s", "compiled tokens/s", "speed-up")
     for model, length, softmax, linear, ratio in _cells(_decoding(from_json(LinearizeResults, generation)), *names):
-        if length == "16,384":
-            name = f"decoding, {model}, {length} tokens, largest batches"
+        if (model, length) == ("llama3-8b", "16,384"):
+            name = f"decoding, linearized {model}, {length} tokens, largest batches"
             rows.append([name, f"{softmax} tokens/s", f"{linear} tokens/s", ratio])
+    (served,) = (each.rows for each in from_json(GenerateResults, serving).models if each.model == "llama3-8b")
+    for point in (each for each in served if (each.part, each.variant) == ("decode", "sparse") and each.batch <= 16):
+        speeds = (f"{1e3 * point.batch / ms:,.0f} tokens/s" for ms in (point.dense_ms, point.step_ms) if ms)
+        rows.append([f"decoding, sparse llama3-8b, {counted(point.batch, 'text')}", *speeds, number(point.ratio)])
     where = "; ".join(dict.fromkeys(_where(result["machine"]) for result in (step, medium)))
-    return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), rows, f"Steps: {where}.")
+    below = f"Steps: {where}. Sparse decoding: {_where(serving['machine'])}."
+    return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), rows, below)
 
 
 PLACES: dict[str, Callable[..., str]] = {
@@ -398,7 +405,7 @@ FILES = {
     ),
     "headline": (
         *("step-h200", "step-h100-renewed", "memory-h100"),
-        *("quality-gpt2-small", "linearize-gpt2-small", "linearize-decoding-h100"),
+        *("quality-gpt2-small", "linearize-gpt2-small", "linearize-decoding-h100", "generate-h200"),
     ),
 }
 
