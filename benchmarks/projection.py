@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from slope_cli.compare.summary import Comparison, Summary
-from slope_cli.config.schema import Config
 from slope_cli.errors import UsageError
-from slope_cli.methods import phases_of
 from slope_cli.report.plots import picture
 from slope_cli.report.tables import NONE, Document, Table, number
 from slope_cli.utils.files import write_json
 from slope_cli.utils.typed_json import from_json
 
-from .records import CaseResult, ProjectedRow, Projection, StepResults
-from .report import whole_times
+from .records import CaseResult, ProjectedRow, Projection, StepResults, is_dense
 
 
 def project(comparison: Comparison, step: StepResults, model: str) -> Projection:
@@ -55,13 +52,12 @@ def project(comparison: Comparison, step: StepResults, model: str) -> Projection
 def _kind(config: dict[str, Any]) -> tuple[bool, str]:
     """Whether a run's layers are dense, and the precision of its products."""
     precision = config.get("train", {}).get("precision", "auto")
-    dense = phases_of(Config(method=config["method"])).dense
-    return dense, "bf16" if precision == "auto" else str(precision)
+    return is_dense(config["method"]), "bf16" if precision == "auto" else str(precision)
 
 
 def _time(case: CaseResult, dense: bool, precision: str) -> float | None:
     """Of a step, in parts of the dense one's in bf16."""
-    found = whole_times(case, dense=dense, precision=precision)
+    found = case.whole_times(case.compared(dense=dense, precision=precision))
     return None if found is None else found.sparse_ms / found.dense_ms
 
 
@@ -93,8 +89,9 @@ def table(found: Projection) -> Table:
         cells.append([row.variant, number(row.loss.mean, ".4f"), gap, f"{row.time:.3f}", until])
     note = (
         f"A projection: losses of {found.trained} at equal tokens, times of {found.model} on one {found.gpu}, in parts "
+        "of the dense run's in bf16."
     )
-    return Table("Projection", columns, cells, note=f"{note}of the dense run's in bf16.")
+    return Table("Projection", columns, cells, note=note)
 
 
 def draw(found: Projection, out: Path) -> None:

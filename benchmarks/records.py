@@ -24,7 +24,12 @@ class OfMethod:
     @property
     def dense(self) -> bool:
         """Whether all layers of the model are dense."""
-        return phases_of(Config(method=self.method)).dense
+        return is_dense(self.method)
+
+
+def is_dense(method: str) -> bool:
+    """Whether all layers of a model that is trained so are dense."""
+    return phases_of(Config(method=method)).dense
 
 
 @dataclass(kw_only=True)
@@ -146,6 +151,12 @@ class CaseResult(Case, Incomplete):
         block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
         whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
         return replace(result, block=block, whole=whole)
+
+    def whole_times(self, found: StepSummary | None) -> Speedup | None:
+        """The times of the whole model by a comparison, measured or extrapolated; None if neither is known."""
+        if found is None:
+            return None
+        return found.whole or (found.timed if found.depth == self.blocks else None)
 
 
 def fastest(rows: Sequence[StepRow], *, dense: bool, precision: str = "bf16") -> StepRow | None:

@@ -20,7 +20,6 @@ from .records import (
     MemoryResults,
     MemoryRow,
     ModelResult,
-    Speedup,
     StepResults,
 )
 
@@ -85,7 +84,8 @@ def precisions(step: StepResults) -> Table:
     peak, rows = dense_peak(str(step.machine.get("gpu")), "bf16"), []
     for case in step.cases:
         found = {
-            name: whole_times(case, dense=dense, precision=precision) for name, (dense, precision) in kinds.items()
+            name: case.whole_times(case.compared(dense=dense, precision=precision))
+            for name, (dense, precision) in kinds.items()
         }
         if not found["dense fp8"] and not found["sparse fp8"]:
             continue
@@ -104,20 +104,10 @@ def precisions(step: StepResults) -> Table:
     return Table("Precisions", columns, rows, note)
 
 
-def whole_times(case: CaseResult, *, dense: bool, precision: str) -> Speedup | None:
-    """The times of the whole model, measured or extrapolated."""
-    s = case.compared(dense=dense, precision=precision)
-    if s is None:
-        return None
-    return s.whole or (s.timed if s.depth == case.blocks else None)
-
-
 def whole_model(case: CaseResult) -> str:
     """The speed-up of the whole model, measured or extrapolated; a dash if neither is known."""
-    s = case.summary
-    if s and s.whole:
-        return f"{s.whole.ratio:.3f} extrapolated"
-    return f"{s.timed.ratio:.3f} measured" if s and s.depth == case.blocks else NONE
+    found, how = case.whole_times(case.summary), "extrapolated" if case.summary and case.summary.whole else "measured"
+    return NONE if found is None else f"{found.ratio:.3f} {how}"
 
 
 def _variants(cases: Sequence[CaseResult]) -> Table:

@@ -196,8 +196,8 @@ class Engine:
         new: list[Generation] = []
         longest = 0
         while self._waiting and len(self._active) + len(new) < self.max_batch:
-            longest = max(longest, self._slots.width(len(self._waiting[0].prompt_ids)))
-            if new and longest * (len(new) + 1) > PREFILL:
+            longest = max(longest, len(self._waiting[0].prompt_ids))
+            if len(new) >= self.together(longest):
                 break
             new.append(self._waiting.popleft())
             new[-1].start()

@@ -73,10 +73,11 @@ class Slots:
     def _prefilled(self, prompts: Prompts, ids_PT: Tensor) -> Tensor:
         """`Decoder.prefill`, from the second time on by a graph where there can be one."""
         sides, inputs = (len(ids_PT), ids_PT.shape[1]), (ids_PT, prompts.slots_P, prompts.lengths_P)
+        if not self._padded or ids_PT.numel() > PREFILL:
+            return self.decoder.prefill(self.caches, prompts, ids_PT)
         if sides not in self._prefills:
-            fits = ids_PT.numel() <= PREFILL and len(self._prefills) < MOST_PREFILLS
-            if not self._padded or not fits or sides not in self._seen:
-                self._seen |= {sides} if self._padded else set()
+            if sides not in self._seen or len(self._prefills) == MOST_PREFILLS:
+                self._seen.add(sides)
                 return self.decoder.prefill(self.caches, prompts, ids_PT)
             self._seen.remove(sides)  # if there is no room for a graph, the next one is read without
 

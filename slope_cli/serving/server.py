@@ -166,7 +166,7 @@ def _loaded(
                 engine.generate([[0] * length], Sampling(tokens=1))
             # A graph for each number of texts, greedy and sampled.
             for temperature in (0.0, 1.0):
-                for tokens in range(min(engine.max_batch, engine.max_length - 1)):
+                for tokens in range(min(engine.max_batch, most)):
                     engine.submit([0], Sampling(tokens + 1, temperature))
                 for _ in engine.stream():
                     pass
