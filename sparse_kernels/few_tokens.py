@@ -35,7 +35,6 @@ RANKS = 16
 MOST_SEGMENTS = 3
 _CHUNK = 128  # columns that a warp takes at once
 _LORA_BYTES = 144  # of a staged row of adapters' operands
-_FIRST_BYTES = 32768  # of shared memory that blocks of their first product take while the main kernel starts
 _ROW_BYTES = 144 + 16  # of a row of a staged chunk, with its metadata
 # (mt, wm, wk, depth) of work that was among the fastest for some shape on an H200, by eights of tokens.
 _REGISTERS = {
@@ -266,15 +265,13 @@ def work_for(
     return _CHOSEN[key]
 
 
-def candidates(
-    rows: int, columns: int, tokens: int, device_index: int, *, warpgroups: bool, adapted: bool = False
-) -> Iterator[Work]:
+def candidates(rows: int, columns: int, tokens: int, device_index: int, *, warpgroups: bool) -> Iterator[Work]:
     """The shapes of work that are worth measuring: of warpgroups, or those that every GPU can do."""
     nt, chunks = -(-tokens // 8), -(-columns // _CHUNK)
     room = driver.most_shared_bytes(device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     if nt > 1 and warpgroups:
-        sides = _of_warpgroups(nt, [room, room // 2, *([room - _FIRST_BYTES] if adapted else [])])
+        sides = _of_warpgroups(nt, [room, room // 2])
     else:
         ring = [(0, *most, slice) for most in _REGISTERS[nt] for slice in ((32, 128) if tokens == 1 else (16, 32))]
         sides = [*ring, *((1, *most, most[2]) for most in _STAGED[nt])]
@@ -301,15 +298,12 @@ def _of_warpgroups(nt: int, rooms: list[int]) -> list[tuple[int, int, int, int, 
 
 
 def _choose(shape: _Shape, device_index: int) -> Work:
-    key = _key(shape, device_index)
-    saved = kernel_choice.saved_choices().get(key)
-    if saved is not None and saved.algorithm.keys() == set(Work._fields):
-        return Work(**saved.algorithm)
-    with torch.cuda.device(device_index), torch.no_grad():
-        work, milliseconds = outside_graphs(lambda: _measure(shape, device_index))
-    choice = Choice(True, "the fastest kernel for few tokens", milliseconds, algorithm=work._asdict())
-    kernel_choice.save_choice(key, choice)
-    return work
+    def measure() -> Choice:
+        with torch.cuda.device(device_index), torch.no_grad():
+            work, milliseconds = outside_graphs(lambda: _measure(shape, device_index))
+        return Choice(True, "the fastest kernel for few tokens", milliseconds, algorithm=work._asdict())
+
+    return Work(**kernel_choice.measured_once(_key(shape, device_index), Work._fields, measure))
 
 
 def _key(shape: _Shape, device_index: int) -> str:
@@ -324,7 +318,7 @@ def _measure(shape: _Shape, device_index: int) -> tuple[Work, float]:
     """The fastest work that agrees with a dense product, and its milliseconds."""
     rows, columns, tokens, dtype, lora = shape
     warpgroups = torch.cuda.get_device_capability(device_index) == (9, 0)
-    works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups, adapted=bool(lora)))
+    works = list(candidates(rows, columns, tokens, device_index, warpgroups=warpgroups))
     compile_all(works, bool(lora), dtype, device_index)
     if lora:
         works.append(work_for(rows, columns, tokens, dtype, device_index)._replace(beside=1))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -359,6 +359,15 @@ def _parse(entry: dict[str, Any]) -> Choice:
     if not sound or not all(type(value) is int for value in choice.algorithm.values()):
         raise ValueError("a plan has a value of the wrong kind")
     return choice
+
+
+def measured_once(key: str, names: Iterable[str], measure: Callable[[], Choice]) -> dict[str, int]:
+    """The algorithm, with attributes of these names, of a choice that is measured unless the file has it."""
+    choice = saved_choices().get(key)
+    if choice is None or choice.algorithm.keys() != set(names):
+        choice = measure()
+        save_choice(key, choice)
+    return choice.algorithm
 
 
 def save_choice(key: str, choice: Choice) -> None:

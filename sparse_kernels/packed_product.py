@@ -148,11 +148,8 @@ def _adapters_first(shape: MatmulShape, device_index: int, lora: tuple[int, ...]
         order = {"adapters_first": int(first_ms < last_ms)}
         return Choice(True, "the faster order of a product and its adapters", min(first_ms, last_ms), algorithm=order)
 
-    choice = kernel_choice.saved_choices().get(key)
-    if choice is None or choice.algorithm.keys() != {"adapters_first"}:
-        choice = outside_graphs(measure)
-        kernel_choice.save_choice(key, choice)
-    return bool(choice.algorithm["adapters_first"])
+    algorithm = kernel_choice.measured_once(key, ["adapters_first"], lambda: outside_graphs(measure))
+    return bool(algorithm["adapters_first"])
 
 
 @functools.cache

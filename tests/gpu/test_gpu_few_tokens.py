@@ -108,7 +108,7 @@ def test_every_candidate_is_right(tokens: int, parts: tuple[int, ...], rank: int
     alone = torch.cat([F.linear(X.float(), each.weight, each.bias) for each in layers], 1) + residual.float()
     added = torch.cat([each.adapter(X.float()) for each in layers if each.adapter is not None], 1)
     kinds = {False, torch.cuda.get_device_capability() == (9, 0)}
-    works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind, adapted=True)}
+    works = {w for kind in kinds for w in few_tokens.candidates(320, 1536, tokens, 0, warpgroups=kind)}
     assert len(works) >= 5
     few_tokens.compile_all(works, True, torch.bfloat16, 0)
     few_tokens.compile_all(works, False, torch.bfloat16, 0)
@@ -125,7 +125,7 @@ def test_blocks_that_await_each_other_leave_no_trace(tokens: int, monkeypatch: p
     hopper = torch.cuda.get_device_capability() == (9, 0)
 
     def adapted(rows: int, columns: int, tokens: int, *_: object) -> few_tokens.Work:  # never beside the kernel
-        works = [*few_tokens.candidates(rows, columns, tokens, 0, warpgroups=hopper, adapted=True)]
+        works = [*few_tokens.candidates(rows, columns, tokens, 0, warpgroups=hopper)]
         return works[len(works) // 2]
 
     monkeypatch.setattr(few_tokens, "work_for", adapted)
