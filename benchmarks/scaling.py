@@ -4,10 +4,13 @@
 
 train.tokens_per_step is that of one GPU. Each row is one run's training steps, by the trainer itself, with one process
 for each GPU: the same micro-batches on each GPU (weak scaling), the median over the steps but for the first ones. Rows
-are not alternated: compare what differs by more than 5 %.
+are not alternated: compare what differs by more than 5 %. Those that FILE has of the same setting are not measured
+again.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from slope_cli.distributed import launch
 from slope_cli.distributed.collectives import Group, join
 from slope_cli.distributed.layouts import Choice, Cluster, choices
 from slope_cli.methods.accounting import phase_sizes
+from slope_cli.report.plots import picture
 from slope_cli.report.tables import Document, Table
 from slope_cli.train.dry_run import untrained_model
 from slope_cli.train.loop import Trainer
@@ -41,7 +45,7 @@ from .records import Results
 
 WARM_UP = 3
 """Steps that are not timed: they compile, capture graphs, and measure kernels."""
-TIMED = 8
+TIMED = 5
 LAYOUTS = {
     "ddp": ["distributed.layout=ddp"],
     "fsdp, gather=step": ["distributed.layout=fsdp", "distributed.gather=step"],
@@ -109,6 +113,8 @@ def rank(row: ScalingRow, words: list[str], run: Path, out: Path) -> None:
     group.first(lambda: run.mkdir(parents=True, exist_ok=True))
     trainer = Trainer(config, run, device, None, group)
     trainer.model.train()
+    if not sys.stdin.readline():  # the GPUs are this run's from here on; at an end there is nobody who wants the row
+        os._exit(1)
     for _ in range(WARM_UP):
         trainer.train_step()
     already, seconds = len(_collectives()), []
@@ -178,7 +184,7 @@ def _bytes(shape: Iterable[int], dtype: str) -> int:
 
 
 def measure(row: ScalingRow, words: list[str], work: Path, port: int, first_gpu: int = 0) -> "Measuring":
-    """Start the processes of a row, on the GPUs from `first_gpu` on."""
+    """Start the processes of a row, on the GPUs from `first_gpu` on; they wait for `go` with the model built."""
     name = f"{row.model}-{row.method}-{row.layout}-{row.gpus}".replace(", ", "-")
     out = work / f"{name}.json"
     keys = [f"method={row.method}", *words, *LAYOUTS[row.layout]]
@@ -192,7 +198,8 @@ def measure(row: ScalingRow, words: list[str], work: Path, port: int, first_gpu:
         own = {**shared, "RANK": index, "LOCAL_RANK": index}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
         with (work / f"{name}.{index}.log").open("wb") as log:
-            children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+            children.append(subprocess.Popen(command, env=environment, **how))
     return Measuring(row, children, out, work / f"{name}.0.log")
 
 
@@ -205,6 +212,14 @@ class Measuring:
     out: Path
     log: Path
 
+    def go(self) -> None:
+        """Let them compute."""
+        for child in self.children:
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has failed; finish says why
+                child.stdin.write(b"\n")
+                child.stdin.close()
+
     def finish(self) -> ScalingRow:
         """Wait for them; the row, or why there is none."""
         codes = [child.wait() for child in self.children]
@@ -214,30 +229,65 @@ class Measuring:
         return from_json(ScalingRow, json.loads(self.out.read_text()))
 
 
+def of_one_gpu(results: ScalingResults, row: ScalingRow) -> float | None:
+    """A GPU's speed in a row, in parts of the same method's on one GPU."""
+    one = _speeds(results).get((row.model, row.method, "ddp", 1))
+    return row.tokens_per_s / row.gpus / one if row.tokens_per_s and one else None
+
+
+def over_dense(results: ScalingResults, row: ScalingRow) -> float | None:
+    """A row's speed, in parts of the dense model's in the same layout."""
+    dense = _speeds(results).get((row.model, "dense", row.layout, row.gpus))
+    return row.tokens_per_s / dense if row.tokens_per_s and dense else None
+
+
+def _speeds(results: ScalingResults) -> dict[tuple[str, str, str, int], float | None]:
+    return {row.key: row.tokens_per_s for row in results.rows}
+
+
 def document(results: ScalingResults) -> Document:
     """The table: speed for each GPU, its share of one GPU's, its ratio to dense in the same layout, and bytes."""
-    speed = {r.key: r.tokens_per_s for r in results.rows}
     cells = []
-    for r in results.rows:
-        one, dense = speed.get((r.model, r.method, "ddp", 1)), speed.get((r.model, "dense", r.layout, r.gpus))
-        per_gpu = r.tokens_per_s and r.tokens_per_s / r.gpus
-        cells.append(
-            [
-                r.model,
-                r.method,
-                r.layout,
-                str(r.gpus),
-                f"{per_gpu:,.0f}" if per_gpu else r.error,
-                f"{per_gpu / one:.3f}" if per_gpu and one else "",
-                f"{r.tokens_per_s / dense:.3f}" if r.tokens_per_s and dense else "",
-                *(_beside(*pair) for pair in ((r.state, r.state_said), (r.peak, r.peak_said), (r.sent, r.sent_said))),
-            ]
-        )
+    for r in sorted(results.rows, key=lambda row: (_models(results).index(row.model), row.gpus)):
+        speed = f"{r.tokens_per_s / r.gpus:,.0f}" if r.tokens_per_s else r.error
+        ratios = (ratio and f"{ratio:.3f}" for ratio in (of_one_gpu(results, r), over_dense(results, r)))
+        sizes = (_beside(*pair) for pair in ((r.state, r.state_said), (r.peak, r.peak_said), (r.sent, r.sent_said)))
+        cells.append([r.model, r.method, r.layout, str(r.gpus), speed, *(ratio or "" for ratio in ratios), *sizes])
     speeds = ("tokens/s a GPU", "of one GPU", "over dense")
-    sizes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
-    columns = ("model", "method", "layout", "GPUs", *speeds, *sizes)
+    of_bytes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
+    columns = ("model", "method", "layout", "GPUs", *speeds, *of_bytes)
     note = f"{results.machine['gpu']}, torch {results.machine['torch']}; {' '.join(results.words)}"
     return Document("Scaling over the GPUs of a node", [Table("Weak scaling", columns, cells, note=note)])
+
+
+def _models(results: ScalingResults) -> list[str]:
+    return list(dict.fromkeys(row.model for row in results.rows))
+
+
+def draw(results: ScalingResults, out: Path) -> None:
+    """By model: how much of its speed a GPU keeps among others, and the sparse model's speed over the dense one's."""
+    models = _models(results)
+    with picture(out, panels=2) as ((left, right), _):
+        several = [row for row in results.rows if row.gpus > 1]
+        _bars(left, models, [(r, f"{r.method}, {r.layout}, {r.gpus}", of_one_gpu(results, r)) for r in several])
+        sparse = [row for row in results.rows if row.method != "dense"]
+        _bars(right, models, [(r, f"{r.layout}, {r.gpus}", over_dense(results, r)) for r in sparse])
+        left.set(ylabel="speed of a GPU, of one GPU's alone")
+        right.set(ylabel="speed over the dense model's")
+
+
+def _bars(axes: Any, models: list[str], bars: list[tuple[ScalingRow, str, float | None]]) -> None:
+    labels = list(dict.fromkeys(label for _, label, height in bars if height))
+    width = 0.8 / max(len(labels), 1)
+    for place, label in enumerate(labels):
+        own = [(models.index(row.model), height) for row, other, height in bars if other == label and height]
+        at = [model + (place - (len(labels) - 1) / 2) * width for model, _ in own]
+        axes.bar(at, [height for _, height in own], width, label=label)
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    axes.set_xticks(range(len(models)), models)
+    axes.set_ylim(bottom=0.6)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
 
 
 def _beside(found: float | None, said: float | None) -> str:
@@ -258,6 +308,9 @@ def main() -> None:
     parser.add_argument("--models", default="opt-2.7b")
     parser.add_argument("--methods", default="slope,dense")
     parser.add_argument("--layouts", default=";".join(LAYOUTS), help="for more than one GPU, separated by semicolons")
+    parser.add_argument(
+        "--ahead", action="store_true", help="build the next row's model during a row, where memory holds both"
+    )
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # what one of its processes is given
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
@@ -267,21 +320,32 @@ def main() -> None:
     (tokens,) = [int(word.partition("=")[2]) for word in given.words if word.startswith("train.tokens_per_step=")]
     sizes = [word for word in given.words if not word.startswith("train.tokens_per_step=")]
     results = _begun(given)
-    for number, batch in enumerate(_batches(given)):
+
+    def start(number: int, batch: list[ScalingRow]) -> list[Measuring]:
         started = []
         for index, row in enumerate(batch):
             words = [f"data.path={given.data}", *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
             started.append(measure(row, words, given.work, 21000 + 16 * number + index, first_gpu=index))
+        return started
+
+    starts = itertools.starmap(start, enumerate(_batches(given, {row.key for row in results.rows})))
+    started = next(starts, None)
+    while started:
+        for each in started:
+            each.go()
+        following = next(starts, None) if given.ahead else None
         for each in started:
             row = each.finish()
-            results.rows = [other for other in results.rows if other.key != row.key] + [row]
+            results.rows.append(row)
             print(row, flush=True)
         write_json(given.out, asdict(results))
+        started = following or next(starts, None)
+    draw(results, given.out.with_suffix(".png"))
     document(results).show()
 
 
 def _begun(given: argparse.Namespace) -> ScalingResults:
-    """What the file has of the same setting on the same machine, whose rows are kept; nothing, without one."""
+    """What the file has of the same setting on the same machine, without the rows that failed; nothing, without one."""
     new = ScalingResults(words=given.words)
     if not given.out.is_file():
         return new
@@ -289,18 +353,20 @@ def _begun(given: argparse.Namespace) -> ScalingResults:
     same = all(old.machine[key] == new.machine[key] for key in ("gpu", "torch")) and old.words == new.words
     if not same:
         raise SystemExit(f"{given.out} is of another machine or setting; name another file")
+    old.rows = [row for row in old.rows if not row.error]
     return old
 
 
-def _batches(given: argparse.Namespace) -> Iterable[list[ScalingRow]]:
-    """The rows that run at once: on one GPU each where it is for one, else one after another."""
+def _batches(given: argparse.Namespace, known: Container[tuple[str, str, str, int]]) -> Iterable[list[ScalingRow]]:
+    """The unknown rows that run at once: on one GPU each where it is for one, else one after another."""
     for model in given.models.split(","):
         for gpus in map(int, given.gpus.split(",")):
             for layout in given.layouts.split(";") if gpus > 1 else ["ddp"]:
                 how: dict[str, Any] = {"model": model, "layout": layout, "gpus": gpus}
                 rows = [ScalingRow(method=method, **how) for method in given.methods.split(",")]
+                rows = [row for row in rows if row.key not in known]
                 together = gpus == 1 and len(rows) <= torch.cuda.device_count()
-                yield from [rows] if together else [[row] for row in rows]
+                yield from [rows] if rows and together else [[row] for row in rows]
 
 
 if __name__ == "__main__":
