@@ -274,7 +274,8 @@ def _scaling(result: Json) -> str:
     """Weak scaling over the GPUs of a node."""
     found = scaling.document(from_json(scaling.ScalingResults, result)).tables[0]
     where = f"Weak scaling: {_where(result['machine'], result['libraries'])}."
-    return _markdown(found.columns, found.rows, where)
+    picture = "[Picture](../benchmarks/results/scaling-2xh200.png)."
+    return _markdown(found.columns, found.rows, f"{where} {picture}")
 
 
 def _recall(result: Json) -> str:
@@ -398,6 +399,7 @@ FILES = {
     "kills": (
         "kills-pretrain",
         "kills-2-ranks",
+        "kills-2-ranks-2",
         "kills-4-ranks",
         "kills-prepare",
         "kills-linearize",

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from slope_cli.checkpoint import store
 from slope_cli.config import configs
-from slope_cli.distributed import launch
+from slope_cli.distributed import checks, launch
 from slope_cli.distributed.collectives import Group, join
 from slope_cli.distributed.layouts import Choice, Cluster, choices
 from slope_cli.methods.accounting import phase_sizes
@@ -108,6 +108,7 @@ def rank(row: ScalingRow, words: list[str], run: Path, out: Path) -> None:
     began = time.perf_counter()
     ranks = launch.ranks()
     config = configs.load(row.model, words)
+    checks.LEAST_MEMORY = 0.0  # the row before this one may still hold some
     device = launch.pick_device(config.train.device, ranks)
     group = join(ranks, device)
     group.first(lambda: run.mkdir(parents=True, exist_ok=True))
@@ -193,14 +194,14 @@ def measure(row: ScalingRow, words: list[str], work: Path, port: int, first_gpu:
     visible = ",".join(str(first_gpu + index) for index in range(row.gpus))
     shared = {"WORLD_SIZE": row.gpus, "LOCAL_WORLD_SIZE": row.gpus, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"CUDA_VISIBLE_DEVICES": visible, "TORCH_FR_BUFFER_SIZE": 100_000}
-    children = []
-    for index in range(row.gpus):
+    children, logs = [], [work / f"{name}.{index}.log" for index in range(row.gpus)]
+    for index, path in enumerate(logs):
         own = {**shared, "RANK": index, "LOCAL_RANK": index}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        with (work / f"{name}.{index}.log").open("wb") as log:
+        with path.open("wb") as log:
             how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
             children.append(subprocess.Popen(command, env=environment, **how))
-    return Measuring(row, children, out, work / f"{name}.0.log")
+    return Measuring(row, children, out, logs)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Measuring:
     row: ScalingRow
     children: list[subprocess.Popen[bytes]]
     out: Path
-    log: Path
+    logs: list[Path]
 
     def go(self) -> None:
         """Let them compute."""
@@ -224,8 +225,11 @@ class Measuring:
         """Wait for them; the row, or why there is none."""
         codes = [child.wait() for child in self.children]
         if any(codes):
-            lines = self.log.read_text().splitlines()
-            return replace(self.row, error=lines[-1] if lines else f"exit codes {codes}")
+            rank = min(
+                range(len(codes)), key=lambda index: (codes[index] == 0, codes[index])
+            )  # a signal before the rest
+            lines = [line for line in self.logs[rank].read_text().splitlines() if "Warning" not in line]
+            return replace(self.row, error=": ".join([f"rank {rank} ended with {codes[rank]}", *lines[-1:]]))
         return from_json(ScalingRow, json.loads(self.out.read_text()))
 
 
@@ -287,7 +291,8 @@ def _bars(axes: Any, models: list[str], bars: list[tuple[ScalingRow, str, float 
     axes.set_xticks(range(len(models)), models)
     axes.set_ylim(bottom=0.6)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
+    if labels:
+        axes.legend(fontsize="small", loc="lower right")
 
 
 def _beside(found: float | None, said: float | None) -> str:
