@@ -208,7 +208,7 @@ class SemiStructuredLinear(nn.Module):
 
     def __init__(self, layer: DenseLinear) -> None:
         super().__init__()
-        pruned_OI = layer.weight * masks.nm_mask(layer.weight.abs(), 2, 4)
+        pruned_OI = (layer.weight * masks.nm_mask(layer.weight.abs(), 2, 4)).contiguous()
         self.register_buffer("weight", torch.sparse.to_sparse_semi_structured(pruned_OI))
         self.register_buffer("bias", layer.bias)
 
