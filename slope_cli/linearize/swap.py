@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from slope_cli.config.methods import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig, layer_and_head
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache, of_kv_heads
 from slope_cli.linearize.linear_attention import BRANCHES, Branch
@@ -126,9 +126,9 @@ def _kept_windows(model: PreTrainedModel, kept: Iterable[int | str]) -> dict[int
     windows = {layer: getattr(module, "linear", None) for layer, (_, module) in enumerate(_attention_modules(model))}
     found: dict[int, tuple[LinearWindow, list[int]]] = {}
     for entry in kept:
-        layer, _, head = str(entry).partition("/")
-        if isinstance(linear := windows.get(int(layer)), LinearWindow):
-            found.setdefault(int(layer), (linear, []))[1].extend([int(head)] if head else [])
+        layer, head = layer_and_head(entry)
+        if isinstance(linear := windows.get(layer), LinearWindow):
+            found.setdefault(layer, (linear, []))[1].extend([] if head is None else [head])
     return found
 
 
@@ -244,10 +244,10 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def _check(config: LinearizeConfig, layers: int, kv_heads: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    pairs = [str(entry).partition("/")[::2] for entry in config.listed]
-    unknown = next((layer for layer, _ in pairs if int(layer) >= layers), None)
+    pairs = [layer_and_head(entry) for entry in config.listed]
+    unknown = next((layer for layer, _ in pairs if layer >= layers), None)
     config._need(unknown is None, "keep_softmax", f"there is no layer {unknown}; the model's are 0 to {layers - 1}")
-    unknown = next((head for _, head in pairs if head and int(head) >= kv_heads), None)
+    unknown = next((head for _, head in pairs if head is not None and head >= kv_heads), None)
     config._need(unknown is None, "keep_softmax", f"there is no KV head {unknown}; a layer's are 0 to {kv_heads - 1}")
     rule = f"names all {layers} layers, so that none would be linearized"
     whole = len(config.kept) * kv_heads + len(pairs) - len(config.kept)
