@@ -256,7 +256,8 @@ def document(results: ScalingResults) -> Document:
     speeds = ("tokens/s a GPU", "of one GPU", "over dense")
     of_bytes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
     columns = ("model", "method", "layout", "GPUs", *speeds, *of_bytes)
-    note = f"{results.machine['gpu']}, torch {results.machine['torch']}; {' '.join(results.words)}"
+    machine = results.machine
+    note = f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}; {' '.join(results.words)}"
     return Document("Scaling over the GPUs of a node", [Table("Weak scaling", columns, cells, note=note)])
 
 
@@ -299,7 +300,7 @@ def _beside(found: float | None, said: float | None) -> str:
 def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="a folder of `slope data prepare`")
+    parser.add_argument("--data", type=Path, help="a folder of `slope data prepare`; by default the embedded text")
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument(
@@ -319,12 +320,13 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     (tokens,) = [int(word.partition("=")[2]) for word in given.words if word.startswith("train.tokens_per_step=")]
     sizes = [word for word in given.words if not word.startswith("train.tokens_per_step=")]
+    data = [f"data.path={given.data}"] if given.data else []
     results = _begun(given)
 
     def start(number: int, batch: list[ScalingRow]) -> list[Measuring]:
         started = []
         for index, row in enumerate(batch):
-            words = [f"data.path={given.data}", *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
+            words = [*data, *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
             started.append(measure(row, words, given.work, 21000 + 16 * number + index, first_gpu=index))
         return started
 
