@@ -41,7 +41,7 @@ from slope_cli.train.loop import Trainer
 from slope_cli.utils.files import write_json
 from slope_cli.utils.typed_json import from_json
 
-from .records import Results
+from .records import OfMethod, Results
 
 WARM_UP = 3
 """Steps that are not timed: they compile, capture graphs, and measure kernels."""
@@ -64,7 +64,7 @@ SHARES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingRow:
+class ScalingRow(OfMethod):
     """One run. In bytes, of the GPU with most: `peak` of all its memory, `state` of weights, moments and masks, `sent`
     by its collectives in a step; each with what the dry run says.
 
@@ -271,7 +271,7 @@ def draw(results: ScalingResults, out: Path) -> None:
     with picture(out, panels=2) as ((left, right), _):
         several = [row for row in results.rows if row.gpus > 1]
         _bars(left, models, [(r, f"{r.method}, {r.layout}, {r.gpus}", of_one_gpu(results, r)) for r in several])
-        sparse = [row for row in results.rows if row.method != "dense"]
+        sparse = [row for row in results.rows if not row.dense]
         _bars(right, models, [(r, f"{r.layout}, {r.gpus}", over_dense(results, r)) for r in sparse])
         left.set(ylabel="speed of a GPU, of one GPU's alone")
         right.set(ylabel="speed over the dense model's")
