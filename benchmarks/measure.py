@@ -112,9 +112,7 @@ class Runner:
         objective = shapes.objective(self.model.config)
         self._batch = random_batch(config, self.model.config.vocab_size, objective, device)
         if device.type == "cuda":
-            own = torch.float8_e4m3fn if variant.precision == "fp8" else torch.bfloat16
-            # keeps its measurements out of the peak
-            sparse_kernels.prepare(self.model, config.train.tokens_per_step, own)
+            sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # keeps its measurements out of the peak
             peak.restart()
         for _ in range(timing.warm_up):
             self.loss = self.step().loss

@@ -41,7 +41,7 @@ from slope_cli.train.loop import Trainer
 from slope_cli.utils.files import write_json
 from slope_cli.utils.typed_json import from_json
 
-from .records import Results
+from .records import OfMethod, Results
 
 WARM_UP = 3
 """Steps that are not timed: they compile, capture graphs, and measure kernels."""
@@ -64,7 +64,7 @@ SHARES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingRow:
+class ScalingRow(OfMethod):
     """One run. In bytes, of the GPU with most: `peak` of all its memory, `state` of weights, moments and masks, `sent`
     by its collectives in a step; each with what the dry run says.
 
@@ -260,7 +260,8 @@ def document(results: ScalingResults) -> Document:
     speeds = ("tokens/s a GPU", "of one GPU", "over dense")
     of_bytes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
     columns = ("model", "method", "layout", "GPUs", *speeds, *of_bytes)
-    note = f"{results.machine['gpu']}, torch {results.machine['torch']}; {' '.join(results.words)}"
+    machine = results.machine
+    note = f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}; {' '.join(results.words)}"
     return Document("Scaling over the GPUs of a node", [Table("Weak scaling", columns, cells, note=note)])
 
 
@@ -274,7 +275,7 @@ def draw(results: ScalingResults, out: Path) -> None:
     with picture(out, panels=2) as ((left, right), _):
         several = [row for row in results.rows if row.gpus > 1]
         _bars(left, models, [(r, f"{r.method}, {r.layout}, {r.gpus}", of_one_gpu(results, r)) for r in several])
-        sparse = [row for row in results.rows if row.method != "dense"]
+        sparse = [row for row in results.rows if not row.dense]
         _bars(right, models, [(r, f"{r.layout}, {r.gpus}", over_dense(results, r)) for r in sparse])
         left.set(ylabel="speed of a GPU, of one GPU's alone")
         right.set(ylabel="speed over the dense model's")
@@ -304,7 +305,7 @@ def _beside(found: float | None, said: float | None) -> str:
 def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="a folder of `slope data prepare`")
+    parser.add_argument("--data", type=Path, help="a folder of `slope data prepare`; by default the embedded text")
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument(
@@ -324,12 +325,13 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     (tokens,) = [int(word.partition("=")[2]) for word in given.words if word.startswith("train.tokens_per_step=")]
     sizes = [word for word in given.words if not word.startswith("train.tokens_per_step=")]
+    data = [f"data.path={given.data}"] if given.data else []
     results = _begun(given)
 
     def start(number: int, batch: list[ScalingRow]) -> list[Measuring]:
         started = []
         for index, row in enumerate(batch):
-            words = [f"data.path={given.data}", *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
+            words = [*data, *sizes, f"train.tokens_per_step={row.gpus * tokens}"]
             started.append(measure(row, words, given.work, 21000 + 16 * number + index, first_gpu=index))
         return started
 

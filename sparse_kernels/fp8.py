@@ -62,6 +62,7 @@ def set_fp8(model: nn.Module, names: Collection[str]) -> None:
         counts = torch.zeros(len(COUNTED), 2, dtype=torch.int64, device=device) if on else None
         if isinstance(module, SparseLinear | MaskedLinear):
             module.fp8_counts = counts
+            module.train(module.training)  # a sparse layer frees the packed weights that it read until now
         elif on:
             lend_forward(module, _Float8, on=True)
             module.register_buffer("fp8_counts", counts, persistent=False)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_kernels import cuda, cusparselt, kernel_choice, masks, ops
 from sparse_kernels.deprecated import renamed_arguments
-from sparse_kernels.formats import FORMATS
+from sparse_kernels.formats import E4M3, FORMATS
 from sparse_kernels.masked_linear import masked_layers
 from sparse_kernels.matmul_plan import MatmulShape
 from sparse_kernels.packed import (
@@ -265,14 +265,16 @@ def prepare(model: nn.Module, tokens: int, dtype: torch.dtype = torch.bfloat16, 
 
     Args:
         tokens: rows of the layers' inputs, all but the last side multiplied; fewer than 256 prepare nothing.
-        dtype: of the products, bfloat16 or float16.
+        dtype: of the products, bfloat16 or float16. A layer in training that multiplies in fp8 is prepared for that.
         backward: for the input gradient too.
     """
     for _, layer in sparse_layers(model):
-        probe = torch.empty(0, dtype=dtype, device=layer.values.device)
-        two_of_four = (layer.n, layer.m) in ops.TWO_OF_FOUR
-        if two_of_four and ops.fast(probe, layer.values, layer.backend) and tokens >= kernel_choice.FEWEST_TOKENS:
-            packed = packed_layer(layer.row_mask_bits, dtype, layer.backend)
+        if (layer.n, layer.m) not in ops.TWO_OF_FOUR or tokens < kernel_choice.FEWEST_TOKENS:
+            continue
+        fp8, probe = layer.training and layer.fp8_counts is not None, layer.values.new_empty(0, dtype=dtype)
+        how = layer.values, layer.backend
+        if ops.fast_fp8(*how) if fp8 else ops.fast(probe, *how):
+            packed = packed_layer(layer.row_mask_bits, E4M3.dtype if fp8 else dtype, layer.backend)
             packed.prepare(_weight(layer, packed), tokens, backward=backward)
 
 

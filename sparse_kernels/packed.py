@@ -453,6 +453,13 @@ def packed_layers(row_mask_bits: Tensor) -> list[PackedLayer]:
     return list(_owned(row_mask_bits).values())
 
 
+def free(row_mask_bits: Tensor, *, scaled: bool) -> None:
+    """Free the packed weights of the layer with this row mask in formats with scales (fp8), or in those without."""
+    owned = _owned(row_mask_bits)
+    for dtype in [dtype for dtype, packed in owned.items() if packed.format.scaled == scaled]:
+        del owned[dtype]
+
+
 def share(row_masks: Iterable[Tensor]) -> None:
     """Let the layers with these row masks, all of the same sides, take turns in the same packed weights from now on.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_kernels import cuda, masks, ops, reference
 from sparse_kernels.deprecated import rename_saved, renamed
 from sparse_kernels.lora import LowRankAdapter
-from sparse_kernels.packed import Backend, Derived
+from sparse_kernels.packed import Backend, Derived, free
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -91,6 +91,12 @@ class SparseLinear(nn.Module):
         self.dense_weight: Tensor | None = None
         self._index: Derived | None = None
         self._survives: Derived | None = None
+
+    def train(self, mode: bool = True) -> "SparseLinear":
+        """As nn.Module's; training also frees the packed weights, in fp8 or not, that only evaluation has read."""
+        if mode:
+            free(self.row_mask_bits, scaled=self.fp8_counts is None)
+        return super().train(mode)
 
     def forward(self, X: Tensor) -> Tensor:
         """(..., in) -> (..., out); under autocast the products run in the autocast dtype, as nn.Linear's do."""

@@ -435,6 +435,14 @@ def test_what_is_no_comparison_is_refused(content: str | None, tmp_path: Path) -
         results.compare_runs([path], out=tmp_path / "none")
 
 
+def test_a_comparison_all_of_whose_runs_failed_is_refused(tmp_path: Path) -> None:
+    failed = rows.FailedRun("dense-s1", "dense", None, 1, "killed")
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps(asdict(summary.summarize([failed], [], allow_different=False))))
+    with pytest.raises(UsageError, match=r"compare\.json: holds no finished run"):
+        results.compare_runs([path], out=tmp_path / "none")
+
+
 def test_a_run_and_a_comparison_that_has_it_are_one(tmp_path: Path) -> None:
     results.compare_runs([finished() / "dense-s1"], out=tmp_path)
     with pytest.raises(UsageError, match="dense-s1: duplicate run"):

@@ -200,6 +200,42 @@ def test_heads_with_softmax_stand_beside_linearized_ones(kind: str) -> None:
         assert (softmax[:, n] - linear[:, n]).abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:The .grad")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+@pytest.mark.parametrize("settings", [{}, {"state": "delta"}, {"state": "gated", "feature_map": "t2r"}, {"cache": 4}])
+@pytest.mark.parametrize("compiled", [False, slow(True)])
+def test_the_linear_attention_of_softmax_heads_is_not_computed(settings: dict[str, Any], compiled: bool) -> None:
+    """Output and gradients are as where a memory has all heads computed; those of unused parameters are zeros."""
+    model, ids_BT, heads = tiny_linearized("llama3-8b", window=5, **settings), tokens(40), set[tuple[int, ...]]()
+    keep_softmax(model, ["0/1", "1/0"])
+    windows = linear_windows(model).values()
+
+    def computed(*, use_cache: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        model.zero_grad()
+        heads.clear()
+        logits = model(input_ids=ids_BT, use_cache=use_cache).logits
+        logits.square().mean().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters()}
+
+    for window in windows:
+        for module in (window.map_q, window.map_k):
+            module.register_forward_hook(lambda module, x, _: heads.add((len(module.weight), x[0].shape[1])))
+    expected, gradients = computed(use_cache=True)
+    assert heads == {(4, 4), (2, 2)}
+    for block in model.model.layers if compiled else ():
+        block.compile(fullgraph="cache" not in settings, backend="aot_eager")  # an exact cache is scanned outside
+    found, ours = computed(use_cache=False)
+    assert heads == {(2, 2), (1, 1)}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+    for window, kept in zip(windows, (1, 0), strict=True):
+        halves = [parameter.grad.chunk(2) for parameter in window.parameters() if parameter.grad is not None]
+        assert len(halves) == len([*window.parameters()])
+        assert not any(both[kept].any() for both in halves)
+        assert any(both[1 - kept].any() for both in halves)
+
+
 def test_a_layer_that_keeps_all_its_heads_is_as_before() -> None:
     model = tiny_linearized("llama3-8b", keep_softmax=["1/1", "0/1", "1/0"])
     assert kept_softmax(model) == ["0/1", 1]

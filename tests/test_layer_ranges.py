@@ -108,6 +108,7 @@ def test_a_transfer_alone_ends_as_any_run(tmp_path: Path) -> None:
     kinds = ("init", "teacher", "swapped", "transfer", "norms", "val")
     ours, theirs = ([x for x in records(folder) if x["kind"] in kinds] for folder in (run, whole))
     assert [x["kind"] for x in ours] == [x["kind"] for x in theirs]
+    assert [any(x["kind"] == "sample" for x in records(folder)) for folder in (run, whole)] == [False, True]
     again = slope("linearize", trained(*BASES["llama"]), *WORDS, *words, AT_ONCE, "--out", run)
     assert (again.code, "finished: all of its 12 steps are done" in again.err) == (0, True), again
     for command in (("eval", run), ("check", run), ("export", run, tmp_path / "out")):
@@ -192,6 +193,7 @@ def test_no_more_layers_than_that_are_in_memory_at_once(kind: str, at_once: int,
     with counting(seen):
         result = slope("linearize", folder, *words, f"data.path={prepared()}", "--out", tmp_path / "run")
     assert result.code == 0, result.err
+    assert f" generate {tmp_path / 'run'} loads the whole model" in result.err
     assert max(seen) == at_once < layers
     assert len(seen) > 5 * layers
 

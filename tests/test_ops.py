@@ -18,9 +18,11 @@ from sparse_kernels import (
     packed,
     reference,
     set_backend,
+    set_fp8,
     share_packed,
     using_backend,
 )
+from sparse_kernels.formats import E4M3
 from sparse_kernels.kernel_choice import Choice
 
 
@@ -112,6 +114,33 @@ def test_packed_weights_live_as_long_as_their_layer_and_no_copy_of_it_has_them()
     del layer
     gc.collect()
     assert held() is None
+
+
+def test_training_frees_the_packed_weights_that_evaluation_alone_reads() -> None:
+    """A layer in fp8 evaluates in 16 bits; one that is in fp8 no longer trains in 16 bits."""
+    layer, other = make(32, 32), make(32, 32)
+    model, every = torch.nn.Sequential(layer, other), (torch.bfloat16, torch.float16, E4M3.dtype)
+
+    def formats(layer: SparseLinear) -> list[torch.dtype]:
+        return [found.format.dtype for found in packed.packed_layers(layer.row_mask_bits)]
+
+    def pack() -> list[weakref.ref[packed.PackedLayer]]:
+        bits = [each.row_mask_bits for each in model]
+        return [weakref.ref(packed.packed_layer(one, dtype, "auto")) for one in bits for dtype in every]
+
+    set_fp8(model, ["0"])
+    held = pack()
+    model.eval()
+    assert formats(layer) == formats(other) == [*every]
+    model.train()
+    assert (formats(layer), formats(other)) == ([E4M3.dtype], [*every[:2]])
+    assert [one() is not None for one in held] == [False, False, True, True, True, False]
+    pack()
+    set_fp8(model, [])
+    assert formats(layer) == [*every[:2]]
+    pack()
+    set_fp8(model, ["0"])
+    assert formats(layer) == [E4M3.dtype]
 
 
 def test_the_stamps_of_a_weight_change_when_any_of_it_is_written_or_replaced() -> None:

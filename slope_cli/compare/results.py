@@ -183,6 +183,8 @@ def _earlier(path: Path) -> list[Run]:
         runs = None
     if runs is None or {run.variant for run in runs} != {run.variant for run in runs if run.sizes}:
         raise UsageError(f"{path}: is not a result of slope compare")
+    if not runs:
+        raise UsageError(f"{path}: holds no finished run")
     return runs
 
 

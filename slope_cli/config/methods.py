@@ -115,6 +115,14 @@ class SSteConfig(Section, section="s_ste"):
 
 
 _KV_HEAD = r"(0|[1-9]\d{0,8})/(0|[1-9]\d{0,8})"
+
+
+def layer_and_head(entry: int | str) -> tuple[int, int | None]:
+    """What an entry of linearize.keep_softmax names: a layer, 3, or a KV head of one, "3/1"; None for all heads."""
+    layer, _, head = str(entry).partition("/")
+    return int(layer), int(head) if head else None
+
+
 SINKS = 4
 """The entries of an exact cache that a sequence's first tokens have for good."""
 
@@ -207,10 +215,10 @@ class LinearizeConfig(Section, section="linearize"):
     def _check_values(self) -> None:
         kept = self.keep_softmax
         if isinstance(kept, list):
-            whole = [str(entry) for entry in kept if type(entry) is int and entry >= 0]
+            whole = [entry for entry in kept if type(entry) is int and entry >= 0]
             heads = [entry for entry in kept if isinstance(entry, str) and re.fullmatch(_KV_HEAD, entry, re.ASCII)]
             known = len({*whole, *heads}) == len(kept) == len(whole) + len(heads)
-            known &= not {entry.partition("/")[0] for entry in heads} & {*whole}
+            known &= not {layer_and_head(entry)[0] for entry in heads} & {*whole}
         else:
             known = re.fullmatch(r"(auto|heads):[1-9]\d{0,8}", str(kept), re.ASCII) is not None
         rule = "list different layers, from 0, as [0, 3], and KV heads of others, as 1/2; or write auto:K or heads:K"

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slope_cli.config.methods import LinearizeConfig
-from slope_cli.linearize.cache import LinearWindowCache, leading_padding
+from slope_cli.linearize.cache import LinearWindowCache, leading_padding, of_kv_heads
 from slope_cli.linearize.decode import decode
 from slope_cli.linearize.delta import FIRST_BETA, FIRST_SHARE, Share, attend_delta
 from slope_cli.linearize.exact_cache import attend_cached
@@ -37,7 +37,8 @@ class LinearWindow(nn.Module):
     original one, after the observer has compared the two.
     branch: see `attend`. window_dropout: probability that training drops the window of one head of one sequence.
     softmax_heads: the KV heads that have softmax attention instead, with the query heads that share them; whoever calls
-    attention computes that, and what `forward` returns for them does not count.
+    attention computes that, and without a memory calls this with the parameters of the others (`parameters_of`). With a
+    memory what `forward` returns for them does not count.
     compiled: whether torch.compile makes the kernels of single tokens, and of the loss in transfer; worth it on a GPU,
     for many tokens or steps.
     """
@@ -100,20 +101,29 @@ class LinearWindow(nn.Module):
         """G."""
         return len(self.map_k.weight)
 
+    @property
+    def linear_heads(self) -> list[int]:
+        """The KV heads that are linearized."""
+        return [head for head in range(self.kv_heads) if head not in self.softmax_heads]
+
     def query_heads(self, kv_heads: Sequence[int]) -> list[int]:
         """The query heads that share these KV heads, in the order of these."""
         shared = len(self.map_q.weight) // self.kv_heads
         return [head * shared + place for head in kv_heads for place in range(shared)]
 
+    def parameters_of(self, kv_heads: Sequence[int]) -> dict[str, Tensor]:
+        """By their names the parameters of these KV heads, and of the query heads that share them, with gradients."""
+        parameters = self.named_parameters()
+        return {name: of_kv_heads(each[None], self.kv_heads, kv_heads)[0] for name, each in parameters}
+
     def of_heads(self, kv_heads: Sequence[int]) -> "LinearWindow":
         """A copy that has these KV heads alone, all of them linearized."""
         own = copy.deepcopy(self, {id(self.hook): None})  # which is the model's
-        of_queries = self.query_heads(kv_heads)
         own.softmax_heads = ()
-        for name, parameter in self.named_parameters():
-            heads = of_queries if name.partition(".")[0] in ("map_q", "mix", "share") else [*kv_heads]
-            part = nn.Parameter(parameter.detach()[heads], requires_grad=parameter.requires_grad)
-            setattr(own.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], part)
+        for name, part in self.parameters_of(kv_heads).items():
+            where, _, last = name.rpartition(".")
+            required = self.get_parameter(name).requires_grad
+            setattr(own.get_submodule(where), last, nn.Parameter(part.detach(), requires_grad=required))
         return own
 
     def forward(

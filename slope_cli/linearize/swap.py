@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from slope_cli.config.methods import LinearizeConfig
+from slope_cli.config.methods import LinearizeConfig, layer_and_head
 from slope_cli.errors import UsageError
 from slope_cli.linearize.cache import LinearWindowCache, of_kv_heads
 from slope_cli.linearize.linear_attention import BRANCHES, Branch
@@ -125,9 +126,9 @@ def _kept_windows(model: PreTrainedModel, kept: Iterable[int | str]) -> dict[int
     windows = {layer: getattr(module, "linear", None) for layer, (_, module) in enumerate(_attention_modules(model))}
     found: dict[int, tuple[LinearWindow, list[int]]] = {}
     for entry in kept:
-        layer, _, head = str(entry).partition("/")
-        if isinstance(linear := windows.get(int(layer)), LinearWindow):
-            found.setdefault(int(layer), (linear, []))[1].extend([int(head)] if head else [])
+        layer, head = layer_and_head(entry)
+        if isinstance(linear := windows.get(layer), LinearWindow):
+            found.setdefault(layer, (linear, []))[1].extend([] if head is None else [head])
     return found
 
 
@@ -138,7 +139,8 @@ def softmax_in(model: PreTrainedModel, kept: Iterable[int | str]) -> Iterator[No
     before = [(linear, linear.mode, linear.softmax_heads) for linear, _ in windows]
     try:
         for linear, heads in windows:
-            linear.mode, linear.softmax_heads = (linear.mode, tuple(sorted(heads))) if heads else ("softmax", ())
+            some = 0 < len(heads) < linear.kv_heads
+            linear.mode, linear.softmax_heads = (linear.mode, tuple(sorted(heads))) if some else ("softmax", ())
         yield
     finally:
         for linear, mode, heads_before in before:
@@ -242,10 +244,10 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def _check(config: LinearizeConfig, layers: int, kv_heads: int, *, causal: bool) -> None:
     """UsageError if a setting does not fit a model of so many attention layers."""
-    pairs = [str(entry).partition("/")[::2] for entry in config.listed]
-    unknown = next((layer for layer, _ in pairs if int(layer) >= layers), None)
+    pairs = [layer_and_head(entry) for entry in config.listed]
+    unknown = next((layer for layer, _ in pairs if layer >= layers), None)
     config._need(unknown is None, "keep_softmax", f"there is no layer {unknown}; the model's are 0 to {layers - 1}")
-    unknown = next((head for _, head in pairs if head and int(head) >= kv_heads), None)
+    unknown = next((head for _, head in pairs if head is not None and head >= kv_heads), None)
     config._need(unknown is None, "keep_softmax", f"there is no KV head {unknown}; a layer's are 0 to {kv_heads - 1}")
     rule = f"names all {layers} layers, so that none would be linearized"
     whole = len(config.kept) * kv_heads + len(pairs) - len(config.kept)
@@ -341,19 +343,22 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if linear.mode == "linear":
         memory, linear.memory = linear.memory, None
-        y_BHTD = linear(query, key, value, scale, keep_BS, memory)
-        if heads := linear.softmax_heads:  # what `linear` has computed of these goes unused
-            query = of_kv_heads(query, linear.kv_heads, heads)
-            if memory is None:
-                key, value = (of_kv_heads(x, linear.kv_heads, heads) for x in (key, value))
-            else:
-                key, value = memory.softmax_keys, memory.softmax_values
-            keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
-            own_BTHD, _ = _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)
-            parts = [*y_BHTD.chunk(linear.kv_heads, dim=1)]
-            for head, part in zip(heads, own_BTHD.transpose(1, 2).chunk(len(heads), dim=1), strict=True):
-                parts[head] = part.to(y_BHTD.dtype)
-            y_BHTD = torch.cat(parts, dim=1)
+        heads, others, every = linear.softmax_heads, linear.linear_heads, linear.kv_heads
+        if heads and memory is None:
+            given = [of_kv_heads(x, every, others) for x in (query, key, value)]
+            y_BHTD = functional_call(linear, linear.parameters_of(others), (*given, scale, keep_BS))
+            key, value = (of_kv_heads(x, every, heads) for x in (key, value))
+        else:
+            y_BHTD = linear(query, key, value, scale, keep_BS, memory)
+        if heads:
+            if memory is not None:  # it has states of these heads, too, and their outputs go unused
+                y_BHTD, key, value = of_kv_heads(y_BHTD, every, others), memory.softmax_keys, memory.softmax_values
+                keep_BS = None if attention_mask is None else attention_mask[:, -key.shape[2] :].bool()
+            own_BTHD, _ = _softmax(
+                module, of_kv_heads(query, every, heads), key, value, keep_BS, dropout, scale, **kwargs
+            )
+            both_BHTD = torch.cat([y_BHTD, own_BTHD.transpose(1, 2).to(y_BHTD.dtype)], dim=1)
+            y_BHTD = of_kv_heads(both_BHTD, every, [[*others, *heads].index(head) for head in range(every)])
         return y_BHTD.transpose(1, 2).contiguous(), None
     if linear.mode == "softmax":
         return _softmax(module, query, key, value, keep_BS, dropout, scale, **kwargs)

@@ -364,12 +364,12 @@ def attention_memory(model: PreTrainedModel) -> AttentionMemory:
     linear = softmax = 0
     for window in windows:
         groups, dim = window.kv_heads, window.map_k.weight.shape[1]
-        linearized = [head for head in range(groups) if head not in window.softmax_heads]
+        linearized = len(window.linear_heads)
         cache = window.new_cache()  # of the others nothing is counted: their keys have no length yet
-        nothing_BGTD = torch.empty(1, len(linearized), 0, dim, dtype=torch.bfloat16, device="meta")
+        nothing_BGTD = torch.empty(1, linearized, 0, dim, dtype=torch.bfloat16, device="meta")
         cache.lazy_initialization(nothing_BGTD, nothing_BGTD)
         linear += cache.nbytes()
-        softmax += 2 * 2 * len(linearized) * dim
+        softmax += 2 * 2 * linearized * dim
     layers = model.config.num_hidden_layers
     every = 2 * 2 * dim * groups * layers  # all layers have the same heads
     return AttentionMemory(layers, len(windows), linear, softmax, every - softmax)

@@ -15,6 +15,7 @@ import contextlib
 import gc
 import hashlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ from slope_cli.train.run_log import manifest_entries, open_log
 from slope_cli.train.starts import Start
 from slope_cli.train.step import eager, step_seed
 from slope_cli.train.validation import Validation, check_evaluation, validation_line
+from slope_cli.utils.environment import program
 from slope_cli.utils.files import file_sha256, remove
 from sparse_kernels import kernel_choices
 
@@ -255,6 +257,8 @@ class LayerRanges:
             record = log.write("val", self.steps, **validation)
             if self.steps < self.config.train.steps:
                 self._say(validation_line(f"step {self.steps}", record))
+            elif self.batches.causal:  # each token of a sample would read all weights from the disk once more
+                self._say(f"no text sample: {program()} generate {shlex.quote(str(self.run))} loads the whole model")
             log.write("time", self.steps, **self.times.record())
             model = base_model.build(self.run, "meta")
             self._linearize(model)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slope_cli.distributed.collectives import Group
-from slope_cli.distributed.sharding import Sharding
 from slope_cli.linearize.swap import linear_windows
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.loss import Batch, Loss, forward, kl_divergence, loss_fn
@@ -33,22 +31,18 @@ class TransferStep(Step):
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         *,
-        dtype: torch.dtype | None,
-        clip: float,
         mse_weight: float,
         entropy_weight: float,
         compiled: bool = False,
-        group: Group | None = None,
-        sharding: Sharding | None = None,
+        **others: Any,
     ) -> None:
         """
         Args:
-            clip: largest norm of each layer's gradient, 0 for no clipping. It and the others are `Step`'s.
             mse_weight, entropy_weight: see `transfer_losses`.
             compiled: compile each layer's loss, and each transformer block before and after it.
+            others: as `Step`'s; clip is the largest norm of each layer's gradient.
         """
-        how: dict[str, Any] = {"compiled": compiled, "group": group, "sharding": sharding}
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, **how)
+        super().__init__(model, optimizer, compiled=compiled, **others)
         self.mse_weight, self.entropy_weight, self.compiled = mse_weight, entropy_weight, compiled
 
     def __call__(
@@ -114,21 +108,18 @@ class DistillStep(Step):
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         *,
-        dtype: torch.dtype | None,
-        clip: float,
         teacher: PreTrainedModel,
         share: float,
         compiled: bool = False,
-        group: Group | None = None,
-        sharding: Sharding | None = None,
+        **others: Any,
     ) -> None:
         """
         Args:
             teacher: a model of the same vocabulary, in evaluation mode.
-            share: between 0 and 1. The others are `Step`'s.
+            share: between 0 and 1.
+            compiled, others: as `Step`'s.
         """
-        how: dict[str, Any] = {"compiled": compiled, "group": group, "sharding": sharding}
-        super().__init__(model, optimizer, dtype=dtype, clip=clip, **how)
+        super().__init__(model, optimizer, compiled=compiled, **others)
         self.teacher, self.share, self.kl_divergence = teacher, share, kl_divergence
         if compiled:
             self.kl_divergence = torch.compile(kl_divergence, dynamic=False)

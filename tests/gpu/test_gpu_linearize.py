@@ -19,7 +19,7 @@ from slope_cli.config.methods import LinearizeConfig
 from slope_cli.data.prepare import prepare
 from slope_cli.linearize.linear_attention import Pattern
 from slope_cli.linearize.linear_window import LinearWindow
-from slope_cli.linearize.swap import linear_windows, linearize_attention, projections
+from slope_cli.linearize.swap import keep_softmax, linear_windows, linearize_attention, projections
 from slope_cli.linearize.transfer import transfer_losses
 from slope_cli.models.build import build_model, model_config
 from slope_cli.models.loss import forward, loss_fn
@@ -141,9 +141,11 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 
 @BOTH_PRECISIONS
 @STATES
+@pytest.mark.parametrize("kept", [[], ["0/1", "2/0"]], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_adapters_have_the_gradients_of_the_eager_form(name: str, state: str) -> None:
+def test_adapters_have_the_gradients_of_the_eager_form(name: str, kept: list[int | str], state: str) -> None:
     model = linearized(name, state)
+    keep_softmax(model, kept)
     adapters = add_adapters(model, 8, projections(model, ["q", "k", "v", "o"]), alpha=16)
     with torch.no_grad():
         for adapter in adapters.values():
