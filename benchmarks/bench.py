@@ -86,7 +86,7 @@ def run(
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}") from None
     bench = Bench(folder, chosen, budget)
-    if not gpu and what not in DEFAULT:
+    if not gpu and what == "all":
         bench.say("no GPU here: training steps and products cannot be measured; memory is estimated from the shapes")
         what = "memory"
     if what in ("all", "memory"):
@@ -113,6 +113,8 @@ def _refuse(what: str, models: dict[str, Sequence[str]], plan: Plan, gpu: bool) 
         raise UsageError(
             f"{what}: has no options but --cases, --out and --budget; the others are of generate and products"
         )
+    if what in ("step", "gemm") and not gpu:
+        raise UsageError(f"no GPU here: {what} cannot be measured; slope bench memory estimates from the shapes")
     if what in ("generate", "products") and not gpu and plan.device != "cpu":
         raise UsageError(f"no GPU here: {what} cannot be measured; --device cpu measures plain torch on this processor")
     if what == "generate":

@@ -34,8 +34,10 @@ def by_batch(results: GenerateResults) -> Table:
     note = (
         f"Tokens per second, and the speed-up over the dense model, for texts of {results.plan.context:,} tokens; "
         "random weights, 16 bits on a GPU. All of the engine from its CUDA graphs, in alternating rounds; r: rank over "
-        "hidden size in per cent. transformers: `generate` with a static cache, compiled, of the dense model."
+        "hidden size in per cent."
     )
+    if any(row.variant == "transformers" for model in results.models for row in _decode(model)):
+        note += " transformers: `generate` with a static cache, compiled, of the dense model."
     columns = ("model", "variant", *(f"batch {batch}" for batch in batches), REMARKS)
     return Table("Decoding by batch", columns, rows, note, left=["variant", REMARKS])
 
@@ -73,9 +75,9 @@ def _steps(results: GenerateResults) -> Table:
     speed = next((row.read_bytes / row.bound_ms * 1e3 for m in results.models for row in _bounded(m)), None)
     note = (
         "Bytes read: weights, keys, values and states of one step. Its bound: dense bytes over these. Of the bound: "
-        f"the share of the time in which they could be read at {number(speed and speed / 1e12)} TB/s, at which a copy "
-        f"reads and writes. A text: what is remembered of one of {results.plan.context:,} tokens. Peak: weights, what "
-        "is remembered of the texts, and the allocator's peak above these."
+        f"the share of the time in which they could be read at {number(speed and speed / 1e9, ',.0f')} GB/s, at which "
+        f"a copy reads and writes. A text: what is remembered of one of {results.plan.context:,} tokens. Peak: "
+        "weights, what is remembered of the texts, and the allocator's peak above these."
     )
     return Table(
         "Steps of decoding", (*columns, "a text", "peak memory", REMARKS), rows, note, left=["variant", REMARKS]

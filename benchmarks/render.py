@@ -357,6 +357,7 @@ def _headline(
         rows.append([f"decoding, sparse llama3-8b, {counted(point.batch, 'text')}", *speeds, number(point.ratio)])
     where = "; ".join(dict.fromkeys(_where(result["machine"]) for result in (step, medium)))
     below = f"Steps: {where}. Sparse decoding: {_where(serving['machine'])}."
+    below += " Loss and perplexities were validated on different texts, and are of different models."
     return _markdown(("", "dense, or softmax", "sparse, or linear", "ratio"), rows, below)
 
 

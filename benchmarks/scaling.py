@@ -258,7 +258,7 @@ def document(results: ScalingResults) -> Document:
         sizes = (_beside(*pair) for pair in ((r.state, r.state_said), (r.peak, r.peak_said), (r.sent, r.sent_said)))
         cells.append([r.model, r.method, r.layout, str(r.gpus), speed, *(ratio or "" for ratio in ratios), *sizes])
     speeds = ("tokens/s a GPU", "of one GPU", "over dense")
-    of_bytes = ("state GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
+    of_bytes = ("weights, moments, masks GB (dry run)", "peak GB (dry run)", "sent GB (dry run)")
     columns = ("model", "method", "layout", "GPUs", *speeds, *of_bytes)
     machine = results.machine
     note = f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}; {' '.join(results.words)}"

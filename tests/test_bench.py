@@ -252,6 +252,13 @@ def test_a_spent_budget_lists_what_was_not_run(tmp_path: Path, capsys: pytest.Ca
 
 
 @no_gpu
+@pytest.mark.parametrize("what", ["step", "gemm"])
+def test_without_a_gpu_nothing_else_stands_in_for_what_was_asked(what: str) -> None:
+    with pytest.raises(UsageError, match=f"^no GPU here: {what} cannot be measured; slope bench memory "):
+        bench.run(what)
+
+
+@no_gpu
 def test_without_a_gpu_the_command_estimates_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = slope("bench", "--cases", "gpt2-small,bert-large", "--json")
@@ -263,9 +270,10 @@ def test_without_a_gpu_the_command_estimates_memory(tmp_path: Path, monkeypatch:
     folder = tmp_path / result["folder"]
     assert re.fullmatch(r"bench-cpu-\d{4}-\d\d-\d\d", folder.name)
     assert sorted(file.name for file in folder.iterdir()) == ["bench.md", "memory.json"]
-    shown = slope("bench", "step", "--cases", "gpt2-small").out
-    assert "Memory of whole models" in shown
-    assert f"{folder.name}-2" in shown
+    alone = slope("bench", "memory", "--cases", "gpt2-small")
+    assert (alone.code, alone.err) == (0, "")
+    assert "Memory of whole models" in alone.out
+    assert f"{folder.name}-2" in alone.out
 
 
 def test_wrong_words_are_usage_errors(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -155,7 +156,7 @@ def test_a_run_is_served_and_has_no_chat(form: str, tmp_path: Path) -> None:
         assert "has no chat template; use /v1/completions" in answer["error"]["message"]
         assert server.ask("/v1/models")[1]["data"][0]["id"] == folder.name
         server.wait_for(r"\nPOST  /v1/completions  200  0\.\d\d s  1 text  4 \+ 9 tokens\n")
-        server.wait_for(r"\nPOST  /v1/chat/completions  400  0\.\d\d s\n")
+        server.wait_for(r"\nPOST  /v1/chat/completions  400  0\.\d\d s  .* has no chat template; use /v1/completions")
 
 
 # ------------------------------------------------------------------------------------------------- requests and limits
@@ -192,6 +193,8 @@ def test_models_and_health(server: Server, client: Any) -> None:
         ({"prompt": "The ", "top_p": 0}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"prompt": "The ", "top_k": 2**31}, "top_k: Input should be less than 2147483648"),
         ({"prompt": "The ", "stop": [""]}, "a stop string is empty"),
+        ({"prompt": "The ", "stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        ({"prompt": "The ", "stop": 5}, "stop: Input should be a valid string"),
         ({"prompt": "The ", "n": 129}, "n: Input should be less than or equal to 128"),
         ({"prompt": "The ", "n": 21}, "asks for 21 texts; the server takes at most 20 at once"),
         ({"prompt": "The ", "logprobs": 0}, "'logprobs': is not supported by this server; leave it out"),
@@ -209,6 +212,8 @@ def test_a_bad_request_is_a_sentence(body: Any, sentence: str, stream: bool, ser
     assert (status, list(answer), list(answer["error"])) == (400, ["error"], ["message", "type", "param", "code"])
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["message"].startswith(sentence)
+    if isinstance(body, dict):
+        server.wait_for(f"400  .* s  {re.escape(sentence)}")
 
 
 def test_parameters_that_ask_for_nothing_are_taken(client: Any) -> None:
@@ -428,6 +433,7 @@ def test_a_busy_thread_refuses_and_a_cancelled_job_makes_room() -> None:
     ("words", "message"),
     [
         (("--dtype", "bfloat"), "--dtype bfloat: did you mean bfloat16"),
+        (("--max-length", "20001"), f"--max-length 20001: the model has {POSITIONS} positions"),
         (("--host", "256.0.0.1"), "256.0.0.1, port 8000: "),
         (("--host", "192.0.2.1"), "192.0.2.1, port 8000: "),
     ],

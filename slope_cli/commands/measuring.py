@@ -88,8 +88,8 @@ def bench(
 ) -> None:
     """Benchmark sparse against dense on this machine.
 
-    Training steps, products, memory, generating, and linearized decoding. Without a GPU: only the memory, from the
-    shapes.
+    Training steps, products, memory, generating, and linearized decoding. Without a GPU: the memory, from the shapes,
+    and with --device cpu generating and products, in plain torch.
     """
     launch.require_one_process()
     from slope_cli.benchmarks import bench, records, report

@@ -139,8 +139,11 @@ def _train(
     if dry_run:
         from slope_cli.train import advice
         from slope_cli.train.dry_run import describe
+        from slope_cli.train.init import run_shape
 
-        advice.warn(config, advice.prepared_data(config), usual)
+        if (data := advice.prepared_data(config)) is not None:
+            data.check_model(run_shape(config).vocab_size, config.train.seq_len)
+        advice.warn(config, data, usual)
         print_result(*describe(config, gpus), as_json)
         return
     from slope_cli.data.dataset import WrongDataError

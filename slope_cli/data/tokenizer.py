@@ -45,7 +45,8 @@ def separator_id(tok: PreTrainedTokenizerFast) -> int:
     for token_id in (tok.eos_token_id, tok.sep_token_id):
         if token_id is not None:
             return int(token_id)
-    raise UsageError("the tokenizer has neither an end-of-text nor a separator token: set eos_token in its config")
+    what = "has neither an end-of-text nor a separator token; set eos_token in its tokenizer_config.json"
+    raise UsageError(f"the tokenizer {tok.name_or_path}".rstrip() + f": {what}")
 
 
 def begin_id(tok: PreTrainedTokenizerFast) -> int | None:
@@ -114,7 +115,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if {"vocab.json", "merges.txt"} <= names:
             if END_OF_TEXT not in json.loads((folder / "vocab.json").read_text(encoding="utf-8")):
-                raise UsageError(f"tokenizer {folder}: vocab.json has no {END_OF_TEXT}; save it as tokenizer.json")
+                raise UsageError(
+                    f"tokenizer {folder}: vocab.json has no {END_OF_TEXT}; train it with that special token"
+                )
             return GPT2TokenizerFast.from_pretrained(str(folder), eos_token=END_OF_TEXT)
         if "vocab.txt" in names:
             return BertTokenizerFast.from_pretrained(str(folder))

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from slope_cli.checkpoint.load import load_model
-from slope_cli.errors import SlopeError, UsageError, is_utf8
+from slope_cli.errors import UsageError, is_utf8
 from slope_cli.inference.engine import Engine, Generation
 from slope_cli.inference.sampling import Sampling
 from slope_cli.inference.text import chat_ids, prompt_ids
@@ -134,7 +134,11 @@ def _given(prompt: str | None, file: Path | None) -> list[tuple[str, str]]:
     if prompt is not None:
         return [("prompt", prompt)]
     if file is not None:
-        return list(prompts_of(file.read_bytes(), str(file), jsonl=file.suffix == ".jsonl"))
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UsageError(f"--batch {file}: {error.strerror}") from None
+        return list(prompts_of(content, str(file), jsonl=file.suffix == ".jsonl"))
     prompts = list(prompts_of(sys.stdin.buffer.read(), "standard input"))
     if not prompts:
         raise UsageError("standard input: has no prompt; give one there, as an argument, or --batch FILE with prompts")
@@ -188,12 +192,12 @@ def prompts_of(content: bytes, name: str, *, jsonl: bool = False) -> Iterator[tu
     """Where it stands, and the prompt, of each line that is not empty: the line itself, or "prompt" of a JSON object.
 
     Raises:
-        SlopeError: what is not text, or a line without a prompt; the message begins with `name`.
+        UsageError: what is not text, or a line without a prompt; the message begins with `name`.
     """
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError:
-        raise SlopeError(f"{name}: is not text in UTF-8") from None
+        raise UsageError(f"{name}: is not text in UTF-8") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -206,7 +210,7 @@ def prompts_of(content: bytes, name: str, *, jsonl: bool = False) -> Iterator[tu
         except json.JSONDecodeError:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise SlopeError(f'{place}: is not a JSON object with "prompt", a text')
+            raise UsageError(f'{place}: is not a JSON object with "prompt", a text')
         yield place, entry["prompt"]
 
 

@@ -174,9 +174,19 @@ class Gate:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    """Any error in OpenAI's form."""
+    """Any error in OpenAI's form; the log says what was wrong with the request."""
+    response = _error_response(request, error)
+    if response.status_code < 500:
+        request.scope[Gate.NOTE] = [json.loads(bytes(response.body))["error"]["message"]]
+    return response
+
+
+def _error_response(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
+        first, *others = error.errors()
+        # Of a union each alternative has an error: that of the one that has the value's type says what is wrong.
+        alternatives = [each for each in others if each["loc"][:2] == first["loc"][:2]]
+        first = next((each for each in [first, *alternatives] if not each["type"].endswith("_type")), first)
         place = [str(part) for part in first["loc"][1:] if not isinstance(part, int)]
         sentence = f"{place[0] if place else 'the request'}: {first['msg']}"
         if not place and "json" not in request.headers.get("content-type", ""):

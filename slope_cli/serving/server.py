@@ -59,6 +59,8 @@ def serve(folder: Path, host: str, port: int, dtype: str, device: torch.device, 
         raise UsageError(f"--dtype {dtype}: {did_you_mean(dtype, DTYPES)}")
     with _bound(host, port) as listener:  # before minutes of loading
         engine, tokenizer, name = _loaded(folder, DTYPES[dtype], device, limits)
+        if (limits.max_length or 0) > engine.positions:
+            raise UsageError(f"--max-length {limits.max_length}: the model has {engine.positions} positions")
         fault = asyncio.run(_serve(engine, tokenizer, name, listener, limits))
     if fault:
         raise SlopeError(fault)
