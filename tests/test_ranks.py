@@ -374,27 +374,6 @@ def test_a_group_of_one_process_does_nothing() -> None:
         group.first(lambda: 1 // 0)
 
 
-def _averaged(group: Group) -> list[tuple[float, ...]]:
-    """Of tensors of every kind, filled with 2^rank: the values that each has in the end, in order."""
-    large = 600_000  # beyond ALONE in float32
-    made = [
-        *(torch.empty(large), torch.empty(3), torch.empty(2, large).t(), torch.empty(large, dtype=torch.float64)),
-        *(torch.empty(7, dtype=torch.float64), torch.empty(5, 4).t(), torch.empty(0), torch.empty(large)[::2]),
-    ]
-    for tensor in made:
-        tensor.fill_(2.0**group.ranks.rank)
-    group.average_(made)
-    assert group.mean_(made[0]) is made[0]
-    return [tuple(tensor.unique().tolist()) for tensor in made]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_tensors_large_and_small_are_averaged_where_they_lie(world: int) -> None:
-    mean = (2.0**world - 1) / world
-    for found in together(world, _averaged):
-        assert [values for values in found if values] == [(pytest.approx(mean),)] * 7
-
-
 # -------------------------------------------------------------------------------------------------- split weights
 
 SPLIT = {

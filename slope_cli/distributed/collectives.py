@@ -3,7 +3,6 @@
 Each method of Group is called by every rank, in the same order. In a run of one process they do nothing.
 """
 
-import itertools
 import math
 import os
 import pickle
@@ -29,10 +28,8 @@ FIRST_SUM = 60.0
 """Seconds that the first all-reduce may take."""
 DEVICE_TIMEOUT, HOST_TIMEOUT = timedelta(minutes=10), timedelta(hours=4)
 """Of collectives between devices, and between hosts, where one rank may write a checkpoint while the others wait."""
-ALONE = 1 << 20
-"""Bytes from which on a gradient is worth a collective of its own, which reads and writes it where it lies."""
 BUCKET = 64 << 20
-"""Bytes of smaller gradients that are copied side by side, to be summed at once."""
+"""Bytes of gradients that are summed at once."""
 
 T = TypeVar("T")
 
@@ -145,34 +142,17 @@ class Group:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average a tensor over the ranks, in place."""
-        self._average_each([tensor])
-        return tensor
+        return self.sum_(tensor).div_(self.ranks.world) if self.several else tensor
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
-        """Average tensors over the ranks, in place: a large one where it lies, small ones in buckets."""
+        """Average tensors over the ranks, in place, in buckets of some of them at a time."""
         if not self.several:
             return
-        every = list(tensors)
-        alone = [tensor.nbytes >= ALONE and tensor.is_contiguous() for tensor in every]
-        buckets = _buckets([tensor for tensor, large in zip(every, alone, strict=True) if not large])
-        flat = [torch.cat([tensor.flatten() for tensor in bucket]) for bucket in buckets]
-        self._average_each([*itertools.compress(every, alone), *flat])
-        for bucket, averaged in zip(buckets, flat, strict=True):
-            parts = averaged.split([tensor.numel() for tensor in bucket])
+        for bucket in _buckets(list(tensors)):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self.mean_(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
-
-    def _average_each(self, tensors: Sequence[Tensor]) -> None:
-        """All of them are on their way at once."""
-        if not self.several:
-            return
-        means = [tensor.is_cuda for tensor in tensors]  # which NCCL divides as it sums; gloo only sums
-        ops = [dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM for mean in means]
-        works: list[Any] = [dist.all_reduce(each, op, async_op=True) for each, op in zip(tensors, ops, strict=True)]
-        for work in works:
-            work.wait()
-        for tensor, mean in zip(tensors, means, strict=True):
-            if not mean:
-                tensor.div_(self.ranks.world)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
