@@ -225,9 +225,8 @@ class Measuring:
         """Wait for them; the row, or why there is none."""
         codes = [child.wait() for child in self.children]
         if any(codes):
-            rank = min(
-                range(len(codes)), key=lambda index: (codes[index] == 0, codes[index])
-            )  # a signal before the rest
+            failed = [rank for rank, code in enumerate(codes) if code]
+            rank = min(failed, key=codes.__getitem__)  # one that a signal ended, whose code is negative, before others
             lines = [line for line in self.logs[rank].read_text().splitlines() if "Warning" not in line]
             return replace(self.row, error=": ".join([f"rank {rank} ended with {codes[rank]}", *lines[-1:]]))
         return from_json(ScalingRow, json.loads(self.out.read_text()))

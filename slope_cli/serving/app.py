@@ -5,6 +5,7 @@ import hmac
 import json
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -175,13 +176,14 @@ class Gate:
 
 async def _error(request: Request, error: Exception) -> Response:
     """Any error in OpenAI's form; the log says what was wrong with the request."""
-    response = _error_response(request, error)
-    if response.status_code < 500:
-        request.scope[Gate.NOTE] = [json.loads(bytes(response.body))["error"]["message"]]
-    return response
+    status, sentence, parameter, headers = _told(request, error)
+    if status < 500:
+        request.scope[Gate.NOTE] = [sentence]
+    return JSONResponse(error_body(status, sentence, parameter), status, headers)
 
 
-def _error_response(request: Request, error: Exception) -> JSONResponse:
+def _told(request: Request, error: Exception) -> tuple[int, str, str | None, Mapping[str, str] | None]:
+    """The status of an error, its sentence, the parameter that is wrong, and headers."""
     if isinstance(error, RequestValidationError):
         first, *others = error.errors()
         # Of a union each alternative has an error: that of the one that has the value's type says what is wrong.
@@ -191,15 +193,15 @@ def _error_response(request: Request, error: Exception) -> JSONResponse:
         sentence = f"{place[0] if place else 'the request'}: {first['msg']}"
         if not place and "json" not in request.headers.get("content-type", ""):
             sentence = "the request: must be JSON, with the header Content-Type: application/json"
-        return JSONResponse(error_body(400, sentence, place[0] if place else None), 400)
+        return 400, sentence, place[0] if place else None, None
     if isinstance(error, AnyHTTPException):
         asked = f"{request.method} {request.url.path}"
         default = error.detail == HTTPStatus(error.status_code).phrase
         sentence = f"{asked}: {error.detail.lower()}" if default else error.detail
-        return JSONResponse(error_body(error.status_code, sentence), error.status_code, error.headers)
+        return error.status_code, sentence, None, error.headers
     status = _STATUS.get(type(error), 500)
     sentence = str(error) if type(error) in _STATUS else f"the server failed: {type(error).__name__}; its log says more"
-    return JSONResponse(error_body(status, sentence), status, {"Retry-After": "1"} if status == 429 else None)
+    return status, sentence, None, {"Retry-After": "1"} if status == 429 else None
 
 
 async def _gone(receive: Receive) -> None:
