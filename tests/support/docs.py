@@ -144,7 +144,7 @@ def run(document: Path, folder: Path) -> None:
 def _run_command(command: str, folder: Path, stack: ExitStack, servers: dict[str, Server]) -> None:
     program, *words = shlex.split(command)
     if program == "slope" and words[0] == "serve":
-        options, port = words[2:], "8000"
+        options, port = tiny(words)[2:], "8000"
         if "--port" in options:  # it may be taken here
             place = options.index("--port")
             port = options[place + 1]
