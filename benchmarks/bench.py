@@ -64,8 +64,8 @@ def run(
     """Measure, and write the results.
 
     Args:
-        what: one of KINDS. Without a GPU training steps and products of training are left out, memory is estimated, and
-            that of decoding for "linearize"; "generate" and "products" need a plan for the CPU.
+        what: one of KINDS. Without a GPU "all" is "memory", which is then estimated, and "linearize" estimates that of
+            decoding; "step" and "gemm" are refused, and "generate" and "products" without a plan for the CPU.
         names: cases, or for a kind of DEFAULT models; by default all. "all" of named cases has no kind of DEFAULT.
         out: the folder; by default a new one in the current folder.
         budget: seconds, after which the remaining measurements are listed as not run.

@@ -244,7 +244,7 @@ def test_ids_above_the_vocabulary(tmp_path: Path) -> None:
     message = train_error(*words, out=tmp_path / "run")
     assert "token id 256 is above the model's vocabulary of 256" in message
     assert "set the model's vocabulary to 257" in message
-    assert error("pretrain", "gpt2-nano", *words, "--dry-run").startswith(message.partition("; the data of")[0])
+    assert error("pretrain", "gpt2-nano", *words, "--dry-run") == message
 
 
 def test_a_sequence_longer_than_the_data(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from slope_cli.commands.options import AsJson, Model, one_of_several, print_result, recipes_with
 from slope_cli.config import configs
+from slope_cli.config.schema import Config
 from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
@@ -136,27 +137,33 @@ def _train(
         for line in configs.without_effect(config, overrides):
             print(f"warning: {line}", file=sys.stderr)
     usual = configs.load_with_usual_rates(recipe, [*implied, *overrides])
-    if dry_run:
-        from slope_cli.train import advice
-        from slope_cli.train.dry_run import describe
-        from slope_cli.train.init import run_shape
-
-        if (data := advice.prepared_data(config)) is not None:
-            data.check_model(run_shape(config).vocab_size, config.train.seq_len)
-        advice.warn(config, data, usual)
-        print_result(*describe(config, gpus), as_json)
-        return
     from slope_cli.data.dataset import WrongDataError
-    from slope_cli.train import loop
-    from slope_cli.train.summary import report_lines
 
     try:
+        if dry_run:
+            _describe(config, usual, gpus, as_json)
+            return
+        from slope_cli.train import loop
+        from slope_cli.train.summary import report_lines
+
         summary = loop.pretrain(config, run, existing=existing, stop=stop, usual=usual)
     except WrongDataError as error:
         known = configs.recipe_data(recipe)
         raise WrongDataError(f"{error}; the data of {recipe}: {known}" if known else str(error)) from error
     if summary:  # empty on ranks other than 0
         print_result(summary | {"run": str(run)}, report_lines(summary, run), as_json)
+
+
+def _describe(config: Config, usual: Config, gpus: tuple[int, float] | None, as_json: bool) -> None:
+    """Print what a run would do; refuse data that do not fit its model, as the run does."""
+    from slope_cli.train import advice
+    from slope_cli.train.dry_run import describe
+    from slope_cli.train.init import run_shape
+
+    if (data := advice.prepared_data(config)) is not None:
+        data.check_model(run_shape(config).vocab_size, config.train.seq_len)
+    advice.warn(config, data, usual)
+    print_result(*describe(config, gpus), as_json)
 
 
 def finetune(
