@@ -31,7 +31,7 @@ from sparse_kernels import children
 from sparse_kernels.formats import BF16
 
 from . import generate, linearize_decoding, products, records, report
-from .measure import case_config
+from .measure import case_config, step_variants
 from .records import (
     AllocatorRow,
     Bytes,
@@ -69,7 +69,7 @@ def run(
         names: cases, or for a kind of DEFAULT models; by default all. "all" of named cases has no kind of DEFAULT.
         out: the folder; by default a new one in the current folder.
         budget: seconds, after which the remaining measurements are listed as not run.
-        plan: of "generate" and "products"; None for the usual one.
+        plan: of "generate", "products" and "step"; None for the usual one.
 
     Raises:
         UsageError: an unknown measurement or name, a plan that does not fit, or a folder that cannot be written.
@@ -92,7 +92,7 @@ def run(
     if what in ("all", "memory"):
         bench.memory()
     if what in ("all", "step"):
-        bench.steps()
+        bench.steps(plan.variants if what == "step" else ())
     if what in ("all", "gemm"):
         bench.gemm()
     if what in ("all", "memory") and gpu:
@@ -109,15 +109,17 @@ def run(
 
 def _refuse(what: str, models: dict[str, Sequence[str]], plan: Plan, gpu: bool) -> None:
     """UsageError now for what would fail later: a wrong name, a plan that does not fit, no GPU."""
-    if what not in ("all", "generate", "products") and plan != Plan():
-        raise UsageError(
-            f"{what}: has no options but --cases, --out and --budget; the others are of generate and products"
-        )
+    own = Plan(variants=plan.variants) if what == "step" else Plan()
+    if what not in ("all", "generate", "products") and plan != own:
+        options = "--cases, --out, --budget" + ", --variants" * (what == "step")
+        raise UsageError(f"{what}: has no options but {options}; the others are of generate and products")
     if what in ("step", "gemm") and not gpu:
         raise UsageError(f"no GPU here: {what} cannot be measured; slope bench memory estimates from the shapes")
     if what in ("generate", "products") and not gpu and plan.device != "cpu":
         raise UsageError(f"no GPU here: {what} cannot be measured; --device cpu measures plain torch on this processor")
-    if what == "generate":
+    if what == "step":
+        step_variants(plan.variants)
+    elif what == "generate":
         for name in models[what]:
             generate.model_entry(name, plan)
     elif what == "products":
@@ -168,8 +170,9 @@ class Bench:
         for row in self._rows(AllocatorRow, arguments, "memory", memory):
             memory.allocator.append(row)
 
-    def steps(self) -> None:
-        """Measure whole training steps of every case."""
+    def steps(self, variants: tuple[str, ...] = ()) -> None:
+        """Measure whole training steps of every case, of these variants or of all."""
+        plan = json.dumps(asdict(Plan(variants=variants)))
         self.results.step = records.StepResults()
         for case in self._chosen:
             config = case_config(case, "dense")
@@ -177,7 +180,7 @@ class Bench:
             operations = account(model, config).dense_flops_per_token
             entry = CaseResult(**vars(case), blocks=model.config.num_hidden_layers, flops_per_token=operations)
             self.results.step.cases.append(entry)
-            for row in self._rows(StepRow, ["step", case.name], "step", entry):
+            for row in self._rows(StepRow, ["step", case.name, plan], "step", entry):
                 entry.rows.append(row)
                 entry.summary = entry.compared(dense=False, precision="bf16")
                 ratio = "" if row.ratio is None else f", {row.ratio:.3f} times the best dense speed"

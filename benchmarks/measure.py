@@ -1,6 +1,6 @@
 """The measurements of `slope bench` on the GPU, by kind.
 
-    python -m slope_cli.benchmarks.measure step opt-2.7b
+    python -m slope_cli.benchmarks.measure step opt-2.7b '{}'
     python -m slope_cli.benchmarks.measure state opt-2.7b gpt2-small
     python -m slope_cli.benchmarks.measure gemm 2560 4096
     python -m slope_cli.benchmarks.measure linearize llama-small
@@ -30,6 +30,7 @@ from slope_cli.checkpoint import store
 from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.data.batches import IGNORED_LABEL
+from slope_cli.errors import UsageError, did_you_mean
 from slope_cli.methods import optim, phases_of
 from slope_cli.methods.accounting import account
 from slope_cli.methods.apply import apply
@@ -57,7 +58,9 @@ from .records import (
 from .timing import Peak, Timing, free, one_line, random_model
 
 Row = StepRow | AllocatorRow | GemmRow | DecodeRow | GenerateRow | ProductRow
-STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.2, most_calls=20, heat_seconds=3.0)
+STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.15, most_calls=20, heat_seconds=2.0)
+MICRO_BATCHES = 4
+"""Of the longer of two steps, by which the time of a further micro-batch is measured."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ VARIANTS = (
 PRECISIONS = ("bf16", "fp8")
 
 
+def step_variants(names: Sequence[str]) -> list[Variant]:
+    """The variants of these names, in the order of VARIANTS; all for no names; UsageError for an unknown one."""
+    known = {variant.name: variant for variant in VARIANTS}
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--variants {unknown[0]}: is unknown; {did_you_mean(unknown[0], known)}")
+    return [variant for name, variant in known.items() if not names or name in names]
+
+
 def case_config(case: Case, method: str, depth: int | None = None, precision: str = "bf16") -> Config:
     """The case's recipe with its batch, without dropout; cut to `depth` blocks, or whole."""
     overrides = [f"method={method}", "model.dropout=0", f"train.seq_len={case.seq_len}"]
@@ -97,7 +108,8 @@ class Runner:
     """A model that takes training steps on one random batch, with the mask updates of a run.
 
     Attributes:
-        peak_bytes: the allocator's peak in the first steps, above what was held before; None on a CPU.
+        peak_bytes: the allocator's peak in the first steps, which have MICRO_BATCHES, above what was held before; None
+            on a CPU.
         loss: of the last of these steps.
     """
 
@@ -115,14 +127,18 @@ class Runner:
             sparse_kernels.prepare(self.model, config.train.tokens_per_step)  # keeps its measurements out of the peak
             peak.restart()
         for _ in range(timing.warm_up):
-            self.loss = self.step().loss
+            self.loss = self.step(MICRO_BATCHES).loss  # of more than one, so that graphs of both kinds are captured
         self.peak_bytes = peak.above_start()
 
-    def step(self) -> StepOutput:
-        """Take one step."""
+    def step(self, micro_batches: int = 1) -> StepOutput:
+        """Take one step, of the same micro-batch so many times."""
         update = MaskUpdate() if self._phase.updates_masks(self._steps) else None
         self._steps += 1
-        return self._step([self._batch], update)
+        return self._step([self._batch] * micro_batches, update)
+
+    def longer(self) -> StepOutput:
+        """Take a step of MICRO_BATCHES."""
+        return self.step(MICRO_BATCHES)
 
 
 def build(config: Config, device: torch.device) -> Any:
@@ -183,34 +199,44 @@ def depth_rows(
         try:
             config = case_config(case, variant.method, depth, variant.precision)
             runner = Runner(config, variant, device, timing)
-            ms, *dense_ms = (1e3 * s for s in timing.medians(runner.step, *([best.step] if best else [])))
-            row = replace(row, step_ms=ms, dense_ms=dense_ms[0] if dense_ms else None, peak_bytes=runner.peak_bytes)
+            sides = [runner, *([best] if best else [])]
+            times = timing.medians(*(work for side in sides for work in (side.step, side.longer)))
+            row = replace(row, step_ms=1e3 * times[0], further_ms=_further_ms(*times[:2]), peak_bytes=runner.peak_bytes)
+            if best:
+                row = replace(row, dense_ms=1e3 * times[2], dense_further_ms=_further_ms(*times[2:]))
             row = replace(row, loss=runner.loss, seconds=time.perf_counter() - started)
             return runner, replace(row, backends=backends(runner.model))
         except Exception as error:  # the other variants are still measured
             return None, replace(row, error=one_line(error))
 
     best: Runner | None = None
-    best_ms, together = 0.0, True
+    fastest_dense: StepRow | None = None
+    together = True
     for variant in variants:
         runner, row = attempt(variant)
         if best is not None and re.search("out of memory|captur", row.error):
             again, best, together = best.variant, None, False
             free()
-            best_ms = attempt(again)[1].step_ms or best_ms
+            alone = attempt(again)[1]
+            fastest_dense = alone if alone.step_ms else fastest_dense
             free()
             runner, row = attempt(variant)
         if (step_ms := row.step_ms) is not None:
-            dense_ms = row.dense_ms or best_ms
-            row = replace(row, dense_ms=dense_ms or None, ratio=dense_ms / step_ms if dense_ms else None)
-            if variant.dense and variant.precision == "bf16" and (not dense_ms or step_ms < dense_ms):
-                best, best_ms = runner if together else None, step_ms
+            if row.dense_ms is None and fastest_dense:
+                row = replace(row, dense_ms=fastest_dense.step_ms, dense_further_ms=fastest_dense.further_ms)
+            row = replace(row, ratio=row.dense_ms / step_ms if row.dense_ms else None)
+            if variant.dense and variant.precision == "bf16" and (not row.dense_ms or step_ms < row.dense_ms):
+                best, fastest_dense = runner if together else None, row
         runner = None
         free()
         yield row
     best = None
     torch._dynamo.reset()
     free()
+
+
+def _further_ms(step_s: float, longer_s: float) -> float:
+    return 1e3 * (longer_s - step_s) / (MICRO_BATCHES - 1)
 
 
 def backends(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -254,13 +280,13 @@ def measure_state(row: AllocatorRow, config: Config, device: torch.device) -> Al
 
 
 def main(kind: str, *names: str) -> None:
-    """Measure on the GPU, and print rows; of "generate" and "products" the last name is a Plan in JSON."""
-    plan = from_json(Plan, json.loads(names[-1])) if kind in ("generate", "products") else Plan()
+    """Measure on the GPU, and print rows; of "step", "generate" and "products" the last name is a Plan in JSON."""
+    plan = from_json(Plan, json.loads(names[-1])) if kind in ("step", "generate", "products") else Plan()
     device = torch.device(plan.device or f"cuda:{torch.cuda.current_device()}")
     # Every variant compiles the code of a block again.
     torch._dynamo.config.recompile_limit = 64
     measures: dict[str, Callable[[], Iterator[Row]]] = {
-        "step": lambda: (row for name in names for row in step(cases()[name], device)),
+        "step": lambda: step(cases()[names[0]], device, step_variants(plan.variants)),
         "state": lambda: (row for name in names for row in state(cases()[name], device)),
         "gemm": lambda: gemm([int(name) for name in names]),
         "linearize": lambda: (row for name in names for row in linearize_decoding.rows(name, device)),

@@ -71,7 +71,8 @@ class StepRow(OfMethod):
     """A training step of one variant of a case, cut to `depth` blocks.
 
     dense_ms: the fastest dense variant in 16 bits, in the same rounds if `alternated`, else just before.
-    ratio: dense_ms over step_ms. seconds: to build and measure. backends: how the layers' sparse products ran.
+    ratio: dense_ms over step_ms. further_ms, dense_further_ms: what each further micro-batch of a step adds, forward
+    and backward. seconds: to build and measure. backends: how the layers' sparse products ran.
     """
 
     case: str
@@ -84,10 +85,23 @@ class StepRow(OfMethod):
     step_ms: float | None = None
     dense_ms: float | None = None
     ratio: float | None = None
+    further_ms: float | None = None
+    dense_further_ms: float | None = None
     peak_bytes: int | None = None
     loss: float | None = None
     seconds: float | None = None
     backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def speed_up(self, micro_batches: int) -> "Speedup | None":
+        """Of a step of so many micro-batches; None if it is not known."""
+        sides = ((self.dense_ms, self.dense_further_ms), (self.step_ms, self.further_ms))
+        times = [_with(first, further, micro_batches - 1) for first, further in sides]
+        return Speedup.of(*times) if all(times) else None
+
+
+def _with(first_ms: float | None, further_ms: float | None, further: int) -> float:
+    """The time of a step with further micro-batches; 0 if it is not known."""
+    return 0.0 if not first_ms or (further and not further_ms) else first_ms + further * (further_ms or 0.0)
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class CaseResult(Case, Incomplete):
     rows: list[StepRow] = field(default_factory=list)
     summary: StepSummary | None = None
 
-    def compared(self, *, dense: bool, precision: str) -> StepSummary | None:
+    def compared(self, *, dense: bool, precision: str, micro_batches: int = 1) -> StepSummary | None:
         """The fastest variants of a kind with the fastest dense ones in 16 bits; None if one is missing.
 
         A block is not compared if one depth was timed in alternating rounds and the other was not: their difference
@@ -140,16 +154,17 @@ class CaseResult(Case, Incomplete):
         """
         by_depth = [[row for row in self.rows if row.depth == depth] for depth in sorted(self.depths)]
         first, last = (fastest(by_depth[at], dense=dense, precision=precision) for at in (0, -1))
-        if not last or not last.step_ms or not last.dense_ms:
+        if not last or not (timed := last.speed_up(micro_batches)):
             return None
         best = fastest(by_depth[-1], dense=True)
-        timed = Speedup.of(last.dense_ms, last.step_ms)
         result = StepSummary(last.depth, best.variant if best else None, last.variant, timed)
-        if not first or first is last or first.alternated != last.alternated or not first.step_ms or not first.dense_ms:
+        if not first or first is last or first.alternated != last.alternated:
+            return result
+        if not (less := first.speed_up(micro_batches)):
             return result
         blocks, more = last.depth - first.depth, self.blocks - last.depth
-        block = Speedup.of((last.dense_ms - first.dense_ms) / blocks, (last.step_ms - first.step_ms) / blocks)
-        whole = Speedup.of(last.dense_ms + more * block.dense_ms, last.step_ms + more * block.sparse_ms)
+        block = Speedup.of((timed.dense_ms - less.dense_ms) / blocks, (timed.sparse_ms - less.sparse_ms) / blocks)
+        whole = Speedup.of(timed.dense_ms + more * block.dense_ms, timed.sparse_ms + more * block.sparse_ms)
         return replace(result, block=block, whole=whole)
 
     def whole_times(self, found: StepSummary | None) -> Speedup | None:
@@ -324,10 +339,11 @@ class LinearizeResults(Results):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `slope bench generate` and `slope bench products` measure.
+    """What `slope bench generate`, `products` and, by its variants alone, `step` measure.
 
     batches: texts that are continued at once. context: tokens of each that a step's attention reads. prompt: at most so
-    many are read before the first token. variants, against: names that `variants` knows; none for the usual ones.
+    many are read before the first token. variants, against: names that `variants` knows, or
+    `measure`, of steps; none for the usual ones.
     depth: only so many blocks; None for all. tokens: of single products. device: "cpu", or "" for the GPU.
     """
 

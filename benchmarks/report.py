@@ -29,6 +29,7 @@ SPEED_TARGET, BATCH_TARGET, TARGET_LENGTH = 2.0, 8.0, 4096
 """Targets from TARGET_LENGTH tokens on: tokens/s at the largest batch that both sides hold, and the largest batch, over
 softmax's."""
 SHOWN_LENGTHS = (4096, 16384)
+SHOWN_MICRO_BATCHES = (1, 8)
 SPEED_COLUMNS = ("softmax tokens/s", "linear tokens/s", "compiled tokens/s", "speed-up")
 _ENVIRONMENT = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
 _KINDS = ((False, "bf16"), (True, "fp8"), (False, "fp8"))
@@ -43,7 +44,7 @@ def tables(results: BenchResults) -> list[Table]:
     """The tables of the measured parts, those of whole models first."""
     every = []
     if step := results.step:
-        every += [steps(step.cases), precisions(step), _variants(step.cases)]
+        every += [steps(step.cases), *(precisions(step, count) for count in SHOWN_MICRO_BATCHES), _variants(step.cases)]
     if gemm := results.gemm:
         every += [_break_even(gemm.rows), _products(gemm)]
     if memory := results.memory:
@@ -77,20 +78,20 @@ def steps(cases: Sequence[CaseResult]) -> Table:
     return Table("Training steps", columns, rows, note, left=[REMARKS])
 
 
-def precisions(step: StepResults) -> Table:
+def precisions(step: StepResults, micro_batches: int) -> Table:
     """The steps of whole models, dense and sparse, in bf16 and fp8, of the cases with steps in fp8."""
     kinds = {f"{('sparse', 'dense')[dense]} {precision}": (dense, precision) for dense, precision in _KINDS}
     columns = ["model", "tokens/s: dense bf16", "MFU", *kinds, "sparse fp8 over dense fp8"]
     peak, rows = dense_peak(str(step.machine.get("gpu")), "bf16"), []
     for case in step.cases:
         found = {
-            name: case.whole_times(case.compared(dense=dense, precision=precision))
+            name: case.whole_times(case.compared(dense=dense, precision=precision, micro_batches=micro_batches))
             for name, (dense, precision) in kinds.items()
         }
         if not found["dense fp8"] and not found["sparse fp8"]:
             continue
         known = next(side for side in found.values() if side)
-        speed = 1e3 * case.tokens / known.dense_ms
+        speed = 1e3 * case.tokens * micro_batches / known.dense_ms
         share = speed * case.flops_per_token / peak if case.flops_per_token and peak else None
         cells = [case.name, number(speed, ",.0f"), NONE if share is None else f"{share:.1%}"]
         cells += [number(side.ratio, ".3f") if side else NONE for side in found.values()]
@@ -101,7 +102,10 @@ def precisions(step: StepResults) -> Table:
         "its rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate "
         "in bf16, attention's operations counted."
     )
-    return Table("Precisions", columns, rows, note)
+    note += " The time of each further micro-batch is the mean of three." * (micro_batches > 1)
+    return Table(
+        f"Precisions, {micro_batches} micro-batches a step" if micro_batches > 1 else "Precisions", columns, rows, note
+    )
 
 
 def whole_model(case: CaseResult) -> str:

@@ -65,6 +65,8 @@ def test_steps_of_two_depths_alternate_with_the_fastest_dense_one() -> None:
         assert sparse.dense_ms is not None
         assert sparse.step_ms is not None
         assert sparse.ratio == sparse.dense_ms / sparse.step_ms
+        assert sparse.speed_up(1) == records.Speedup(sparse.dense_ms, sparse.step_ms, sparse.ratio)
+        assert all(row.further_ms is not None for row in (dense, sparse))
     json.dumps([asdict(row) for row in rows])
 
 
@@ -74,7 +76,8 @@ def test_timed_steps_update_the_masks_as_a_run_does() -> None:
     before = [layer.backward_mask_bits._version for layer in layers]
     for _ in range(2):
         runner.step()
-    assert [layer.backward_mask_bits._version - v for layer, v in zip(layers, before, strict=True)] == [2] * len(layers)
+    runner.longer()  # one step of several micro-batches
+    assert [layer.backward_mask_bits._version - v for layer, v in zip(layers, before, strict=True)] == [3] * len(layers)
 
 
 def test_work_is_warmed_up_and_timed_in_alternating_rounds() -> None:
@@ -216,7 +219,8 @@ def test_precisions_are_compared_by_whole_models() -> None:
     case = entry(*FULL.rows, *rows)
     case.flops_per_token = 10**9
     step = records.StepResults(machine={"gpu": "NVIDIA H200"}, cases=[case, FULL])
-    (row,) = report.precisions(step).rows
+    (row,) = report.precisions(step, 1).rows
+    assert report.precisions(step, 8).rows == []  # without the times of further micro-batches
     speed, share = 64 / 0.110, 64 / 0.110 * 1e9 / 989.5e12  # 50 ms and 6 blocks of 10 more
     ratios = [110 / 82, 110 / 54, 110 / 46]
     assert row == ["opt", f"{speed:,.0f}", f"{share:.1%}", *(f"{x:.3f}" for x in ratios), f"{54 / 46:.3f}"]
@@ -249,6 +253,18 @@ def test_a_spent_budget_lists_what_was_not_run(tmp_path: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "gemm.json").read_text())["not_run"] == "not run: the budget was spent"
     assert "none of 32" in (tmp_path / "bench.md").read_text()
     assert "opt-2.7b: not run: the budget was spent" in capsys.readouterr().err
+
+
+def test_more_micro_batches_are_added_to_a_step() -> None:
+    """Of 10 blocks, from 4 and 2, eight micro-batches a step: dense 50 + 7·40 ms and 30 + 7·24; sparse fp8 half."""
+    rows = [
+        replace(step_row(depth, "slope", ms / 2, ms, precision="fp8"), further_ms=more / 2, dense_further_ms=more)
+        for depth, ms, more in ((4, 50, 40), (2, 30, 24))
+    ]
+    case = entry(*rows)
+    (row,) = report.precisions(records.StepResults(machine={}, cases=[case]), 8).rows
+    whole = 330 + 6 * (330 - 198) / 2
+    assert row == ["opt", f"{8 * 64 / whole * 1e3:,.0f}", "–", "–", "–", "2.000", "–"]
 
 
 @no_gpu

@@ -79,7 +79,9 @@ def bench(
     batches: Annotated[str, typer.Option(help="generate: batch sizes, comma-separated.")] = "1,2,4,8,16,32,64",
     context: Annotated[int, typer.Option(help="generate: tokens of each text.")] = 1024,
     prompt: Annotated[int, typer.Option(min=1, help="generate: tokens before the first one, at most.")] = 2048,
-    variants: Annotated[str, typer.Option(help="generate: such as dense,sparse,sparse-r1.56; default: all.")] = "",
+    variants: Annotated[
+        str, typer.Option(help="generate: such as dense,sparse,sparse-r1.56; step: as it names them; default: all.")
+    ] = "",
     against: Annotated[str, typer.Option(help="generate: also transformers, semi_structured, int8.")] = "",
     depth: Annotated[int | None, typer.Option(min=1, help="generate: only so many blocks.")] = None,
     tokens: Annotated[str, typer.Option(help="products: numbers of tokens, comma-separated.")] = "1,2,4,8,16,32,64",
