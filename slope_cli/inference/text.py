@@ -50,30 +50,32 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # transformers' own decode takes several times as long, and a step waits for it once for each of its texts.
+        self._tokenizer, self._stop = tokenizer.backend_tokenizer, tuple(stop)
         self._ids = list(prompt[-CONTEXT:])
-        self._decoded = len(self._ids)  # of these, the text is known
+        self._known = self._decoded()  # the part of their text that is certain
         self._held = ""  # text that may be the beginning of a stop string
         self.text, self.stopped = "", False
 
     def push(self, token: int) -> str:
         """Add a token; the new text that is certain by now."""
         self._ids.append(token)
-        new = self._new_text()
+        decoded = self._decoded()
+        new = decoded[len(self._known) :]
         if new.endswith(UNFINISHED):
             return ""
-        self._ids, self._decoded = self._ids[-CONTEXT:], min(len(self._ids), CONTEXT)
+        self._known = decoded
+        if len(self._ids) > 2 * CONTEXT:
+            self._ids = self._ids[-CONTEXT:]
+            self._known = self._decoded()
         return self._add(new, last=False)
 
     def end(self) -> str:
         """The rest of the text, when no token follows."""
-        return "" if self.stopped else self._add(self._new_text(), last=True)
+        return "" if self.stopped else self._add(self._decoded()[len(self._known) :], last=True)
 
-    def _new_text(self) -> str:
-        before, after = (
-            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._ids[: self._decoded], self._ids)
-        )
-        return str(after[len(before) :])
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _add(self, new: str, *, last: bool) -> str:
         found = self._held + new
