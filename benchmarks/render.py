@@ -28,6 +28,7 @@ from .records import (
     Projection,
     RecallResults,
     StepResults,
+    fastest,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,37 @@ def _step(result: Json) -> str:
     how = f"bf16, {cases[0].tokens:,} tokens a step; dense is the fastest of three dense variants"
     how += f", for {' and '.join(alone)} the one replayed from CUDA graphs" * bool(alone)
     return f"{_columns(report.steps(cases), *names)}\n\n{_where(step.machine, step.libraries)}; {how}."
+
+
+def _step_precisions(result: Json) -> str:
+    """Speed-ups over dense steps in bf16 of models cut to some blocks, with one micro-batch a step and with eight."""
+    step = from_json(StepResults, result)
+    kinds = {"sparse bf16": (False, "bf16"), "dense fp8": (True, "fp8"), "sparse fp8": (False, "fp8")}
+    rows = []
+    for case in step.cases:
+        timed = [row for row in case.rows if row.depth == case.depths[-1]]
+        found = [fastest(timed, dense=dense, precision=precision) for dense, precision in kinds.values()]
+        for count in report.SHOWN_MICRO_BATCHES:
+            ratios = [row and row.speed_up(count) for row in found]
+            cells = [number(each.ratio, ".3f") if each else NONE for each in ratios]
+            over = number(ratios[2].ratio / ratios[1].ratio, ".3f") if ratios[1] and ratios[2] else NONE
+            rows.append([case.name, f"{case.depths[-1]} of {case.blocks}", str(count), *cells, over])
+    columns = ("model", "blocks timed", "micro-batches", *kinds, "sparse fp8 over dense fp8")
+    where = f"{_where(step.machine, step.libraries)}; {step.cases[0].tokens:,} tokens a micro-batch"
+    return _markdown(columns, rows, f"{where}; over the dense step in bf16, in alternating rounds.")
+
+
+def _fp8_losses(result: Json) -> str:
+    """Losses in bf16 and in fp8, over the same seeds."""
+    rows = []
+    for name, each in result.items():
+        comparison = from_json(Comparison, each)
+        bf16, fp8 = comparison.variants
+        cells = [table.spread(side.loss, ".3f") for side in (bf16, fp8)]
+        tokens = f"{(bf16.tokens or 0) / 1e6:.0f} million"
+        rows.append([name, tokens, *cells, table.spread(fp8.gap, "+.3f")])
+    below = f"{_where(comparison.runs[0].environment[0])}; validation loss, mean ± standard error (seeds)."
+    return _markdown(("model", "tokens", "bf16", "fp8", "difference"), rows, below)
 
 
 def _memory(result: Json) -> str:
@@ -233,6 +265,22 @@ def _generating(result: Json) -> str:
     notes = "", f" {_where(results.machine)}."
     parts = zip(tables, notes, strict=True)
     return "\n\n".join(_markdown(t.columns[:-1], [row[:-1] for row in t.rows], t.note + note) for t, note in parts)
+
+
+def _generating_kinds(result: Json) -> str:
+    """All variants of one model in the engine: first token, speed by batch, memory of a text."""
+    results = from_json(GenerateResults, result)
+    speeds = generate_report.by_batch(results)
+    model, batches = results.models[0], speeds.columns[2:-1]
+    first = {row.variant: row for row in model.rows if row.part == "prefill"}
+    text = {row.variant: row.remembered_bytes for row in model.rows if row.part == "decode" and row.batch == 1}
+    rows = []
+    for _, variant, *cells, _ in speeds.rows:
+        ms = first[variant].step_ms if variant in first else None
+        rows.append([variant, number(ms), *cells, bytes_text(text[variant])])
+    prompt = next(row.tokens for row in first.values())
+    below = f"{model.model}, prompt of {prompt:,} tokens. {speeds.note} {_where(results.machine)}."
+    return _markdown(("variant", "first token ms", *batches, "memory of a text"), rows, below)
 
 
 def _few_tokens(result: Json) -> str:
@@ -380,6 +428,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "step-h200": _step,
     "training-h100": _training,
     "generate-h200": _generating,
+    "generate-gpt2-small-h200": _generating_kinds,
+    "step-h200-fp8": _step_precisions,
+    "fp8-losses-h200": _fp8_losses,
     "products-h200": _few_tokens,
     "linearize-decoding-h100": _linearized_decoding,
     "linearize-cpu": _small_llama,

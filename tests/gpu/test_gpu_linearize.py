@@ -121,8 +121,9 @@ def test_outputs_and_gradients_of_many_long_sequences(pattern: Pattern, state: s
 def compared_dtype(state: str) -> torch.dtype | None:
     """In what the two forms are compared; None for float32.
 
-    The gradients of the delta rule's gates are small differences of large sums. In bf16 they are as far from each other
-    as from exact ones, up to a half, so an error of the compiled form would not be seen.
+    The gradients of the delta rule's gates, and of the mix of other states, are small differences of large sums. In
+    bf16 they are as far from each other as from exact ones, up to a half, so an error of the compiled form would not be
+    seen.
     """
     return None if state == "delta" else torch.bfloat16
 
@@ -152,13 +153,16 @@ def test_adapters_have_the_gradients_of_the_eager_form(name: str, kept: list[int
             adapter.lora_B.normal_(0, 0.02)
     for linear in linear_windows(model).values():
         linear.requires_grad_(True)  # as with adjust_maps
-    dtype = compared_dtype(state)
     expected = adapter_gradients(copy.deepcopy(model).double(), None)
-    eager = distances(adapter_gradients(copy.deepcopy(model), dtype), expected)
-    compile_blocks(model)
-    compiled = distances(adapter_gradients(model, dtype), expected)
-    for parameter, distance in compiled.items():
-        assert distance < 2 * eager[parameter] + 0.02, parameter
+    for dtype in dict.fromkeys((compared_dtype(state), None)):
+        eager = distances(adapter_gradients(copy.deepcopy(model), dtype), expected)
+        one = copy.deepcopy(model)
+        compile_blocks(one)
+        compiled = distances(adapter_gradients(one, dtype), expected)
+        exact = dtype is None and torch.get_float32_matmul_precision() == "highest"
+        for parameter, distance in compiled.items():
+            if exact or not parameter.endswith(".mix"):
+                assert distance < 2 * eager[parameter] + 0.02, (parameter, dtype)
 
 
 @pytest.mark.parametrize(
