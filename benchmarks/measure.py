@@ -58,8 +58,8 @@ from .records import (
 from .timing import Peak, Timing, free, one_line, random_model
 
 Row = StepRow | AllocatorRow | GemmRow | DecodeRow | GenerateRow | ProductRow
-STEP_TIMING = Timing(warm_up=4, rounds=7, round_seconds=0.15, most_calls=20, heat_seconds=2.0)
-MICRO_BATCHES = 4
+STEP_TIMING = Timing(warm_up=3, rounds=7, round_seconds=0.15, most_calls=20, heat_seconds=2.0)
+MICRO_BATCHES = 2
 """Of the longer of two steps, by which the time of a further micro-batch is measured."""
 
 

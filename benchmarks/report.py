@@ -102,7 +102,7 @@ def precisions(step: StepResults, micro_batches: int) -> Table:
         "its rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate "
         "in bf16, attention's operations counted."
     )
-    note += " The time of each further micro-batch is the mean of three." * (micro_batches > 1)
+    note += " Each further micro-batch takes as long as the second." * (micro_batches > 1)
     return Table(
         f"Precisions, {micro_batches} micro-batches a step" if micro_batches > 1 else "Precisions", columns, rows, note
     )
