@@ -108,9 +108,8 @@ def pretrain(
             group.agreed(lambda: replaced.require_seen(run))
         how: dict[str, Any] = {"group": group, "stop": stop, "start": start, "usual": usual}
         taken = layer_ranges.transfer(config, run, device, **how)
-        if group.first(
-            lambda: layer_ranges.ended(config, run)
-        ):  # the whole model may be larger than the device's memory
+        # The whole model may be larger than the device's memory.
+        if group.first(lambda: layer_ranges.ended(config, run)):
             dataset = open_run_data(config, run, group, stop)
             if ranks.first and not taken:
                 print(finished_line(config), file=sys.stderr)
