@@ -18,7 +18,7 @@ import torch
 from support.data import prepared, scratch
 from support.marks import slow
 from support.processes import has_content, stopped, wait_until
-from support.runs import OVERRIDES, RECIPE, copied, small
+from support.runs import OVERRIDES, RECIPE, copied, sized, small
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
@@ -809,3 +809,80 @@ def _is_free(run: Path) -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+# --------------------------------------------------------------------------------------------------- warnings
+
+
+def warned_of(found: Comparison) -> dict[str, dict[str, list[int]]]:
+    return {each.text: each.seeds for each in found.warnings}
+
+
+def test_what_runs_warned_of_is_shown_once_with_those_that_gave_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One warning that the configuration tells, and one that comes up when a run begins."""
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    extra = [
+        "slow: method=dense optim.warmup=100",
+        f"copied: method=dense optim.warmup=100 optim.lr=0.02 data.local_copy={tmp_path}/file",
+    ]
+    train_here(out, ["slope"], [1, 2], extra)
+    capsys.readouterr()
+    found = compared(out, methods=["slope"], seeds=[1, 2], extra=extra)
+    told, came = found.warnings
+    assert told.text.startswith("optim.warmup=100: the warm-up is not over before the 6 steps")
+    assert told.seeds == {"slow": [1, 2], "copied": [1, 2]}
+    assert came.text.startswith("data.local_copy=file: file: ")
+    assert came.seeds == {"copied": [1, 2]}
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning: ")] == [
+        f"warning: {told.text} (slow, seeds 1, 2; copied, seeds 1, 2)"
+    ]
+    text = (out / "compare.md").read_text()
+    assert text.count(told.text) == text.count(came.text) == 1
+    assert f"* warning: {came.text} (copied, seeds 1, 2)\n" in text
+    assert from_json(Comparison, in_json(found)) == found
+    # The runs have kept it, and so has the result.
+    folders = [out / f"{name}-s{seed}" for name in ("slow", "copied") for seed in (1, 2)]
+    alone = results.compare_runs(folders, out=tmp_path / "alone")
+    assert warned_of(alone) == warned_of(found)
+    assert warned_of(results.compare_runs([out / "compare.json"], out=tmp_path / "again")) == warned_of(found)
+    assert result().warnings == []
+
+
+def test_a_run_that_fails_shows_its_warnings_too(tmp_path: Path) -> None:
+    extra = ["wide: model.overrides.n_head=3 optim.warmup=100"]
+    found = compared(tmp_path, methods=[], extra=extra)
+    assert [failed.run for failed in found.failures] == ["wide-s1"]
+    ((text, seeds),) = warned_of(found).items()
+    assert text.startswith("optim.warmup=100: ")
+    assert seeds == {"wide": [1]}
+
+
+def test_the_advice_of_a_run_is_that_of_its_recipe_and_words() -> None:
+    """Its process sees a resolved configuration, which does not say what is usual, or what the user has written."""
+
+    def told(*methods: str, more: Sequence[str] = (), extra: Sequence[str] = (), lrs: Sequence[float] = ()) -> Any:
+        found = variants.variants(str(RECIPE), [*sized("gpt2-nano"), *more], methods, extra)
+        return {run.name: [*run.advice] for run in variants.planned_runs(found, [1], lrs)}
+
+    far = "optim.lr=1e-07: is 1/50,000 of the recipe's 0.005; is it meant?"
+    assert told("dense", more=["optim.lr=1e-7"]) == {"dense-s1": [far]}
+    assert told("dense", lrs=[1e-7]) == {"dense-lr1e-07-s1": []}
+    # What all variants share has to be of use to one of them; what one has alone, to that one.
+    rank = "adapters.rank=8"
+    idle = "adapters.rank=8.0: has no effect with method=dense"
+    assert told("dense", "slope", more=[rank]) == {"dense-s1": [], "slope-s1": []}
+    assert told("dense", "half-depth", more=[rank]) == {"dense-s1": [idle], "half-depth-s1": [idle]}
+    assert told("slope", extra=[f"other: method=dense {rank}"]) == {"slope-s1": [], "other-s1": [idle]}
+
+
+def test_warnings_name_the_rates_of_the_runs_that_gave_them() -> None:
+    given = [("a", 0.01, 1, ["x"]), ("a", 0.01, 2, ["x", "x"]), ("a", 0.1, 1, ["y", "x"]), ("b", None, 3, ["y"])]
+    found = summary.warnings_of(given)
+    assert table.warning_lines(found) == [
+        "x (a at 0.01, seeds 1, 2; a at 0.1, seed 1)",
+        "y (a at 0.1, seed 1; b, seed 3)",
+    ]

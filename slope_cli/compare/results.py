@@ -9,6 +9,7 @@ OUT/step-times.*            with equal time; see slope_cli.compare.step_times
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +26,11 @@ from slope_cli.compare.rows import (
     portable,
     read_run,
     require_alike,
+    run_warnings,
     terms,
     without_folders,
 )
-from slope_cli.compare.summary import Comparison, summarize
+from slope_cli.compare.summary import Comparison, summarize, warnings_of
 from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
@@ -101,9 +103,10 @@ def compare(
             compared, measured = step_times.equal_time(compared, out, stop)
         planned = variants.planned_runs(compared, seeds, lrs)
         notes = [*(f"{variant.name}: {variant.note}" for variant in compared if variant.note), *measured]
-        return _train(
-            _share(planned, shard) if shard else planned, data, notes, out, jobs, allow_different, shard, stop
-        )
+        planned = _share(planned, shard) if shard else planned
+        for line in table.warning_lines(warnings_of((run.variant, run.lr, run.seed, run.advice) for run in planned)):
+            print(f"warning: {line}", file=sys.stderr)
+        return _train(planned, data, notes, out, jobs, allow_different, shard, stop)
 
 
 def _train(
@@ -249,7 +252,13 @@ def _row(planned: PlannedRun, run: Path, error: str, checkpoint: store.Checkpoin
             return _as_planned(read_run(run, checkpoint), planned)
         except SlopeError as fault:
             error = str(fault)
-    return FailedRun(planned.name, planned.variant, planned.lr, planned.seed, without_folders(error), planned.share)
+    own = planned.name, planned.variant, planned.lr, planned.seed, without_folders(error), planned.share
+    return FailedRun(*own, _warnings(planned, run_warnings(run)))
+
+
+def _warnings(planned: PlannedRun, own: Sequence[str]) -> list[str]:
+    """What a planned run and its configuration warn of."""
+    return list(dict.fromkeys([*map(without_folders, planned.advice), *own]))
 
 
 def _as_planned(run: Run, planned: PlannedRun) -> Run:
@@ -257,7 +266,9 @@ def _as_planned(run: Run, planned: PlannedRun) -> Run:
     own, share = planned.budget, planned.share
     val = [replace(each, seconds=own.seconds_until(each.step)) for each in run.val] if own else run.val
     agreed = planned_terms(run.terms, share, own.rule if own else None)
-    return replace(run, variant=planned.variant, lr=planned.lr, share=share, budget=own, terms=agreed, val=val)
+    warnings = _warnings(planned, run.warnings)
+    named = replace(run, variant=planned.variant, lr=planned.lr, share=share, budget=own)
+    return replace(named, terms=agreed, val=val, warnings=warnings)
 
 
 def _write(result: Comparison, out: Path) -> Comparison:

@@ -1,7 +1,7 @@
 """The statistics of a comparison: each variant over its seeds, at its best learning rate, against the first one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, median, stdev
 
@@ -113,12 +113,20 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A warning, and the seeds of the runs that gave it, by variant; where rates were tried, by "VARIANT at RATE"."""
+
+    text: str
+    seeds: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The content of compare.json.
 
     baseline: the first variant. different: a line for each difference between the terms of the runs. variants: each
     at its best learning rate. rates: each at every learning rate, or empty if no rates were tried. equal: what all
-    variants have alike, tokens or time. exchange: None if it was not measured.
+    variants have alike, tokens or time. exchange: None if it was not measured. warnings: each that a run gave, once.
     """
 
     baseline: str
@@ -130,6 +138,17 @@ class Comparison:
     failures: list[FailedRun] = field(default_factory=list)
     equal: str = "tokens"
     exchange: Exchange | None = None
+    warnings: list[Warned] = field(default_factory=list)
+
+
+def warnings_of(runs: Iterable[tuple[str, float | None, int, Sequence[str]]]) -> list[Warned]:
+    """Each warning once, in the order in which they come; runs: variant, learning rate, seed and warnings of each."""
+    found: dict[str, Warned] = {}
+    for variant, lr, seed, texts in runs:
+        for text in dict.fromkeys(texts):
+            name = variant if lr is None else f"{variant} at {lr:g}"
+            found.setdefault(text, Warned(text, {})).seeds.setdefault(name, []).append(seed)
+    return list(found.values())
 
 
 def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_different: bool) -> Comparison:
@@ -160,6 +179,7 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
         failures=[row for row in rows if isinstance(row, FailedRun)],
         equal="time" if runs and all(run.budget or run.share for run in runs) else "tokens",
         exchange=rate,
+        warnings=warnings_of((row.variant, row.lr, row.seed, row.warnings) for row in rows),
     )
 
 

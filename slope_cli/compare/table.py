@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from slope_cli.compare.rows import Run, config_of
-from slope_cli.compare.summary import Comparison, Spread, Summary, Worth
+from slope_cli.compare.summary import Comparison, Spread, Summary, Warned, Worth
 from slope_cli.config.configs import container, follows
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
@@ -46,7 +46,20 @@ def _notes(result: Comparison) -> list[str]:
         lines.append("time: steps times the step time that was measured; logged: what the steps of the runs took")
     if any(each.lr_at_edge for each in result.variants):
         lines.append("(edge): the best rate is the lowest or highest of those tried; a better one may lie beyond")
-    return [*lines, *result.notes, *_environments(result.runs)]
+    lines += [*result.notes, *(f"warning: {line}" for line in warning_lines(result.warnings))]
+    return [*lines, *_environments(result.runs)]
+
+
+def warning_lines(warnings: Sequence[Warned]) -> list[str]:
+    """Warnings, each with the variants and seeds that gave it."""
+
+    def given(each: Warned) -> str:
+        parts = (
+            f"{name}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" for name, seeds in each.seeds.items()
+        )
+        return "; ".join(parts)
+
+    return [f"{each.text} ({given(each)})" for each in warnings]
 
 
 def _exchange(result: Comparison) -> str:
