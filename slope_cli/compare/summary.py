@@ -59,6 +59,18 @@ class Worth:
 
 
 @dataclass(frozen=True)
+class TimeGap:
+    """By which share the steps of a variant took longer than the baseline's, by the logs, over the seeds of both.
+
+    steady: without what the first steps of starts and phases, which compile, took beyond the median step; None if that
+    is not known.
+    """
+
+    logged: float
+    steady: float | None
+
+
+@dataclass(frozen=True)
 class Curve:
     """Validation loss over the seeds, at the numbers of tokens at which every seed has one.
 
@@ -80,6 +92,7 @@ class Summary:
     lr_at_edge: the best rate is the lowest or highest of those tried. gap: to the baseline; both for its best rate.
     share: see `variants.Variant`. step_seconds: the mean of a step, in alternating rounds if the run has a budget, else
     the median of its log. budget_seconds: of all steps by these rounds. worth: of the gap, by the exchange rate.
+    time_gap: of a variant that was given the baseline's time.
     """
 
     variant: str
@@ -105,6 +118,7 @@ class Summary:
     step_seconds: float | None = None
     budget_seconds: float | None = None
     worth: Worth | None = None
+    time_gap: TimeGap | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -167,17 +181,26 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
     best = [best_rate([rate for rate in rates if rate.variant == name]) for name in names]
     gpus = dict.fromkeys(str(e.get("gpu") or e.get("device")) for run in runs for e in run.environment)
     mixed = [f"trained on {', '.join(gpus)}: speed, time and memory are not comparable"] * (len(gpus) > 1)
-    best = [replace(each, gap=paired(each.by_seed, best[0].by_seed)) for each in best]
+    by_seed = {key: {row.seed: row for row in alike if isinstance(row, Run)} for key, alike in by_rate.items()}
+
+    def against_baseline(each: Summary) -> Summary:
+        ours, theirs = (by_seed[of.variant, of.lr] for of in (each, best[0]))
+        same_time = each.budget_seconds is not None and each.share is None and each.variant != best[0].variant
+        gap = paired(each.by_seed, best[0].by_seed)
+        return replace(each, gap=gap, time_gap=time_gap(ours, theirs) if same_time else None)
+
+    best = [against_baseline(each) for each in best]
     rate = next((exchange_rate(each, best[0]) for each in best if each.share is not None and each.seeds), None)
+    whole = [run for run in runs if run.share is None] or runs
     return Comparison(
         baseline=best[0].variant,
         different=different,
-        notes=[*notes, *mixed],
+        notes=[*notes, *mixed, *unequal_times(best[0].variant, best)],
         variants=[replace(each, worth=worth(each, best[0], rate)) for each in best],
         rates=rates if any(rate.lr is not None for rate in rates) else [],
         runs=runs,
         failures=[row for row in rows if isinstance(row, FailedRun)],
-        equal="time" if runs and all(run.budget or run.share for run in runs) else "tokens",
+        equal="time" if whole and all(run.budget for run in whole) else "tokens",
         exchange=rate,
         warnings=warnings_of((row.variant, row.lr, row.seed, row.warnings) for row in rows),
     )
@@ -198,6 +221,37 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gap:
     return Gap(**vars(found), seeds=common, undecided=undecided)
 
 
+UNEQUAL = 0.03
+"""The share by which times that are called equal may differ: a step's time is known to about one per cent, a GPU's
+clock changes it by a few, and what so little more time is worth is less than what seeds differ by."""
+
+
+def time_gap(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> TimeGap | None:
+    """How much longer the steps of a variant's runs took than those of the baseline's; None without a common seed."""
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs and theirs[seed].train_seconds]
+    if not pairs:
+        return None
+    steady = [(own.steady_seconds, other.steady_seconds) for own, other in pairs]
+    known = [own / other for own, other in steady if own is not None and other]
+    whole = mean(own.train_seconds / other.train_seconds for own, other in pairs)
+    return TimeGap(whole - 1, mean(known) - 1 if len(known) == len(pairs) else None)
+
+
+def unequal_times(baseline: str, variants: Sequence[Summary]) -> list[str]:
+    """A line about the variants whose steps took another time than the baseline's by more than UNEQUAL, if any did."""
+    parts = []
+    for each in variants:
+        if (gap := each.time_gap) is not None and abs(gap.logged) > UNEQUAL:
+            steady = "" if gap.steady is None else f" ({_more(gap.steady)} without the first steps, which compile)"
+            parts.append(f"of {each.variant} {_more(gap.logged)}{steady}")
+    logged = f"by the logs, compared with the time of {baseline}'s steps, those"
+    return [f"NOT EQUAL TIME: {logged} {', those '.join(parts)}"] if parts else []
+
+
+def _more(share: float) -> str:
+    return f"took {abs(share):.1%} {'more' if share > 0 else 'less'}"
+
+
 def exchange_rate(shorter: Summary, baseline: Summary) -> Exchange | None:
     """The exchange rate of losses to steps; None if no seed has been trained with both lengths."""
     nats = paired(shorter.by_seed, baseline.by_seed)
@@ -213,13 +267,14 @@ FARTHEST = 4
 
 
 def worth(variant: Summary, baseline: Summary, exchange: Exchange | None) -> Worth | None:
-    """What a variant's gap is worth; None for the baseline, without a rate, and for a gap that is beyond it.
+    """What a variant's gap is worth; None for those that the rate is of, without a rate, and for a gap beyond it.
 
     The loss is taken as linear in the logarithm of the steps of a whole run, with the learning rate's whole schedule:
     the curve of a single run does not tell, because the schedule lowers it towards the end.
     """
     gap, rate, steps = variant.gap, exchange and exchange.per_log_step, baseline.steps
-    if not exchange or not rate or not steps or gap is None or gap.mean is None or variant.variant == baseline.variant:
+    measured_it = exchange is not None and variant.variant in (baseline.variant, exchange.variant)
+    if not exchange or measured_it or not rate or not steps or gap is None or gap.mean is None:
         return None
     logarithm = -gap.mean / rate
     if abs(logarithm) > math.log(FARTHEST):

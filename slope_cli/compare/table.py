@@ -43,7 +43,9 @@ def _notes(result: Comparison) -> list[str]:
         "a mask bit for each weight of a sparse layer; time: of the training steps alone"
     )
     if result.equal == "time":
-        lines.append("time: steps times the step time that was measured; logged: what the steps of the runs took")
+        lines.append(
+            "time: steps times the step time that was measured; logged: what the steps of the runs took, with compiling"
+        )
     if any(each.lr_at_edge for each in result.variants):
         lines.append("(edge): the best rate is the lowest or highest of those tried; a better one may lie beyond")
     lines += [*result.notes, *(f"warning: {line}" for line in warning_lines(result.warnings))]
