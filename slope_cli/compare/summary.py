@@ -138,7 +138,8 @@ class Warned:
 class Comparison:
     """The content of compare.json.
 
-    baseline: the first variant. different: a line for each difference between the terms of the runs. variants: each
+    baseline: the first variant. different: a line for each difference between the terms of the runs. unequal: at equal
+    time, a line for each variant whose steps took another time than the baseline's by their logs. variants: each
     at its best learning rate. rates: each at every learning rate, or empty if no rates were tried. equal: what all
     variants have alike, tokens or time. exchange: None if it was not measured. warnings: each that a run gave, once.
     """
@@ -152,6 +153,7 @@ class Comparison:
     failures: list[FailedRun] = field(default_factory=list)
     equal: str = "tokens"
     exchange: Exchange | None = None
+    unequal: list[str] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
 
 
@@ -195,13 +197,14 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
     return Comparison(
         baseline=best[0].variant,
         different=different,
-        notes=[*notes, *mixed, *unequal_times(best[0].variant, best)],
+        notes=list(dict.fromkeys([*notes, *mixed])),
         variants=[replace(each, worth=worth(each, best[0], rate)) for each in best],
         rates=rates if any(rate.lr is not None for rate in rates) else [],
         runs=runs,
         failures=[row for row in rows if isinstance(row, FailedRun)],
         equal="time" if whole and all(run.budget for run in whole) else "tokens",
         exchange=rate,
+        unequal=unequal_times(best[0].variant, best),
         warnings=warnings_of((row.variant, row.lr, row.seed, row.warnings) for row in rows),
     )
 
@@ -238,18 +241,17 @@ def time_gap(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> TimeGap | No
 
 
 def unequal_times(baseline: str, variants: Sequence[Summary]) -> list[str]:
-    """A line about the variants whose steps took another time than the baseline's by more than UNEQUAL, if any did."""
-    parts = []
+    """A line for each variant whose steps took another time than the baseline's by more than UNEQUAL."""
+    lines = []
     for each in variants:
         if (gap := each.time_gap) is not None and abs(gap.logged) > UNEQUAL:
             steady = "" if gap.steady is None else f" ({_more(gap.steady)} without the first steps, which compile)"
-            parts.append(f"of {each.variant} {_more(gap.logged)}{steady}")
-    logged = f"by the logs, compared with the time of {baseline}'s steps, those"
-    return [f"NOT EQUAL TIME: {logged} {', those '.join(parts)}"] if parts else []
+            lines.append(f"by the logs {each.variant}'s steps took {_more(gap.logged)} time than {baseline}'s{steady}")
+    return lines
 
 
 def _more(share: float) -> str:
-    return f"took {abs(share):.1%} {'more' if share > 0 else 'less'}"
+    return f"{abs(share):.1%} {'more' if share > 0 else 'less'}"
 
 
 def exchange_rate(shorter: Summary, baseline: Summary) -> Exchange | None:

@@ -92,7 +92,10 @@ class Variant:
     def advice(self, config: Config, *, tries_rates: bool) -> list[str]:
         """What one of its configs tells before it is trained; a learning rate that is tried is meant."""
         usual = None if tries_rates else configs.load_with_usual_rates(self.recipe, self.overrides)
-        return [*self.idle, *advice.warnings_of(config, advice.prepared_data(config), usual)]
+        decides = {"train.seed": "--seeds"} | ({"optim.lr": "--lrs"} if tries_rates else {})
+        given = {key: value for word in self.overrides for key, value in configs.parse_override(word).items()}
+        idle = [f"{key}={given[key]}: has no effect with {decides[key]}" for key in decides if key in given]
+        return [*self.idle, *idle, *advice.warnings_of(config, advice.prepared_data(config), usual)]
 
 
 @dataclass(frozen=True)
