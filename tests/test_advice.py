@@ -1,21 +1,25 @@
 """What is likely to be a mistake is said before the first step, and what to do after the last one that failed."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from support.data import prepared
 from support.models import tiny_model
-from support.runs import sized, slope, tiny
+from support.runs import RECIPE, sized, slope, tiny
 
+from slope_cli.checkpoint.verify import check
 from slope_cli.config import configs
 from slope_cli.data.dataset import largely_held_out, open_dataset
 from slope_cli.data.prepare import prepare
 from slope_cli.errors import SlopeError
 from slope_cli.methods import phases_of
+from slope_cli.report import warned
 from slope_cli.train.advice import after_failure, warnings_of
 from slope_cli.train.step import NonFinite, Step
+from sparse_kernels import kernel_choice
 
 LINEARIZE = "method=linearize linearize.window=32"
 
@@ -150,3 +154,60 @@ def test_a_norm_too_large_for_float32_is_said_in_words() -> None:
     said = "^every gradient is finite, but so large that their norm is not; nothing was updated$"
     with pytest.raises(NonFinite, match=said):
         step.check(torch.zeros(2), step.norm(), [])
+
+
+# ------------------------------------------------------------------------------------------------- what a run keeps
+
+
+def test_a_run_keeps_what_it_has_warned_of_once(tmp_path: Path) -> None:
+    """Over all starts, and with paths as seen from its folder; `slope check` looks at the file."""
+    run = tmp_path / "run"
+    words = [RECIPE, *sized("gpt2-nano"), f"data.path={prepared('bytes')}", "train.steps=12", "log.save_every=4"]
+    assert slope("pretrain", *words, "optim.warmup=100", "--out", run).code == 0
+    kept = warned.recorded(run)
+    assert [line.partition(":")[0] for line in kept] == ["optim.warmup=100"]
+    (run / "checkpoints" / "step-00000012" / "__0_0.distcp").write_bytes(b"")
+    again = slope("pretrain", *words, "optim.warmup=100", "--out", run)
+    assert again.code == 0
+    (more,) = warned.recorded(run)[1:]
+    assert more.startswith("checkpoints/step-00000012")
+    assert more.endswith("resuming from step-00000008")
+    assert "checkpoints/step-00000012" in again.err
+    assert f"{warned.WARNINGS}: sound" in check(run)["lines"]
+    (run / warned.WARNINGS).write_bytes((run / warned.WARNINGS).read_bytes().replace(b"100", b"200"))
+    assert any(fault.startswith(warned.WARNINGS) for fault in check(run)["faults"])
+    assert warned.recorded(run) == [more]
+
+
+def test_a_sound_run_and_one_that_does_not_begin_keep_nothing(tmp_path: Path) -> None:
+    words = [RECIPE, *sized("gpt2-nano"), f"data.path={prepared('bytes')}", "train.steps=2", "optim.warmup=1"]
+    assert slope("pretrain", *words, "adapters.warmup=1", "--out", tmp_path / "sound").code == 0
+    assert not (tmp_path / "sound" / warned.WARNINGS).exists()
+    refused = slope("pretrain", *words, "optim.warmup=100", "data.path=/no/such", "--out", tmp_path / "refused")
+    assert refused.code != 0
+    assert not (tmp_path / "refused").exists()
+
+
+def test_python_warnings_of_the_kernels_are_a_runs_and_those_of_others_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLOPE_CACHE_DIR", str(tmp_path))
+    kernel_choice.cache_file().write_text("damaged")
+    with warnings.catch_warnings(record=True) as others, warned.kept(tmp_path):
+        warnings.simplefilter("always")
+        assert kernel_choice.saved_choices() == {}
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+    (line,) = warned.recorded(tmp_path)
+    assert line.startswith("plans.json is not a readable file of plans (")
+    assert capsys.readouterr().err == f"warning: {tmp_path}/{line}\n"
+    assert [str(each.message) for each in others] == ["of another library"]
+
+
+def test_a_warning_that_cannot_be_kept_is_said_and_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / warned.WARNINGS).symlink_to(tmp_path / "elsewhere")
+    with warned.kept(tmp_path):
+        warned.warn(f"{tmp_path}/data is slow")
+    assert capsys.readouterr().err == f"warning: {tmp_path}/data is slow\n"
+    assert not (tmp_path / "elsewhere").exists()

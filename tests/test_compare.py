@@ -18,7 +18,7 @@ import torch
 from support.data import prepared, scratch
 from support.marks import slow
 from support.processes import has_content, stopped, wait_until
-from support.runs import OVERRIDES, RECIPE, copied, small
+from support.runs import OVERRIDES, RECIPE, copied, sized, small
 
 from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
@@ -32,6 +32,7 @@ from slope_cli.methods.apply import apply
 from slope_cli.models.build import build_model, run_model_config
 from slope_cli.report import metrics
 from slope_cli.train.loop import pretrain
+from slope_cli.utils import jsonl
 from slope_cli.utils.files import file_sha256
 from slope_cli.utils.typed_json import from_json
 from sparse_kernels import masked_layers
@@ -41,7 +42,9 @@ CURVE = "log.val_every=2"
 
 
 def words(*more: str) -> list[str]:
-    return [*small("gpt2-nano"), f"data.path={prepared()}", CURVE, *more]
+    """Of the tiny recipe; its seeds are given beside them."""
+    own = [word for word in small("gpt2-nano") if not word.startswith("train.seed")]
+    return [*own, f"data.path={prepared()}", CURVE, *more]
 
 
 def compared(out: Path, *more: str, **options: Any) -> Comparison:
@@ -284,6 +287,35 @@ def test_shards_train_their_runs_and_leave_the_comparison_to_the_whole(tmp_path:
     assert (tmp_path / "compare.json").is_file()
 
 
+def test_a_share_of_the_runs_says_that_it_is_one(tmp_path: Path) -> None:
+    out = copied(finished(), tmp_path)
+    found = compared(out, methods=["dense", "slope"], seeds=[1], shard="2/2")
+    assert [run.run for run in found.runs] == ["slope-s1"]
+    assert found.notes == ["only the runs of --shard 2/2; the same command without it compares all"]
+
+
+def test_a_damaged_note_of_starts_costs_no_result(tmp_path: Path) -> None:
+    out = copied(finished(), tmp_path)
+    for jobs in (2, 3):
+        jsonl.append(out / "starts.jsonl", {"run": "dense-s1", "jobs": jobs})
+    (out / "starts.jsonl").write_bytes(b"\0" * 8 + (out / "starts.jsonl").read_bytes())
+    (note,) = compared(out, methods=["dense"]).notes
+    assert note.startswith("up to 3 runs at a time")
+
+
+def test_notes_of_earlier_results_stay(tmp_path: Path) -> None:
+    """Of how sizes were chosen, and of a machine that was shared."""
+    out = copied(finished(), tmp_path)
+    train_here(out, ["half-depth"], [1])
+    jsonl.append(out / "starts.jsonl", {"run": "dense-s1", "jobs": 2})
+    found = compared(out, methods=["dense", "half-depth"])
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "half-depth",
+        "up to 2 runs at a time shared the machine",
+    ]
+    assert results.compare_runs([out], out=tmp_path / "again").notes == found.notes
+
+
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/5"])
 def test_a_shard_that_there_is_not_is_refused(shard: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^--shard {shard}: .*sbatch --array=1-"):
@@ -401,6 +433,8 @@ def test_earlier_results_are_taken_without_their_runs(tmp_path: Path) -> None:
         (name, lr) for name in ("dense", "slope") for lr in (None, 0.01)
     }
     assert "| dense | – |" in (tmp_path / "mixed" / "compare.md").read_text()
+    folders = results.compare_runs([path.parent for path in files], out=tmp_path / "folders")
+    assert folders == found
     with pytest.raises(UsageError, match="dense-s1: duplicate run"):
         results.compare_runs([files[0], files[0]], out=tmp_path / "twice")
     altered = json.loads(files[1].read_text())
@@ -809,3 +843,83 @@ def _is_free(run: Path) -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+# --------------------------------------------------------------------------------------------------- warnings
+
+
+def warned_of(found: Comparison) -> dict[str, dict[str, list[int]]]:
+    return {each.text: each.seeds for each in found.warnings}
+
+
+def test_what_runs_warned_of_is_shown_once_with_those_that_gave_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One warning that the configuration tells, and one that comes up when a run begins."""
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    extra = [
+        "slow: method=dense optim.warmup=100",
+        f"copied: method=dense optim.warmup=100 optim.lr=0.02 data.local_copy={tmp_path}/file",
+    ]
+    train_here(out, ["slope"], [1, 2], extra)
+    capsys.readouterr()
+    found = compared(out, methods=["slope"], seeds=[1, 2], extra=extra)
+    told, came = found.warnings
+    assert told.text.startswith("optim.warmup=100: the warm-up is not over before the 6 steps")
+    assert told.seeds == {"slow": [1, 2], "copied": [1, 2]}
+    assert came.text.startswith("data.local_copy=file: file: ")
+    assert came.seeds == {"copied": [1, 2]}
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning: ")] == [
+        f"warning: {told.text} (slow, seeds 1, 2; copied, seeds 1, 2)"
+    ]
+    text = (out / "compare.md").read_text()
+    assert text.count(told.text) == text.count(came.text) == 1
+    assert f"* warning: {came.text} (copied, seeds 1, 2)\n" in text
+    assert from_json(Comparison, in_json(found)) == found
+    # The runs have kept it, and so has the result.
+    folders = [out / f"{name}-s{seed}" for name in ("slow", "copied") for seed in (1, 2)]
+    alone = results.compare_runs(folders, out=tmp_path / "alone")
+    assert warned_of(alone) == warned_of(found)
+    assert warned_of(results.compare_runs([out / "compare.json"], out=tmp_path / "again")) == warned_of(found)
+    assert result().warnings == []
+
+
+def test_a_run_that_fails_shows_its_warnings_too(tmp_path: Path) -> None:
+    extra = ["wide: model.overrides.n_head=3 optim.warmup=100"]
+    found = compared(tmp_path, methods=[], extra=extra)
+    assert [failed.run for failed in found.failures] == ["wide-s1"]
+    ((text, seeds),) = warned_of(found).items()
+    assert text.startswith("optim.warmup=100: ")
+    assert seeds == {"wide": [1]}
+
+
+def test_the_advice_of_a_run_is_that_of_its_recipe_and_words() -> None:
+    """Its process sees a resolved configuration, which does not say what is usual, or what the user has written."""
+
+    def told(*methods: str, more: Sequence[str] = (), extra: Sequence[str] = (), lrs: Sequence[float] = ()) -> Any:
+        found = variants.variants(str(RECIPE), [*sized("gpt2-nano"), *more], methods, extra)
+        return {run.name: [*run.advice] for run in variants.planned_runs(found, [1], lrs)}
+
+    far = "optim.lr=1e-07: is 1/50,000 of the recipe's 0.005; is it meant?"
+    assert told("dense", more=["optim.lr=1e-7"]) == {"dense-s1": [far]}
+    assert told("dense", lrs=[1e-7]) == {"dense-lr1e-07-s1": []}
+    seed, rate = "train.seed=7: has no effect with --seeds", "optim.lr=0.01: has no effect with --lrs"
+    assert told("dense", more=["train.seed=7", "optim.lr=1e-2"]) == {"dense-s1": [seed]}
+    assert told(extra=["x: train.seed=7 optim.lr=1e-2"], lrs=[0.1]) == {"x-lr0.1-s1": [seed, rate]}
+    # What all variants share has to be of use to one of them; what one has alone, to that one.
+    rank = "adapters.rank=8"
+    idle = "adapters.rank=8.0: has no effect with method=dense"
+    assert told("dense", "slope", more=[rank]) == {"dense-s1": [], "slope-s1": []}
+    assert told("dense", "half-depth", more=[rank]) == {"dense-s1": [idle], "half-depth-s1": [idle]}
+    assert told("slope", extra=[f"other: method=dense {rank}"]) == {"slope-s1": [], "other-s1": [idle]}
+
+
+def test_warnings_name_the_rates_of_the_runs_that_gave_them() -> None:
+    given = [("a", 0.01, 1, ["x"]), ("a", 0.01, 2, ["x", "x"]), ("a", 0.1, 1, ["y", "x"]), ("b", None, 3, ["y"])]
+    found = summary.warnings_of(given)
+    lines = ["x (a at 0.01, seeds 1, 2; a at 0.1, seed 1)", "y (a at 0.1, seed 1; b, seed 3)"]
+    assert table.warning_lines(found, 4) == [f"warning: {line}" for line in lines]
+    assert table.warning_lines(found[:1], 3) == ["warning: x (all runs)"]
+    assert table.warning_lines(summary.warnings_of(given[-1:]), 1) == ["warning: y (b, seed 3)"]

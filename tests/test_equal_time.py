@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,8 +23,9 @@ from support.processes import has_content, stopped, wait_until
 from support.runs import RECIPE, copied, slope, small
 
 from slope_cli.benchmarks.timing import Timing
-from slope_cli.compare import budget, results, step_times, summary, variants
+from slope_cli.compare import budget, results, step_times, summary, table, variants
 from slope_cli.compare.budget import Budget, PhaseTime
+from slope_cli.compare.rows import FailedRun
 from slope_cli.compare.step_times import FILE, StepTime
 from slope_cli.compare.summary import Comparison, Curve, Spread, Summary
 from slope_cli.config import configs
@@ -30,6 +33,8 @@ from slope_cli.config.schema import Config
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import UsageError
 from slope_cli.methods import phases_of
+from slope_cli.report import metrics
+from slope_cli.train import starts
 from slope_cli.train.loop import pretrain
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import environment
@@ -47,7 +52,8 @@ PHASED = {
 
 
 def words(*more: str) -> list[str]:
-    return [*small("gpt2-nano"), f"data.path={prepared()}", "log.val_every=2", *more]
+    own = [word for word in small("gpt2-nano") if not word.startswith("train.seed")]
+    return [*own, f"data.path={prepared()}", "log.val_every=2", *more]
 
 
 def phased(name: str, steps: int) -> Config:
@@ -166,6 +172,7 @@ def test_no_exchange_rate_no_worth() -> None:
     assert worth(near, baseline, run("short", 800, 0.8, {1: 2.95, 2: 2.94})) is None  # fewer steps are not better
     assert worth(run("x", 1000, 1.0, {1: 4.0, 2: 4.0}), baseline, shorter) is None  # a fourth of the steps, or fewer
     assert worth(baseline, baseline, shorter) is None
+    assert worth(shorter, baseline, shorter) is None  # which the rate is of: it would say its own steps
     assert summary.exchange_rate(run("short", 800, 0.8, {3: 3.0}), baseline) is None
 
 
@@ -248,6 +255,80 @@ def test_the_first_variant_keeps_its_steps_and_the_others_get_its_time(tmp_path:
     # The learning rate follows the new length: warm-up, then the lowest in the last step.
     rates = [record["lr"] for record in jsonl.read(out / "slope-s1" / "metrics.jsonl") if "lr" in record]
     assert (len(rates), rates.index(max(rates)), rates[-1]) == (9, 0, min(rates))
+
+
+def step_seconds(run: Path) -> dict[int, float]:
+    """The time of each step by the log of a run of 64 tokens a step."""
+    return {row["step"]: 64 / row["tokens_per_s"] for row in metrics.read(run) if row["kind"] == "train"}
+
+
+def test_the_time_that_steps_took_is_compared_with_the_first_variants(tmp_path: Path) -> None:
+    """By the logs of both, seed by seed; a machine is free to be slower than when the steps were timed."""
+    out = copied(finished(), tmp_path)
+    found = compared(out, seeds=[1, 2], exchange=0.5)
+    dense, slope, shorter = found.variants
+    assert (dense.time_gap, shorter.time_gap) == (None, None)
+    assert slope.time_gap is not None
+    ours, theirs = ([step_seconds(out / f"{name}-s{seed}") for seed in (1, 2)] for name in ("slope", "dense"))
+    ratios = [sum(own.values()) / sum(other.values()) for own, other in zip(ours, theirs, strict=True)]
+    assert slope.time_gap.logged == pytest.approx(np.mean(ratios) - 1)
+
+    def steady(times: dict[int, float], *firsts: int) -> float:
+        usual = float(np.median([*times.values()]))
+        return sum(times.values()) - sum(max(0, times[step] - usual) for step in firsts)
+
+    ratios = [steady(own, 1, 5) / steady(other, 1) for own, other in zip(ours, theirs, strict=True)]  # adapters joined
+    assert slope.time_gap.steady == pytest.approx(np.mean(ratios) - 1)
+    assert from_json(Comparison, json.loads((out / "compare.json").read_text())) == found
+    # A comparison of equal tokens does not say how long its variants took.
+    runs = [out / f"{name}-s1" for name in ("dense", "slope")]
+    assert [each.time_gap for each in results.compare_runs(runs, out=tmp_path, allow_different=True).variants] == [
+        None
+    ] * 2
+
+
+def test_a_run_that_is_slower_than_its_time_allows_is_named(tmp_path: Path) -> None:
+    """As on a GPU that is busy: of slope's log each step takes three times as long as one of the first variant's."""
+    out = copied(finished(), tmp_path)
+    found = compared(out, seeds=[1, 2])
+    dense = {run.seed: run.train_seconds for run in found.runs if run.variant == "dense"}
+
+    def with_seconds(share: float) -> Comparison:
+        rows = [
+            replace(run, train_seconds=share * dense[run.seed], first_seconds=0.0) if run.variant == "slope" else run
+            for run in found.runs
+        ]
+        return summary.summarize(rows, [], allow_different=False)
+
+    assert [with_seconds(share).unequal for share in (1.0, 1.029, 0.971)] == [[], [], []]
+    (note,) = with_seconds(1.5).unequal
+    said, _, steady = note.partition(" (")
+    assert said == "by the logs slope's steps took 50.0% more time than dense's"
+    assert re.fullmatch(r"\d+\.\d% more without the first steps, which compile\)", steady)
+    (note,) = with_seconds(0.9).unequal
+    assert note.startswith("by the logs slope's steps took 10.0% less time than dense's (")
+    assert f"* NOT EQUAL TIME: {note}\n" in table.document(with_seconds(0.9)).markdown()
+    older = [replace(each, time_gap=summary.TimeGap(0.1, None)) for each in found.variants[1:]]
+    assert summary.unequal_times("dense", older) == ["by the logs slope's steps took 10.0% more time than dense's"]
+
+
+def test_first_steps_are_those_of_starts_and_phases(tmp_path: Path) -> None:
+    config = configs.load(str(RECIPE), words("method=slope", "log.save_every=2", "train.seed=1"))
+    pretrain(config, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run")
+    assert starts.first_steps(tmp_path / "run", rows) == {1, 4}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    pretrain(config, tmp_path / "run")
+    assert starts.first_steps(tmp_path / "run", metrics.read(tmp_path / "run")) == {1, 4, 5}
+
+
+def test_a_share_of_the_runs_is_of_equal_tokens_if_the_whole_is(tmp_path: Path) -> None:
+    """As a task of a job array that has the shorter run alone."""
+    (dense,) = variants.variants(str(RECIPE), words(), ["dense"], [])
+    for planned in variants.planned_runs([dense, dense.shortened(0.5)], [1]):
+        pretrain(planned.config, tmp_path / planned.name)
+    how: dict[str, Any] = {"methods": ["dense"], "exchange": 0.5, "equal": "tokens"}
+    assert [compared(tmp_path, **how, shard=f"{number}/2").equal for number in (1, 2)] == ["tokens"] * 2
 
 
 def test_a_restart_measures_nothing_and_a_new_variant_alone_is_measured(tmp_path: Path) -> None:
@@ -338,6 +419,15 @@ class Alone(step_times.Steps):
         Alone.held -= 1
 
 
+def test_a_rate_that_is_not_known_yet_is_not_recommended_again(tmp_path: Path) -> None:
+    """The comparison was stopped before the shorter runs, or they failed."""
+    found = compared(copied(finished(), tmp_path), seeds=[1, 2], exchange=0.5)
+    rows = [run for run in found.runs if run.share is None]
+    failed = FailedRun("dense-0.5-steps-s1", "dense-0.5-steps", None, 1, "killed", share=0.5)
+    said = "gaps in steps: not measured, as no seed of dense-0.5-steps and dense is finished in both"
+    assert said in table.document(summary.summarize([*rows, failed], [], allow_different=False)).below
+
+
 def test_what_does_not_fit_into_memory_together_is_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "TIMING", Timing(warm_up=1, rounds=2))
     config = configs.load(str(RECIPE), words("method=dense"))
@@ -370,11 +460,23 @@ def test_wrong_usage(how: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_words(tmp_path: Path) -> None:
-    for option in (["--equal", "time"], ["--exchange", "0.8"]):
-        result = slope("compare", "--runs", tmp_path, *option)
-        assert result.code == 2
-        assert f"{option[0]}: is for runs that are still to be trained" in result.err
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--equal time",
+        "--exchange 0.8",
+        "--methods dense",
+        "--variant x:",
+        "--seeds 2",
+        "--lrs 1",
+        "--jobs 2",
+        "--shard 1/2",
+    ],
+)
+def test_what_is_for_runs_to_train_is_refused_with_runs_that_exist(option: str, tmp_path: Path) -> None:
+    result = slope("compare", "--runs", tmp_path, *option.split())
+    assert result.code == 2
+    assert f"{option.split()[0]}: is for runs that are still to be trained" in result.err
 
 
 def test_budgets_are_read_back() -> None:

@@ -45,6 +45,7 @@ from slope_cli.train.keep_softmax import (
     probe_of,
     recurring,
     trial_lines,
+    trial_warning,
 )
 
 LAYERS = 4
@@ -125,9 +126,9 @@ def test_a_choice_that_fewer_layers_beat_is_said_to_be_one(table: dict[int, floa
         return Trial(tuple(layers), table[sum(1 << layer for layer in layers)], None, 0.0)
 
     chosen, trials = choose(range(5), count, trial_of)
-    *_, last = trial_lines(f"auto:{count}", chosen, trials)
     beaten = min(t.divergence for t in trials if len(t.kept) < count) <= trial_of(chosen).divergence
-    assert last.startswith("warning: with softmax in fewer layers (") == beaten
+    warning = trial_warning(f"auto:{count}", chosen, trials)
+    assert warning.startswith("with softmax in fewer layers (") if beaten else not warning
     assert [line for line in trial_lines("", chosen, trials) if line.endswith("kept")]
 
 

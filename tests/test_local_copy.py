@@ -121,7 +121,7 @@ def test_a_disk_that_takes_no_copy_costs_a_warning(
         local, said = copied(dataset, disk)
     assert places(local) == places(dataset)
     assert len(said) == 1
-    assert said[0].startswith(f"warning: data.local_copy={disk}: {disk}")
+    assert said[0].startswith(f"data.local_copy={disk}: {disk}")
     assert said[0].endswith(f"the data are read from {dataset.folder}")
     assert "\n" not in said[0]
     assert not list(tmp_path.glob("elsewhere/*"))
@@ -171,7 +171,7 @@ def test_a_lock_that_leads_elsewhere_costs_a_warning(dataset: Dataset, tmp_path:
     lock.symlink_to(tmp_path / "elsewhere")
     _, said = copied(dataset, tmp_path / "disk")
     assert said == [
-        f"warning: data.local_copy={tmp_path / 'disk'}: {lock}: is a link or a pipe, and is not written to; remove it; "
+        f"data.local_copy={tmp_path / 'disk'}: {lock}: is a link or a pipe, and is not written to; remove it; "
         f"the data are read from {dataset.folder}"
     ]
     assert not (tmp_path / "elsewhere").exists()

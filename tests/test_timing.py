@@ -38,7 +38,7 @@ def test_a_crowded_process_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None
     cores, alone = Cores(4), Cores(1)
     assert cores.warning() == ""  # too early to tell
     time.sleep(0.25)
-    assert cores.warning().startswith("warning: torch's 4 threads had 0.")
+    assert cores.warning().startswith("torch's 4 threads had 0.")
     assert cores.warning() == ""
     assert alone.warning() == ""
 

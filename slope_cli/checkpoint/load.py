@@ -4,7 +4,6 @@ A run's model is built from its shape, brought into a phase, and given the tenso
 resumed, evaluated, exported, linearized or fine-tuned.
 """
 
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from slope_cli.methods.apply import apply
 from slope_cli.methods.phases import Phase
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, run_model_config
+from slope_cli.report import warned
 
 KEPT = "keep_softmax"
 """The entry of a checkpoint's manifest with the layers that were chosen to keep softmax attention, once they are."""
@@ -97,7 +97,7 @@ def load_model(
     if checkpoint is None:
         raise SlopeError(f"{folder} has no checkpoint yet")
     for fault in checkpoint.faults if group is None or group.ranks.first else ():
-        print(f"warning: {fault}; using {checkpoint.folder.name}", file=sys.stderr)
+        warned.warn(f"{fault}; using {checkpoint.folder.name}")
     manifest = checkpoint.manifest
     run_folder.require_same_config(config, folder, manifest)
     if wrong := run_folder.altered_tokenizer_files(folder, manifest):

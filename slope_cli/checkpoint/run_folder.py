@@ -3,6 +3,7 @@
 RUN/config.yaml          the resolved configuration
 RUN/environment.jsonl    a line for each start: versions, source, machine
 RUN/starts.jsonl         what each start achieved
+RUN/warnings.jsonl       what it has warned of, if of anything
 RUN/verified.json        the token files that were hashed
 RUN/metrics.jsonl        every number of the run; tensorboard/ has them too
 RUN/wandb.id             of a run that is mirrored to Weights & Biases
@@ -42,7 +43,7 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 TRANSFER = "transfer"
 OWN = re.compile(
-    r"config\.yaml|(environment|metrics|starts)\.jsonl|verified\.json|tensorboard|wandb\.id|checkpoints|tokenizer"
+    r"config\.yaml|(environment|metrics|starts|warnings)\.jsonl|verified\.json|tensorboard|wandb\.id|checkpoints|tokenizer"
     r"|base\.json|base|transfer|data|loss\.(png|svg)|\.lock(-.*)?|\..*\.tmp|\.tmp-.*"
 )
 """The names of what a run writes in its folder; other files and folders are the user's, or of other commands."""

@@ -9,7 +9,7 @@ from slope_cli.checkpoint import run_folder, store
 from slope_cli.checkpoint.load import load_model
 from slope_cli.data.dataset import open_dataset
 from slope_cli.errors import SlopeError
-from slope_cli.report import metrics
+from slope_cli.report import metrics, warned
 from slope_cli.train.starts import STARTS
 from slope_cli.utils import jsonl
 from slope_cli.utils.environment import ENVIRONMENT
@@ -51,7 +51,7 @@ def check(run: Path) -> dict[str, Any]:
     newest = next((store.Checkpoint(folder, manifest, []) for folder, manifest in saved if manifest), None)
     manifest = newest and newest.manifest
     look(metrics.JSONL, partial(_check_metrics, run, manifest))
-    for name in (ENVIRONMENT, STARTS):
+    for name in (ENVIRONMENT, STARTS, warned.WARNINGS):
         if (run / name).is_file():
             look(name, partial(_check_lines, run / name, manifest))
     if manifest and store.base_hash(manifest) and not look(store.BASE, partial(store.verify_base, run, manifest)):

@@ -216,20 +216,26 @@ def compare(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE [KEY=VALUE]...", help="Or, with --runs, folders of runs.", autocompletion=recipes_with
+            metavar="RECIPE [KEY=VALUE]...",
+            help="Or, with --runs, folders of runs or of comparisons.",
+            autocompletion=recipes_with,
         ),
     ],
-    runs: Annotated[bool, typer.Option("--runs", help="Compare existing runs, or compare.json files.")] = False,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Compare existing runs, also those of earlier comparisons.")
+    ] = False,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Methods, slope-r0, or dense models: half-depth, dense-0.87 (or another share of the weights), "
             "same-active, same-bytes (as the sparse one takes when it is served); comma-separated."
         ),
-    ] = "",
+    ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="'NAME: KEY=VALUE KEY=VALUE'; may be repeated.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "1",
-    lrs: Annotated[str, typer.Option(help="Comma-separated learning rates; each variant shows its best.")] = "",
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated numbers; default: 1.")] = None,
+    lrs: Annotated[
+        str | None, typer.Option(help="Comma-separated learning rates; each variant shows its best.")
+    ] = None,
     equal: Annotated[
         str | None, typer.Option(help="tokens (default), or time: the steps that the first variant's time buys.")
     ] = None,
@@ -237,7 +243,7 @@ def compare(
         float | None, typer.Option(help="Also train the first variant with this share of its steps: gaps in steps.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the result.")] = Path("compare"),
-    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Concurrent runs; default: 1.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N, I from 1: only this share of the runs; no files.")] = None,
     allow_different: Annotated[bool, typer.Option("--allow-different", help="Despite other data or budgets.")] = False,
     as_json: AsJson = False,
@@ -255,15 +261,16 @@ def compare(
         from slope_cli.compare.variants import numbers
 
         if runs:
-            if given := next(
-                (name for name, value in (("equal", equal), ("exchange", exchange)) if value is not None), None
-            ):
+            own: dict[str, Any] = {"methods": methods, "variant": variant, "seeds": seeds, "lrs": lrs, "equal": equal}
+            own |= {"exchange": exchange, "jobs": jobs, "shard": shard}
+            if given := next((name for name, value in own.items() if value not in (None, [])), None):
                 raise UsageError(f"--{given}: is for runs that are still to be trained; leave it out with --runs")
             result = comparing.compare_runs(list(map(Path, arguments)), out=out, allow_different=allow_different)
         else:
-            names = [name for name in methods.split(",") if name]
-            how: dict[str, Any] = {"out": out, "methods": names, "extra": variant or [], "jobs": jobs, "shard": shard}
-            how |= {"seeds": numbers("--seeds", seeds, int), "lrs": numbers("--lrs", lrs, float), "stop": stop}
+            names = [name for name in (methods or "").split(",") if name]
+            how: dict[str, Any] = {"out": out, "methods": names, "extra": variant or [], "shard": shard, "stop": stop}
+            how |= {"seeds": numbers("--seeds", "1" if seeds is None else seeds, int), "jobs": jobs or 1}
+            how |= {"lrs": numbers("--lrs", lrs or "", float)}
             how |= {"equal": equal or "tokens", "exchange": exchange}
             result = comparing.compare(arguments[0], arguments[1:], **how, allow_different=allow_different)
     if as_json:

@@ -136,8 +136,9 @@ def _stop_all(running: list[Child]) -> int:
 def most_at_once(planned: Sequence[PlannedRun], out: Path) -> int:
     """The largest number of runs that were ever trained together with one of these."""
     path, names = out / "starts.jsonl", {run.name for run in planned}
-    starts = jsonl.read(path) if path.is_file() else []
-    return max((start["jobs"] for start in starts if start["run"] in names), default=1)
+    # Tasks of a job array append to it side by side, which some network file systems do not keep apart.
+    starts = [start for start, _ in jsonl.lines(path) if start] if path.is_file() else []
+    return max((start.get("jobs", 1) for start in starts if start.get("run") in names), default=1)
 
 
 def _say(line: str) -> None:

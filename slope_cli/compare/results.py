@@ -9,6 +9,7 @@ OUT/step-times.*            with equal time; see slope_cli.compare.step_times
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +26,11 @@ from slope_cli.compare.rows import (
     portable,
     read_run,
     require_alike,
+    run_warnings,
     terms,
     without_folders,
 )
-from slope_cli.compare.summary import Comparison, summarize
+from slope_cli.compare.summary import Comparison, summarize, warnings_of
 from slope_cli.compare.variants import PlannedRun
 from slope_cli.config import configs, schema
 from slope_cli.config.schema import Config
@@ -44,6 +46,7 @@ from slope_cli.utils.typed_json import from_json
 
 TIMES = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 """Units of time by their seconds."""
+FILE = "compare.json"
 EQUAL = ("tokens", "time")
 """What all variants can have alike."""
 
@@ -101,9 +104,13 @@ def compare(
             compared, measured = step_times.equal_time(compared, out, stop)
         planned = variants.planned_runs(compared, seeds, lrs)
         notes = [*(f"{variant.name}: {variant.note}" for variant in compared if variant.note), *measured]
-        return _train(
-            _share(planned, shard) if shard else planned, data, notes, out, jobs, allow_different, shard, stop
-        )
+        if shard:
+            planned = _share(planned, shard)
+            notes.append(f"only the runs of --shard {shard}; the same command without it compares all")
+        advice = warnings_of((run.variant, run.lr, run.seed, run.advice) for run in planned)
+        for line in table.warning_lines(advice, len(planned)):
+            print(line, file=sys.stderr)
+        return _train(planned, data, notes, out, jobs, allow_different, shard, stop)
 
 
 def _train(
@@ -149,16 +156,19 @@ def _share(planned: list[PlannedRun], shard: str) -> list[PlannedRun]:
 def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = False) -> Comparison:
     """Compare finished runs; those that differ only in the seed are one variant, named after their folder.
 
-    A compare.json stands for all runs of that comparison, under their names there; their folders are not needed.
+    A compare.json, or the folder that it is in, stands for all runs of that comparison, under their names there, and
+    for its notes; the runs' own folders are not needed.
 
     Raises:
         UsageError: a folder holds no run or an unfinished one, a run is given twice, or the runs cannot be compared.
     """
     if not folders:
         raise UsageError("--runs: give the folder of at least one run")
+    folders = [path if run_folder.is_run(path) or not (path / FILE).is_file() else path / FILE for path in folders]
     files = [path for path in folders if path.suffix == ".json"]
     folders = [path for path in folders if path.suffix != ".json"]
-    earlier = [run for path in files for run in _earlier(path)]
+    before = [_earlier(path) for path in files]
+    earlier = [run for found, _ in before for run in found]
     names: dict[str, str] = {}
     runs: list[Run] = []
     for folder in folders:
@@ -172,20 +182,23 @@ def compare_runs(folders: Sequence[Path], *, out: Path, allow_different: bool = 
         runs.append(replace(run, variant=names[key]))
     _require_distinct([*earlier, *runs])
     notes = [f"runs of {len(files)} earlier comparisons"] * (len(files) > 1)
+    notes += [note for _, own in before for note in own]
     return _write(summarize([*earlier, *add_sizes(runs, folders)], notes, allow_different), out)
 
 
-def _earlier(path: Path) -> list[Run]:
-    """The finished runs of a compare.json, which may be of an older version."""
+def _earlier(path: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs of a compare.json, which may be of an older version, and its notes."""
     try:
-        runs = [from_json(Run, row) for row in json.loads(path.read_text())["runs"] if not row.get("error")]
+        content = json.loads(path.read_text())
+        runs = [from_json(Run, row) for row in content["runs"] if not row.get("error")]
+        notes = [str(note) for note in content.get("notes", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = None
     if runs is None or {run.variant for run in runs} != {run.variant for run in runs if run.sizes}:
         raise UsageError(f"{path}: is not a result of slope compare")
     if not runs:
         raise UsageError(f"{path}: holds no finished run")
-    return runs
+    return runs, notes
 
 
 def _require_distinct(runs: Sequence[Run]) -> None:
@@ -249,7 +262,13 @@ def _row(planned: PlannedRun, run: Path, error: str, checkpoint: store.Checkpoin
             return _as_planned(read_run(run, checkpoint), planned)
         except SlopeError as fault:
             error = str(fault)
-    return FailedRun(planned.name, planned.variant, planned.lr, planned.seed, without_folders(error), planned.share)
+    own = planned.name, planned.variant, planned.lr, planned.seed, without_folders(error), planned.share
+    return FailedRun(*own, _warnings(planned, run_warnings(run)))
+
+
+def _warnings(planned: PlannedRun, own: Sequence[str]) -> list[str]:
+    """What a planned run and its configuration warn of."""
+    return list(dict.fromkeys([*map(without_folders, planned.advice), *own]))
 
 
 def _as_planned(run: Run, planned: PlannedRun) -> Run:
@@ -257,13 +276,15 @@ def _as_planned(run: Run, planned: PlannedRun) -> Run:
     own, share = planned.budget, planned.share
     val = [replace(each, seconds=own.seconds_until(each.step)) for each in run.val] if own else run.val
     agreed = planned_terms(run.terms, share, own.rule if own else None)
-    return replace(run, variant=planned.variant, lr=planned.lr, share=share, budget=own, terms=agreed, val=val)
+    warnings = _warnings(planned, run.warnings)
+    named = replace(run, variant=planned.variant, lr=planned.lr, share=share, budget=own)
+    return replace(named, terms=agreed, val=val, warnings=warnings)
 
 
 def _write(result: Comparison, out: Path) -> Comparison:
     """Write compare.json, compare.md and the picture of a comparison, and return it."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", asdict(result))
+    write_json(out / FILE, asdict(result))
     with atomic_file(out / "compare.md") as file:
         file.write(table.document(result).markdown().encode())
     curves = {each.variant: vars(each.curve) for each in result.variants if each.curve.tokens}

@@ -3,8 +3,8 @@
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,8 @@ from slope_cli.config.values import flat
 from slope_cli.errors import SlopeError, UsageError
 from slope_cli.methods.accounting import account
 from slope_cli.models import shapes
-from slope_cli.report import metrics
+from slope_cli.report import metrics, warned
+from slope_cli.train import starts
 from slope_cli.train.dry_run import untrained_model
 from slope_cli.utils import jsonl
 from slope_cli.utils.typed_json import from_json
@@ -72,8 +73,10 @@ class Run:
     """A finished run.
 
     lr: None unless the comparison tried learning rates. val: the last one is after the last step. tokens_per_s: the
-    median after the first tenth of the steps. train_seconds: of the training steps alone. peak_memory: bytes, of the
-    allocator of the rank with most. sizes: in one run of each variant. share, budget: see `variants.Variant`.
+    median after the first tenth of the steps. train_seconds: of the training steps alone, by the log. first_seconds: by
+    how much of them the first step of each start and phase, which compiles, was longer than the median step; None if it
+    is not known. peak_memory: bytes, of the allocator of the rank with most. sizes: in one run of each variant.
+    share, budget: see `variants.Variant`. warnings: what it has warned of.
     """
 
     run: str
@@ -91,6 +94,13 @@ class Run:
     sizes: Sizes | None = None
     share: float | None = None
     budget: Budget | None = None
+    warnings: list[str] = field(default_factory=list)
+    first_seconds: float | None = None
+
+    @property
+    def steady_seconds(self) -> float | None:
+        """Of the training steps as if none had compiled; None if that is not known."""
+        return None if self.first_seconds is None else self.train_seconds - self.first_seconds
 
     @property
     def final(self) -> Validation:
@@ -108,6 +118,7 @@ class FailedRun:
     seed: int
     error: str
     share: float | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
@@ -149,7 +160,15 @@ def read_run(folder: Path, checkpoint: store.Checkpoint | None = None) -> Run:
         tokens_per_s=median(record["tokens_per_s"] for record in train if record["step"] > steps // 10),
         train_seconds=passed[-1],
         peak_memory=metrics.peak_memory(records),
+        warnings=run_warnings(folder),
+        first_seconds=_beyond_median(taken, starts.first_steps(folder, records)),
     )
+
+
+def _beyond_median(taken: Sequence[tuple[int, float]], chosen: Container[int]) -> float | None:
+    """By how many seconds the chosen ones among steps, each with its seconds, were longer together than the median."""
+    usual = median(seconds for _, seconds in taken) if taken else None
+    return None if usual is None else sum(max(0.0, seconds - usual) for step, seconds in taken if step in chosen)
 
 
 def planned_terms(own: Terms, share: float | None, rule: str | None) -> Terms:
@@ -182,6 +201,11 @@ def config_of(run: Run) -> Config:
 def without_folders(text: str) -> str:
     """A text with only the last part of each absolute path, so that results do not leak local paths."""
     return re.sub(r"(?<![\w.~-])/(?:[^\s/:;,'\"()]+/)*", "", text)
+
+
+def run_warnings(folder: Path) -> list[str]:
+    """What a run has warned of, without folders."""
+    return [without_folders(text) for text in warned.recorded(folder)]
 
 
 def _environments(folder: Path) -> list[dict[str, Any]]:

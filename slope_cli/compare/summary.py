@@ -1,7 +1,7 @@
 """The statistics of a comparison: each variant over its seeds, at its best learning rate, against the first one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, median, stdev
 
@@ -59,6 +59,18 @@ class Worth:
 
 
 @dataclass(frozen=True)
+class TimeGap:
+    """By which share the steps of a variant took longer than the baseline's, by the logs, over the seeds of both.
+
+    steady: without what the first steps of starts and phases, which compile, took beyond the median step; None if that
+    is not known.
+    """
+
+    logged: float
+    steady: float | None
+
+
+@dataclass(frozen=True)
 class Curve:
     """Validation loss over the seeds, at the numbers of tokens at which every seed has one.
 
@@ -80,6 +92,7 @@ class Summary:
     lr_at_edge: the best rate is the lowest or highest of those tried. gap: to the baseline; both for its best rate.
     share: see `variants.Variant`. step_seconds: the mean of a step, in alternating rounds if the run has a budget, else
     the median of its log. budget_seconds: of all steps by these rounds. worth: of the gap, by the exchange rate.
+    time_gap: of a variant that was given the baseline's time.
     """
 
     variant: str
@@ -105,6 +118,7 @@ class Summary:
     step_seconds: float | None = None
     budget_seconds: float | None = None
     worth: Worth | None = None
+    time_gap: TimeGap | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -113,12 +127,21 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A warning, and the seeds of the runs that gave it, by variant; where rates were tried, by "VARIANT at RATE"."""
+
+    text: str
+    seeds: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The content of compare.json.
 
-    baseline: the first variant. different: a line for each difference between the terms of the runs. variants: each
+    baseline: the first variant. different: a line for each difference between the terms of the runs. unequal: at equal
+    time, a line for each variant whose steps took another time than the baseline's by their logs. variants: each
     at its best learning rate. rates: each at every learning rate, or empty if no rates were tried. equal: what all
-    variants have alike, tokens or time. exchange: None if it was not measured.
+    variants have alike, tokens or time. exchange: None if it was not measured. warnings: each that a run gave, once.
     """
 
     baseline: str
@@ -130,6 +153,18 @@ class Comparison:
     failures: list[FailedRun] = field(default_factory=list)
     equal: str = "tokens"
     exchange: Exchange | None = None
+    unequal: list[str] = field(default_factory=list)
+    warnings: list[Warned] = field(default_factory=list)
+
+
+def warnings_of(runs: Iterable[tuple[str, float | None, int, Sequence[str]]]) -> list[Warned]:
+    """Each warning once, in the order in which they come; runs: variant, learning rate, seed and warnings of each."""
+    found: dict[str, Warned] = {}
+    for variant, lr, seed, texts in runs:
+        for text in dict.fromkeys(texts):
+            name = variant if lr is None else f"{variant} at {lr:g}"
+            found.setdefault(text, Warned(text, {})).seeds.setdefault(name, []).append(seed)
+    return list(found.values())
 
 
 def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_different: bool) -> Comparison:
@@ -148,18 +183,29 @@ def summarize(rows: Sequence[Run | FailedRun], notes: Sequence[str], allow_diffe
     best = [best_rate([rate for rate in rates if rate.variant == name]) for name in names]
     gpus = dict.fromkeys(str(e.get("gpu") or e.get("device")) for run in runs for e in run.environment)
     mixed = [f"trained on {', '.join(gpus)}: speed, time and memory are not comparable"] * (len(gpus) > 1)
-    best = [replace(each, gap=paired(each.by_seed, best[0].by_seed)) for each in best]
+    by_seed = {key: {row.seed: row for row in alike if isinstance(row, Run)} for key, alike in by_rate.items()}
+
+    def against_baseline(each: Summary) -> Summary:
+        ours, theirs = (by_seed[of.variant, of.lr] for of in (each, best[0]))
+        same_time = each.budget_seconds is not None and each.share is None and each.variant != best[0].variant
+        gap = paired(each.by_seed, best[0].by_seed)
+        return replace(each, gap=gap, time_gap=time_gap(ours, theirs) if same_time else None)
+
+    best = [against_baseline(each) for each in best]
     rate = next((exchange_rate(each, best[0]) for each in best if each.share is not None and each.seeds), None)
+    whole = [run for run in runs if run.share is None] or runs
     return Comparison(
         baseline=best[0].variant,
         different=different,
-        notes=[*notes, *mixed],
+        notes=list(dict.fromkeys([*notes, *mixed])),
         variants=[replace(each, worth=worth(each, best[0], rate)) for each in best],
         rates=rates if any(rate.lr is not None for rate in rates) else [],
         runs=runs,
         failures=[row for row in rows if isinstance(row, FailedRun)],
-        equal="time" if runs and all(run.budget or run.share for run in runs) else "tokens",
+        equal="time" if whole and all(run.budget for run in whole) else "tokens",
         exchange=rate,
+        unequal=unequal_times(best[0].variant, best),
+        warnings=warnings_of((row.variant, row.lr, row.seed, row.warnings) for row in rows),
     )
 
 
@@ -178,6 +224,36 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gap:
     return Gap(**vars(found), seeds=common, undecided=undecided)
 
 
+UNEQUAL = 0.03
+"""The share by which times that are called equal may differ: a step's time is known to about one per cent, a GPU's
+clock changes it by a few, and what so little more time is worth is less than what seeds differ by."""
+
+
+def time_gap(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> TimeGap | None:
+    """How much longer the steps of a variant's runs took than those of the baseline's; None without a common seed."""
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs and theirs[seed].train_seconds]
+    if not pairs:
+        return None
+    steady = [(own.steady_seconds, other.steady_seconds) for own, other in pairs]
+    known = [own / other for own, other in steady if own is not None and other]
+    whole = mean(own.train_seconds / other.train_seconds for own, other in pairs)
+    return TimeGap(whole - 1, mean(known) - 1 if len(known) == len(pairs) else None)
+
+
+def unequal_times(baseline: str, variants: Sequence[Summary]) -> list[str]:
+    """A line for each variant whose steps took another time than the baseline's by more than UNEQUAL."""
+    lines = []
+    for each in variants:
+        if (gap := each.time_gap) is not None and abs(gap.logged) > UNEQUAL:
+            steady = "" if gap.steady is None else f" ({_more(gap.steady)} without the first steps, which compile)"
+            lines.append(f"by the logs {each.variant}'s steps took {_more(gap.logged)} time than {baseline}'s{steady}")
+    return lines
+
+
+def _more(share: float) -> str:
+    return f"{abs(share):.1%} {'more' if share > 0 else 'less'}"
+
+
 def exchange_rate(shorter: Summary, baseline: Summary) -> Exchange | None:
     """The exchange rate of losses to steps; None if no seed has been trained with both lengths."""
     nats = paired(shorter.by_seed, baseline.by_seed)
@@ -193,13 +269,14 @@ FARTHEST = 4
 
 
 def worth(variant: Summary, baseline: Summary, exchange: Exchange | None) -> Worth | None:
-    """What a variant's gap is worth; None for the baseline, without a rate, and for a gap that is beyond it.
+    """What a variant's gap is worth; None for those that the rate is of, without a rate, and for a gap beyond it.
 
     The loss is taken as linear in the logarithm of the steps of a whole run, with the learning rate's whole schedule:
     the curve of a single run does not tell, because the schedule lowers it towards the end.
     """
     gap, rate, steps = variant.gap, exchange and exchange.per_log_step, baseline.steps
-    if not exchange or not rate or not steps or gap is None or gap.mean is None or variant.variant == baseline.variant:
+    measured_it = exchange is not None and variant.variant in (baseline.variant, exchange.variant)
+    if not exchange or measured_it or not rate or not steps or gap is None or gap.mean is None:
         return None
     logarithm = -gap.mean / rate
     if abs(logarithm) > math.log(FARTHEST):

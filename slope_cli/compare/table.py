@@ -1,10 +1,10 @@
 """The tables of `slope compare`, for a terminal and as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from slope_cli.compare.rows import Run, config_of
-from slope_cli.compare.summary import Comparison, Spread, Summary, Worth
+from slope_cli.compare.summary import Comparison, Spread, Summary, Warned, Worth
 from slope_cli.config.configs import container, follows
 from slope_cli.config.schema import Config
 from slope_cli.config.values import flat
@@ -27,6 +27,7 @@ def tables(result: Comparison) -> list[Table]:
 def _notes(result: Comparison) -> list[str]:
     """How the numbers were measured, and their limits."""
     lines = [f"NOT COMPARABLE: {line}" for line in result.different]
+    lines += [f"NOT EQUAL TIME: {line}" for line in result.unequal]
     lines.append(
         "loss: nats per token on the validation text after the last step, mean ± standard error over (n) seeds; "
         f"gap: to {result.baseline}, over the same seeds"
@@ -43,15 +44,31 @@ def _notes(result: Comparison) -> list[str]:
         "a mask bit for each weight of a sparse layer; time: of the training steps alone"
     )
     if result.equal == "time":
-        lines.append("time: steps times the step time that was measured; logged: what the steps of the runs took")
+        lines.append(
+            "time: steps times the step time that was measured; logged: what the steps of the runs took, with compiling"
+        )
     if any(each.lr_at_edge for each in result.variants):
         lines.append("(edge): the best rate is the lowest or highest of those tried; a better one may lie beyond")
-    return [*lines, *result.notes, *_environments(result.runs)]
+    warnings = warning_lines(result.warnings, len(result.runs) + len(result.failures))
+    return [*lines, *result.notes, *warnings, *_environments(result.runs)]
+
+
+def warning_lines(warnings: Sequence[Warned], runs: int) -> list[str]:
+    """Warnings, each with the variants and seeds that gave it; runs: how many there are in all."""
+
+    def given(by: Mapping[str, Sequence[int]]) -> str:
+        if sum(map(len, by.values())) == runs > 1:
+            return "all runs"
+        return "; ".join(f"{name}, seed{'s' * (len(by[name]) > 1)} {', '.join(map(str, by[name]))}" for name in by)
+
+    return [f"warning: {each.text} ({given(each.seeds)})" for each in warnings]
 
 
 def _exchange(result: Comparison) -> str:
     """How gaps become steps, or why they do not."""
     rate = result.exchange
+    if rate is None and (shorter := next((each for each in result.variants if each.share is not None), None)):
+        return f"gaps in steps: not measured, as no seed of {shorter.variant} and {result.baseline} is finished in both"
     if rate is None:
         return f"gaps in steps: not measured; --exchange 0.8 also trains {result.baseline} with 0.8 of its steps"
     nats = f"{rate.variant} has {spread(rate.nats, '+.4f')} nats"

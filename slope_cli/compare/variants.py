@@ -22,6 +22,7 @@ from slope_cli.methods.accounting import account
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model, run_model_config
+from slope_cli.train import advice
 from slope_cli.train.dry_run import untrained_model
 
 READY_MADE = ("half-depth", "same-active", "same-bytes", "dense-SHARE (such as dense-0.87)", "slope-r0")
@@ -38,6 +39,7 @@ class Variant:
     note: how these sizes were chosen, if the user did not give them.
     share: of the baseline's steps, if it is the baseline once more for the exchange rate.
     budget: of a variant whose steps time decides.
+    idle: a line for each setting that the user gave and that has no effect.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Variant:
     note: str = ""
     share: float | None = None
     budget: Budget | None = None
+    idle: Sequence[str] = ()
 
     @classmethod
     def load(cls, name: str, recipe: str, overrides: Sequence[str], note: str = "") -> "Variant":
@@ -86,10 +89,22 @@ class Variant:
         config = configs.load(self.recipe, [*self.overrides, f"optim.lr={lr}"])
         return replace(config, model=self.config.model)
 
+    def advice(self, config: Config, *, tries_rates: bool) -> list[str]:
+        """What one of its configs tells before it is trained; a learning rate that is tried is meant."""
+        usual = None if tries_rates else configs.load_with_usual_rates(self.recipe, self.overrides)
+        decides = {"train.seed": "--seeds"} | ({"optim.lr": "--lrs"} if tries_rates else {})
+        given = {key: value for word in self.overrides for key, value in configs.parse_override(word).items()}
+        idle = [f"{key}={given[key]}: has no effect with {decides[key]}" for key in decides if key in given]
+        return [*self.idle, *idle, *advice.warnings_of(config, advice.prepared_data(config), usual)]
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison; lr: None unless learning rates are tried; share, budget: the variant's."""
+    """One run of a comparison.
+
+    lr: None unless learning rates are tried. share, budget: the variant's.
+    advice: what its configuration tells before it is trained, as `advice.warnings_of` words it.
+    """
 
     variant: str
     lr: float | None
@@ -97,6 +112,7 @@ class PlannedRun:
     config: Config
     share: float | None = None
     budget: Budget | None = None
+    advice: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -123,7 +139,22 @@ def variants(recipe: str, overrides: Sequence[str], methods: Sequence[str], extr
     if not chosen:
         raise UsageError("nothing to compare: give --methods dense,slope or --variant 'NAME: KEY=VALUE'")
     _refuse_duplicates("variant", [variant.name for variant in chosen])
-    return chosen
+    return _with_idle(chosen, overrides)
+
+
+def _with_idle(chosen: Sequence[Variant], shared: Sequence[str]) -> list[Variant]:
+    """The variants, with the settings that have no effect; of those that all of them share, what none of them uses."""
+
+    def idle(each: Variant, words: Sequence[str]) -> dict[str, str]:
+        return {line.partition("=")[0]: line for line in configs.without_effect(each.config, words)}
+
+    in_all = set[str].intersection(*(set(idle(each, shared)) for each in chosen))
+    found = []
+    for each in chosen:
+        own = idle(each, each.overrides[len(shared) :])
+        lines = [line for key, line in idle(each, each.overrides).items() if key in own or key in in_all]
+        found.append(replace(each, idle=lines))
+    return found
 
 
 def planned_runs(chosen: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[float] = ()) -> list[PlannedRun]:
@@ -135,10 +166,12 @@ def planned_runs(chosen: Sequence[Variant], seeds: Sequence[int], lrs: Sequence[
     if not seeds:
         raise UsageError("--seeds: give at least one number")
     planned = []
-    for variant, lr, seed in itertools.product(chosen, lrs or (None,), seeds):
+    for variant, lr in itertools.product(chosen, lrs or (None,)):
         config = variant.config if lr is None else variant.at(lr)
-        config = replace(config, train=replace(config.train, seed=seed))
-        planned.append(PlannedRun(variant.name, lr, seed, config, variant.share, variant.budget))
+        told = variant.advice(config, tries_rates=lr is not None)
+        for seed in seeds:
+            own = replace(config, train=replace(config.train, seed=seed))
+            planned.append(PlannedRun(variant.name, lr, seed, own, variant.share, variant.budget, told))
     _refuse_duplicates("run", [run.name for run in planned])
     return planned
 

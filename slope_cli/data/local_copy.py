@@ -19,11 +19,11 @@ COARSEST_NS = 2_000_000_000
 """Some file systems keep times to two seconds."""
 
 
-def stage(dataset: Dataset, directory: Path, say: Callable[[str], None], check: Callable[[], None]) -> None:
+def stage(dataset: Dataset, directory: Path, warn: Callable[[str], None], check: Callable[[], None]) -> None:
     """Copy the token files that are not in `directory` yet, each checked and whole or absent.
 
     For one process of a node: the others wait until it returns, then all of them call `staged`. It waits for another
-    run that copies the same data. Where the disk is full or cannot be written, `say` gets a warning, and nothing of
+    run that copies the same data. Where the disk is full or cannot be written, `warn` gets a line, and nothing of
     this call stays there.
 
     Args:
@@ -48,7 +48,7 @@ def stage(dataset: Dataset, directory: Path, say: Callable[[str], None], check: 
         for path in copied:
             path.unlink(missing_ok=True)
         reason = f"{error.filename or folder}: {os_reason(error)}" if isinstance(error, OSError) else str(error)
-        say(f"warning: data.local_copy={directory}: {reason}; the data are read from {dataset.folder}")
+        warn(f"data.local_copy={directory}: {reason}; the data are read from {dataset.folder}")
 
 
 def staged(dataset: Dataset, directory: Path) -> Dataset:

@@ -9,12 +9,12 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slope_cli.errors import SlopeError
+from slope_cli.report import warned
 from slope_cli.report.loggers import Logger
 from slope_cli.utils import files, jsonl
 
@@ -188,7 +188,7 @@ class MetricsLog(Log):
         """The log up to a step, which the file then begins with."""
         kept = _Kept(self.path, step, saved)
         if kept.lost:
-            print(f"warning: {kept.lost}", file=sys.stderr)
+            warned.warn(kept.lost)
         if not (self.path.is_file() and self.path.read_bytes().startswith(kept.content)):
             with self._writing():
                 if self.path.exists():
@@ -215,7 +215,7 @@ class MetricsLog(Log):
                 mirror.write(kind, step, values)
             except Exception as error:  # whatever it is in another library, the run goes on
                 self._mirrors.remove(mirror)
-                print(f"warning: {mirror.place} ends at step {step}: {error}", file=sys.stderr)
+                warned.warn(f"{mirror.place} ends at step {step}: {error}")
         return record
 
     def sync(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def crowded(threads: int, cores: float, load: float) -> str:
     if cores > 0.7 * threads or load <= (os.cpu_count() or 1):
         return ""
     had = f"torch's {threads} threads had {cores:.1f} cores on average, since other programs use them too"
-    return f"warning: {had}; stop the run, and start it again with OMP_NUM_THREADS=1 before the command"
+    return f"{had}; stop the run, and start it again with OMP_NUM_THREADS=1 before the command"
 
 
 class Times:

@@ -1,6 +1,5 @@
 """What configuration and data tell about a run before hours are lost, and what to do once it has diverged."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from slope_cli.errors import SlopeError
 from slope_cli.methods import phases_of
 from slope_cli.methods.optim import span
 from slope_cli.methods.phases import ADAPTERS, MAPS, MATRICES, WEIGHTS, Phase
+from slope_cli.report import warned
 from slope_cli.train.step import NonFinite
 
 RATES = {WEIGHTS: "optim.lr", MATRICES: "optim.muon_lr", ADAPTERS: "adapters.lr", MAPS: "linearize.transfer_lr"}
@@ -20,9 +20,9 @@ FAR = 10
 
 
 def warn(config: Config, data: Dataset | None, usual: Config | None) -> None:
-    """Print what `warnings_of` finds to standard error; for one rank of a run, before its first step."""
+    """Warn of what `warnings_of` finds; for one rank of a run, before its first step."""
     for line in warnings_of(config, data, usual):
-        print(f"warning: {line}", file=sys.stderr)
+        warned.warn(line)
 
 
 def warnings_of(config: Config, data: Dataset | None = None, usual: Config | None = None) -> list[str]:

@@ -209,8 +209,8 @@ class Divergence:
 
 
 def trial_lines(setting: str, chosen: Sequence[int | str], trials: Sequence[Trial]) -> Iterator[str]:
-    """The table that they were chosen by, for the terminal; last, whether fewer were as good."""
-    what = "KV heads" if setting.startswith("heads:") else "layers"
+    """The table that they were chosen by, for the terminal."""
+    what = _units(setting)
     yield f"keep_softmax={setting}: divergence from the softmax model where it must recall, by the {what} with softmax"
     for trial in trials:
         parts = [
@@ -218,11 +218,20 @@ def trial_lines(setting: str, chosen: Sequence[int | str], trials: Sequence[Tria
         ]
         kept = "  kept" if list(trial.kept) == list(chosen) else ""
         yield f"  {_names(trial):12} {trial.divergence:<9.4g}  ({', '.join(parts)}){kept}"
+
+
+def trial_warning(setting: str, chosen: Sequence[int | str], trials: Sequence[Trial]) -> str:
+    """A line if fewer would have been as good; else ""."""
     (own,) = (trial for trial in trials if list(trial.kept) == list(chosen))
     best = min(trials, key=lambda trial: (trial.divergence, len(trial.kept)))
-    if len(best.kept) < len(chosen):
-        fewer = f"with softmax in fewer {what} ({_names(best)})"
-        yield f"warning: {fewer} the divergence is no larger than with {_names(own)}"
+    if len(best.kept) >= len(chosen):
+        return ""
+    fewer = f"with softmax in fewer {_units(setting)} ({_names(best)})"
+    return f"{fewer} the divergence is no larger than with {_names(own)}"
+
+
+def _units(setting: str) -> str:
+    return "KV heads" if setting.startswith("heads:") else "layers"
 
 
 def _names(trial: Trial) -> str:

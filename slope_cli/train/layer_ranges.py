@@ -41,7 +41,7 @@ from slope_cli.methods import optim, phases_of
 from slope_cli.methods.apply import train_maps
 from slope_cli.methods.phases import MAPS
 from slope_cli.models import shapes
-from slope_cli.report import metrics
+from slope_cli.report import metrics, warned
 from slope_cli.report.progress import Progress
 from slope_cli.report.tables import bytes_text, counted
 from slope_cli.report.timing import Speed, Times
@@ -118,7 +118,7 @@ class LayerRanges:
         if checkpoint is not None:
             self._require_same(checkpoint.manifest)
             for fault in checkpoint.faults:
-                self._say(f"warning: {fault}; resuming from {checkpoint.folder.name}")
+                warned.warn(f"{fault}; resuming from {checkpoint.folder.name}", self._say)
             store.set_aside_newer(folder, step)
         with contextlib.ExitStack() as opened:
             entering = self._hidden(layers.start, opened) if layers.start else None

@@ -34,7 +34,7 @@ from slope_cli.methods.phases import ADAPTERS, Phase
 from slope_cli.methods.sparse import report_layers
 from slope_cli.models import shapes
 from slope_cli.models.build import build_model
-from slope_cli.report import metrics
+from slope_cli.report import metrics, warned
 from slope_cli.report.loggers import require_wandb
 from slope_cli.report.progress import Progress
 from slope_cli.report.timing import Cores, Speed, Times
@@ -42,7 +42,7 @@ from slope_cli.train import advice, init, layer_ranges, starts
 from slope_cli.train.batches import Batches
 from slope_cli.train.changes import Changes
 from slope_cli.train.cuda_graphs import GraphedStep
-from slope_cli.train.keep_softmax import choose_kept, trial_lines
+from slope_cli.train.keep_softmax import choose_kept, trial_lines, trial_warning
 from slope_cli.train.length import extension_lines, finished_line
 from slope_cli.train.make_step import kernels_of, make_step, products_dtype
 from slope_cli.train.parallel import agree_on_kernels, built_on, enter, layout_of, require_whole, set_up_torch
@@ -56,7 +56,7 @@ from slope_cli.train.summary import summarize
 from slope_cli.train.validation import Validation, check_evaluation, validation_line
 from slope_cli.utils.environment import note_environment
 from slope_cli.utils.gpus import dense_peak
-from sparse_kernels import adapters_of, fp8_underflow, kernel_choices
+from sparse_kernels import adapters_of, fp8_obstacle, fp8_underflow, kernel_choices
 
 
 def pretrain(
@@ -99,6 +99,7 @@ def pretrain(
             start = Start()
             settled = held.enter_context(run_folder.claimed(run, config, how, lambda: start.has_stepped))
             held.enter_context(starts.recorded(run, start))
+            held.enter_context(warned.kept(run))
             store.clean(run)
             note_environment(run, device, group.members)
             return start, settled
@@ -215,6 +216,8 @@ class Trainer:
         if not finished:
             for line in start_lines(config, run, report, self.phase, self.model, dtype, group, layout):
                 self._say(line)
+            if self.speaks and self.phase.fp8 and (obstacle := fp8_obstacle(device)):
+                warned.warn(f"train.precision=fp8: {obstacle}; products are in bf16")
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
@@ -305,8 +308,11 @@ class Trainer:
             self.sharding.reshard(self.model)
         self.kept = chosen
         log.write(load.KEPT, self.step + 1, kept=chosen, trials=[trial._asdict() for trial in trials])
-        for line in trial_lines(self.config.linearize.keep_softmax, chosen, trials):
+        setting = self.config.linearize.keep_softmax
+        for line in trial_lines(setting, chosen, trials):
             progress.say(line)
+        if line := trial_warning(setting, chosen, trials):
+            warned.warn(line, progress.say)
         self.times.credit("validation")
 
     def _log_phase(self, changes: dict[str, Any], log: metrics.Log, progress: Progress) -> None:
@@ -321,7 +327,7 @@ class Trainer:
         output, lr = self.train_step()
         tokens, seconds = self.config.train.tokens_per_step, time.perf_counter() - started
         if self.cores is not None and (warning := self.cores.warning()):
-            progress.say(warning)
+            warned.warn(warning, progress.say)
         if start is not None:
             start.step(seconds)
         self.speed.add(tokens, seconds, first=first)
@@ -433,7 +439,7 @@ class Trainer:
         except SlopeError as error:
             if must:
                 raise
-            progress.say(f"warning: {error}; training continues")
+            warned.warn(f"{error}; training continues", progress.say)
         else:
             if folder is not None:
                 progress.say(f"step {self.step}: saved {folder}")
@@ -443,7 +449,7 @@ class Trainer:
         try:
             done = self.saver.finished(wait=wait)
         except SlopeError as error:
-            progress.say(f"warning: {error}; training continues")
+            warned.warn(f"{error}; training continues", progress.say)
         else:
             if done is not None:
                 progress.say(f"step {done[0]}: saved {done[1]}")
@@ -475,7 +481,7 @@ class Trainer:
         if checkpoint is None:
             return None
         for fault in checkpoint.faults:
-            self._say(f"warning: {fault}; resuming from {checkpoint.folder.name}")
+            warned.warn(f"{fault}; resuming from {checkpoint.folder.name}", self._say)
         if checkpoint.manifest["data"] != self.dataset.fingerprint:
             raise UsageError(f"{self.run} was trained on other data than {self.dataset.folder}; choose another --out")
         self.group.first(lambda: run_folder.require_same_config(self.config, self.run, checkpoint.manifest))

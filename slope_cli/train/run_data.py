@@ -1,6 +1,5 @@
 """The data set of a run, opened by all of its processes: each checks its share, and copies are made once a node."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -21,6 +20,7 @@ from slope_cli.data.local_copy import stage, staged
 from slope_cli.data.prepare import prepare
 from slope_cli.distributed.collectives import Group
 from slope_cli.distributed.signals import StopFlag
+from slope_cli.report import warned
 
 
 def open_run_data(config: Config, run: Path, group: Group, stop: StopFlag | None = None) -> Dataset:
@@ -52,9 +52,5 @@ def _on_this_node(config: Config, dataset: Dataset, group: Group, check: Callabl
     if config.data.local_copy is None:
         return dataset
     directory = Path(config.data.local_copy)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    group.agreed(lambda: stage(dataset, directory, say, check) if group.ranks.local_rank == 0 else None)
+    group.agreed(lambda: stage(dataset, directory, warned.warn, check) if group.ranks.local_rank == 0 else None)
     return staged(dataset, directory)

@@ -10,6 +10,7 @@ from slope_cli.config import configs
 from slope_cli.config.schema import Config
 from slope_cli.data.dataset import Dataset
 from slope_cli.errors import SlopeError
+from slope_cli.report import warned
 from slope_cli.report.loggers import Logger, TensorBoard, Wandb
 from slope_cli.report.metrics import JSONL, MetricsLog
 from slope_cli.train import starts
@@ -38,7 +39,7 @@ def open_log(config: Config, run: Path, step: int, saved: Mapping[str, Any] | No
         except SlopeError as error:
             if step == 0:
                 raise
-            print(f"warning: {error}; training continues without it", file=sys.stderr)
+            warned.warn(f"{error}; training continues without it")
         else:
             print(f"wandb: {mirrors[-1].place}", file=sys.stderr)
     return MetricsLog(run, step, saved=saved, mirrors=mirrors)
@@ -50,7 +51,7 @@ def manifest_entries(config: Config, run: Path, dataset: Dataset, log: Mapping[s
     Args:
         log: what `MetricsLog.sync` has returned.
     """
-    marks = jsonl.marks(run / ENVIRONMENT, run / starts.STARTS)
+    marks = jsonl.marks(run / ENVIRONMENT, run / starts.STARTS, run / warned.WARNINGS)
     entries = {"data": dataset.fingerprint, **run_folder.manifest_metadata(config, run), "logs": {JSONL: log} | marks}
     if config.learns_from_teacher:
         entries["teacher"] = file_sha256(run / store.BASE / store.MANIFEST)

@@ -34,8 +34,9 @@ def start_lines(
     """
     device = next(model.parameters()).device
     yield str(report or _unswapped(model))
-    if phase.fp8:
-        yield _fp8(model, device)
+    if phase.fp8 and not fp8_obstacle(device):
+        simulated = ", which a CPU simulates" if device.type == "cpu" else ""
+        yield f"{counted(len(fp8_layers(model)), 'linear layer')} multiply in fp8 in training{simulated}"
     if share := config.distill.share:
         yield f"{share:.0%} of the loss is the divergence from the predictions of {config.teacher}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -58,11 +59,3 @@ def _unswapped(model: nn.Module) -> str:
         stay = "is sparse and stays so" if sparse == 1 else "are sparse and stay so"
         return f"{becomes}; {counted(sparse, 'linear layer')} {stay}"
     return "dense run: no layer is sparse"
-
-
-def _fp8(model: nn.Module, device: torch.device) -> str:
-    """Which products are in fp8."""
-    if obstacle := fp8_obstacle(device):
-        return f"train.precision=fp8: {obstacle}; products are in bf16"
-    simulated = ", which a CPU simulates" if device.type == "cpu" else ""
-    return f"{counted(len(fp8_layers(model)), 'linear layer')} multiply in fp8 in training{simulated}"

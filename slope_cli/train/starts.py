@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ def is_restart(run: Path) -> bool:
 def goes_on(run: Path, existing: run_folder.Existing) -> bool:
     """Whether a start goes on with the run in a folder; not if it is none, or is replaced."""
     return run_folder.is_run(run) and (existing != "replace" or is_restart(run))
+
+
+def first_steps(run: Path, records: Iterable[Mapping[str, Any]]) -> set[int]:
+    """The steps, counted from 1, in which starts and phases of a run compiled and measured kernels.
+
+    Args:
+        records: of its log.
+    """
+    path = run / STARTS
+    own = (record for record, _ in jsonl.lines(path) if record) if path.is_file() else ()
+    begun = {record[BEGINS] + 1 for record in own if isinstance(record.get(BEGINS), int)}
+    return {1} | begun | {record["step"] for record in records if record["kind"] == "phase"}
 
 
 def _job() -> dict[str, Any]:
