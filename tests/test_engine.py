@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.marks import slow
-from support.models import CAUSAL, VOCABULARY, linearized, of_every_name, tiny_model
+from support.models import CAUSAL, FORMS, VOCABULARY, linearized, of_every_name, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -176,8 +176,14 @@ def test_prompts_are_read_together_up_to_a_number_of_tokens(name: str, monkeypat
     assert [len(engine._admitted()) for _ in range(6)] == [5, 2, 1, 1, 1, 0]  # 5 x 8, 2 x 21, 34, 55 and 89 tokens
 
 
-@pytest.mark.parametrize(("most", "tokens", "graphs"), [(64, 4096, 5), (2, 4096, 2), (64, 64, 2)])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(
+    ("name", "most", "tokens", "graphs"),
+    [
+        *((name, *rest) for name in CAUSAL for rest in ((64, 4096, 5), (2, 4096, 2), (64, 64, 2))),
+        *((form, 64, 4096, 5) for form in ("gated", "cache", "heads")),
+        *(slow(form, 64, 4096, 5) for form in FORMS if form not in ("gated", "cache", "heads")),
+    ],
+)
 def test_prompts_that_come_again_are_read_as_by_themselves(
     name: str, most: int, tokens: int, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +191,8 @@ def test_prompts_that_come_again_are_read_as_by_themselves(
     monkeypatch.setattr(slots, "captured", lambda work, _: [work(), work(), SimpleNamespace(replay=work)][-1])
     monkeypatch.setattr(slots, "MOST_PREFILLS", most)
     monkeypatch.setattr(slots, "PREFILL", tokens)
-    model = tiny_model(name, **({"sliding_window": 7} if name == "mistral-7b" else {}))
+    more = {"sliding_window": 7} if name == "mistral-7b" else {}
+    model = linearized("llama3-8b", **FORMS[name]) if name in FORMS else tiny_model(name, **more)
     lengths = (*(20, 31, 7, 32) * 2, *(33, 64, 40) * 2, *(70, 90) * 4, 1, 2, *(200, 250) * 3, 99)
     alone = Engine(model, max_batch=1)
     own = [Sampling(tokens=2 + n % 5, temperature=0) for n in range(len(lengths))]

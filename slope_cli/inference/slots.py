@@ -46,7 +46,7 @@ class Slots:
         self._settings = Settings.of([Sampling()] * count, device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._padded = self._pool is not None and all(cache.reads_any_lengths for cache in self.caches)
+        self._padded = self._pool is not None and all(cache.prompts_in_graphs for cache in self.caches)
         self._prefills: dict[tuple[int, int], _Prefill] = {}  # by sides of the padded prompts
         self._seen: set[tuple[int, int]] = set()
         # What all graphs of prompts write.
