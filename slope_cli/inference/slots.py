@@ -20,7 +20,9 @@ from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 from sparse_kernels.driver import captured
 
 PREFILL = 4096
-"""Tokens, padding among them, up to which prompts are read together, and from a graph."""
+"""Tokens, padding among them, up to which a GPU reads prompts together, and from a graph."""
+PREFILL_ON_CPU = 256
+"""The same for a CPU, without graphs: more tokens at once are hardly faster, and padding is as slow as any."""
 MOST_PREFILLS = 64
 """Graphs of prompts that are held at most; what comes again beyond them is read without one."""
 
