@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.marks import slow
-from support.models import CAUSAL, VOCABULARY, linearized, of_every_name, tiny_model
+from support.models import CAUSAL, FORMS, VOCABULARY, linearized, of_every_name, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +18,7 @@ from slope_cli.inference import slots
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.products import DenseLinear
 from slope_cli.inference.sampling import Sampling, mode_of
+from slope_cli.inference.slots import PREFILL
 from sparse_kernels import adapters_of, add_adapters, mask_layers, sparse_layers, sparsify
 from sparse_kernels.packed_linear import PackedLinear
 
@@ -166,18 +167,27 @@ def test_more_texts_than_slots_are_the_same_texts(count: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b"])
-def test_prompts_are_read_together_up_to_a_number_of_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_read_together_up_to_a_number_of_tokens(name: str) -> None:
     engine = Engine(tiny_model(name), max_batch=10)
-    together = [text.ids for text in engine.generate(prompts(), GREEDY)]
-    monkeypatch.setattr("slope_cli.inference.engine.PREFILL", 60)
-    assert [text.ids for text in engine.generate(prompts(), GREEDY)] == together
-    for prompt in prompts():
-        engine.submit(prompt)
-    assert [len(engine._admitted()) for _ in range(6)] == [5, 2, 1, 1, 1, 0]  # 5 x 8, 2 x 21, 34, 55 and 89 tokens
+    found = []
+    # 7 x 21, 2 x 55 and 89; 5 x 8, 2 x 21, 34, 55 and 89
+    for tokens, read in ((engine._most_together, [7, 2, 1]), (60, [5, 2, 1, 1, 1]), (PREFILL, [10])):
+        engine._most_together = tokens
+        found.append([text.ids for text in engine.generate(prompts(), GREEDY)])
+        for prompt in prompts():
+            engine.submit(prompt)
+        assert [len(engine._admitted()) for _ in range(len(read) + 1)] == [*read, 0]
+    assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(("most", "tokens", "graphs"), [(64, 4096, 5), (2, 4096, 2), (64, 64, 2)])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(
+    ("name", "most", "tokens", "graphs"),
+    [
+        *((name, *rest) for name in CAUSAL for rest in ((64, 4096, 5), (2, 4096, 2), (64, 64, 2))),
+        *((form, 64, 4096, 5) for form in ("gated", "cache", "heads")),
+        *(slow(form, 64, 4096, 5) for form in FORMS if form not in ("gated", "cache", "heads")),
+    ],
+)
 def test_prompts_that_come_again_are_read_as_by_themselves(
     name: str, most: int, tokens: int, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,13 +195,15 @@ def test_prompts_that_come_again_are_read_as_by_themselves(
     monkeypatch.setattr(slots, "captured", lambda work, _: [work(), work(), SimpleNamespace(replay=work)][-1])
     monkeypatch.setattr(slots, "MOST_PREFILLS", most)
     monkeypatch.setattr(slots, "PREFILL", tokens)
-    model = tiny_model(name, **({"sliding_window": 7} if name == "mistral-7b" else {}))
+    more = {"sliding_window": 7} if name == "mistral-7b" else {}
+    model = linearized("llama3-8b", **FORMS[name]) if name in FORMS else tiny_model(name, **more)
     lengths = (*(20, 31, 7, 32) * 2, *(33, 64, 40) * 2, *(70, 90) * 4, 1, 2, *(200, 250) * 3, 99)
     alone = Engine(model, max_batch=1)
     own = [Sampling(tokens=2 + n % 5, temperature=0) for n in range(len(lengths))]
     expected = [alone.generate([prompt], how)[0].ids for prompt, how in zip(prompts(lengths), own, strict=True)]
     engine = Engine(model, max_batch=3)
     engine._slots._padded, engine._slots._logits = True, torch.empty(3, VOCABULARY)
+    engine._most_together = PREFILL  # as on a GPU
     texts = [engine.submit(prompt, how) for prompt, how in zip(prompts(lengths), own, strict=True)]
     for _ in engine.stream():
         pass

@@ -21,13 +21,8 @@ Shape = tuple[int, int, int, int]
 
 
 class Prompts(NamedTuple):
-    """Prompts that are read together, padded at their ends.
+    """Prompts that are read together, padded at their ends: their slots, and the tokens of each; int64."""
 
-    slot: of the first one. lengths: the tokens of each. slots_P, lengths_P: the same on the device, int64.
-    """
-
-    slot: int
-    lengths: list[int]
     slots_P: Tensor
     lengths_P: Tensor
 
@@ -35,7 +30,7 @@ class Prompts(NamedTuple):
     def of(cls, slot: int, lengths: list[int], device: torch.device) -> "Prompts":
         """Those of so many tokens, in slots from this one on."""
         on_host = torch.tensor([[slot + row for row in range(len(lengths))], lengths])
-        return cls(slot, lengths, *on_host.to(device).unbind())
+        return cls(*on_host.to(device).unbind())
 
 
 class AttentionCache(Protocol):
@@ -45,11 +40,14 @@ class AttentionCache(Protocol):
     queries and keys are to be turned by their positions.
     """
 
-    reads_any_lengths: ClassVar[bool]
-    """Whether the device's work of `prefill` depends on the padded sides alone, so that a CUDA graph can hold it."""
+    prompts_in_graphs: ClassVar[bool]
+    """Whether prompts are read from CUDA graphs."""
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
-        """Whole prompts, which their slots then remember and nothing else: (P, T, H, D), anything for padding."""
+        """Whole prompts, which their slots then remember and nothing else: (P, T, H, D), anything for padding.
+
+        What the device does depends on the padded sides alone, and the host reads nothing of it.
+        """
 
     def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """One token for each of the first B slots, at its place (int32): (B, H, D). Fit for a CUDA graph."""
@@ -67,7 +65,7 @@ class AttentionCache(Protocol):
 class SoftmaxCache:
     """All keys and values of every slot: (slots, G, T, D)."""
 
-    reads_any_lengths: ClassVar[bool] = True
+    prompts_in_graphs: ClassVar[bool] = True
 
     def __init__(
         self, shape: Shape, heads: int, scale: float, window: int, like: Tensor, space: Tensor | None = None
@@ -116,7 +114,7 @@ class SoftmaxCache:
 class LinearCache:
     """The window and the state of a linearized layer for every slot; each step moves all rings by one place."""
 
-    reads_any_lengths: ClassVar[bool] = False
+    prompts_in_graphs: ClassVar[bool] = False  # until tests/gpu, which set it, have seen a GPU record them
 
     def __init__(self, linear: LinearWindow, shape: Shape, scale: float, like: Tensor) -> None:
         slots, self.kv_heads, _, dim = shape
@@ -125,17 +123,19 @@ class LinearCache:
         self.memory.lazy_initialization(nothing_BGTD, nothing_BGTD)
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
-        """See AttentionCache. Each prompt by itself: a window ends with the last token that is there."""
-        q_PTHD, k_PTGD, v_PTGD = turned_heads(qkv_PTSD, rotary, self.kv_heads)
-        y_PTHD = torch.zeros_like(q_PTHD)
-        for row, length in enumerate(prompts.lengths):
-            q_1HTD, k_1GTD, v_1GTD = (X[row, :length].transpose(0, 1)[None] for X in (q_PTHD, k_PTGD, v_PTGD))
-            memory = self.linear.new_cache()
-            memory.update(k_1GTD, v_1GTD)
-            y_1HTD = self.linear(q_1HTD, k_1GTD, v_1GTD, self.scale, None, memory)
-            self.memory.put(prompts.slot + row, memory)
-            y_PTHD[row, :length] = y_1HTD[0].transpose(0, 1)
-        return y_PTHD
+        """See AttentionCache. Padding goes before the prompts: a window ends with the last token that is there."""
+        P, T = qkv_PTSD.shape[:2]
+        rows_P1, places_T = (torch.arange(count, device=qkv_PTSD.device) for count in (P, T))
+        rows_P1, lengths_P1 = rows_P1[:, None], prompts.lengths_P[:, None]
+        to_end, back = ((rows_P1, from_PT % T) for from_PT in (places_T + lengths_P1, places_T - lengths_P1))
+        rotary = None if rotary is None else rotary[:, *to_end]
+        heads = turned_heads(qkv_PTSD[to_end], rotary, self.kv_heads)
+        q_PHTD, k_PGTD, v_PGTD = (X_PTHD.transpose(1, 2) for X_PTHD in heads)
+        memory = self.linear.new_cache()
+        memory.update(k_PGTD, v_PGTD)
+        y_PHTD: Tensor = self.linear(q_PHTD, k_PGTD, v_PGTD, self.scale, places_T >= T - lengths_P1, memory)
+        self.memory.put(prompts.slots_P, memory)
+        return y_PHTD.transpose(1, 2)[back]
 
     def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache."""
@@ -165,7 +165,7 @@ class LinearCache:
 class HeadsCache:
     """A layer some of whose KV heads have softmax attention: their cache, and that of the others, side by side."""
 
-    reads_any_lengths: ClassVar[bool] = False
+    prompts_in_graphs: ClassVar[bool] = LinearCache.prompts_in_graphs
 
     def __init__(self, linear: LinearWindow, shape: Shape, heads: int, scale: float, window: int, like: Tensor) -> None:
         """heads: of queries. The others as in SoftmaxCache."""

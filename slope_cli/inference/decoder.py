@@ -267,7 +267,7 @@ class Decoder(nn.Module):
     def prefill(self, caches: list[AttentionCache], prompts: Prompts, ids_PT: Tensor) -> Tensor:
         """Read prompts of a token or more each: the logits of the tokens after them, (P, V), float32.
 
-        ids_PT: padded at the end with any ids. Fit for a CUDA graph if the caches are: see `reads_any_lengths`.
+        ids_PT: padded at the end with any ids. Fit for a CUDA graph.
         """
         P, T = ids_PT.shape
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from slope_cli.errors import UsageError
 from slope_cli.inference.decoder import Decoder, Spec
 from slope_cli.inference.sampling import Sampling, mode_of
-from slope_cli.inference.slots import PREFILL, Slots, Tokens
+from slope_cli.inference.slots import PREFILL, PREFILL_ON_CPU, Slots, Tokens
 from slope_cli.inference.text import TextStream, prompt_ids
 from slope_cli.models import shapes
 
@@ -122,6 +122,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._ends = end_ids(model, tokenizer)
         self._slots = Slots(self.decoder, max_batch, self.max_length)
+        self._most_together = PREFILL if on_gpu else PREFILL_ON_CPU  # tokens
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []  # in the order of their slots
         self._coming: tuple[list[Generation], Tokens] | None = None  # of the step that was launched last
@@ -189,7 +190,7 @@ class Engine:
 
     def together(self, length: int) -> int:
         """How many prompts of so many tokens are read together at most."""
-        return min(max(1, PREFILL // self._slots.width(length)), self.max_batch)
+        return min(max(1, self._most_together // self._slots.width(length)), self.max_batch)
 
     def _admitted(self) -> list[Generation]:
         """Those of the waiting texts, in their order, whose prompts are read next, together."""

@@ -20,7 +20,9 @@ from slope_cli.inference.sampling import Mode, Sampling, Settings, choose
 from sparse_kernels.driver import captured
 
 PREFILL = 4096
-"""Tokens, padding among them, up to which prompts are read together, and from a graph."""
+"""Tokens, padding among them, up to which a GPU reads prompts together, and from a graph."""
+PREFILL_ON_CPU = 256
+"""The same for a CPU, without graphs: more tokens at once are hardly faster, and padding is as slow as any."""
 MOST_PREFILLS = 64
 """Graphs of prompts that are held at most; what comes again beyond them is read without one."""
 
@@ -46,7 +48,7 @@ class Slots:
         self._settings = Settings.of([Sampling()] * count, device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._padded = self._pool is not None and all(cache.reads_any_lengths for cache in self.caches)
+        self._padded = self._pool is not None and all(cache.prompts_in_graphs for cache in self.caches)
         self._prefills: dict[tuple[int, int], _Prefill] = {}  # by sides of the padded prompts
         self._seen: set[tuple[int, int]] = set()
         # What all graphs of prompts write.

@@ -193,16 +193,14 @@ class LinearWindowCache(CacheLayerMixin):  # type: ignore[misc]
             setattr(view, name, tensor[:rows])
         return view
 
-    def put(self, row: int, other: "LinearWindowCache") -> None:
-        """Let sequence `row` be the only one of `other`."""
-        W = max(self.pattern.lookback, 1)
-        order_W = (torch.arange(self.pattern.lookback, device=self.device) - self.oldest_1 + other.oldest_1) % W
-        own, new = self.tensors(), other.tensors()
-        for name in ("keys", "values"):
-            own[name][row] = new[name][0, :, order_W]
-        own["keep_BW"][row] = new["keep_BW"][0, order_W]
-        for name in own.keys() - {"keys", "values", "keep_BW"}:
-            own[name][row] = new[name][0]
+    def put(self, rows_P: Tensor, other: "LinearWindowCache") -> None:
+        """Let these sequences, int64, be those of `other`, in their order. In place, and fit for a CUDA graph."""
+        W = self.pattern.lookback
+        order_W = (torch.arange(W, device=self.device) - self.oldest_1 + other.oldest_1) % max(W, 1)
+        places = {"keys": 2, "values": 2, "keep_BW": 1}
+        new = other.tensors()
+        for name, own in self.tensors().items():
+            own.index_copy_(0, rows_P, new[name].index_select(places[name], order_W) if name in places else new[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """What is remembered of each sequence, by name; the first dimension is that of the sequences."""

@@ -5,12 +5,16 @@ from typing import Any
 import pytest
 import torch
 from support import inductor
-from support.models import CAUSAL, VOCABULARY, linearized, tiny_model
+from support.models import CAUSAL, FORMS, VOCABULARY, linearized, tiny_model
+from torch import Tensor
 
 from slope_cli.inference import slots
+from slope_cli.inference.cache import AttentionCache, HeadsCache, LinearCache, Prompts
+from slope_cli.inference.decoder import Decoder
 from slope_cli.inference.engine import Engine
 from slope_cli.inference.sampling import Sampling
 from sparse_kernels import adapters_of, add_adapters, sparse_layers, sparsify
+from sparse_kernels.driver import captured
 
 pytestmark = inductor.QUIET
 
@@ -81,11 +85,14 @@ def test_bf16_is_the_default_and_texts_repeat() -> None:
     assert len({tuple(text.ids) for text in (*first, *second)}) == 1
 
 
-@pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b"])
+@pytest.mark.parametrize("name", ["gpt2-nano", "mistral-7b", *FORMS])
 def test_prompts_that_come_again_are_read_by_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other lengths, in other slots, and once there are as many graphs as there may be."""
     monkeypatch.setattr(slots, "MOST_PREFILLS", 3)
-    model = tiny_model(name, **({"sliding_window": 7} if name == "mistral-7b" else {}))
+    for cache in (LinearCache, HeadsCache):
+        monkeypatch.setattr(cache, "prompts_in_graphs", True)
+    more = {"sliding_window": 7} if name == "mistral-7b" else {}
+    model = linearized("llama3-8b", **FORMS[name]) if name in FORMS else tiny_model(name, **more)
     generator = torch.Generator().manual_seed(2)
     lengths = (*(20, 31, 7, 32) * 2, *(33, 64, 40) * 2, *(70, 90) * 3, 1, 2)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
@@ -98,3 +105,36 @@ def test_prompts_that_come_again_are_read_by_a_graph(name: str, monkeypatch: pyt
         found[device] = [text.ids for text in texts]
         assert len(engine._slots._prefills) == (3 if device == "cuda" else 0)
     assert found["cuda"] == found["cpu"]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama3-8b"])
+def test_linearized_layers_read_from_a_graph_as_without_one(name: str, kind: str) -> None:
+    """Prompts of other lengths, into other slots, and after the rings have moved on."""
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(6)
+    decoder = Decoder(linearized(name, **FORMS[kind]), torch.float32, device, sparse=False, max_length=128)
+    recorded, plain = decoder.caches(6, 128), decoder.caches(6, 128)
+    own, ids_PT = Prompts.of(0, [64] * 3, device), torch.zeros(3, 64, dtype=torch.long, device=device)
+    logits_PV = torch.empty(3, VOCABULARY, device=device)
+    graph = captured(lambda: logits_PV.copy_(decoder.prefill(recorded, own, ids_PT)))
+    for mine, other in zip(remembered(recorded), remembered(plain), strict=True):
+        mine.copy_(other)
+    places_B = torch.zeros(6, dtype=torch.int32, device=device)
+    for lengths, taken in (([1, 40, 64], [0, 1, 2]), ([64, 5, 4], [4, 0, 3]), ([33, 8, 63], [5, 2, 1])):
+        prompts = Prompts(*(torch.tensor(each, device=device) for each in (taken, lengths)))
+        new = *prompts, torch.randint(3, VOCABULARY, (3, 64), generator=generator).to(device)
+        for kept, given in zip((*own, ids_PT), new, strict=True):
+            kept.copy_(given)
+        graph.replay()
+        torch.testing.assert_close(logits_PV, decoder.prefill(plain, prompts, ids_PT), rtol=0, atol=1e-4)
+        places_B[prompts.slots_P] = prompts.lengths_P.int()
+        for _ in range(3):
+            torch.testing.assert_close(remembered(recorded), remembered(plain), rtol=0, atol=1e-4)
+            both = [decoder.decode(caches, places_B.long(), places_B) for caches in (recorded, plain)]
+            torch.testing.assert_close(*both, rtol=0, atol=1e-4)
+            places_B += 1
+
+
+def remembered(caches: list[AttentionCache]) -> list[Tensor]:
+    """By all layers."""
+    return [tensor for cache in caches for tensor in cache.tensors()]
