@@ -377,8 +377,10 @@ def finals_table(results: QualityResults) -> Table:
         tuned = next((row for row in results.tuned if row.variant == each.variant), TunedVariant(variant=""))
         edge = " (edge)" if tuned.rates and not tuned.inside else ""
         own |= {"settings": " ".join(words) or NONE, "learning rate": number(tuned.lr, "g") + edge}
+        if each.worth and each.worth.extrapolated:
+            own["gap in time"] += " (extrapolated)"
         rows.append([each.variant, *(own.get(name, NONE) for name in COLUMNS)])
-    note = f"What the time of {results.tokens / 1e6:.0f} million tokens of dense buys; mean ± standard error (seeds)."
+    note = f"What the time of {results.tokens / 1e6:.3g} million tokens of dense buys; mean ± standard error (seeds)."
     if finals and finals.exchange and finals.exchange.per_log_step:
         note += f" Gap in time: how much longer dense would take for the loss, at {finals.exchange.per_log_step:.3f}"
         note += " nats for a unit of the logarithm of its steps."
@@ -399,7 +401,7 @@ def rates_table(results: QualityResults) -> Table:
         losses = [f"{number(each.lr, 'g')}: {number(each.loss.mean, '.4f')}" for each in row.rates]
         where = f"of {row.like}" if row.like else "inside" if row.inside else "at the edge of its grid"
         rows.append([row.variant, number(row.lr, "g"), where, "; ".join(losses) or NONE])
-    note = f"Losses after {results.tuning_tokens / 1e6:.0f} million tokens, of one seed."
+    note = f"Losses after {results.tuning_tokens / 1e6:.3g} million tokens, of one seed."
     return Table("Learning rates", ["variant", "best", "where", "losses"], rows, note=note, left=["where", "losses"])
 
 
