@@ -46,7 +46,7 @@ TUNING_SEED = 1
 
 
 @dataclass(frozen=True)
-class Own:
+class Settings:
     """What is a variant's own.
 
     sizes: the ready-made variant whose sizes it has. like: it is not tuned, and takes the optimizer and the learning
@@ -59,21 +59,21 @@ class Own:
 
 
 VARIANTS = {
-    BASELINE: Own("method=dense"),
-    "half-depth": Own("method=dense", sizes="half-depth"),
-    "slope": Own("method=slope"),
-    "dense-muon": Own("method=dense optim.name=muon"),
-    "slope-muon": Own("method=slope optim.name=muon"),
-    "half-depth-muon": Own("method=dense optim.name=muon", sizes="half-depth"),
-    "dense-0.87": Own("method=dense", sizes="dense-0.87", like=(BASELINE, "dense-muon")),
-    "slope-r0": Own("method=slope adapters.rank=0", like=("slope",)),
-    "slope-fp8": Own("method=slope train.precision=fp8", like=("slope",)),
-    "dense-fp8": Own("method=dense train.precision=fp8", like=(BASELINE,)),
-    "slope-dense-start": Own("method=slope sparsity.start=0.1", like=("slope",)),
-    "slope-half": Own("method=slope adapters.start=0.5 adapters.rank=0.0625", like=("slope",)),
-    "s_ste": Own("method=s_ste"),
-    "slope-row-masks": Own("method=slope slope.row_mask_until=0.25", like=("slope",)),
-    "sparse-relu2": Own("method=dense model.activation=sparse_relu2"),
+    BASELINE: Settings("method=dense"),
+    "half-depth": Settings("method=dense", sizes="half-depth"),
+    "slope": Settings("method=slope"),
+    "dense-muon": Settings("method=dense optim.name=muon"),
+    "slope-muon": Settings("method=slope optim.name=muon"),
+    "half-depth-muon": Settings("method=dense optim.name=muon", sizes="half-depth"),
+    "dense-0.87": Settings("method=dense", sizes="dense-0.87", like=(BASELINE, "dense-muon")),
+    "slope-r0": Settings("method=slope adapters.rank=0", like=("slope",)),
+    "slope-fp8": Settings("method=slope train.precision=fp8", like=("slope",)),
+    "dense-fp8": Settings("method=dense train.precision=fp8", like=(BASELINE,)),
+    "slope-dense-start": Settings("method=slope sparsity.start=0.1", like=("slope",)),
+    "slope-half": Settings("method=slope adapters.start=0.5 adapters.rank=0.0625", like=("slope",)),
+    "s_ste": Settings("method=s_ste"),
+    "slope-row-masks": Settings("method=slope slope.row_mask_until=0.25", like=("slope",)),
+    "sparse-relu2": Settings("method=dense model.activation=sparse_relu2"),
 }
 """By name, the most important first."""
 SIMULATED = ("s_ste", "sparse-relu2")
@@ -225,7 +225,7 @@ class Bench:
         for name in (name for name in VARIANTS if name in asked):
             if VARIANTS[name].like:
                 model = self._model(name)
-                self._note(TunedVariant(variant=name, words=self._words(name), lr=model.lr, like=model.variant))
+                self._note(replace(model, variant=name, words=self._words(name), rates=[], like=model.variant))
             else:
                 self._tune(name)
 
@@ -342,10 +342,12 @@ class Bench:
             return error
         if self.results.finals and any(run.variant == name for run in self.results.finals.runs):
             return ""
+        if name not in self.names:
+            return "left out (--only)"
         row = self._tuned(name)
         if row.lr is None:
             return "no learning rate ended its run" if row.rates else "its learning rate was not tuned"
-        return "the command ended before it" if name in self.names else "left out (--only)"
+        return "the command ended before it"
 
 
 def read(file: Path, scale: str) -> QualityResults:
@@ -375,7 +377,7 @@ def finals_table(results: QualityResults) -> Table:
         own = cells[each.variant]
         words = [word for word in own.get("settings", NONE).split() if not word.startswith(IGNORED)]
         tuned = next((row for row in results.tuned if row.variant == each.variant), TunedVariant(variant=""))
-        edge = " (edge)" if tuned.rates and not tuned.inside else ""
+        edge = "" if tuned.inside else " (edge)"
         own |= {"settings": " ".join(words) or NONE, "learning rate": number(tuned.lr, "g") + edge}
         if each.worth and each.worth.extrapolated:
             own["gap in time"] += " (extrapolated)"

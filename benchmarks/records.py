@@ -504,7 +504,7 @@ class TunedVariant:
     """A variant of `python -m slope_cli.benchmarks.quality` and its learning rate.
 
     words: its own settings. rates: what was tried. lr: the best of them, None if none is; inside: it is neither the
-    lowest nor the highest. like: the variant whose rate it takes instead.
+    lowest nor the highest. like: the variant whose rate it takes instead, with what is known of that.
     """
 
     variant: str

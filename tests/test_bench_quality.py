@@ -180,7 +180,7 @@ def test_a_variant_at_two_learning_rates_does_not_merge(tmp_path: Path) -> None:
 def test_the_file_says_what_was_not_run_and_the_table_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {5e-3: 3.0, 1e-2: 2.0, 2e-2: 3.0}
     rows = [tuned("dense", losses), replace(tuned("slope", losses), inside=False), tuned("half-depth", losses)]
-    found = bench(tmp_path, "small", rows, names=["dense", "slope", "half-depth", "slope-muon"])
+    found = bench(tmp_path, "small", rows, names=["dense", "slope", "half-depth", "dense-muon", "slope-muon"])
     found.errors["slope-muon"] = "CUDA out of memory"
     for part in parts()[:2]:
         found._add(part)
@@ -190,7 +190,7 @@ def test_the_file_says_what_was_not_run_and_the_table_what_was(tmp_path: Path, m
         "half-depth": "the command ended before it",
         "dense-muon": "its learning rate was not tuned",
         "slope-muon": "CUDA out of memory",
-        "half-depth-muon": "its learning rate was not tuned",
+        "half-depth-muon": "left out (--only)",
     }
     assert (tmp_path / "out.png").is_file()
     table = quality.finals_table(written)
@@ -242,18 +242,14 @@ def start(tmp_path: Path, name: str, *more: str) -> subprocess.CompletedProcess[
 @pytest.mark.timeout(900)
 def test_stages_of_two_days_make_one_file(tmp_path: Path) -> None:
     write_data(tmp_path / "text")
-    few = ("--only=slope-r0", "--jobs=2")
+    few = ("--only=dense-fp8", "--jobs=2")
     assert start(tmp_path, "first", *few, "--budget=0").returncode == 75
     done = start(tmp_path, "first", *few, "--stages=tune")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "first.json").read_text())
-    assert [(row["variant"], row["like"]) for row in result["tuned"]] == [
-        ("dense", ""),
-        ("slope", ""),
-        ("slope-r0", "slope"),
-    ]
+    assert [(row["variant"], row["like"]) for row in result["tuned"]] == [("dense", ""), ("dense-fp8", "dense")]
     assert all(row["lr"] for row in result["tuned"])
-    assert result["not_run"]["slope-r0"] == "the command ended before it"
+    assert result["not_run"]["dense-fp8"] == "the command ended before it"
     assert result["not_run"]["slope"] == "left out (--only)"
     done = start(tmp_path, "first", *few, "--seeds=1")
     assert done.returncode == 0, done.stderr
@@ -267,12 +263,12 @@ def test_stages_of_two_days_make_one_file(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "first.json").read_text())
     assert {row["variant"]: row["seeds"] for row in result["finals"]["variants"]} == {
         "dense": [1, 2],
-        "slope-r0": [1, 2],
+        "dense-fp8": [1, 2],
         "dense-0.8-steps": [1, 2],
     }
     assert result["finals"]["equal"] == "time"
     assert result["machine"]["torch"]
-    assert "| slope-r0 | method=slope" in done.stdout
+    assert "| dense-fp8 | train.precision=fp8" in done.stdout
     again = start(tmp_path, "first", *few)
     assert (again.returncode, "slope compare" in again.stderr, again.stdout) == (0, False, done.stdout)
     assert start(tmp_path, "first", "train.seed=7").returncode == 2
