@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from slope_cli.compare.summary import Gap, Spread
+from slope_cli.compare.summary import Comparison, Gap, Spread, Summary
 from slope_cli.config.schema import Config
 from slope_cli.methods import phases_of
 from slope_cli.utils.environment import environment, gpu_libraries
@@ -497,6 +497,40 @@ class RecallResults(Results):
     share: float
     words: list[str]
     rows: list[RecallRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedVariant:
+    """A variant of `python -m slope_cli.benchmarks.quality` and its learning rate.
+
+    words: its own settings. rates: what was tried. lr: the best of them, None if none is; inside: it is neither the
+    lowest nor the highest. like: the variant whose rate it takes instead, with what is known of that.
+    """
+
+    variant: str
+    words: list[str] = field(default_factory=list)
+    rates: list[Summary] = field(default_factory=list)
+    lr: float | None = None
+    inside: bool = False
+    like: str = ""
+
+
+@dataclass(kw_only=True)
+class QualityResults(Results):
+    """The file of `python -m slope_cli.benchmarks.quality`.
+
+    words: settings of all runs. tokens, tuning_tokens: of dense in the finals, and of a run that tries a rate. not_run:
+    the variants that the finals lack, or some of whose runs they do, and why.
+    """
+
+    scale: str
+    recipe: str
+    words: list[str] = field(default_factory=list)
+    tokens: int
+    tuning_tokens: int
+    tuned: list[TunedVariant] = field(default_factory=list)
+    finals: Comparison | None = None
+    not_run: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from slope_cli.compare.summary import Comparison
 from slope_cli.report.tables import NONE, Table, bytes_text, counted, number, rows_in_markdown
 from slope_cli.utils.typed_json import from_json
 
-from . import RESULTS, generate_report, linearize_cpu, projection, recall, report, scaling
+from . import RESULTS, generate_report, linearize_cpu, projection, quality, recall, report, scaling
 from .records import (
     GemmRow,
     GenerateResults,
@@ -26,6 +26,7 @@ from .records import (
     MemoryResults,
     ProductResults,
     Projection,
+    QualityResults,
     RecallResults,
     StepResults,
     fastest,
@@ -170,6 +171,16 @@ def _quality(result: Json) -> str:
     where = f"{_where(environment)}, slope {environment['slope']}; {tokens / 1e6:.0f} million tokens"
     below = f"{where}; mean ± standard error (seeds); gap to {comparison.baseline}."
     return _markdown(("variant", "settings", "learning rate", "validation loss", "gap"), rows, below)
+
+
+def _equal_time(result: Json) -> str:
+    """What variants learn in the time of dense, and where they were trained."""
+    results = from_json(QualityResults, result)
+    found, runs = quality.finals_table(results), results.finals.runs if results.finals else []
+    places = ({key: value for key, value in env.items() if key != "date"} for run in runs for env in run.environment)
+    where = "; ".join(dict.fromkeys(map(_where, places)))
+    picture = f"[Picture](../benchmarks/results/equal-time-{results.scale}.png); {where}."
+    return _markdown(found.columns, found.rows, found.note, picture)
 
 
 def _projection(result: Json) -> str:
@@ -420,6 +431,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "recall-small-llama": _recall,
     "scaling-2xh200": _scaling,
     "demo": _demo,
+    "equal-time-mini": _equal_time,
+    "equal-time-small": _equal_time,
     "headline": _headline,
     "kernels-h100": _gemm,
     "memory-h100": _memory,

@@ -44,7 +44,7 @@ NOT_RUN = {
     r"slope bench( generate| step|$)": "needs a GPU",
     r"(lm-eval|python -m slope_cli\.evaluate\.harness) ": "needs the Hugging Face Hub",
     r"python -m slope_cli\.benchmarks\.corpus ": "downloads packages from Debian's mirrors",
-    r"python -m slope_cli\.benchmarks\.recall ": "needs a GPU; a test of its own runs it on a tiny scale",
+    r"python -m slope_cli\.benchmarks\.(recall|quality) ": "needs a GPU; a test of its own runs it on a tiny scale",
     r"slope --(install|show)-completion": "changes start-up files; a test of the command line does it in another home",
 }
 """Commands that no test runs, as regular expressions for their beginnings, and why; their words are checked."""
