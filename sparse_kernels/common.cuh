@@ -61,20 +61,3 @@ __device__ inline void await_others() { asm volatile("griddepcontrol.wait;" ::: 
 __device__ inline void let_next_come() {}
 __device__ inline void await_others() {}
 #endif
-
-// Of the blocks of a cluster. Where there are no clusters a block has no others.
-#if __CUDA_ARCH__ >= 900
-__device__ inline void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Stores x in another block's shared memory, where this one has `at`; all blocks must have begun.
-__device__ inline void to_block(float* at, u32 block, float x) {
-  asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.f32 [remote], %2; }" ::"r"(
-                   u32(__cvta_generic_to_shared(at))),
-               "r"(block), "f"(x)
-               : "memory");
-}
-#else
-__device__ inline void cluster_barrier() {}
-__device__ inline void to_block(float*, u32, float) {}
-#endif

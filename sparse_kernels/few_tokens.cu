@@ -405,6 +405,9 @@ __device__ inline void add_adapters(float (*sum)[4], u32 staged, u32 row, u32 se
 }
 
 #if __CUDA_ARCH__ >= 900
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // What stands at an address of shared memory in another block of the cluster.
 __device__ inline float of_block(u32 address, u32 block) {
   float x;
@@ -414,6 +417,7 @@ __device__ inline float of_block(u32 address, u32 block) {
   return x;
 }
 #else  // no block has others in its cluster
+__device__ inline void cluster_barrier() {}
 __device__ inline float of_block(u32, u32) { return 0; }
 #endif
 // The sum of what stands there in the blocks of the cluster, at most 8, in their order; all loads are on their way at once.

@@ -32,7 +32,6 @@ ENTRIES = {
 }
 # By source: definitions, entry points. Of kernels that are compiled for a shape, one of each kind.
 WORK = ("KIND", "NT", "MT", "WM", "WK", "DEPTH", "SLICE", "HALF", "ADAPTERS")
-LINEAR = ("D", "P", "M", "MAP", "GATED", "SPLITS", "HALF")
 COMPILED: list[tuple[str, dict[str, int], set[str]]] = [
     ("kernels.cu", {}, ENTRIES),
     *(
@@ -50,16 +49,6 @@ COMPILED: list[tuple[str, dict[str, int], set[str]]] = [
     *(
         ("decode_attention.cu", {"HALF": half, "D": dim, "P": shared, "KV_SPLITS": splits}, {"decode_attention"})
         for half, dim, shared, splits in ((0, 64, 1, 1), (1, 80, 3, 4), (0, 128, 8, 16))
-    ),
-    *(
-        ("decode_linear.cu", dict(zip(LINEAR, sides, strict=False)), {"decode_linear"})
-        for sides in (
-            (64, 1, 32, 0, 0, 4, 0),
-            (128, 4, 64, 0, 1, 8, 1),
-            (128, 8, 256, 1, 1, 1),  # without HALF: in float32
-            (80, 3, 22, 1, 0, 2, 0),
-            (8, 2, 16, 0, 1, 1),
-        )
     ),
 ]
 

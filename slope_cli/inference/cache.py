@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_cli.linearize.linear_window import LinearWindow
-from slope_cli.linearize.maps import T2R
-from sparse_kernels import linear_attention
 from sparse_kernels.attention import attend_new_tokens, attention_space, remember_prompts, turned_heads
 
 Shape = tuple[int, int, int, int]
@@ -123,7 +121,6 @@ class LinearCache:
         self.linear, self.scale, self.memory = linear, scale, linear.new_cache()
         nothing_BGTD = like.new_zeros(slots, self.kv_heads, 0, dim)
         self.memory.lazy_initialization(nothing_BGTD, nothing_BGTD)
-        self.heads, self.arrived = _kernel_heads(linear), like.new_zeros(1, dtype=torch.int32)
 
     def prefill(self, prompts: Prompts, qkv_PTSD: Tensor, rotary: Tensor | None) -> Tensor:
         """See AttentionCache. Padding goes before the prompts: a window ends with the last token that is there."""
@@ -141,14 +138,9 @@ class LinearCache:
         return y_PHTD.transpose(1, 2)[back]
 
     def decode(self, places_B: Tensor, qkv_BSD: Tensor, rotary: Tensor | None) -> Tensor:
-        """See AttentionCache. In one launch where there is a kernel for the layer and the device."""
-        memory = self.memory.first(len(qkv_BSD))
-        if self.heads is not None:
-            ring = linear_attention.Memory(*memory.ring())
-            if linear_attention.takes(qkv_BSD, ring, self.heads):
-                given = (qkv_BSD, rotary, ring, self.heads, self.scale, self.arrived)
-                return linear_attention.attend_new_tokens(*given)
+        """See AttentionCache."""
         q_BHD, k_BGD, v_BGD = turned_heads(qkv_BSD, rotary, self.kv_heads)
+        memory = self.memory.first(len(q_BHD))
         before = memory.tensors()
         y_BH1D: Tensor = self.linear(q_BHD[:, :, None], k_BGD[:, :, None], v_BGD[:, :, None], self.scale, None, memory)
         for name, tensor in memory.tensors().items():
@@ -218,23 +210,3 @@ class HeadsCache:
     def changing(self) -> list[Tensor]:
         """See AttentionCache."""
         return [tensor for cache, *_ in self._parts for tensor in cache.changing()]
-
-
-def _kernel_heads(linear: LinearWindow) -> linear_attention.Heads | None:
-    """What the kernel for new tokens reads of a layer; None for a form of attention that it does not have."""
-    if linear.mix is None or linear.pattern.blockwise or not linear.pattern.lookback or linear.branch != "both":
-        return None
-    map_q, map_k, gate = linear.map_q, linear.map_k, linear.gate
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.detach().float().contiguous()
-
-    return linear_attention.Heads(
-        own(map_q.weight),
-        own(map_k.weight),
-        own(map_q.bias[:, 0]) if isinstance(map_q, T2R) else None,
-        own(map_k.bias[:, 0]) if isinstance(map_k, T2R) else None,
-        own(linear.mix.sigmoid()),
-        None if gate is None else own(gate.weight),
-        None if gate is None else own(gate.bias),
-    )

@@ -98,8 +98,7 @@ class Engine:
             dtype: of weights, products and cache; None for bf16 on a GPU, and float32 elsewhere.
             max_length: None for all positions of the model.
             sparse: multiply 2:4 layers by their kept entries; None for doing so on a GPU. Else by dense copies.
-            compiled: compile linearized attention's decoding step where it is not one kernel; pays off for many tokens
-                on a GPU.
+            compiled: compile linearized attention's decoding step; pays off for many tokens on a GPU.
 
         Raises:
             UsageError: a model that cannot continue texts.

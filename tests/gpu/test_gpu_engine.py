@@ -57,7 +57,6 @@ def test_a_sliding_window() -> None:
         {"window": 5},
         {"window": 4, "kind": "terrace"},
         {"window": 4, "cache": 6},
-        {"window": 5, "state": "gated"},
         {"window": 5, "state": "delta"},
         {"window": 8, "keep_softmax": [1]},
         {"window": 5, "keep_softmax": ["0/1", "1/0"]},
