@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slope_cli.compare.results import compare, compare_runs
+from slope_cli.compare.results import FILE, compare, compare_runs
 from slope_cli.compare.rows import Run
 from slope_cli.compare.summary import Comparison, Summary, best_rate
 from slope_cli.compare.table import tables
@@ -200,7 +200,7 @@ def _slower(run: Run, factor: float) -> Run:
 class Bench:
     """The stages, and what they have found.
 
-    names: the variants of the finals. errors: of the variants that could not be trained.
+    names: the variants of the finals. merges: other result files. errors: of the variants that could not be trained.
     """
 
     scale: Scale
@@ -212,11 +212,12 @@ class Bench:
     jobs: int
     out: Path
     stop: StopFlag
+    merges: Sequence[Path] = ()
     errors: dict[str, str] = field(default_factory=dict)
 
-    def merge(self, files: Sequence[Path]) -> None:
+    def merge(self) -> None:
         """Add the finals of other result files."""
-        for file in files:
+        for file in self.merges:
             self._add(read(file, self.results.scale).finals)
 
     def tune(self) -> None:
@@ -251,7 +252,7 @@ class Bench:
             waiting = others[:1]
         size = max(1, self.jobs // len(self.seeds))
         words = [f"train.steps={scale.steps}", f"log.val_every={max(1, scale.steps // 16)}"]
-        kept = self.work / "finals" / "compare.json"
+        kept = self.work / "finals" / FILE
         for first in range(0, len(waiting), size):
             group, exchange = waiting[first : first + size], scale.exchange if self._lacks(shorter) else None
             kept.unlink(missing_ok=True)
@@ -307,11 +308,11 @@ class Bench:
 
     def _model(self, name: str) -> TunedVariant:
         """The one whose learning rate a variant takes."""
-        tuned = [row for row in map(self._tuned, VARIANTS[name].like) if row.lr is not None]
-        return min(tuned, key=lambda row: best_rate(row.rates).loss.mean or math.inf, default=TunedVariant(variant=""))
+        rows = [row for row in map(self._tuned, VARIANTS[name].like) if row.lr is not None]
+        return min(rows, key=lambda row: best_rate(row.rates).loss.mean or math.inf, default=TunedVariant(variant=""))
 
     def _tuned(self, name: str) -> TunedVariant:
-        return next((row for row in self.results.tuned if row.variant == name), TunedVariant(variant=name))
+        return tuned(self.results, name)
 
     def _lacks(self, name: str) -> bool:
         """Whether a variant still has to be trained with one of the seeds."""
@@ -319,8 +320,7 @@ class Bench:
         return not {(name, seed) for seed in self.seeds} <= {(run.variant, run.seed) for run in runs}
 
     def _note(self, row: TunedVariant) -> None:
-        rows = {each.variant: each for each in self.results.tuned} | {row.variant: row}
-        self.results.tuned = [rows[name] for name in VARIANTS if name in rows]
+        self.results.tuned = in_order([*self.results.tuned, row])
         self.write()
 
     def _add(self, found: Comparison | None) -> None:
@@ -358,6 +358,17 @@ def read(file: Path, scale: str) -> QualityResults:
     return found
 
 
+def tuned(results: QualityResults, name: str) -> TunedVariant:
+    """What is known of the learning rate of a variant."""
+    return next((row for row in results.tuned if row.variant == name), TunedVariant(variant=name))
+
+
+def in_order(rows: Iterable[TunedVariant]) -> list[TunedVariant]:
+    """Those of VARIANTS, of one that is there twice the last."""
+    known = {row.variant: row for row in rows}
+    return [known[name] for name in VARIANTS if name in known]
+
+
 # ---------------------------------------------------------------------------------------------------------- the report
 
 COLUMNS = ("settings", "learning rate", "steps", "validation loss", "gap to dense", "gap in time", "inference")
@@ -376,9 +387,9 @@ def finals_table(results: QualityResults) -> Table:
     for each in sorted(shown, key=lambda each: each.loss.mean or 0.0):
         own = cells[each.variant]
         words = [word for word in own.get("settings", NONE).split() if not word.startswith(IGNORED)]
-        tuned = next((row for row in results.tuned if row.variant == each.variant), TunedVariant(variant=""))
-        edge = "" if tuned.inside else " (edge)"
-        own |= {"settings": " ".join(words) or NONE, "learning rate": number(tuned.lr, "g") + edge}
+        rate = tuned(results, each.variant)
+        edge = "" if rate.inside else " (edge)"
+        own |= {"settings": " ".join(words) or NONE, "learning rate": number(rate.lr, "g") + edge}
         if each.worth and each.worth.extrapolated:
             own["gap in time"] += " (extrapolated)"
         rows.append([each.variant, *(own.get(name, NONE) for name in COLUMNS)])
@@ -437,13 +448,14 @@ def main() -> None:
         try:
             results = _results(given.out, given.scale, given.words)
             if given.tuned:
-                rows = {row.variant: row for row in [*read(given.tuned, given.scale).tuned, *results.tuned]}
-                results.tuned = [rows[name] for name in VARIANTS if name in rows]
+                results.tuned = in_order([*read(given.tuned, given.scale).tuned, *results.tuned])
             seeds = numbers("--seeds", given.seeds, int) if given.seeds else scale.seeds
-            bench = Bench(scale, given.data, given.work, results, names, seeds, given.jobs, given.out, stop)
+            bench = Bench(
+                scale, given.data, given.work, results, names, seeds, given.jobs, given.out, stop, given.merge
+            )
             try:
                 for stage in (stage for stage in STAGES if stage in stages):
-                    bench.merge(given.merge) if stage == "merge" else getattr(bench, stage)()
+                    getattr(bench, stage)()
             finally:
                 bench.write()
                 Document("Quality", [finals_table(results), rates_table(results)]).show()

@@ -94,14 +94,16 @@ class StepRow(OfMethod):
 
     def speed_up(self, micro_batches: int) -> "Speedup | None":
         """Of a step of so many micro-batches; None if it is not known."""
-        sides = ((self.dense_ms, self.dense_further_ms), (self.step_ms, self.further_ms))
-        times = [_with(first, further, micro_batches - 1) for first, further in sides]
-        return Speedup.of(*times) if all(times) else None
+        dense_ms = _lasting(self.dense_ms, self.dense_further_ms, micro_batches)
+        own_ms = _lasting(self.step_ms, self.further_ms, micro_batches)
+        return Speedup.of(dense_ms, own_ms) if dense_ms and own_ms else None
 
 
-def _with(first_ms: float | None, further_ms: float | None, further: int) -> float:
-    """The time of a step with further micro-batches; 0 if it is not known."""
-    return 0.0 if not first_ms or (further and not further_ms) else first_ms + further * (further_ms or 0.0)
+def _lasting(first_ms: float | None, further_ms: float | None, micro_batches: int) -> float | None:
+    """The time of a step of so many micro-batches; None if it is not known."""
+    if micro_batches == 1 or first_ms is None:
+        return first_ms
+    return None if further_ms is None else first_ms + (micro_batches - 1) * further_ms
 
 
 @dataclass(frozen=True)
@@ -342,9 +344,9 @@ class Plan:
     """What `slope bench generate`, `products` and, by its variants alone, `step` measure.
 
     batches: texts that are continued at once. context: tokens of each that a step's attention reads. prompt: at most so
-    many are read before the first token. variants, against: names that `variants` knows, or
-    `measure`, of steps; none for the usual ones.
-    depth: only so many blocks; None for all. tokens: of single products. device: "cpu", or "" for the GPU.
+    many are read before the first token. variants, against: names that `variants` knows, those of steps that `measure`
+    does; none for the usual ones. depth: only so many blocks; None for all. tokens: of single products. device: "cpu",
+    or "" for the GPU.
     """
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)

@@ -29,7 +29,6 @@ from .records import (
     QualityResults,
     RecallResults,
     StepResults,
-    fastest,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -109,17 +108,12 @@ def _step(result: Json) -> str:
 def _step_precisions(result: Json) -> str:
     """Speed-ups over dense steps in bf16 of models cut to some blocks, with one micro-batch a step and with eight."""
     step = from_json(StepResults, result)
-    kinds = {"sparse bf16": (False, "bf16"), "dense fp8": (True, "fp8"), "sparse fp8": (False, "fp8")}
     rows = []
     for case in step.cases:
-        timed = [row for row in case.rows if row.depth == case.depths[-1]]
-        found = [fastest(timed, dense=dense, precision=precision) for dense, precision in kinds.values()]
         for count in report.SHOWN_MICRO_BATCHES:
-            ratios = [row and row.speed_up(count) for row in found]
-            cells = [number(each.ratio, ".3f") if each else NONE for each in ratios]
-            over = number(ratios[2].ratio / ratios[1].ratio, ".3f") if ratios[1] and ratios[2] else NONE
-            rows.append([case.name, f"{case.depths[-1]} of {case.blocks}", str(count), *cells, over])
-    columns = ("model", "blocks timed", "micro-batches", *kinds, "sparse fp8 over dense fp8")
+            timed = {kind: each.timed if each else None for kind, each in report.by_kind(case, count).items()}
+            rows.append([case.name, f"{case.depths[-1]} of {case.blocks}", str(count), *report.ratios(timed)])
+    columns = ("model", "blocks timed", "micro-batches", *report.KINDS, report.OVER_FP8)
     where = f"{_where(step.machine, step.libraries)}; {step.cases[0].tokens:,} tokens a micro-batch"
     return _markdown(columns, rows, f"{where}; over the dense step in bf16, in alternating rounds.")
 

@@ -1,6 +1,6 @@
 """Results of `slope bench` as tables, on a terminal and in Markdown, and as a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from .records import (
     MemoryResults,
     MemoryRow,
     ModelResult,
+    Speedup,
     StepResults,
+    StepSummary,
 )
 
 TITLE = "slope bench"
@@ -32,8 +34,9 @@ SHOWN_LENGTHS = (4096, 16384)
 SHOWN_MICRO_BATCHES = (1, 8)
 SPEED_COLUMNS = ("softmax tokens/s", "linear tokens/s", "compiled tokens/s", "speed-up")
 _ENVIRONMENT = ("gpu", "processor", "driver", "cuda", "torch", "transformers", "cupy", "cusparselt", "python", "date")
-_KINDS = ((False, "bf16"), (True, "fp8"), (False, "fp8"))
+KINDS = {"sparse bf16": (False, "bf16"), "dense fp8": (True, "fp8"), "sparse fp8": (False, "fp8")}
 """The steps that are compared with a dense one in bf16: whether dense, and in what precision."""
+OVER_FP8 = "sparse fp8 over dense fp8"
 _TORCH_NOTE = (
     "torch.sparse.to_sparse_semi_structured cannot be used for training: its product has no gradient for the packed "
     "weight, and no optimizer can update it. Only its forward product is among the single products."
@@ -80,32 +83,44 @@ def steps(cases: Sequence[CaseResult]) -> Table:
 
 def precisions(step: StepResults, micro_batches: int) -> Table:
     """The steps of whole models, dense and sparse, in bf16 and fp8, of the cases with steps in fp8."""
-    kinds = {f"{('sparse', 'dense')[dense]} {precision}": (dense, precision) for dense, precision in _KINDS}
-    columns = ["model", "tokens/s: dense bf16", "MFU", *kinds, "sparse fp8 over dense fp8"]
+    columns = ["model", "tokens/s: dense bf16", "MFU", *KINDS, OVER_FP8]
     peak, rows = dense_peak(str(step.machine.get("gpu")), "bf16"), []
     for case in step.cases:
-        found = {
-            name: case.whole_times(case.compared(dense=dense, precision=precision, micro_batches=micro_batches))
-            for name, (dense, precision) in kinds.items()
-        }
+        found = {kind: case.whole_times(each) for kind, each in by_kind(case, micro_batches).items()}
         if not found["dense fp8"] and not found["sparse fp8"]:
             continue
         known = next(side for side in found.values() if side)
         speed = 1e3 * case.tokens * micro_batches / known.dense_ms
         share = speed * case.flops_per_token / peak if case.flops_per_token and peak else None
         cells = [case.name, number(speed, ",.0f"), NONE if share is None else f"{share:.1%}"]
-        cells += [number(side.ratio, ".3f") if side else NONE for side in found.values()]
-        dense, sparse = found["dense fp8"], found["sparse fp8"]
-        rows.append([*cells, number(sparse.ratio / dense.ratio, ".3f") if sparse and dense else NONE])
+        rows.append([*cells, *ratios(found)])
     note = (
         "Of whole models, extrapolated where they were cut. Speed-ups are over the fastest dense variant in bf16, in "
         "its rounds; tokens/s and MFU are that one's, beside the first variant. MFU: of the data sheet's dense rate "
         "in bf16, attention's operations counted."
     )
-    note += " Each further micro-batch takes as long as the second." * (micro_batches > 1)
-    return Table(
-        f"Precisions, {micro_batches} micro-batches a step" if micro_batches > 1 else "Precisions", columns, rows, note
-    )
+    title = "Precisions"
+    if micro_batches > 1:
+        title, note = (
+            f"{title}, {micro_batches} micro-batches a step",
+            f"{note} Each further one takes as long as the second.",
+        )
+    return Table(title, columns, rows, note)
+
+
+def by_kind(case: CaseResult, micro_batches: int) -> dict[str, StepSummary | None]:
+    """The comparisons of KINDS, of steps of so many micro-batches."""
+    return {
+        kind: case.compared(dense=dense, precision=precision, micro_batches=micro_batches)
+        for kind, (dense, precision) in KINDS.items()
+    }
+
+
+def ratios(found: Mapping[str, Speedup | None]) -> list[str]:
+    """The speed-ups of KINDS, and that of sparse over dense in fp8."""
+    dense, sparse = found["dense fp8"], found["sparse fp8"]
+    cells = [number(side.ratio, ".3f") if side else NONE for side in map(found.get, KINDS)]
+    return [*cells, number(sparse.ratio / dense.ratio, ".3f") if sparse and dense else NONE]
 
 
 def whole_model(case: CaseResult) -> str:
