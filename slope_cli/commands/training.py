@@ -1,7 +1,6 @@
 """Commands that train."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from slope_cli.config.schema import Config
 from slope_cli.config.section import MAX_WHOLE
 from slope_cli.distributed.signals import StopFlag
 from slope_cli.errors import SlopeError, UsageError
+from slope_cli.report import warned
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from slope_cli.checkpoint.run_folder import Existing
@@ -112,7 +112,7 @@ def linearize(
 def _existing(new: bool, overwrite: bool, fresh: bool) -> "Existing":
     """What a start does with a run in its folder."""
     if fresh:
-        print("warning: --fresh is now --new; until version 0.3 it still works", file=sys.stderr)
+        warned.warn("--fresh is now --new; until version 0.3 it still works")
     if (new or fresh) and overwrite:
         raise UsageError("--new and --overwrite: choose one; --new refuses a run that --overwrite replaces")
     return "replace" if overwrite else "refuse" if new or fresh else "resume"
@@ -135,7 +135,7 @@ def _train(
     config = configs.load(recipe, [*implied, *overrides])
     if ranks.first:
         for line in configs.without_effect(config, overrides):
-            print(f"warning: {line}", file=sys.stderr)
+            warned.warn(line)
     usual = configs.load_with_usual_rates(recipe, [*implied, *overrides])
     from slope_cli.data.dataset import WrongDataError
 

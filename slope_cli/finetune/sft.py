@@ -7,7 +7,6 @@ are, and what was learned is PEFT's folder in it.
 import contextlib
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from slope_cli.finetune.loop import SFT
 from slope_cli.inference.engine import end_ids
 from slope_cli.inference.export import write
 from slope_cli.models.loss import autocast, forward, loss_fn
+from slope_cli.report import warned
 from slope_cli.report.tables import counted, plain_in_markdown
 from slope_cli.utils import files
 from sparse_kernels import add_adapters, find_sparse_layers, masked_layers, select_layers, sparse_layers, to_dense
@@ -157,7 +157,7 @@ def _run(rows: Mapping[str, list[Row]], s: SftSettings, loaded: Loaded, out: Pat
     if s.lora:
         _add_lora(model, s)
     for line in _warnings(len(made["train"].kept), len(made["val"].kept), s):
-        print(f"warning: {line}", file=sys.stderr)
+        warned.warn(line)
     before = measure(model, made["val"].kept, s)
     losses = train(model, made["train"].kept, s, out)
     after = measure(model, made["val"].kept, s)
